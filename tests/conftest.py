@@ -1,0 +1,62 @@
+"""For all tests: no network, Triton's interpreter where there is no GPU, one torch thread, tiny pipelines as fixtures."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # torch-npu without CANN would break `import torch`
+if not any(os.path.exists(node) for node in ("/dev/nvidiactl", "/dev/kfd")):
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read once, when triton is imported
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # two are 3–18 times slower at the sizes of these tests
+
+
+@pytest.fixture
+def small_references() -> Iterator[None]:
+    """The edit pipelines' references at 64×64 pixels, for tests that call a pipeline without `tiny.generate`."""
+    import tiny
+
+    with tiny.small_references(), tiny.processor_without_video():
+        yield
+
+
+@pytest.fixture(params=["qwen_image", "qwen_image_edit", "qwen_image_edit_plus", "z_image", "flux"])
+def any_pipe(request: pytest.FixtureRequest) -> Any:
+    """Each of the tiny pipelines in turn, freshly built."""
+    import tiny
+
+    return tiny.PIPELINES[request.param]()
+
+
+@pytest.fixture
+def qwen_pipe() -> Any:
+    """A tiny Qwen-Image pipeline with 4 blocks."""
+    import tiny
+
+    return tiny.qwen_image()
+
+
+@pytest.fixture
+def z_pipe() -> Any:
+    """A tiny Z-Image pipeline with 4 layers."""
+    import tiny
+
+    return tiny.z_image()
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Directories of saved tiny pipelines, by name: qwen_image, qwen_image_edit, z_image. Read only."""
+    import tiny
+
+    root = tmp_path_factory.mktemp("pipelines")
+    with tiny.processor_without_video():
+        for name in ("qwen_image", "qwen_image_edit", "z_image"):
+            tiny.PIPELINES[name]().save_pretrained(root / name)
+    return {path.name: path for path in root.iterdir()}
