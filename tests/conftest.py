@@ -1,4 +1,4 @@
-"""For all tests: no network, Triton's interpreter where there is no GPU, one torch thread, tiny pipelines as fixtures."""
+"""For all tests: no network, Triton's interpreter where there is no GPU, one torch thread, tiny pipelines."""
 
 import os
 

@@ -1,7 +1,7 @@
-"""Tiny random-weight diffusers pipelines that run end to end on the CPU, offline: Qwen-Image, its two edit pipelines, Z-Image, FLUX.
+"""Tiny random-weight pipelines that run end to end on the CPU, offline: Qwen-Image, its edit pipelines, Z-Image, FLUX.
 
-Everything is the real class of diffusers or transformers, built from a config; nothing is downloaded. `generate` runs 8 steps
-of 64×64 pixels with a fixed seed in 0.1–0.3 s on one thread. Weights are the same at every build.
+Everything is the real class of diffusers or transformers, built from a config; nothing is downloaded. `generate` runs
+8 steps of 64×64 pixels with a fixed seed in 0.1–0.3 s on one thread. Weights are the same at every build.
 
     pipe = tiny.qwen_image(layers=6)
     image = tiny.generate(pipe)                       # float tensor 1×3×64×64 in [0, 1]
@@ -135,7 +135,7 @@ def reference_image(side: int = 96, seed: int = 0) -> Image.Image:
 
 
 def default_arguments(pipe: Any) -> dict[str, Any]:
-    """What `generate` passes besides size, steps and seed: guidance on, and references where the pipeline takes them."""
+    """What `generate` adds to size, steps and seed: guidance on, and references where the pipeline takes them."""
     guidance: dict[str, Any] = {"negative_prompt": " ", "true_cfg_scale": 4.0}
     return {
         "QwenImagePipeline": guidance,
@@ -147,7 +147,7 @@ def default_arguments(pipe: Any) -> dict[str, Any]:
 
 
 def generate(pipe: Any, seed: int = 0, **overrides: Any) -> torch.Tensor:
-    """One request: 8 steps, 64×64, prompt "a cat". Returns images, float N×3×H×W, or packed latents for `output_type="latent"`."""
+    """One request: 8 steps, 64×64, "a cat". Float images N×3×H×W in [0, 1], or latents for `output_type="latent"`."""
     arguments: dict[str, Any] = {
         "prompt": "a cat",
         "height": 64,
@@ -399,7 +399,7 @@ def _qwen_processor() -> transformers.Qwen2VLProcessor:
 
 @contextlib.contextmanager
 def processor_without_video() -> Iterator[None]:
-    """While open, a Qwen2-VL processor can be built, saved and loaded without torchvision, which only its video part needs."""
+    """While open, a Qwen2-VL processor can be made, saved and loaded without torchvision, which only video needs."""
 
     def get_attributes(cls: type) -> Sequence[str]:
         return ["image_processor", "tokenizer"]
