@@ -1,0 +1,39 @@
+# make demo  an environment, the embedded model's pictures under every cache, and the table of what it cost
+# make test  an environment, then lint, types and all tests
+# make gpu   kernel tests and microbenchmarks on an NVIDIA GPU, written to benchmarks/results/<device>.json
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= out/demo
+
+.PHONY: demo test check gpu bench train clean
+
+# The stamp is remade when what it was made from changes.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/omni compare --out $(OUT)
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m pytest benchmarks
+
+gpu: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.gpu
+
+train: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.train_emoji --out out/emoji-qwen-image
+
+clean:
+	rm -rf $(VENV) out build *.egg-info

@@ -1,0 +1,12 @@
+"""Triton kernels for diffusion transformers, and the patching of pipelines that uses them.
+
+`ops` holds the kernels; `patch`, `unpatch` and `patched` install a cache backend on one diffusers pipeline and take it
+out again. Importing this package probes no device, patches nothing and loads neither diffusers nor transformers.
+"""
+
+from omni_kernels import ops
+from omni_kernels.patching import PatchConflictError, PatchHandle, patch, patched, unpatch
+
+__version__ = "0.1.0"
+
+__all__ = ["PatchConflictError", "PatchHandle", "__version__", "ops", "patch", "patched", "unpatch"]

@@ -1,0 +1,134 @@
+"""`patch`, `unpatch` and `patched`: one pipeline instance, patched and put back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from omni_kernels.patching import backends
+from omni_kernels.patching.engine import Patch, PatchConflictError
+
+_ATTRIBUTE = "_omni_kernels_handle"
+
+
+class PatchHandle:
+    """One patch of one pipeline.
+
+    Attributes:
+        cache_backend: the backend's name, None without a cache.
+        cache_config: its complete configuration, defaults filled in.
+    """
+
+    def __init__(self, pipe: Any, cache_backend: str | None, cache_config: dict[str, Any]) -> None:
+        self.cache_backend = cache_backend
+        self.cache_config = cache_config
+        self._pipe = pipe
+        self._patch = Patch()
+        self._installed: backends.InstalledBackend | None = None
+
+    def __repr__(self) -> str:
+        state = "active" if self.active else "undone"
+        return f"PatchHandle(cache_backend={self.cache_backend!r}, cache_config={self.cache_config!r}, {state})"
+
+    @property
+    def active(self) -> bool:
+        """Whether the pipeline still runs under this patch."""
+        return vars(self._pipe).get(_ATTRIBUTE) is self
+
+    @property
+    def report(self) -> Any:
+        """What the last request computed and skipped (a `CacheReport`); None before the first and without a cache."""
+        return None if self._installed is None else self._installed.report
+
+    @property
+    def on_step(self) -> Callable[[Any], None] | None:
+        """Called with a `StepEvent` whenever a step closes; None for nobody."""
+        return None if self._installed is None else self._installed.on_step
+
+    @on_step.setter
+    def on_step(self, listener: Callable[[Any], None] | None) -> None:
+        if self._installed is not None:
+            self._installed.on_step = listener
+
+    def undo(self) -> None:
+        """Put the pipeline back exactly as it was. Undoing twice does nothing.
+
+        Raises:
+            PatchConflictError: somebody else replaced what was installed; nothing is changed then.
+        """
+        if not self.active:
+            return
+        self._patch.undo()
+        if self._installed is not None:
+            self._installed.close()
+        del vars(self._pipe)[_ATTRIBUTE]
+
+    def _install(self, backend: backends.CacheBackend) -> None:
+        try:
+            self._installed = backend.install(self._pipe, self.cache_config, self._patch)
+        except BaseException:
+            self._patch.undo()
+            raise
+
+
+def patch(pipe: Any, cache_backend: str | None = None, cache_config: Mapping[str, Any] | None = None) -> PatchHandle:
+    """Install a cache on one diffusers pipeline; other pipelines, of the same class too, are left alone.
+
+    Args:
+        pipe: a loaded diffusers pipeline.
+        cache_backend: a registered backend's name ("tea_cache", "cache_dit", ...); None and "none" mean no cache.
+        cache_config: the backend's keys; what is left out takes its default.
+
+    Returns:
+        The handle: `.report` tells what the last request did, `.undo()` takes the patch out. Patching again with the
+        same backend and configuration returns the handle that is there.
+
+    Raises:
+        ValueError, TypeError: unknown backend or key, value out of range, a pipeline that the backend cannot serve.
+        PatchConflictError: the pipeline is patched otherwise already, or somebody else holds a slot that is needed.
+    """
+    name = None if cache_backend in (None, "none") else cache_backend
+    if name is None and cache_config:
+        raise ValueError(f"cache_config {dict(cache_config)!r} was given without a cache_backend")
+    backend = None if name is None else backends.get(name)
+    config = {} if backend is None else backend.check(cache_config)
+    present = handle_of(pipe)
+    if present is not None:
+        if (present.cache_backend, present.cache_config) == (name, config):
+            return present
+        raise PatchConflictError(
+            f"this {type(pipe).__name__} is already patched with {present.cache_backend or 'no cache'} "
+            f"{present.cache_config}: unpatch(pipe) first"
+        )
+    handle = PatchHandle(pipe, name, config)
+    if backend is not None:
+        handle._install(backend)
+    vars(pipe)[_ATTRIBUTE] = handle
+    return handle
+
+
+def handle_of(pipe: Any) -> PatchHandle | None:
+    """The patch that `pipe` runs under, if any."""
+    return vars(pipe).get(_ATTRIBUTE)
+
+
+def unpatch(pipe: Any) -> None:
+    """Undo the patch of `pipe`; does nothing where there is none. Raises what `PatchHandle.undo` raises."""
+    handle = handle_of(pipe)
+    if handle is not None:
+        handle.undo()
+
+
+@contextlib.contextmanager
+def patched(
+    pipe: Any, cache_backend: str | None = None, cache_config: Mapping[str, Any] | None = None
+) -> Iterator[PatchHandle]:
+    """`patch` for the length of a with-block. Inside a like block, the outer one keeps the patch."""
+    outer = handle_of(pipe)
+    handle = patch(pipe, cache_backend, cache_config)
+    try:
+        yield handle
+    finally:
+        if handle is not outer:
+            handle.undo()

@@ -1,0 +1,240 @@
+"""The table of methods: each is one choice of site, signal, gate and forecaster, and the keys that set them.
+
+To add a method, add a `Method` here and its name to the entry points in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from omni_kernels.patching import Patch
+from omni_runtime.cache import config as keys
+from omni_runtime.cache.engine import CacheSession, Parts
+from omni_runtime.cache.forecasters import FORECASTERS, make_forecaster
+from omni_runtime.cache.gates import AccumulatedPolynomialGate, Limits, ThresholdGate
+from omni_runtime.cache.lifecycle import Request
+from omni_runtime.cache.masks import POLICIES, parse_mask, steps_mask
+from omni_runtime.cache.models import ModelRow, TransformerFacts, row_of
+from omni_runtime.cache.signals import FirstBlocksResidual, ModulatedInput
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table, and the cache backend that it makes.
+
+    Attributes:
+        name: what `cache_backend=` is given.
+        summary: one line for listings.
+        keys: the configuration keys.
+        parts: (configuration, model row, number of blocks) → the four choices.
+        relations: (configuration, number of blocks, number of steps; None where unknown) → raises for values that
+            don't go together.
+    """
+
+    name: str
+    summary: str
+    keys: tuple[keys.Key, ...]
+    parts: Callable[[Config, ModelRow, int], Parts]
+    relations: Callable[[Config, int | None, int | None], None]
+
+    def check(
+        self,
+        config: Mapping[str, Any] | None,
+        transformer: TransformerFacts | None = None,
+        steps: int | None = None,
+    ) -> Config:
+        """The complete configuration.
+
+        Args:
+            config: the given keys.
+            transformer: what is known of the transformer; checks that need the number of blocks wait for it.
+            steps: denoising steps of the request; checks that need them wait for it.
+
+        Raises:
+            ValueError: unknown key, value out of range, values that don't go together.
+            TypeError: a value of the wrong type.
+        """
+        resolved = keys.resolve(self.keys, config, self.name)
+        if transformer is not None:
+            row_of(transformer.class_name)
+        self.relations(resolved, None if transformer is None else transformer.blocks, steps)
+        return resolved
+
+    def install(self, pipe: Any, config: Config, patch: Patch) -> CacheSession:
+        """Install on `pipe`; `config` is complete."""
+
+        def parts(row: ModelRow, blocks: int) -> Parts:
+            self.relations(config, blocks, None)
+            return self.parts(config, row, blocks)
+
+        session = CacheSession(self.name, pipe, parts)
+        session.install(patch)
+        return session
+
+
+_FORECASTER_KEYS = (
+    keys.choice("forecaster", None, tuple(FORECASTERS), "what stands in for a skipped residual; None: reuse"),
+    keys.integer("forecaster_order", 1, 0, 3, "order of the forecaster, where it has one"),
+)
+
+
+def _forecaster(config: Config) -> tuple[str, int]:
+    return config["forecaster"] or "reuse", config["forecaster_order"]
+
+
+def _unrelated(config: Config, blocks: int | None, steps: int | None) -> None:
+    return None
+
+
+def _tea_cache(config: Config, row: ModelRow, blocks: int) -> Parts:
+    coefficients = config["coefficients"] or row.tea_coefficients
+    return Parts(
+        first=0,
+        last=blocks,
+        signal=ModulatedInput(row),
+        gate=lambda request: AccumulatedPolynomialGate(Limits(), config["rel_l1_thresh"], coefficients),
+        forecaster=make_forecaster(*_forecaster(config)),
+    )
+
+
+TEA_CACHE = Method(
+    name="tea_cache",
+    summary="TeaCache: skip all blocks while block 0's modulated input has changed little since the last computed step",
+    keys=(
+        keys.number("rel_l1_thresh", 0.2, "accumulated distance at which a step is computed", positive=True),
+        keys.numbers("coefficients", 5, "polynomial of the distance, highest power first; None: the model's own"),
+        *_FORECASTER_KEYS,
+    ),
+    parts=_tea_cache,
+    relations=_unrelated,
+)
+
+
+def _first_block_cache(config: Config, row: ModelRow, blocks: int) -> Parts:
+    return Parts(
+        first=1,
+        last=blocks,
+        signal=FirstBlocksResidual(),
+        gate=lambda request: ThresholdGate(Limits(), config["threshold"]),
+        forecaster=make_forecaster(*_forecaster(config)),
+    )
+
+
+def _first_block_relations(config: Config, blocks: int | None, steps: int | None) -> None:
+    if blocks is not None and blocks < 2:
+        raise ValueError(f"first_block_cache needs at least 2 blocks; the transformer has {blocks}")
+
+
+FIRST_BLOCK_CACHE = Method(
+    name="first_block_cache",
+    summary="First-block cache: skip all blocks but the first while its residual has changed little",
+    keys=(
+        keys.number("threshold", 0.05, "distance below which a step is skipped; ≤ 0 never skips, ≥ 1 always"),
+        *_FORECASTER_KEYS,
+    ),
+    parts=_first_block_cache,
+    relations=_first_block_relations,
+)
+
+
+def _mask_key() -> keys.Key:
+    def parse(value: Any) -> tuple[int, ...] | None:
+        return None if value is None else parse_mask(value)
+
+    allowed = "None or one 0 or 1 for each step, as a list or a string"
+    doc = "explicit steps computation mask: 1 computes the step"
+    return keys.Key("steps_computation_mask", None, "mask", allowed, doc, parse)
+
+
+def _dbcache_mask(config: Config, steps: int) -> tuple[int, ...] | None:
+    mask = config["steps_computation_mask"]
+    if mask is None:
+        policy = config["scm_steps_mask_policy"]
+        return None if policy is None else steps_mask(policy, steps)
+    if len(mask) != steps:
+        raise ValueError(f"steps_computation_mask has {len(mask)} entries, but the request has {steps} steps")
+    return mask
+
+
+def _dbcache_gate(config: Config) -> Callable[[Request], ThresholdGate]:
+    def gate(request: Request) -> ThresholdGate:
+        told = config["num_inference_steps"]
+        if told is not None and told != request.steps:
+            warnings.warn(
+                f"cache_config says num_inference_steps={told}; the request has {request.steps} steps, which counts",
+                stacklevel=2,
+            )
+        limits = Limits(
+            warmup=config["max_warmup_steps"],
+            warmup_interval=config["warmup_interval"],
+            mask=_dbcache_mask(config, request.steps),
+            static=config["scm_steps_policy"] == "static",
+            most_skips=config["max_cached_steps"],
+            longest_run=config["max_continuous_cached_steps"],
+        )
+        return ThresholdGate(limits, config["residual_diff_threshold"])
+
+    return gate
+
+
+def _cache_dit(config: Config, row: ModelRow, blocks: int) -> Parts:
+    name, order = _forecaster(config)
+    if config["enable_taylorseer"]:
+        name, order = "taylorseer", config["taylorseer_order"]
+    return Parts(
+        first=config["Fn_compute_blocks"],
+        last=blocks - config["Bn_compute_blocks"],
+        signal=FirstBlocksResidual(),
+        gate=_dbcache_gate(config),
+        forecaster=make_forecaster(name, order),
+    )
+
+
+def _dbcache_relations(config: Config, blocks: int | None, steps: int | None) -> None:
+    first, last = config["Fn_compute_blocks"], config["Bn_compute_blocks"]
+    if blocks is not None and first + last >= blocks:
+        raise ValueError(
+            f"Fn_compute_blocks + Bn_compute_blocks is {first} + {last}: of the transformer's {blocks} blocks at "
+            "least one must be left to skip"
+        )
+    if config["enable_taylorseer"] and config["forecaster"] not in (None, "taylorseer"):
+        raise ValueError(f"enable_taylorseer contradicts forecaster={config['forecaster']!r}: give one of them")
+    if config["scm_steps_mask_policy"] is not None and config["steps_computation_mask"] is not None:
+        raise ValueError("scm_steps_mask_policy and steps_computation_mask exclude each other: give one of them")
+    told = config["num_inference_steps"] if steps is None else steps
+    if told is not None:
+        _dbcache_mask(config, told)
+
+
+CACHE_DIT = Method(
+    name="cache_dit",
+    summary="DBCache, with TaylorSeer and SCM: skip the middle blocks while what the first Fn add has changed little",
+    keys=(
+        keys.integer("Fn_compute_blocks", 1, 1, None, "first blocks, always computed and watched"),
+        keys.integer("Bn_compute_blocks", 0, 0, None, "last blocks, always computed"),
+        keys.integer("max_warmup_steps", 4, 0, None, "first steps, always computed"),
+        keys.integer("warmup_interval", 1, 1, None, "of the warmup's steps, compute every so many"),
+        keys.integer("max_cached_steps", -1, -1, None, "most steps skipped in a request; −1: no limit"),
+        keys.integer("max_continuous_cached_steps", 3, -1, None, "most steps skipped in a row; −1: no limit"),
+        keys.number("residual_diff_threshold", 0.24, "distance below which a step is skipped; ≤ 0 never, ≥ 1 always"),
+        keys.flag("enable_taylorseer", False, "forecast the residual by TaylorSeer instead of reusing it"),
+        keys.integer("taylorseer_order", 1, 0, 3, "order of TaylorSeer"),
+        keys.choice("scm_steps_mask_policy", None, POLICIES, "steps computation mask by name"),
+        _mask_key(),
+        keys.choice(
+            "scm_steps_policy", "dynamic", ("dynamic", "static"), "the mask's zeros: ask the gate, or skip at once"
+        ),
+        keys.integer("num_inference_steps", None, 1, None, "not needed: a request's steps are read from its scheduler"),
+        *_FORECASTER_KEYS,
+    ),
+    parts=_cache_dit,
+    relations=_dbcache_relations,
+)
+
+#: name → method
+METHODS: dict[str, Method] = {method.name: method for method in (TEA_CACHE, CACHE_DIT, FIRST_BLOCK_CACHE)}

@@ -1,0 +1,170 @@
+"""The block-list seam: the model's own forward runs over a list that hands out what is to be called.
+
+A transformer's forward iterates over its block lists. `BlockList` takes a list's place among the transformer's
+children, sharing its blocks and so its state-dict keys, hooks and casts; iterated from within a forward that is under
+way, it hands out the blocks through the `Passage` of that forward, which calls them, watches them or passes them
+over. Between the blocks the model does as it always does: a ControlNet's residuals, for one, are added by the model
+itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from omni_runtime.cache.models import ModelRow
+
+
+class BlockList(torch.nn.ModuleList):
+    """A block list that lets the forward under way decide what is called in each block's place."""
+
+    def __init__(self, blocks: torch.nn.ModuleList, start: int, passage: Callable[[], Passage | None]) -> None:
+        super().__init__()
+        self.__dict__.update({**vars(blocks), "_modules": blocks._modules})
+        self.__dict__["_start"] = start
+        self.__dict__["_passage"] = passage
+
+    def __iter__(self) -> Iterator[Any]:
+        """The blocks; within a forward under way, what stands for them."""
+        blocks = iter(self._modules.values())
+        passage = self._passage()
+        return blocks if passage is None else passage.slots(blocks, self._start)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copied or pickled list is a plain one: the copy is not patched."""
+        plain = torch.nn.ModuleList()
+        plain.__dict__.update({k: v for k, v in vars(self).items() if k not in ("_start", "_passage")})
+        return plain.__reduce_ex__(protocol)
+
+
+class BlockCalls:
+    """How the blocks of a model are called, and what they return, in the terms of its row."""
+
+    def __init__(self, row: ModelRow, blocks: list[torch.nn.Module], forward: Callable[..., Any]) -> None:
+        self._row = row
+        self.names = [tuple(inspect.signature(block.forward).parameters) for block in blocks]
+        self._places = [names.index(row.hidden) for names in self.names]
+        self._encoder_places = [names.index(row.encoder) if row.encoder else -1 for names in self.names]
+        parameters = list(inspect.signature(forward).parameters)
+        self.forward_names = tuple(parameters)
+        self._between = [(name, parameters.index(name)) for name in row.between if name in parameters]
+        self.pass_over: Callable[..., Any] = _pass_hidden if row.returns == "hidden" else _pass_both
+
+    def hidden(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+        """The hidden states among the arguments of block `index`, [B, S, D]."""
+        place = self._places[index]
+        return args[place] if place < len(args) else kwargs[self._row.hidden]
+
+    def encoder(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+        """The encoder's hidden states, [B, T, D]; None for a model of one stream."""
+        if self._row.encoder is None:
+            return None
+        place = self._encoder_places[index]
+        return args[place] if place < len(args) else kwargs[self._row.encoder]
+
+    def arguments(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """All arguments of block `index` by name."""
+        return {**dict(zip(self.names[index], args, strict=False)), **kwargs}
+
+    def output(self, hidden: torch.Tensor, encoder: torch.Tensor | None) -> Any:
+        """What a block would return."""
+        return hidden if self._row.returns == "hidden" else (encoder, hidden)
+
+    def streams(self, output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The (hidden, encoder) states that a block returned."""
+        return (output, None) if self._row.returns == "hidden" else (output[1], output[0])
+
+    def works_between(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether this forward of the transformer does anything between its blocks."""
+        return any(kwargs.get(name) is not None or len(args) > place for name, place in self._between)
+
+
+def _pass_both(hidden_states: Any, encoder_hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+    return encoder_hidden_states, hidden_states
+
+
+def _pass_hidden(x: Any, *args: Any, **kwargs: Any) -> Any:
+    return x
+
+
+class Passage:
+    """One forward over the blocks, of which [first, last) may be skipped.
+
+    Subclasses' hooks: `enter` sees the call of block `first` and says whether to compute; `leave` sees what the last
+    skippable block returned; `forecast` gives what it would have returned.
+    """
+
+    def __init__(self, calls: BlockCalls, first: int, last: int, stepwise: bool) -> None:
+        self.calls = calls
+        self.first, self.last = first, last
+        self.computing = True
+        self.ran = 0
+        self.entered: torch.Tensor | None = None
+        # With nothing to do between the blocks, a skipped stretch is left at once, not block by block.
+        self._stepwise = stepwise
+        self._base: tuple[torch.Tensor, torch.Tensor | None] | None = None
+
+    def enter(self, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the blocks [first, last) run in this forward."""
+        raise NotImplementedError
+
+    def leave(self, hidden: torch.Tensor, encoder: torch.Tensor | None, base: Any) -> None:
+        """The skippable blocks have run, from `base`, a pair like (hidden, encoder)."""
+        raise NotImplementedError
+
+    def forecast(self, base: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(hidden, encoder) as the skippable blocks would have left them."""
+        raise NotImplementedError
+
+    def slots(self, blocks: Iterator[torch.nn.Module], start: int) -> Iterator[Callable[..., Any]]:
+        """What is called in place of each of `blocks`, the first of which is block `start` of the model."""
+        first, last = self.first, self.last
+        for index, block in enumerate(blocks, start):
+            if index == first:
+                yield functools.partial(self._first, block)
+            elif index == 0:
+                yield functools.partial(self._zeroth, block)
+            elif not first < index < last or (self.computing and index != last - 1):
+                self.ran += 1
+                yield block
+            elif index == last - 1:
+                if self.computing:
+                    yield functools.partial(self._last, block)
+                elif self._stepwise:
+                    yield self._arrive
+            elif self._stepwise:
+                yield self.calls.pass_over
+
+    def _zeroth(self, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        self.entered = self.calls.hidden(0, args, kwargs)
+        self.ran += 1
+        return block(*args, **kwargs)
+
+    def _first(self, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        calls, index = self.calls, self.first
+        self._base = (calls.hidden(index, args, kwargs), calls.encoder(index, args, kwargs))
+        self.computing = self.enter(block, args, kwargs)
+        if self.computing:
+            return self._last(block, *args, **kwargs) if self.last - index == 1 else self._run(block, args, kwargs)
+        if self._stepwise and self.last - index > 1:
+            return calls.output(*self._base)
+        return self._arrive()
+
+    def _run(self, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.ran += 1
+        return block(*args, **kwargs)
+
+    def _last(self, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        output = self._run(block, args, kwargs)
+        base, self._base = self._base, None
+        self.leave(*self.calls.streams(output), base)
+        return output
+
+    def _arrive(self, *args: Any, **kwargs: Any) -> Any:
+        """What the last skippable block would have returned, from the states in which the first was to be called."""
+        base, self._base = self._base, None
+        return self.calls.output(*self.forecast(base))

@@ -1,0 +1,294 @@
+"""The cache engine: one method's four choices, at work on one pipeline.
+
+A `CacheSession` joins the two seams. The scheduler's lifecycle opens and ends requests; each transformer call within
+one is a `Passage` over the model's blocks; a CFG branch's gate, remembered signal and history hang on the request.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from omni_kernels.patching import Patch, PatchConflictError
+from omni_kernels.patching.engine import describe
+from omni_runtime.cache.blocks import BlockCalls, BlockList, Passage
+from omni_runtime.cache.forecasters import Forecaster
+from omni_runtime.cache.gates import Gate, Plan, Verdict
+from omni_runtime.cache.history import History
+from omni_runtime.cache.lifecycle import Lifecycle, Request
+from omni_runtime.cache.models import ModelRow, block_lists, row_of
+from omni_runtime.cache.report import BranchReport, CacheReport, Decision, StepEvent
+from omni_runtime.cache.signals import Sight, Signal
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A method's four choices for one model.
+
+    Attributes:
+        first, last: the site: what blocks [first, last) add to the hidden states is replaced at a skipped step.
+        signal: what is watched.
+        gate: a request → a fresh gate for one branch of it; raises ValueError for a request that it cannot serve.
+        forecaster: what stands in for the missing residual.
+    """
+
+    first: int
+    last: int
+    signal: Signal
+    gate: Callable[[Request], Gate]
+    forecaster: Forecaster
+
+
+class Branch:
+    """The state of one CFG branch in one request: nothing of it outlives the request."""
+
+    def __init__(self, gate: Gate, forecaster: Forecaster, last_stream: bool) -> None:
+        self.gate = gate
+        self.remembered: torch.Tensor | None = None
+        self.hidden = History(forecaster)
+        # The text stream matters only to blocks that still run: with none behind the site, it is left alone.
+        self.encoder = None if last_stream else History(forecaster)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor that is held."""
+        held = [] if self.remembered is None else [self.remembered]
+        return held + self.hidden.tensors() + (self.encoder.tensors() if self.encoder else [])
+
+    def forget(self) -> None:
+        """Drop what no longer fits: the batch or the resolution has changed."""
+        self.remembered = None
+        self.hidden.clear()
+        if self.encoder is not None:
+            self.encoder.clear()
+
+
+class ResidualPassage(Passage):
+    """One forward of one branch, computed or forecast as the branch's gate decides."""
+
+    def __init__(
+        self, session: CacheSession, request: Request, name: str, noise_tokens: int | None, stepwise: bool
+    ) -> None:
+        parts = session.parts
+        super().__init__(session.calls, parts.first, parts.last, stepwise)
+        self._parts = parts
+        self._request = request
+        self._name = name
+        self._noise_tokens = noise_tokens
+        branch = request.state.get(name)
+        if branch is None:
+            branch = Branch(parts.gate(request), parts.forecaster, parts.last == session.blocks)
+            request.state[name] = branch
+        self._branch: Branch = branch
+        self._position = float(request.step) if parts.forecaster.axis == "step" else request.sigma
+
+    def enter(self, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """See `Passage.enter`."""
+        branch = self._branch
+        hidden = self.calls.hidden(self.first, args, kwargs)
+        verdict = self._decide(block, hidden, args, kwargs)
+        branch.gate.settle(verdict.computed)
+        decision = Decision(self._request.step, verdict.computed, verdict.distance, verdict.reason, verdict.accumulated)
+        self._request.decisions.setdefault(self._name, []).append(decision)
+        return verdict.computed
+
+    def _decide(
+        self, block: torch.nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Verdict:
+        branch, signal = self._branch, self._parts.signal
+        verdict = None
+        if branch.hidden.fits(hidden):
+            plan, reason = branch.gate.plan(self._request.step)
+            if plan is not Plan.MEASURE:
+                verdict = Verdict(plan is Plan.COMPUTE, reason)
+        else:
+            verdict = Verdict(True, "shape changed" if len(branch.hidden) else "nothing cached yet")
+            branch.forget()
+        if verdict is not None and not verdict.computed and not signal.every_step:
+            return verdict
+        arguments = self.calls.arguments(self.first, args, kwargs)
+        entered = hidden if self.entered is None else self.entered
+        sight = Sight(block, arguments, hidden, entered, self._noise_tokens)
+        then = branch.remembered if verdict is None else None
+        now, sums = signal.observe(sight, then)
+        if verdict is None and then is None:
+            verdict = Verdict(True, "nothing to compare with")
+        elif verdict is None:
+            numerators, denominators = zip(*sums.tolist(), strict=True)  # the decision's one transfer to the host
+            verdict = branch.gate.judge(numerators, denominators, now[0].numel())
+        if verdict.computed or signal.every_step:
+            branch.remembered = now
+        return verdict
+
+    def leave(self, hidden: torch.Tensor, encoder: torch.Tensor | None, base: Any) -> None:
+        """See `Passage.leave`."""
+        self._branch.hidden.record(hidden, base[0], self._position)
+        if self._branch.encoder is not None and encoder is not None:
+            self._branch.encoder.record(encoder, base[1], self._position)
+
+    def forecast(self, base: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `Passage.forecast`."""
+        hidden, encoder = base
+        if self._branch.encoder is not None and encoder is not None:
+            encoder = self._branch.encoder.forecast(encoder, self._position)
+        return self._branch.hidden.forecast(hidden, self._position), encoder
+
+
+class CacheSession:
+    """One cache method, installed on one pipeline."""
+
+    def __init__(self, name: str, pipe: Any, parts: Callable[[ModelRow, int], Parts]) -> None:
+        self.name = name
+        self.on_step: Callable[[StepEvent], None] | None = None
+        self.transformer = _transformer_of(pipe)
+        self._row = row_of(type(self.transformer).__name__)
+        self._lists = block_lists(self.transformer, self._row)
+        flat = [block for blocks in self._lists for block in blocks]
+        self.blocks = len(flat)
+        self.calls = BlockCalls(self._row, flat, self.transformer.forward)
+        self.parts = parts(self._row, self.blocks)
+        self._lifecycle = Lifecycle(pipe, self._opened, self._stepped)
+        self._last: Request | None = None
+        self._passage: Passage | None = None
+        self._context: str | None = None
+
+    def install(self, patch: Patch) -> None:
+        """Take the two seams.
+
+        Raises:
+            ValueError, PatchConflictError: something about the transformer that a block cache cannot live with.
+        """
+        _refuse(self.transformer)
+        self._lifecycle.install(patch)
+        start = 0
+        for name, blocks in zip(self._row.block_lists, self._lists, strict=True):
+            patch.set_module(self.transformer, name, BlockList(blocks, start, self._take_passage))
+            start += len(blocks)
+        patch.set_attribute(self.transformer, "_compiled_call_impl", self._call)
+        if hasattr(self.transformer, "cache_context"):
+            patch.set_attribute(self.transformer, "cache_context", self._cache_context())
+
+    def close(self) -> None:
+        """Free what a request under way holds."""
+        self._lifecycle.end()
+
+    @property
+    def report(self) -> CacheReport | None:
+        """What the last request did; None before the first."""
+        request = self._last
+        if request is None:
+            return None
+        return CacheReport(
+            backend=self.name,
+            steps=request.steps,
+            branches={name: BranchReport(list(decisions)) for name, decisions in request.decisions.items()},
+            blocks_run=request.blocks_run,
+            blocks_total=request.blocks_total,
+            step_seconds=list(request.step_seconds),
+            complete=request.complete,
+        )
+
+    def held_tensors(self) -> list[torch.Tensor]:
+        """Every tensor that the request under way holds; none between requests."""
+        request = self._lifecycle.request
+        return [] if request is None else [t for branch in request.state.values() for t in branch.tensors()]
+
+    def _opened(self, request: Request) -> None:
+        self._last = request
+
+    def _stepped(self, request: Request) -> None:
+        if self.on_step is None:
+            return
+        step = request.step - 1
+        made = {name: d[-1] for name, d in request.decisions.items() if d and d[-1].step == step}
+        self.on_step(StepEvent(step, request.steps, any(d.computed for d in made.values()), made))
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        """The transformer's call."""
+        request = self._lifecycle.current()
+        if request is None or request.ended:
+            return self.transformer._call_impl(*args, **kwargs)
+        calls = self.calls
+        arguments = {**dict(zip(calls.forward_names, args, strict=False)), **kwargs}
+        passage = ResidualPassage(
+            self,
+            request,
+            self._branch_name(request),
+            self._row.noise_tokens(arguments),
+            calls.works_between(args, kwargs),
+        )
+        self._passage = passage
+        try:
+            output = self.transformer._call_impl(*args, **kwargs)
+        except BaseException:
+            self._lifecycle.end()
+            raise
+        finally:
+            self._passage = None
+        request.calls += 1
+        request.blocks_run += passage.ran
+        request.blocks_total += self.blocks
+        return output
+
+    def _take_passage(self) -> Passage | None:
+        return self._passage
+
+    def _branch_name(self, request: Request) -> str:
+        """The pipeline's name for this call, else its order within the step; unlike any other of the step."""
+        name = self._context or str(request.calls)
+        made = request.decisions.get(name)
+        if made and made[-1].step == request.step:
+            name = f"{name}#{request.calls}"
+        return name
+
+    def _cache_context(self) -> Callable[..., Any]:
+        original: Any = self.transformer.cache_context
+
+        @functools.wraps(original)
+        @contextlib.contextmanager
+        def cache_context(name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+            outer, self._context = self._context, name
+            try:
+                with original(name, *args, **kwargs):
+                    yield
+            finally:
+                self._context = outer
+
+        return cache_context
+
+
+def _transformer_of(pipe: Any) -> torch.nn.Module:
+    lacking = [name for name in ("transformer", "scheduler") if getattr(pipe, name, None) is None]
+    if lacking:
+        raise ValueError(
+            f"{type(pipe).__name__} has no {' and no '.join(lacking)}: a cache is installed on a loaded diffusers "
+            "pipeline with a diffusion transformer"
+        )
+    return pipe.transformer
+
+
+def _refuse(transformer: torch.nn.Module) -> None:
+    """Raise for what a block cache cannot live with, by name."""
+    kind = type(transformer).__name__
+    holder = getattr(transformer, "_compiled_call_impl", None)
+    if getattr(holder, "__func__", None) is CacheSession._call:
+        raise PatchConflictError(f"this {kind} is cached already, through another pipeline that shares it")
+    if holder is not None or hasattr(transformer, "_orig_mod"):
+        raise PatchConflictError(
+            f"this {kind} was compiled as a whole ({describe(holder)}): which blocks run could no longer be decided at "
+            "run time. Compile its blocks instead: transformer.compile_repeated_blocks()"
+        )
+    if getattr(transformer, "is_cache_enabled", False):
+        raise PatchConflictError(f"diffusers' own cache is enabled on this {kind}: transformer.disable_cache() first")
+    if getattr(transformer, "_is_cached", False):
+        raise PatchConflictError(
+            f"the cache-dit library is enabled on this {kind}: cache_dit.disable_cache(pipe) first"
+        )
+    if getattr(transformer, "_parallel_config", None) is not None:
+        raise ValueError(
+            f"this {kind} runs under context parallelism, where ranks must decide together: caches do not do that yet"
+        )

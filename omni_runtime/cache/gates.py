@@ -1,0 +1,170 @@
+"""Gates: when is a step computed?
+
+A gate lives for one CFG branch of one request. At each step it first `plan`s from what needs no device (limits, masks);
+only when that leaves the question open are distances measured and `judge`d. `settle` is told the outcome.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class Plan(enum.Enum):
+    """What a gate says before anything is measured."""
+
+    COMPUTE = enum.auto()
+    SKIP = enum.auto()
+    MEASURE = enum.auto()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A settled question: compute or not, from what distance, and why."""
+
+    computed: bool
+    reason: str
+    distance: float | None = None
+    accumulated: float | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The limits common to all gates, in the order in which they are asked.
+
+    Attributes:
+        warmup: the first steps of a request, all computed ...
+        warmup_interval: ... or every so many of them.
+        mask: 1 for each step that must be computed; 0 leaves it to the gate, or skips at once if `static`.
+        most_skips, longest_run: −1 for no limit.
+    """
+
+    warmup: int = 0
+    warmup_interval: int = 1
+    mask: tuple[int, ...] | None = None
+    static: bool = False
+    most_skips: int = -1
+    longest_run: int = -1
+
+    def warmup_steps(self) -> range:
+        """The steps that warm up: with a mask, no longer than its first run of computed steps."""
+        length = self.warmup
+        if self.mask is not None:
+            length = min(length, next((i for i, bit in enumerate(self.mask) if not bit), len(self.mask)))
+        return range(0, length, self.warmup_interval)
+
+
+class Gate:
+    """The limits; a subclass judges the distances.
+
+    A branch with nothing to reuse computes, whatever the gate would say: the engine asks for no plan then.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self._warmup = limits.warmup_steps()
+        self._skips = 0
+        self._run = 0
+
+    def plan(self, step: int) -> tuple[Plan, str]:
+        """What the limits say of this step, and which one says it."""
+        limits = self.limits
+        if step in self._warmup:
+            return Plan.COMPUTE, "warmup"
+        if limits.mask is not None and step < len(limits.mask):
+            if limits.mask[step]:
+                return Plan.COMPUTE, "mask"
+            if limits.static:
+                return Plan.SKIP, "mask"
+        if 0 <= limits.most_skips <= self._skips:
+            return Plan.COMPUTE, "max cached steps"
+        if 0 <= limits.longest_run <= self._run:
+            return Plan.COMPUTE, "max continuous cached steps"
+        return Plan.MEASURE, ""
+
+    def judge(self, numerators: Sequence[float], denominators: Sequence[float], elements: int) -> Verdict:
+        """Compute or skip, from each sample's Σ|x − y| and Σ|y| over `elements` elements.
+
+        The batch is decided by its worst sample, so that no sample is worse off than alone. A distance that is NaN
+        never passes for small: the step is computed.
+        """
+        raise NotImplementedError(f"{type(self).__name__} measures no distance")
+
+    def settle(self, computed: bool) -> None:
+        """Take note of what was done."""
+        if computed:
+            self._run = 0
+        else:
+            self._run += 1
+            self._skips += 1
+
+
+def worst(distances: Sequence[float]) -> float:
+    """The largest distance; NaN if any is."""
+    return math.nan if any(math.isnan(d) for d in distances) else max(distances, default=0.0)
+
+
+class ThresholdGate(Gate):
+    """Skip while the distance to the last computed step, Σ|x − y| / Σ|y|, is below the threshold (DBCache).
+
+    A threshold ≤ 0 never skips; one ≥ 1 always does, without measuring.
+    """
+
+    def __init__(self, limits: Limits, threshold: float) -> None:
+        super().__init__(limits)
+        self.threshold = threshold
+
+    def plan(self, step: int) -> tuple[Plan, str]:
+        """The limits, then the two thresholds that need no distance."""
+        plan, reason = super().plan(step)
+        if plan is Plan.MEASURE:
+            if self.threshold <= 0.0:
+                return Plan.COMPUTE, "threshold ≤ 0"
+            if self.threshold >= 1.0:
+                return Plan.SKIP, "threshold ≥ 1"
+        return plan, reason
+
+    def judge(self, numerators: Sequence[float], denominators: Sequence[float], elements: int) -> Verdict:
+        """See `Gate.judge`."""
+        distance = worst([n / d if d else math.inf for n, d in zip(numerators, denominators, strict=True)])
+        small = distance < self.threshold
+        return Verdict(not small, "below threshold" if small else "above threshold", distance)
+
+
+class AccumulatedPolynomialGate(Gate):
+    """Skip while the accumulated |poly(r)| stays below the threshold (TeaCache).
+
+    r = mean|x − y| / (mean|y| + 1e-8) against the step before; each sample has its own sum, and all start again from 0
+    at a computed step. `coefficients` has the highest power first.
+    """
+
+    def __init__(self, limits: Limits, threshold: float, coefficients: Sequence[float]) -> None:
+        super().__init__(limits)
+        self.threshold = threshold
+        self.coefficients = tuple(coefficients)
+        self._sums: list[float] = []
+
+    def judge(self, numerators: Sequence[float], denominators: Sequence[float], elements: int) -> Verdict:
+        """See `Gate.judge`."""
+        distances = [n / (d + 1e-8 * elements) for n, d in zip(numerators, denominators, strict=True)]
+        if len(self._sums) != len(distances):
+            self._sums = [0.0] * len(distances)
+        self._sums = [s + abs(self._polynomial(r)) for s, r in zip(self._sums, distances, strict=True)]
+        accumulated = worst(self._sums)
+        small = accumulated < self.threshold
+        reason = "accumulated below threshold" if small else "accumulated above threshold"
+        return Verdict(not small, reason, worst(distances), accumulated)
+
+    def _polynomial(self, r: float) -> float:
+        value = 0.0
+        for coefficient in self.coefficients:
+            value = value * r + coefficient
+        return value
+
+    def settle(self, computed: bool) -> None:
+        """See `Gate.settle`; a computed step clears the sums."""
+        super().settle(computed)
+        if computed:
+            self._sums = []

@@ -1,0 +1,49 @@
+"""The snapshots that a forecast is made from: at most order + 1 of them, newest first."""
+
+from __future__ import annotations
+
+import torch
+
+from omni_kernels import ops
+from omni_runtime.cache.forecasters import Forecaster
+
+
+class History:
+    """One stream of one CFG branch: residuals at computed steps, and where those steps lie."""
+
+    def __init__(self, forecaster: Forecaster) -> None:
+        self._forecaster = forecaster
+        self._positions: list[float] = []
+        self._snapshots: list[torch.Tensor] = []
+
+    def __len__(self) -> int:
+        return len(self._snapshots)
+
+    def fits(self, value: torch.Tensor) -> bool:
+        """Whether the snapshots can be added to `value`; an empty history fits nothing."""
+        return bool(self._snapshots) and self._snapshots[0].shape == value.shape
+
+    def clear(self) -> None:
+        """Drop all snapshots."""
+        self._positions.clear()
+        self._snapshots.clear()
+
+    def record(self, after: torch.Tensor, before: torch.Tensor, position: float) -> None:
+        """Store the residual after − before at `position`, over the oldest snapshot once all places are taken."""
+        if not self.fits(after):
+            self.clear()
+        oldest = None
+        if len(self._snapshots) == self._forecaster.snapshots:
+            self._positions.pop()
+            oldest = self._snapshots.pop()
+        residual = ops.linear_forecast(after, [before], (-1.0,), out=oldest)
+        self._positions.insert(0, position)
+        self._snapshots.insert(0, residual)
+
+    def forecast(self, base: torch.Tensor, position: float) -> torch.Tensor:
+        """`base` plus the residual expected at `position`."""
+        return ops.linear_forecast(base, self._snapshots, self._forecaster.weights(self._positions, position))
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The stored snapshots, newest first."""
+        return list(self._snapshots)

@@ -1,0 +1,175 @@
+"""The scheduler seam: when a request opens, steps and ends.
+
+`set_timesteps` opens a request, `step` closes one denoising step, and the request ends with its last step, with the
+end of the pipeline's call, or with an exception. Whatever state a cache has hangs on the request, so that no request
+can see another's: not after an exception, not after an interrupt.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from omni_kernels.patching import Patch
+from omni_runtime.cache.report import Decision
+
+
+class Request:
+    """One run of a pipeline's denoising loop.
+
+    Attributes:
+        sigmas: the noise levels σ of the scheduler's steps, where it has any, else its timesteps.
+        begin: the scheduler's step that the loop begins with (image-to-image pipelines leave out the first ones).
+        step: index of the step under way, from 0 at `begin`.
+        state: whatever a cache keeps of this request; dropped when it ends.
+        calls: transformer calls in the step under way.
+    """
+
+    def __init__(self, sigmas: list[float], steps: int) -> None:
+        self.sigmas = sigmas
+        self.begin = 0
+        self.step = 0
+        self.state: dict[str, Any] = {}
+        self.calls = 0
+        self.step_seconds: list[float] = []
+        self.blocks_run = 0
+        self.blocks_total = 0
+        self.decisions: dict[str, list[Decision]] = {}
+        self.complete = False
+        self.ended = False
+        self._scheduled = steps
+        self._clock = time.perf_counter()
+
+    @property
+    def steps(self) -> int:
+        """How many steps the request has."""
+        return self._scheduled - self.begin
+
+    @property
+    def sigma(self) -> float:
+        """The noise level of the step under way."""
+        return self.sigmas[self.begin + self.step]
+
+    def close_step(self) -> None:
+        """Go on to the next step, or end after the last."""
+        now = time.perf_counter()
+        self.step_seconds.append(now - self._clock)
+        self._clock = now
+        self.step += 1
+        self.calls = 0
+        if self.step >= self.steps:
+            self.complete = True
+            self.end()
+
+    def end(self) -> None:
+        """Free the state; what was decided stays readable."""
+        self.ended = True
+        self.state.clear()
+
+
+class Lifecycle:
+    """Follows one pipeline's requests through its scheduler.
+
+    Args:
+        pipe: the pipeline; the scheduler that it has at the time of each transformer call is the one followed.
+        on_open: called with a fresh request.
+        on_step: called with the request after each closed step.
+    """
+
+    def __init__(self, pipe: Any, on_open: Callable[[Request], None], on_step: Callable[[Request], None]) -> None:
+        self.request: Request | None = None
+        self._pipe = pipe
+        self._on_open = on_open
+        self._on_step = on_step
+        self._scheduler: Any = None
+        self._patch = Patch()
+        self._warned = False
+
+    def install(self, patch: Patch) -> None:
+        """Wrap the scheduler, and the call with which diffusers pipelines end, of this pipeline alone."""
+        free_hooks = self._pipe.maybe_free_model_hooks
+
+        @functools.wraps(free_hooks)
+        def maybe_free_model_hooks(*args: Any, **kwargs: Any) -> Any:
+            self.end()
+            return free_hooks(*args, **kwargs)
+
+        self._patch = patch
+        patch.set_attribute(self._pipe, "maybe_free_model_hooks", maybe_free_model_hooks)
+        self._attach(self._pipe.scheduler)
+
+    def end(self) -> None:
+        """End the request under way, if any."""
+        if self.request is not None:
+            self.request.end()
+            self.request = None
+
+    def current(self) -> Request | None:
+        """The request that a transformer call belongs to; None, said once, for a call outside any."""
+        if self._pipe.scheduler is not self._scheduler:
+            self._follow()
+        request = self.request
+        if request is None:
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    "the transformer was called outside a pipeline's denoising loop: nothing is cached there",
+                    stacklevel=4,
+                )
+            return None
+        if request.step == 0 and request.calls == 0:
+            request.begin = getattr(self._scheduler, "begin_index", None) or 0
+        return request
+
+    def _attach(self, scheduler: Any) -> None:
+        set_timesteps, step = scheduler.set_timesteps, scheduler.step
+
+        # Pipelines inspect the signature of set_timesteps: functools.wraps keeps it.
+        @functools.wraps(set_timesteps)
+        def wrapped_set_timesteps(*args: Any, **kwargs: Any) -> Any:
+            self.end()
+            result = set_timesteps(*args, **kwargs)
+            self._open()
+            return result
+
+        @functools.wraps(step)
+        def wrapped_step(*args: Any, **kwargs: Any) -> Any:
+            request = self.request
+            try:
+                result = step(*args, **kwargs)
+            except BaseException:
+                self.end()
+                raise
+            if request is not None:
+                self._close_step(request)
+            return result
+
+        self._patch.set_attribute(scheduler, "set_timesteps", wrapped_set_timesteps)
+        self._patch.set_attribute(scheduler, "step", wrapped_step)
+        self._scheduler = scheduler
+
+    def _follow(self) -> None:
+        """The pipeline was given another scheduler: leave the old one, and take up the new one where it stands."""
+        self._patch.undo(self._scheduler)
+        self.end()
+        self._attach(self._pipe.scheduler)
+        if self._scheduler.timesteps is not None and getattr(self._scheduler, "step_index", None) is None:
+            self._open()
+
+    def _open(self) -> None:
+        scheduler = self._scheduler
+        # One transfer to the host a request, before the loop starts.
+        levels = getattr(scheduler, "sigmas", None)
+        levels = scheduler.timesteps if levels is None else levels
+        request = Request([float(x) for x in levels.tolist()], len(scheduler.timesteps))
+        self._on_open(request)
+        self.request = request
+
+    def _close_step(self, request: Request) -> None:
+        request.close_step()
+        self._on_step(request)
+        if request.ended and self.request is request:
+            self.request = None

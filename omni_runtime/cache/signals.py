@@ -1,0 +1,81 @@
+"""Signals: what is watched to tell whether a step resembles an earlier one.
+
+A signal turns the input of the first skippable block into one tensor to remember, and, given the remembered one, into
+each sample's [Σ|now − then|, Σ|then|]. `every_step` says when the new tensor replaces the remembered one: at every step
+(distances run from step to step) or only at computed steps (distances run to the last computed step).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from omni_kernels import ops
+from omni_runtime.cache.models import ModelRow
+
+
+@dataclass
+class Sight:
+    """What a signal may look at: the first skippable block, its arguments, and the first block's input.
+
+    Attributes:
+        block: the block whose call is under way.
+        arguments: its arguments by name.
+        hidden: its hidden states, [B, S, D].
+        entered: the hidden states that entered block 0, [B, S, D]; the same tensor where block 0 is this block.
+        noise_tokens: how many leading tokens are noise; None for all.
+    """
+
+    block: torch.nn.Module
+    arguments: Mapping[str, Any]
+    hidden: torch.Tensor
+    entered: torch.Tensor
+    noise_tokens: int | None
+
+    def noise(self, states: torch.Tensor) -> torch.Tensor:
+        """The tokens of `states` that are noise, as a view."""
+        return states if self.noise_tokens is None else states[:, : self.noise_tokens]
+
+
+class Signal(Protocol):
+    """See the module's docstring."""
+
+    every_step: bool
+
+    def observe(self, sight: Sight, remembered: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tensor of this step, [B, S', D], and the sums fp32 [B, 2]: meaningless where nothing was remembered."""
+
+
+class FirstBlocksResidual:
+    """What the first Fn blocks add to the hidden states (DBCache; with Fn = 1, first-block cache)."""
+
+    every_step = False
+
+    def observe(self, sight: Sight, remembered: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Signal.observe`."""
+        return ops.residual_relative_l1(sight.noise(sight.hidden), sight.noise(sight.entered), remembered)
+
+
+class ModulatedInput:
+    """Block 0's normed and modulated input (TeaCache)."""
+
+    every_step = True
+
+    def __init__(self, row: ModelRow) -> None:
+        self._modulation = row.modulation
+
+    def observe(self, sight: Sight, remembered: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Signal.observe`."""
+        how = self._modulation(sight.block, sight.arguments)
+        return ops.modulated_relative_l1(
+            sight.noise(sight.hidden),
+            how.scale,
+            how.shift,
+            remembered,
+            norm=how.norm,
+            weight=how.weight,
+            eps=how.eps,
+        )
