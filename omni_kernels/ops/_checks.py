@@ -1,0 +1,29 @@
+"""What the ops take: floating-point tensors of equal shape on one device. Everything else is refused by name."""
+
+from __future__ import annotations
+
+import torch
+
+DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
+
+
+def alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether an op can take `a` and `b` together. Cheap, because every call of an op asks."""
+    return a.shape == b.shape and a.device == b.device and a.dtype in DTYPES and b.dtype in DTYPES
+
+
+def unlike(op: str, **tensors: torch.Tensor | None) -> ValueError:
+    """The error for `tensors` that are not all `alike`, by the name of the first that is wrong."""
+    first, *_ = present = [(name, t) for name, t in tensors.items() if t is not None]
+    for name, t in present:
+        if t.dtype not in DTYPES:
+            return ValueError(f"{op}: {name} has dtype {str(t.dtype)[6:]}; allowed are float32, float16 and bfloat16")
+    for name, t in present:
+        if t.device != first[1].device:
+            return ValueError(f"{op}: {name} is on {t.device}; it must be on {first[1].device}, as {first[0]} is")
+    for name, t in present:
+        if t.shape != first[1].shape:
+            return ValueError(
+                f"{op}: {name} has shape {[*t.shape]}; it must be {[*first[1].shape]}, as {first[0]}'s is"
+            )
+    return ValueError(f"{op}: {first[0]} has no dimensions; the first one must be the batch")

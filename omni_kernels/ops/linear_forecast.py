@@ -1,0 +1,244 @@
+"""linear_forecast: a weighted sum of snapshots, which is what every forecaster comes down to.
+
+    out = base + Σ_j weights[j] · history[j]        base, history[j], out: [B, ...]      weights: K numbers in fp32
+
+Reusing a residual is one weight of 1. TaylorSeer (Liu et al. 2025, arXiv:2503.06923), Newton's divided differences,
+Hermite and the others are linear in their snapshots, so that each is a way to choose the weights. Moves the bytes of
+its inputs and of `out`, once, where a ladder of derivatives moves several times as much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from omni_kernels.ops import _samples
+from omni_kernels.ops._checks import DTYPES, alike, unlike
+from omni_kernels.ops._triton import tl, triton
+from omni_kernels.registration import define, nbytes
+
+# A program reads all snapshots at once; more than any forecaster keeps would only cost registers.
+MAX_HISTORY = 16
+
+# 16 elements a thread: two 128-bit loads of bf16 per stream, and with 9 streams no spill.
+BLOCK = 2048
+THREADS = 128
+
+
+def linear_forecast(
+    base: torch.Tensor | None,
+    history: Sequence[torch.Tensor],
+    weights: Sequence[float] | torch.Tensor,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """base + Σ_j weights[j]·history[j], accumulated in fp32.
+
+    Args:
+        base: [B, ...], fp32, fp16 or bf16, any strides, or None for 0.
+        history: 0 to 16 tensors like base; dtypes may differ. At least one where base is None.
+        weights: as many numbers, or a tensor [K] on the device of the snapshots, which is not read to the host.
+        out: where to write, or None for a new tensor. May be base or one of the history (the oldest snapshot, in
+            place); it is read before it is written, whatever it overlaps.
+
+    Returns:
+        `out`, or a new contiguous tensor in the dtype of base or, without one, of history[0].
+
+    Raises:
+        ValueError: shapes or devices differ, a dtype is not allowed, there are not as many weights as snapshots, more
+            than 16 snapshots, or neither a base nor a snapshot.
+    """
+    like = base if base is not None else history[0] if history else None
+    if like is None:
+        raise ValueError("linear_forecast: base is None and history is empty; one of them must be given")
+    if len(history) > MAX_HISTORY:
+        raise ValueError(f"linear_forecast: history has {len(history)} tensors; allowed are 0 to {MAX_HISTORY}")
+    if (
+        like.dim() == 0
+        or not (alike(like, like) and all(alike(like, t) for t in history))
+        or not (out is None or alike(like, out))
+    ):
+        names = {f"history[{j}]": t for j, t in enumerate(history)}
+        raise unlike("linear_forecast", base=base, **names, out=out)
+    if isinstance(weights, torch.Tensor):
+        if weights.shape != (len(history),) or weights.device != like.device or weights.dtype not in DTYPES:
+            raise _wrong_weights(weights, len(history), like)
+        if out is None:
+            return _op_tensor(base, history, weights)
+        _op_into_tensor(base, history, weights, out)
+        return out
+    if len(weights) != len(history):
+        raise ValueError(
+            f"linear_forecast: weights has {len(weights)} numbers; it must have {len(history)}, one per snapshot"
+        )
+    numbers = [float(w) for w in weights]
+    if out is None:
+        return _op(base, history, numbers)
+    _op_into(base, history, numbers, out)
+    return out
+
+
+def _wrong_weights(weights: torch.Tensor, K: int, like: torch.Tensor) -> ValueError:
+    if weights.shape != (K,):
+        return ValueError(f"linear_forecast: weights has shape {[*weights.shape]}; it must be [{K}], one per snapshot")
+    return unlike("linear_forecast", history=like.new_empty(K), weights=weights)
+
+
+def bytes_moved(
+    base: torch.Tensor | None,
+    history: Sequence[torch.Tensor],
+    weights: Sequence[float] | torch.Tensor,
+    out: torch.Tensor | None = None,
+) -> int:
+    """Bytes read and written."""
+    written = next(t for t in (out, base, *history) if t is not None)
+    return nbytes((base, *history, written)) + 4 * len(history)
+
+
+def reference(
+    base: torch.Tensor | None,
+    history: Sequence[torch.Tensor],
+    weights: Sequence[float] | torch.Tensor,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """In plain torch."""
+    if isinstance(weights, torch.Tensor) and weights.is_cpu:
+        weights = weights.tolist()
+    read = list(history) if base is None else [base, *history]
+    dtype = read[0].dtype if out is None else out.dtype
+    # The first term may be summed straight into `out`, unless a later one would be read from there.
+    into = out
+    if out is not None and (
+        dtype != torch.float32
+        or any(_samples.overlap(out, t) for t in read[1:])
+        or (_samples.overlap(out, read[0]) and not _samples.same_view(out, read[0]))
+    ):
+        into = None
+    if base is None:
+        total = into = torch.mul(history[0].float(), weights[0], out=into)
+    else:
+        total = base.float()
+    for j in range(base is None, len(history)):
+        if isinstance(weights, torch.Tensor):
+            total = torch.addcmul(total, history[j].float(), weights[j], out=into)
+        else:
+            total = torch.add(total, history[j], alpha=weights[j], out=into)
+        into = total
+    if out is not None:
+        return out if total is out else out.copy_(total)
+    total = total.to(dtype).contiguous()
+    return total.clone() if total is base else total
+
+
+@triton.jit(do_not_specialize=["n", "blocks"])
+def linear_forecast_kernel(  # type: ignore[no-untyped-def]
+    p_base, p_history, p_weights, weights, p_out, n, base_stride, history_strides, out_stride, blocks,
+    K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program writes one block of one sample of n elements. The weights are numbers, or lie at p_weights."""
+    pid = tl.program_id(0)
+    sample = (pid // blocks).to(tl.int64)
+    start = (pid % blocks).to(tl.int64) * BLOCK
+    o = tl.arange(0, BLOCK)
+    p_out += sample * out_stride + start
+    # A mask whose bound may not divide by 16 costs the 128-bit accesses: only the last, incomplete block has one.
+    if start + BLOCK <= n:
+        total = tl.zeros((BLOCK,), tl.float32)
+        if p_base is not None:
+            total = tl.load(p_base + sample * base_stride + start + o).to(tl.float32)
+        for j in tl.static_range(K):
+            w = weights[j] if p_weights is None else tl.load(p_weights + j).to(tl.float32)
+            total += w * tl.load(p_history[j] + sample * history_strides[j] + start + o).to(tl.float32)
+        tl.store(p_out + o, total.to(p_out.dtype.element_ty))
+    else:
+        m = o < (n - start).to(tl.int32)
+        total = tl.zeros((BLOCK,), tl.float32)
+        if p_base is not None:
+            total = tl.load(p_base + sample * base_stride + start + o, mask=m, other=0.0).to(tl.float32)
+        for j in tl.static_range(K):
+            w = weights[j] if p_weights is None else tl.load(p_weights + j).to(tl.float32)
+            b_history = tl.load(p_history[j] + sample * history_strides[j] + start + o, mask=m, other=0.0)
+            total += w * b_history.to(tl.float32)
+        tl.store(p_out + o, total.to(p_out.dtype.element_ty), mask=m)
+
+
+def launch(
+    base: torch.Tensor | None,
+    history: Sequence[torch.Tensor],
+    weights: Sequence[float] | torch.Tensor,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """With the Triton kernel."""
+    read = list(history) if base is None else [base, *history]
+    like = read[0]
+    if out is None:
+        out = like.new_empty(like.shape)
+    if out.numel() == 0:
+        return out
+    target = out
+    if not all(_samples.same_view(out, t) or not _samples.overlap(out, t) for t in read) or not out[0].is_contiguous():
+        target = out.new_empty(out.shape)
+    B, n = out.shape[0], out.numel() // out.shape[0]
+    if all(t.is_contiguous() for t in (target, *read)):
+        B, n, strides = 1, out.numel(), [0] * (len(read) + 1)
+    else:
+        views = [_samples.by_sample(t) for t in (target, *read)]
+        read, strides = [t for t, _ in views[1:]], [stride for _, stride in views]
+    out_stride, *strides = strides
+    base, base_stride = (None, 0) if base is None else (read.pop(0), strides.pop(0))
+    blocks = -(-n // BLOCK)
+    p_weights, numbers = (weights, ()) if isinstance(weights, torch.Tensor) else (None, tuple(weights))
+    with _samples.on_device_of(target):
+        linear_forecast_kernel[(B * blocks,)](
+            base, tuple(read), p_weights, numbers, target, n, base_stride, tuple(strides), out_stride, blocks,
+            K=len(read), BLOCK=BLOCK, num_warps=THREADS // _samples.WARP_SIZE, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out if target is out else out.copy_(target)
+
+
+def fake(
+    base: torch.Tensor | None, history: Sequence[torch.Tensor], weights: Sequence[float] | torch.Tensor
+) -> torch.Tensor:
+    """The output's shape and dtype."""
+    like = base if base is not None else history[0]
+    return like.new_empty(like.shape)
+
+
+def _into(implementation: Callable[..., torch.Tensor]) -> Callable[..., None]:
+    def run(
+        base: torch.Tensor | None,
+        history: Sequence[torch.Tensor],
+        weights: Sequence[float] | torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        implementation(base, history, weights, out)
+
+    return run
+
+
+def _nothing(
+    base: torch.Tensor | None,
+    history: Sequence[torch.Tensor],
+    weights: Sequence[float] | torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    pass
+
+
+_INPUTS = "Tensor? base, Tensor[] history, {} weights"
+_op, _op_tensor = (
+    define(
+        f"linear_forecast{overload}({_INPUTS.format(kind)}) -> Tensor", reference=reference, triton=launch, fake=fake
+    )
+    for overload, kind in (("", "float[]"), (".tensor", "Tensor"))
+)
+# An op that writes to an argument must return nothing for torch.compile to take it.
+_op_into, _op_into_tensor = (
+    define(
+        f"linear_forecast_into{overload}({_INPUTS.format(kind)}, Tensor(a!) out) -> ()",
+        reference=_into(reference),
+        triton=_into(launch),
+        fake=_nothing,
+    )
+    for overload, kind in (("", "float[]"), (".tensor", "Tensor"))
+)

@@ -1,0 +1,253 @@
+"""modulated_relative_l1: a block's normed, modulated input, and how far it is from the step before's, in one pass.
+
+    m       = norm(h) · weight · (1 + scale) + shift        norm: LayerNorm or RMSNorm over the last dimension
+    sums[b] = [Σ|m[b] − m_prev[b]|, Σ|m_prev[b]|]           h, m_prev: [B, S, D]      sums: fp32 [B, 2]
+
+TeaCache's signal (Liu et al. 2024, arXiv:2411.19108): the modulated input of block 0. The sums are of m as it is
+returned, rounded to its dtype. Moves the bytes of its inputs and of m, once.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from omni_kernels.ops import _samples
+from omni_kernels.ops._checks import DTYPES, alike, unlike
+from omni_kernels.ops._triton import tl, triton
+from omni_kernels.registration import define, nbytes
+
+NORMS = ("layer", "rms")
+
+# A program holds a row in registers, once normed and once as read; from here on it would not fit.
+MAX_TRITON_CHANNELS = 16384
+
+
+def modulated_relative_l1(
+    h: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor | None,
+    m_prev: torch.Tensor | None,
+    *,
+    norm: str = "layer",
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The modulated input m = norm(h)·weight·(1 + scale) + shift, and the sums per sample of |m − m_prev| and |m_prev|.
+
+    Args:
+        h: [B, S, D], fp32, fp16 or bf16, any strides.
+        scale: [B, D], [B, 1, D] or, per token, [B, S, D]; a batch of 1 serves all samples. Its dtype
+            may differ from h's.
+        shift: as scale, or None: nothing is added.
+        m_prev: [B, S, D], the earlier m, or None: the sums are zeros.
+        norm: "layer" (subtract the mean, divide by the standard deviation) or "rms" (divide by the root mean square).
+        weight: [D], the norm's own, or None.
+        eps: added to the variance or the mean square.
+
+    Returns:
+        m: contiguous, in h's shape and dtype.
+        sums: fp32 [B, 2]: [Σ|m − m_prev|, Σ|m_prev|]. Infinities and NaN reach the sums of their sample.
+
+    Raises:
+        ValueError: a shape does not fit, devices differ, a dtype is not allowed, or the norm is unknown.
+    """
+    if h.dim() != 3:
+        raise ValueError(f"modulated_relative_l1: h has shape {[*h.shape]}; it must be [B, S, D]")
+    if not alike(h, h) or not (m_prev is None or alike(h, m_prev)):
+        raise unlike("modulated_relative_l1", h=h, m_prev=m_prev)
+    if norm not in NORMS:
+        raise ValueError(f"modulated_relative_l1: norm is {norm!r}; allowed are 'layer' and 'rms'")
+    _check_modulation("scale", scale, h)
+    if shift is not None:
+        _check_modulation("shift", shift, h)
+    if weight is not None and (weight.shape != h.shape[2:] or weight.device != h.device or weight.dtype not in DTYPES):
+        raise unlike(
+            "modulated_relative_l1",
+            **{"one row of h": h[0, 0] if h.numel() else h.new_empty(h.shape[2])},
+            weight=weight,
+        )
+    return _op(h, scale, shift, m_prev, norm, weight, eps)
+
+
+def _check_modulation(name: str, t: torch.Tensor, h: torch.Tensor) -> None:
+    B, S, D = h.shape
+    shape = t.shape
+    if (
+        len(shape) not in (2, 3)
+        or shape[-1] != D
+        or shape[0] not in (1, B)
+        or (len(shape) == 3 and shape[1] not in (1, S))
+    ):
+        raise ValueError(
+            f"modulated_relative_l1: {name} has shape {[*shape]}; allowed are "
+            f"[B, D], [B, 1, D] and [B, S, D] with B = {B} or 1, S = {S}, D = {D}"
+        )
+    if t.device != h.device or t.dtype not in DTYPES:
+        raise unlike("modulated_relative_l1", h=h, **{name: t})
+
+
+def bytes_moved(
+    h: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor | None,
+    m_prev: torch.Tensor | None,
+    *,
+    norm: str = "layer",
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> int:
+    """Bytes read and written."""
+    return nbytes((h, scale, shift, m_prev, weight, h)) + 8 * h.shape[0]
+
+
+def _per_token(t: torch.Tensor) -> torch.Tensor:
+    return t.unsqueeze(1) if t.dim() == 2 else t
+
+
+def reference(
+    h: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor | None,
+    m_prev: torch.Tensor | None,
+    norm: str = "layer",
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """In plain torch."""
+    D = h.shape[2]
+    x = h.float()
+    if norm == "layer":
+        m = F.layer_norm(x, (D,), eps=eps)
+    else:
+        m = x * torch.rsqrt(x.square().mean(-1, keepdim=True).add_(eps))
+    gain = _per_token(scale).float() + 1.0
+    if weight is not None:
+        gain = gain * weight
+    m = m.mul_(gain) if shift is None else torch.addcmul(_per_token(shift).float(), m, gain)
+    m = m.to(h.dtype).contiguous()
+    if m_prev is None:
+        return m, h.new_zeros((h.shape[0], 2), dtype=torch.float32)
+    return m, _samples.abs_sums(torch.sub(m.float(), m_prev), m_prev)
+
+
+@triton.jit(do_not_specialize=["tokens", "tiles", "programs", "eps"])
+def modulated_relative_l1_kernel(  # type: ignore[no-untyped-def]
+    p_h, p_scale, p_shift, p_weight, p_prev, p_m, p_partials, tokens, h_sample, h_token, scale_sample, scale_token,
+    shift_sample, shift_token, prev_sample, prev_token, eps, tiles, programs,
+    D: tl.constexpr, LAYER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program takes `tiles` tiles of ROWS tokens of one sample; partials: [B, 2, programs], none without p_prev."""
+    pid = tl.program_id(0)
+    sample = (pid // programs).to(tl.int64)
+    part = pid % programs
+    o_d = tl.arange(0, BLOCK)[None, :]
+    m_d = o_d < D
+    p_h += sample * h_sample
+    p_scale += sample * scale_sample
+    p_m += sample * tokens * D
+    if p_shift is not None:
+        p_shift += sample * shift_sample
+    if p_prev is not None:
+        p_prev += sample * prev_sample
+    difference = tl.zeros((ROWS, BLOCK), tl.float32)
+    magnitude = tl.zeros((ROWS, BLOCK), tl.float32)
+    for tile in range(tiles):
+        o_s = (part.to(tl.int64) * tiles + tile) * ROWS + tl.arange(0, ROWS)[:, None]
+        m = (o_s < tokens) & m_d
+        x = tl.load(p_h + o_s * h_token + o_d, mask=m, other=0.0).to(tl.float32)
+        if LAYER:
+            mean = tl.sum(x, axis=1, keep_dims=True) / D
+            x = tl.where(m_d, x - mean, 0.0)
+        x *= tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / D + eps)
+        # Scale and shift are the same few KB for all tokens of a sample, or read once: they come from the cache.
+        gain = 1.0 + tl.load(p_scale + o_s * scale_token + o_d, mask=m, other=0.0).to(tl.float32)
+        if p_weight is not None:
+            gain *= tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
+        x *= gain
+        if p_shift is not None:
+            x += tl.load(p_shift + o_s * shift_token + o_d, mask=m, other=0.0).to(tl.float32)
+        b_m = x.to(p_m.dtype.element_ty)
+        tl.store(p_m + o_s * D + o_d, b_m, mask=m)
+        if p_prev is not None:
+            b_prev = tl.load(p_prev + o_s * prev_token + o_d, mask=m, other=0.0).to(tl.float32)
+            # With eps = 0 the lanes outside hold 0 · ∞.
+            difference += tl.where(m, tl.abs(b_m.to(tl.float32) - b_prev), 0.0)
+            magnitude += tl.abs(b_prev)
+    if p_prev is not None:
+        p_partials += sample * 2 * programs + part
+        tl.store(p_partials, tl.sum(difference))
+        tl.store(p_partials + programs, tl.sum(magnitude))
+
+
+def _rows(t: torch.Tensor) -> torch.Tensor:
+    """`t` with contiguous rows: views that cut or transpose channels are copied."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _strides(t: torch.Tensor | None, B: int, S: int) -> tuple[int, int]:
+    """Distances of samples and of tokens in elements; 0 where there is one for all, which is known to divide by 16."""
+    if t is None:
+        return 0, 0
+    return 0 if t.shape[0] == 1 else t.stride(0), 0 if t.shape[1] == 1 else t.stride(1)
+
+
+def launch(
+    h: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor | None,
+    m_prev: torch.Tensor | None,
+    norm: str = "layer",
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """With the Triton kernel; rows too long for it take the plain-torch implementation."""
+    B, S, D = h.shape
+    if D > MAX_TRITON_CHANNELS:
+        return reference(h, scale, shift, m_prev, norm, weight, eps)
+    m = h.new_empty((B, S, D))
+    sums = h.new_empty((B, 2), dtype=torch.float32)
+    if m_prev is None or m.numel() == 0:
+        sums.zero_()
+    if m.numel() == 0:
+        return m, sums
+    h, scale = _rows(h), _rows(_per_token(scale))
+    shift = None if shift is None else _rows(_per_token(shift))
+    weight = None if weight is None else weight.contiguous()
+    m_prev = None if m_prev is None else _rows(m_prev)
+    block = triton.next_power_of_2(D)
+    rows = max(1, min(_samples.BLOCK // block, triton.next_power_of_2(S)))
+    tiles, programs = _samples.cut(S, rows)
+    partials = sums if m_prev is None else _samples.new_partials(sums, programs)
+    threads = max(_samples.THREADS, block // 16)
+    with _samples.on_device_of(h):
+        modulated_relative_l1_kernel[(B * programs,)](
+            h, scale, shift, weight, m_prev, m, partials, S, *_strides(h, B, S), *_strides(scale, B, S),
+            *_strides(shift, B, S), *_strides(m_prev, B, S), eps, tiles, programs,
+            D=D, LAYER=norm == "layer", ROWS=rows, BLOCK=block, num_warps=threads // _samples.WARP_SIZE,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+        _samples.add_partials(partials, sums)
+    return m, sums
+
+
+def fake(
+    h: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor | None,
+    m_prev: torch.Tensor | None,
+    norm: str = "layer",
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The outputs' shapes and dtypes."""
+    return h.new_empty(h.shape), h.new_empty((h.shape[0], 2), dtype=torch.float32)
+
+
+_op = define(
+    "modulated_relative_l1(Tensor h, Tensor scale, Tensor? shift, Tensor? m_prev, str norm, Tensor? weight, float eps)"
+    " -> (Tensor, Tensor)",
+    reference=reference,
+    triton=launch,
+    fake=fake,
+)

@@ -1,0 +1,106 @@
+"""relative_l1: how far x is from y, per sample.
+
+    sums[b] = [Σ|x[b] − y[b]|, Σ|y[b]|]        x, y: [B, ...]      sums: fp32 [B, 2]
+
+The step caches' signal (TeaCache, Liu et al. 2024, arXiv:2411.19108; first-block cache and DBCache of the cache-dit
+project) is the quotient of the two. Sums rather than means or the quotient, so that ranks that hold parts of a sample
+can add them. Moves the bytes of x and y, once.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from omni_kernels.ops import _samples
+from omni_kernels.ops._checks import alike, unlike
+from omni_kernels.ops._triton import tl, triton
+from omni_kernels.registration import define, nbytes
+
+
+def relative_l1(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Sums per sample of |x − y| and |y|.
+
+    Args:
+        x: [B, ...], fp32, fp16 or bf16, any strides. A tensor of one dimension is a batch of samples of one element.
+        y: as x; the dtype may differ.
+
+    Returns:
+        fp32 [B, 2]: [Σ|x − y|, Σ|y|]. Infinities and NaN in the inputs reach the sums of their sample.
+
+    Raises:
+        ValueError: shapes or devices differ, a dtype is not allowed, or there is no batch dimension.
+    """
+    if not alike(x, y) or x.dim() == 0:
+        raise unlike("relative_l1", x=x, y=y)
+    return _op(x, y)
+
+
+def bytes_moved(x: torch.Tensor, y: torch.Tensor) -> int:
+    """Bytes read and written."""
+    return nbytes((x, y)) + 8 * x.shape[0]
+
+
+def reference(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """In plain torch."""
+    return _samples.abs_sums(torch.sub(x.float(), y), y)
+
+
+@triton.jit(do_not_specialize=["n", "blocks", "programs"])
+def relative_l1_kernel(p_x, p_y, p_partials, n, x_stride, y_stride, blocks, programs, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A program sums `blocks` blocks of one sample of n elements; partials: [B, 2, programs]."""
+    pid = tl.program_id(0)
+    sample = (pid // programs).to(tl.int64)
+    part = pid % programs
+    start = part.to(tl.int64) * blocks * BLOCK
+    elements = tl.minimum(n - start, tl.cast(blocks, tl.int64) * BLOCK)
+    p_x += sample * x_stride + start
+    p_y += sample * y_stride + start
+    o = tl.arange(0, BLOCK)
+    difference = tl.zeros((BLOCK,), tl.float32)
+    magnitude = tl.zeros((BLOCK,), tl.float32)
+    # A mask whose bound may not divide by 16 costs the 128-bit loads: only the last, incomplete block has one.
+    full = elements // BLOCK
+    for _ in range(full):
+        b_x = tl.load(p_x + o).to(tl.float32)
+        b_y = tl.load(p_y + o).to(tl.float32)
+        difference += tl.abs(b_x - b_y)
+        magnitude += tl.abs(b_y)
+        p_x += BLOCK
+        p_y += BLOCK
+    left = (elements - full * BLOCK).to(tl.int32)
+    if left > 0:
+        b_x = tl.load(p_x + o, mask=o < left, other=0.0).to(tl.float32)
+        b_y = tl.load(p_y + o, mask=o < left, other=0.0).to(tl.float32)
+        difference += tl.abs(b_x - b_y)
+        magnitude += tl.abs(b_y)
+    p_partials += sample * 2 * programs + part
+    tl.store(p_partials, tl.sum(difference))
+    tl.store(p_partials + programs, tl.sum(magnitude))
+
+
+def launch(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """With the Triton kernel."""
+    B = x.shape[0]
+    sums = x.new_empty((B, 2), dtype=torch.float32)
+    if x.numel() == 0:
+        return sums.zero_()
+    n = x.numel() // B
+    x, x_stride = _samples.by_sample(x)
+    y, y_stride = _samples.by_sample(y)
+    blocks, programs = _samples.cut(n, _samples.BLOCK)
+    partials = _samples.new_partials(sums, programs)
+    with _samples.on_device_of(x):
+        relative_l1_kernel[(B * programs,)](
+            x, y, partials, n, x_stride, y_stride, blocks, programs,
+            BLOCK=_samples.BLOCK, num_warps=_samples.THREADS // _samples.WARP_SIZE, enable_fp_fusion=True,
+        )  # fmt: skip
+        _samples.add_partials(partials, sums)
+    return sums
+
+
+def fake(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The output's shape and dtype."""
+    return x.new_empty((x.shape[0], 2), dtype=torch.float32)
+
+
+_op = define("relative_l1(Tensor x, Tensor y) -> Tensor", reference=reference, triton=launch, fake=fake)

@@ -1,0 +1,63 @@
+"""How an op enters torch's dispatcher, which is the only device registry that the package has.
+
+`define` says in one call what an op is called, which function runs it on which device, and what its outputs look like
+without running it (the fake, for `torch.compile`, export and `torch.library.opcheck`). The ops are for inference: no
+gradient formula is registered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+NAMESPACE = "omni_kernels"
+
+# Registrations live as long as the library object that made them.
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+@dataclass(frozen=True)
+class Op:
+    """What a benchmark, a validation run or a test has to know of one op.
+
+    All four callables take the same arguments. `reference` is the plain-torch implementation, `launcher` runs the
+    Triton kernel (also on CPU tensors under `TRITON_INTERPRET=1`), and `bytes_moved` counts what has to cross the
+    memory bus when every input is read once and every output written once; it reads shapes and dtypes only, so that
+    tensors on the `meta` device do.
+    """
+
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
+    launcher: Callable[..., Any]
+    bytes_moved: Callable[..., int]
+
+
+def define(schema: str, *, reference: Callable[..., Any], triton: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define `omni_kernels::<schema>`, register its implementations and return the overload to call.
+
+    `reference` runs on the CPU, on an out-of-tree device (`PrivateUse1`: Ascend) and on every device without a row of
+    its own; it must be plain torch that stays on its inputs' device. `triton` runs on NVIDIA and, through ROCm, AMD,
+    where Triton is installed.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    implementations = {
+        "CPU": reference,
+        "CUDA": triton if find_spec("triton") else reference,
+        "PrivateUse1": reference,
+        "CompositeExplicitAutograd": reference,
+    }
+    for key, implementation in implementations.items():
+        _library.impl(name, implementation, key)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    base, _, overload = name.partition(".")
+    return getattr(getattr(getattr(torch.ops, NAMESPACE), base), overload or "default")
+
+
+def nbytes(tensors: Sequence[torch.Tensor | None]) -> int:
+    """Bytes of all elements of `tensors`, of which some may be None."""
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
