@@ -1,0 +1,27 @@
+"""Run diffusers pipelines with step caches: `Omni` in Python, `omni` on the command line.
+
+Importing this package loads neither torch nor diffusers; what is named here is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omni_runtime.omni import Omni
+    from omni_runtime.result import OmniResult, Timings
+
+__all__ = ["Omni", "OmniResult", "Timings"]
+
+_HOME = {"Omni": "omni_runtime.omni", "OmniResult": "omni_runtime.result", "Timings": "omni_runtime.result"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,112 @@
+"""Times a pipeline's denoising loop through the progress bar that the pipeline asks for.
+
+diffusers pipelines open `self.progress_bar(...)` right before the loop and update it after each step. That needs no
+hook on the model and no synchronisation: on an accelerator the marks are device events, read when the request is over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from omni_runtime.result import Timings
+
+
+class LoopClock:
+    """Marks of one request.
+
+    Args:
+        device: where the pipeline runs.
+        on_step: told of each closed step, as (index, count); the count is 0 where the pipeline does not say.
+    """
+
+    def __init__(self, device: torch.device, on_step: Callable[[int, int], None] | None = None) -> None:
+        self._device = device
+        self._on_step = on_step
+        self._marks: list[Any] = []
+        self._steps = 0
+
+    @contextlib.contextmanager
+    def following(self, pipe: Any) -> Iterator[None]:
+        """While open, `pipe`, and no other pipeline, reports its loop here."""
+        make_bar = pipe.progress_bar
+        former = vars(pipe).get("progress_bar")
+
+        def progress_bar(iterable: Any = None, total: int | None = None) -> _Bar:
+            bar = make_bar(iterable, total)
+            self._steps = getattr(bar, "total", None) or 0
+            return _Bar(bar, self)
+
+        vars(pipe)["progress_bar"] = progress_bar
+        self.mark()
+        try:
+            yield
+            self.mark()
+        finally:
+            if former is None:
+                del vars(pipe)["progress_bar"]
+            else:
+                vars(pipe)["progress_bar"] = former
+
+    def mark(self) -> None:
+        """Note this moment."""
+        if self._device.type == "cpu":
+            self._marks.append(time.perf_counter())
+        else:
+            event = torch.Event(self._device.type, enable_timing=True)
+            event.record()
+            self._marks.append(event)
+
+    def close_step(self) -> None:
+        """Note the end of a step, and tell the listener."""
+        self.mark()
+        if self._on_step is not None:
+            self._on_step(len(self._marks) - 3, self._steps)
+
+    def timings(self) -> Timings:
+        """The request's seconds; waits for the device."""
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize()
+        marks = self._marks
+        spans = [self._seconds(start, end) for start, end in itertools.pairwise(marks)]
+        total = self._seconds(marks[0], marks[-1])
+        if len(spans) < 2:  # a pipeline that shows no progress
+            return Timings(total, 0.0, [], 0.0)
+        return Timings(total, spans[0], spans[1:-1], spans[-1])
+
+    def _seconds(self, start: Any, end: Any) -> float:
+        return end - start if self._device.type == "cpu" else start.elapsed_time(end) / 1000
+
+
+class _Bar:
+    """The pipeline's own bar, with a clock beside it."""
+
+    def __init__(self, bar: Any, clock: LoopClock) -> None:
+        self._bar = bar
+        self._clock = clock
+
+    def __enter__(self) -> _Bar:
+        self._bar.__enter__()
+        self._clock.mark()
+        return self
+
+    def __exit__(self, *error: Any) -> Any:
+        return self._bar.__exit__(*error)
+
+    def __iter__(self) -> Iterator[Any]:
+        self._clock.mark()
+        for item in self._bar:
+            yield item
+            self._clock.close_step()
+
+    def update(self, *args: Any) -> Any:
+        self._clock.close_step()
+        return self._bar.update(*args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._bar, name)

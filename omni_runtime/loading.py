@@ -1,0 +1,288 @@
+"""From a model's name to a loaded pipeline, with everything that can be known beforehand read and checked first.
+
+A model is named by an embedded model's name, a directory that `save_pretrained` wrote, or a hub id. `find` reads its
+`model_index.json` and its transformer's `config.json` only; `load` reads the weights.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from omni_kernels.patching.backends import nearest
+
+EMBEDDED = Path(__file__).parent / "embedded"
+
+#: What `DiffusionPipeline.from_pretrained` takes besides the pipeline's own components. dtype is `Omni`'s.
+FROM_PRETRAINED = frozenset(
+    [
+        "cache_dir",
+        "force_download",
+        "proxies",
+        "local_files_only",
+        "token",
+        "revision",
+        "custom_pipeline",
+        "custom_revision",
+        "provider",
+        "sess_options",
+        "provider_options",
+        "device_map",
+        "max_memory",
+        "offload_folder",
+        "offload_state_dict",
+        "low_cpu_mem_usage",
+        "variant",
+        "use_safetensors",
+        "use_onnx",
+        "load_connected_pipeline",
+        "quantization_config",
+        "use_flashpack",
+        "disable_mmap",
+        "trust_remote_code",
+    ]
+)
+_OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A pipeline that is not loaded yet.
+
+    Attributes:
+        name: the model as the user named it.
+        location: the directory or hub id that `from_pretrained` takes.
+        pipeline_class: the diffusers class; None where the model brings its own code.
+        transformer_config: the transformer's config.json; None where the pipeline has no transformer.
+        defaults: arguments of `generate` that hold where the user gives none.
+    """
+
+    name: str
+    location: str
+    kind: Literal["embedded", "directory", "hub"]
+    pipeline_class: type | None
+    transformer_config: Mapping[str, Any] | None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+def embedded_models() -> dict[str, Path]:
+    """The models that come with the package: name → directory."""
+    return {path.parent.name: path.parent for path in sorted(EMBEDDED.glob("*/model_index.json"))}
+
+
+def find(name: str, arguments: Mapping[str, Any] | None = None) -> Source:
+    """The pipeline of that name, from its index alone.
+
+    Args:
+        name: an embedded model's name, a directory, or a hub id.
+        arguments: what is to be passed to `from_pretrained`.
+
+    Raises:
+        FileNotFoundError: there is no such directory, embedded model or hub model, or the hub cannot be reached.
+        ValueError: it is there, and is no diffusers pipeline.
+        TypeError: `from_pretrained` takes no such argument.
+    """
+    arguments = arguments or {}
+    kind, location = _locate(name)
+    read = _HubFiles(location, arguments) if kind == "hub" else _DirectoryFiles(Path(location))
+    index = read("model_index.json")
+    if not isinstance(index, dict) or "_class_name" not in index:
+        raise ValueError(f"{name} is no diffusers pipeline: {_why_no_pipeline(name, kind, location)}")
+    pipeline_class = None if "custom_pipeline" in arguments else _pipeline_class(name, index["_class_name"])
+    if pipeline_class is not None:
+        _check_arguments(pipeline_class, arguments)
+    return Source(
+        name=name,
+        location=location,
+        kind=kind,
+        pipeline_class=pipeline_class,
+        transformer_config=_transformer_config(index, arguments, read),
+        defaults=_defaults(location) if kind == "embedded" else {},
+    )
+
+
+def load(source: Source, dtype: Any, device: torch.device, arguments: Mapping[str, Any]) -> Any:
+    """The pipeline, its weights in `dtype`, on `device` (left where `device_map` puts it, if that is given)."""
+    import diffusers
+
+    pipe = diffusers.DiffusionPipeline.from_pretrained(source.location, torch_dtype=dtype, **arguments)
+    return pipe if arguments.get("device_map") else pipe.to(device)
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device to run on; "auto" is the accelerator, where there is one, else the CPU.
+
+    Raises:
+        ValueError: no such device, here or at all.
+        TypeError: neither text nor a torch.device.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if device == "auto":
+        return accelerator or torch.device("cpu")
+    if not isinstance(device, str | torch.device):
+        raise TypeError(f"device must be a string or a torch.device, not {type(device).__name__}")
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {device!r}: {str(error).splitlines()[0]}") from None
+    count = torch.accelerator.device_count() if accelerator and accelerator.type == wanted.type else 0
+    if wanted.type not in ("cpu", "meta") and (wanted.index or 0) >= count:
+        here = ["cpu", *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()) if accelerator)]
+        raise ValueError(f"device {str(wanted)!r} is not available here; available: {', '.join(here)}")
+    return wanted
+
+
+def resolve_dtype(dtype: Any, device: torch.device) -> Any:
+    """A torch.dtype; "auto" is float32 on the CPU, bfloat16 elsewhere. A dict per component stays as it is.
+
+    Raises:
+        ValueError: no such name.
+        TypeError: none of these types.
+    """
+    if isinstance(dtype, torch.dtype | Mapping):
+        return dtype
+    if not isinstance(dtype, str):
+        raise TypeError(f"dtype must be a torch.dtype or its name, not {type(dtype).__name__}")
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    known = DTYPES.get(dtype.removeprefix("torch."))
+    if known is None:
+        raise ValueError(f"unknown dtype {dtype!r}: {nearest(dtype, [*DTYPES, 'auto'])}")
+    return known
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` where one of `known` is close to `word`, else nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+class _DirectoryFiles:
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def __call__(self, name: str) -> Any:
+        """The JSON file `name`; None where there is none."""
+        path = self.directory / name
+        return _json(path) if path.is_file() else None
+
+
+class _HubFiles:
+    def __init__(self, model: str, arguments: Mapping[str, Any]) -> None:
+        self.model = model
+        self.arguments = {key: arguments[key] for key in _OF_THE_HUB if arguments.get(key) is not None}
+
+    def __call__(self, name: str) -> Any:
+        """The JSON file `name` of the hub's model, downloaded or from the hub's cache; None where it has none."""
+        from huggingface_hub import errors, hf_hub_download
+
+        embedded = ", ".join(embedded_models()) or "there are none"
+        neither = f"{self.model!r} is not a directory, not an embedded model ({embedded}), and "
+        try:
+            return _json(Path(hf_hub_download(self.model, name, **self.arguments)))
+        except errors.GatedRepoError:
+            raise FileNotFoundError(f"{neither}the hub's model is gated: log in with `hf auth login`") from None
+        except errors.RepositoryNotFoundError:
+            raise FileNotFoundError(f"{neither}the hub has no such model, or it is private") from None
+        except errors.LocalEntryNotFoundError as error:
+            raise FileNotFoundError(f"{neither}the hub could not be reached: {_first_line(error)}") from None
+        except errors.EntryNotFoundError:
+            return None
+        except OSError as error:
+            raise FileNotFoundError(f"{neither}the hub could not be reached: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+
+
+def _locate(name: str) -> tuple[Literal["embedded", "directory", "hub"], str]:
+    embedded = embedded_models()
+    if name in embedded:
+        return "embedded", str(embedded[name])
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return "directory", str(path)
+    if path.exists():
+        raise ValueError(f"{name} is a file; a model is a directory with a model_index.json")
+    if _HUB_ID.fullmatch(name):
+        return "hub", name
+    known = ", ".join(embedded) or "there are none"
+    raise FileNotFoundError(
+        f"no model {name!r}: no such directory, and no embedded model of that name ({known})"
+        f"{suggestion(name, embedded)}"
+    )
+
+
+def _why_no_pipeline(name: str, kind: str, location: str) -> str:
+    if kind != "hub" and (Path(location) / "config.json").is_file():
+        return "it holds a single model (config.json), and no model_index.json"
+    if kind != "hub" and (Path(location) / "model_index.json").is_file():
+        return "its model_index.json names no pipeline class"
+    return "it has no model_index.json"
+
+
+def _pipeline_class(name: str, class_name: Any) -> type | None:
+    import diffusers
+
+    if not isinstance(class_name, str):
+        return None  # [module, class]: the model brings its own code
+    found = getattr(diffusers, class_name, None)
+    if not (isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)):
+        raise ValueError(
+            f"{name} is no pipeline that diffusers {diffusers.__version__} knows: "
+            f"its model_index.json says {class_name!r}"
+        )
+    return found
+
+
+def _check_arguments(pipeline_class: type, arguments: Mapping[str, Any]) -> None:
+    import inspect
+
+    known = FROM_PRETRAINED | set(inspect.signature(pipeline_class.__init__).parameters) - {"self"}  # type: ignore[misc]
+    for key in arguments:
+        if key not in known:
+            raise TypeError(f"neither Omni nor from_pretrained takes {key!r}{suggestion(key, [*known, *_OF_OMNI])}")
+
+
+_OF_OMNI = ("model", "dtype", "device", "cache_backend", "cache_config")
+
+
+def _transformer_config(
+    index: Mapping[str, Any], arguments: Mapping[str, Any], read: _DirectoryFiles | _HubFiles
+) -> Mapping[str, Any] | None:
+    given = arguments.get("transformer")
+    if given is not None:
+        return {"_class_name": type(given).__name__, **given.config}
+    if not (index.get("transformer") or [None])[0]:
+        return None
+    return read("transformer/config.json")
+
+
+def _defaults(location: str) -> Mapping[str, Any]:
+    path = Path(location) / "defaults.json"
+    return _json(path) if path.is_file() else {}

@@ -1,0 +1,336 @@
+"""`Omni`: load a pipeline, put a cache on it, generate.
+
+    omni = Omni(model="Qwen/Qwen-Image", cache_backend="tea_cache", cache_config={"rel_l1_thresh": 0.2})
+    outputs = omni.generate(prompt="A cat sitting on a windowsill", num_inference_steps=50)
+    outputs[0].images[0].save("cat.png")
+
+Everything that can be wrong about the model, the cache, its configuration and the first request is checked before any
+weight is loaded: an `Omni` reads the model's index when it is made, and its weights when they are first needed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from omni_kernels.patching import PatchHandle, backends, handle_of, patch
+from omni_runtime import loading, request
+from omni_runtime.cache import models
+from omni_runtime.cache.report import StepEvent
+from omni_runtime.clock import LoopClock
+from omni_runtime.result import OmniResult, jsonable
+
+#: Names the cache backend where the caller names none.
+ENVIRONMENT_VARIABLE = "DIFFUSION_CACHE_BACKEND"
+
+
+class _FromEnvironment:
+    def __repr__(self) -> str:
+        return f"${ENVIRONMENT_VARIABLE}"
+
+
+FROM_ENVIRONMENT: Any = _FromEnvironment()
+
+
+class Omni:
+    """A diffusers pipeline with a step cache.
+
+    Args:
+        model: an embedded model's name, a directory written by `save_pretrained`, a hub id, or a loaded pipeline.
+        dtype: torch.dtype or its name; "auto" is float32 on the CPU and bfloat16 elsewhere. A loaded pipeline is
+            converted only if a dtype is named.
+        device: "cpu", "cuda:1", ...; "auto" is the accelerator, where there is one. A loaded pipeline is moved only if
+            a device is named.
+        cache_backend: "tea_cache", "cache_dit", ...; None and "none" mean no cache. Left out, the environment variable
+            `DIFFUSION_CACHE_BACKEND` names it.
+        cache_config: the backend's keys, as a dict or as JSON text; what is left out takes its default.
+        from_pretrained: what `DiffusionPipeline.from_pretrained` takes (variant, revision, token, components, ...).
+
+    Attributes:
+        name: the model as it was named.
+        cache_backend, cache_config: what is installed, defaults filled in; None and {} without a cache.
+
+    Raises:
+        ValueError, TypeError: an unknown backend, key or argument, a value out of range, no pipeline.
+        FileNotFoundError: no such model.
+        PatchConflictError: the loaded pipeline is patched otherwise already.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        dtype: Any = "auto",
+        device: str | torch.device = "auto",
+        cache_backend: str | None = FROM_ENVIRONMENT,
+        cache_config: Mapping[str, Any] | str | None = None,
+        **from_pretrained: Any,
+    ) -> None:
+        backend, config = resolve_cache(cache_backend, cache_config)
+        dtype = _one_dtype(dtype, from_pretrained)
+        if isinstance(model, str | os.PathLike):
+            source = loading.find(os.fspath(model), from_pretrained)
+            complete = check_cache(backend, config, source.transformer_config, source.name)
+            target = loading.resolve_device(device)
+            dtype = loading.resolve_dtype(dtype, target)
+            self.name = source.name
+            self._defaults = source.defaults
+            self._pipeline_class = source.pipeline_class
+            self._load: Callable[[], Any] = lambda: loading.load(source, dtype, target, from_pretrained)
+        else:
+            _check_loaded(model, from_pretrained)
+            complete = check_cache(backend, config, _config_of(model), type(model).__name__)
+            self.name = getattr(model, "name_or_path", None) or type(model).__name__
+            self._defaults = {}
+            self._pipeline_class = type(model)
+            self._load = lambda: _moved(model, dtype, device)
+        self.cache_backend, self.cache_config = backend, complete
+        self._pipe: Any = None
+        self._handle: PatchHandle | None = None
+        self._patched_here = self._closed = False
+        if not isinstance(model, str | os.PathLike):
+            self.load()
+
+    def __repr__(self) -> str:
+        return f"Omni({self.name!r}, cache_backend={self.cache_backend!r}, cache_config={self.cache_config!r})"
+
+    def __enter__(self) -> Omni:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def pipe(self) -> Any:
+        """The diffusers pipeline, loaded now if it was not yet."""
+        return self.load()
+
+    def load(self) -> Any:
+        """Load the weights and install the cache, unless that is done; returns the pipeline.
+
+        Raises:
+            RuntimeError: this Omni is closed.
+            OSError, ValueError, ...: what `from_pretrained` raises.
+        """
+        if self._closed:
+            raise RuntimeError("this Omni is closed")
+        if self._pipe is None:
+            pipe = self._load()
+            before = handle_of(pipe)
+            self._handle = patch(pipe, self.cache_backend, self.cache_config)
+            self._patched_here = self._handle is not before
+            self._pipe = pipe
+        return self._pipe
+
+    def close(self) -> None:
+        """Take the cache out of the pipeline, and let go of it. A second call does nothing."""
+        handle, self._handle, self._pipe, self._closed = self._handle, None, None, True
+        if handle is not None and self._patched_here:
+            handle.undo()
+
+    def generate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        image: Any = None,
+        *,
+        num_inference_steps: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int | Sequence[int] | None = None,
+        on_step: Callable[[StepEvent], None] | None = None,
+        **arguments: Any,
+    ) -> list[OmniResult]:
+        """Run the pipeline once per prompt.
+
+        Args:
+            prompt: one prompt, or a list of them.
+            negative_prompt: one for all prompts, or one for each. Most pipelines guide only where there is one.
+            image: for pipelines that start from an image: a PIL image, path, tensor or array, for all prompts; with a
+                list of prompts, a list gives each its own. A list with a single prompt is that prompt's references.
+            num_inference_steps: denoising steps; the model's own number by default.
+            height, width: pixels; a multiple of what the model's patches and VAE come to (16 as a rule).
+            seed: one for all prompts, or one for each. Left out, each prompt gets a random one, told in its result.
+            on_step: called with a `StepEvent` after each denoising step.
+            arguments: whatever else the pipeline's call takes (true_cfg_scale, output_type, ...).
+
+        Returns:
+            One result per prompt, in order.
+
+        Raises:
+            ValueError, TypeError, FileNotFoundError: before anything runs, by name.
+        """
+        requests = self.prepare(
+            prompt,
+            negative_prompt=negative_prompt,
+            image=image,
+            num_inference_steps=num_inference_steps,
+            height=height,
+            width=width,
+            seed=seed,
+            **arguments,
+        )
+        return [self.run(one, on_step) for one in requests]
+
+    def prepare(self, prompt: str | Sequence[str] | None = None, **arguments: Any) -> list[request.GenerationRequest]:
+        """The checked requests that `generate` would run. Takes and raises what `generate` does.
+
+        Only sizes need the loaded pipeline: whatever else is wrong is found before its weights are read.
+        """
+        pipeline_class = self._pipeline_class or type(self.pipe)
+        requests = request.build(pipeline_class, prompt, defaults=self._defaults, **arguments)
+        self._check_steps(request.step_count(pipeline_class, requests[0].arguments))
+        request.check_size(self.pipe, requests)
+        return requests
+
+    def run(self, one: request.GenerationRequest, on_step: Callable[[StepEvent], None] | None = None) -> OmniResult:
+        """Run one prepared request. If the pipeline raises, nothing of the request stays behind."""
+        pipe, handle = self.pipe, self._handle
+        assert handle is not None  # load() has set it
+        clock = LoopClock(pipe._execution_device, None if handle.cache_backend else _without_cache(on_step))
+        former, handle.on_step = handle.on_step, on_step
+        try:
+            with clock.following(pipe):
+                output = pipe(**one.call())
+        except BaseException:
+            pipe.maybe_free_model_hooks()  # what the pipeline itself does last: offload, and the cache's end of request
+            raise
+        finally:
+            handle.on_step = former
+        return OmniResult(
+            images=output.images if hasattr(output, "images") else output[0],
+            cache=handle.report,
+            timings=clock.timings(),
+            prompt=one.prompt,
+            seed=one.seed,
+            settings=self._settings(one),
+        )
+
+    def _check_steps(self, steps: int | None) -> None:
+        """Hold what depends on the step count (a mask's length) against it, for a backend that can tell."""
+        if self.cache_backend is None or steps is None:
+            return
+        check: Any = backends.get(self.cache_backend).check
+        if "steps" in inspect.signature(check).parameters:
+            check(self.cache_config, steps=steps)
+
+    def _settings(self, one: request.GenerationRequest) -> dict[str, Any]:
+        import diffusers
+
+        import omni_kernels
+
+        return {
+            "model": str(self.name),
+            "pipeline": type(self.pipe).__name__,
+            "prompt": one.prompt,
+            "seed": one.seed,
+            **jsonable(one.arguments),
+            "cache_backend": self.cache_backend,
+            "cache_config": jsonable(self.cache_config),
+            "dtype": str(self.pipe.dtype).removeprefix("torch."),
+            "device": self.pipe._execution_device.type,
+            "versions": {
+                "omni_kernels": omni_kernels.__version__,
+                "diffusers": diffusers.__version__,
+                "torch": torch.__version__,
+            },
+        }
+
+
+def resolve_cache(
+    cache_backend: str | None = FROM_ENVIRONMENT, cache_config: Mapping[str, Any] | str | None = None
+) -> tuple[str | None, dict[str, Any] | None]:
+    """The backend's name, None without a cache, and its configuration as a dict, both checked.
+
+    Raises:
+        ValueError: unknown backend or key, value out of range, text that is no JSON, configuration without backend.
+        TypeError: a wrong type.
+    """
+    origin = ""
+    if cache_backend is FROM_ENVIRONMENT:
+        cache_backend = os.environ.get(ENVIRONMENT_VARIABLE) or None
+        origin = f" (from the environment variable {ENVIRONMENT_VARIABLE})"
+    config = _config(cache_config)
+    if cache_backend in (None, "none"):
+        if config:
+            raise ValueError(f"cache_config {config!r} was given without a cache_backend")
+        return None, None
+    try:
+        backend = backends.get(cache_backend)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{error}{origin}") from None
+    backend.check(config)
+    return cache_backend, config
+
+
+def check_cache(
+    backend: str | None,
+    config: Mapping[str, Any] | None,
+    transformer_config: Mapping[str, Any] | None,
+    name: str,
+) -> dict[str, Any]:
+    """A backend's complete configuration, checked against a transformer's config.json.
+
+    Raises:
+        ValueError, TypeError: what the backend's `check` raises; a transformer that no cache knows; none at all.
+    """
+    if backend is None:
+        return {}
+    if transformer_config is None:
+        raise ValueError(f"{name} has no transformer: cache backend {backend!r} cannot serve it")
+    return backends.get(backend).check(config, models.describe(transformer_config))
+
+
+def _config(cache_config: Mapping[str, Any] | str | None) -> dict[str, Any] | None:
+    if isinstance(cache_config, str):
+        try:
+            cache_config = json.loads(cache_config)
+        except ValueError as error:
+            raise ValueError(f"cache_config is no JSON: {error}: {cache_config!r}") from None
+        if not isinstance(cache_config, dict):
+            raise TypeError(f'cache_config must be a JSON object, like {{"key": 1}}, not {cache_config!r}')
+    if cache_config is None:
+        return None
+    if not isinstance(cache_config, Mapping):
+        raise TypeError(f"cache_config must be a dict or JSON text, not {type(cache_config).__name__}")
+    return dict(cache_config)
+
+
+def _one_dtype(dtype: Any, from_pretrained: dict[str, Any]) -> Any:
+    """`torch_dtype`, the name that diffusers knows, is another word for `dtype`."""
+    if "torch_dtype" not in from_pretrained:
+        return dtype
+    if dtype != "auto":
+        raise ValueError("dtype and torch_dtype cannot both be given")
+    return from_pretrained.pop("torch_dtype")
+
+
+def _check_loaded(model: Any, from_pretrained: Mapping[str, Any]) -> None:
+    if not (callable(model) and hasattr(model, "scheduler") and hasattr(model, "progress_bar")):
+        raise TypeError(f"model must be a name, a directory or a loaded diffusers pipeline, not {type(model).__name__}")
+    if from_pretrained:
+        raise TypeError(f"a loaded pipeline takes no {', '.join(sorted(from_pretrained))}")
+
+
+def _config_of(pipe: Any) -> Mapping[str, Any] | None:
+    transformer = getattr(pipe, "transformer", None)
+    return None if transformer is None else {"_class_name": type(transformer).__name__, **transformer.config}
+
+
+def _moved(pipe: Any, dtype: Any, device: str | torch.device) -> Any:
+    target = None if device == "auto" else loading.resolve_device(device)
+    if dtype != "auto":
+        pipe.to(loading.resolve_dtype(dtype, target or pipe.device))
+    return pipe if target is None else pipe.to(target)
+
+
+def _without_cache(on_step: Callable[[StepEvent], None] | None) -> Callable[[int, int], None] | None:
+    """Without a cache nobody decides: every step is computed, and has no branches to tell of."""
+    if on_step is None:
+        return None
+    return lambda step, steps: on_step(StepEvent(step, steps, True, {}))

@@ -1,0 +1,265 @@
+"""What a pipeline is asked for: prompts, images, seeds and sizes, checked against the pipeline class before it runs.
+
+Only the class is needed, so that a wrong request fails before any weight is loaded.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from omni_runtime.loading import suggestion
+
+#: In the class names of pipelines that start from an image. Others (FLUX Kontext) can do without the one they take.
+NEEDS_IMAGE = ("Edit", "Img2Img", "Inpaint")
+
+#: Pipelines that take one image per prompt, and fail deep inside on several.
+ONE_IMAGE = frozenset(
+    [
+        "QwenImageEditPipeline",
+        "QwenImageEditInpaintPipeline",
+        "QwenImageImg2ImgPipeline",
+        "QwenImageInpaintPipeline",
+        "ZImageImg2ImgPipeline",
+        "ZImageInpaintPipeline",
+        "FluxImg2ImgPipeline",
+        "FluxInpaintPipeline",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One call of the pipeline.
+
+    Attributes:
+        prompt: the prompt; None where embeddings are given instead.
+        seed: of the request's generator, on the CPU; None where the caller gives a generator.
+        arguments: everything else that the pipeline is called with.
+    """
+
+    prompt: str | None
+    seed: int | None
+    arguments: dict[str, Any]
+
+    def call(self) -> dict[str, Any]:
+        """The pipeline's arguments. The generator lives on the CPU, so that a seed gives the same noise everywhere."""
+        arguments = dict(self.arguments)
+        if self.prompt is not None:
+            arguments["prompt"] = self.prompt
+        if self.seed is not None:
+            arguments["generator"] = torch.Generator("cpu").manual_seed(self.seed)
+        return arguments
+
+
+def build(
+    pipeline_class: type,
+    prompt: str | Sequence[str] | None,
+    *,
+    negative_prompt: str | Sequence[str] | None = None,
+    image: Any = None,
+    seed: int | Sequence[int] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    **arguments: Any,
+) -> list[GenerationRequest]:
+    """One request per prompt. An argument that is None is left to `defaults`, and then to the pipeline.
+
+    Raises:
+        ValueError, TypeError: an argument that the pipeline does not have, lacks, or cannot take; by name.
+    """
+    signature = inspect.signature(pipeline_class.__call__).parameters
+    given = {name: value for name, value in arguments.items() if value is not None}
+    given = {name: value for name, value in (defaults or {}).items() if name in signature} | given
+    default_negative = given.pop("negative_prompt", None)
+    _check_names(pipeline_class, signature, given)
+    _check_numbers(given)
+
+    prompts = _prompts(pipeline_class, signature, prompt, given)
+    negatives = _negative_prompts(pipeline_class, signature, negative_prompt, len(prompts))
+    images = _images(pipeline_class, signature, image, prompt)
+    seeds = _seeds(seed, len(prompts), given)
+    requests = []
+    for one, negative, picture, number in zip(prompts, negatives, images, seeds, strict=True):
+        call = dict(given)
+        if negative is None and "negative_prompt_embeds" not in given:
+            negative = default_negative
+        if negative is not None:
+            call["negative_prompt"] = negative
+        if picture is not None:
+            call["image"] = picture
+        requests.append(GenerationRequest(one, number, call))
+    return requests
+
+
+def check_size(pipe: Any, requests: Sequence[GenerationRequest]) -> None:
+    """Raise ValueError for a height or width that the loaded pipeline would round."""
+    processor = getattr(pipe, "image_processor", None)
+    multiple = getattr(getattr(processor, "config", None), "vae_scale_factor", 1)
+    for request in requests:
+        for side in ("height", "width"):
+            value = request.arguments.get(side)
+            if value is not None and value % multiple:
+                below = value - value % multiple
+                near = f"{below} or {below + multiple}" if below else f"{multiple}"
+                raise ValueError(f"{side} {value} is no multiple of {multiple}; nearest: {near}")
+
+
+def step_count(pipeline_class: type, arguments: Mapping[str, Any]) -> int | None:
+    """How many steps the pipeline will do; None where that hangs on more than `num_inference_steps`."""
+    signature = inspect.signature(pipeline_class.__call__).parameters
+    if "num_inference_steps" not in signature or any(name in signature for name in ("strength", "denoising_end")):
+        return None
+    if any(arguments.get(name) is not None for name in ("sigmas", "timesteps")):
+        return None
+    steps = arguments.get("num_inference_steps", signature["num_inference_steps"].default)
+    return steps if isinstance(steps, int) else None
+
+
+def whole_number(name: str, value: Any, least: int) -> int:
+    """`value` as an int. Raises TypeError for anything but a whole number, ValueError for one below `least`."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, not {value!r}") from None
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, not {number}")
+    return number
+
+
+def _check_names(pipeline_class: type, signature: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    if "return_dict" in given:
+        raise TypeError("generate returns a list of results: it takes no return_dict")
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in signature.values()):
+        return
+    for name in given:
+        if name not in signature or name == "self":
+            raise TypeError(
+                f"{pipeline_class.__name__} takes no {name!r}"
+                f"{suggestion(name, [*signature, 'seed', 'prompt', 'image'])}"
+            )
+
+
+def _check_numbers(given: dict[str, Any]) -> None:
+    for name in ("num_inference_steps", "height", "width", "num_images_per_prompt"):
+        if name in given:
+            given[name] = whole_number(name, given[name], least=1)
+
+
+def _texts(name: str, value: Any) -> list[str]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, Sequence):
+        raise TypeError(f"{name} must be text or a list of texts, not {type(value).__name__}")
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"{name} must be text or a list of texts; the list holds {text!r}")
+    if not texts:
+        raise ValueError(f"{name} is an empty list")
+    return list(texts)
+
+
+def _prompts(
+    pipeline_class: type, signature: Mapping[str, Any], prompt: Any, given: Mapping[str, Any]
+) -> list[str] | list[None]:
+    if prompt is None:
+        if "prompt_embeds" not in given:
+            raise ValueError(f"{pipeline_class.__name__} needs a prompt")
+        return [None]
+    if "prompt_embeds" in given:
+        raise ValueError("prompt and prompt_embeds cannot both be given")
+    if "prompt" not in signature:
+        raise ValueError(f"{pipeline_class.__name__} takes no prompt")
+    return _texts("prompt", prompt)
+
+
+def _negative_prompts(
+    pipeline_class: type, signature: Mapping[str, Any], negative_prompt: Any, count: int
+) -> Sequence[str | None]:
+    if negative_prompt is None:
+        return [None] * count
+    if "negative_prompt" not in signature:
+        raise ValueError(f"{pipeline_class.__name__} takes no negative_prompt")
+    texts = _texts("negative_prompt", negative_prompt)
+    if isinstance(negative_prompt, str):
+        return texts * count
+    if len(texts) != count:
+        raise ValueError(f"{len(texts)} negative prompts for {_count(count, 'prompt')}: give one, or one for each")
+    return texts
+
+
+def _images(pipeline_class: type, signature: Mapping[str, Any], image: Any, prompt: Any) -> Sequence[Any]:
+    """One image, list of references, or None, per prompt."""
+    name = pipeline_class.__name__
+    count = 1 if prompt is None or isinstance(prompt, str) else len(prompt)
+    if image is None:
+        if "image" in signature and any(part in name for part in NEEDS_IMAGE):
+            raise ValueError(f"{name} needs an image")
+        return [None] * count
+    if "image" not in signature:
+        raise ValueError(f"{name} makes images from text alone: it takes no image")
+    many = isinstance(image, Sequence) and not isinstance(image, str)
+    if many and not len(image):
+        raise ValueError("image is an empty list")
+    if many and not isinstance(prompt, str) and prompt is not None:
+        if len(image) != count:
+            raise ValueError(f"{_count(len(image), 'image')} for {_count(count, 'prompt')}: give one, or one for each")
+        each = [_open(one) for one in image]
+    else:
+        each = [_open(image)] * count
+    for one in each:
+        if name in ONE_IMAGE and isinstance(one, list) and len(one) > 1:
+            raise ValueError(f"{name} takes one image per prompt, not {len(one)}")
+    return each
+
+
+def _open(image: Any) -> Any:
+    """A path as an RGB picture, a list of them likewise; anything else (PIL, tensor, array) as it is."""
+    if isinstance(image, list | tuple):
+        return [_open(one) for one in image]
+    if isinstance(image, str | Path):
+        from PIL import Image, ImageOps, UnidentifiedImageError
+
+        path = Path(image).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"no image file {str(image)!r}")
+        try:
+            with Image.open(path) as picture:
+                return ImageOps.exif_transpose(picture).convert("RGB")
+        except UnidentifiedImageError:
+            raise ValueError(f"{image} is no image that Pillow can read") from None
+    if not (hasattr(image, "convert") or hasattr(image, "shape")):
+        raise TypeError(f"image must be a picture, a tensor, an array or a path, not {type(image).__name__}")
+    return image
+
+
+def _seeds(seed: Any, count: int, given: Mapping[str, Any]) -> Sequence[int | None]:
+    if "generator" in given:
+        if seed is not None:
+            raise ValueError("seed and generator cannot both be given")
+        return [None] * count
+    if seed is None:
+        return [secrets.randbelow(2**32) for _ in range(count)]
+    if isinstance(seed, Sequence) and not isinstance(seed, str):
+        if len(seed) != count:
+            raise ValueError(f"{_count(len(seed), 'seed')} for {_count(count, 'prompt')}: give one, or one for each")
+        return [_seed(one) for one in seed]
+    return [_seed(seed)] * count
+
+
+def _seed(value: Any) -> int:
+    number = whole_number("seed", value, least=0)
+    if number >= 2**64:
+        raise ValueError(f"seed must be below 2**64, not {number}")
+    return number
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
