@@ -22,6 +22,9 @@ from omni_runtime.cache.models import ModelRow
 class BlockList(torch.nn.ModuleList):
     """A block list that lets the forward under way decide what is called in each block's place."""
 
+    _start: int
+    _passage: Callable[[], Passage | None]
+
     def __init__(self, blocks: torch.nn.ModuleList, start: int, passage: Callable[[], Passage | None]) -> None:
         super().__init__()
         self.__dict__.update({**vars(blocks), "_modules": blocks._modules})

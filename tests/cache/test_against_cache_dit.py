@@ -1,0 +1,146 @@
+"""cache_dit and first_block_cache against the cache-dit library on the same weights: the same steps, the same images.
+
+The library is run as its users run it (`cache_dit.enable_cache` on a pipeline of its own). Z-Image is compared without
+guidance: with it, the library averages the distance over the two guidance branches of the batch, which is one of the
+things that are done better here (`test_batches.py`).
+"""
+
+import functools
+import logging
+
+import cache_dit
+import pytest
+import tiny
+import torch
+
+import omni_kernels
+from omni_runtime.cache.masks import steps_mask
+
+STEPS = 28
+LAYERS = 6
+
+#: settings under cache_dit's own keys, in both spellings where they differ
+SETTINGS = {
+    "F1B0": {"residual_diff_threshold": 0.3, "max_warmup_steps": 4},
+    "F1B0, no limits": {"residual_diff_threshold": 0.2, "max_warmup_steps": 0, "max_continuous_cached_steps": -1},
+    "F1B0, tight": {"residual_diff_threshold": 0.06, "max_warmup_steps": 2, "max_continuous_cached_steps": -1},
+    "F2B1": {"Fn_compute_blocks": 2, "Bn_compute_blocks": 1, "residual_diff_threshold": 0.25, "max_warmup_steps": 3},
+    "F1B2": {"Bn_compute_blocks": 2, "residual_diff_threshold": 0.15, "max_warmup_steps": 3},
+    "F4B1": {"Fn_compute_blocks": 4, "Bn_compute_blocks": 1, "residual_diff_threshold": 0.2, "max_warmup_steps": 1},
+    "limits": {
+        "residual_diff_threshold": 0.5,
+        "max_warmup_steps": 2,
+        "max_cached_steps": 9,
+        "max_continuous_cached_steps": 2,
+    },
+    "warmup interval": {"residual_diff_threshold": 0.3, "max_warmup_steps": 9, "warmup_interval": 3},
+    "threshold 0": {"residual_diff_threshold": 0.0},
+    "threshold 1": {"residual_diff_threshold": 1.0, "max_warmup_steps": 2, "max_continuous_cached_steps": 4},
+    "SCM slow, dynamic": {"residual_diff_threshold": 0.25, "scm_steps_mask_policy": "slow"},
+    "SCM medium, dynamic": {"residual_diff_threshold": 0.12, "scm_steps_mask_policy": "medium"},
+    "SCM fast, static": {"scm_steps_mask_policy": "fast", "scm_steps_policy": "static"},
+    "SCM explicit": {
+        "steps_computation_mask": [1, 1, 1, 0, 0, 1, 0] * 4,
+        "scm_steps_policy": "static",
+        "max_warmup_steps": 5,
+    },
+}
+CASES = {
+    "Qwen-Image with CFG": (functools.partial(tiny.qwen_image, layers=LAYERS), {}),
+    "Qwen-Image without CFG": (functools.partial(tiny.qwen_image, layers=LAYERS), {"negative_prompt": None}),
+    "Z-Image": (functools.partial(tiny.z_image, layers=LAYERS), {"guidance_scale": 0.0}),
+}
+
+
+@pytest.fixture(autouse=True)
+def quiet_library():
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def run_library(build, setting, guidance):
+    """(skipped steps by branch, latents) of the cache-dit library."""
+    ours = {"max_warmup_steps": 4, "max_continuous_cached_steps": 3, "residual_diff_threshold": 0.24} | setting
+    mask = ours.pop("steps_computation_mask", None)
+    policy = ours.pop("scm_steps_mask_policy", None)
+    mask = list(steps_mask(policy, STEPS)) if policy else mask
+    config = cache_dit.DBCacheConfig(
+        Fn_compute_blocks=ours.pop("Fn_compute_blocks", 1),
+        Bn_compute_blocks=ours.pop("Bn_compute_blocks", 0),
+        steps_computation_mask=mask,
+        steps_computation_policy=ours.pop("scm_steps_policy", "dynamic"),
+        enable_separate_cfg=guidance == {},  # two transformer calls a step, told apart by counting
+        num_inference_steps=None,
+        **ours,
+    )
+    pipe = build()
+    cache_dit.enable_cache(pipe, cache_config=config)
+    latents = tiny.generate(pipe, num_inference_steps=STEPS, output_type="latent", **guidance)
+    transformer = pipe.transformer
+    return [transformer._cached_steps, *([transformer._cfg_cached_steps] if guidance == {} else [])], latents
+
+
+def run_ours(build, setting, guidance, backend="cache_dit"):
+    pipe = build()
+    with omni_kernels.patched(pipe, backend, setting) as handle:
+        latents = tiny.generate(pipe, num_inference_steps=STEPS, output_type="latent", **guidance)
+        return [branch.skipped for branch in handle.report.branches.values()], latents
+
+
+@pytest.mark.parametrize("setting", sorted(SETTINGS))
+@pytest.mark.parametrize("case", sorted(CASES))
+def test_computed_steps_and_images_are_the_librarys(case, setting):
+    build, guidance = CASES[case]
+    theirs, their_latents = run_library(build, SETTINGS[setting], guidance)
+    ours, our_latents = run_ours(build, SETTINGS[setting], guidance)
+    assert ours == theirs
+    torch.testing.assert_close(our_latents, their_latents, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", sorted(CASES))
+def test_the_settings_cover_steps_that_compute_and_steps_that_skip(case):
+    build, guidance = CASES[case]
+    counts = {len(run_ours(build, SETTINGS[s], guidance)[0][0]) for s in ("F1B0", "F1B0, tight", "F2B1", "limits")}
+    assert len(counts) >= 3
+    assert min(counts) < STEPS - 8
+    assert max(counts) > 4
+
+
+def test_first_block_cache_is_dbcache_with_one_block_and_no_limits():
+    build, guidance = CASES["Qwen-Image with CFG"]
+    setting = {"residual_diff_threshold": 0.1, "max_warmup_steps": 0, "max_continuous_cached_steps": -1}
+    theirs, their_latents = run_library(build, setting, guidance)
+    ours, our_latents = run_ours(build, {"threshold": 0.1}, guidance, "first_block_cache")
+    assert ours == theirs
+    torch.testing.assert_close(our_latents, their_latents, rtol=1e-5, atol=1e-5)
+
+
+def test_library_takes_every_second_step_for_the_other_branch_without_a_negative_prompt_and_ours_does_not():
+    """As it is set up for Qwen-Image, the library counts calls by parity: with one call a step, half the steps compare
+    themselves with the wrong ones, and the step count is halved."""
+    build, guidance = CASES["Qwen-Image without CFG"]
+    setting = {"residual_diff_threshold": 0.1, "max_warmup_steps": 4, "max_continuous_cached_steps": 3}
+    library = build()
+    cache_dit.enable_cache(
+        library, cache_config=cache_dit.DBCacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=0, **setting)
+    )
+    tiny.generate(library, num_inference_steps=STEPS, output_type="latent", **guidance)
+    assert max(library.transformer._cached_steps) < STEPS / 2
+
+    (ours,), _ = run_ours(build, setting, guidance)
+    (right,), _ = run_library(build, setting, guidance)  # told by hand that there is one branch
+    assert ours == right
+    assert max(ours) > STEPS / 2
+
+
+def test_requests_of_other_step_counts_leave_no_trace():
+    build, guidance = CASES["Qwen-Image without CFG"]
+    pipe = build()
+    with omni_kernels.patched(pipe, "cache_dit", SETTINGS["F1B0"]) as handle:
+        first = tiny.generate(pipe, num_inference_steps=STEPS, output_type="latent", **guidance)
+        skipped = [b.skipped for b in handle.report.branches.values()]
+        tiny.generate(pipe, seed=3, num_inference_steps=11, output_type="latent", **guidance)
+        again = tiny.generate(pipe, num_inference_steps=STEPS, output_type="latent", **guidance)
+        assert [b.skipped for b in handle.report.branches.values()] == skipped
+    assert torch.equal(first, again)
