@@ -122,7 +122,7 @@ def load(source: Source, dtype: Any, device: torch.device, arguments: Mapping[st
     """The pipeline, its weights in `dtype`, on `device` (left where `device_map` puts it, if that is given)."""
     import diffusers
 
-    pipe = diffusers.DiffusionPipeline.from_pretrained(source.location, torch_dtype=dtype, **arguments)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(source.location, dtype=dtype, **arguments)
     return pipe if arguments.get("device_map") else pipe.to(device)
 
 

@@ -191,7 +191,7 @@ def _negative_prompts(
     if isinstance(negative_prompt, str):
         return texts * count
     if len(texts) != count:
-        raise ValueError(f"{len(texts)} negative prompts for {_count(count, 'prompt')}: give one, or one for each")
+        raise ValueError(f"{_count(len(texts), 'negative prompt')} for {_count(count, 'prompt')}: give one, or one for each")
     return texts
 
 
