@@ -31,6 +31,10 @@ class PatchHandle:
         state = "active" if self.active else "undone"
         return f"PatchHandle(cache_backend={self.cache_backend!r}, cache_config={self.cache_config!r}, {state})"
 
+    def __reduce__(self) -> Any:
+        # A copied or pickled pipeline is not patched, so it has no handle.
+        return type(None), ()
+
     @property
     def active(self) -> bool:
         """Whether the pipeline still runs under this patch."""
@@ -110,7 +114,7 @@ def patch(pipe: Any, cache_backend: str | None = None, cache_config: Mapping[str
 
 def handle_of(pipe: Any) -> PatchHandle | None:
     """The patch that `pipe` runs under, if any."""
-    return vars(pipe).get(_ATTRIBUTE)
+    return getattr(pipe, "__dict__", {}).get(_ATTRIBUTE)
 
 
 def unpatch(pipe: Any) -> None:

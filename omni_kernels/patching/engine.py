@@ -7,7 +7,8 @@ that the patch installed, nothing is touched and the conflict is named.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+import functools
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,30 @@ def describe(value: object) -> str:
     """Where a value comes from, for messages: `module.qualname` of a function, else of its type."""
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{getattr(named, '__module__', '?')}.{getattr(named, '__qualname__', '?')}"
+
+
+class InstanceMethod:
+    """A function in the place of one instance's method. A copy of the instance gets what stood there before.
+
+    A plain function in an instance's `__dict__` would be carried into every copy, where it would go on working on the
+    original; and a local one keeps its owner from being pickled.
+    """
+
+    def __init__(self, owner: object, name: str, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, function)
+        self._function = function
+        self._former = (getattr, (owner, name)) if name not in vars(owner) else (_same, (vars(owner)[name],))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function."""
+        return self._function(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return self._former
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 @dataclass(eq=False)
@@ -55,9 +80,9 @@ class Patch:
     def __init__(self) -> None:
         self._slots: list[_Slot] = []
 
-    def set_attribute(self, owner: object, name: str, value: Any) -> None:
-        """Shadow the attribute `name` of this one instance by `value`."""
-        self._fill(owner, vars(owner), name, value)
+    def set_method(self, owner: object, name: str, function: Callable[..., Any]) -> None:
+        """Shadow the method `name` of this one instance by `function`, which is called without the instance."""
+        self._fill(owner, vars(owner), name, InstanceMethod(owner, name, function))
 
     def set_module(self, owner: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
         """Replace the registered child `name`; `module` must keep the child's state-dict keys."""

@@ -31,7 +31,8 @@ class Method:
         name: what `cache_backend=` is given.
         summary: one line for listings.
         keys: the configuration keys.
-        parts: (configuration, model row, number of blocks) → the four choices.
+        parts: (configuration, model row, number of blocks) → the four choices; raises ValueError for a row that lacks
+            what the method needs.
         relations: (configuration, number of blocks, number of steps; None where unknown) → raises for values that
             don't go together.
     """
@@ -60,9 +61,9 @@ class Method:
             TypeError: a value of the wrong type.
         """
         resolved = keys.resolve(self.keys, config, self.name)
-        if transformer is not None:
-            row_of(transformer.class_name)
         self.relations(resolved, None if transformer is None else transformer.blocks, steps)
+        if transformer is not None:
+            self.parts(resolved, row_of(transformer.class_name), transformer.blocks)
         return resolved
 
     def install(self, pipe: Any, config: Config, patch: Patch) -> CacheSession:
@@ -93,10 +94,14 @@ def _unrelated(config: Config, blocks: int | None, steps: int | None) -> None:
 
 def _tea_cache(config: Config, row: ModelRow, blocks: int) -> Parts:
     coefficients = config["coefficients"] or row.tea_coefficients
+    if row.modulation is None:
+        raise ValueError("tea_cache watches block 0's modulated input: the transformer's ModelRow gives no modulation")
+    if coefficients is None:
+        raise ValueError("no TeaCache coefficients are known for this transformer: give them as the key 'coefficients'")
     return Parts(
         first=0,
         last=blocks,
-        signal=ModulatedInput(row),
+        signal=ModulatedInput(row.modulation),
         gate=lambda request: AccumulatedPolynomialGate(Limits(), config["rel_l1_thresh"], coefficients),
         forecaster=make_forecaster(*_forecaster(config)),
     )
@@ -144,7 +149,10 @@ FIRST_BLOCK_CACHE = Method(
 
 def _mask_key() -> keys.Key:
     def parse(value: Any) -> tuple[int, ...] | None:
-        return None if value is None else parse_mask(value)
+        try:
+            return None if value is None else parse_mask(value)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"steps_computation_mask: {error}") from None
 
     allowed = "None or one 0 or 1 for each step, as a list or a string"
     doc = "explicit steps computation mask: 1 computes the step"

@@ -37,11 +37,15 @@ class BlockList(torch.nn.ModuleList):
         passage = self._passage()
         return blocks if passage is None else passage.slots(blocks, self._start)
 
+    def __getitem__(self, index: Any) -> Any:
+        """A block, or a plain list of some."""
+        if isinstance(index, slice):
+            return torch.nn.ModuleList(list(self._modules.values())[index])
+        return super().__getitem__(index)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A copied or pickled list is a plain one: the copy is not patched."""
-        plain = torch.nn.ModuleList()
-        plain.__dict__.update({k: v for k, v in vars(self).items() if k not in ("_start", "_passage")})
-        return plain.__reduce_ex__(protocol)
+        return torch.nn.ModuleList, (), {k: v for k, v in vars(self).items() if k not in ("_start", "_passage")}
 
 
 class BlockCalls:
@@ -55,7 +59,6 @@ class BlockCalls:
         parameters = list(inspect.signature(forward).parameters)
         self.forward_names = tuple(parameters)
         self._between = [(name, parameters.index(name)) for name in row.between if name in parameters]
-        self.pass_over: Callable[..., Any] = _pass_hidden if row.returns == "hidden" else _pass_both
 
     def hidden(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
         """The hidden states among the arguments of block `index`, [B, S, D]."""
@@ -86,12 +89,24 @@ class BlockCalls:
         return any(kwargs.get(name) is not None or len(args) > place for name, place in self._between)
 
 
-def _pass_both(hidden_states: Any, encoder_hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-    return encoder_hidden_states, hidden_states
+class Slot:
+    """What a forward is handed in a block's place: it has the block's attributes, and is called like it.
 
+    Args:
+        block: the block.
+        call: called with the block and the arguments of its call.
+    """
 
-def _pass_hidden(x: Any, *args: Any, **kwargs: Any) -> Any:
-    return x
+    def __init__(self, block: torch.nn.Module, call: Callable[..., Any]) -> None:
+        self._block = block
+        self._call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the forward goes on with."""
+        return self._call(self._block, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._block, name)
 
 
 class Passage:
@@ -128,19 +143,19 @@ class Passage:
         first, last = self.first, self.last
         for index, block in enumerate(blocks, start):
             if index == first:
-                yield functools.partial(self._first, block)
+                yield Slot(block, self._first)
             elif index == 0:
-                yield functools.partial(self._zeroth, block)
+                yield Slot(block, self._zeroth)
             elif not first < index < last or (self.computing and index != last - 1):
                 self.ran += 1
                 yield block
             elif index == last - 1:
                 if self.computing:
-                    yield functools.partial(self._last, block)
+                    yield Slot(block, self._last)
                 elif self._stepwise:
-                    yield self._arrive
+                    yield Slot(block, self._arrive)
             elif self._stepwise:
-                yield self.calls.pass_over
+                yield Slot(block, functools.partial(self._pass_over, index))
 
     def _zeroth(self, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         self.entered = self.calls.hidden(0, args, kwargs)
@@ -155,7 +170,7 @@ class Passage:
             return self._last(block, *args, **kwargs) if self.last - index == 1 else self._run(block, args, kwargs)
         if self._stepwise and self.last - index > 1:
             return calls.output(*self._base)
-        return self._arrive()
+        return self._arrive(block)
 
     def _run(self, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.ran += 1
@@ -167,7 +182,11 @@ class Passage:
         self.leave(*self.calls.streams(output), base)
         return output
 
-    def _arrive(self, *args: Any, **kwargs: Any) -> Any:
+    def _pass_over(self, index: int, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The states as they are."""
+        return self.calls.output(self.calls.hidden(index, args, kwargs), self.calls.encoder(index, args, kwargs))
+
+    def _arrive(self, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """What the last skippable block would have returned, from the states in which the first was to be called."""
         base, self._base = self._base, None
         return self.calls.output(*self.forecast(base))

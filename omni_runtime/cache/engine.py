@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -59,8 +60,12 @@ class Branch:
         held = [] if self.remembered is None else [self.remembered]
         return held + self.hidden.tensors() + (self.encoder.tensors() if self.encoder else [])
 
+    def fits(self, hidden: torch.Tensor, encoder: torch.Tensor | None) -> bool:
+        """Whether what is held can be added to these states."""
+        return self.hidden.fits(hidden) and (self.encoder is None or encoder is None or self.encoder.fits(encoder))
+
     def forget(self) -> None:
-        """Drop what no longer fits: the batch or the resolution has changed."""
+        """Drop what no longer fits: the batch, the resolution or the prompt's length has changed."""
         self.remembered = None
         self.hidden.clear()
         if self.encoder is not None:
@@ -101,7 +106,7 @@ class ResidualPassage(Passage):
     ) -> Verdict:
         branch, signal = self._branch, self._parts.signal
         verdict = None
-        if branch.hidden.fits(hidden):
+        if branch.fits(hidden, self.calls.encoder(self.first, args, kwargs)):
             plan, reason = branch.gate.plan(self._request.step)
             if plan is not Plan.MEASURE:
                 verdict = Verdict(plan is Plan.COMPUTE, reason)
@@ -145,6 +150,7 @@ class CacheSession:
         self.name = name
         self.on_step: Callable[[StepEvent], None] | None = None
         self.transformer = _transformer_of(pipe)
+        _refuse(self.transformer)
         self._row = row_of(type(self.transformer).__name__)
         self._lists = block_lists(self.transformer, self._row)
         flat = [block for blocks in self._lists for block in blocks]
@@ -160,17 +166,16 @@ class CacheSession:
         """Take the two seams.
 
         Raises:
-            ValueError, PatchConflictError: something about the transformer that a block cache cannot live with.
+            PatchConflictError: somebody else holds a slot that is needed.
         """
-        _refuse(self.transformer)
         self._lifecycle.install(patch)
         start = 0
         for name, blocks in zip(self._row.block_lists, self._lists, strict=True):
             patch.set_module(self.transformer, name, BlockList(blocks, start, self._take_passage))
             start += len(blocks)
-        patch.set_attribute(self.transformer, "_compiled_call_impl", self._call)
+        patch.set_method(self.transformer, "_compiled_call_impl", self._call)
         if hasattr(self.transformer, "cache_context"):
-            patch.set_attribute(self.transformer, "cache_context", self._cache_context())
+            patch.set_method(self.transformer, "cache_context", self._cache_context())
 
     def close(self) -> None:
         """Free what a request under way holds."""
@@ -201,6 +206,12 @@ class CacheSession:
         self._last = request
 
     def _stepped(self, request: Request) -> None:
+        if request.step == 1 and not request.blocks_total:
+            warnings.warn(
+                f"a step was taken without the patched {type(self.transformer).__name__}: where the pipeline's "
+                "transformer was replaced or compiled after patching, nothing is cached",
+                stacklevel=5,
+            )
         if self.on_step is None:
             return
         step = request.step - 1
@@ -214,15 +225,15 @@ class CacheSession:
             return self.transformer._call_impl(*args, **kwargs)
         calls = self.calls
         arguments = {**dict(zip(calls.forward_names, args, strict=False)), **kwargs}
-        passage = ResidualPassage(
-            self,
-            request,
-            self._branch_name(request),
-            self._row.noise_tokens(arguments),
-            calls.works_between(args, kwargs),
-        )
-        self._passage = passage
         try:
+            passage = ResidualPassage(
+                self,
+                request,
+                self._branch_name(request),
+                self._row.noise_tokens(arguments),
+                calls.works_between(args, kwargs),
+            )
+            self._passage = passage
             output = self.transformer._call_impl(*args, **kwargs)
         except BaseException:
             self._lifecycle.end()
@@ -274,13 +285,13 @@ def _transformer_of(pipe: Any) -> torch.nn.Module:
 def _refuse(transformer: torch.nn.Module) -> None:
     """Raise for what a block cache cannot live with, by name."""
     kind = type(transformer).__name__
-    holder = getattr(transformer, "_compiled_call_impl", None)
-    if getattr(holder, "__func__", None) is CacheSession._call:
+    if any(isinstance(child, BlockList) for child in transformer.children()):
         raise PatchConflictError(f"this {kind} is cached already, through another pipeline that shares it")
-    if holder is not None or hasattr(transformer, "_orig_mod"):
+    compiled = getattr(transformer, "_compiled_call_impl", None)
+    if compiled is not None or hasattr(transformer, "_orig_mod"):
         raise PatchConflictError(
-            f"this {kind} was compiled as a whole ({describe(holder)}): which blocks run could no longer be decided at "
-            "run time. Compile its blocks instead: transformer.compile_repeated_blocks()"
+            f"this {kind} was compiled as a whole ({describe(compiled or transformer)}): which blocks run could no "
+            "longer be decided at run time. Compile its blocks instead: transformer.compile_repeated_blocks()"
         )
     if getattr(transformer, "is_cache_enabled", False):
         raise PatchConflictError(f"diffusers' own cache is enabled on this {kind}: transformer.disable_cache() first")

@@ -19,9 +19,9 @@ class History:
     def __len__(self) -> int:
         return len(self._snapshots)
 
-    def fits(self, value: torch.Tensor) -> bool:
+    def fits(self, value: torch.Tensor | None) -> bool:
         """Whether the snapshots can be added to `value`; an empty history fits nothing."""
-        return bool(self._snapshots) and self._snapshots[0].shape == value.shape
+        return bool(self._snapshots) and value is not None and self._snapshots[0].shape == value.shape
 
     def clear(self) -> None:
         """Drop all snapshots."""
@@ -29,14 +29,20 @@ class History:
         self._snapshots.clear()
 
     def record(self, after: torch.Tensor, before: torch.Tensor, position: float) -> None:
-        """Store the residual after − before at `position`, over the oldest snapshot once all places are taken."""
+        """Store the residual after − before at `position`, over the oldest snapshot once all places are taken.
+
+        A residual at the newest one's position takes its place: samplers of second order visit a σ twice.
+        """
         if not self.fits(after):
             self.clear()
-        oldest = None
-        if len(self._snapshots) == self._forecaster.snapshots:
+        replaced = None
+        if self._positions and self._positions[0] == position:
+            self._positions.pop(0)
+            replaced = self._snapshots.pop(0)
+        elif len(self._snapshots) == self._forecaster.snapshots:
             self._positions.pop()
-            oldest = self._snapshots.pop()
-        residual = ops.linear_forecast(after, [before], (-1.0,), out=oldest)
+            replaced = self._snapshots.pop()
+        residual = ops.linear_forecast(after, [before], (-1.0,), out=replaced)
         self._positions.insert(0, position)
         self._snapshots.insert(0, residual)
 

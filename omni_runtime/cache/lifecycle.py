@@ -1,19 +1,20 @@
 """The scheduler seam: when a request opens, steps and ends.
 
-`set_timesteps` opens a request, `step` closes one denoising step, and the request ends with its last step, with the
-end of the pipeline's call, or with an exception. Whatever state a cache has hangs on the request, so that no request
-can see another's: not after an exception, not after an interrupt.
+`set_timesteps` opens a request, `step` closes one denoising step, and the request ends with its last step, or when the
+pipeline leaves its loop early (its progress bar closes then), by an interrupt or an exception. Whatever state a cache
+has hangs on the request, so that no request can see another's: not after an exception, not after an interrupt.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 import warnings
 from collections.abc import Callable
 from typing import Any
 
-from omni_kernels.patching import Patch
+from omni_kernels.patching import Patch, PatchConflictError
 from omni_runtime.cache.report import Decision
 
 
@@ -85,21 +86,40 @@ class Lifecycle:
         self._on_open = on_open
         self._on_step = on_step
         self._scheduler: Any = None
+        self._attachment: object = None
         self._patch = Patch()
         self._warned = False
 
     def install(self, patch: Patch) -> None:
         """Wrap the scheduler, and the call with which diffusers pipelines end, of this pipeline alone."""
-        free_hooks = self._pipe.maybe_free_model_hooks
+        free_hooks, progress_bar = self._pipe.maybe_free_model_hooks, self._pipe.progress_bar
 
         @functools.wraps(free_hooks)
-        def maybe_free_model_hooks(*args: Any, **kwargs: Any) -> Any:
+        def wrapped_free_hooks(*args: Any, **kwargs: Any) -> Any:
             self.end()
             return free_hooks(*args, **kwargs)
 
+        @functools.wraps(progress_bar)
+        def wrapped_progress_bar(*args: Any, **kwargs: Any) -> Any:
+            bar = progress_bar(*args, **kwargs)
+            self._end_with(bar)
+            return bar
+
         self._patch = patch
-        patch.set_attribute(self._pipe, "maybe_free_model_hooks", maybe_free_model_hooks)
+        patch.set_method(self._pipe, "maybe_free_model_hooks", wrapped_free_hooks)
+        patch.set_method(self._pipe, "progress_bar", wrapped_progress_bar)
         self._attach(self._pipe.scheduler)
+
+    def _end_with(self, bar: Any) -> None:
+        """End the request under way when `bar` is closed: with the loop, by whatever exception it is left."""
+        request, close = self.request, bar.close
+
+        def end_and_close() -> None:
+            if self.request is request:  # a bar may be closed late, by the garbage collector
+                self.end()
+            close()
+
+        bar.close = end_and_close
 
     def end(self) -> None:
         """End the request under way, if any."""
@@ -117,7 +137,7 @@ class Lifecycle:
                 self._warned = True
                 warnings.warn(
                     "the transformer was called outside a pipeline's denoising loop: nothing is cached there",
-                    stacklevel=4,
+                    stacklevel=5,
                 )
             return None
         if request.step == 0 and request.calls == 0:
@@ -126,10 +146,13 @@ class Lifecycle:
 
     def _attach(self, scheduler: Any) -> None:
         set_timesteps, step = scheduler.set_timesteps, scheduler.step
+        attachment = self._attachment = object()
 
         # Pipelines inspect the signature of set_timesteps: functools.wraps keeps it.
         @functools.wraps(set_timesteps)
         def wrapped_set_timesteps(*args: Any, **kwargs: Any) -> Any:
+            if self._attachment is not attachment:
+                return set_timesteps(*args, **kwargs)
             self.end()
             result = set_timesteps(*args, **kwargs)
             self._open()
@@ -137,26 +160,29 @@ class Lifecycle:
 
         @functools.wraps(step)
         def wrapped_step(*args: Any, **kwargs: Any) -> Any:
-            request = self.request
+            request = self.request if self._attachment is attachment else None
             try:
                 result = step(*args, **kwargs)
             except BaseException:
-                self.end()
+                if request is not None:
+                    self.end()
                 raise
             if request is not None:
                 self._close_step(request)
             return result
 
-        self._patch.set_attribute(scheduler, "set_timesteps", wrapped_set_timesteps)
-        self._patch.set_attribute(scheduler, "step", wrapped_step)
+        self._patch.set_method(scheduler, "set_timesteps", wrapped_set_timesteps)
+        self._patch.set_method(scheduler, "step", wrapped_step)
         self._scheduler = scheduler
 
     def _follow(self) -> None:
         """The pipeline was given another scheduler: leave the old one, and take up the new one where it stands."""
-        self._patch.undo(self._scheduler)
+        with contextlib.suppress(PatchConflictError):  # wrapped by somebody else: what is left below only passes on
+            self._patch.undo(self._scheduler)
         self.end()
         self._attach(self._pipe.scheduler)
-        if self._scheduler.timesteps is not None and getattr(self._scheduler, "step_index", None) is None:
+        timesteps_set = getattr(self._scheduler, "num_inference_steps", None) is not None
+        if timesteps_set and getattr(self._scheduler, "step_index", None) is None:
             self._open()
 
     def _open(self) -> None:
@@ -170,6 +196,6 @@ class Lifecycle:
 
     def _close_step(self, request: Request) -> None:
         request.close_step()
-        self._on_step(request)
         if request.ended and self.request is request:
             self.request = None
+        self._on_step(request)

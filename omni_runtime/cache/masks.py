@@ -8,7 +8,7 @@ computed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 POLICIES = ("slow", "medium", "fast", "ultra")
 
@@ -54,8 +54,11 @@ def parse_mask(mask: Sequence[int] | str) -> tuple[int, ...]:
     """A mask given as a list of 0 and 1 or as a string of them.
 
     Raises:
+        TypeError: neither a list nor a string.
         ValueError: anything else in it, or nothing.
     """
+    if not isinstance(mask, Iterable):
+        raise TypeError(f"a steps computation mask must be a list or a string of 0 and 1, not {mask!r}")
     bits = [int(bit) if bit in ("0", "1") else bit for bit in mask]
     if not bits or any(isinstance(bit, bool) or bit not in (0, 1) for bit in bits):
         raise ValueError(f"a steps computation mask holds only 0 and 1, and at least one of them; got {mask!r}")

@@ -1,8 +1,8 @@
 """The table of transformer classes: what the block-list seam must know of a model, one row per class.
 
 To add a model whose blocks form one sequence (in one or several module lists), add a row to `MODELS`: where the lists
-are, how a block names its hidden states, what it returns, and how block 0 modulates its input. Nothing of the model's
-`forward` is repeated here.
+are, how a block names its hidden states, what it returns, and, for TeaCache, how block 0 modulates its input. Nothing
+of the model's `forward` is repeated here.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ class Modulation:
     eps: float
 
 
+def _all_tokens(arguments: Arguments) -> int | None:
+    return None
+
+
 @dataclass(frozen=True)
 class ModelRow:
     """One transformer class.
@@ -44,9 +48,9 @@ class ModelRow:
         returns: what a block returns: (encoder, hidden), or the hidden states alone.
         between: arguments of the transformer's forward that make it work between blocks (ControlNet residuals).
         depth: keys of the transformer's config that add up to the number of blocks.
-        modulation: block 0 and its arguments → how it modulates its input.
+        modulation: block 0 and its arguments → how it modulates its input; None where only TeaCache is to do without.
         noise_tokens: the forward's arguments → how many leading tokens are noise; None for all.
-        tea_coefficients: TeaCache's polynomial, highest power first.
+        tea_coefficients: TeaCache's polynomial, highest power first; None where none was fitted.
         pipelines: the diffusers pipelines that run this transformer.
     """
 
@@ -54,12 +58,12 @@ class ModelRow:
     hidden: str
     encoder: str | None
     returns: Literal["encoder_first", "hidden"]
-    between: tuple[str, ...]
     depth: tuple[str, ...]
-    modulation: Callable[[torch.nn.Module, Arguments], Modulation]
-    noise_tokens: Callable[[Arguments], int | None]
-    tea_coefficients: tuple[float, ...]
-    pipelines: tuple[str, ...]
+    between: tuple[str, ...] = ()
+    modulation: Callable[[torch.nn.Module, Arguments], Modulation] | None = None
+    noise_tokens: Callable[[Arguments], int | None] = _all_tokens
+    tea_coefficients: tuple[float, ...] | None = None
+    pipelines: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,11 @@ def _z_image_modulation(block: Any, arguments: Arguments) -> Modulation:
     if adaln is None:
         adaln = arguments["adaln_noisy"]
     scale = block.adaLN_modulation(adaln).chunk(4, dim=-1)[0]
-    return Modulation("rms", scale, None, block.attention_norm1.weight, block.attention_norm1.eps)
+    norm = block.attention_norm1
+    weight = norm.weight
+    if weight.device != adaln.device:  # an offload hook fetches it when the layer is called
+        weight = norm(adaln.new_ones(1, weight.numel()))[0]
+    return Modulation("rms", scale, None, weight, norm.eps)
 
 
 def _flux_modulation(block: Any, arguments: Arguments) -> Modulation:
@@ -100,18 +108,14 @@ def _flux_modulation(block: Any, arguments: Arguments) -> Modulation:
     return Modulation("layer", scale, shift, None, norm.norm.eps)
 
 
-def _all_tokens(arguments: Arguments) -> None:
-    return None
-
-
 MODELS: dict[str, ModelRow] = {
     "QwenImageTransformer2DModel": ModelRow(
         block_lists=("transformer_blocks",),
         hidden="hidden_states",
         encoder="encoder_hidden_states",
         returns="encoder_first",
-        between=("controlnet_block_samples",),
         depth=("num_layers",),
+        between=("controlnet_block_samples",),
         modulation=_qwen_modulation,
         noise_tokens=_qwen_noise_tokens,
         tea_coefficients=(-450.0, 280.0, -45.0, 3.2, -0.02),
@@ -130,10 +134,9 @@ MODELS: dict[str, ModelRow] = {
         hidden="x",
         encoder=None,
         returns="hidden",
-        between=("controlnet_block_samples",),
         depth=("n_layers",),
+        between=("controlnet_block_samples",),
         modulation=_z_image_modulation,
-        noise_tokens=_all_tokens,
         tea_coefficients=(-75.4613422, -92.3596156, 57.5318402, -3.76790311, 0.227176809),
         pipelines=("ZImagePipeline", "ZImageImg2ImgPipeline"),
     ),
@@ -142,10 +145,9 @@ MODELS: dict[str, ModelRow] = {
         hidden="hidden_states",
         encoder="encoder_hidden_states",
         returns="encoder_first",
-        between=("controlnet_block_samples", "controlnet_single_block_samples"),
         depth=("num_layers", "num_single_layers"),
+        between=("controlnet_block_samples", "controlnet_single_block_samples"),
         modulation=_flux_modulation,
-        noise_tokens=_all_tokens,
         tea_coefficients=(498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861),
         pipelines=("FluxPipeline", "FluxImg2ImgPipeline"),
     ),
@@ -163,7 +165,8 @@ def row_of(class_name: str) -> ModelRow:
         raise ValueError(
             f"no cache knows the transformer class {class_name!r} yet: {nearest(class_name, MODELS)}. "
             "To add it, give omni_runtime.cache.models.MODELS a ModelRow under that name: its block lists, the names "
-            "of a block's hidden-state arguments, what a block returns, and how block 0 modulates its input"
+            "of a block's hidden-state arguments, what a block returns, and, for tea_cache, how block 0 modulates its "
+            "input"
         )
     return row
 

@@ -7,14 +7,14 @@ each sample's [Σ|now − then|, Σ|then|]. `every_step` says when the new tenso
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from omni_kernels import ops
-from omni_runtime.cache.models import ModelRow
+from omni_runtime.cache.models import Arguments, Modulation
 
 
 @dataclass
@@ -64,8 +64,8 @@ class ModulatedInput:
 
     every_step = True
 
-    def __init__(self, row: ModelRow) -> None:
-        self._modulation = row.modulation
+    def __init__(self, modulation: Callable[[torch.nn.Module, Arguments], Modulation]) -> None:
+        self._modulation = modulation
 
     def observe(self, sight: Sight, remembered: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Signal.observe`."""

@@ -1,0 +1,438 @@
+"""Requests: whatever ends one, and however the next differs, the next is as in a fresh pipeline, bit for bit."""
+
+import warnings
+
+import diffusers
+import pytest
+import tiny
+import torch
+
+import omni_kernels
+from omni_runtime.cache import forecasters
+
+CONFIGS = {
+    "tea_cache": {"rel_l1_thresh": 0.1, "coefficients": [0, 0, 0, 1, 0]},
+    "first_block_cache": {"threshold": 0.2},
+    "cache_dit": {
+        "residual_diff_threshold": 0.3,
+        "max_warmup_steps": 2,
+        "Bn_compute_blocks": 1,
+        "enable_taylorseer": True,
+    },
+}
+EVERY_OTHER = {"steps_computation_mask": "10101011", "scm_steps_policy": "static", "max_warmup_steps": 0}
+
+
+def latents(pipe, **arguments):
+    return tiny.generate(pipe, output_type="latent", **{"num_inference_steps": 6} | arguments)
+
+
+def decisions(report):
+    return {name: branch.decisions for name, branch in report.branches.items()}
+
+
+def fresh(backend, build=tiny.qwen_image, **arguments):
+    """Latents and decisions of a request in a pipeline that has seen no other."""
+    pipe = build()
+    handle = omni_kernels.patch(pipe, backend, CONFIGS[backend])
+    return latents(pipe, **arguments), decisions(handle.report)
+
+
+def assert_as_fresh(handle, pipe, backend, **arguments):
+    expected, expected_decisions = fresh(backend, **arguments)
+    assert torch.equal(latents(pipe, **arguments), expected)
+    assert decisions(handle.report) == expected_decisions
+    assert handle.report.complete
+    assert handle.report.forwards_saved > 0, "a cache that skips nothing has nothing to leak"
+
+
+def raise_at(module, call, error):
+    """Raise `error` at the given call of `module`, counted from 0, and never again."""
+    calls = []
+
+    def hook(*_):
+        calls.append(1)
+        if len(calls) == call + 1:
+            raise error
+
+    return module.register_forward_pre_hook(hook)
+
+
+def text(tokens, seed=0, batch=1):
+    return torch.randn(batch, tokens, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def forward(pipe, noise, encoder_hidden_states, timestep=0.5, **arguments):
+    """The transformer of a tiny Qwen-Image pipeline, called by hand for 64×64 pixels."""
+    with torch.no_grad():
+        return pipe.transformer(
+            hidden_states=noise,
+            encoder_hidden_states=encoder_hidden_states,
+            timestep=torch.full((len(noise),), timestep),
+            img_shapes=[[(1, 4, 4)]] * len(noise),
+            return_dict=False,
+            **arguments,
+        )[0]
+
+
+NOISE = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(7))
+
+
+# One request after another
+
+
+@pytest.mark.parametrize("backend", CONFIGS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"num_inference_steps": 9},
+        {"height": 96},
+        {"num_images_per_prompt": 2},
+        {"prompt": "a dog that is not a cat at all"},
+        {"negative_prompt": None},
+        {"seed": 5},
+    ],
+    ids=lambda change: next(iter(change), "nothing"),
+)
+def test_second_request_starts_clean(qwen_pipe, backend, change):
+    handle = omni_kernels.patch(qwen_pipe, backend, CONFIGS[backend])
+    latents(qwen_pipe)
+    assert_as_fresh(handle, qwen_pipe, backend, **change)
+
+
+def test_every_pipeline_repeats_a_request_bit_for_bit(any_pipe):
+    handle = omni_kernels.patch(any_pipe, "cache_dit", CONFIGS["cache_dit"])
+    first, first_decisions = latents(any_pipe), decisions(handle.report)
+    assert handle.report.forwards_saved > 0
+    latents(any_pipe, seed=3, num_inference_steps=5)
+    assert torch.equal(latents(any_pipe), first)
+    assert decisions(handle.report) == first_decisions
+
+
+def test_unpatched_again_the_pipeline_computes_as_before(any_pipe):
+    before = latents(any_pipe)
+    with omni_kernels.patched(any_pipe, "first_block_cache", {"threshold": 0.3}):
+        assert not torch.equal(latents(any_pipe), before)
+    assert torch.equal(latents(any_pipe), before)
+
+
+def test_cache_that_never_skips_changes_no_bit(any_pipe):
+    before = latents(any_pipe)
+    for backend, config in {
+        "first_block_cache": {"threshold": 0.0},
+        "cache_dit": {"residual_diff_threshold": 1e-9, "Bn_compute_blocks": 1, "Fn_compute_blocks": 2},
+        "tea_cache": {"rel_l1_thresh": 1e-9},
+    }.items():
+        with omni_kernels.patched(any_pipe, backend, config) as handle:
+            assert torch.equal(latents(any_pipe), before)
+            assert handle.report.forwards_saved == 0
+            assert handle.report.blocks_run == handle.report.blocks_total > 0
+
+
+# CFG branches
+
+
+def test_without_negative_prompt_a_step_is_one_call(qwen_pipe):
+    handle = omni_kernels.patch(qwen_pipe, "cache_dit", EVERY_OTHER)
+    latents(qwen_pipe, negative_prompt=None, num_inference_steps=8)
+    assert list(handle.report.branches) == ["cond"]
+    assert handle.report.branches["cond"].computed == [0, 2, 4, 6, 7]
+    assert handle.report.complete
+
+
+def test_with_negative_prompt_both_branches_follow_the_mask(qwen_pipe):
+    handle = omni_kernels.patch(qwen_pipe, "cache_dit", EVERY_OTHER)
+    latents(qwen_pipe, num_inference_steps=8)
+    assert {name: branch.computed for name, branch in handle.report.branches.items()} == {
+        "cond": [0, 2, 4, 6, 7],
+        "uncond": [0, 2, 4, 6, 7],
+    }
+
+
+def test_prompts_of_different_length_keep_their_own_snapshots(qwen_pipe):
+    handle = omni_kernels.patch(qwen_pipe, "cache_dit", CONFIGS["cache_dit"])
+    lengths = []
+    session = handle._installed
+    handle.on_step = lambda event: lengths.append({t.shape[1] for t in session.held_tensors()})
+    latents(qwen_pipe, prompt="a dog that is not a cat at all")
+    short = lengths[0] - {16}
+    assert len(short) == 2, "two text lengths, beside the 16 image tokens"
+    assert all(seen == lengths[0] for seen in lengths[:-1])
+
+
+def test_calls_without_names_are_told_apart_by_their_order(qwen_pipe):
+    handle = omni_kernels.patch(qwen_pipe, "cache_dit", {"max_warmup_steps": 0, "residual_diff_threshold": 1})
+    scheduler, texts = qwen_pipe.scheduler, (text(5), text(9, seed=1))
+    for calls in (1, 4):  # the first request is left after one call of its second step
+        scheduler.set_timesteps(2, mu=0.5)
+        for index in range(2 + calls if calls == 1 else calls):
+            forward(qwen_pipe, NOISE, texts[index % 2])
+            if index % 2:
+                scheduler.step(NOISE, scheduler.timesteps[index // 2], NOISE)
+    assert {name: [d.computed for d in made] for name, made in decisions(handle.report).items()} == {
+        "0": [True, False],
+        "1": [True, False],
+    }
+
+
+def test_same_name_twice_in_a_step_is_two_branches(qwen_pipe):
+    handle = omni_kernels.patch(qwen_pipe, "first_block_cache", {"threshold": 1.0})
+    qwen_pipe.scheduler.set_timesteps(2, mu=0.5)
+    for step in range(2):
+        for seed in range(2):
+            with qwen_pipe.transformer.cache_context("cond"):
+                forward(qwen_pipe, NOISE, text(5, seed))
+        qwen_pipe.scheduler.step(NOISE, qwen_pipe.scheduler.timesteps[step], NOISE)
+    assert [branch.computed for branch in handle.report.branches.values()] == [[0], [0]]
+
+
+def test_cfg_truncation_halves_the_batch_mid_run(z_pipe):
+    arguments = {"cfg_truncation": 0.2, "num_inference_steps": 8}
+    before = latents(z_pipe, **arguments)
+    with omni_kernels.patched(z_pipe, "cache_dit", {"residual_diff_threshold": 1e-9}):
+        assert torch.equal(latents(z_pipe, **arguments), before)
+    with omni_kernels.patched(z_pipe, "first_block_cache", {"threshold": 1.0}) as handle:
+        latents(z_pipe, **arguments)
+        (branch,) = handle.report.branches.values()
+        (change,) = [d.step for d in branch.decisions if d.reason == "shape changed"]
+        assert 0 < change < 7
+        assert branch.computed == [0, change]
+
+
+def test_prompt_of_another_length_mid_run_drops_the_text_snapshots(qwen_pipe):
+    config = {"max_warmup_steps": 0, "residual_diff_threshold": 1, "Bn_compute_blocks": 1}
+    handle = omni_kernels.patch(qwen_pipe, "cache_dit", config)
+    qwen_pipe.scheduler.set_timesteps(4, mu=0.5)
+    for step, tokens in enumerate([5, 5, 8, 8]):
+        forward(qwen_pipe, NOISE, text(tokens))
+        qwen_pipe.scheduler.step(NOISE, qwen_pipe.scheduler.timesteps[step], NOISE)
+    assert [d.reason for d in handle.report.branches["0"].decisions] == [
+        "nothing cached yet",
+        "threshold ≥ 1",
+        "shape changed",
+        "threshold ≥ 1",
+    ]
+
+
+# Requests that die
+
+
+@pytest.mark.parametrize("backend", CONFIGS)
+@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()], ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("call", [2, 3], ids=["cond", "uncond"])
+def test_exception_inside_a_block_leaves_nothing_behind(qwen_pipe, backend, error, call):
+    handle = omni_kernels.patch(qwen_pipe, backend, CONFIGS[backend])
+    block = qwen_pipe.transformer.transformer_blocks[0 if backend != "tea_cache" else 2]
+    hook = raise_at(block, call if backend != "tea_cache" else call % 2, error)
+    with pytest.raises(type(error)):
+        latents(qwen_pipe)
+    hook.remove()
+    assert not handle.report.complete
+    assert handle._installed.held_tensors() == []
+    assert all(isinstance(child, torch.nn.Module) for child in qwen_pipe.transformer.transformer_blocks)
+    assert_as_fresh(handle, qwen_pipe, backend)
+
+
+@pytest.mark.parametrize("backend", CONFIGS)
+def test_interrupt_ends_the_request(qwen_pipe, backend):
+    handle = omni_kernels.patch(qwen_pipe, backend, CONFIGS[backend])
+
+    def interrupt(pipe, step, timestep, tensors):
+        pipe._interrupt = step == 2
+        return {}
+
+    latents(qwen_pipe, callback_on_step_end=interrupt)
+    assert not handle.report.complete
+    assert [d.step for d in handle.report.branches["uncond"].decisions] == [0, 1, 2]
+    assert handle._installed.held_tensors() == []
+    assert_as_fresh(handle, qwen_pipe, backend)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()], ids=lambda error: type(error).__name__)
+def test_exception_between_the_steps_ends_the_request(qwen_pipe, error):
+    handle = omni_kernels.patch(qwen_pipe, "cache_dit", CONFIGS["cache_dit"])
+
+    def fail(pipe, step, timestep, tensors):
+        if step == 3:
+            raise error
+        return {}
+
+    with pytest.raises(type(error)):
+        latents(qwen_pipe, callback_on_step_end=fail)
+    assert handle._installed.held_tensors() == []
+    with pytest.warns(UserWarning, match="outside a pipeline's denoising loop"):
+        forward(qwen_pipe, NOISE, text(5))
+    assert_as_fresh(handle, qwen_pipe, "cache_dit")
+
+
+def test_exception_in_the_scheduler_ends_the_request(qwen_pipe):
+    handle = omni_kernels.patch(qwen_pipe, "cache_dit", CONFIGS["cache_dit"])
+    qwen_pipe.scheduler.set_timesteps(4, mu=0.5)
+    forward(qwen_pipe, NOISE, text(5))
+    with pytest.raises(ValueError, match="integer"):
+        qwen_pipe.scheduler.step(NOISE, 3, NOISE)
+    assert handle._installed.held_tensors() == []
+
+
+def test_progress_bar_of_a_dead_request_does_not_end_a_later_one(qwen_pipe):
+    handle = omni_kernels.patch(qwen_pipe, "first_block_cache", {"threshold": 1.0})
+    qwen_pipe.set_progress_bar_config(disable=True)
+    qwen_pipe.scheduler.set_timesteps(3, mu=0.5)
+    bar = qwen_pipe.progress_bar(total=3)
+    qwen_pipe.scheduler.set_timesteps(3, mu=0.5)
+    forward(qwen_pipe, NOISE, text(5))
+    bar.close()
+    assert handle._installed.held_tensors() != []
+
+
+def test_listener_that_raises_does_not_keep_the_request_open(qwen_pipe):
+    handle = omni_kernels.patch(qwen_pipe, "first_block_cache", CONFIGS["first_block_cache"])
+
+    def listen(event):
+        if event.step == event.steps - 1:
+            raise RuntimeError("listener")
+
+    handle.on_step = listen
+    with pytest.raises(RuntimeError, match="listener"):
+        latents(qwen_pipe)
+    handle.on_step = None
+    with pytest.warns(UserWarning, match="outside a pipeline's denoising loop"):
+        forward(qwen_pipe, NOISE, text(5))
+    assert_as_fresh(handle, qwen_pipe, "first_block_cache")
+
+
+def test_mask_of_the_wrong_length_fails_by_name_and_leaves_the_pipeline_usable(qwen_pipe):
+    before = latents(qwen_pipe)
+    with (
+        omni_kernels.patched(qwen_pipe, "cache_dit", {"steps_computation_mask": "1101"}) as handle,
+        pytest.raises(ValueError, match="steps_computation_mask has 4 entries, but the request has 6 steps"),
+    ):
+        latents(qwen_pipe)
+    assert handle._installed._lifecycle.request is None
+    assert torch.equal(latents(qwen_pipe), before)
+
+
+def test_steps_count_as_the_request_has_them_not_as_the_user_told(qwen_pipe):
+    handle = omni_kernels.patch(qwen_pipe, "cache_dit", {"num_inference_steps": 50, "scm_steps_mask_policy": "fast"})
+    with pytest.warns(UserWarning, match="num_inference_steps=50; the request has 8 steps"):
+        latents(qwen_pipe, num_inference_steps=8)
+    assert {3, 5, 6} >= set(handle.report.branches["cond"].skipped), "fast, 8 steps: 11101001"
+    assert handle.report.steps == 8
+
+
+# Calls and schedulers from outside
+
+
+def test_transformer_called_by_hand_computes_fully_and_says_so_once(qwen_pipe):
+    expected = forward(qwen_pipe, NOISE, text(5))
+    handle = omni_kernels.patch(qwen_pipe, "first_block_cache", {"threshold": 1.0})
+    latents(qwen_pipe)
+    report = handle.report
+    with pytest.warns(UserWarning, match="outside a pipeline's denoising loop") as said:
+        assert torch.equal(forward(qwen_pipe, NOISE, text(5)), expected)
+    assert [w.filename for w in said] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            assert torch.equal(forward(qwen_pipe, NOISE, text(5)), expected)
+    assert handle.report == report
+    assert handle._installed.held_tensors() == []
+
+
+def other_scheduler(pipe):
+    return diffusers.FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, shift_terminal=0.2)
+
+
+def with_other_scheduler():
+    pipe = tiny.qwen_image()
+    pipe.scheduler = other_scheduler(pipe)
+    return pipe
+
+
+@pytest.mark.parametrize("used_before", [False, True])
+def test_replaced_scheduler_is_followed(qwen_pipe, used_before):
+    old = qwen_pipe.scheduler
+    handle = omni_kernels.patch(qwen_pipe, "cache_dit", CONFIGS["cache_dit"])
+    if used_before:
+        latents(qwen_pipe)
+    qwen_pipe.scheduler = other_scheduler(qwen_pipe)
+    expected, expected_decisions = fresh("cache_dit", with_other_scheduler)
+    for _ in range(2):
+        assert torch.equal(latents(qwen_pipe), expected)
+        assert decisions(handle.report) == expected_decisions
+    assert not {"step", "set_timesteps"} & set(vars(old))
+    handle.undo()
+    assert not {"step", "set_timesteps"} & set(vars(qwen_pipe.scheduler))
+
+
+def test_call_by_hand_after_replacing_the_scheduler_opens_no_request(qwen_pipe):
+    handle = omni_kernels.patch(qwen_pipe, "first_block_cache", {"threshold": 1.0})
+    qwen_pipe.scheduler = other_scheduler(qwen_pipe)
+    with pytest.warns(UserWarning, match="outside a pipeline's denoising loop"):
+        forward(qwen_pipe, NOISE, text(5))
+    assert handle.report is None
+
+
+def test_scheduler_that_somebody_wrapped_can_still_be_replaced(qwen_pipe):
+    handle = omni_kernels.patch(qwen_pipe, "cache_dit", CONFIGS["cache_dit"])
+    old, ours = qwen_pipe.scheduler, qwen_pipe.scheduler.step
+    old.step = lambda *args, **kwargs: ours(*args, **kwargs)
+    qwen_pipe.scheduler = other_scheduler(qwen_pipe)
+    expected, expected_decisions = fresh("cache_dit", with_other_scheduler)
+    assert torch.equal(latents(qwen_pipe), expected)
+    old.set_timesteps(3, mu=0.5)
+    assert decisions(handle.report) == expected_decisions, "the old scheduler opens no requests any more"
+    with pytest.raises(omni_kernels.PatchConflictError, match=r"step is now .*<lambda>"):
+        handle.undo()
+    old.step = ours
+    handle.undo()
+    assert not {"step", "set_timesteps"} & set(vars(old))
+
+
+def test_replaced_transformer_is_said(qwen_pipe):
+    omni_kernels.patch(qwen_pipe, "first_block_cache", CONFIGS["first_block_cache"])
+    qwen_pipe.transformer = tiny.qwen_image().transformer
+    with pytest.warns(UserWarning, match="without the patched QwenImageTransformer2DModel"):
+        latents(qwen_pipe)
+
+
+def test_image_to_image_counts_the_steps_that_it_runs(qwen_pipe, monkeypatch):
+    seen = []
+
+    def newton(positions, x):
+        seen.append([*positions, x])
+        return forecasters.reuse(positions, x)
+
+    monkeypatch.setitem(forecasters.FORECASTERS, "newton", (newton, "sigma", True))
+    pipe = diffusers.QwenImageImg2ImgPipeline.from_pipe(qwen_pipe)
+    config = {"steps_computation_mask": "1011", "scm_steps_policy": "static", "forecaster": "newton"}
+    handle = omni_kernels.patch(pipe, "cache_dit", config | {"max_warmup_steps": 0})
+    pipe(
+        prompt="a cat",
+        image=tiny.reference_image(64),
+        strength=0.5,
+        num_inference_steps=8,
+        height=64,
+        width=64,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert handle.report.steps == 4
+    assert handle.report.complete
+    assert handle.report.branches["cond"].computed == [0, 2, 3]
+    sigmas = pipe.scheduler.sigmas.tolist()
+    assert seen == [[sigmas[4], sigmas[5]]]
+
+
+def test_sampler_of_second_order_forecasts_though_it_visits_a_sigma_twice(qwen_pipe):
+    qwen_pipe.scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
+    config = {"forecaster": "newton", "forecaster_order": 2, "max_warmup_steps": 5, "residual_diff_threshold": 1}
+    handle = omni_kernels.patch(qwen_pipe, "cache_dit", config)
+    scheduler, noise = qwen_pipe.scheduler, NOISE
+    scheduler.set_timesteps(4)
+    for timestep in scheduler.timesteps:
+        velocity = forward(qwen_pipe, noise, text(5), timestep.item() / 1000)
+        noise = scheduler.step(velocity, timestep, noise, return_dict=False)[0]
+    assert handle.report.branches["0"].skipped == [5, 6]
+    assert torch.isfinite(noise).all()
