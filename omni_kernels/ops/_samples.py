@@ -14,14 +14,12 @@ import torch
 
 from omni_kernels.ops._triton import tl, triton
 
-# 8 warps × 16 elements a thread: two 128-bit loads of bf16 per stream are in flight per thread, and with two fp32
-# accumulators a thread stays under 64 registers, so that 32 warps fit on a multiprocessor.
-BLOCK = 4096
-THREADS = 256
-# Above this, programs take several blocks: it bounds what the second kernel, one program per sum, has to read (32 KB).
+# Above this, programs take several blocks: it bounds what the second kernel, one program per sum, has to read, 32 KB.
 MAX_PARTIALS = 8192
 # Threads, not warps, are what the block sizes are made for; a warp of the AMD devices meant here has 64.
 WARP_SIZE = 64 if torch.version.hip else 32
+# All kernels run with as many; what differs is how many elements each thread takes.
+THREADS = 256
 
 
 def abs_sums(difference: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,9 @@ from omni_kernels.ops._checks import alike, unlike
 from omni_kernels.ops._triton import tl, triton
 from omni_kernels.registration import define, nbytes
 
+# 8 elements a thread: on sm_90 48 registers and 60 KB of loads under way per multiprocessor. With 16 it is 98 and 48.
+BLOCK = 2048
+
 
 def residual_relative_l1(
     h_out: torch.Tensor, h_in: torch.Tensor, r_prev: torch.Tensor | None
@@ -119,12 +122,12 @@ def launch(h_out: torch.Tensor, h_in: torch.Tensor, r_prev: torch.Tensor | None)
     h_out, out_stride = _samples.by_sample(h_out)
     h_in, in_stride = _samples.by_sample(h_in)
     r_prev, prev_stride = (None, 0) if r_prev is None else _samples.by_sample(r_prev)
-    blocks, programs = _samples.cut(n, _samples.BLOCK)
+    blocks, programs = _samples.cut(n, BLOCK)
     partials = sums if r_prev is None else _samples.new_partials(sums, programs)
     with _samples.on_device_of(h_out):
         residual_relative_l1_kernel[(B * programs,)](
             h_out, h_in, r_prev, residual, partials, n, out_stride, in_stride, prev_stride, 0 if B == 1 else n, blocks,
-            programs, BLOCK=_samples.BLOCK, num_warps=_samples.THREADS // _samples.WARP_SIZE, enable_fp_fusion=True,
+            programs, BLOCK=BLOCK, num_warps=_samples.THREADS // _samples.WARP_SIZE, enable_fp_fusion=True,
         )  # fmt: skip
         _samples.add_partials(partials, sums)
     return residual, sums

@@ -1,0 +1,63 @@
+"""Both implementations of an op under the same tests, with guarded and poisoned buffers."""
+
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from implementations import INTERPRETED, Implementation
+
+GUARD = 64
+ON_GPU = () if INTERPRETED else pytest.mark.gpu
+
+
+@pytest.fixture
+def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """New buffers hold NaN, lie between guards, and the guards are looked at afterwards.
+
+    So an element that a kernel does not write fails the comparison, and one that it should not write is seen.
+    """
+    guards = []
+    unguarded = torch.Tensor.new_empty
+
+    def new_empty(self: torch.Tensor, *size: Any, dtype: torch.dtype | None = None, **where: Any) -> torch.Tensor:
+        if where:  # the interpreter's own
+            return unguarded(self, *size, dtype=dtype, **where)
+        shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
+        buffer = torch.full((shape.numel() + 2 * GUARD,), 42.0, dtype=dtype or self.dtype, device=self.device)
+        guards.extend((buffer[:GUARD], buffer[GUARD + shape.numel() :]))
+        return buffer[GUARD : GUARD + shape.numel()].fill_(float("nan")).view(shape)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    yield
+    assert all((guard == 42).all() for guard in guards), "a kernel wrote outside its buffers"
+
+
+@pytest.fixture
+def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer programs, which is what the interpreter's time goes by."""
+    if INTERPRETED:
+        for op in ("relative_l1", "residual_relative_l1", "linear_forecast"):
+            monkeypatch.setattr(importlib.import_module(f"omni_kernels.ops.{op}"), "BLOCK", 2**16)
+        monkeypatch.setattr(importlib.import_module("omni_kernels.ops.modulated_relative_l1"), "TILE", 2**17)
+
+
+def _ready(name: str) -> Implementation:
+    chosen = Implementation(name)
+    if chosen.device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU, or TRITON_INTERPRET=1")
+    torch.manual_seed(0)
+    return chosen
+
+
+@pytest.fixture(params=["cpu", pytest.param("triton", marks=ON_GPU)])
+def implementation(request: pytest.FixtureRequest, guarded: None) -> Implementation:
+    """Plain torch, and Triton in the interpreter or on the GPU."""
+    return _ready(request.param)
+
+
+@pytest.fixture(params=[pytest.param("triton", marks=ON_GPU)])
+def triton_launch(request: pytest.FixtureRequest, guarded: None) -> Implementation:
+    """Triton alone, for what is about its launches."""
+    return _ready(request.param)

@@ -1,0 +1,69 @@
+"""The kernels, compiled for GPUs that are not there: what Triton makes of exactly what the launchers launch."""
+
+import aot
+import launches
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+LAUNCHES = {name: launch for name, launch in launches.LAUNCHES.items() if name != "control"}
+# 128 bits, in each vendor's instructions.
+WIDE = {"sm": ".v4.b32", "gf": "_dwordx4"}
+
+
+@pytest.fixture(scope="module")
+def costs():
+    """Of every launch on every target: its kernels' costs."""
+    return aot.costs("launches", list(aot.TARGETS))
+
+
+def wide(accesses, target):
+    return sum(n for name, n in accesses.items() if WIDE[target[:2]] in name)
+
+
+every_launch = pytest.mark.parametrize("launch", LAUNCHES)
+every_target = pytest.mark.parametrize("target", aot.TARGETS)
+
+
+@every_launch
+@every_target
+def test_nothing_spills(costs, launch, target):
+    for cost in costs[launch][target]:
+        assert cost.spills == 0, cost
+
+
+@every_launch
+@every_target
+def test_every_bf16_tensor_is_accessed_in_128_bits(costs, launch, target):
+    first = costs[launch][target][0]
+    run = LAUNCHES[launch]
+    inputs = sum(
+        isinstance(t, torch.Tensor) and t.dtype == torch.bfloat16 for t in tree_leaves((run.args, run.keywords))
+    )
+    assert wide(first.loads, target) >= inputs, first
+    assert wide(first.stores, target) >= (not launch.startswith("relative_l1")), first
+
+
+@every_launch
+def test_sums_are_not_added_by_atomics(costs, launch):
+    for cost in costs[launch]["sm_90"]:
+        assert not cost.atomics
+
+
+@every_launch
+def test_offsets_of_programs_have_64_bits(costs, launch):
+    for cost in costs[launch]["sm_90"]:
+        assert not cost.narrow_offsets
+
+
+@pytest.mark.parametrize("launch", ["relative_l1 odd", "residual_relative_l1 odd", "modulated_relative_l1 layer"])
+def test_partial_sums_are_added_by_a_second_kernel(costs, launch):
+    assert [cost.kernel for cost in costs[launch]["sm_90"]][1:] == ["add_partials_kernel"]
+
+
+@every_target
+def test_what_is_checked_would_be_seen(costs, target):
+    (control,) = costs["control"][target]
+    assert wide(control.loads, target) == 0
+    assert control.atomics
+    assert control.narrow_offsets

@@ -1,0 +1,75 @@
+import dataclasses
+import platform
+import types
+
+import pytest
+import torch
+
+from omni_kernels import device
+from omni_kernels.device import Device, describe, pretend
+
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    device._probe.cache_clear()
+    yield
+    device._probe.cache_clear()
+
+
+def test_the_cpu():
+    found = describe("cpu")
+    assert (found.vendor, found.arch) == ("cpu", platform.machine())
+    assert found.multiprocessors == torch.get_num_threads()
+
+
+def properties(**more):
+    return types.SimpleNamespace(name="A GPU", major=9, minor=0, multi_processor_count=132, total_memory=150, **more)
+
+
+def test_nvidia(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties())
+    assert describe("cuda:1") == Device("nvidia", "sm_90", "A GPU", 132, 150)
+
+
+def test_amd(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    found = properties(gcnArchName="gfx942:sramecc+:xnack-")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: found)
+    assert describe("cuda") == Device("amd", "gfx942", "A GPU", 132, 150)
+
+
+def test_a_device_is_asked_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: asked.append(index) or properties())
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert describe("cuda") is describe("cuda:0")
+    describe(torch.device("cuda", 1))
+    assert asked == [0, 1]
+
+
+def test_ascend(monkeypatch):
+    npu = types.SimpleNamespace(
+        get_device_name=lambda index: "Ascend910B2",
+        get_device_properties=lambda index: types.SimpleNamespace(total_memory=64, cube_core_num=24),
+    )
+    monkeypatch.setattr(torch, "npu", npu, raising=False)
+    assert device.PROBES["npu"](0) == Device("ascend", "Ascend910B2", "Ascend910B2", 24, 64)
+
+
+def test_other_devices_are_named_by_torch():
+    assert describe("meta") == Device("meta", "meta", "meta")
+
+
+def test_pretending_ends_with_the_block():
+    h200, b200 = Device("nvidia", "sm_90", "H200", 132), Device("nvidia", "sm_100", "B200", 148)
+    with pretend("cuda", h200):
+        with pretend("cuda", b200):
+            assert describe("cuda:3") is b200
+        assert describe("cuda:3") is h200
+    assert not device._pretended
+
+
+def test_a_description_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        describe("cpu").name = "another"

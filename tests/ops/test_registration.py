@@ -1,0 +1,185 @@
+"""The ops in torch's dispatcher: under torch.compile, on fake tensors, on devices that are not there."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import opcheck
+
+from omni_kernels import ops, registration
+from omni_kernels.ops import OPS
+
+NAMES = ["linear_forecast", "modulated_relative_l1", "relative_l1", "residual_relative_l1"]
+
+
+def tensors(count, *shape, dtype=torch.float32, device="cpu"):
+    torch.manual_seed(0)
+    return [torch.randn(shape, device=device).to(dtype) for _ in range(count)]
+
+
+def arguments(name, dtype=torch.float32, device="cpu"):
+    h = tensors(3, 2, 5, 24, dtype=dtype, device=device)
+    rows = tensors(2, 2, 24, device=device)
+    return {
+        "relative_l1": (h[0], h[1]),
+        "residual_relative_l1": (h[0], h[1], h[2]),
+        "modulated_relative_l1": (h[0], rows[0], rows[1], h[1]),
+        "linear_forecast": (h[0], [h[1], h[2]], [0.5, -1.5]),
+    }[name]
+
+
+def equal(a, b):
+    pairs = zip(a, b, strict=True) if isinstance(a, tuple) else [(a, b)]
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+OVERLOADS = {
+    "relative_l1": [("default", arguments("relative_l1"))],
+    "residual_relative_l1": [
+        ("default", arguments("residual_relative_l1")),
+        ("default", (*arguments("residual_relative_l1", torch.bfloat16)[:2], None)),
+    ],
+    "modulated_relative_l1": [
+        ("default", (*arguments("modulated_relative_l1"), "layer", None, 1e-6)),
+        ("default", (*arguments("modulated_relative_l1")[:2], None, None, "rms", torch.ones(24), 1e-6)),
+    ],
+    "linear_forecast": [
+        ("default", arguments("linear_forecast", torch.float16)),
+        ("default", (torch.ones(2, 3), [], [])),
+        ("tensor", (None, tensors(2, 3, 4), torch.tensor([0.5, 2.0]))),
+    ],
+    "linear_forecast_into": [
+        ("default", (*arguments("linear_forecast"), torch.empty(2, 5, 24))),
+        ("tensor", (None, tensors(2, 3, 4), torch.tensor([0.5, 2.0]), torch.empty(3, 4, dtype=torch.bfloat16))),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "overload", "inputs"), [(name, *case) for name, cases in OVERLOADS.items() for case in cases]
+)
+def test_opcheck(name, overload, inputs):
+    opcheck(getattr(getattr(torch.ops.omni_kernels, name), overload), inputs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_torch_compile_takes_the_function_whole(name):
+    torch._dynamo.reset()
+    # The default backend once; the others differ in what they generate around an op, and there is nothing here.
+    backend = "inductor" if name == "residual_relative_l1" else "aot_eager"
+    function, inputs = OPS[name].function, arguments(name)
+    assert equal(torch.compile(function, fullgraph=True, backend=backend)(*inputs), function(*inputs))
+
+
+def test_torch_compile_takes_new_weights_and_an_output():
+    torch._dynamo.reset()
+
+    def step(base, history, weights, out):
+        ops.linear_forecast(base, history, weights, out=out)
+        return out + 1
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    base, *history = tensors(3, 2, 5, 24)
+    for weights in ([1.0, 0.0], [0.5, -1.5], [0.25, 3.0]):
+        expected = ops.linear_forecast(base, history, weights)
+        out = torch.empty_like(base)
+        assert torch.equal(compiled(base, history, weights, out), expected + 1)
+        assert torch.equal(out, expected)
+    oldest = history[1].clone()
+    assert torch.equal(compiled(base, [history[0], oldest], [0.25, 3.0], oldest), expected + 1)
+    assert torch.equal(oldest, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fakes_have_the_shapes_dtypes_and_strides_of_the_results(name):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = OPS[name].function(*torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments(name)))
+    real = OPS[name].function(*arguments(name))
+    for a, b in zip(*((r if isinstance(r, tuple) else (r,)) for r in (fake, real)), strict=True):
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_plain_torch_stays_on_the_device(name):
+    """On a device that is not there, every operator sees its tensors there; reading one to the host would raise."""
+    with FakeTensorMode():
+        result = OPS[name].reference(*arguments(name, torch.bfloat16, device="xpu"))
+        if name == "linear_forecast":
+            base, history, weights = arguments(name, device="xpu")
+            weights = torch.empty(2, device="xpu")
+            assert OPS[name].reference(base, history, weights).device.type == "xpu"
+    assert all(t.device.type == "xpu" for t in (result if isinstance(result, tuple) else (result,)))
+
+
+@pytest.mark.parametrize("name", [*NAMES, "linear_forecast_into", "linear_forecast.tensor"])
+@pytest.mark.parametrize("key", ["CPU", "CUDA", "PrivateUse1", "CompositeExplicitAutograd"])
+def test_every_device_has_an_implementation(name, key):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"omni_kernels::{name}", key)
+
+
+def test_table_and_exports_agree():
+    assert ops.__all__ == ["OPS", *NAMES]
+    assert sorted(OPS) == NAMES
+    assert all(getattr(ops, name) is op.function for name, op in OPS.items())
+    assert registration.NAMESPACE == "omni_kernels"
+
+
+@pytest.mark.parametrize(
+    ("name", "elements", "rest"),
+    [
+        ("relative_l1", 2, 16),
+        ("residual_relative_l1", 4, 16),
+        ("modulated_relative_l1", 3, 2 * 2 * 24 * 4 + 16),
+        ("linear_forecast", 4, 8),
+    ],
+)
+def test_bytes_moved_counts_every_tensor_once(name, elements, rest):
+    inputs = arguments(name, torch.bfloat16, device="meta")
+    assert OPS[name].bytes_moved(*inputs) == elements * 2 * 5 * 24 * 2 + rest
+
+
+def test_bytes_moved_counts_what_is_given():
+    x = torch.empty(2, 5, 24, device="meta")
+    size = x.numel() * 4
+    assert OPS["residual_relative_l1"].bytes_moved(x, x, None) == 3 * size + 16
+    row = torch.empty(2, 24, device="meta")
+    weight = row[0]
+    options = {"norm": "rms", "weight": weight}
+    assert OPS["modulated_relative_l1"].bytes_moved(x, row, None, None, **options) == 2 * size + 3 * 96 + 16
+    half = torch.empty(2, 5, 24, device="meta", dtype=torch.float16)
+    assert OPS["linear_forecast"].bytes_moved(None, [x], [1.0], out=half) == size + size // 2 + 4
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_importing_probes_no_device_and_loads_no_models():
+    code = """
+import sys, torch
+import omni_kernels.ops
+from triton.runtime.driver import driver
+print(torch.cuda.is_initialized(), "active" in vars(driver) or bool(getattr(driver, "_active", None)))
+print([name for name in ("diffusers", "transformers", "omni_runtime") if name in sys.modules])
+"""
+    assert run(code).splitlines() == ["False False", "[]"]
+
+
+def test_the_ops_work_without_triton():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from omni_kernels.ops import OPS, relative_l1
+print(relative_l1(torch.ones(1, 3), torch.zeros(1, 3)).tolist())
+try:
+    OPS["relative_l1"].launcher(torch.ones(1, 3), torch.zeros(1, 3))
+except RuntimeError as error:
+    print(error)
+"""
+    assert run(code).splitlines() == [
+        "[[3.0, 0.0]]",
+        "Triton is not installed; the plain-torch implementation runs without it",
+    ]
