@@ -1,0 +1,460 @@
+"""Patching: one instance is changed, everything else is left alone, and undoing puts back exactly what was there."""
+
+import copy
+import pickle
+import sys
+from types import SimpleNamespace
+
+import cache_dit
+import diffusers
+import pytest
+import tiny
+import torch
+
+import omni_kernels
+from omni_kernels.patching import backends
+from omni_runtime.cache.engine import CacheSession
+
+CONFIG = {"threshold": 0.3}
+
+
+def latents(pipe, **arguments):
+    return tiny.generate(pipe, output_type="latent", **{"num_inference_steps": 5} | arguments)
+
+
+def patch(pipe):
+    return omni_kernels.patch(pipe, "first_block_cache", CONFIG)
+
+
+def contents(pipe):
+    """Everything that a patch could change, by identity, except what a request itself leaves in a scheduler."""
+    owners = {"pipe": pipe, "transformer": pipe.transformer, "scheduler": pipe.scheduler}
+    found = {(name, key): id(value) for name, owner in owners.items() for key, value in vars(owner).items()}
+    found |= {("modules", name): id(child) for name, child in pipe.transformer._modules.items()}
+    return found
+
+
+def class_contents(*instances):
+    return {
+        (cls, key): value
+        for instance in instances
+        for cls in type(instance).__mro__[:-1]
+        for key, value in vars(cls).items()
+    }
+
+
+# Patch and unpatch
+
+
+def test_undo_puts_every_slot_back(any_pipe):
+    before = contents(any_pipe)
+    handle = patch(any_pipe)
+    assert contents(any_pipe) != before
+    handle.undo()
+    assert contents(any_pipe) == before
+
+
+def test_undo_during_a_request_frees_it_and_leaves_a_working_pipeline(qwen_pipe):
+    expected = latents(qwen_pipe)
+    handle = patch(qwen_pipe)
+
+    def unpatch(pipe, step, timestep, tensors):
+        omni_kernels.unpatch(pipe)
+        return {}
+
+    latents(qwen_pipe, callback_on_step_end=unpatch)
+    assert handle._installed.held_tensors() == []
+    assert torch.equal(latents(qwen_pipe), expected)
+
+
+def test_patching_twice_alike_returns_the_handle_that_is_there(qwen_pipe):
+    handle = patch(qwen_pipe)
+    assert omni_kernels.patch(qwen_pipe, "first_block_cache", {"threshold": 0.3, "forecaster": None}) is handle
+
+
+@pytest.mark.parametrize(("backend", "config"), [("tea_cache", None), ("first_block_cache", {"threshold": 0.2})])
+def test_patching_twice_otherwise_is_a_conflict(qwen_pipe, backend, config):
+    handle = patch(qwen_pipe)
+    installed = contents(qwen_pipe)
+    with pytest.raises(omni_kernels.PatchConflictError, match="already patched with first_block_cache"):
+        omni_kernels.patch(qwen_pipe, backend, config)
+    assert contents(qwen_pipe) == installed
+    assert handle.active
+
+
+def test_unpatch_without_a_patch_and_undo_twice_do_nothing(qwen_pipe):
+    before = contents(qwen_pipe)
+    omni_kernels.unpatch(qwen_pipe)
+    handle = patch(qwen_pipe)
+    omni_kernels.unpatch(qwen_pipe)
+    handle.undo()
+    assert contents(qwen_pipe) == before
+    assert not handle.active
+
+
+def test_undone_handle_does_not_undo_a_later_patch(qwen_pipe):
+    first = patch(qwen_pipe)
+    first.undo()
+    second = patch(qwen_pipe)
+    first.undo()
+    assert second.active
+    latents(qwen_pipe)
+    assert second.report.forwards_saved > 0
+    assert first.report is None
+
+
+def test_patched_undoes_at_the_end_and_after_an_exception(qwen_pipe):
+    before = contents(qwen_pipe)
+    with omni_kernels.patched(qwen_pipe, "first_block_cache", CONFIG) as handle:
+        assert handle.active
+    assert contents(qwen_pipe) == before
+    with pytest.raises(KeyError), omni_kernels.patched(qwen_pipe, "first_block_cache", CONFIG):
+        raise KeyError
+    assert contents(qwen_pipe) == before
+
+
+def test_patched_within_patched_leaves_the_outer_patch(qwen_pipe):
+    outer = patch(qwen_pipe)
+    with omni_kernels.patched(qwen_pipe, "first_block_cache", CONFIG) as inner:
+        assert inner is outer
+    assert outer.active
+
+
+def test_patch_without_a_cache_changes_nothing_but_can_be_undone(qwen_pipe):
+    expected = latents(qwen_pipe)
+    before = contents(qwen_pipe)
+    handle = omni_kernels.patch(qwen_pipe)
+    assert contents(qwen_pipe).items() - before.items() == {(("pipe", "_omni_kernels_handle"), id(handle))}
+    assert handle.report is None
+    handle.undo()
+    assert contents(qwen_pipe) == before
+    assert torch.equal(latents(qwen_pipe), expected)
+
+
+def test_report_is_of_the_last_request_and_outlives_the_patch(qwen_pipe):
+    handle = patch(qwen_pipe)
+    assert handle.report is None
+    latents(qwen_pipe)
+    latents(qwen_pipe, num_inference_steps=3)
+    handle.undo()
+    assert handle.report.steps == 3
+    assert [d.step for d in handle.report.branches["cond"].decisions] == [0, 1, 2]
+    assert handle.report.backend == "first_block_cache"
+
+
+def test_failing_installation_leaves_nothing(qwen_pipe, monkeypatch):
+    before = contents(qwen_pipe)
+    monkeypatch.setattr(CacheSession, "_cache_context", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        patch(qwen_pipe)
+    assert contents(qwen_pipe) == before
+
+
+# Only this instance
+
+
+def test_other_pipeline_of_the_class_is_left_alone(qwen_pipe):
+    other = tiny.qwen_image()
+    expected, before = latents(other), contents(other)
+    classes = class_contents(other, other.transformer, other.scheduler, other.transformer.transformer_blocks)
+    handle = patch(qwen_pipe)
+    assert not torch.equal(latents(qwen_pipe), expected)
+    assert contents(other) == before
+    assert torch.equal(latents(other), expected)
+    assert class_contents(other, other.transformer, other.scheduler, other.transformer.transformer_blocks) == classes
+    assert handle.report.complete
+
+
+def test_two_patched_pipelines_keep_their_requests_apart(qwen_pipe):
+    other = tiny.qwen_image()
+    first, second = patch(qwen_pipe), omni_kernels.patch(other, "cache_dit", {"max_warmup_steps": 2})
+    expected = latents(qwen_pipe)
+    reports = []
+
+    def run_other(pipe, step, timestep, tensors):
+        latents(other, num_inference_steps=3)
+        reports.append(second.report)
+        return {}
+
+    assert torch.equal(latents(qwen_pipe, callback_on_step_end=run_other), expected)
+    assert len(reports) == 5
+    assert all(report.complete and report.steps == 3 for report in reports)
+    assert first.report.complete
+
+
+def test_pipelines_that_share_a_transformer_cannot_both_be_patched(qwen_pipe):
+    other = diffusers.QwenImageImg2ImgPipeline.from_pipe(qwen_pipe)
+    handle = patch(qwen_pipe)
+    with pytest.raises(omni_kernels.PatchConflictError, match="cached already, through another pipeline"):
+        patch(other)
+    handle.undo()
+    patch(other).undo()
+
+
+# The patched model is still a model
+
+
+def test_state_dict_and_module_names_are_unchanged(any_pipe):
+    before = {name: tensor.data_ptr() for name, tensor in any_pipe.transformer.state_dict().items()}
+    names = [name for name, _ in any_pipe.transformer.named_modules()]
+    patch(any_pipe)
+    assert {name: tensor.data_ptr() for name, tensor in any_pipe.transformer.state_dict().items()} == before
+    assert [name for name, _ in any_pipe.transformer.named_modules()] == names
+    any_pipe.transformer.load_state_dict(any_pipe.transformer.state_dict())
+
+
+def test_block_list_is_still_a_list_of_blocks(qwen_pipe):
+    plain = list(qwen_pipe.transformer.transformer_blocks)
+    patch(qwen_pipe)
+    blocks = qwen_pipe.transformer.transformer_blocks
+    assert isinstance(blocks, torch.nn.ModuleList)
+    assert len(blocks) == 4
+    assert list(blocks) == plain
+    assert blocks[1] is plain[1]
+    assert blocks[-1] is plain[3]
+    assert list(blocks[1:3]) == plain[1:3]
+    assert plain[2] in blocks
+
+
+def test_blocks_change_with_the_model(qwen_pipe):
+    patch(qwen_pipe)
+    qwen_pipe.transformer.to(torch.bfloat16)
+    omni_kernels.unpatch(qwen_pipe)
+    assert {p.dtype for p in qwen_pipe.transformer.transformer_blocks.parameters()} == {torch.bfloat16}
+
+
+def test_copy_of_the_transformer_is_plain_and_works(qwen_pipe):
+    expected = latents(qwen_pipe)
+    handle = patch(qwen_pipe)
+    cached = latents(qwen_pipe)
+    other = tiny.qwen_image()
+    for duplicate in (copy.deepcopy(qwen_pipe.transformer), pickle.loads(pickle.dumps(qwen_pipe.transformer))):
+        assert type(duplicate.transformer_blocks) is torch.nn.ModuleList
+        assert duplicate.transformer_blocks[0] is not qwen_pipe.transformer.transformer_blocks[0]
+        other.transformer = duplicate
+        assert torch.equal(latents(other), expected)
+        with duplicate.cache_context("cond"):
+            assert handle._installed._context is None
+    assert torch.equal(latents(qwen_pipe), cached)
+    assert handle.active
+
+
+def test_copy_of_the_scheduler_does_not_drive_the_original(qwen_pipe):
+    handle = patch(qwen_pipe)
+    latents(qwen_pipe, num_inference_steps=4)
+    report = handle.report
+    for duplicate in (copy.deepcopy(qwen_pipe.scheduler), pickle.loads(pickle.dumps(qwen_pipe.scheduler))):
+        duplicate.set_timesteps(7, mu=0.5)
+        duplicate.step(torch.ones(1, 2), duplicate.timesteps[0], torch.ones(1, 2))
+        assert len(duplicate.timesteps) == 7
+    assert len(qwen_pipe.scheduler.timesteps) == 4
+    assert handle.report == report
+
+
+def test_copy_of_the_pipeline_is_not_patched(qwen_pipe):
+    expected = latents(qwen_pipe)
+    handle = patch(qwen_pipe)
+    cached = latents(qwen_pipe)
+    duplicate = copy.deepcopy(qwen_pipe)
+    report = handle.report
+    assert torch.equal(latents(duplicate), expected)
+    assert handle.report == report
+    own = omni_kernels.patch(duplicate, "first_block_cache", CONFIG)
+    assert torch.equal(latents(duplicate), cached)
+    own.undo()
+    assert handle.active
+
+
+def test_copy_keeps_what_somebody_installed_before(qwen_pipe):
+    def step(*args, **kwargs):
+        return "theirs"
+
+    qwen_pipe.scheduler.step = step
+    patch(qwen_pipe)
+    assert copy.deepcopy(qwen_pipe.scheduler).step is step
+
+
+def test_saved_while_patched_is_saved_as_ever(qwen_pipe, tmp_path):
+    expected = latents(qwen_pipe)
+    patch(qwen_pipe)
+    qwen_pipe.save_pretrained(tmp_path)
+    loaded = diffusers.QwenImagePipeline.from_pretrained(tmp_path)
+    assert torch.equal(latents(loaded), expected)
+
+
+# Conflicts
+
+
+def wrap_step(pipe):
+    ours = pipe.scheduler.step
+    pipe.scheduler.step = lambda *args, **kwargs: ours(*args, **kwargs)
+    return lambda: setattr(pipe.scheduler, "step", ours)
+
+
+def replace_blocks(pipe):
+    ours = pipe.transformer.transformer_blocks
+    pipe.transformer.transformer_blocks = torch.nn.ModuleList(ours)
+    return lambda: setattr(pipe.transformer, "transformer_blocks", ours)
+
+
+def compile_whole(pipe):
+    ours = pipe.transformer._compiled_call_impl
+    pipe.transformer.compile(backend="eager")
+    return lambda: setattr(pipe.transformer, "_compiled_call_impl", ours)
+
+
+@pytest.mark.parametrize(
+    ("interfere", "named"),
+    [
+        (wrap_step, r"FlowMatchEulerDiscreteScheduler.step is now .*wrap_step.<locals>.<lambda>"),
+        (replace_blocks, r"QwenImageTransformer2DModel.transformer_blocks is now torch.*ModuleList"),
+        (compile_whole, r"QwenImageTransformer2DModel._compiled_call_impl is now"),
+    ],
+)
+def test_undo_under_somebody_elses_patch_raises_and_changes_nothing(qwen_pipe, interfere, named):
+    before = contents(qwen_pipe)
+    handle = patch(qwen_pipe)
+    take_back = interfere(qwen_pipe)
+    installed = contents(qwen_pipe)
+    for undo in (handle.undo, lambda: omni_kernels.unpatch(qwen_pipe)):
+        with pytest.raises(omni_kernels.PatchConflictError, match=named):
+            undo()
+    assert contents(qwen_pipe) == installed
+    assert handle.active
+    take_back()
+    handle.undo()
+    assert contents(qwen_pipe) == before
+
+
+def test_undo_says_what_is_gone(qwen_pipe):
+    handle = patch(qwen_pipe)
+    del qwen_pipe.scheduler.step
+    with pytest.raises(omni_kernels.PatchConflictError, match="step is now gone"):
+        handle.undo()
+
+
+def compile_in_place(pipe):
+    pipe.transformer.compile()
+
+
+def compile_around(pipe):
+    pipe.transformer = torch.compile(pipe.transformer)
+
+
+def enable_diffusers_cache(pipe):
+    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
+
+
+def enable_context_parallelism(pipe):
+    pipe.transformer._parallel_config = diffusers.ParallelConfig(
+        context_parallel_config=diffusers.ContextParallelConfig(ulysses_degree=2)
+    )
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "named"),
+    [
+        (compile_in_place, omni_kernels.PatchConflictError, "compiled as a whole .*compile_repeated_blocks"),
+        (compile_around, omni_kernels.PatchConflictError, "compiled as a whole .*compile_repeated_blocks"),
+        (enable_diffusers_cache, omni_kernels.PatchConflictError, "diffusers' own cache .*disable_cache"),
+        (enable_context_parallelism, ValueError, "context parallelism"),
+    ],
+)
+def test_what_a_cache_cannot_live_with_is_refused_by_name(qwen_pipe, state, error, named):
+    state(qwen_pipe)
+    before = contents(qwen_pipe)
+    with pytest.raises(error, match=named):
+        patch(qwen_pipe)
+    assert contents(qwen_pipe) == before
+
+
+def test_cache_dit_enabled_is_refused_and_disabled_is_not(qwen_pipe):
+    expected = latents(qwen_pipe)
+    cache_dit.enable_cache(qwen_pipe)
+    try:
+        with pytest.raises(omni_kernels.PatchConflictError, match=r"cache-dit .*cache_dit.disable_cache\(pipe\)"):
+            patch(qwen_pipe)
+    finally:
+        cache_dit.disable_cache(qwen_pipe)
+    with omni_kernels.patched(qwen_pipe, "first_block_cache", {"threshold": 0.0}):
+        assert torch.equal(latents(qwen_pipe), expected)
+
+
+def test_diffusers_cache_disabled_again_is_no_hindrance(qwen_pipe):
+    enable_diffusers_cache(qwen_pipe)
+    qwen_pipe.transformer.disable_cache()
+    handle = patch(qwen_pipe)
+    latents(qwen_pipe)
+    assert handle.report.forwards_saved > 0
+
+
+@pytest.mark.parametrize("pipe", [None, "Qwen/Qwen-Image", torch.nn.Linear(2, 2), SimpleNamespace(scheduler=1)])
+def test_what_is_no_pipeline_is_refused_by_name(pipe):
+    with pytest.raises(ValueError, match=rf"{type(pipe).__name__} has no transformer"):
+        patch(pipe)
+
+
+# Backends of others
+
+
+def register(directory, distribution, entry):
+    info = directory / f"{distribution}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[omni_kernels.cache_backends]\n{entry}\n")
+
+
+@pytest.fixture
+def third_party(tmp_path, monkeypatch):
+    """A distribution on sys.path that registers the backend `half_cache`."""
+    (tmp_path / "half_cache_backend.py").write_text(
+        "class Installed:\n"
+        "    report = 'halved'\n"
+        "    on_step = None\n"
+        "    closed = False\n"
+        "    def close(self):\n"
+        "        self.closed = True\n"
+        "class Half:\n"
+        "    name, summary, keys = 'half_cache', 'halves', ()\n"
+        "    def check(self, config, transformer=None):\n"
+        "        return {'factor': 2, **(config or {})}\n"
+        "    def install(self, pipe, config, patch):\n"
+        "        patch.set_method(pipe.scheduler, 'step', lambda *args: config['factor'])\n"
+        "        self.installed = Installed()\n"
+        "        return self.installed\n"
+        "HALF = Half()\n"
+    )
+    register(tmp_path, "half_cache", "half_cache = half_cache_backend:HALF")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    sys.modules.pop("half_cache_backend", None)
+
+
+def test_third_party_backend_is_found_by_its_entry_point(third_party, qwen_pipe):
+    handle = omni_kernels.patch(qwen_pipe, "half_cache", {"factor": 4})
+    assert handle.report == "halved"
+    assert handle.cache_config == {"factor": 4}
+    assert qwen_pipe.scheduler.step() == 4
+    installed = backends.get("half_cache").installed
+    handle.undo()
+    assert installed.closed
+    assert "step" not in vars(qwen_pipe.scheduler)
+    assert {"half_cache", "tea_cache"} <= set(backends.available())
+
+
+def test_third_party_backend_is_suggested(third_party, qwen_pipe):
+    with pytest.raises(ValueError, match="did you mean 'half_cache'"):
+        omni_kernels.patch(qwen_pipe, "hafl_cache")
+
+
+def test_backend_that_cannot_be_imported_breaks_no_other(third_party, qwen_pipe):
+    register(third_party, "broken", "broken_cache = no_such_module:BROKEN")
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        omni_kernels.patch(qwen_pipe, "broken_cache")
+    patch(qwen_pipe).undo()
+
+
+def test_two_backends_of_one_name_are_named(third_party, qwen_pipe):
+    register(third_party, "other", "half_cache = other_backend:HALF")
+    with pytest.raises(ValueError, match="two cache backends are called 'half_cache'"):
+        omni_kernels.patch(qwen_pipe, "half_cache")
