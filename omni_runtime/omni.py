@@ -184,7 +184,7 @@ class Omni:
         """
         pipeline_class = self._pipeline_class or type(self.pipe)
         requests = request.build(pipeline_class, prompt, defaults=self._defaults, **arguments)
-        self._check_steps(request.step_count(pipeline_class, requests[0].arguments))
+        self.check_steps(request.step_count(pipeline_class, requests[0].arguments))
         request.check_size(self.pipe, requests)
         return requests
 
@@ -211,8 +211,8 @@ class Omni:
             settings=self._settings(one),
         )
 
-    def _check_steps(self, steps: int | None) -> None:
-        """Hold what depends on the step count (a mask's length) against it, for a backend that can tell."""
+    def check_steps(self, steps: int | None) -> None:
+        """Check what depends on the step count: a mask's length. Raises ValueError."""
         if self.cache_backend is None or steps is None:
             return
         check: Any = backends.get(self.cache_backend).check

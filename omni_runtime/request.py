@@ -6,6 +6,8 @@ Only the class is needed, so that a wrong request fails before any weight is loa
 from __future__ import annotations
 
 import inspect
+import math
+import numbers
 import operator
 import secrets
 from collections.abc import Mapping, Sequence
@@ -79,7 +81,7 @@ def build(
     given = {name: value for name, value in (defaults or {}).items() if name in signature} | given
     default_negative = given.pop("negative_prompt", None)
     _check_names(pipeline_class, signature, given)
-    _check_numbers(given)
+    _check_types(signature, given)
 
     prompts = _prompts(pipeline_class, signature, prompt, given)
     negatives = _negative_prompts(pipeline_class, signature, negative_prompt, len(prompts))
@@ -148,10 +150,25 @@ def _check_names(pipeline_class: type, signature: Mapping[str, Any], given: Mapp
             )
 
 
-def _check_numbers(given: dict[str, Any]) -> None:
-    for name in ("num_inference_steps", "height", "width", "num_images_per_prompt"):
-        if name in given:
-            given[name] = whole_number(name, given[name], least=1)
+def _check_types(signature: Mapping[str, Any], given: dict[str, Any]) -> None:
+    """Counts must be whole and positive; whatever else has a number, text or flag for default must be given one."""
+    for name, value in given.items():
+        default = signature[name].default if name in signature else None
+        if name in ("num_inference_steps", "height", "width", "num_images_per_prompt"):
+            given[name] = whole_number(name, value, least=1)
+        elif isinstance(default, bool):
+            _check_type(name, value, bool, "True or False")
+        elif isinstance(default, int | float):
+            _check_type(name, value, numbers.Real, "a number")
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, not {value}")
+        elif isinstance(default, str):
+            _check_type(name, value, str, "text")
+
+
+def _check_type(name: str, value: Any, kind: type, words: str) -> None:
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"{name} must be {words}, not {value!r}")
 
 
 def _texts(name: str, value: Any) -> list[str]:
@@ -191,7 +208,9 @@ def _negative_prompts(
     if isinstance(negative_prompt, str):
         return texts * count
     if len(texts) != count:
-        raise ValueError(f"{_count(len(texts), 'negative prompt')} for {_count(count, 'prompt')}: give one, or one for each")
+        raise ValueError(
+            f"{_count(len(texts), 'negative prompt')} for {_count(count, 'prompt')}: give one, or one for each"
+        )
     return texts
 
 

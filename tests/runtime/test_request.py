@@ -124,6 +124,10 @@ def test_images_of_pipelines_that_can_do_without_are_optional() -> None:
             TypeError,
             "takes no 'num_inference_step'; did you mean 'num_inference_steps'",
         ),
+        (TEXT, {"true_cfg_scale": "4"}, TypeError, "true_cfg_scale must be a number, not '4'"),
+        (TEXT, {"true_cfg_scale": float("nan")}, ValueError, "true_cfg_scale must be finite"),
+        (TEXT, {"output_type": 3}, TypeError, "output_type must be text, not 3"),
+        (diffusers.ZImagePipeline, {"cfg_normalization": 1}, TypeError, "cfg_normalization must be True or False"),
         (TEXT, {"return_dict": False}, TypeError, "it takes no return_dict"),
     ],
 )

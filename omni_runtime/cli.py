@@ -1,0 +1,206 @@
+"""The command line: omni generate | compare | backends | models.
+
+Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 something unexpected, 2 wrong input, 130
+interrupted by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+DEFAULT_MODEL = "emoji-qwen-image"
+OK, UNEXPECTED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(WRONG_INPUT, f"omni: error: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    try:
+        options = parser().parse_args(arguments)
+    except SystemExit as stop:  # --help, --version, or an error of which argparse has told
+        return stop.code if isinstance(stop.code, int) else WRONG_INPUT
+    try:
+        from omni_runtime import commands  # imports torch, which --help need not wait for
+    except KeyboardInterrupt:
+        return _say(INTERRUPTED, "interrupted")
+    try:
+        getattr(commands, options.command)(options)
+        return OK
+    except commands.UsageError as error:
+        return _say(WRONG_INPUT, str(error))
+    except KeyboardInterrupt:
+        return _say(INTERRUPTED, "interrupted")
+    except BrokenPipeError:  # the reader of a pipe has gone; nothing can be written any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNEXPECTED
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            return _say(UNEXPECTED, f"the device is out of memory: {error}")
+        traceback.print_exc()
+        return _say(UNEXPECTED, f"unexpected {type(error).__name__}: {error}")
+
+
+def _say(code: int, message: str) -> int:
+    print(f"omni: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    root = _Parser(prog="omni", description="Diffusion pipelines with step caches.", allow_abbrev=False)
+    root.add_argument("--version", action="version", version=f"omni {metadata.version('omni-kernels')}")
+    commands = root.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+    model = _model_options()
+    _add_generate(commands, model)
+    _add_compare(commands, model)
+    for name, about in (
+        ("backends", "list the cache backends, with their keys and defaults"),
+        ("models", "list the embedded models and the transformers that caches know"),
+    ):
+        listing = commands.add_parser(name, help=about, description=f"{about.capitalize()}.", allow_abbrev=False)
+        listing.add_argument("--json", action="store_true", help="print one JSON document")
+        listing.set_defaults(command=name)
+    return root
+
+
+def _model_options() -> argparse.ArgumentParser:
+    """Options that generate and compare share."""
+    options = argparse.ArgumentParser(add_help=False)
+    model = options.add_argument_group("model")
+    model.add_argument(
+        "--model", default=DEFAULT_MODEL, help="embedded model, directory or hub id (default: %(default)s)"
+    )
+    model.add_argument("--device", default="auto", help="cpu, cuda, npu, ... (default: the accelerator, if any)")
+    model.add_argument("--dtype", default="auto", help="default: float32 on the CPU, bfloat16 elsewhere")
+    model.add_argument("--revision", help="branch, tag or commit of a hub model")
+    model.add_argument("--variant", help="variant of the weight files, such as fp16")
+    model.add_argument(
+        "--threads",
+        type=_whole,
+        metavar="N",
+        help="CPU threads (default: 1 for an embedded model on the CPU, which is too small for more; else torch's own)",
+    )
+    request = options.add_argument_group("request")
+    request.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from; turns guidance on")
+    request.add_argument(
+        "--image", action="append", type=Path, metavar="FILE", help="picture to start from; repeat for more references"
+    )
+    request.add_argument("--size", type=_size, metavar="N|WxH", help="pixels: width and height, or one for both")
+    request.add_argument(
+        "--set",
+        action="append",
+        type=_setting,
+        default=[],
+        metavar="KEY=JSON",
+        help="any other argument of the pipeline, such as true_cfg_scale=4; repeatable",
+    )
+    options.add_argument("--json", action="store_true", help="print one JSON document instead of the summary")
+    options.add_argument("--quiet", action="store_true", help="show no progress")
+    return options
+
+
+def _add_generate(commands: Any, shared: argparse.ArgumentParser) -> None:
+    about = "make images and write them as PNG, with their settings inside"
+    command = commands.add_parser(
+        "generate", help=about, description=f"{about.capitalize()}.", parents=[shared], allow_abbrev=False
+    )
+    command.set_defaults(command="generate")
+    command.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="repeat for more images")
+    command.add_argument("--steps", type=_whole, metavar="N", help="denoising steps (default: the model's own)")
+    command.add_argument("--seed", type=_seed, metavar="N", help="the same images again (default: a random one, told)")
+    command.add_argument(
+        "--cache-backend",
+        metavar="NAME",
+        help="see `omni backends`; none for no cache (default: $DIFFUSION_CACHE_BACKEND, else none)",
+    )
+    command.add_argument("--cache-config", metavar="JSON", help='such as {"rel_l1_thresh": 0.2}')
+    command.add_argument(
+        "--out", type=Path, default=Path("out"), metavar="PATH", help="a directory, or a .png file (default: out)"
+    )
+
+
+def _add_compare(commands: Any, shared: argparse.ArgumentParser) -> None:
+    about = "run the same prompts and seeds under several caches, and measure each against no cache"
+    command = commands.add_parser(
+        "compare",
+        help=about,
+        description=f"{about.capitalize()}. Writes contact_sheet.png and results.json, and prints a table: "
+        "transformer forwards computed (NFE), time, speedup, PSNR and SSIM (mean ± standard deviation).",
+        parents=[shared],
+        allow_abbrev=False,
+    )
+    command.set_defaults(command="compare")
+    command.add_argument(
+        "--prompts",
+        "--prompt",
+        action="append",
+        metavar="TEXT|FILE",
+        help="a prompt, or a file with one per line; repeatable (default: some that the embedded model was made for)",
+    )
+    command.add_argument("--seeds", type=_seeds, default=[0, 1], metavar="N,N", help="default: 0,1")
+    command.add_argument("--steps", type=_whole, default=50, metavar="N", help="default: %(default)s")
+    command.add_argument(
+        "--run",
+        action="append",
+        default=[],
+        metavar="NAME=BACKEND:JSON",
+        help="a cache to compare; repeatable; name and JSON may be left out (default: several that suit the model)",
+    )
+    command.add_argument(
+        "--fewer-steps",
+        action="append",
+        type=_seed,
+        metavar="N",
+        help="plain sampling with N steps, what one gets for free; repeatable; 0 for none (default: half of --steps)",
+    )
+    command.add_argument("--out", type=Path, default=Path("out/compare"), metavar="DIR", help="default: %(default)s")
+
+
+def _whole(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number of at least 1 is wanted, not {text!r}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"a whole number of at least 0 is wanted, not {text!r}")
+    return int(text)
+
+
+def _seeds(text: str) -> list[int]:
+    return [_seed(part.strip()) for part in text.split(",")]
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)(?:[x×](\d+))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"a size is 512 or 768x512 (width x height), not {text!r}")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"KEY=JSON is wanted, not {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value  # plain text needs no quotes
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,285 @@
+"""What the commands of `omni` do: generate, compare, backends, models. The command line itself is in `cli`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from omni_kernels.patching import PatchConflictError
+from omni_kernels.patching import backends as registry
+from omni_runtime import loading
+from omni_runtime.cache.models import MODELS
+from omni_runtime.cli import DEFAULT_MODEL
+from omni_runtime.omni import Omni
+from omni_runtime.progress import StepBar
+from omni_runtime.request import GenerationRequest
+from omni_runtime.result import OmniResult
+
+
+class UsageError(Exception):
+    """Wrong input; its text is all that the user needs."""
+
+
+@contextmanager
+def wrong_input() -> Iterator[None]:
+    """While open, errors that tell of wrong input become a `UsageError`. The pipeline does not run in here."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError, PatchConflictError) as error:
+        raise UsageError(str(error) or type(error).__name__) from error
+
+
+def generate(options: argparse.Namespace) -> None:
+    """`omni generate`: one PNG or more per prompt, and a summary of each."""
+    to_file = options.out.suffix.lower() == ".png"
+    if to_file and len(options.prompt) > 1:
+        raise UsageError(f"--out {options.out} is one file, for {len(options.prompt)} prompts: give a directory")
+    _settle(options)
+    cache: dict[str, Any] = {} if options.cache_backend is None else {"cache_backend": options.cache_backend}
+    with wrong_input():
+        omni = _omni(options, cache_config=options.cache_config, **cache)
+        prompts = options.prompt[0] if len(options.prompt) == 1 else options.prompt
+        requests = omni.prepare(prompts, seed=options.seed, **_request_arguments(options))
+        _make_directory(options.out.parent if to_file else options.out)
+    omni.pipe.set_progress_bar_config(disable=True)
+    made = []
+    for request in requests:
+        with _bar(options, request.prompt or "", request.arguments.get("num_inference_steps", 0)) as bar:
+            result = omni.run(request, bar)
+        files = result.save(options.out if to_file else _unused(options.out, result))
+        made.append({"files": [str(path) for path in files], **_as_json(result)})
+        if not options.json:
+            print(_summary(result, files), flush=True)
+    if options.json:
+        _print_json({"results": made})
+
+
+def compare(options: argparse.Namespace) -> None:
+    """`omni compare`: a contact sheet, the numbers behind it, and their table."""
+    from omni_runtime import compare as comparison
+
+    _settle(options)
+    with wrong_input():
+        runs = comparison.make_runs(options.model, options.run, options.steps, options.fewer_steps)
+        for run in runs:
+            _omni(options, cache_backend=run.backend, cache_config=run.config).check_steps(run.steps)
+        prompts = _prompts(options.prompts) if options.prompts else comparison.embedded_prompts(options.model)
+        if not prompts:
+            raise UsageError(f"{options.model} has no prompts of its own: give --prompts")
+        omni = _omni(options, cache_backend=None)
+        arguments = _request_arguments(options)
+        requests = [
+            request
+            for prompt in prompts
+            for seed in options.seeds
+            for request in omni.prepare(prompt, seed=seed, **arguments)
+        ]
+        _make_directory(options.out)
+    pipe = omni.pipe
+    pipe.set_progress_bar_config(disable=True)
+    warm_up = requests[0].arguments | {"num_inference_steps": 2}
+    omni.run(GenerationRequest(requests[0].prompt, 0, warm_up))  # the first request of a process is always slow
+    omni.close()
+
+    def listener(run: comparison.Run, request: GenerationRequest) -> AbstractContextManager[StepBar | None]:
+        return _bar(options, f"{run.name}: {request.prompt}", run.steps)
+
+    results = comparison.compare(runs, pipe, requests, listener)
+    about = _about(options, prompts, requests[0], pipe)
+    files = comparison.write(results, about, options.out)
+    if options.json:
+        _print_json({"files": [str(path) for path in files], **comparison.to_json(results, about)})
+    else:
+        print(comparison.table(comparison.summarise(results)))
+        print(*files, sep="\n")
+
+
+def backends(options: argparse.Namespace) -> None:
+    """`omni backends`: every cache backend, its keys, their defaults and what is allowed."""
+    found = registry.available()
+    if options.json:
+        fields = ("name", "default", "type_name", "allowed", "doc")
+        _print_json(
+            {
+                name: {"summary": one.summary, "keys": [{f: getattr(key, f) for f in fields} for key in one.keys]}
+                for name, one in found.items()
+            }
+        )
+        return
+    for name, one in found.items():
+        print(f"{name}\n  {one.summary}")
+        defaults = {key.name: json.dumps(key.default) for key in one.keys}
+        width, default_width = (max(map(len, words), default=0) for words in (defaults, defaults.values()))
+        for key in one.keys:
+            print(f"    {key.name:<{width}}  {defaults[key.name]:<{default_width}}  {key.doc} ({key.allowed})")
+        print()
+    print("""omni generate --cache-backend NAME --cache-config '{"key": value}'""")
+
+
+def models(options: argparse.Namespace) -> None:
+    """`omni models`: the embedded models, and the transformers that the caches know."""
+    embedded = {name: _embedded(path) for name, path in loading.embedded_models().items()}
+    if options.json:
+        transformers = {name: {"pipelines": list(row.pipelines)} for name, row in MODELS.items()}
+        _print_json({"embedded": embedded, "transformers": transformers})
+        return
+    print("Embedded models")
+    for name, about in embedded.items():
+        print(f"  {name}{' (default)' * (name == DEFAULT_MODEL)}: {about['pipeline']}, {about['bytes'] / 1e6:.1f} MB")
+        for key, value in about["defaults"].items():
+            print(f"    {key} {json.dumps(value)}")
+    if not embedded:
+        print("  none in this installation")
+    print("\nTransformers that the caches know, with their pipelines; any checkpoint of these can be loaded")
+    for transformer, row in MODELS.items():
+        print(f"  {transformer}")
+        for pipeline in row.pipelines:
+            print(f"    {pipeline}")
+
+
+# Before the pipeline runs
+
+
+def _settle(options: argparse.Namespace) -> None:
+    """Silence the libraries that are imported from here on, and choose the number of threads."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    if options.quiet or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    with wrong_input():
+        on_cpu = loading.resolve_device(options.device).type == "cpu"
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    elif on_cpu and options.model in loading.embedded_models():
+        torch.set_num_threads(1)
+
+
+def _omni(options: argparse.Namespace, **cache: Any) -> Omni:
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    given = {name: getattr(options, name) for name in ("revision", "variant") if getattr(options, name) is not None}
+    return Omni(options.model, dtype=options.dtype, device=options.device, **cache, **given)
+
+
+def _request_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    width, height = options.size or (None, None)
+    images = options.image or []
+    return {
+        "negative_prompt": options.negative_prompt,
+        "image": images[0] if len(images) == 1 else images or None,
+        "num_inference_steps": options.steps,
+        "width": width,
+        "height": height,
+        **dict(options.set),
+    }
+
+
+def _prompts(given: Sequence[str]) -> list[str]:
+    """The prompts themselves, and the lines of those that are files."""
+    prompts = []
+    for one in given:
+        if len(one) < 256 and Path(one).is_file():
+            prompts += [line.strip() for line in Path(one).read_text(encoding="utf-8").splitlines() if line.strip()]
+        else:
+            prompts.append(one)
+    return prompts
+
+
+def _make_directory(path: Path) -> None:
+    """Now, and not when the first image is done: a directory that cannot be made is wrong input."""
+    path.mkdir(parents=True, exist_ok=True)
+    if not os.access(path, os.W_OK):
+        raise PermissionError(f"cannot write into {path}")
+
+
+# The run and its result
+
+
+def _bar(options: argparse.Namespace, label: str, steps: int) -> AbstractContextManager[StepBar | None]:
+    return nullcontext() if options.quiet else StepBar(label, sys.stderr, steps)
+
+
+def _unused(directory: Path, result: OmniResult) -> Path:
+    """A file name that says what is in it, and that no file has yet."""
+    words = re.sub(r"\W+", "-", (result.prompt or "image").lower()).strip("-")[:60].strip("-") or "image"
+    backend = result.settings["cache_backend"]
+    stem = f"{words}-seed{result.seed}" + (f"-{backend}" if backend else "")
+    path, number = directory / f"{stem}.png", 1
+    while path.exists():
+        number += 1
+        path = directory / f"{stem}-{number}.png"
+    return path
+
+
+def _summary(result: OmniResult, files: Sequence[Path]) -> str:
+    times = result.timings
+    lines = [
+        *map(str, files),
+        f"  seed {result.seed}, {len(times.steps)} steps in {times.total:.2f} s "
+        f"({times.before:.2f} before the first, {times.after:.2f} after the last)",
+    ]
+    report = result.cache
+    if report is not None:
+        total = report.forwards + report.forwards_saved
+        lines.append(
+            f"  {report.backend}: {report.forwards} of {total} transformer forwards computed, "
+            f"{report.forwards_saved} reused; {report.blocks_run / max(report.blocks_total, 1):.0%} of the blocks run"
+        )
+    return "\n".join(lines)
+
+
+def _as_json(result: OmniResult) -> dict[str, Any]:
+    return {
+        "prompt": result.prompt,
+        "seed": result.seed,
+        "settings": result.settings,
+        "cache": None if result.cache is None else result.cache.to_dict(),
+        "timings": result.timings.to_dict(),
+    }
+
+
+def _about(
+    options: argparse.Namespace, prompts: Sequence[str], request: GenerationRequest, pipe: Any
+) -> dict[str, Any]:
+    """What a comparison's numbers hold for."""
+    settings: Mapping[str, Any] = request.arguments
+    return {
+        "model": options.model,
+        "pipeline": type(pipe).__name__,
+        "prompts": list(prompts),
+        "seeds": list(options.seeds),
+        "settings": {key: value for key, value in settings.items() if isinstance(value, bool | int | float | str)},
+        "images": [str(path) for path in options.image or []],
+        "device": pipe._execution_device.type,
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "versions": {name: metadata.version(name) for name in ("omni-kernels", "diffusers", "torch")},
+    }
+
+
+def _embedded(path: Path) -> dict[str, Any]:
+    index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+    defaults = path / "defaults.json"
+    return {
+        "pipeline": index["_class_name"],
+        "path": str(path),
+        "bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+        "defaults": json.loads(defaults.read_text(encoding="utf-8")) if defaults.is_file() else {},
+    }
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, indent=1), flush=True)

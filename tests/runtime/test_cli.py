@@ -1,0 +1,331 @@
+"""The command line: what it writes, prints, lists and refuses, and with which exit code."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from omni_runtime import cli
+from omni_runtime.result import read_settings
+
+pytestmark = pytest.mark.usefixtures("no_environment")
+
+
+def run(*arguments: object) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+def generate(model: object, out: Path, *more: object) -> int:
+    return run("generate", "--model", model, "--out", out, "--prompt", "a cat", "--size", 64, "--steps", 6, *more)
+
+
+# generate
+
+
+def test_generate_writes_a_png_with_its_settings_and_prints_a_summary(
+    saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = generate(
+        saved["qwen_image"], tmp_path, "--seed", 3, "--cache-backend", "cache_dit",
+        "--cache-config", '{"residual_diff_threshold": 1}', "--negative-prompt", " ",
+    )  # fmt: skip
+    out, err = capsys.readouterr()
+    assert code == 0
+    (path,) = tmp_path.iterdir()
+    assert path.name == "a-cat-seed3-cache_dit.png"
+    assert Image.open(path).size == (64, 64)
+    settings = read_settings(path)
+    assert (settings["prompt"], settings["seed"], settings["num_inference_steps"]) == ("a cat", 3, 6)
+    assert settings["model"] == str(saved["qwen_image"])
+    assert settings["cache_config"]["residual_diff_threshold"] == 1
+    assert settings["versions"]["diffusers"]
+    assert str(path) in out
+    assert "seed 3, 6 steps" in out
+    assert "cache_dit: 8 of 12 transformer forwards computed, 4 reused" in out
+    assert "[████░░]" in err, "the bar says which steps were computed and which reused"
+    assert "4 computed, 2 reused" in err
+
+
+def test_the_same_command_makes_the_same_image_under_another_name(saved: dict[str, Path], tmp_path: Path) -> None:
+    for _ in range(2):
+        assert generate(saved["z_image"], tmp_path, "--seed", 0, "--quiet") == 0
+    first, second = sorted(tmp_path.iterdir(), reverse=True)
+    assert {first.name, second.name} == {"a-cat-seed0.png", "a-cat-seed0-2.png"}
+    assert Image.open(first).tobytes() == Image.open(second).tobytes()
+
+
+def test_json_is_the_only_thing_on_stdout(
+    saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate(saved["z_image"], tmp_path, "--prompt", "a dog", "--cache-backend", "tea_cache", "--json") == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert [result["prompt"] for result in results] == ["a cat", "a dog"]
+    for result in results:
+        assert Path(result["files"][0]).is_file()
+        assert result["cache"]["backend"] == "tea_cache"
+        assert len(result["timings"]["steps"]) == 6
+        assert result["settings"]["seed"] == result["seed"]
+
+
+def test_quiet_shows_no_progress(saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(saved["z_image"], tmp_path, "--quiet") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_out_may_be_a_file(saved: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "made" / "here.png"
+    assert generate(saved["z_image"], out) == 0
+    assert Image.open(out).size == (64, 64)
+
+
+def test_set_reaches_the_pipeline(saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ("--set", "num_images_per_prompt=2", "--set", "guidance_scale=0.0", "--json")
+    assert generate(saved["z_image"], tmp_path, *more) == 0
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    assert len(result["files"]) == 2
+    assert result["settings"]["guidance_scale"] == 0.0
+
+
+@pytest.mark.usefixtures("small_references")
+def test_an_edit_starts_from_a_picture(saved: dict[str, Path], tmp_path: Path) -> None:
+    tiny.reference_image().save(tmp_path / "reference.png")
+    assert generate(saved["qwen_image_edit"], tmp_path / "out", "--image", tmp_path / "reference.png") == 0
+    assert len(list((tmp_path / "out").iterdir())) == 1
+
+
+def test_an_embedded_model_runs_with_its_defaults_on_one_thread(
+    embedded: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    more = ("--prompt", "a cat", "--device", "cpu", "--out", tmp_path, "--json")
+    assert run("generate", "--model", embedded, *more) == 0
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    assert result["settings"]["height"] == 64
+    assert result["settings"]["dtype"] == "float32"
+    assert len(result["timings"]["steps"]) == 5
+    assert threads == [1]
+    assert run("generate", "--model", embedded, *more, "--threads", 2) == 0
+    assert threads == [1, 2]
+
+
+def test_the_environment_variable_names_the_backend(
+    saved: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DIFFUSION_CACHE_BACKEND", "first_block_cache")
+    assert generate(saved["z_image"], tmp_path, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["results"][0]["cache"]["backend"] == "first_block_cache"
+    assert generate(saved["z_image"], tmp_path, "--json", "--cache-backend", "none") == 0
+    assert json.loads(capsys.readouterr().out)["results"][0]["cache"] is None
+
+
+# Wrong input
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["generat"], "invalid choice: 'generat'"),
+        (["generate"], "the following arguments are required: --prompt"),
+        (["generate", "--prompt", "x", "--step", "3"], "unrecognized arguments: --step 3"),
+        (["generate", "--prompt", "x", "--steps", "0"], "a whole number of at least 1 is wanted, not '0'"),
+        (["generate", "--prompt", "x", "--seed", "-1"], "--seed"),
+        (["generate", "--prompt", "x", "--size", "64*64"], "a size is 512 or 768x512 (width x height), not '64*64'"),
+        (["generate", "--prompt", "x", "--set", "scale"], "KEY=JSON is wanted, not 'scale'"),
+        (["generate", "--prompt", "x", "--model", "no/such/directory"], "no model 'no/such/directory'"),
+        (["generate", "--prompt", "x", "--model", "owner/name"], "the hub could not be reached"),
+        (["generate", "--prompt", "x", "--model", "TESTS"], "is no diffusers pipeline: it has no model_index.json"),
+        (["generate", "--prompt", "x", "--model", "MODEL", "--cache-backend", "teacache"], "did you mean 'tea_cache'?"),
+        (
+            ["generate", "--prompt", "x", "--model", "MODEL", "--cache-backend", "tea_cache", "--cache-config", "{"],
+            "cache_config is no JSON",
+        ),
+        (
+            [
+                "generate",
+                "--prompt",
+                "x",
+                "--model",
+                "MODEL",
+                "--cache-backend",
+                "tea_cache",
+                "--cache-config",
+                '{"x":1}',
+            ],
+            "tea_cache has no key 'x'",
+        ),
+        (["generate", "--prompt", "x", "--model", "MODEL", "--image", "no.png"], "it takes no image"),
+        (["generate", "--prompt", "x", "--model", "EDIT"], "QwenImageEditPipeline needs an image"),
+        (["generate", "--prompt", "x", "--model", "EDIT", "--image", "no.png"], "no image file 'no.png'"),
+        (
+            ["generate", "--prompt", "x", "--model", "MODEL", "--set", "tru_cfg_scale=4"],
+            "did you mean 'true_cfg_scale'",
+        ),
+        (
+            ["generate", "--prompt", "x", "--model", "MODEL", "--set", "true_cfg_scale=high"],
+            "must be a number, not 'high'",
+        ),
+        (["generate", "--prompt", "x", "--model", "MODEL", "--dtype", "float31"], "unknown dtype 'float31'"),
+        (["generate", "--prompt", "x", "--model", "MODEL", "--device", "cuda:99"], "not available here"),
+        (["generate", "--prompt", "x", "--prompt", "y", "--out", "x.png"], "is one file, for 2 prompts"),
+        (["compare", "--model", "MODEL"], "has no prompts of its own"),
+        (["compare", "--model", "MODEL", "--prompt", "x", "--run", "a=b=c"], "a run is NAME=BACKEND:JSON"),
+        (["compare", "--model", "MODEL", "--prompt", "x", "--run", "tea_cache:{"], "is no JSON"),
+        (["compare", "--model", "MODEL", "--prompt", "x", "--run", "tee_cache"], "did you mean 'tea_cache'"),
+        (["compare", "--model", "MODEL", "--prompt", "x", "--run", 'tea_cache:{"rel_l1_thresh":0}'], "rel_l1_thresh"),
+        (["compare", "--model", "MODEL", "--prompt", "x", "--run", "tea_cache", "--run", "tea_cache"], "two runs are"),
+        (["compare", "--model", "MODEL", "--prompt", "x", "--fewer-steps", "60"], "fewer steps than 50 are wanted"),
+        (["compare", "--model", "MODEL", "--prompt", "x", "--seeds", "1,x"], "--seeds"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_two_before_loading(
+    saved: dict[str, Path], capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    stand_ins = {"MODEL": saved["qwen_image"], "EDIT": saved["qwen_image_edit"], "TESTS": Path(__file__).parent}
+    assert run(*(stand_ins.get(argument, argument) for argument in arguments)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("omni: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_a_size_that_does_not_fit_is_refused(
+    saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = run(
+        "generate", "--model", saved["qwen_image"], "--prompt", "x", "--size", "64x72", "--out", tmp_path / "out"
+    )
+    assert code == 2
+    assert "omni: error: height 72 is no multiple of 16; nearest: 64 or 80\n" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_that_cannot_be_made_is_refused_before_anything_runs(
+    saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert generate(saved["z_image"], tmp_path / "file" / "out") == 2
+    assert re.search(r"^omni: error: .*file", capsys.readouterr().err)
+
+
+def test_what_nobody_expected_is_exit_code_one_with_a_traceback(
+    saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("a bug")
+
+    import diffusers
+
+    monkeypatch.setattr(diffusers.ZImageTransformer2DModel, "forward", forward)
+    assert generate(saved["z_image"], tmp_path) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert err.endswith("omni: error: unexpected ValueError: a bug\n")
+
+
+def test_no_memory_is_told_without_a_traceback(
+    saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("2 GiB wanted")
+
+    import diffusers
+
+    monkeypatch.setattr(diffusers.ZImageTransformer2DModel, "forward", forward)
+    assert generate(saved["z_image"], tmp_path) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    assert err.endswith("omni: error: the device is out of memory: 2 GiB wanted\n")
+
+
+def test_ctrl_c_is_exit_code_130(
+    saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(*args: Any, **kwargs: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    import diffusers
+
+    monkeypatch.setattr(diffusers.ZImageTransformer2DModel, "forward", forward)
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
+    try:
+        assert generate(saved["z_image"], tmp_path) == 130
+    finally:
+        signal.signal(signal.SIGINT, former)
+    err = capsys.readouterr().err
+    assert err.endswith("omni: error: interrupted\n")
+    assert "Traceback" not in err
+
+
+# Listings
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    import omni_kernels
+
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"omni {omni_kernels.__version__}\n"
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["compare"], ["backends"], ["models"]])
+def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*command, "--help") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: omni")
+    if command == ["generate"]:
+        assert "1 for an embedded model on the CPU" in " ".join(out.split())
+
+
+def test_backends_lists_keys_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("backends") == 0
+    text = capsys.readouterr().out
+    assert run("backends", "--json") == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert {"tea_cache", "cache_dit", "first_block_cache"} <= set(listed)
+    for name, backend in listed.items():
+        assert re.search(rf"^{name}$", text, re.MULTILINE)
+        assert backend["summary"] in text
+        for key in backend["keys"]:
+            assert re.search(rf"^ +{key['name']} +{re.escape(json.dumps(key['default']))} ", text, re.MULTILINE)
+    assert {"rel_l1_thresh": 0.2, "coefficients": None}.items() <= {
+        key["name"]: key["default"] for key in listed["tea_cache"]["keys"]
+    }.items()
+
+
+def test_models_lists_what_is_embedded_and_what_caches_know(embedded: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("models") == 0
+    text = capsys.readouterr().out
+    assert f"{embedded}: QwenImagePipeline" in text
+    assert "num_inference_steps 5" in text
+    assert run("models", "--json") == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert listed["embedded"][embedded]["defaults"]["height"] == 64
+    for transformer, about in listed["transformers"].items():
+        assert transformer in text
+        assert all(pipeline in text for pipeline in about["pipelines"])
+
+
+def test_listings_do_not_load_diffusers() -> None:
+    code = (
+        "import sys; from omni_runtime.cli import main; "
+        "main(['backends']); main(['models']); print(*sys.modules, file=sys.stderr)"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr.split()
+    assert not {"diffusers", "transformers"} & set(loaded)
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys; from omni_runtime.cli import main; main(['--help']); print(*sys.modules, file=sys.stderr)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr.split()
+    assert "torch" not in loaded
