@@ -27,6 +27,7 @@ class LoopClock:
 
     def __init__(self, device: torch.device, on_step: Callable[[int, int], None] | None = None) -> None:
         self._device = device
+        self._events = _events_of(device)
         self._on_step = on_step
         self._marks: list[Any] = []
         self._steps = 0
@@ -55,11 +56,11 @@ class LoopClock:
 
     def mark(self) -> None:
         """Note this moment."""
-        if self._device.type == "cpu":
+        if self._events is None:
             self._marks.append(time.perf_counter())
         else:
-            event = torch.Event(self._device.type, enable_timing=True)
-            event.record()
+            event = self._events.Event(enable_timing=True)
+            event.record(self._events.current_stream(self._device))
             self._marks.append(event)
 
     def close_step(self) -> None:
@@ -70,9 +71,9 @@ class LoopClock:
 
     def timings(self) -> Timings:
         """The request's seconds; waits for the device."""
-        if self._device.type != "cpu":
-            torch.accelerator.synchronize()
         marks = self._marks
+        if self._events is not None:
+            marks[-1].synchronize()
         spans = [self._seconds(start, end) for start, end in itertools.pairwise(marks)]
         total = self._seconds(marks[0], marks[-1])
         if len(spans) < 2:  # a pipeline that shows no progress
@@ -80,7 +81,15 @@ class LoopClock:
         return Timings(total, spans[0], spans[1:-1], spans[-1])
 
     def _seconds(self, start: Any, end: Any) -> float:
-        return end - start if self._device.type == "cpu" else start.elapsed_time(end) / 1000
+        return end - start if self._events is None else start.elapsed_time(end) / 1000
+
+
+def _events_of(device: torch.device) -> Any:
+    """torch.cuda, torch.npu, ...: the module with the device's events; None where the host's clock must do."""
+    if device.type == "cpu":
+        return None
+    module = torch.get_device_module(device)
+    return module if hasattr(module, "Event") and hasattr(module, "current_stream") else None
 
 
 class _Bar:

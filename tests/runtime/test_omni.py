@@ -397,6 +397,13 @@ def test_close_puts_the_pipeline_back(qwen_pipe: Any) -> None:
         omni.generate("a cat", **SMALL)
 
 
+def test_a_pipeline_that_was_unpatched_behind_its_back_does_not_run_without_a_cache_unnoticed(z_pipe: Any) -> None:
+    omni = Omni(z_pipe, cache_backend="tea_cache")
+    omni_kernels.unpatch(z_pipe)
+    with pytest.raises(RuntimeError, match="was unpatched"):
+        omni.generate("a cat", **SMALL)
+
+
 def test_a_patch_that_was_there_before_stays_after_close(qwen_pipe: Any) -> None:
     handle = omni_kernels.patch(qwen_pipe, cache_backend="tea_cache")
     with Omni(qwen_pipe, cache_backend="tea_cache"):
