@@ -291,7 +291,7 @@ def _fixed(value: float, digits: int) -> str:
 
 
 def _spread(mean: float, deviation: float, digits: int) -> str:
-    return _fixed(mean, digits) if math.isinf(mean) else f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+    return "inf" if math.isinf(mean) else f"{mean:.{digits}f} ± {deviation:.{digits}f}"
 
 
 def to_json(results: Sequence[RunResult], about: Mapping[str, Any]) -> dict[str, Any]:

@@ -128,10 +128,15 @@ class Omni:
         return self._pipe
 
     def close(self) -> None:
-        """Take the cache out of the pipeline, and let go of it. A second call does nothing."""
-        handle, self._handle, self._pipe, self._closed = self._handle, None, None, True
-        if handle is not None and self._patched_here:
-            handle.undo()
+        """Take the cache out of the pipeline, and let go of it. A second call does nothing.
+
+        Raises:
+            PatchConflictError: somebody else patched over it; nothing is changed then, and close() can be tried again.
+        """
+        if self._handle is not None and self._patched_here:
+            self._handle.undo()
+        self._handle = self._pipe = None
+        self._closed = True
 
     def generate(
         self,
@@ -231,6 +236,7 @@ class Omni:
             "pipeline": type(self.pipe).__name__,
             "prompt": one.prompt,
             "seed": one.seed,
+            "num_inference_steps": request.step_count(type(self.pipe), one.arguments),
             **jsonable(one.arguments),
             "cache_backend": self.cache_backend,
             "cache_config": jsonable(self.cache_config),

@@ -175,6 +175,7 @@ def test_the_environment_variable_names_the_backend(
             ["generate", "--prompt", "x", "--model", "MODEL", "--set", "true_cfg_scale=high"],
             "must be a number, not 'high'",
         ),
+        (["generate", "--prompt", "x", "--model", "MODEL", "--set", "output_type=pt"], "output_type cannot be set"),
         (["generate", "--prompt", "x", "--model", "MODEL", "--dtype", "float31"], "unknown dtype 'float31'"),
         (["generate", "--prompt", "x", "--model", "MODEL", "--device", "cuda:99"], "not available here"),
         (["generate", "--prompt", "x", "--prompt", "y", "--out", "x.png"], "is one file, for 2 prompts"),

@@ -117,6 +117,24 @@ def test_what_from_pretrained_takes_is_passed_on(saved: dict[str, Path]) -> None
     assert omni.pipe.transformer is transformer
 
 
+def test_a_hub_model_is_loaded_by_its_id_with_what_from_pretrained_takes(
+    saved: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda model, name, **_: str(saved["z_image"] / name))
+    real, calls = diffusers.DiffusionPipeline.from_pretrained, []
+
+    def from_pretrained(location: str, **arguments: Any) -> Any:
+        calls.append((location, arguments))
+        return real(saved["z_image"])
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", from_pretrained)
+    omni = Omni("someone/z-image", cache_backend="tea_cache", revision="v1", variant="bf16", device="cpu")
+    assert not calls, "nothing is downloaded before it is needed"
+    (result,) = quiet(omni).generate("a cat", **SMALL)
+    assert calls == [("someone/z-image", {"dtype": torch.float32, "revision": "v1", "variant": "bf16"})]
+    assert result.settings["model"] == "someone/z-image"
+
+
 def test_every_tiny_pipeline_runs_under_every_backend(any_pipe: Any) -> None:
     arguments = tiny.default_arguments(any_pipe)
     for backend in ("tea_cache", "cache_dit", "first_block_cache"):
@@ -247,6 +265,11 @@ def test_settings_say_all_that_makes_the_images_again_and_are_written_into_the_p
     Image.new("RGB", (8, 8)).save(tmp_path / "other.png")
     with pytest.raises(ValueError, match="holds no settings"):
         read_settings(tmp_path / "other.png")
+
+
+def test_settings_name_the_steps_that_the_pipeline_chose(qwen_pipe: Any) -> None:
+    (result,) = quiet(Omni(qwen_pipe, cache_backend="tea_cache")).generate("a cat", height=64, width=64)
+    assert result.settings["num_inference_steps"] == result.cache.steps == 50
 
 
 def test_tensors_are_not_saved_as_png(z_pipe: Any, tmp_path: Path) -> None:
@@ -395,6 +418,17 @@ def test_close_puts_the_pipeline_back(qwen_pipe: Any) -> None:
     omni.close()
     with pytest.raises(RuntimeError, match="this Omni is closed"):
         omni.generate("a cat", **SMALL)
+
+
+def test_a_close_that_cannot_undo_can_be_tried_again(z_pipe: Any) -> None:
+    omni = Omni(z_pipe, cache_backend="tea_cache")
+    installed = z_pipe.scheduler.step
+    z_pipe.scheduler.step = lambda *args, **kwargs: installed(*args, **kwargs)
+    with pytest.raises(omni_kernels.PatchConflictError):
+        omni.close()
+    z_pipe.scheduler.step = installed
+    omni.close()
+    assert handle_of(z_pipe) is None
 
 
 def test_a_pipeline_that_was_unpatched_behind_its_back_does_not_run_without_a_cache_unnoticed(z_pipe: Any) -> None:
