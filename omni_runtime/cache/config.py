@@ -27,6 +27,13 @@ class Key:
     parse: Callable[[Any], Any]
 
 
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
+
+
 def integer(name: str, default: int | None, low: int, high: int | None, doc: str) -> Key:
     """A whole number in [low, high]; None is allowed where it is the default."""
     allowed = f"a whole number ≥ {low}" if high is None else f"a whole number from {low} to {high}"
@@ -50,7 +57,7 @@ def number(name: str, default: float, doc: str, *, positive: bool = False) -> Ke
     def parse(value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be {allowed}, not {value!r}")
-        if not math.isfinite(value) or (positive and value <= 0):
+        if not _finite(value) or (positive and value <= 0):
             raise ValueError(f"{name} must be {allowed}, not {value}")
         return float(value)
 
@@ -96,7 +103,7 @@ def numbers(name: str, count: int, doc: str) -> Key:
         values = list(value)
         if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
             raise TypeError(f"{name} must be {allowed}, not {value!r}")
-        if len(values) != count or not all(math.isfinite(v) for v in values):
+        if len(values) != count or not all(_finite(v) for v in values):
             raise ValueError(f"{name} must be {allowed}; got {len(values)}: {value!r}")
         return tuple(float(v) for v in values)
 

@@ -1,0 +1,264 @@
+"""The table of transformer classes: rows that fit diffusers, distances over the noise, and a model added by a row."""
+
+import inspect
+import itertools
+
+import diffusers
+import pytest
+import tiny
+import torch
+
+import omni_kernels
+from omni_runtime.cache import models
+from omni_runtime.cache.models import MODELS, ModelRow
+
+NOISE_TOKENS = 16  # 64×64 pixels
+
+
+def latents(pipe, **arguments):
+    return tiny.generate(pipe, output_type="latent", **{"num_inference_steps": 5} | arguments)
+
+
+def distance(now, then):
+    """The relative L1 distance, in float64."""
+    return ((now.double() - then.double()).abs().sum() / then.double().abs().sum()).item()
+
+
+# Rows
+
+
+def test_row_fits_the_class_in_diffusers(any_pipe):
+    transformer = any_pipe.transformer
+    name = type(transformer).__name__
+    row = MODELS[name]
+    assert type(any_pipe).__name__ in row.pipelines
+    blocks = [block for blocks in models.block_lists(transformer, row) for block in blocks]
+    assert len(blocks) == sum(transformer.config[key] for key in row.depth)
+    for block in blocks:
+        assert {row.hidden, row.encoder} - {None} <= set(inspect.signature(block.forward).parameters)
+    assert set(row.between) <= set(inspect.signature(transformer.forward).parameters)
+    assert models.describe({"_class_name": name, **transformer.config}) == models.TransformerFacts(name, len(blocks))
+
+
+def test_rows_name_pipelines_that_exist():
+    for row in MODELS.values():
+        for name in row.pipelines:
+            assert issubclass(getattr(diffusers, name), diffusers.DiffusionPipeline)
+
+
+def test_config_without_a_depth_is_named():
+    with pytest.raises(ValueError, match=r"FluxTransformer2DModel lacks num_single_layers"):
+        models.describe({"_class_name": "FluxTransformer2DModel", "num_layers": 2})
+
+
+def test_row_whose_block_list_is_missing_is_named(qwen_pipe, monkeypatch):
+    monkeypatch.setitem(
+        MODELS,
+        "QwenImageTransformer2DModel",
+        ModelRow(("img_in",), "hidden_states", "encoder_hidden_states", "encoder_first", ("num_layers",)),
+    )
+    with pytest.raises(ValueError, match=r"QwenImageTransformer2DModel.img_in is Linear, not a list of blocks"):
+        omni_kernels.patch(qwen_pipe, "first_block_cache")
+
+
+# Edit pipelines: reference images never change, and would dilute every distance
+
+
+@pytest.fixture(params=[(plus, zero) for plus in (False, True) for zero in (False, True)], ids=str)
+def edit_pipe(request):
+    plus, zero_cond_t = request.param
+    return tiny.qwen_image_edit(plus=plus, zero_cond_t=zero_cond_t)
+
+
+def recorded(pipe, module, get, backend, config):
+    """What `get` finds in each call of `module` by the first CFG branch, and that branch's decisions."""
+    seen = []
+    hook = module.register_forward_hook(
+        lambda _, args, kwargs, output: seen.append(get(args, kwargs, output)), with_kwargs=True
+    )
+    with omni_kernels.patched(pipe, backend, config) as handle:
+        latents(pipe)
+    hook.remove()
+    return seen[::2], handle.report.branches["cond"].decisions
+
+
+def assert_distances_of(seen, decisions):
+    assert len(seen) == len(decisions) == 5
+    for (then, now), decision in zip(itertools.pairwise(seen), decisions[1:], strict=True):
+        expected = distance(now[:, :NOISE_TOKENS], then[:, :NOISE_TOKENS])
+        assert decision.distance == pytest.approx(expected, rel=1e-4)
+        assert distance(now, then) != pytest.approx(expected, rel=1e-2), "the references would have diluted it"
+
+
+def test_edits_first_block_distance_is_over_the_noise_alone(edit_pipe):
+    block = edit_pipe.transformer.transformer_blocks[0]
+    seen, decisions = recorded(
+        edit_pipe,
+        block,
+        lambda args, kwargs, output: output[1] - kwargs["hidden_states"],
+        "first_block_cache",
+        {"threshold": 1e-9},
+    )
+    assert seen[0].shape[1] > NOISE_TOKENS
+    assert_distances_of(seen, decisions)
+
+
+def test_edits_modulated_distance_is_over_the_noise_alone(edit_pipe):
+    attention = edit_pipe.transformer.transformer_blocks[0].attn
+    seen, decisions = recorded(
+        edit_pipe,
+        attention,
+        lambda args, kwargs, output: kwargs["hidden_states"],
+        "tea_cache",
+        {"rel_l1_thresh": 1e-9},
+    )
+    assert_distances_of(seen, decisions)
+
+
+def test_edit_skips_and_stays_near(edit_pipe):
+    expected = latents(edit_pipe)
+    for backend, config in {
+        "first_block_cache": {"threshold": 0.3},
+        "tea_cache": {"rel_l1_thresh": 0.15, "coefficients": [0, 0, 0, 1, 0]},
+    }.items():
+        with omni_kernels.patched(edit_pipe, backend, config) as handle:
+            near = latents(edit_pipe)
+            assert handle.report.forwards_saved > 0
+        assert (near - expected).norm() < 0.1 * expected.norm()
+
+
+# A model of somebody else
+
+SD3 = ModelRow(
+    block_lists=("transformer_blocks",),
+    hidden="hidden_states",
+    encoder="encoder_hidden_states",
+    returns="encoder_first",
+    depth=("num_layers",),
+    between=("block_controlnet_hidden_states",),
+)
+
+
+@pytest.fixture
+def sd3_pipe():
+    """A tiny Stable Diffusion 3 pipeline, which no row knows, and its denoiser's inputs instead of text encoders."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformer = diffusers.SD3Transformer2DModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            num_layers=4,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            caption_projection_dim=32,
+            pooled_projection_dim=16,
+            pos_embed_max_size=16,
+        ).eval()
+        others = dict.fromkeys(["vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
+        return diffusers.StableDiffusion3Pipeline(
+            transformer=tiny.damp(transformer),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+            text_encoder_3=None,
+            tokenizer_3=None,
+            **others,
+        )
+
+
+def sd3_latents(pipe):
+    generator = torch.Generator().manual_seed(0)
+    embeds = torch.randn(2, 1, 7, 32, generator=generator)
+    pooled = torch.randn(2, 1, 16, generator=generator)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(
+        prompt_embeds=embeds[0],
+        negative_prompt_embeds=embeds[1],
+        pooled_prompt_embeds=pooled[0],
+        negative_pooled_prompt_embeds=pooled[1],
+        height=64,
+        width=64,
+        num_inference_steps=8,
+        output_type="latent",
+        generator=generator,
+    ).images
+
+
+def test_unknown_transformer_is_named_with_what_its_row_needs(sd3_pipe):
+    with pytest.raises(ValueError, match="SD3Transformer2DModel") as error:
+        omni_kernels.patch(sd3_pipe, "first_block_cache")
+    for part in ("MODELS", "ModelRow", "block lists", "hidden-state arguments", "returns", "modulates its input"):
+        assert part in str(error.value)
+    assert "_omni_kernels_handle" not in vars(sd3_pipe)
+
+
+def test_pipeline_without_a_transformer_is_named():
+    unet = diffusers.UNet2DModel(
+        sample_size=8, block_out_channels=(8,), norm_num_groups=4, down_block_types=["DownBlock2D"],
+        up_block_types=["UpBlock2D"], layers_per_block=1,
+    )  # fmt: skip
+    pipe = diffusers.DDPMPipeline(unet=unet, scheduler=diffusers.DDPMScheduler())
+    with pytest.raises(ValueError, match="DDPMPipeline has no transformer"):
+        omni_kernels.patch(pipe, "first_block_cache")
+
+
+def test_row_alone_makes_first_block_cache_work(sd3_pipe, monkeypatch):
+    expected = sd3_latents(sd3_pipe)
+    monkeypatch.setitem(MODELS, "SD3Transformer2DModel", SD3)
+    with omni_kernels.patched(sd3_pipe, "first_block_cache", {"threshold": 0.0}):
+        assert torch.equal(sd3_latents(sd3_pipe), expected)
+    with omni_kernels.patched(sd3_pipe, "first_block_cache", {"threshold": 0.2}) as handle:
+        near = sd3_latents(sd3_pipe)
+        assert 0 < handle.report.forwards_saved < 8
+        assert handle.report.blocks_run == 8 + 3 * handle.report.forwards
+    assert (near - expected).norm() < 0.1 * expected.norm()
+    assert torch.equal(sd3_latents(sd3_pipe), expected)
+
+
+def test_row_alone_makes_a_controlnet_work(sd3_pipe, monkeypatch):
+    """SD3 asks each block of its loop for an attribute when a ControlNet is there."""
+    monkeypatch.setitem(MODELS, "SD3Transformer2DModel", SD3)
+    generator = torch.Generator().manual_seed(0)
+    call = {
+        "hidden_states": torch.randn(1, 4, 8, 8, generator=generator),
+        "encoder_hidden_states": torch.randn(1, 7, 32, generator=generator),
+        "pooled_projections": torch.randn(1, 16, generator=generator),
+        "timestep": torch.tensor([500.0]),
+        "block_controlnet_hidden_states": [torch.randn(1, 16, 32, generator=generator) for _ in range(2)],
+    }
+    with torch.no_grad():
+        expected = sd3_pipe.transformer(**call).sample
+        with omni_kernels.patched(
+            sd3_pipe, "cache_dit", {"max_warmup_steps": 0, "residual_diff_threshold": 1}
+        ) as handle:
+            sd3_pipe.scheduler.set_timesteps(3)
+            assert torch.equal(sd3_pipe.transformer(**call).sample, expected)
+            sd3_pipe.scheduler.step(torch.ones(1), sd3_pipe.scheduler.timesteps[0], torch.ones(1))
+            torch.testing.assert_close(sd3_pipe.transformer(**call).sample, expected, atol=2e-5, rtol=1e-5)
+            assert handle.report.branches["0"].skipped == [1]
+
+
+def test_tea_cache_says_what_a_row_lacks(sd3_pipe, monkeypatch):
+    monkeypatch.setitem(MODELS, "SD3Transformer2DModel", SD3)
+    with pytest.raises(ValueError, match=r"tea_cache .* ModelRow gives no modulation"):
+        omni_kernels.patch(sd3_pipe, "tea_cache")
+
+    def modulation(block, arguments):
+        shift, scale = block.norm1.linear(block.norm1.silu(arguments["temb"])).chunk(6, dim=-1)[:2]
+        return models.Modulation("layer", scale, shift, None, 1e-6)
+
+    row = ModelRow(**{**vars(SD3), "modulation": modulation})
+    monkeypatch.setitem(MODELS, "SD3Transformer2DModel", row)
+    with pytest.raises(ValueError, match=r"no TeaCache coefficients are known .* 'coefficients'"):
+        omni_kernels.patch(sd3_pipe, "tea_cache")
+    config = {"rel_l1_thresh": 0.2, "coefficients": [0, 0, 0, 1, 0]}
+    with omni_kernels.patched(sd3_pipe, "tea_cache", config) as handle:
+        sd3_latents(sd3_pipe)
+        assert handle.report.forwards_saved > 0
+
+
+def test_what_a_row_lacks_is_known_before_weights_are_loaded(monkeypatch):
+    monkeypatch.setitem(MODELS, "SD3Transformer2DModel", SD3)
+    facts = models.describe({"_class_name": "SD3Transformer2DModel", "num_layers": 4})
+    with pytest.raises(ValueError, match="gives no modulation"):
+        omni_kernels.patching.backends.get("tea_cache").check(None, facts)
