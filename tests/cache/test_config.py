@@ -177,7 +177,11 @@ def test_value_of_the_wrong_type_is_named(pipe, backend, key, value):
         omni_kernels.patch(pipe, backend, {key: value})
 
 
-@pytest.mark.parametrize(("key", "value"), [("rel_l1_thresh", 10**400), ("coefficients", [0, 0, 0, 0, 10**400])])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("rel_l1_thresh", 10**400), ("coefficients", [0, 0, 0, 0, 10**400])],
+    ids=["number", "coefficients"],
+)
 def test_number_too_large_for_a_float_is_named(pipe, key, value):
     with pytest.raises(ValueError, match=key):
         omni_kernels.patch(pipe, "tea_cache", {key: value})
