@@ -31,7 +31,8 @@ TARGETS = {
 class Cost:
     """What one compiled kernel takes.
 
-    `registers` are per thread (VGPRs on AMD); `spills` and `shared` are in bytes, but on AMD `spills` are in registers.
+    `registers` are per thread (VGPRs on AMD); `spills` and `shared` are in bytes. Only what goes to memory counts as
+    spilt: AMD's scalar registers overflow into lanes of vector registers.
     `loads` and `stores` are the instructions that touch global memory, each with the number of times that it occurs;
     `narrow_offsets` and `atomics` are lines of Triton's own code.
     """
@@ -134,11 +135,11 @@ def _nvidia(compiled: Any) -> dict[str, Any]:
 
 def _amd(compiled: Any) -> dict[str, Any]:
     text = compiled.asm["amdgcn"]
-    names = r"vgpr_count|vgpr_spill_count|sgpr_spill_count|group_segment_fixed_size"
+    names = r"vgpr_count|private_segment_fixed_size|group_segment_fixed_size"
     found = {name: int(n) for name, n in re.findall(rf"\.({names}):\s+(\d+)", text)}
     return {
         "registers": found["vgpr_count"],
-        "spills": found["vgpr_spill_count"] + found["sgpr_spill_count"],
+        "spills": found["private_segment_fixed_size"],
         "shared": found["group_segment_fixed_size"],
         "loads": _count(r"\b(?:global|buffer)_load_\w+", text),
         "stores": _count(r"\b(?:global|buffer)_store_\w+", text),

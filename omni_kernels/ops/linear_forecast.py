@@ -52,15 +52,15 @@ def linear_forecast(
         raise ValueError("linear_forecast: base is None and history is empty; one of them must be given")
     if len(history) > MAX_HISTORY:
         raise ValueError(f"linear_forecast: history has {len(history)} tensors; allowed are 0 to {MAX_HISTORY}")
-    if (
-        like.dim() == 0
-        or not (alike(like, like) and all(alike(like, t) for t in history))
-        or not (out is None or alike(like, out))
-    ):
+    shape, device = like.shape, like.device
+    fits = like.dtype in DTYPES and len(shape) > 0 and (out is None or alike(like, out))
+    for t in history:
+        fits = fits and t.shape == shape and t.device == device and t.dtype in DTYPES
+    if not fits:
         names = {f"history[{j}]": t for j, t in enumerate(history)}
         raise unlike("linear_forecast", base=base, **names, out=out)
     if isinstance(weights, torch.Tensor):
-        if weights.shape != (len(history),) or weights.device != like.device or weights.dtype not in DTYPES:
+        if weights.shape != (len(history),) or weights.device != device or weights.dtype not in DTYPES:
             raise _wrong_weights(weights, len(history), like)
         if out is None:
             return _op_tensor(base, history, weights)

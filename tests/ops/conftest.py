@@ -11,6 +11,18 @@ from implementations import INTERPRETED, Implementation
 GUARD = 64
 ON_GPU = () if INTERPRETED else pytest.mark.gpu
 
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_index(tensor: Any, *scope: Any) -> None:
+        patch_tensor(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
+    # Before 3.7, Triton's interpreter counts loops with what numpy 2.4 no longer allows.
+    interpreter._patch_lang_tensor = patch_index
+
 
 @pytest.fixture
 def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

@@ -1,10 +1,14 @@
 """The kernels, compiled for GPUs that are not there: what Triton makes of exactly what the launchers launch."""
 
+import importlib
+
 import aot
 import launches
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
+
+from omni_kernels.ops import _samples
 
 LAUNCHES = {name: launch for name, launch in launches.LAUNCHES.items() if name != "control"}
 # 128 bits, in each vendor's instructions.
@@ -35,13 +39,14 @@ def test_nothing_spills(costs, launch, target):
 @every_launch
 @every_target
 def test_every_bf16_tensor_is_accessed_in_128_bits(costs, launch, target):
-    first = costs[launch][target][0]
-    run = LAUNCHES[launch]
-    inputs = sum(
-        isinstance(t, torch.Tensor) and t.dtype == torch.bfloat16 for t in tree_leaves((run.args, run.keywords))
-    )
-    assert wide(first.loads, target) >= inputs, first
-    assert wide(first.stores, target) >= (not launch.startswith("relative_l1")), first
+    first, op, run = costs[launch][target][0], launch.split()[0], LAUNCHES[launch]
+    block = importlib.import_module(f"omni_kernels.ops.{op}")
+    # Of every tensor a thread takes so many times 8 elements.
+    times = (block.TILE if op == "modulated_relative_l1" else block.BLOCK) // _samples.THREADS // 8
+    given = tree_leaves((run.args, run.keywords))
+    inputs = sum(isinstance(t, torch.Tensor) and t.dtype == torch.bfloat16 for t in given)
+    assert wide(first.loads, target) >= inputs * times, first
+    assert wide(first.stores, target) >= (op != "relative_l1") * times, first
 
 
 @every_launch

@@ -103,11 +103,11 @@ def test_out_may_be_any_of_the_inputs(implementation, place, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_out_may_overlap_an_input_in_part(implementation, dtype):
-    memory = implementation.randn(1001, dtype=dtype)
-    other = implementation.randn(1, 1000, dtype=dtype)
-    expected, terms = op_oracle.linear_forecast(None, [other, memory[None, :1000].clone()], WEIGHTS[:2])
+    memory = implementation.randn(5001, dtype=dtype)
+    other = implementation.randn(1, 5000, dtype=dtype)
+    expected, terms = op_oracle.linear_forecast(None, [other, memory[None, :5000].clone()], WEIGHTS[:2])
     out = memory[None, 1:]
-    implementation["linear_forecast"](None, [other, memory[None, :1000]], WEIGHTS[:2], out=out)
+    implementation["linear_forecast"](None, [other, memory[None, :5000]], WEIGHTS[:2], out=out)
     assert_near(out, expected, terms)
 
 
