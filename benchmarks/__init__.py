@@ -1,0 +1,1 @@
+"""Benchmarks and the programs that make what they need."""

@@ -1,0 +1,124 @@
+"""Train `emoji-qwen-image` from nothing: `python -m benchmarks.train_emoji --out FOLDER`.
+
+Stages: autoencoder, latents, transformer, decoder, assemble, report. Every stage goes on from what the work folder
+holds, so the same command resumes after an interruption, and a larger number of minutes prolongs a stage. Where the
+autoencoder is prolonged, the latents are made anew, and the transformer goes on from where it is on those. `assemble`
+and `report` may be run on their own at any time, also while the transformer trains. Minutes count training time over
+all runs together.
+
+On a CPU set OMP_WAIT_POLICY=PASSIVE where anything else runs beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from .assemble import assemble, decoder_checkpoint, latents_file, load_autoencoder
+from .autoencoder import new_autoencoder, train_autoencoder
+from .report import write_report
+from .text import encode_captions, new_text_encoder, new_tokenizer
+from .training import Budget
+from .transformer import build_latents, new_transformer, train_transformer
+
+STAGES = ("autoencoder", "latents", "transformer", "decoder", "assemble", "report")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_emoji", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="model folder to write")
+    parser.add_argument("--work", type=Path, help="checkpoints and cached latents (default: OUT-work, beside OUT)")
+    parser.add_argument("--side", type=int, default=64, choices=(64, 128), help="pixels per side")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto takes the accelerator if there is one")
+    parser.add_argument("--minutes-vae", type=float, default=15, help="training time of the whole autoencoder")
+    parser.add_argument("--minutes-transformer", type=float, default=70, help="training time of the transformer")
+    parser.add_argument("--minutes-decoder", type=float, default=20, help="further training time of the decoder alone")
+    parser.add_argument("--scenes", type=int, default=100_000, help="scenes whose latents the transformer trains on")
+    parser.add_argument("--no-compile", action="store_true", help="plain fp32 instead of torch.compile in bf16")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="run only these")
+    return parser.parse_args(arguments)
+
+
+def choose_device(name: str) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator or torch.device("cpu")
+
+
+def autoencoder_stage(options: argparse.Namespace, device: torch.device) -> None:
+    train_autoencoder(
+        new_autoencoder(),
+        options.work / "autoencoder.pt",
+        options.side,
+        Budget(options.minutes_vae),
+        device,
+        compiled=not options.no_compile,
+    )
+
+
+def latents_stage(options: argparse.Namespace, device: torch.device) -> None:
+    """Encode the transformer's scenes with the encoder as it stands, unless that was done."""
+    vae, trained = load_autoencoder(options.work)
+    file = latents_file(options.work, trained["autoencoder"]["steps"])
+    if not file.exists():
+        build_latents(vae, file, options.side, options.scenes, device, compiled=not options.no_compile)
+
+
+def transformer_stage(options: argparse.Namespace, device: torch.device) -> None:
+    _, trained = load_autoencoder(options.work)
+    cached = torch.load(latents_file(options.work, trained["autoencoder"]["steps"]), map_location="cpu")
+    mean, std = (torch.tensor(cached[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
+    captions = sorted(set(cached["captions"]))
+    row_of = {caption: row for row, caption in enumerate(captions)}
+    tokenizer = new_tokenizer()
+    embeddings, mask = encode_captions(tokenizer, new_text_encoder(tokenizer), [*captions, "", " "])
+    train_transformer(
+        new_transformer(),
+        ((cached["latents"].float() - mean) / std).half(),
+        torch.tensor([row_of[caption] for caption in cached["captions"]]),
+        embeddings.bfloat16(),
+        mask,
+        options.work / "transformer.pt",
+        Budget(options.minutes_transformer),
+        device,
+        compiled=not options.no_compile,
+    )
+
+
+def decoder_stage(options: argparse.Namespace, device: torch.device) -> None:
+    vae, trained = load_autoencoder(options.work)
+    train_autoencoder(
+        vae,
+        decoder_checkpoint(options.work, trained["autoencoder"]["steps"]),
+        options.side,
+        Budget(options.minutes_decoder),
+        device,
+        decoder_only=True,
+        compiled=not options.no_compile,
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    options.work = options.work or options.out.with_name(options.out.name + "-work")
+    options.work.mkdir(parents=True, exist_ok=True)
+    device = choose_device(options.device)
+    run = {
+        "autoencoder": lambda: autoencoder_stage(options, device),
+        "latents": lambda: latents_stage(options, device),
+        "transformer": lambda: transformer_stage(options, device),
+        "decoder": lambda: decoder_stage(options, device),
+        "assemble": lambda: assemble(options.work, options.out, options.side),
+        "report": lambda: write_report(options.out, options.work),
+    }
+    for stage in STAGES:
+        if stage in options.stages:
+            print(f"stage {stage}", flush=True)
+            run[stage]()
+
+
+if __name__ == "__main__":
+    main()

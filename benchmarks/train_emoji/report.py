@@ -1,0 +1,191 @@
+"""The model card's figures, remade from a model folder: `python -m benchmarks.train_emoji --stages report --out
+FOLDER`.
+
+Writes figures.json, contact_sheet.png, and README.md from card.md there; held_out_sheet.png goes to the work folder.
+
+PSNR is the mean over pictures of 10 log10(1 / mse) on floats in [0, 1]. The bend of a trajectory is how far the guided
+velocity, which the pipeline hands to scheduler.step, moves from one step to the next: |v_t - v_(t-1)| / |v_(t-1)|
+(2-norms).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import string
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import QwenImagePipeline
+from PIL import Image, ImageDraw
+
+from .autoencoder import TEST_SEED, psnr, reconstruction_psnr
+from .scenes import EMOJI, asset_directory, package_names, render, scene
+
+__all__ = ["contact_sheet", "generate", "measure", "write_report"]
+
+COMPARISON_PROMPTS, COMPARISON_SEEDS = 32, (0, 1)
+RECONSTRUCTED = 512
+BATCH = 16
+
+
+def generate(
+    pipeline: QwenImagePipeline, prompts: list[str], seeds: list[int], defaults: dict, **changes: object
+) -> list[np.ndarray]:
+    """One float picture [side, side, 3] in [0, 1] per prompt, each from the noise of its own seed."""
+    pictures = []
+    for start in range(0, len(prompts), BATCH):
+        chosen = prompts[start : start + BATCH]
+        settings = {**defaults, **changes, "negative_prompt": [defaults["negative_prompt"]] * len(chosen)}
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + BATCH]]
+        pictures += list(pipeline(prompt=chosen, generator=generators, output_type="np", **settings).images)
+    return pictures
+
+
+def contact_sheet(pictures: list[np.ndarray], captions: list[str], columns: int = 8) -> Image.Image:
+    """Pictures in a grid with their captions below, in 256 colours to keep the file small."""
+    side = pictures[0].shape[0]
+    width, height = max(side, 96) + 8, side + 30
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        left, top = number % columns * width, number // columns * height
+        sheet.paste(Image.fromarray((picture * 255).round().astype(np.uint8)), (left + (width - side) // 2, top + 2))
+        words, lines = caption.split(), [""]
+        for word in words:
+            if len(lines[-1]) + len(word) >= 19:
+                lines.append("")
+            lines[-1] = f"{lines[-1]} {word}".strip()
+        draw.multiline_text(
+            (left + width / 2, top + side + 3),
+            "\n".join(lines[:2]),
+            "black",
+            anchor="ma",
+            align="center",
+            font_size=9,
+            spacing=1,
+        )
+    return sheet.quantize(256)
+
+
+def unknown_scenes(count: int, side: int) -> list[np.ndarray]:
+    """Single-emoji scenes of Twemoji outside the vocabulary (no skin tones, no flags), which nothing was trained on."""
+    stems = [
+        stem
+        for stem, name in sorted(package_names().items())
+        if stem not in EMOJI.values()
+        and "skin tone" not in name
+        and not stem.startswith("1f1")
+        and (asset_directory() / f"{stem}.png").exists()
+    ]
+    rng = random.Random("unknown")
+    return [render(rng, (rng.choice(stems),), None, side) for _ in range(count)]
+
+
+def summary(values: torch.Tensor) -> dict[str, float]:
+    return {
+        "mean": round(values.mean().item(), 2),
+        "std": round(values.std().item(), 2),
+        "percentile_5": round(values.quantile(0.05).item(), 2),
+    }
+
+
+def bend_of(pipeline: QwenImagePipeline, prompts: list[str], seeds: list[int], defaults: dict) -> list[float]:
+    """Mean relative change of the guided velocity at each step but the first, over prompts."""
+    velocities: list[torch.Tensor] = []
+    original = pipeline.scheduler.step
+
+    @functools.wraps(original)
+    def recording_step(model_output: torch.Tensor, *args: object, **kwargs: object) -> object:
+        velocities.append(model_output.float().flatten(1))
+        return original(model_output, *args, **kwargs)
+
+    changes = []
+    pipeline.scheduler.step = recording_step
+    try:
+        for start in range(0, len(prompts), BATCH):
+            velocities.clear()
+            generate(pipeline, prompts[start : start + BATCH], seeds[start : start + BATCH], defaults)
+            path = torch.stack(velocities)
+            changes.append((path[1:] - path[:-1]).norm(dim=2) / path[:-1].norm(dim=2))
+    finally:
+        del pipeline.scheduler.step
+    return [round(value, 4) for value in torch.cat(changes, dim=1).mean(1).tolist()]
+
+
+def measure(folder: Path) -> dict:
+    """All figures of the card, of the shipped (bf16) weights run in fp32."""
+    pipeline = QwenImagePipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    defaults = json.loads((folder / "defaults.json").read_text())
+    listed = json.loads((folder / "prompts.json").read_text())
+    side = defaults["height"]
+
+    known = [scene(TEST_SEED, index, side)[1] for index in range(RECONSTRUCTED)]
+    reconstruction = {
+        "unseen_scenes": summary(reconstruction_psnr(pipeline.vae, known)),
+        "emoji_outside_the_vocabulary": summary(reconstruction_psnr(pipeline.vae, unknown_scenes(RECONSTRUCTED, side))),
+    }
+    every = len(listed["contact_sheet"]) // COMPARISON_PROMPTS
+    prompts = [p for p in listed["contact_sheet"][::every][:COMPARISON_PROMPTS] for _ in COMPARISON_SEEDS]
+    seeds = list(COMPARISON_SEEDS) * COMPARISON_PROMPTS
+    stacked = functools.partial(generate, pipeline, prompts, seeds, defaults)
+    reference = torch.from_numpy(np.stack(stacked()))
+    fewer_steps = {
+        str(steps): summary(psnr(torch.from_numpy(np.stack(stacked(num_inference_steps=steps))), reference))
+        for steps in (25, 13)
+    }
+    bend = bend_of(pipeline, prompts, seeds, defaults)
+    sizes = {
+        "folder_bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+        "transformer_parameters": sum(p.numel() for p in pipeline.transformer.parameters()),
+        "vae_parameters": sum(p.numel() for p in pipeline.vae.parameters()),
+        "text_encoder_parameters": sum(p.numel() for p in pipeline.text_encoder.parameters()),
+    }
+    return {
+        "reconstruction_psnr_db": reconstruction,
+        "fewer_steps_psnr_db": fewer_steps,
+        "comparison": {"prompts": COMPARISON_PROMPTS, "seeds": list(COMPARISON_SEEDS), "reference_steps": 50},
+        "velocity_change_per_step": {"mean": round(float(np.mean(bend)), 4), "largest": max(bend), "steps": bend},
+        "sizes": sizes,
+        "training": json.loads((folder / "training.json").read_text()),
+    }
+
+
+def write_sheets(folder: Path, work: Path) -> None:
+    """contact_sheet.png in the model folder, held_out_sheet.png, compositions never seen, in the work folder."""
+    pipeline = QwenImagePipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    defaults = json.loads((folder / "defaults.json").read_text())
+    listed = json.loads((folder / "prompts.json").read_text())
+    for file, prompts in {
+        folder / "contact_sheet.png": listed["contact_sheet"],
+        work / "held_out_sheet.png": listed["held_out"],
+    }.items():
+        pictures = generate(pipeline, prompts, list(range(len(prompts))), defaults)
+        contact_sheet(pictures, prompts).save(file, optimize=True)
+
+
+def write_card(folder: Path, figures: dict) -> None:
+    """README.md from card.md: $name stands for a figure by its path, its parts joined by underscores."""
+
+    def flat(prefix: str, value: object) -> dict[str, object]:
+        if isinstance(value, dict):
+            return {
+                k: v for key, part in value.items() for k, v in flat(f"{prefix}_{key}" if prefix else key, part).items()
+            }
+        return {prefix: f"{value:,}" if isinstance(value, int) else value}
+
+    template = string.Template(Path(__file__).with_name("card.md").read_text())
+    (folder / "README.md").write_text(template.substitute(flat("", figures)))
+
+
+def write_report(folder: Path, work: Path) -> None:
+    """Sheets, figures.json and the card, all from the model folder alone."""
+    write_sheets(folder, work)
+    figures = measure(folder)
+    (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    write_card(folder, figures)

@@ -1,0 +1,154 @@
+"""The training loop that both stages share: warm-up, constant rate, final decay, EMA, and checkpoints that resume
+exactly.
+
+Everything random in step n is drawn from generators seeded with n, so a checkpoint needs no generator state, and a run
+that was interrupted ends in the same bits as one that was not. The rate stays constant until the last quarter of the
+budget and then falls to zero (warm-up, stable, decay), so a run can be prolonged by asking for more minutes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+__all__ = ["Budget", "Fit", "fit", "load_ema"]
+
+WARMUP_STEPS = 200
+DECAY_SHARE = 0.25
+LOG_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to train: minutes of training time over all sessions together, or a number of steps."""
+
+    minutes: float | None = None
+    steps: int | None = None
+
+    def progress(self, seconds: float, step: int) -> float:
+        """Share of the budget that is used up, 0 to 1 and beyond."""
+        if self.steps is not None:
+            return step / self.steps
+        return seconds / (60 * self.minutes) if self.minutes else 1.0
+
+
+@dataclass
+class Fit:
+    """Where training stands: EMA weights in parameter order, steps, samples and seconds so far, mean loss of late."""
+
+    ema: list[torch.Tensor]
+    step: int
+    samples: int
+    seconds: float
+    loss: float
+
+
+def rate_scale(progress: float, step: int) -> float:
+    """The learning rate as a share of that of the stable phase."""
+    warmup = min(1.0, (step + 1) / WARMUP_STEPS)
+    decay = min(1.0, max(0.0, 1.0 - progress) / DECAY_SHARE)
+    return warmup * decay
+
+
+def fit(
+    parameters: list[torch.nn.Parameter],
+    optimizers: list[torch.optim.Optimizer],
+    loss_of_step: Callable[[int], torch.Tensor],
+    checkpoint: Path,
+    budget: Budget,
+    batch: int,
+    ema_decay: float,
+    checkpoint_minutes: float = 2.0,
+) -> Fit:
+    """Train `parameters` until the budget is used up, from `checkpoint` if it exists.
+
+    Args:
+        parameters: what is trained, in a fixed order; holds the raw (not EMA) weights afterwards.
+        optimizers: together they hold the parameters; each group's rate is the one of the stable phase.
+        loss_of_step: step number to scalar loss; must draw all randomness from the step number.
+        checkpoint: file of the last state; written every `checkpoint_minutes` and at the end.
+        budget: minutes or steps over all sessions together.
+        batch: samples per step, only to count them.
+        ema_decay: per step, approached as (1 + n) / (10 + n).
+        checkpoint_minutes: minutes between two checkpoints.
+    """
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    peak_rates = [group["lr"] for group in groups]
+    state = Fit([p.detach().clone() for p in parameters], 0, 0, 0.0, float("nan"))
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, map_location=parameters[0].device)
+        with torch.no_grad():
+            for parameter, value in zip(parameters, saved["parameters"], strict=True):
+                parameter.copy_(value)
+        for optimizer, value in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(value)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        state = Fit(saved["ema"], saved["step"], saved["samples"], saved["seconds"], saved["loss"])
+        print(f"{checkpoint.stem}: resuming at step {state.step}, {state.seconds / 60:.1f} min", flush=True)
+
+    def save() -> None:
+        temporary = checkpoint.with_suffix(".part")
+        torch.save(
+            {
+                "parameters": [p.detach() for p in parameters],
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "ema": state.ema,
+                "step": state.step,
+                "samples": state.samples,
+                "seconds": state.seconds,
+                "loss": state.loss,
+            },
+            temporary,
+        )
+        temporary.replace(checkpoint)
+
+    before, first_step = state.seconds, state.step
+    started = time.perf_counter()
+    saved_at = state.seconds
+    logged_at, logged_step = started, state.step
+    while (progress := budget.progress(state.seconds, state.step)) < 1.0:
+        scale = rate_scale(progress, state.step)
+        for group, peak_rate in zip(groups, peak_rates, strict=True):
+            group["lr"] = peak_rate * scale
+        for parameter in parameters:
+            parameter.grad = None
+        loss = loss_of_step(state.step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        state.step += 1
+        state.samples += batch
+        decay = min(ema_decay, (1 + state.step) / (10 + state.step))
+        torch._foreach_lerp_(state.ema, [p.detach() for p in parameters], 1.0 - decay)
+        value = loss.item()
+        state.loss = value if state.loss != state.loss else 0.98 * state.loss + 0.02 * value
+        state.seconds = before + time.perf_counter() - started
+        if state.step % LOG_STEPS == 0:
+            now = time.perf_counter()
+            rate = (state.step - logged_step) / (now - logged_at)
+            print(
+                f"{checkpoint.stem}: step {state.step} {state.seconds / 60:.1f} min loss {state.loss:.4f} "
+                f"rate x{scale:.2f} {rate:.2f} steps/s",
+                flush=True,
+            )
+            logged_at, logged_step = now, state.step
+        if state.seconds - saved_at > 60 * checkpoint_minutes:
+            save()
+            saved_at = state.seconds
+    if state.step > first_step:
+        save()
+    return state
+
+
+@torch.no_grad()
+def load_ema(parameters: list[torch.nn.Parameter], checkpoint: Path) -> dict[str, float]:
+    """Put a checkpoint's EMA weights into `parameters`; returns the steps, samples and minutes that went into them."""
+    saved = torch.load(checkpoint, map_location="cpu")
+    for parameter, value in zip(parameters, saved["ema"], strict=True):
+        parameter.copy_(value)
+    return {"steps": saved["step"], "samples": saved["samples"], "minutes": round(saved["seconds"] / 60, 1)}

