@@ -119,7 +119,7 @@ def reference(
     if base is None:
         total = into = torch.mul(history[0].float(), scales[0], out=into)
     else:
-        total = base.float()
+        total = base.float() if history else base.clone()
     for j in range(base is None, len(history)):
         scale = scales[j]
         if isinstance(scale, torch.Tensor):
@@ -129,8 +129,7 @@ def reference(
         into = total
     if out is not None:
         return out if total is out else out.copy_(total)
-    total = total.to(dtype).contiguous()
-    return total.clone() if total is base else total
+    return total.to(dtype).contiguous()
 
 
 @triton.jit(do_not_specialize=["n", "blocks"])
@@ -171,7 +170,9 @@ def launch(
     weights: Sequence[float] | torch.Tensor,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """With the Triton kernel."""
+    """With the Triton kernel; a base alone is copied by torch."""
+    if not history:
+        return reference(base, history, weights, out)
     read = list(history) if base is None else [base, *history]
     like = read[0]
     if out is None:
@@ -190,7 +191,7 @@ def launch(
     out_stride, *strides = strides
     base, base_stride = (None, 0) if base is None else (read.pop(0), strides.pop(0))
     blocks = -(-n // BLOCK)
-    p_weights, numbers = (weights, ()) if isinstance(weights, torch.Tensor) else (None, tuple(weights))
+    p_weights, numbers = (weights, None) if isinstance(weights, torch.Tensor) else (None, tuple(weights))
     with _samples.on_device_of(target):
         linear_forecast_kernel[(B * blocks,)](
             base, tuple(read), p_weights, numbers, target, n, base_stride, tuple(strides), out_stride, blocks,

@@ -109,6 +109,9 @@ def test_out_may_overlap_an_input_in_part(implementation, dtype):
     out = memory[None, 1:]
     implementation["linear_forecast"](None, [other, memory[None, :5000]], WEIGHTS[:2], out=out)
     assert_near(out, expected, terms)
+    before = memory[:5000].clone()
+    implementation["linear_forecast"](memory[None, :5000], [], [], out=out)
+    assert torch.equal(out[0], before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
