@@ -1,4 +1,4 @@
-"""Imports: they point one way; importing changes nothing, asks no device and loads neither diffusers nor transformers."""
+"""Imports: they point one way, change nothing, ask no device, and load neither diffusers nor transformers."""
 
 import ast
 import importlib.util

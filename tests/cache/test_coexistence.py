@@ -173,12 +173,19 @@ def test_weights_offloaded_by_accelerate_are_fetched(name, backend):
 
 
 @pytest.mark.parametrize("level", ["block_level", "leaf_level"])
-def test_group_offload_keeps_working(qwen_pipe, level):
+@pytest.mark.parametrize("patch_first", [True, False])
+def test_group_offload_keeps_working(qwen_pipe, level, patch_first):
     plain, expected = latents(qwen_pipe), cached(qwen_pipe, "tea_cache")
+    if patch_first:
+        omni_kernels.patch(qwen_pipe, "tea_cache", SKIPPING["tea_cache"])
+    blocks_per_group = {"num_blocks_per_group": 2} if level == "block_level" else {}
     qwen_pipe.transformer.enable_group_offload(
-        onload_device=CPU, offload_device=CPU, offload_type=level, num_blocks_per_group=1
+        onload_device=CPU, offload_device=CPU, offload_type=level, **blocks_per_group
     )
-    assert torch.equal(cached(qwen_pipe, "tea_cache"), expected)
+    if not patch_first:
+        omni_kernels.patch(qwen_pipe, "tea_cache", SKIPPING["tea_cache"])
+    assert torch.equal(latents(qwen_pipe), expected)
+    omni_kernels.unpatch(qwen_pipe)
     assert torch.equal(latents(qwen_pipe), plain)
 
 
@@ -276,7 +283,7 @@ def z_image_call(samples):
 
 
 CALLS = {"qwen_image": qwen_call, "flux": flux_call, "z_image": z_image_call}
-SITES = list(itertools.product([1, 2], [0, 1]))
+SITES = [(first, last) for first, last in itertools.product([1, 2, 3], [0, 1, 2]) if first + last < 4]  # of 4 blocks
 
 
 def output_of(pipe, call):
