@@ -164,7 +164,7 @@ def _add_compare(commands: Any, shared: argparse.ArgumentParser) -> None:
         action="append",
         type=_seed,
         metavar="N",
-        help="plain sampling with N steps, what one gets for free; repeatable; 0 for none (default: half of --steps)",
+        help="plain sampling with N steps, as one gets for free; repeatable; 0: none (default: a half and a third)",
     )
     command.add_argument("--out", type=Path, default=Path("out/compare"), metavar="DIR", help="default: %(default)s")
 

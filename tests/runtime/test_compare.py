@@ -37,12 +37,12 @@ def test_a_run_is_name_backend_and_json(text: str, run: Run) -> None:
     assert compare.parse_run(text, 50) == run
 
 
-def test_without_a_choice_all_methods_and_half_the_steps_run_against_no_cache() -> None:
+def test_without_a_choice_all_methods_and_fewer_steps_run_against_no_cache() -> None:
     for model in ("emoji-qwen-image", "some/directory"):
         runs = compare.make_runs(model, [], 50, None)
         assert runs[0] == Run("no cache", None, None, 50)
-        assert runs[1] == Run("25 steps", None, None, 25)
-        assert [run.backend for run in runs[2:]] == ["tea_cache", "cache_dit", "cache_dit", "first_block_cache"]
+        assert runs[1:3] == [Run("25 steps", None, None, 25), Run("16 steps", None, None, 16)]
+        assert {run.backend for run in runs[3:]} == {"tea_cache", "cache_dit", "first_block_cache"}
         assert any((run.config or {}).get("enable_taylorseer") for run in runs)
 
 
@@ -168,7 +168,7 @@ def test_compare_writes_a_sheet_and_numbers_and_prints_a_table(
 ) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\n\na dog\n")
     arguments = ["compare", "--model", str(saved["qwen_image"]), "--prompts", str(tmp_path / "prompts.txt")]
-    arguments += ["--steps", "6", "--seeds", "0,1", "--size", "64", "--negative-prompt", " "]
+    arguments += ["--steps", "6", "--fewer-steps", "3", "--seeds", "0,1", "--size", "64", "--negative-prompt", " "]
     arguments += ["--run", f"skip all=cache_dit:{SKIP_ALL}", "--out", str(tmp_path / "out")]
     assert cli.main(arguments) == 0
     out, err = capsys.readouterr()
