@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -141,9 +142,13 @@ class Passage:
     def slots(self, blocks: Iterator[torch.nn.Module], start: int) -> Iterator[Callable[..., Any]]:
         """What is called in place of each of `blocks`, the first of which is block `start` of the model."""
         first, last = self.first, self.last
-        for index, block in enumerate(blocks, start):
+        numbered = enumerate(blocks, start)
+        for index, block in numbered:
             if index == first:
                 yield Slot(block, self._first)
+                if not self.computing and not self._stepwise:
+                    skipped = last - first - 1
+                    next(itertools.islice(numbered, skipped, skipped), None)
             elif index == 0:
                 yield Slot(block, self._zeroth)
             elif not first < index < last or (self.computing and index != last - 1):

@@ -124,7 +124,7 @@ class ResidualPassage(Passage):
             verdict = Verdict(True, "nothing to compare with")
         elif verdict is None:
             numerators, denominators = zip(*sums.tolist(), strict=True)  # the decision's one transfer to the host
-            verdict = branch.gate.judge(numerators, denominators, now[0].numel())
+            verdict = branch.gate.judge(numerators, denominators, now.numel() // len(numerators))
         if verdict.computed or signal.every_step:
             branch.remembered = now
         return verdict
@@ -224,7 +224,7 @@ class CacheSession:
         if request is None or request.ended:
             return self.transformer._call_impl(*args, **kwargs)
         calls = self.calls
-        arguments = {**dict(zip(calls.forward_names, args, strict=False)), **kwargs}
+        arguments = {**dict(zip(calls.forward_names, args, strict=False)), **kwargs} if args else kwargs
         try:
             passage = ResidualPassage(
                 self,
