@@ -87,7 +87,10 @@ def _qwen_noise_tokens(arguments: Arguments) -> int | None:
     shapes = arguments.get("img_shapes")
     if not shapes or not isinstance(shapes[0], list) or len(shapes[0]) == 1:
         return None
-    return math.prod(shapes[0][0])
+    segments = shapes[0]
+    # Layered pipelines denoise all segments but the last, and they alone condition the time embedding further.
+    noise = segments[:-1] if arguments.get("additional_t_cond") is not None else segments[:1]
+    return sum(map(math.prod, noise))
 
 
 def _z_image_modulation(block: Any, arguments: Arguments) -> Modulation:

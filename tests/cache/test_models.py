@@ -115,6 +115,45 @@ def test_edits_modulated_distance_is_over_the_noise_alone(edit_pipe):
     assert_distances_of(seen, decisions)
 
 
+@pytest.mark.parametrize(
+    ("segments", "layered", "tokens"),
+    [
+        ([(1, 4, 4)], False, None),
+        ([(1, 4, 4), (1, 2, 2)], False, 16),
+        ([(1, 4, 4), (1, 2, 2), (1, 2, 2)], False, 16),
+        ([(1, 4, 4), (1, 4, 4), (1, 4, 4), (1, 2, 2)], True, 48),
+    ],
+)
+def test_noise_comes_before_the_references(segments, layered, tokens):
+    arguments = {"img_shapes": [segments] * 2, "additional_t_cond": torch.zeros(2) if layered else None}
+    assert MODELS["QwenImageTransformer2DModel"].noise_tokens(arguments) == tokens
+
+
+def test_layered_distance_is_over_all_layers():
+    pipe = tiny.qwen_image(use_additional_t_cond=True, use_layer3d_rope=True)
+    generator = torch.Generator().manual_seed(0)
+    noise, reference = torch.randn(2, 1, 48, 64, generator=generator), torch.randn(1, 4, 64, generator=generator)
+    residuals = []
+    hook = pipe.transformer.transformer_blocks[0].register_forward_hook(
+        lambda _, args, kwargs, output: residuals.append(output[1] - kwargs["hidden_states"]), with_kwargs=True
+    )
+    with omni_kernels.patched(pipe, "first_block_cache", {"threshold": 1e-9}) as handle, torch.no_grad():
+        pipe.scheduler.set_timesteps(3, mu=0.5)
+        for step in range(2):
+            pipe.transformer(
+                hidden_states=torch.cat([noise[step], reference], dim=1),
+                encoder_hidden_states=torch.ones(1, 5, 32),
+                timestep=torch.tensor([0.5]),
+                img_shapes=[[(1, 4, 4)] * 3 + [(1, 2, 2)]],
+                additional_t_cond=torch.zeros(1, dtype=torch.long),
+            )
+            pipe.scheduler.step(torch.ones(1), pipe.scheduler.timesteps[step], torch.ones(1))
+        measured = handle.report.branches["0"].decisions[1].distance
+    hook.remove()
+    then, now = residuals
+    assert measured == pytest.approx(distance(now[:, :48], then[:, :48]), rel=1e-4)
+
+
 def test_edit_skips_and_stays_near(edit_pipe):
     expected = latents(edit_pipe)
     for backend, config in {
