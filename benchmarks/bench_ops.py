@@ -1,0 +1,55 @@
+"""`pytest benchmarks`: each op by provider (ours, eager, torch.compile) over the models' shapes.
+
+A wrong result fails the benchmark before anything is timed. The table at the end gives GB/s from the op's own byte
+count, beside the copy bandwidth measured on the same device. On the CPU the shapes are reduced (`shapes.ON_CPU`) and
+"ours" is the plain-torch implementation; no Triton kernel is timed there.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import pytest
+import torch
+
+from benchmarks.measure import calls_for, combinations, device_here, row
+from benchmarks.providers import Case, unavailable
+from benchmarks.shapes import Shape
+from benchmarks.timing import median_seconds
+
+DEVICE = device_here()
+
+
+def synchronised_clock() -> float:
+    """Seconds, once the device has done what it was given."""
+    if DEVICE.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+@pytest.mark.parametrize(
+    ("case", "shape", "provider"), combinations(DEVICE), ids=lambda value: getattr(value, "name", value)
+)
+@pytest.mark.benchmark(timer=synchronised_clock)
+def test_op_by_provider(case: Case, shape: Shape, provider: str, benchmark, record_row) -> None:
+    reason = unavailable(provider, shape, DEVICE)
+    if reason is not None:
+        pytest.skip(reason)
+    with torch.no_grad():
+        calls, nbytes = calls_for(case, shape, provider, DEVICE)
+
+        def run() -> None:
+            for call in calls:
+                call()
+
+        benchmark.group = f"{case.name}, {shape}"
+        benchmark.pedantic(run, rounds=20, warmup_rounds=2)
+        # The host's clock has the time to launch in it: beside a GPU's bandwidth only the device's own time will do.
+        on_host = DEVICE.type == "cpu"
+        seconds = (
+            statistics.median(benchmark.stats.stats.data) / len(calls) if on_host else median_seconds(calls, DEVICE)
+        )
+    measured = row(case, shape, provider, DEVICE, nbytes, seconds)
+    benchmark.extra_info.update(vars(measured))
+    record_row(measured)

@@ -1,0 +1,507 @@
+"""What a cache itself costs: host time and operators that it adds to a forward, ours beside its peers.
+
+    python -m benchmarks.bench_overhead [--check]
+
+One tiny Qwen-Image transformer of 60 blocks, the same weights for all, no guidance. Each contender is installed on a
+pipeline of its own, as its users install it, and is driven through whole requests (`set_timesteps`, then a forward and
+a `step` at a time). All contenders take turns in one process. What is reported is the median time of a forward, and,
+as what was added, the median difference between forwards that were timed in the same turn, with the width of the
+middle half of these differences (±) to tell how much of it is noise.
+
+- A *skipped* forward is one whose distance was measured and found small. What a cache adds is its time less that of an
+  unpatched transformer of just the blocks that still run: 1, or none for tea_cache.
+- A *computed* forward is one whose distance was measured and found too large: less that of the unpatched transformer.
+- *Operators* are what torch's dispatcher sees; one of ours counts as one. *Expanded*, those of ours are replaced by
+  what their plain-torch implementation for the CPU is made of. *H-sized* operators read or write a tensor of the
+  hidden states' shape, views apart. Again what the cache adds.
+
+First it is made sure that every contender skips and computes when it is meant to, and that ours yields its peer's
+output. `--check` exits with 1 where a target is missed; so does a wrong result, always.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import logging
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cache_dit
+import diffusers
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import omni_kernels
+from benchmarks.measure import device_here
+from benchmarks.results import RESULTS, device_name, machine, slug, write
+from omni_kernels.registration import NAMESPACE
+
+BLOCKS = 60
+CHANNELS = 64
+IMAGE = 4  # tokens along each side
+TEXT = 11
+STEPS = 40
+WARMUP = 4  # computed steps before the first skip: the library takes no derivative before the third
+FIRST = 6  # steps before this one are not counted: nothing to compare with, or a first time
+#: Distances that all are below, or none; at 1 and above, or 0 and below, nobody measures any.
+ALWAYS_SMALL, NEVER_SMALL = 0.999, 1e-9
+
+Install = Callable[[Any, float], Any]
+
+
+# Contenders
+
+
+def _ours(backend: str, threshold: str, **config: Any) -> Install:
+    def install(pipe: Any, distance: float) -> None:
+        limit = distance if threshold != "rel_l1_thresh" else (1e9 if distance == ALWAYS_SMALL else 1e-12)
+        omni_kernels.patch(pipe, cache_backend=backend, cache_config={threshold: limit} | config)
+
+    return install
+
+
+def _library(order: int | None) -> Install:
+    """The cache-dit library, told by hand that there is one forward a step; returns how a request is announced."""
+
+    def install(pipe: Any, distance: float) -> Callable[[], None]:
+        settings: dict[str, Any] = {
+            "cache_config": cache_dit.DBCacheConfig(
+                Fn_compute_blocks=1,
+                Bn_compute_blocks=0,
+                residual_diff_threshold=distance,
+                max_warmup_steps=WARMUP,
+                max_cached_steps=-1,
+                max_continuous_cached_steps=-1,
+                enable_separate_cfg=False,
+                num_inference_steps=STEPS,
+            )
+        }
+        if order is not None:
+            settings["calibrator_config"] = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=order)
+        cache_dit.enable_cache(pipe.transformer, **settings)
+        return lambda: cache_dit.refresh_context(pipe.transformer, **settings)
+
+    return install
+
+
+def _diffusers_first_block_cache(pipe: Any, distance: float) -> Callable[[], None]:
+    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=distance))
+    return pipe.transformer._reset_stateful_cache
+
+
+_DBCACHE = {"max_warmup_steps": WARMUP, "max_continuous_cached_steps": -1}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to cache.
+
+    Attributes:
+        name: as printed.
+        install: (pipeline, distance below which steps are skipped) → what to call before each request, or None.
+        runs: blocks that a skipped forward runs.
+        peer: the contender that ours is compared with; None for a peer, and where there is none.
+    """
+
+    name: str
+    install: Install
+    runs: int = 1
+    peer: str | None = None
+
+
+CONTENDERS = (
+    Contender("cache_dit", _ours("cache_dit", "residual_diff_threshold", **_DBCACHE), peer="cache-dit library"),
+    Contender("cache-dit library", _library(None)),
+    Contender(
+        "cache_dit, TaylorSeer 1",
+        _ours("cache_dit", "residual_diff_threshold", enable_taylorseer=True, **_DBCACHE),
+        peer="cache-dit library, TaylorSeer 1",
+    ),
+    Contender("cache-dit library, TaylorSeer 1", _library(1)),
+    Contender("first_block_cache", _ours("first_block_cache", "threshold"), peer="diffusers first-block cache"),
+    Contender("diffusers first-block cache", _diffusers_first_block_cache),
+    Contender("tea_cache", _ours("tea_cache", "rel_l1_thresh"), runs=0),
+)
+
+
+# The transformer, and requests on it
+
+
+class Weights:
+    """The weights of the deepest transformer; any number of transformers share them."""
+
+    def __init__(self, blocks: int, device: torch.device) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self._model = _transformer(blocks).to(device)
+            # Random modulation makes every step unlike the last; damped, a step resembles the one before.
+            for name, layer in self._model.named_modules():
+                if isinstance(layer, torch.nn.Linear) and ("img_mod." in name or "txt_mod." in name):
+                    layer.weight.data.mul_(0.3)
+                    layer.bias.data.normal_(0.0, 0.3)
+        self.blocks = blocks
+        self.device = device
+
+    def pipeline(self, blocks: int) -> Any:
+        """A pipeline with no more than a scheduler and a transformer of the first `blocks` blocks."""
+        model = _transformer(0)
+        model.transformer_blocks = torch.nn.ModuleList(_transformer_block() for _ in range(blocks))
+        mine = model.state_dict().keys()
+        model.load_state_dict({k: v for k, v in self._model.state_dict().items() if k in mine}, assign=True)
+        rest = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+        return diffusers.QwenImagePipeline(scheduler=scheduler, transformer=model.eval().to(self.device), **rest)
+
+
+def _transformer(blocks: int) -> diffusers.QwenImageTransformer2DModel:
+    # 32 channels of latents, so that nothing but the hidden states has their shape.
+    return diffusers.QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=32,
+        out_channels=8,
+        num_layers=blocks,
+        attention_head_dim=32,
+        num_attention_heads=CHANNELS // 32,
+        joint_attention_dim=32,
+        axes_dims_rope=(8, 12, 12),
+    ).eval()
+
+
+def _transformer_block() -> torch.nn.Module:
+    with torch.device("meta"):
+        return _transformer(1).transformer_blocks[0]
+
+
+class Run:
+    """One contender, or none, on a pipeline of its own."""
+
+    def __init__(self, weights: Weights, blocks: int, contender: Contender | None = None, distance: float = 0.0):
+        self.pipe = weights.pipeline(blocks)
+        self.seconds: list[float] = []
+        self._device = weights.device
+        self._announce = None if contender is None else contender.install(self.pipe, distance)
+
+    def request(
+        self, steps: int, around: Callable[[int], contextlib.AbstractContextManager[Any]]
+    ) -> Iterator[torch.Tensor]:
+        """The first `steps` steps of a request, one at a time; each forward runs within `around(step)`."""
+        scheduler, transformer = self.pipe.scheduler, self.pipe.transformer
+        random = torch.Generator().manual_seed(0)
+        latents = torch.randn(1, IMAGE * IMAGE, 32, generator=random).to(self._device)
+        text = torch.randn(1, TEXT, 32, generator=random).to(self._device)
+        if self._announce:
+            self._announce()
+        scheduler.set_timesteps(STEPS, device=self._device)
+        for step, t in enumerate(scheduler.timesteps[:steps]):
+            arguments = {
+                "hidden_states": latents,
+                "timestep": t.expand(1) / 1000,
+                "encoder_hidden_states": text,
+                "encoder_hidden_states_mask": None,
+                "img_shapes": [[(1, IMAGE, IMAGE)]],
+                "return_dict": False,
+            }
+            with transformer.cache_context("cond"), around(step):
+                output = transformer(**arguments)[0]
+            latents = scheduler.step(output, t, latents, return_dict=False)[0]
+            yield output
+
+    def timed(self, steps: int) -> Iterator[torch.Tensor]:
+        """`request`, its forwards from `FIRST` on added to `seconds`."""
+
+        @contextlib.contextmanager
+        def clock(step: int) -> Iterator[None]:
+            start = time.perf_counter()
+            yield
+            self._synchronise()
+            if step >= FIRST:
+                self.seconds.append(time.perf_counter() - start)
+
+        return self.request(steps, clock)
+
+    def _synchronise(self) -> None:
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize()
+
+
+def time_in_turns(runs: Sequence[Run], rounds: int) -> None:
+    """Whole requests, one contender after the other: each forward follows others of its kind, as in use."""
+    for index in range(rounds):
+        for run in runs if index % 2 else reversed(runs):
+            for _ in run.timed(STEPS):
+                pass
+
+
+def time_abreast(runs: Sequence[Run], rounds: int) -> None:
+    """One step of each contender after the other, for forwards that take so long that the machine's mood changes."""
+    for index in range(rounds):
+        requests = [run.timed(FIRST + 4) for run in runs]
+        for step in range(FIRST + 4):
+            for request in requests if (index + step) % 2 else reversed(requests):
+                next(request)
+
+
+# Counting
+
+
+@dataclass
+class Counts:
+    """Operators of one forward."""
+
+    operators: int = 0
+    h_sized: int = 0
+    expanded: int = 0
+    names: list[str] = field(default_factory=list)
+
+
+class _Counter(TorchDispatchMode):
+    """Counts operators; with `expand`, ours are replaced by the operators of their implementation."""
+
+    def __init__(self, h: tuple[int, ...], expand: bool) -> None:
+        super().__init__()
+        self._h, self._expand = h, expand
+        self.names: list[str] = []
+        self.h_sized: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._expand:
+            with self:
+                if func.namespace == NAMESPACE:
+                    return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
+                parts = func.decompose(*args, **kwargs)  # within ours, composite operators come undecomposed
+            if parts is not NotImplemented:
+                return parts
+        output = func(*args, **kwargs)
+        self.names.append(str(func))
+        if not _is_view(func) and any(t.shape == self._h for t in _tensors((args, kwargs, output))):
+            self.h_sized.append(str(func))
+        return output
+
+
+def _is_view(func: Any) -> bool:
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+def count(run: Run, expandable: bool = True) -> tuple[Counts, list[torch.Tensor], list[int]]:
+    """The operators of the last of a few forwards, their outputs, and how many blocks each ran."""
+    ran: list[int] = []
+    counters: list[_Counter] = []
+
+    def note(module: torch.nn.Module, args: Any) -> None:
+        ran[-1] += 1
+
+    def counting(step: int, expand: bool) -> contextlib.AbstractContextManager[Any]:
+        ran.append(0)
+        counters.append(_Counter((1, IMAGE * IMAGE, CHANNELS), expand))
+        return counters[-1]
+
+    hooks = [b.attn.register_forward_pre_hook(note) for b in _blocks_of(run.pipe.transformer)]
+    try:
+        outputs = list(run.request(FIRST + 2, functools.partial(counting, expand=False)))
+        last, blocks = counters[-1], ran[:]
+        counts = Counts(len(last.names), len(last.h_sized), names=last.names)
+        if expandable:
+            list(run.request(FIRST + 2, functools.partial(counting, expand=True)))
+            counts.expanded = len(counters[-1].names)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return counts, outputs, blocks
+
+
+def _blocks_of(transformer: Any) -> list[Any]:
+    return list(transformer._modules["transformer_blocks"]._modules.values())
+
+
+# The benchmark
+
+
+@dataclass
+class Cost:
+    """What one contender adds to one kind of forward, in µs and operators; `us` and `plain_us` are whole forwards."""
+
+    contender: str
+    forward: str
+    peer: str | None
+    us: float
+    plain_us: float
+    added_us: float
+    spread_us: float
+    added_operators: int
+    added_expanded: int
+    added_h_sized: int
+
+
+KINDS = {"skipped": ALWAYS_SMALL, "computed": NEVER_SMALL}
+
+
+@torch.no_grad()
+def costs(weights: Weights, kind: str, rounds: int, contenders: Sequence[Contender] = CONTENDERS) -> list[Cost]:
+    """What each contender adds to a forward of this kind.
+
+    Raises:
+        AssertionError: a contender did not skip or compute as it should, or ours differs from its peer.
+    """
+    skipped = kind == "skipped"
+    ran = {c.name: c.runs if skipped else weights.blocks for c in contenders}
+    plain = {blocks: Run(weights, blocks) for blocks in sorted(set(ran.values()))}
+    runs = {c.name: Run(weights, weights.blocks, c, KINDS[kind]) for c in contenders}
+    counts = _counted(contenders, plain, runs, ran)
+    (time_in_turns if skipped else time_abreast)([*plain.values(), *runs.values()], rounds)
+    found = []
+    for c in contenders:
+        mine, base, without = counts[c.name], counts[ran[c.name]], plain[ran[c.name]]
+        us, plain_us, added_us, spread_us = _times(runs[c.name], without)
+        found.append(
+            Cost(
+                contender=c.name,
+                forward=kind,
+                peer=c.peer,
+                us=us,
+                plain_us=plain_us,
+                added_us=added_us,
+                spread_us=spread_us,
+                added_operators=mine.operators - base.operators,
+                added_expanded=mine.expanded - base.expanded,
+                added_h_sized=mine.h_sized - base.h_sized,
+            )
+        )
+    return found
+
+
+def _times(run: Run, plain: Run) -> tuple[float, float, float, float]:
+    """In µs: a forward, an unpatched one, what was added, and how wide the middle half of the differences is."""
+    if not run.seconds:
+        return 0.0, 0.0, 0.0, 0.0
+    added = [a - b for a, b in zip(run.seconds, plain.seconds, strict=True)]
+    low, median, high = statistics.quantiles(added)
+    times = (statistics.median(run.seconds), statistics.median(plain.seconds), median, high - low)
+    us, plain_us, added_us, spread_us = (round(t * 1e6, 1) for t in times)
+    return us, plain_us, added_us, spread_us
+
+
+def _counted(
+    contenders: Sequence[Contender], plain: dict[int, Run], runs: dict[str, Run], ran: dict[str, int]
+) -> dict[Any, Counts]:
+    """Everyone's operators, once it is sure that everyone does what is being compared."""
+    on_cpu = all(r.pipe.transformer.device.type == "cpu" for r in plain.values())
+    counts: dict[Any, Counts] = {blocks: count(run, on_cpu)[0] for blocks, run in plain.items()}
+    outputs = {}
+    for c in contenders:
+        counts[c.name], outputs[c.name], blocks = count(runs[c.name], on_cpu)
+        assert set(blocks[FIRST:]) == {ran[c.name]}, f"{c.name} ran {blocks} blocks; it should run {ran[c.name]}"
+    for c in contenders:
+        if c.peer in outputs:
+            for ours, theirs in zip(outputs[c.name], outputs[c.peer], strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    return counts
+
+
+# Targets and reports
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure and what it may be at most."""
+
+    what: str
+    figure: float
+    limit: float
+
+    @property
+    def met(self) -> bool:
+        """Whether it is."""
+        return self.figure <= self.limit
+
+
+def operator_targets(found: Sequence[Cost]) -> list[Target]:
+    """The targets that need no clock: the same on every machine."""
+    by_name = {c.contender: c for c in found if c.forward == "skipped"}
+    targets = []
+    for name in ("cache_dit", "cache_dit, TaylorSeer 1"):
+        ours = by_name[name]
+        share = ours.added_operators / by_name[ours.peer].added_operators
+        targets.append(Target(f"{name}, skipped: added operators, of the library's", round(share, 3), 1 / 4))
+    h_sized = by_name["tea_cache"].added_h_sized
+    return [*targets, Target("tea_cache, skipped: added operators of H size", h_sized, 3)]
+
+
+def time_targets(found: Sequence[Cost]) -> list[Target]:
+    """The targets of host time."""
+    by_name = {c.contender: c for c in found if c.forward == "skipped"}
+    targets = []
+    for name in ("cache_dit", "cache_dit, TaylorSeer 1"):
+        ours = by_name[name]
+        share = ours.added_us / by_name[ours.peer].added_us
+        targets.append(Target(f"{name}, skipped: added host time, of the library's", round(share, 3), 1 / 3))
+    return targets
+
+
+def table(found: Sequence[Cost]) -> str:
+    """The costs, for reading."""
+    head = f"{'':33} {'':9}"
+    lines = [
+        f"{head} {'forward':>10} {'unpatched':>10} {'added':>9} {'':>9} {'of':>6}   {'added operators':^25}",
+        f"{head} {'µs':>10} {'µs':>10} {'µs':>9} {'± µs':>9} {'peer':>6}   {'all':>8} {'expanded':>8} {'H-sized':>8}",
+    ]
+    by_name = {(c.contender, c.forward): c for c in found}
+    for c in found:
+        peer = by_name.get((c.peer, c.forward))
+        share = f"{c.added_us / peer.added_us:.2f}" if peer and peer.added_us > 0 else ""
+        times = f"{c.us:10.1f} {c.plain_us:10.1f} {c.added_us:9.1f} {c.spread_us:9.1f} {share:>6}"
+        operators = f"{c.added_operators:8} {c.added_expanded:8} {c.added_h_sized:8}"
+        lines.append(f"{c.contender:33} {c.forward:9} {times}   {operators}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_overhead", description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=30, help="requests of each contender")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where a target is missed")
+    parser.add_argument("--out", type=Path, help="where to write; by default results/overhead-<device>.json")
+    parser.add_argument("--cpu", action="store_true", help="on the CPU, even where there is a GPU")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)  # the library logs its configuration at every request
+    device = torch.device("cpu") if options.cpu else device_here()
+    weights = Weights(BLOCKS, device)
+    # Of a computed forward a cache is a small part, and there is no target for it: fewer rounds will do.
+    rounds = {"skipped": options.rounds, "computed": max(1, options.rounds // 10)}
+    found = [cost for kind, count_of in rounds.items() for cost in costs(weights, kind, count_of)]
+    targets = operator_targets(found) + (time_targets(found) if device.type == "cpu" else [])
+    print(table(found))
+    for target in targets:
+        print(f"{'reached' if target.met else 'MISSED '}  {target.what}: {target.figure:g}, at most {target.limit:.3g}")
+    report = {
+        "command": " ".join(["python -m benchmarks.bench_overhead", *(sys.argv[1:] if argv is None else argv)]),
+        "machine": machine(device),
+        "blocks": BLOCKS,
+        "rounds": rounds,
+        "costs": [vars(c) for c in found],
+        "targets": [vars(t) | {"met": t.met} for t in targets],
+    }
+    write(options.out or RESULTS / f"overhead-{slug(device_name(device))}.json", report)
+    return int(options.check and not all(t.met for t in targets))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

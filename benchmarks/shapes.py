@@ -1,0 +1,64 @@
+"""The shapes that are measured: H, the hidden states [B, S, D] of a transformer at a denoising step.
+
+- Qwen-Image at 1024²: 60 blocks, 24 heads × 128 = 3072 channels, 128 × 128 latents in 2 × 2 patches = 4096 tokens
+  (`transformer/config.json` of Qwen/Qwen-Image). Guidance is two forwards, so the batch is 1.
+- Qwen-Image-Edit: the reference's 4096 tokens stand behind the 4096 of the noise.
+- Z-Image at 1024²: 3840 channels (Tongyi-MAI/Z-Image), 4096 image tokens and the prompt's, padded to a multiple of 32,
+  here 128, in one sequence; guidance is a batch of 2.
+- tiny: a model of 192 channels at 64 × 64 pixels, 4 × 4 tokens, in fp32: nothing but overhead.
+- large: no model; four of the edit's samples, so that every op moves far more than the 100 MB from which an op has to
+  reach its share of the copy bandwidth, and far more than any cache holds.
+
+On the CPU only the tokens shrink, to a sixteenth, and `large` is left out: the whole is then a matter of seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One H: B samples of S tokens of D channels."""
+
+    name: str
+    B: int
+    S: int
+    D: int
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """[B, S, D]."""
+        return self.B, self.S, self.D
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one H."""
+        return math.prod(self.size) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.B}×{self.S}×{self.D} {str(self.dtype)[6:]}"
+
+
+QWEN_IMAGE = Shape("qwen-image-1024", 1, 4096, 3072, torch.bfloat16)
+QWEN_IMAGE_EDIT = Shape("qwen-image-edit-1024", 1, 8192, 3072, torch.bfloat16)
+Z_IMAGE = Shape("z-image-1024", 2, 4224, 3840, torch.bfloat16)
+TINY = Shape("tiny-64", 1, 16, 192, torch.float32)
+LARGE = Shape("large", 4, 8192, 3072, torch.bfloat16)
+
+FULL = (QWEN_IMAGE, QWEN_IMAGE_EDIT, Z_IMAGE, TINY, LARGE)
+
+CPU_DIVISOR = 16
+ON_CPU = (
+    *(Shape(s.name, s.B, s.S // CPU_DIVISOR, s.D, s.dtype) for s in (QWEN_IMAGE, QWEN_IMAGE_EDIT, Z_IMAGE)),
+    TINY,
+)
+
+
+def shapes_for(device: torch.device) -> tuple[Shape, ...]:
+    """What is measured on `device`."""
+    return ON_CPU if device.type == "cpu" else FULL

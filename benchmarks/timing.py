@@ -1,0 +1,74 @@
+"""How a call is timed: with device events on a GPU, with the host's clock on the CPU; the median counts.
+
+On a GPU the calls are captured in a graph and the graph is replayed, so that the host's time to launch, which at these
+sizes can exceed the kernel's, stays out of the numbers. Each call has inputs and outputs of its own, as many sets as
+together exceed the device's cache, so that what is read comes from memory.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+Call = Callable[[], object]
+
+# Larger than the last-level cache of any GPU meant here (H200: 50 MB; MI300X: 256 MB).
+COLD_BYTES = 512 << 20
+MOST_SETS = 32
+
+
+def sets_for(device: torch.device, nbytes: int) -> int:
+    """How many sets of inputs to go through in turn, for calls that move `nbytes`."""
+    if device.type == "cpu":
+        return 1
+    return max(2, min(MOST_SETS, -(-COLD_BYTES // nbytes)))
+
+
+def median_seconds(calls: Sequence[Call], device: torch.device, rounds: int = 20) -> float:
+    """Seconds of one of `calls`, which do the same on different data: the median over `rounds` of their mean."""
+    times = _on_host(calls, rounds) if device.type == "cpu" else _on_device(calls, rounds)
+    return statistics.median(times) / len(calls)
+
+
+def _on_host(calls: Sequence[Call], rounds: int) -> list[float]:
+    for call in calls:
+        call()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def _on_device(calls: Sequence[Call], rounds: int) -> list[float]:
+    graph, outputs = _captured(calls)
+    for _ in range(3):
+        graph.replay()
+    spans = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
+    for start, end in spans:
+        start.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    del outputs
+    return [start.elapsed_time(end) / 1000 for start, end in spans]
+
+
+def _captured(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, list[object]]:
+    """The calls as a graph, and their outputs, which are kept so that no two share memory."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # what is compiled or allocated once is so before the capture
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(aside)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [call() for call in calls]
+    return graph, outputs

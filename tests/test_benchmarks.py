@@ -1,0 +1,157 @@
+"""The benchmarks themselves: their byte counts, the overhead benchmark's operators, the GPU run up to its first launch.
+
+No time is asserted here. Operator counts are the same on every machine, and are.
+"""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import bench_overhead, measure, results, roof
+from benchmarks.providers import CASES, PROVIDERS, wrong
+from benchmarks.shapes import FULL, ON_CPU, TINY
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+
+
+def case_inputs(case, shape=TINY):
+    torch.manual_seed(0)
+    return case.inputs(shape, CPU)
+
+
+def numel_of(values):
+    return sum(v.numel() for v in values if isinstance(v, torch.Tensor))
+
+
+@pytest.mark.parametrize("shape", FULL, ids=lambda s: s.name)
+def test_a_shapes_bytes_are_its_tensors(shape):
+    h = torch.empty(shape.size, dtype=shape.dtype, device="meta")
+    assert shape.nbytes == h.numel() * h.element_size()
+
+
+def test_the_large_shape_moves_enough_for_the_target_in_every_case():
+    large = next(s for s in FULL if s.name == "large")
+    assert 2 * large.nbytes >= measure.TARGET_BYTES  # every op reads two at least
+    assert "large" not in {s.name for s in ON_CPU}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_case_moves_what_it_reads_and_returns(name):
+    case = CASES[name]
+    inputs = case_inputs(case)
+    args, kwargs = case.ours(inputs)
+    flat = [t for a in (*args, *kwargs.values()) for t in (a if isinstance(a, (list, tuple)) else [a])]
+    out = PROVIDERS["ours"](case)(inputs)
+    out = out if isinstance(out, tuple) else (out,)
+    weights = 4 * len(args[2]) if case.op == "linear_forecast" else 0
+    assert case.bytes_moved(inputs) == 4 * numel_of([*flat, *out]) + weights
+
+
+@pytest.mark.parametrize("provider", ["ours", "eager"])
+@pytest.mark.parametrize("name", CASES)
+def test_providers_agree_in_fp64_terms_and_a_wrong_result_is_noticed(name, provider):
+    case = CASES[name]
+    inputs = case_inputs(case)
+    output = PROVIDERS[provider](case)(inputs)
+    assert wrong(case, provider, output, inputs, TINY.dtype) is None
+    tensors = output if isinstance(output, tuple) else (output,)
+    tensors[0].view(-1)[0] += 1.0 + tensors[0].abs().max()
+    assert "off by" in wrong(case, provider, output, inputs, TINY.dtype)
+
+
+def test_nothing_is_timed_on_a_wrong_result(monkeypatch):
+    monkeypatch.setitem(PROVIDERS, "ours", lambda case: lambda inputs: torch.zeros(1, 2))
+    monkeypatch.setattr(measure, "median_seconds", lambda *_: pytest.fail("timed"))
+    with pytest.raises(AssertionError, match=r"relative_l1 at tiny.* ours is off by"):
+        measure.measure(CASES["relative_l1"], TINY, "ours", CPU)
+
+
+def test_rows_say_speed_share_and_target(monkeypatch):
+    monkeypatch.setattr(measure, "copy_bandwidth", lambda device: 4e12)
+    case = CASES["relative_l1"]
+    fast = measure.row(case, TINY, "ours", CPU, 200_000_000, 200e6 / 3.6e12)
+    slow = measure.row(case, TINY, "ours", CPU, 200_000_000, 200e6 / 3.2e12)
+    small = measure.row(case, TINY, "ours", CPU, 1_000, 1e-6)
+    peer = measure.row(case, TINY, "eager", CPU, 200_000_000, 1e-3)
+    assert (fast.share, slow.share) == (0.9, 0.8)
+    assert [r.misses for r in (fast, slow, small, peer)] == [False, True, False, False]
+    assert fast.gb_per_s == 3600
+    assert len(measure.table([fast, peer]).splitlines()) == 3
+
+
+def test_copy_bandwidth_counts_reading_and_writing(monkeypatch):
+    monkeypatch.setitem(roof.COPY_BYTES, "cpu", 1 << 20)
+    monkeypatch.setattr(roof, "median_seconds", lambda calls, device: 1.0)
+    assert roof.copy_bandwidth.__wrapped__(CPU) == 2 << 20
+
+
+@pytest.fixture(scope="module")
+def skipped():
+    """What each contender adds to a skipped forward of 6 blocks: operators alone, no round is timed."""
+    logging.disable(logging.WARNING)  # the library logs its configuration
+    yield bench_overhead.costs(bench_overhead.Weights(6, CPU), "skipped", rounds=0)
+    logging.disable(logging.NOTSET)
+
+
+def test_operator_targets_are_met(skipped):
+    missed = [t for t in bench_overhead.operator_targets(skipped) if not t.met]
+    assert not missed
+
+
+def test_operators_are_counted_as_they_are_known_to_be(skipped):
+    """cache-dit's skip: two differences, two absolute values, two means, their quotient, its transfer, two sums."""
+    by_name = {c.contender: c for c in skipped}
+    library, ours = by_name["cache-dit library"], by_name["cache_dit"]
+    assert (library.added_operators, library.added_expanded, library.added_h_sized) == (10, 10, 7)
+    assert ours.added_operators < ours.added_expanded  # ours are made of several
+    assert ours.added_h_sized == 2
+
+
+def test_a_contender_that_does_not_skip_is_noticed(monkeypatch):
+    monkeypatch.setitem(bench_overhead.KINDS, "skipped", bench_overhead.NEVER_SMALL)
+    first = bench_overhead.CONTENDERS[:1]
+    with pytest.raises(AssertionError, match=r"cache_dit ran \[3, .*it should run 1"), torch.no_grad():
+        bench_overhead.costs(bench_overhead.Weights(3, CPU), "skipped", 0, first)
+
+
+def test_time_added_is_the_difference_of_the_same_turn():
+    patched, plain = bench_overhead.Run.__new__(bench_overhead.Run), bench_overhead.Run.__new__(bench_overhead.Run)
+    plain.seconds = [1e-3, 2e-3, 9e-3, 1e-3]
+    patched.seconds = [s + 1e-4 for s in plain.seconds]
+    assert bench_overhead._times(patched, plain) == (1600.0, 1500.0, 100.0, 0.0)
+
+
+def test_results_are_readable_by_the_line(tmp_path):
+    content = {"machine": {"name": "x", "versions": {"a": "1"}}, "rows": [{"op": "µ", "us": 1.5}, {"op": "b", "us": 2}]}
+    results.write(tmp_path / "deep" / "x.json", content)
+    text = (tmp_path / "deep" / "x.json").read_text(encoding="utf-8")
+    assert json.loads(text) == content
+    assert '{ "op": "µ", "us": 1.5 }' in text
+
+
+def test_device_slugs():
+    assert results.slug("NVIDIA H200") == "nvidia-h200"
+    assert results.slug("Intel(R) Xeon(R) Platinum 8480+") == "intel-xeon-platinum-8480"
+
+
+def test_the_gpu_run_goes_up_to_the_first_launch_without_a_gpu():
+    """In a process of its own: kernels are compiled there, where here they are interpreted."""
+    both = "from benchmarks import gpu; print([gpu.main([]), gpu.main(['--dry-run'])])"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", both], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for_want, as_told, codes = done.stdout.splitlines()
+    assert for_want.endswith(
+        "kernels compiled for sm_90; none launched and nothing measured, for want of an NVIDIA GPU"
+    )
+    assert as_told.endswith("as --dry-run says")
+    assert codes == "[3, 0]"
