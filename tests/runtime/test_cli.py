@@ -330,3 +330,14 @@ def test_help_does_not_wait_for_torch() -> None:
     code = "import sys; from omni_runtime.cli import main; main(['--help']); print(*sys.modules, file=sys.stderr)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr.split()
     assert "torch" not in loaded
+
+
+def test_the_embedded_model_is_what_generate_runs_when_no_model_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--steps", 4, "--seed", 0, "--cache-backend", "cache_dit", "--device", "cpu", "--out", tmp_path, "--json")
+    assert run("generate", "--prompt", "red apple on blue", *more) == 0
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    assert result["settings"]["model"] == "emoji-qwen-image"
+    assert set(result["cache"]["branches"]) == {"cond", "uncond"}
+    assert Image.open(result["files"][0]).size == (64, 64)
