@@ -87,7 +87,10 @@ class BlockCalls:
 
     def works_between(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether this forward of the transformer does anything between its blocks."""
-        return any(kwargs.get(name) is not None or len(args) > place for name, place in self._between)
+        for name, place in self._between:  # noqa: SIM110 -- on the path of every forward, where a generator costs more
+            if kwargs.get(name) is not None or len(args) > place:
+                return True
+        return False
 
 
 class Slot:

@@ -10,6 +10,7 @@ import enum
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 class Plan(enum.Enum):
@@ -20,8 +21,7 @@ class Plan(enum.Enum):
     MEASURE = enum.auto()
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """A settled question: compute or not, from what distance, and why."""
 
     computed: bool
@@ -103,7 +103,12 @@ class Gate:
 
 def worst(distances: Sequence[float]) -> float:
     """The largest distance; NaN if any is."""
-    return math.nan if any(math.isnan(d) for d in distances) else max(distances, default=0.0)
+    largest = 0.0
+    for distance in distances:
+        if distance != distance:  # NaN, which max would pass over
+            return distance
+        largest = max(largest, distance)
+    return largest
 
 
 class ThresholdGate(Gate):
