@@ -1,6 +1,10 @@
 """Requests: whatever ends one, and however the next differs, the next is as in a fresh pipeline, bit for bit."""
 
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -232,6 +236,30 @@ def test_exception_inside_a_block_leaves_nothing_behind(qwen_pipe, backend, erro
     assert handle._installed.held_tensors() == []
     assert all(isinstance(child, torch.nn.Module) for child in qwen_pipe.transformer.transformer_blocks)
     assert_as_fresh(handle, qwen_pipe, backend)
+
+
+IN_A_FRESH_PROCESS = """
+import sys, torch
+torch.set_num_threads(1)
+import test_requests
+torch.save([test_requests.fresh(backend)[0] for backend in test_requests.CONFIGS], sys.argv[1])
+"""
+
+
+def test_request_after_a_dead_one_equals_a_fresh_process(tmp_path):
+    path = tmp_path / "latents.pt"
+    tests = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
+    command = [sys.executable, "-c", IN_A_FRESH_PROCESS, str(path)]
+    subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    for backend, expected in zip(CONFIGS, torch.load(path), strict=True):
+        pipe = tiny.qwen_image()
+        with omni_kernels.patched(pipe, backend, CONFIGS[backend]):
+            hook = raise_at(pipe.transformer.transformer_blocks[0], 5, KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                latents(pipe, seed=7)
+            hook.remove()
+            assert torch.equal(latents(pipe), expected)
 
 
 @pytest.mark.parametrize("backend", CONFIGS)
