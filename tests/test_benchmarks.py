@@ -115,7 +115,8 @@ def test_operators_are_counted_as_they_are_known_to_be(skipped):
 
 
 def test_a_contender_that_does_not_skip_is_noticed(monkeypatch):
-    monkeypatch.setitem(bench_overhead.KINDS, "skipped", bench_overhead.NEVER_SMALL)
+    monkeypatch.setitem(bench_overhead.KINDS, "skipped", (bench_overhead.ALWAYS_SMALL, False))
+    monkeypatch.setattr(bench_overhead, "FIRST", 0)  # where nothing can be skipped yet
     first = bench_overhead.CONTENDERS[:1]
     with pytest.raises(AssertionError, match=r"cache_dit ran \[3, .*it should run 1"), torch.no_grad():
         bench_overhead.costs(bench_overhead.Weights(3, CPU), "skipped", 0, first)
