@@ -20,6 +20,8 @@ MAX_PARTIALS = 8192
 WARP_SIZE = 64 if torch.version.hip else 32
 # All kernels run with as many; what differs is how many elements each thread takes.
 THREADS = 256
+# Up to here, in elements, a pass more over memory on the CPU costs less than another operator.
+SMALL = 1 << 17
 
 
 def abs_sums(difference: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
@@ -29,8 +31,11 @@ def abs_sums(difference: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
     """
     if difference.dim() == 1:
         return torch.stack((difference.abs_(), magnitude.float().abs()), 1)
+    magnitude = magnitude.float()
+    if difference.numel() <= SMALL:
+        return torch.stack((difference, magnitude), 1).abs_().flatten(2).sum(2)
     sample = tuple(range(1, difference.dim()))
-    return torch.stack((difference.abs_().sum(sample), magnitude.float().abs().sum(sample)), 1)
+    return torch.stack((difference.abs_().sum(sample), magnitude.abs().sum(sample)), 1)
 
 
 def by_sample(t: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -16,7 +16,7 @@ import torch
 from omni_kernels.ops import _samples
 from omni_kernels.ops._checks import DTYPES, alike, unlike
 from omni_kernels.ops._triton import tl, triton
-from omni_kernels.registration import define, nbytes
+from omni_kernels.registration import define, eager_on_cpu, nbytes
 
 # A program reads all snapshots at once; more than any forecaster keeps would only cost registers.
 MAX_HISTORY = 16
@@ -71,6 +71,8 @@ def linear_forecast(
             f"linear_forecast: weights has {len(weights)} numbers; it must have {len(history)}, one per snapshot"
         )
     numbers = [float(w) for w in weights]
+    if eager_on_cpu(like):
+        return reference(base, history, numbers, out)
     if out is None:
         return _op(base, history, numbers)
     _op_into(base, history, numbers, out)
@@ -106,6 +108,17 @@ def reference(
         scales = weights.tolist() if weights.is_cpu else weights.unbind()
     else:
         scales = weights
+    if (
+        base is not None
+        and out is None
+        and base.dtype is torch.float32
+        and history
+        and not isinstance(weights, torch.Tensor)
+    ):
+        total = torch.add(base, history[0], alpha=weights[0])
+        for j in range(1, len(history)):
+            total = total.add_(history[j], alpha=weights[j])
+        return total.contiguous()
     read = list(history) if base is None else [base, *history]
     dtype = read[0].dtype if out is None else out.dtype
     # The first term may be summed straight into `out`, unless a later one would be read from there.

@@ -73,9 +73,9 @@ class BlockCalls:
         place = self._encoder_places[index]
         return args[place] if place < len(args) else kwargs[self._row.encoder]
 
-    def arguments(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    def arguments(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         """All arguments of block `index` by name."""
-        return {**dict(zip(self.names[index], args, strict=False)), **kwargs}
+        return {**dict(zip(self.names[index], args, strict=False)), **kwargs} if args else kwargs
 
     def output(self, hidden: torch.Tensor, encoder: torch.Tensor | None) -> Any:
         """What a block would return."""
@@ -130,8 +130,8 @@ class Passage:
         self._stepwise = stepwise
         self._base: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
-    def enter(self, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the blocks [first, last) run in this forward."""
+    def enter(self, block: torch.nn.Module, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the blocks [first, last) run in this forward, from `base`, a pair (hidden, encoder)."""
         raise NotImplementedError
 
     def leave(self, hidden: torch.Tensor, encoder: torch.Tensor | None, base: Any) -> None:
@@ -172,13 +172,14 @@ class Passage:
 
     def _first(self, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         calls, index = self.calls, self.first
-        self._base = (calls.hidden(index, args, kwargs), calls.encoder(index, args, kwargs))
-        self.computing = self.enter(block, args, kwargs)
-        if self.computing:
-            return self._last(block, *args, **kwargs) if self.last - index == 1 else self._run(block, args, kwargs)
-        if self._stepwise and self.last - index > 1:
-            return calls.output(*self._base)
-        return self._arrive(block)
+        base = (calls.hidden(index, args, kwargs), calls.encoder(index, args, kwargs))
+        self.computing = self.enter(block, base, args, kwargs)
+        if not self.computing and not (self._stepwise and self.last - index > 1):
+            return calls.output(*self.forecast(base))
+        self._base = base
+        if not self.computing:
+            return calls.output(*base)
+        return self._last(block, *args, **kwargs) if self.last - index == 1 else self._run(block, args, kwargs)
 
     def _run(self, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.ran += 1

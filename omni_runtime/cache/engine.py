@@ -91,22 +91,20 @@ class ResidualPassage(Passage):
         self._branch: Branch = branch
         self._position = float(request.step) if parts.forecaster.axis == "step" else request.sigma
 
-    def enter(self, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def enter(self, block: torch.nn.Module, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """See `Passage.enter`."""
         branch = self._branch
-        hidden = self.calls.hidden(self.first, args, kwargs)
-        verdict = self._decide(block, hidden, args, kwargs)
+        verdict = self._decide(block, base, args, kwargs)
         branch.gate.settle(verdict.computed)
         decision = Decision(self._request.step, verdict.computed, verdict.distance, verdict.reason, verdict.accumulated)
         self._request.decisions.setdefault(self._name, []).append(decision)
         return verdict.computed
 
-    def _decide(
-        self, block: torch.nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Verdict:
+    def _decide(self, block: torch.nn.Module, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Verdict:
         branch, signal = self._branch, self._parts.signal
+        hidden, encoder = base
         verdict = None
-        if branch.fits(hidden, self.calls.encoder(self.first, args, kwargs)):
+        if branch.fits(hidden, encoder):
             plan, reason = branch.gate.plan(self._request.step)
             if plan is not Plan.MEASURE:
                 verdict = Verdict(plan is Plan.COMPUTE, reason)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
     """One transformer forward.
 
     Attributes:
@@ -102,7 +101,7 @@ class CacheReport:
                 name: {
                     "computed": branch.computed,
                     "skipped": branch.skipped,
-                    "decisions": [asdict(decision) for decision in branch.decisions],
+                    "decisions": [decision._asdict() for decision in branch.decisions],
                 }
                 for name, branch in self.branches.items()
             },

@@ -183,3 +183,38 @@ except RuntimeError as error:
         "[[3.0, 0.0]]",
         "Triton is not installed; the plain-torch implementation runs without it",
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", NAMES)
+def test_past_the_dispatcher_or_through_it_the_bits_are_the_same(name, dtype):
+    through = OPS[name].function(*arguments(name, dtype))  # autograd might be watching
+    with torch.no_grad():
+        past = OPS[name].function(*arguments(name, dtype))
+    assert equal(through, past)
+
+
+@pytest.mark.parametrize("name", ["residual_relative_l1", "linear_forecast"])
+def test_whoever_watches_operators_sees_the_op_without_gradients_too(name):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Watch():
+        OPS[name].function(*arguments(name))
+    assert [func.namespace for func in seen] == [registration.NAMESPACE]
+    assert not any(registration.eager_on_cpu(t) for t in tensors(1, 2, 3, device="meta"))
+
+
+@pytest.mark.parametrize("shape", [(1, 1 << 17), (1, (1 << 17) + 16), (3, 1 << 16)])
+def test_sums_of_small_and_large_inputs_agree_on_the_cpu(shape):
+    out, entered, before = tensors(3, *shape)
+    _, sums = ops.residual_relative_l1(out, entered, before)
+    residual = out.double() - entered.double()
+    expected = torch.stack(((before.double() - residual).abs().sum(1), before.double().abs().sum(1)), 1)
+    torch.testing.assert_close(sums.double(), expected, rtol=2e-6, atol=0)
