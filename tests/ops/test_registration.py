@@ -205,8 +205,9 @@ def test_whoever_watches_operators_sees_the_op_without_gradients_too(name):
             seen.append(func)
             return func(*args, **(kwargs or {}))
 
+    inputs = arguments(name)
     with torch.no_grad(), Watch():
-        OPS[name].function(*arguments(name))
+        OPS[name].function(*inputs)
     assert [func.namespace for func in seen] == [registration.NAMESPACE]
     assert not any(registration.eager_on_cpu(t) for t in tensors(1, 2, 3, device="meta"))
 
