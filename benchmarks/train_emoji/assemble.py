@@ -29,18 +29,18 @@ __all__ = [
 
 
 def contact_sheet_prompts(count: int = 64) -> list[str]:
-    """Every emoji once by itself, every second one on a colour, then pairs, half of them on a colour; none held out."""
+    """Every emoji by itself, every emoji on a colour, then pairs, half of them on a colour; none of them held out."""
     rng = random.Random("contact sheet")
-    prompts = []
-    for number, name in enumerate(EMOJI):
+    prompts = [caption_of((name,), article=number % 2 == 1) for number, name in enumerate(EMOJI)]
+    for name in EMOJI:
         allowed = [colour for colour in COLOURS if not is_held_out((name,), colour)]
-        prompts.append(caption_of((name,), rng.choice(allowed) if number % 2 else None, article=number % 4 > 1))
+        prompts.append(caption_of((name,), rng.choice(allowed)))
     while len(prompts) < count:
         names = tuple(rng.sample(list(EMOJI), 2))
         colour = rng.choice(list(COLOURS)) if len(prompts) % 2 else None
         if not is_held_out(names, colour):
             prompts.append(caption_of(names, colour))
-    return prompts
+    return prompts[:count]
 
 
 def held_out_prompts(count: int = 32) -> list[str]:
@@ -90,7 +90,7 @@ def assemble(work: Path, out: Path, side: int) -> None:
     )
     pipeline.save_pretrained(out)
 
-    training = {"scenes": len(cached["latents"]), "threads": torch.get_num_threads(), "parts": trained}
+    training = {"scenes": len(cached["latents"]), "parts": trained}
     defaults = {
         "height": side,
         "width": side,

@@ -36,11 +36,11 @@ COLOURS: dict[str, tuple[int, int, int]] = {name: tuple(rgb) for name, rgb in VO
 HELD_OUT_COLOURS = frozenset(map(tuple, VOCABULARY["held_out_colours"]))
 HELD_OUT_PAIRS = frozenset(map(frozenset, VOCABULARY["held_out_pairs"]))
 
-PAIR_SHARE = 0.4
+PAIR_SHARE = 0.35
 NAMED_COLOUR_SHARE = 0.5
 ARTICLE_SHARE = 0.5
-SINGLE_SIZE = (0.50, 0.95)  # of the side
-PAIR_SIZE = (0.40, 0.54)
+SINGLE_SIZE = (0.55, 0.95)  # of the side
+PAIR_SIZE = (0.42, 0.56)
 COLOUR_JITTER = 18  # of 255, per channel, either way
 
 

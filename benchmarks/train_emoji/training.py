@@ -24,7 +24,7 @@ LOG_STEPS = 50
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to train: minutes of training time over all sessions together, or a number of steps."""
+    """How long to train: minutes of training time over all runs together, or a number of steps."""
 
     minutes: float | None = None
     steps: int | None = None
@@ -71,7 +71,7 @@ def fit(
         optimizers: together they hold the parameters; each group's rate is the one of the stable phase.
         loss_of_step: step number to scalar loss; must draw all randomness from the step number.
         checkpoint: file of the last state; written every `checkpoint_minutes` and at the end.
-        budget: minutes or steps over all sessions together.
+        budget: minutes or steps over all runs together.
         batch: samples per step, only to count them.
         ema_decay: per step, approached as (1 + n) / (10 + n).
         checkpoint_minutes: minutes between two checkpoints.

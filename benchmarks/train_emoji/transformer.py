@@ -27,7 +27,7 @@ from .training import Budget, Fit, fit
 __all__ = ["build_latents", "new_scheduler", "new_transformer", "pack", "train_transformer"]
 
 LAYERS, HEADS, HEAD_DIM, ROPE_AXES = 7, 5, 32, (8, 12, 12)
-BATCH = 128
+BATCH = 64
 LATENT_SEED, TRANSFORMER_SEED = 3, 4
 EMPTY_SHARE = 0.1
 RATE = 1e-3
@@ -125,7 +125,10 @@ def draw_sigmas(count: int, tokens: int, generator: torch.Generator) -> torch.Te
 def plain_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None, **_: object
 ) -> torch.Tensor:
-    """softmax(q k^T / sqrt(d)) v for [batch, tokens, heads, d]; at 31 tokens 8x faster than the fused CPU kernel."""
+    """softmax(q k^T / sqrt(d)) v for [batch, tokens, heads, d].
+
+    At 31 tokens the fused CPU kernel's bf16 backward is a third of an eager step: 0.97 s per 128 scenes against 0.60 s.
+    """
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     scores = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5
     if attn_mask is not None:
@@ -147,7 +150,7 @@ def real_rotation(
 def fusible_operators(transformer: QwenImageTransformer2DModel, grid: int, text_length: int) -> Iterator[None]:
     """While training, attention and rotation in plain real arithmetic: the same function, and torch.compile fuses it.
 
-    With this, compiled bf16 training takes 0.34 s per 128 scenes on one AMX core, against 0.97 s for eager bf16.
+    Compiled with these, a bf16 step takes 0.34 s per 128 scenes on one AMX core, eager without them 0.97 s.
     """
     device = next(transformer.parameters()).device
     tables = tuple(
@@ -239,7 +242,7 @@ def train_transformer(
     parameters = list(transformer.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     with fusible_operators(transformer, grid, embeddings.shape[1]):
-        result = fit(parameters, [optimizer], loss_of_step, checkpoint, budget, batch, ema_decay=0.9995)
+        result = fit(parameters, [optimizer], loss_of_step, checkpoint, budget, batch, ema_decay=0.999)
     with torch.no_grad():
         for parameter, value in zip(parameters, result.ema, strict=True):
             parameter.copy_(value)
