@@ -33,7 +33,7 @@ def abs_sums(difference: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
         return torch.stack((difference.abs_(), magnitude.float().abs()), 1)
     magnitude = magnitude.float()
     if difference.numel() <= SMALL:
-        return torch.stack((difference, magnitude), 1).abs_().flatten(2).sum(2)
+        return torch.stack((difference, magnitude), 1).abs_().sum(tuple(range(2, difference.dim() + 1)))
     sample = tuple(range(1, difference.dim()))
     return torch.stack((difference.abs_().sum(sample), magnitude.abs().sum(sample)), 1)
 

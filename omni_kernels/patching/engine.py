@@ -27,21 +27,21 @@ def describe(value: object) -> str:
     return f"{getattr(named, '__module__', '?')}.{getattr(named, '__qualname__', '?')}"
 
 
-class InstanceMethod:
+class InstanceMethod(functools.partial[Any]):
     """A function in the place of one instance's method. A copy of the instance gets what stood there before.
 
     A plain function in an instance's `__dict__` would be carried into every copy, where it would go on working on the
     original; and a local one keeps its owner from being pickled.
     """
 
-    def __init__(self, owner: object, name: str, function: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, function)
-        self._function = function
-        self._former = (getattr, (owner, name)) if name not in vars(owner) else (_same, (vars(owner)[name],))
+    _former: tuple[Any, ...]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the function."""
-        return self._function(*args, **kwargs)
+    def __new__(cls, owner: object, name: str, function: Callable[..., Any]) -> InstanceMethod:
+        """`function` in the place of `owner`'s method `name`."""
+        self = super().__new__(cls, function)
+        functools.update_wrapper(self, function)
+        self._former = (getattr, (owner, name)) if name not in vars(owner) else (_same, (vars(owner)[name],))
+        return self
 
     def __reduce__(self) -> Any:
         return self._former

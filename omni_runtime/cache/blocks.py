@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -34,9 +34,9 @@ class BlockList(torch.nn.ModuleList):
 
     def __iter__(self) -> Iterator[Any]:
         """The blocks; within a forward under way, what stands for them."""
-        blocks = iter(self._modules.values())
+        blocks: Any = self._modules.values()
         passage = self._passage()
-        return blocks if passage is None else passage.slots(blocks, self._start)
+        return iter(blocks) if passage is None else passage.slots(blocks, self._start)
 
     def __getitem__(self, index: Any) -> Any:
         """A block, or a plain list of some."""
@@ -93,24 +93,14 @@ class BlockCalls:
         return False
 
 
-class Slot:
+class Slot(functools.partial[Any]):
     """What a forward is handed in a block's place: it has the block's attributes, and is called like it.
 
-    Args:
-        block: the block.
-        call: called with the block and the arguments of its call.
+    `Slot(call, block)` calls `call` with the block and the arguments of its call.
     """
 
-    def __init__(self, block: torch.nn.Module, call: Callable[..., Any]) -> None:
-        self._block = block
-        self._call = call
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the forward goes on with."""
-        return self._call(self._block, *args, **kwargs)
-
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._block, name)
+        return getattr(self.args[-1], name)
 
 
 class Passage:
@@ -142,28 +132,30 @@ class Passage:
         """(hidden, encoder) as the skippable blocks would have left them."""
         raise NotImplementedError
 
-    def slots(self, blocks: Iterator[torch.nn.Module], start: int) -> Iterator[Callable[..., Any]]:
+    def slots(self, blocks: Collection[torch.nn.Module], start: int) -> Iterator[Callable[..., Any]]:
         """What is called in place of each of `blocks`, the first of which is block `start` of the model."""
         first, last = self.first, self.last
         numbered = enumerate(blocks, start)
         for index, block in numbered:
             if index == first:
-                yield Slot(block, self._first)
+                yield Slot(self._first, block)
                 if not self.computing and not self._stepwise:
+                    if last >= start + len(blocks):
+                        return
                     skipped = last - first - 1
                     next(itertools.islice(numbered, skipped, skipped), None)
             elif index == 0:
-                yield Slot(block, self._zeroth)
+                yield Slot(self._zeroth, block)
             elif not first < index < last or (self.computing and index != last - 1):
                 self.ran += 1
                 yield block
             elif index == last - 1:
                 if self.computing:
-                    yield Slot(block, self._last)
+                    yield Slot(self._last, block)
                 elif self._stepwise:
-                    yield Slot(block, self._arrive)
+                    yield Slot(self._arrive, block)
             elif self._stepwise:
-                yield Slot(block, functools.partial(self._pass_over, index))
+                yield Slot(functools.partial(self._pass_over, index), block)
 
     def _zeroth(self, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         self.entered = self.calls.hidden(0, args, kwargs)
