@@ -76,36 +76,12 @@ def fit(
         ema_decay: per step, approached as (1 + n) / (10 + n).
         checkpoint_minutes: minutes between two checkpoints.
     """
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    peak_rates = [group["lr"] for group in groups]
+    peak_rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     state = Fit([p.detach().clone() for p in parameters], 0, 0, 0.0, float("nan"))
     if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=parameters[0].device)
-        with torch.no_grad():
-            for parameter, value in zip(parameters, saved["parameters"], strict=True):
-                parameter.copy_(value)
-        for optimizer, value in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(value)
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        state = Fit(saved["ema"], saved["step"], saved["samples"], saved["seconds"], saved["loss"])
+        state = _load(checkpoint, parameters, optimizers)
         print(f"{checkpoint.stem}: resuming at step {state.step}, {state.seconds / 60:.1f} min", flush=True)
-
-    def save() -> None:
-        temporary = checkpoint.with_suffix(".part")
-        torch.save(
-            {
-                "parameters": [p.detach() for p in parameters],
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                "ema": state.ema,
-                "step": state.step,
-                "samples": state.samples,
-                "seconds": state.seconds,
-                "loss": state.loss,
-            },
-            temporary,
-        )
-        temporary.replace(checkpoint)
-
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     before, first_step = state.seconds, state.step
     started = time.perf_counter()
     saved_at = state.seconds
@@ -138,11 +114,42 @@ def fit(
             )
             logged_at, logged_step = now, state.step
         if state.seconds - saved_at > 60 * checkpoint_minutes:
-            save()
+            _save(checkpoint, parameters, optimizers, state)
             saved_at = state.seconds
     if state.step > first_step:
-        save()
+        _save(checkpoint, parameters, optimizers, state)
     return state
+
+
+def _load(checkpoint: Path, parameters: list[torch.nn.Parameter], optimizers: list[torch.optim.Optimizer]) -> Fit:
+    """Put a checkpoint's weights and optimizer states in place; returns the rest of it."""
+    saved = torch.load(checkpoint, map_location=parameters[0].device)
+    with torch.no_grad():
+        for parameter, value in zip(parameters, saved["parameters"], strict=True):
+            parameter.copy_(value)
+    for optimizer, value in zip(optimizers, saved["optimizers"], strict=True):
+        optimizer.load_state_dict(value)
+    return Fit(saved["ema"], saved["step"], saved["samples"], saved["seconds"], saved["loss"])
+
+
+def _save(
+    checkpoint: Path, parameters: list[torch.nn.Parameter], optimizers: list[torch.optim.Optimizer], state: Fit
+) -> None:
+    """Write everything that a later run resumes from; an interruption leaves the former file whole."""
+    temporary = checkpoint.with_suffix(".part")
+    torch.save(
+        {
+            "parameters": [p.detach() for p in parameters],
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "ema": state.ema,
+            "step": state.step,
+            "samples": state.samples,
+            "seconds": state.seconds,
+            "loss": state.loss,
+        },
+        temporary,
+    )
+    temporary.replace(checkpoint)
 
 
 @torch.no_grad()
