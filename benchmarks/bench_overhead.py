@@ -373,27 +373,27 @@ class Target:
         return self.figure <= self.limit
 
 
-def operator_targets(found: Sequence[Cost]) -> list[Target]:
-    """The targets that need no clock: the same on every machine."""
+def _shares(found: Sequence[Cost], figure: str, what: str, limit: float) -> list[Target]:
+    """One of the figures of a skipped forward, as a share of the library's, for DBCache without and with TaylorSeer."""
     by_name = {c.contender: c for c in found if c.forward == "skipped"}
     targets = []
     for name in ("cache_dit", "cache_dit, TaylorSeer 1"):
         ours = by_name[name]
-        share = ours.added_operators / by_name[ours.peer].added_operators
-        targets.append(Target(f"{name}, skipped: added operators, of the library's", round(share, 3), 1 / 4))
-    h_sized = by_name["tea_cache"].added_h_sized
-    return [*targets, Target("tea_cache, skipped: added operators of H size", h_sized, 3)]
+        share = getattr(ours, figure) / getattr(by_name[ours.peer], figure)
+        targets.append(Target(f"{name}, skipped: {what}, of the library's", round(share, 3), limit))
+    return targets
+
+
+def operator_targets(found: Sequence[Cost]) -> list[Target]:
+    """The targets that need no clock: the same on every machine."""
+    (h_sized,) = (c.added_h_sized for c in found if (c.contender, c.forward) == ("tea_cache", "skipped"))
+    shares = _shares(found, "added_operators", "added operators", 1 / 4)
+    return [*shares, Target("tea_cache, skipped: added operators of H size", h_sized, 3)]
 
 
 def time_targets(found: Sequence[Cost]) -> list[Target]:
     """The targets of host time."""
-    by_name = {c.contender: c for c in found if c.forward == "skipped"}
-    targets = []
-    for name in ("cache_dit", "cache_dit, TaylorSeer 1"):
-        ours = by_name[name]
-        share = ours.added_us / by_name[ours.peer].added_us
-        targets.append(Target(f"{name}, skipped: added host time, of the library's", round(share, 3), 1 / 3))
-    return targets
+    return _shares(found, "added_us", "added host time", 1 / 3)
 
 
 def table(found: Sequence[Cost]) -> str:

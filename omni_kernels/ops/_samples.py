@@ -20,8 +20,9 @@ MAX_PARTIALS = 8192
 WARP_SIZE = 64 if torch.version.hip else 32
 # All kernels run with as many; what differs is how many elements each thread takes.
 THREADS = 256
-# Up to here, in elements, a pass more over memory on the CPU costs less than another operator.
-SMALL = 1 << 17
+# Up to here, in elements, copying both into one tensor costs the CPU less than summing each: 5.8 µs against 8.0 at 4096
+# elements, 10.1 against 10.9 at 16384, and 15.4 against 13.8 at 32768.
+SMALL = 1 << 14
 
 
 def abs_sums(difference: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
