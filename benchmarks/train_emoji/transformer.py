@@ -178,6 +178,17 @@ def batch_rows(step: int, batch: int, count: int) -> torch.Tensor:
     return order[position * batch : (position + 1) * batch]
 
 
+def new_optimizers(transformer: torch.nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al. 2024) for the blocks' matrices, its updates scaled to AdamW's size; AdamW for the rest."""
+    matrices = [p for name, p in transformer.named_parameters() if p.ndim == 2 and "transformer_blocks." in name]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in transformer.parameters() if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=RATE, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
+    ]
+
+
 def train_transformer(
     transformer: QwenImageTransformer2DModel,
     latents: torch.Tensor,
@@ -240,9 +251,9 @@ def train_transformer(
             return step_losses(*(tensor.to(device) for tensor in tensors))
 
     parameters = list(transformer.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    optimizers = new_optimizers(transformer)
     with fusible_operators(transformer, grid, embeddings.shape[1]):
-        result = fit(parameters, [optimizer], loss_of_step, checkpoint, budget, batch, ema_decay=0.999)
+        result = fit(parameters, optimizers, loss_of_step, checkpoint, budget, batch, ema_decay=0.999)
     with torch.no_grad():
         for parameter, value in zip(parameters, result.ema, strict=True):
             parameter.copy_(value)

@@ -7,9 +7,15 @@ import torch
 DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 
-def alike(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether an op can take `a` and `b` together. Cheap, because every call of an op asks."""
-    return a.shape == b.shape and a.device == b.device and a.dtype in DTYPES and b.dtype in DTYPES
+def alike(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether an op can take these together; None is no tensor. Cheap, because every call of an op asks."""
+    shape, device = first.shape, first.device
+    if first.dtype not in DTYPES or not shape:
+        return False
+    for t in others:
+        if t is not None and (t.shape != shape or t.device != device or t.dtype not in DTYPES):
+            return False
+    return True
 
 
 def unlike(op: str, **tensors: torch.Tensor | None) -> ValueError:

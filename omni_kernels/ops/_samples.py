@@ -30,12 +30,12 @@ def abs_sums(difference: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
 
     `sum` adds pairwise; `vector_norm` adds one by one, which at 3·10⁶ elements is 7·10⁻⁴ off and takes twice the time.
     """
-    if difference.dim() == 1:
-        return torch.stack((difference.abs_(), magnitude.float().abs()), 1)
     magnitude = magnitude.float()
-    if difference.numel() <= SMALL:
-        return torch.stack((difference, magnitude), 1).abs_().sum(tuple(range(2, difference.dim() + 1)))
-    sample = tuple(range(1, difference.dim()))
+    dimensions = difference.dim()
+    if difference.numel() <= SMALL or dimensions == 1:
+        pairs = torch.stack((difference, magnitude), 1).abs_()
+        return pairs if dimensions == 1 else pairs.sum([*range(2, dimensions + 1)])
+    sample = [*range(1, dimensions)]
     return torch.stack((difference.abs_().sum(sample), magnitude.abs().sum(sample)), 1)
 
 

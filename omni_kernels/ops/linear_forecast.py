@@ -52,15 +52,11 @@ def linear_forecast(
         raise ValueError("linear_forecast: base is None and history is empty; one of them must be given")
     if len(history) > MAX_HISTORY:
         raise ValueError(f"linear_forecast: history has {len(history)} tensors; allowed are 0 to {MAX_HISTORY}")
-    shape, device = like.shape, like.device
-    fits = like.dtype in DTYPES and len(shape) > 0 and (out is None or alike(like, out))
-    for t in history:
-        fits = fits and t.shape == shape and t.device == device and t.dtype in DTYPES
-    if not fits:
+    if not alike(like, out, *history):
         names = {f"history[{j}]": t for j, t in enumerate(history)}
         raise unlike("linear_forecast", base=base, **names, out=out)
     if isinstance(weights, torch.Tensor):
-        if weights.shape != (len(history),) or weights.device != device or weights.dtype not in DTYPES:
+        if weights.shape != (len(history),) or weights.device != like.device or weights.dtype not in DTYPES:
             raise _wrong_weights(weights, len(history), like)
         if out is None:
             return _op_tensor(base, history, weights)
@@ -103,21 +99,13 @@ def reference(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """In plain torch."""
-    scales: Sequence[float] | Sequence[torch.Tensor]
+    scales: Sequence[float] | Sequence[torch.Tensor] = weights  # type: ignore[assignment]
     if isinstance(weights, torch.Tensor):
         scales = weights.tolist() if weights.is_cpu else weights.unbind()
-    else:
-        scales = weights
-    if (
-        base is not None
-        and out is None
-        and base.dtype is torch.float32
-        and history
-        and not isinstance(weights, torch.Tensor)
-    ):
-        total = torch.add(base, history[0], alpha=weights[0])
+    elif out is None and base is not None and base.dtype is torch.float32:  # on the path of every skipped step
+        total = torch.add(base, history[0], alpha=weights[0]) if history else base.clone()
         for j in range(1, len(history)):
-            total = total.add_(history[j], alpha=weights[j])
+            total.add_(history[j], alpha=weights[j])
         return total.contiguous()
     read = list(history) if base is None else [base, *history]
     dtype = read[0].dtype if out is None else out.dtype

@@ -55,7 +55,7 @@ def modulated_relative_l1(
     """
     if h.dim() != 3:
         raise ValueError(f"modulated_relative_l1: h has shape {[*h.shape]}; it must be [B, S, D]")
-    if not alike(h, h) or not (m_prev is None or alike(h, m_prev)):
+    if not alike(h, m_prev):
         raise unlike("modulated_relative_l1", h=h, m_prev=m_prev)
     if norm not in NORMS:
         raise ValueError(f"modulated_relative_l1: norm is {norm!r}; allowed are 'layer' and 'rms'")

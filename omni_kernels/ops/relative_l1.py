@@ -33,7 +33,7 @@ def relative_l1(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: shapes or devices differ, a dtype is not allowed, or there is no batch dimension.
     """
-    if not alike(x, y) or x.dim() == 0:
+    if not alike(x, y):
         raise unlike("relative_l1", x=x, y=y)
     return _op(x, y)
 

@@ -39,7 +39,7 @@ def residual_relative_l1(
     Raises:
         ValueError: shapes or devices differ, a dtype is not allowed, or there is no batch dimension.
     """
-    if not alike(h_out, h_in) or h_out.dim() == 0 or not (r_prev is None or alike(h_out, r_prev)):
+    if not alike(h_out, h_in, r_prev):
         raise unlike("residual_relative_l1", h_out=h_out, h_in=h_in, r_prev=r_prev)
     return reference(h_out, h_in, r_prev) if eager_on_cpu(h_out) else _op(h_out, h_in, r_prev)
 
@@ -54,12 +54,12 @@ def reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """In plain torch."""
     exact = h_out.dtype is torch.float32
-    residual = torch.sub(h_out, h_in) if exact else torch.sub(h_out.float(), h_in).to(h_out.dtype)
+    residual = h_out - h_in if exact else (h_out.float() - h_in).to(h_out.dtype)
     residual = residual.contiguous()
     if r_prev is None:
         return residual, h_out.new_zeros((h_out.shape[0], 2), dtype=torch.float32)
     r_prev = r_prev.float()
-    return residual, _samples.abs_sums(torch.sub(r_prev, residual), r_prev)
+    return residual, _samples.abs_sums(r_prev - residual, r_prev)
 
 
 @triton.jit(do_not_specialize=["n", "blocks", "programs"])

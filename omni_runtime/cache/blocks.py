@@ -13,29 +13,35 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from omni_runtime.cache.models import ModelRow
 
 
+class Forwards(Protocol):
+    """Whoever knows the passage of the forward under way; None outside one."""
+
+    passage: Passage | None
+
+
 class BlockList(torch.nn.ModuleList):
     """A block list that lets the forward under way decide what is called in each block's place."""
 
     _start: int
-    _passage: Callable[[], Passage | None]
+    _forwards: Forwards
 
-    def __init__(self, blocks: torch.nn.ModuleList, start: int, passage: Callable[[], Passage | None]) -> None:
+    def __init__(self, blocks: torch.nn.ModuleList, start: int, forwards: Forwards) -> None:
         super().__init__()
         self.__dict__.update({**vars(blocks), "_modules": blocks._modules})
         self.__dict__["_start"] = start
-        self.__dict__["_passage"] = passage
+        self.__dict__["_forwards"] = forwards
 
     def __iter__(self) -> Iterator[Any]:
         """The blocks; within a forward under way, what stands for them."""
         blocks: Any = self._modules.values()
-        passage = self._passage()
+        passage = self._forwards.passage
         return iter(blocks) if passage is None else passage.slots(blocks, self._start)
 
     def __getitem__(self, index: Any) -> Any:
@@ -46,7 +52,7 @@ class BlockList(torch.nn.ModuleList):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A copied or pickled list is a plain one: the copy is not patched."""
-        return torch.nn.ModuleList, (), {k: v for k, v in vars(self).items() if k not in ("_start", "_passage")}
+        return torch.nn.ModuleList, (), {k: v for k, v in vars(self).items() if k not in ("_start", "_forwards")}
 
 
 class BlockCalls:
@@ -55,23 +61,23 @@ class BlockCalls:
     def __init__(self, row: ModelRow, blocks: list[torch.nn.Module], forward: Callable[..., Any]) -> None:
         self._row = row
         self.names = [tuple(inspect.signature(block.forward).parameters) for block in blocks]
-        self._places = [names.index(row.hidden) for names in self.names]
-        self._encoder_places = [names.index(row.encoder) if row.encoder else -1 for names in self.names]
+        self._places = [
+            (names.index(row.hidden), names.index(row.encoder) if row.encoder else -1) for names in self.names
+        ]
         parameters = list(inspect.signature(forward).parameters)
         self.forward_names = tuple(parameters)
         self._between = [(name, parameters.index(name)) for name in row.between if name in parameters]
 
-    def hidden(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
-        """The hidden states among the arguments of block `index`, [B, S, D]."""
-        place = self._places[index]
-        return args[place] if place < len(args) else kwargs[self._row.hidden]
-
-    def encoder(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
-        """The encoder's hidden states, [B, T, D]; None for a model of one stream."""
-        if self._row.encoder is None:
-            return None
-        place = self._encoder_places[index]
-        return args[place] if place < len(args) else kwargs[self._row.encoder]
+    def inputs(
+        self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The (hidden, encoder) states, [B, S, D] and [B, T, D], among the arguments of block `index`."""
+        row, given = self._row, len(args)
+        place, encoder_place = self._places[index]
+        hidden = args[place] if place < given else kwargs[row.hidden]
+        if row.encoder is None:
+            return hidden, None
+        return hidden, args[encoder_place] if encoder_place < given else kwargs[row.encoder]
 
     def arguments(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         """All arguments of block `index` by name."""
@@ -158,13 +164,13 @@ class Passage:
                 yield Slot(functools.partial(self._pass_over, index), block)
 
     def _zeroth(self, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        self.entered = self.calls.hidden(0, args, kwargs)
+        self.entered, _ = self.calls.inputs(0, args, kwargs)
         self.ran += 1
         return block(*args, **kwargs)
 
     def _first(self, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         calls, index = self.calls, self.first
-        base = (calls.hidden(index, args, kwargs), calls.encoder(index, args, kwargs))
+        base = calls.inputs(index, args, kwargs)
         self.computing = self.enter(block, base, args, kwargs)
         if not self.computing and not (self._stepwise and self.last - index > 1):
             return calls.output(*self.forecast(base))
@@ -185,7 +191,7 @@ class Passage:
 
     def _pass_over(self, index: int, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The states as they are."""
-        return self.calls.output(self.calls.hidden(index, args, kwargs), self.calls.encoder(index, args, kwargs))
+        return self.calls.output(*self.calls.inputs(index, args, kwargs))
 
     def _arrive(self, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """What the last skippable block would have returned, from the states in which the first was to be called."""

@@ -46,10 +46,11 @@ class Parts:
 
 
 class Branch:
-    """The state of one CFG branch in one request: nothing of it outlives the request."""
+    """The state of one CFG branch in one request: nothing of it but the decisions outlives the request."""
 
-    def __init__(self, gate: Gate, forecaster: Forecaster, last_stream: bool) -> None:
+    def __init__(self, gate: Gate, forecaster: Forecaster, last_stream: bool, decisions: list[Decision]) -> None:
         self.gate = gate
+        self.decisions = decisions
         self.remembered: torch.Tensor | None = None
         self.hidden = History(forecaster)
         # The text stream matters only to blocks that still run: with none behind the site, it is left alone.
@@ -82,50 +83,46 @@ class ResidualPassage(Passage):
         super().__init__(session.calls, parts.first, parts.last, stepwise)
         self._parts = parts
         self._request = request
-        self._name = name
         self._noise_tokens = noise_tokens
         branch = request.state.get(name)
         if branch is None:
-            branch = Branch(parts.gate(request), parts.forecaster, parts.last == session.blocks)
+            decisions = request.decisions[name] = []
+            branch = Branch(parts.gate(request), parts.forecaster, parts.last == session.blocks, decisions)
             request.state[name] = branch
         self._branch: Branch = branch
         self._position = float(request.step) if parts.forecaster.axis == "step" else request.sigma
 
     def enter(self, block: torch.nn.Module, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """See `Passage.enter`."""
-        branch = self._branch
-        verdict = self._decide(block, base, args, kwargs)
-        branch.gate.settle(verdict.computed)
-        decision = Decision(self._request.step, verdict.computed, verdict.distance, verdict.reason, verdict.accumulated)
-        self._request.decisions.setdefault(self._name, []).append(decision)
-        return verdict.computed
-
-    def _decide(self, block: torch.nn.Module, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Verdict:
         branch, signal = self._branch, self._parts.signal
+        gate = branch.gate
         hidden, encoder = base
         verdict = None
         if branch.fits(hidden, encoder):
-            plan, reason = branch.gate.plan(self._request.step)
+            plan, reason = gate.plan(self._request.step)
             if plan is not Plan.MEASURE:
                 verdict = Verdict(plan is Plan.COMPUTE, reason)
         else:
             verdict = Verdict(True, "shape changed" if len(branch.hidden) else "nothing cached yet")
             branch.forget()
-        if verdict is not None and not verdict.computed and not signal.every_step:
-            return verdict
-        arguments = self.calls.arguments(self.first, args, kwargs)
-        entered = hidden if self.entered is None else self.entered
-        sight = Sight(block, arguments, hidden, entered, self._noise_tokens)
-        then = branch.remembered if verdict is None else None
-        now, sums = signal.observe(sight, then)
-        if verdict is None and then is None:
-            verdict = Verdict(True, "nothing to compare with")
-        elif verdict is None:
-            numerators, denominators = zip(*sums.tolist(), strict=True)  # the decision's one transfer to the host
-            verdict = branch.gate.judge(numerators, denominators, now.numel() // len(numerators))
-        if verdict.computed or signal.every_step:
-            branch.remembered = now
-        return verdict
+        if verdict is None or verdict.computed or signal.every_step:
+            entered = hidden if self.entered is None else self.entered
+            if self._noise_tokens is not None:
+                hidden, entered = hidden[:, : self._noise_tokens], entered[:, : self._noise_tokens]
+            then = branch.remembered if verdict is None else None
+            now, sums = signal.observe(
+                Sight(block, self.calls.arguments(self.first, args, kwargs), hidden, entered), then
+            )
+            if verdict is None and then is None:
+                verdict = Verdict(True, "nothing to compare with")
+            elif verdict is None:
+                pairs = sums.tolist()  # the decision's one transfer to the host
+                verdict = gate.judge(pairs, now.numel() // len(pairs))
+            if verdict.computed or signal.every_step:
+                branch.remembered = now
+        gate.settle(verdict.computed)
+        branch.decisions.append(Decision(self._request.step, *verdict))
+        return verdict.computed
 
     def leave(self, hidden: torch.Tensor, encoder: torch.Tensor | None, base: Any) -> None:
         """See `Passage.leave`."""
@@ -157,7 +154,7 @@ class CacheSession:
         self.parts = parts(self._row, self.blocks)
         self._lifecycle = Lifecycle(pipe, self._opened, self._stepped)
         self._last: Request | None = None
-        self._passage: Passage | None = None
+        self.passage: Passage | None = None
         self._context: str | None = None
 
     def install(self, patch: Patch) -> None:
@@ -169,7 +166,7 @@ class CacheSession:
         self._lifecycle.install(patch)
         start = 0
         for name, blocks in zip(self._row.block_lists, self._lists, strict=True):
-            patch.set_module(self.transformer, name, BlockList(blocks, start, self._take_passage))
+            patch.set_module(self.transformer, name, BlockList(blocks, start, self))
             start += len(blocks)
         patch.set_method(self.transformer, "_compiled_call_impl", self._call)
         if hasattr(self.transformer, "cache_context"):
@@ -224,27 +221,23 @@ class CacheSession:
         calls = self.calls
         arguments = {**dict(zip(calls.forward_names, args, strict=False)), **kwargs} if args else kwargs
         try:
-            passage = ResidualPassage(
+            passage = self.passage = ResidualPassage(
                 self,
                 request,
                 self._branch_name(request),
                 self._row.noise_tokens(arguments),
                 calls.works_between(args, kwargs),
             )
-            self._passage = passage
             output = self.transformer._call_impl(*args, **kwargs)
         except BaseException:
             self._lifecycle.end()
             raise
         finally:
-            self._passage = None
+            self.passage = None
         request.calls += 1
         request.blocks_run += passage.ran
         request.blocks_total += self.blocks
         return output
-
-    def _take_passage(self) -> Passage | None:
-        return self._passage
 
     def _branch_name(self, request: Request) -> str:
         """The pipeline's name for this call, else its order within the step; unlike any other of the step."""

@@ -60,7 +60,12 @@ class Gate:
     """The limits; a subclass judges the distances.
 
     A branch with nothing to reuse computes, whatever the gate would say: the engine asks for no plan then.
+
+    Attributes:
+        unlimited: what is planned for a step of which the limits say nothing.
     """
+
+    unlimited: tuple[Plan, str] = (Plan.MEASURE, "")
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -82,10 +87,10 @@ class Gate:
             return Plan.COMPUTE, "max cached steps"
         if 0 <= limits.longest_run <= self._run:
             return Plan.COMPUTE, "max continuous cached steps"
-        return Plan.MEASURE, ""
+        return self.unlimited
 
-    def judge(self, numerators: Sequence[float], denominators: Sequence[float], elements: int) -> Verdict:
-        """Compute or skip, from each sample's Σ|x − y| and Σ|y| over `elements` elements.
+    def judge(self, sums: Sequence[Sequence[float]], elements: int) -> Verdict:
+        """Compute or skip, from each sample's (Σ|x − y|, Σ|y|) over `elements` elements.
 
         The batch is decided by its worst sample, so that no sample is worse off than alone. A distance that is NaN
         never passes for small: the step is computed.
@@ -120,22 +125,17 @@ class ThresholdGate(Gate):
     def __init__(self, limits: Limits, threshold: float) -> None:
         super().__init__(limits)
         self.threshold = threshold
+        if threshold <= 0.0:
+            self.unlimited = Plan.COMPUTE, "threshold ≤ 0"
+        elif threshold >= 1.0:
+            self.unlimited = Plan.SKIP, "threshold ≥ 1"
 
-    def plan(self, step: int) -> tuple[Plan, str]:
-        """The limits, then the two thresholds that need no distance."""
-        plan, reason = super().plan(step)
-        if plan is Plan.MEASURE:
-            if self.threshold <= 0.0:
-                return Plan.COMPUTE, "threshold ≤ 0"
-            if self.threshold >= 1.0:
-                return Plan.SKIP, "threshold ≥ 1"
-        return plan, reason
-
-    def judge(self, numerators: Sequence[float], denominators: Sequence[float], elements: int) -> Verdict:
+    def judge(self, sums: Sequence[Sequence[float]], elements: int) -> Verdict:
         """See `Gate.judge`."""
-        distance = worst([n / d if d else math.inf for n, d in zip(numerators, denominators, strict=True)])
-        small = distance < self.threshold
-        return Verdict(not small, "below threshold" if small else "above threshold", distance)
+        distance = worst([n / d if d else math.inf for n, d in sums])
+        if distance < self.threshold:
+            return Verdict(False, "below threshold", distance)
+        return Verdict(True, "above threshold", distance)
 
 
 class AccumulatedPolynomialGate(Gate):
@@ -151,9 +151,9 @@ class AccumulatedPolynomialGate(Gate):
         self.coefficients = tuple(coefficients)
         self._sums: list[float] = []
 
-    def judge(self, numerators: Sequence[float], denominators: Sequence[float], elements: int) -> Verdict:
+    def judge(self, sums: Sequence[Sequence[float]], elements: int) -> Verdict:
         """See `Gate.judge`."""
-        distances = [n / (d + 1e-8 * elements) for n, d in zip(numerators, denominators, strict=True)]
+        distances = [n / (d + 1e-8 * elements) for n, d in sums]
         if len(self._sums) != len(distances):
             self._sums = [0.0] * len(distances)
         self._sums = [s + abs(self._polynomial(r)) for s, r in zip(self._sums, distances, strict=True)]

@@ -12,15 +12,15 @@ class Decision(NamedTuple):
     Attributes:
         step: index of the denoising step in its request, from 0.
         computed: whether the cached blocks ran.
-        distance: the measured relative L1 distance, of the batch's worst sample; None where nothing was measured.
         reason: what settled it ("warmup", "below threshold", ...).
+        distance: the measured relative L1 distance, of the batch's worst sample; None where nothing was measured.
         accumulated: for gates that accumulate, the sum that was held against the threshold.
     """
 
     step: int
     computed: bool
-    distance: float | None
     reason: str
+    distance: float | None = None
     accumulated: float | None = None
 
 

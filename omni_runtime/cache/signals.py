@@ -24,20 +24,14 @@ class Sight:
     Attributes:
         block: the block whose call is under way.
         arguments: its arguments by name.
-        hidden: its hidden states, [B, S, D].
-        entered: the hidden states that entered block 0, [B, S, D]; the same tensor where block 0 is this block.
-        noise_tokens: how many leading tokens are noise; None for all.
+        hidden: the noise among its hidden states, [B, S', D].
+        entered: the same of the hidden states that entered block 0; the same tensor where block 0 is this block.
     """
 
     block: torch.nn.Module
     arguments: Mapping[str, Any]
     hidden: torch.Tensor
     entered: torch.Tensor
-    noise_tokens: int | None
-
-    def noise(self, states: torch.Tensor) -> torch.Tensor:
-        """The tokens of `states` that are noise, as a view."""
-        return states if self.noise_tokens is None else states[:, : self.noise_tokens]
 
 
 class Signal(Protocol):
@@ -56,7 +50,7 @@ class FirstBlocksResidual:
 
     def observe(self, sight: Sight, remembered: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Signal.observe`."""
-        return ops.residual_relative_l1(sight.noise(sight.hidden), sight.noise(sight.entered), remembered)
+        return ops.residual_relative_l1(sight.hidden, sight.entered, remembered)
 
 
 class ModulatedInput:
@@ -71,11 +65,5 @@ class ModulatedInput:
         """See `Signal.observe`."""
         how = self._modulation(sight.block, sight.arguments)
         return ops.modulated_relative_l1(
-            sight.noise(sight.hidden),
-            how.scale,
-            how.shift,
-            remembered,
-            norm=how.norm,
-            weight=how.weight,
-            eps=how.eps,
+            sight.hidden, how.scale, how.shift, remembered, norm=how.norm, weight=how.weight, eps=how.eps
         )

@@ -12,7 +12,7 @@ def run(gate, steps, distance=0.1):
     computed = []
     for step in range(steps):
         plan, _ = gate.plan(step)
-        compute = plan is Plan.COMPUTE or (plan is Plan.MEASURE and gate.judge([distance], [1.0], 1).computed)
+        compute = plan is Plan.COMPUTE or (plan is Plan.MEASURE and gate.judge([(distance, 1.0)], 1).computed)
         gate.settle(compute)
         if compute:
             computed.append(step)
@@ -58,38 +58,38 @@ def test_threshold_of_one_always_skips_without_measuring():
 
 def test_distance_at_the_threshold_computes():
     gate = ThresholdGate(Limits(), 0.25)
-    assert gate.judge([0.25], [1.0], 1).computed
-    assert not gate.judge([0.2499], [1.0], 1).computed
+    assert gate.judge([(0.25, 1.0)], 1).computed
+    assert not gate.judge([(0.2499, 1.0)], 1).computed
 
 
 @pytest.mark.parametrize("gate", [ThresholdGate(Limits(), 0.9), AccumulatedPolynomialGate(Limits(), 0.9, (1, 0))])
 @pytest.mark.parametrize("numerators", [(0.1, math.nan), (math.nan, 0.1), (math.inf, 0.1)])
 def test_distances_that_are_no_numbers_compute(gate, numerators):
-    assert gate.judge(list(numerators), [1.0, 1.0], 1).computed
+    assert gate.judge([(numerator, 1.0) for numerator in numerators], 1).computed
 
 
 def test_nothing_to_divide_by_computes():
-    assert ThresholdGate(Limits(), 0.5).judge([0.0], [0.0], 1).computed
+    assert ThresholdGate(Limits(), 0.5).judge([(0.0, 0.0)], 1).computed
 
 
 def test_worst_sample_decides():
     gate = ThresholdGate(Limits(), 0.3)
-    verdict = gate.judge([0.1, 0.4, 0.2], [1.0, 1.0, 1.0], 1)
+    verdict = gate.judge([(0.1, 1.0), (0.4, 1.0), (0.2, 1.0)], 1)
     assert verdict.computed
     assert verdict.distance == 0.4
 
 
 def test_polynomial_sums_are_kept_per_sample_and_cleared_by_a_computed_step():
     gate = AccumulatedPolynomialGate(Limits(), 1.0, (2.0, 0.0))  # |2 r|
-    assert gate.judge([0.2, 0.1], [1.0, 1.0], 1).accumulated == pytest.approx(0.4)
+    assert gate.judge([(0.2, 1.0), (0.1, 1.0)], 1).accumulated == pytest.approx(0.4)
     gate.settle(False)
-    assert gate.judge([0.1, 0.3], [1.0, 1.0], 1).accumulated == pytest.approx(0.8)
+    assert gate.judge([(0.1, 1.0), (0.3, 1.0)], 1).accumulated == pytest.approx(0.8)
     gate.settle(False)
-    assert gate.judge([0.2, 0.2], [1.0, 1.0], 1).computed
+    assert gate.judge([(0.2, 1.0), (0.2, 1.0)], 1).computed
     gate.settle(True)
-    assert gate.judge([0.2, 0.1], [1.0, 1.0], 1).accumulated == pytest.approx(0.4)
+    assert gate.judge([(0.2, 1.0), (0.1, 1.0)], 1).accumulated == pytest.approx(0.4)
 
 
 def test_negative_polynomial_values_count_as_positive():
     gate = AccumulatedPolynomialGate(Limits(), 1.0, (-3.0, 0.0))
-    assert gate.judge([0.2], [1.0], 1).accumulated == pytest.approx(0.6)
+    assert gate.judge([(0.2, 1.0)], 1).accumulated == pytest.approx(0.6)
