@@ -13,6 +13,7 @@ pytest.importorskip("emoji")
 
 from benchmarks.train_emoji import scenes
 from benchmarks.train_emoji.autoencoder import encode, new_autoencoder, run_single_frames
+from benchmarks.train_emoji.muon import BatchedMuon
 from benchmarks.train_emoji.text import TEXT_DIM
 from benchmarks.train_emoji.training import Budget
 from benchmarks.train_emoji.transformer import fusible_operators, new_transformer, pack, train_transformer
@@ -141,3 +142,20 @@ def test_the_listed_prompts_are_what_they_say():
     assert set(listed["held_out"]) <= unseen
     assert not set(listed["contact_sheet"]) & unseen
     assert listed["vocabulary"] == scenes.VOCABULARY
+
+
+def test_batched_muon_is_torchs_muon():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(16, 16)] * 3 + [(32, 16), (16, 40)]
+    mine = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    theirs = [torch.nn.Parameter(parameter.detach().clone()) for parameter in mine]
+    settings = {"lr": 1e-2, "momentum": 0.95, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers = BatchedMuon(mine, **settings), torch.optim.Muon(theirs, **settings)
+    for _ in range(5):
+        for a, b in zip(mine, theirs, strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)  # bf16 rounding of the updates

@@ -20,6 +20,7 @@ from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, Q
 from diffusers.models.transformers import transformer_qwenimage
 
 from .autoencoder import encode, latent_statistics, pictures_to_tensor, run_single_frames
+from .muon import BatchedMuon
 from .scenes import scene
 from .text import TEXT_DIM
 from .training import Budget, Fit, fit
@@ -184,7 +185,7 @@ def new_optimizers(transformer: torch.nn.Module) -> list[torch.optim.Optimizer]:
     chosen = {id(p) for p in matrices}
     rest = [p for p in transformer.parameters() if id(p) not in chosen]
     return [
-        torch.optim.Muon(matrices, lr=RATE, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        BatchedMuon(matrices, lr=RATE, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
     ]
 
