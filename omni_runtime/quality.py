@@ -1,11 +1,21 @@
-"""How near two images are: PSNR and SSIM, in float arithmetic.
+"""How near two images are: PSNR, SSIM, MS-SSIM and LPIPS, and PSNR of the latents they were decoded from.
 
 PSNR = 10·log₁₀(range² / mean((a − b)²)) in decibels; identical images give inf.
 
-SSIM = mean over positions and channels of ((2μₐμ_b + C₁)(2σ_ab + C₂)) / ((μₐ² + μ_b² + C₁)(σₐ² + σ_b² + C₂)), with
-means, variances and covariance under an 11×11 Gaussian window of σ = 1.5, C₁ = (0.01·range)², C₂ = (0.03·range)², and
-only windows that lie wholly inside the image. Wang, Bovik, Sheikh, Simoncelli, "Image quality assessment: from error
-visibility to structural similarity", 2004.
+SSIM = mean over positions and channels of l·cs, with l = (2μₐμ_b + C₁) / (μₐ² + μ_b² + C₁) and
+cs = (2σ_ab + C₂) / (σₐ² + σ_b² + C₂): means, variances and covariance under an 11×11 Gaussian window of σ = 1.5,
+C₁ = (0.01·range)², C₂ = (0.03·range)², and only windows that lie wholly inside the image. Wang, Bovik, Sheikh,
+Simoncelli, "Image quality assessment: from error visibility to structural similarity", 2004.
+
+MS-SSIM = Π cs_j^w_j · (l·cs)_M^w_M over M scales, each half the size of the last (2×2 means), with the mean over
+positions and channels taken at each scale, and w = 0.0448, 0.2856, 0.3001, 0.2363, 0.1333. Wang, Simoncelli, Bovik,
+"Multi-scale structural similarity for image quality assessment", 2003. The coarsest scale must hold a window: all five
+need 176 pixels on the shorter side. Smaller images have as many of the first scales as fit, their weights divided by
+their sum: 64×64 has three, and its values are not comparable with those of five.
+
+LPIPS is a distance between the features of a network (AlexNet): Zhang, Isola, Efros, Shechtman, Wang, "The unreasonable
+effectiveness of deep features as a perceptual metric", 2018. It needs the package `lpips` and the network's weights,
+neither of which is downloaded here: `lpips_missing` says what is not there.
 
 8-bit images become float64 before anything is subtracted: a difference of uint8 arrays wraps modulo 256, and unrelated
 images then read 28 dB instead of 8.
@@ -13,7 +23,10 @@ images then read 28 dB instead of 8.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -24,11 +37,15 @@ if TYPE_CHECKING:
 
     Images: TypeAlias = torch.Tensor | np.ndarray | Image.Image | Sequence[Any]
 
-__all__ = ["as_float", "psnr", "ssim"]
+__all__ = ["as_float", "latents_psnr", "lpips", "lpips_missing", "ms_ssim", "ms_ssim_scales", "psnr", "ssim"]
 
 WINDOW = 11
 WINDOW_SIGMA = 1.5
 K1, K2 = 0.01, 0.03
+SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+
+#: The backbone's weights, under this name in torch.hub's directory of checkpoints, as torchvision puts them there.
+LPIPS_WEIGHTS = "alexnet-owt-7be5be79.pth"
 
 
 def as_float(images: Images) -> torch.Tensor:
@@ -68,22 +85,89 @@ def psnr(a: Images, b: Images, data_range: float = 1.0) -> torch.Tensor:
     return 10 * torch.log10(data_range**2 / error)
 
 
+def latents_psnr(reference: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """PSNR in dB of latents against a reference's, one float64 value for the whole tensor.
+
+    Latents have no black and white: the range is that of the reference, largest − smallest value. Different shapes
+    raise ValueError. Identical latents give inf.
+    """
+    if reference.shape != latents.shape:
+        raise ValueError(f"latents of different shapes: {tuple(reference.shape)} and {tuple(latents.shape)}")
+    reference = reference.detach().double()
+    error = (reference - latents.detach().to(reference.device).double()).square().mean()
+    return 10 * torch.log10((reference.max() - reference.min()).square() / error)
+
+
 def ssim(a: Images, b: Images, data_range: float = 1.0) -> torch.Tensor:
     """Structural similarity, −1 to 1, one float64 value per image: shape [...] for images [..., C, H, W].
 
     Inputs as for `as_float`, at least 11×11 pixels; different shapes or smaller images raise ValueError.
     """
     a, b = _pair(a, b, data_range)
-    height, width = a.shape[-2:]
-    if min(height, width) < WINDOW:
-        raise ValueError(f"SSIM needs images of at least {WINDOW}×{WINDOW} pixels, got {height}×{width}")
-    planes = torch.stack([a, b, a * a, b * b, a * b])
-    mean_a, mean_b, square_a, square_b, product = _window_mean(planes)
-    c1, c2 = (K1 * data_range) ** 2, (K2 * data_range) ** 2
-    luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
-    variances = (square_a - mean_a**2) + (square_b - mean_b**2)
-    structure = (2 * (product - mean_a * mean_b) + c2) / (variances + c2)
+    _scales_of(a, "SSIM")
+    luminance, structure = _ssim_maps(a, b, data_range)
     return (luminance * structure).mean(dim=(-3, -2, -1))
+
+
+def ms_ssim(a: Images, b: Images, data_range: float = 1.0) -> torch.Tensor:
+    """Multi-scale structural similarity, 0 to 1, one float64 value per image: shape [...] for images [..., C, H, W].
+
+    Inputs as for `as_float`, at least 11×11 pixels; different shapes or smaller images raise ValueError. Images of less
+    than 176 pixels have fewer than five scales (`ms_ssim_scales`), with the weights of those divided by their sum. A
+    scale whose mean is negative counts as 0.
+    """
+    a, b = _pair(a, b, data_range)
+    weights = SCALE_WEIGHTS[: _scales_of(a, "MS-SSIM")]
+    if len(weights) < len(SCALE_WEIGHTS):
+        weights = tuple(weight / sum(weights) for weight in weights)
+    product = torch.ones((), dtype=torch.float64, device=a.device)
+    for number, weight in enumerate(weights, 1):
+        luminance, structure = _ssim_maps(a, b, data_range)
+        similarity = luminance * structure if number == len(weights) else structure
+        product = product * similarity.mean(dim=(-3, -2, -1)).clamp(min=0) ** weight
+        a, b = _halved(a), _halved(b)
+    return product
+
+
+def ms_ssim_scales(height: int, width: int) -> int:
+    """How many of the five scales MS-SSIM has on images of this size; 0 where not even one window fits."""
+    return sum(min(height, width) >> scale >= WINDOW for scale in range(len(SCALE_WEIGHTS)))
+
+
+def lpips(a: Images, b: Images, data_range: float = 1.0) -> torch.Tensor:
+    """LPIPS distance (AlexNet, version 0.1), 0 for identical images: shape [...] for RGB images [..., 3, H, W].
+
+    Values from 0 to `data_range`. Raises ModuleNotFoundError or FileNotFoundError, with what `lpips_missing` says,
+    where the package or the weights are not there.
+    """
+    missing = lpips_missing()
+    if missing is not None:
+        raise (ModuleNotFoundError if importlib.util.find_spec("lpips") is None else FileNotFoundError)(missing)
+    a, b = _pair(a, b, data_range)
+    first, second = (images.flatten(0, -4) if images.ndim > 3 else images[None] for images in (a, b))
+    with torch.no_grad():
+        distances = _lpips_network()(first.float() / data_range, second.float() / data_range, normalize=True)
+    return distances.double().reshape(a.shape[:-3])
+
+
+def lpips_missing() -> str | None:
+    """What LPIPS lacks here, and how to get it; None where it can be computed. Downloads nothing."""
+    if importlib.util.find_spec("lpips") is None:
+        return "LPIPS needs the package lpips: pip install 'omni-kernels[metrics]'"
+    path = Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_WEIGHTS
+    if not path.is_file():
+        return (
+            f"LPIPS needs AlexNet's weights in {path}: where there is a network, "
+            """python -c "import torchvision; torchvision.models.alexnet(weights='DEFAULT')" puts them there"""
+        )
+    return None
+
+
+@functools.cache
+def _lpips_network() -> Any:
+    from lpips import LPIPS
+
+    return LPIPS(net="alex", version="0.1", verbose=False).eval()
 
 
 def _pair(a: Images, b: Images, data_range: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,9 +179,39 @@ def _pair(a: Images, b: Images, data_range: float) -> tuple[torch.Tensor, torch.
     return first, second.to(first.device)
 
 
+def _scales_of(images: torch.Tensor, name: str) -> int:
+    height, width = images.shape[-2:]
+    scales = ms_ssim_scales(height, width)
+    if scales == 0:
+        raise ValueError(f"{name} needs images of at least {WINDOW}×{WINDOW} pixels, got {height}×{width}")
+    return scales
+
+
+def _ssim_maps(a: torch.Tensor, b: torch.Tensor, data_range: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """l and cs at every position of the window, [..., C, H−10, W−10]."""
+    mean_a, mean_b, square_a, square_b, product = _window_mean(torch.stack([a, b, a * a, b * b, a * b]))
+    c1, c2 = (K1 * data_range) ** 2, (K2 * data_range) ** 2
+    luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+    variances = (square_a - mean_a**2) + (square_b - mean_b**2)
+    return luminance, (2 * (product - mean_a * mean_b) + c2) / (variances + c2)
+
+
+def _halved(images: torch.Tensor) -> torch.Tensor:
+    """Means of 2×2 pixels; an odd last row or column is left out."""
+    height, width = (side // 2 * 2 for side in images.shape[-2:])
+    images = images[..., :height, :width].unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))
+    return images.mean(dim=(-3, -1))
+
+
 def _window_mean(planes: torch.Tensor) -> torch.Tensor:
     """Gaussian-weighted mean of each 11×11 window, [..., H, W] to [..., H−10, W−10]; separable: two passes of 11."""
-    offsets = torch.arange(WINDOW, dtype=planes.dtype, device=planes.device) - WINDOW // 2
-    weights = torch.exp(-(offsets**2) / (2 * WINDOW_SIGMA**2))
-    weights = weights / weights.sum()
-    return planes.unfold(-2, WINDOW, 1).matmul(weights).unfold(-1, WINDOW, 1).matmul(weights)
+    offsets = torch.arange(WINDOW, dtype=planes.dtype) - WINDOW // 2
+    gaussian = torch.exp(-(offsets**2) / (2 * WINDOW_SIGMA**2))
+    weights: list[float] = (gaussian / gaussian.sum()).tolist()
+    for side in (-2, -1):  # sums of shifted planes: windows unfolded would take 11 times the memory
+        length = planes.shape[side] - WINDOW + 1
+        mean = planes.narrow(side, 0, length) * weights[0]
+        for start in range(1, WINDOW):
+            mean.add_(planes.narrow(side, start, length), alpha=weights[start])
+        planes = mean
+    return planes

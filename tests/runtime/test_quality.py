@@ -1,13 +1,18 @@
-"""PSNR and SSIM against formulas written another way: numpy, explicit loops over pixels and windows."""
+"""The measures against formulas written another way: numpy, explicit loops over pixels and windows."""
 
 import math
+import sys
+import types
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from omni_runtime.quality import as_float, psnr, ssim
+from omni_runtime import quality
+from omni_runtime.quality import as_float, latents_psnr, lpips, lpips_missing, ms_ssim, ms_ssim_scales, psnr, ssim
 
 
 def picture(seed: int, height: int = 17, width: int = 23) -> np.ndarray:
@@ -43,6 +48,33 @@ def ssim_by_loops(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.mean(values))
 
 
+def ms_ssim_by_windows(a: np.ndarray, b: np.ndarray, weights: list[float]) -> float:
+    """All 11×11 windows at once, with a two-dimensional Gaussian and central moments; halved by means of 2×2 pixels."""
+    y, x = np.mgrid[-5:6, -5:6]
+    gaussian = np.exp(-(x * x + y * y) / 4.5)
+    gaussian /= gaussian.sum()
+    a, b = a / 255, b / 255
+    product = 1.0
+    for number, weight in enumerate(weights, 1):
+        p, q = (np.lib.stride_tricks.sliding_window_view(image, (11, 11), (0, 1)) for image in (a, b))
+        mp, mq = ((gaussian * windows).sum((-2, -1), keepdims=True) for windows in (p, q))
+        vp, vq, cov = (
+            (gaussian * one * two).sum((-2, -1)) for one, two in ((p - mp,) * 2, (q - mq,) * 2, (p - mp, q - mq))
+        )
+        mp, mq = mp[..., 0, 0], mq[..., 0, 0]
+        similarity = (2 * cov + 9e-4) / (vp + vq + 9e-4)
+        if number == len(weights):
+            similarity = similarity * (2 * mp * mq + 1e-4) / (mp**2 + mq**2 + 1e-4)
+        product *= similarity.mean() ** weight
+        height, width = (side // 2 * 2 for side in a.shape[:2])
+        a, b = (
+            (i[0:height:2, 0:width:2] + i[1:height:2, 0:width:2] + i[0:height:2, 1:width:2] + i[1:height:2, 1:width:2])
+            / 4
+            for i in (a, b)
+        )
+    return float(product)
+
+
 def test_psnr_is_the_formula() -> None:
     a, b = picture(0), picture(1)
     assert float(psnr(a, b)) == pytest.approx(psnr_by_loops(a, b), abs=1e-9)
@@ -54,10 +86,103 @@ def test_ssim_is_the_formula() -> None:
     assert 0 < float(ssim(a, b)) < 0.9
 
 
+@pytest.mark.parametrize(
+    ("height", "width", "weights"),
+    [
+        (177, 190, [0.0448, 0.2856, 0.3001, 0.2363, 0.1333]),
+        (65, 64, [0.0448 / 0.6305, 0.2856 / 0.6305, 0.3001 / 0.6305]),
+        (17, 23, [1.0]),
+    ],
+)
+def test_ms_ssim_is_the_formula_over_as_many_scales_as_fit(height: int, width: int, weights: list[float]) -> None:
+    a, b = picture(0, height, width), picture(1, height, width)
+    assert ms_ssim_scales(height, width) == len(weights)
+    assert float(ms_ssim(a, b)) == pytest.approx(ms_ssim_by_windows(a, b, weights), abs=1e-9)
+
+
+def test_ms_ssim_weights_add_up_to_one_and_scales_end_at_the_window() -> None:
+    assert sum(quality.SCALE_WEIGHTS) == pytest.approx(1.0, abs=1e-3), "as published"
+    sides = {10: 0, 11: 1, 21: 1, 22: 2, 64: 3, 87: 3, 88: 4, 175: 4, 176: 5, 4096: 5}
+    assert {side: ms_ssim_scales(side, 4096) for side in sides} == sides
+
+
+def test_a_negative_of_a_picture_is_not_similar_at_all() -> None:
+    """Negative correlations have no fractional power: the scale counts as 0, not as nan."""
+    a = picture(0, 64, 64)
+    assert float(ms_ssim(a, 255 - a)) == 0.0
+
+
 def test_identical_images_are_infinitely_near() -> None:
     a = picture(0)
     assert float(psnr(a, a)) == math.inf
     assert float(ssim(a, a)) == pytest.approx(1.0, abs=1e-12)
+    assert float(ms_ssim(a, a)) == pytest.approx(1.0, abs=1e-12)
+
+
+# Latents
+
+
+def test_latents_are_measured_in_the_range_of_the_reference() -> None:
+    reference = torch.linspace(-3, 5, 100).reshape(1, 25, 4)
+    assert float(latents_psnr(reference, reference + 0.8)) == pytest.approx(20.0, abs=1e-4)
+    assert float(latents_psnr(reference.bfloat16(), reference.bfloat16())) == math.inf
+    with pytest.raises(ValueError, match="different shapes"):
+        latents_psnr(reference, reference[:, :24])
+
+
+# LPIPS, whose package and weights are seldom there
+
+
+def test_without_its_package_lpips_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality.importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'omni-kernels[metrics]'" in (lpips_missing() or "")
+    with pytest.raises(ModuleNotFoundError, match="needs the package lpips"):
+        lpips(picture(0), picture(1))
+
+
+@pytest.fixture
+def lpips_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A package of that name whose network is the mean difference; returns where the weights are looked for."""
+
+    class LPIPS(torch.nn.Module):
+        def __init__(self, net: str, version: str, verbose: bool) -> None:
+            super().__init__()
+            assert (net, version) == ("alex", "0.1")
+
+        def forward(self, a: torch.Tensor, b: torch.Tensor, normalize: bool) -> torch.Tensor:
+            assert normalize, "values are 0–1"
+            assert a.dtype == torch.float32
+            return (a - b).abs().mean(dim=(1, 2, 3), keepdim=True)
+
+    module = types.ModuleType("lpips")
+    vars(module).update(LPIPS=LPIPS, __spec__=types.SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "lpips", module)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    quality._lpips_network.cache_clear()
+    return tmp_path / "checkpoints" / quality.LPIPS_WEIGHTS
+
+
+def test_without_its_weights_lpips_says_so_and_downloads_nothing(
+    lpips_package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: pytest.fail("a download was tried"))
+    assert str(lpips_package) in (lpips_missing() or "")
+    with pytest.raises(FileNotFoundError, match="AlexNet's weights"):
+        lpips(picture(0), picture(1))
+
+
+def test_lpips_gives_one_distance_per_image(lpips_package: Path) -> None:
+    lpips_package.parent.mkdir()
+    lpips_package.touch()
+    assert lpips_missing() is None
+    a, b = picture(0), picture(1)
+    expected = np.abs(a / 255 - b / 255).mean()
+    assert float(lpips(a, b)) == pytest.approx(expected, abs=1e-6)
+    assert lpips([a, a], [a, b]).tolist() == [0.0, pytest.approx(expected, abs=1e-6)]
+    assert lpips(a, b).shape == ()
+
+
+# Inputs
 
 
 def test_known_values() -> None:
@@ -97,7 +222,7 @@ def test_every_kind_of_image_reads_the_same() -> None:
 
 def test_a_batch_gives_one_value_per_image() -> None:
     batch_a, batch_b = [picture(seed) for seed in range(3)], [picture(seed + 3) for seed in range(3)]
-    for measure in (psnr, ssim):
+    for measure in (psnr, ssim, ms_ssim):
         values = measure([Image.fromarray(image) for image in batch_a], np.stack(batch_b))
         assert values.shape == (3,)
         for value, a, b in zip(values, batch_a, batch_b, strict=True):
@@ -126,11 +251,12 @@ def test_grey_and_transparent_pictures_become_rgb() -> None:
     ],
 )
 def test_wrong_input_is_named(arguments: tuple, error: type[Exception], message: str) -> None:
-    for measure in (psnr, ssim):
+    for measure in (psnr, ssim, ms_ssim):
         with pytest.raises(error, match=message):
             measure(*arguments)
 
 
-def test_ssim_refuses_images_smaller_than_its_window() -> None:
+@pytest.mark.parametrize("measure", [ssim, ms_ssim])
+def test_images_smaller_than_the_window_are_refused(measure: Any) -> None:
     with pytest.raises(ValueError, match="11×11 pixels, got 10×64"):
-        ssim(torch.zeros(3, 10, 64), torch.zeros(3, 10, 64))
+        measure(torch.zeros(3, 10, 64), torch.zeros(3, 10, 64))
