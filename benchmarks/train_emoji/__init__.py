@@ -1,1 +1,1 @@
-"""Trains `emoji-qwen-image`, the small Qwen-Image that ships with the package; see __main__.py."""
+"""Trains the small models that ship with the package; see __main__.py."""

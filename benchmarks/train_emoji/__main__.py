@@ -1,4 +1,4 @@
-"""Train `emoji-qwen-image` from nothing: `python -m benchmarks.train_emoji --out FOLDER`.
+"""Train an embedded model from nothing: `python -m benchmarks.train_emoji --model emoji-z-image --out FOLDER`.
 
 Stages: autoencoder, latents, transformer, decoder, assemble, report. Every stage goes on from what the work folder
 holds, so the same command resumes after an interruption, and a larger number of minutes prolongs a stage. Where the
@@ -17,17 +17,19 @@ from pathlib import Path
 import torch
 
 from .assemble import assemble, decoder_checkpoint, latents_file, load_autoencoder
-from .autoencoder import new_autoencoder, train_autoencoder
+from .autoencoder import train_autoencoder
+from .model import Model
+from .models import MODELS
 from .report import write_report
-from .text import encode_captions, new_text_encoder, new_tokenizer
 from .training import Budget
-from .transformer import build_latents, new_transformer, train_transformer
+from .transformer import build_latents, captioned_samples, train_transformer
 
 STAGES = ("autoencoder", "latents", "transformer", "decoder", "assemble", "report")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_emoji", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=MODELS, default="emoji-qwen-image", help="which model to train")
     parser.add_argument("--out", type=Path, required=True, help="model folder to write")
     parser.add_argument("--work", type=Path, help="checkpoints and cached latents (default: OUT-work, beside OUT)")
     parser.add_argument("--side", type=int, default=64, choices=(64, 128), help="pixels per side")
@@ -48,9 +50,10 @@ def choose_device(name: str) -> torch.device:
     return accelerator or torch.device("cpu")
 
 
-def autoencoder_stage(options: argparse.Namespace, device: torch.device) -> None:
+def autoencoder_stage(model: Model, options: argparse.Namespace, device: torch.device) -> None:
     train_autoencoder(
-        new_autoencoder(),
+        model.autoencoder,
+        model.autoencoder.new(),
         options.work / "autoencoder.pt",
         options.side,
         Budget(options.minutes_vae),
@@ -59,28 +62,23 @@ def autoencoder_stage(options: argparse.Namespace, device: torch.device) -> None
     )
 
 
-def latents_stage(options: argparse.Namespace, device: torch.device) -> None:
+def latents_stage(model: Model, options: argparse.Namespace, device: torch.device) -> None:
     """Encode the transformer's scenes with the encoder as it stands, unless that was done."""
-    vae, trained = load_autoencoder(options.work)
+    vae, trained = load_autoencoder(model, options.work)
     file = latents_file(options.work, trained["autoencoder"]["steps"])
     if not file.exists():
-        build_latents(vae, file, options.side, options.scenes, device, compiled=not options.no_compile)
+        build_latents(
+            model.autoencoder, vae, file, options.side, options.scenes, device, compiled=not options.no_compile
+        )
 
 
-def transformer_stage(options: argparse.Namespace, device: torch.device) -> None:
-    _, trained = load_autoencoder(options.work)
+def transformer_stage(model: Model, options: argparse.Namespace, device: torch.device) -> None:
+    _, trained = load_autoencoder(model, options.work)
     cached = torch.load(latents_file(options.work, trained["autoencoder"]["steps"]), map_location="cpu")
-    mean, std = (torch.tensor(cached[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
-    captions = sorted(set(cached["captions"]))
-    row_of = {caption: row for row, caption in enumerate(captions)}
-    tokenizer = new_tokenizer()
-    embeddings, mask = encode_captions(tokenizer, new_text_encoder(tokenizer), [*captions, "", " "])
     train_transformer(
-        new_transformer(),
-        ((cached["latents"].float() - mean) / std).half(),
-        torch.tensor([row_of[caption] for caption in cached["captions"]]),
-        embeddings.bfloat16(),
-        mask,
+        model,
+        model.new_transformer(),
+        captioned_samples(model, cached),
         options.work / "transformer.pt",
         Budget(options.minutes_transformer),
         device,
@@ -88,9 +86,10 @@ def transformer_stage(options: argparse.Namespace, device: torch.device) -> None
     )
 
 
-def decoder_stage(options: argparse.Namespace, device: torch.device) -> None:
-    vae, trained = load_autoencoder(options.work)
+def decoder_stage(model: Model, options: argparse.Namespace, device: torch.device) -> None:
+    vae, trained = load_autoencoder(model, options.work)
     train_autoencoder(
+        model.autoencoder,
         vae,
         decoder_checkpoint(options.work, trained["autoencoder"]["steps"]),
         options.side,
@@ -106,13 +105,14 @@ def main(arguments: list[str] | None = None) -> None:
     options.work = options.work or options.out.with_name(options.out.name + "-work")
     options.work.mkdir(parents=True, exist_ok=True)
     device = choose_device(options.device)
+    model = MODELS[options.model]
     run = {
-        "autoencoder": lambda: autoencoder_stage(options, device),
-        "latents": lambda: latents_stage(options, device),
-        "transformer": lambda: transformer_stage(options, device),
-        "decoder": lambda: decoder_stage(options, device),
-        "assemble": lambda: assemble(options.work, options.out, options.side),
-        "report": lambda: write_report(options.out, options.work),
+        "autoencoder": lambda: autoencoder_stage(model, options, device),
+        "latents": lambda: latents_stage(model, options, device),
+        "transformer": lambda: transformer_stage(model, options, device),
+        "decoder": lambda: decoder_stage(model, options, device),
+        "assemble": lambda: assemble(model, options.work, options.out, options.side),
+        "report": lambda: write_report(model, options.out, options.work),
     }
     for stage in STAGES:
         if stage in options.stages:

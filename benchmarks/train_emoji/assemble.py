@@ -1,6 +1,6 @@
 """Put the trained parts together as an ordinary diffusers folder: bf16 weights, prompts, defaults, training record.
 
-`QwenImagePipeline.from_pretrained(folder)` is all that is needed to use it.
+The pipeline class's `from_pretrained(folder)` is all that is needed to use it.
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ import random
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLQwenImage, QwenImagePipeline
 
-from .autoencoder import all_parameters, decoder_parameters, new_autoencoder
+from .autoencoder import all_parameters, decoder_parameters
+from .model import Model
 from .scenes import COLOURS, EMOJI, HELD_OUT_COLOURS, HELD_OUT_PAIRS, VOCABULARY, caption_of, is_held_out
-from .text import new_text_encoder, new_tokenizer
 from .training import load_ema
-from .transformer import new_scheduler, new_transformer
 
 __all__ = [
     "assemble",
@@ -52,9 +50,9 @@ def held_out_prompts(count: int = 32) -> list[str]:
     return [caption_of((name,), colour) for name, colour in chosen] + [caption_of(pair) for pair in pairs]
 
 
-def load_autoencoder(work: Path) -> tuple[AutoencoderKLQwenImage, dict[str, dict]]:
+def load_autoencoder(model: Model, work: Path) -> tuple[torch.nn.Module, dict[str, dict]]:
     """The VAE as trained so far, with its further trained decoder if there is one, and what went into each."""
-    vae = new_autoencoder()
+    vae = model.autoencoder.new()
     trained = {"autoencoder": load_ema(all_parameters(vae), work / "autoencoder.pt")}
     decoder = decoder_checkpoint(work, trained["autoencoder"]["steps"])
     trained["decoder"] = {"steps": 0, "samples": 0, "minutes": 0.0}
@@ -73,31 +71,25 @@ def decoder_checkpoint(work: Path, autoencoder_steps: int) -> Path:
     return work / f"decoder-{autoencoder_steps}.pt"
 
 
-def assemble(work: Path, out: Path, side: int) -> None:
+def assemble(model: Model, work: Path, out: Path, side: int) -> None:
     """Write the model folder from the checkpoints in `work`, with the EMA weights as they stand."""
-    vae, trained = load_autoencoder(work)
+    vae, trained = load_autoencoder(model, work)
     cached = torch.load(latents_file(work, trained["autoencoder"]["steps"]), mmap=True)
-    vae.register_to_config(latents_mean=cached["mean"], latents_std=cached["std"])
-    transformer = new_transformer()
+    model.autoencoder.configure(vae, cached["mean"], cached["std"])
+    transformer = model.new_transformer()
     trained["transformer"] = load_ema(list(transformer.parameters()), work / "transformer.pt")
-    tokenizer = new_tokenizer()
-    pipeline = QwenImagePipeline(
-        scheduler=new_scheduler(),
+    tokenizer = model.new_tokenizer()
+    pipeline = model.pipeline(
+        scheduler=model.new_scheduler(),
         vae=vae.to(torch.bfloat16),
-        text_encoder=new_text_encoder(tokenizer).to(torch.bfloat16),
+        text_encoder=model.new_text_encoder(tokenizer).to(torch.bfloat16),
         tokenizer=tokenizer,
         transformer=transformer.to(torch.bfloat16),
     )
     pipeline.save_pretrained(out)
 
     training = {"scenes": len(cached["latents"]), "parts": trained}
-    defaults = {
-        "height": side,
-        "width": side,
-        "num_inference_steps": 50,
-        "true_cfg_scale": 4.0,
-        "negative_prompt": " ",
-    }
+    defaults = {"height": side, "width": side, **model.defaults}
     prompts = {"contact_sheet": contact_sheet_prompts(), "held_out": held_out_prompts(), "vocabulary": VOCABULARY}
     for name, content in {"defaults": defaults, "prompts": prompts, "training": training}.items():
         (out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")

@@ -1,7 +1,8 @@
 """The model card's figures, remade from a model folder: `python -m benchmarks.train_emoji --stages report --out
 FOLDER`.
 
-Writes figures.json, contact_sheet.png, and README.md from card.md there; held_out_sheet.png goes to the work folder.
+Writes figures.json, contact_sheet.png, and README.md from cards/<model>.md there; held_out_sheet.png goes to the work
+folder.
 
 PSNR is the mean over pictures of 10 log10(1 / mse) on floats in [0, 1]. The bend of a trajectory is how far the guided
 velocity, which the pipeline hands to scheduler.step, moves from one step to the next: |v_t - v_(t-1)| / |v_(t-1)|
@@ -17,13 +18,14 @@ import random
 import string
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import QwenImagePipeline
 from PIL import Image, ImageDraw
 
 from .autoencoder import TEST_SEED, psnr, reconstruction_psnr
+from .model import Model
 from .scenes import EMOJI, asset_directory, package_names, render, scene
 
 __all__ = ["contact_sheet", "generate", "measure", "write_report"]
@@ -34,13 +36,15 @@ BATCH = 16
 
 
 def generate(
-    pipeline: QwenImagePipeline, prompts: list[str], seeds: list[int], defaults: dict, **changes: object
+    pipeline: Any, prompts: list[str], seeds: list[int], defaults: dict, **changes: object
 ) -> list[np.ndarray]:
     """One float picture [side, side, 3] in [0, 1] per prompt, each from the noise of its own seed."""
     pictures = []
     for start in range(0, len(prompts), BATCH):
         chosen = prompts[start : start + BATCH]
-        settings = {**defaults, **changes, "negative_prompt": [defaults["negative_prompt"]] * len(chosen)}
+        settings = {**defaults, **changes}
+        if "negative_prompt" in settings:
+            settings["negative_prompt"] = [settings["negative_prompt"]] * len(chosen)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + BATCH]]
         pictures += list(pipeline(prompt=chosen, generator=generators, output_type="np", **settings).images)
     return pictures
@@ -96,7 +100,7 @@ def summary(values: torch.Tensor) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def recorded_velocities(pipeline: QwenImagePipeline) -> Iterator[list[torch.Tensor]]:
+def recorded_velocities(pipeline: Any) -> Iterator[list[torch.Tensor]]:
     """Collects what each scheduler.step is given, [batch, tokens * channels], in the order of the calls."""
     velocities: list[torch.Tensor] = []
     original = pipeline.scheduler.step
@@ -120,9 +124,9 @@ def bend_of(velocities: list[torch.Tensor], steps: int) -> list[float]:
     return [round(value, 4) for value in torch.cat(changes, dim=1).mean(1).tolist()]
 
 
-def measure(folder: Path) -> dict:
+def measure(model: Model, folder: Path) -> dict:
     """All figures of the card, of the shipped (bf16) weights run in fp32."""
-    pipeline = QwenImagePipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline = model.pipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     defaults = json.loads((folder / "defaults.json").read_text())
     listed = json.loads((folder / "prompts.json").read_text())
@@ -130,8 +134,10 @@ def measure(folder: Path) -> dict:
 
     known = [scene(TEST_SEED, index, side)[1] for index in range(RECONSTRUCTED)]
     reconstruction = {
-        "unseen_scenes": summary(reconstruction_psnr(pipeline.vae, known)),
-        "emoji_outside_the_vocabulary": summary(reconstruction_psnr(pipeline.vae, unknown_scenes(RECONSTRUCTED, side))),
+        "unseen_scenes": summary(reconstruction_psnr(model.autoencoder, pipeline.vae, known)),
+        "emoji_outside_the_vocabulary": summary(
+            reconstruction_psnr(model.autoencoder, pipeline.vae, unknown_scenes(RECONSTRUCTED, side))
+        ),
     }
     every = len(listed["contact_sheet"]) // COMPARISON_PROMPTS
     prompts = [p for p in listed["contact_sheet"][::every][:COMPARISON_PROMPTS] for _ in COMPARISON_SEEDS]
@@ -160,9 +166,9 @@ def measure(folder: Path) -> dict:
     }
 
 
-def write_sheets(folder: Path, work: Path) -> None:
+def write_sheets(model: Model, folder: Path, work: Path) -> None:
     """contact_sheet.png in the model folder, held_out_sheet.png, compositions never seen, in the work folder."""
-    pipeline = QwenImagePipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline = model.pipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     defaults = json.loads((folder / "defaults.json").read_text())
     listed = json.loads((folder / "prompts.json").read_text())
@@ -174,8 +180,8 @@ def write_sheets(folder: Path, work: Path) -> None:
         contact_sheet(pictures, prompts).save(file, optimize=True)
 
 
-def write_card(folder: Path, figures: dict) -> None:
-    """README.md from card.md: $name stands for a figure by its path, its parts joined by underscores."""
+def write_card(model: Model, folder: Path, figures: dict) -> None:
+    """README.md from the model's template: $name stands for a figure by its path, its parts joined by underscores."""
 
     def flat(prefix: str, value: object) -> dict[str, object]:
         if isinstance(value, dict):
@@ -184,13 +190,13 @@ def write_card(folder: Path, figures: dict) -> None:
             }
         return {prefix: f"{value:,}" if isinstance(value, int) else value}
 
-    template = string.Template(Path(__file__).with_name("card.md").read_text())
+    template = string.Template((Path(__file__).parent / "cards" / f"{model.name}.md").read_text())
     (folder / "README.md").write_text(template.substitute(flat("", figures)))
 
 
-def write_report(folder: Path, work: Path) -> None:
+def write_report(model: Model, folder: Path, work: Path) -> None:
     """Sheets, figures.json and the card, all from the model folder alone."""
-    write_sheets(folder, work)
-    figures = measure(folder)
+    write_sheets(model, folder, work)
+    figures = measure(model, folder)
     (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
-    write_card(folder, figures)
+    write_card(model, folder, figures)
