@@ -1,0 +1,258 @@
+"""What every cache costs and what it changes, ours beside the libraries', on the embedded models.
+
+    python -m benchmarks.quality                 # all models, 32 prompts × 3 seeds, 50 steps with guidance: hours
+    python -m benchmarks.quality --quick         # `make quality`: two prompts, fewer settings, minutes
+
+Each model's runs are ours, each backend over its range of settings; the cache-dit library's and diffusers' caches,
+installed as their users install them; and plain sampling with fewer steps, which is what a user gets for free. All take
+turns on each prompt and seed, and every image is measured against the full run of the same prompt and seed: see
+`omni_runtime.compare`, which makes, keeps and measures the cells, so that an interrupted run goes on where it was.
+
+Runs of the same method and settings are pairs, ours and theirs. `--check` exits with 1 where ours is not at least as
+good in mean PSNR (to 0.1 dB) and as fast (the median over images of their time over ours at least 0.98: the times of
+two equal runs differ by as much).
+
+Writes results/quality-<model>.json and .svg, and under --work a report.html with all pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import libraries
+from benchmarks.results import RESULTS, machine, write
+from omni_runtime import Omni, compare, report_html
+from omni_runtime.cells import Run
+from omni_runtime.compare import IDENTITY, REFERENCE
+from omni_runtime.loading import embedded_models
+from omni_runtime.progress import Progress
+from omni_runtime.request import GenerationRequest
+
+STEPS = 50
+PROMPTS, SEEDS = 32, 3
+QUICK_PROMPTS = 2
+PSNR_SLACK, TIME_SLACK = 0.1, 0.98
+
+FEWER_STEPS = (40, 32, 25, 20, 16, 13, 10)
+DBCACHE = (0.04, 0.08, 0.12, 0.2, 0.3)
+FIRST_BLOCK = (0.04, 0.07, 0.1, 0.15)
+TEA_CACHE = (0.05, 0.09, 0.13, 0.2, 0.3)
+MASKS = ("slow", "medium", "fast", "ultra")
+MAG_CACHE = (0.03, 0.06, 0.12, 0.24)
+TAYLOR_INTERVALS = (2, 3, 4, 6)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two runs, by name, of the same method at the same settings."""
+
+    ours: str
+    theirs: str
+
+
+@dataclass
+class Contest:
+    """The runs of one model, the pairs among them, and what was left out and why."""
+
+    runs: list[Run]
+    pairs: list[Pair] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def _dbcache(contest: Contest, label: str, settings: Mapping[str, Any], method: str) -> None:
+    ours, theirs = f"{method} {label}", f"cache-dit {method} {label}"
+    contest.runs.append(Run(ours, "cache_dit", settings, STEPS, method))
+    contest.runs.append(libraries.cache_dit_run(theirs, f"cache-dit {method}", settings, STEPS))
+    contest.pairs.append(Pair(ours, theirs))
+
+
+def contest_of(ratios: Sequence[float] | None, quick: bool) -> Contest:
+    """All runs; `ratios` are MagCache's for the model, None where diffusers cannot have them."""
+
+    def some(values: Sequence[Any]) -> Sequence[Any]:
+        return values[len(values) // 2 :][:1] if quick else values
+
+    contest = Contest([Run(REFERENCE, steps=STEPS)])
+    for steps in (25, 16) if quick else FEWER_STEPS:
+        contest.runs.append(Run(f"{steps} steps", steps=steps))
+    for threshold in some(TEA_CACHE):
+        config = {"rel_l1_thresh": threshold, "coefficients": IDENTITY}
+        contest.runs.append(Run(f"TeaCache {threshold:g}", "tea_cache", config, STEPS, "TeaCache"))
+        config = config | {"forecaster": "newton"}
+        contest.runs.append(Run(f"TeaCache + Newton {threshold:g}", "tea_cache", config, STEPS, "TeaCache + Newton"))
+    for threshold in some(DBCACHE):
+        settings = {"residual_diff_threshold": threshold}
+        _dbcache(contest, f"{threshold:g}", settings, "DBCache")
+        _dbcache(contest, f"{threshold:g}", settings | {"enable_taylorseer": True}, "DBCache + TaylorSeer")
+    for policy in some(MASKS):
+        settings = {"scm_steps_mask_policy": policy, "scm_steps_policy": "static", "enable_taylorseer": True}
+        _dbcache(contest, policy, settings, "SCM + TaylorSeer")
+    for threshold in some(FIRST_BLOCK):
+        ours, theirs = f"first-block {threshold:g}", f"diffusers first-block {threshold:g}"
+        settings = {"threshold": threshold}
+        contest.runs.append(Run(ours, "first_block_cache", settings, STEPS, "first-block"))
+        contest.runs.append(
+            libraries.diffusers_run(theirs, "diffusers first-block", "FirstBlockCacheConfig", settings, STEPS)
+        )
+        contest.pairs.append(Pair(ours, theirs))
+    for threshold in some(MAG_CACHE) if ratios is not None else ():
+        settings = {"threshold": threshold, "num_inference_steps": STEPS, "mag_ratios": list(ratios)}
+        name = f"diffusers MagCache {threshold:g}"
+        contest.runs.append(libraries.diffusers_run(name, "diffusers MagCache", "MagCacheConfig", settings, STEPS))
+    for interval in some(TAYLOR_INTERVALS):
+        settings = {"cache_interval": interval, "max_order": 1, "taylor_factors_dtype": "float32"}
+        name = f"diffusers TaylorSeer {interval}"
+        contest.runs.append(
+            libraries.diffusers_run(name, "diffusers TaylorSeer", "TaylorSeerCacheConfig", settings, STEPS)
+        )
+    return contest
+
+
+def generate(pipe: Any, request: GenerationRequest) -> None:
+    """Run one request as it is."""
+    with Omni(pipe, cache_backend=None) as omni:
+        omni.run(request)
+
+
+def leave_out(contest: Contest, pipe: Any, request: GenerationRequest) -> None:
+    """Take out the libraries' runs that raise on this model; a method is tried once.
+
+    Raises:
+        RuntimeError: a library left something of itself on the pipeline.
+    """
+    tried: dict[str | None, str | None] = {}
+    for run in list(contest.runs):
+        if run.install is None:
+            continue
+        if run.method not in tried:
+            tried[run.method] = None
+            try:
+                with run.install(pipe):
+                    generate(pipe, request)
+            except Exception as error:
+                tried[run.method] = f"{type(error).__name__}: {error}".split("\n")[0]
+            if not libraries.is_clean(pipe):
+                raise RuntimeError(f"{run.backend} left its hooks on the pipeline")
+        if tried[run.method] is not None:
+            contest.runs.remove(run)
+            contest.left_out[str(run.method)] = str(tried[run.method])
+    names = {run.name for run in contest.runs}
+    contest.pairs = [pair for pair in contest.pairs if pair.theirs in names]
+
+
+def requests_of(omni: Omni, model: str, prompts: int, seeds: int) -> list[GenerationRequest]:
+    """The model's own prompts, spread over its list, each with every seed."""
+    return [
+        request
+        for prompt, image in compare.prompts_of(model, prompts)
+        for seed in range(seeds)
+        for request in omni.prepare(prompt, seed=seed, num_inference_steps=STEPS, **({"image": image} if image else {}))
+    ]
+
+
+def compared(pair: Pair, document: Mapping[str, Any]) -> dict[str, Any]:
+    """A pair's figures: mean PSNR of both, how many times as fast ours is (median over images), and whether ours holds.
+
+    Two images that are identical to the reference count as equal.
+    """
+    runs = {run["name"]: run for run in document["runs"]}
+    ours, theirs = runs[pair.ours], runs[pair.theirs]
+    ratio = statistics.median(b["seconds"] / a["seconds"] for a, b in zip(ours["cells"], theirs["cells"], strict=True))
+    psnr, their_psnr = _mean_psnr(ours), _mean_psnr(theirs)
+    return {
+        "ours": pair.ours,
+        "theirs": pair.theirs,
+        "psnr": round(psnr, 2),
+        "their_psnr": round(their_psnr, 2),
+        "nfe": ours["nfe"]["mean"],
+        "their_nfe": theirs["nfe"]["mean"],
+        "times_as_fast": round(ratio, 3),
+        "as_good": psnr >= their_psnr - PSNR_SLACK,
+        "as_fast": ratio >= TIME_SLACK,
+    }
+
+
+def _mean_psnr(run: Mapping[str, Any]) -> float:
+    """Over all images; identical ones count with 100 dB."""
+    return statistics.fmean(100.0 if cell["psnr"] is None else cell["psnr"] for cell in run["cells"])
+
+
+def summary(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The document without its cells, small enough for a repository."""
+    runs = [{key: value for key, value in run.items() if key != "cells"} for run in document["runs"]]
+    return {**document, "runs": runs}
+
+
+@contextlib.contextmanager
+def _told(run: Run, request: GenerationRequest, progress: Progress) -> Iterator[None]:
+    print(f"\r\033[K{progress} {run.name}: {request.prompt}, seed {request.seed}", end="", file=sys.stderr, flush=True)
+    yield
+
+
+def measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Make or find a model's images; returns results.json's document with the pairs and what was left out."""
+    with Omni(model, device="cpu", cache_backend=None) as omni:
+        requests = requests_of(omni, model, options.prompts, options.seeds)
+        pipe = omni.pipe
+    pipe.set_progress_bar_config(disable=True)
+    ratios = None
+    if hasattr(pipe.transformer, "enable_cache"):
+        ratios = libraries.mag_ratios(pipe, lambda: generate(pipe, requests[0]), STEPS)
+    contest = contest_of(ratios, options.quick)
+    leave_out(contest, pipe, requests[0])
+    results = compare.compare(contest.runs, pipe, requests, options.work / model, _told)
+    print(file=sys.stderr)
+    document = compare.evaluate(results, compare.about(model, pipe, requests))
+    compare.write(document, options.work / model)
+    return {
+        "command": options.command,
+        "machine": machine(torch.device("cpu")),
+        **document,
+        "pairs": [compared(pair, document) for pair in contest.pairs],
+        "left_out": contest.left_out,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", nargs="+", choices=sorted(embedded_models()), default=sorted(embedded_models()))
+    parser.add_argument("--prompts", type=int, help=f"prompts of each model (default {PROMPTS}; quick {QUICK_PROMPTS})")
+    parser.add_argument("--seeds", type=int, help=f"seeds of each prompt (default {SEEDS}; quick 1)")
+    parser.add_argument("--quick", action="store_true", help="one setting of each method")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where a pair does not hold")
+    parser.add_argument("--work", type=Path, default=Path("out/quality"), help="where images are kept")
+    parser.add_argument("--out", type=Path, help=f"where results are written (default {RESULTS.name}/; quick: --work)")
+    options = parser.parse_args(argv)
+    options.prompts = options.prompts or (QUICK_PROMPTS if options.quick else PROMPTS)
+    options.seeds = options.seeds or (1 if options.quick else SEEDS)
+    out = options.out or (options.work if options.quick else RESULTS)
+    options.command = " ".join(["python -m benchmarks.quality", *(sys.argv[1:] if argv is None else argv)])
+    torch.set_num_threads(1)  # two are many times slower on models this small
+    holds = True
+    for model in options.model:
+        found = measure(model, options)
+        write(out / f"quality-{model}.json", summary(found))
+        (out / f"quality-{model}.svg").write_text(report_html._plot(found, "speedup", "speedup"), encoding="utf-8")
+        print(f"\n{model}\n{compare.table(found)}")
+        for pair in found["pairs"]:
+            met = pair["as_good"] and pair["as_fast"]
+            holds = holds and met
+            told = f"{pair['ours']}: {pair['psnr']:.1f} dB, theirs {pair['their_psnr']:.1f}"
+            print(f"{'holds ' if met else 'BEHIND'}  {told}; {pair['times_as_fast']:.2f} times as fast")
+        for method, why in found["left_out"].items():
+            print(f"left out  {method}: {why}")
+    return int(options.check and not holds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
