@@ -1,12 +1,13 @@
 # make demo  an environment, the embedded model's pictures under every cache, and the table of what it cost
 # make test  an environment, then lint, types and all tests
+# make quality  the caches beside other libraries' on the embedded models, a few settings of each
 # make gpu   kernel tests and microbenchmarks on an NVIDIA GPU, written to benchmarks/results/<device>.json
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= out/demo
 
-.PHONY: demo test check gpu bench train clean
+.PHONY: demo test check gpu bench quality train clean
 
 # The stamp is remade when what it was made from changes.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -28,6 +29,9 @@ test: check
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest benchmarks
+
+quality: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.quality --quick
 
 gpu: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.gpu

@@ -1,0 +1,111 @@
+"""benchmarks/quality.py and the libraries that it installs, on few steps."""
+
+import json
+
+import pytest
+import tiny
+import torch
+
+pytest.importorskip("cache_dit")
+
+from benchmarks import libraries, quality
+from omni_runtime.cells import Run
+
+STEPS = 8
+RUNS = [
+    libraries.cache_dit_run("a", "m", {"residual_diff_threshold": 0.3, "enable_taylorseer": True}, STEPS),
+    libraries.diffusers_run("b", "m", "FirstBlockCacheConfig", {"threshold": 0.2}, STEPS),
+    libraries.diffusers_run("c", "m", "TaylorSeerCacheConfig", {"taylor_factors_dtype": "float32"}, STEPS),
+]
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.backend)
+def test_a_librarys_cache_works_while_it_is_open_and_leaves_nothing(run):
+    pipe = tiny.qwen_image(layers=4)
+    expected = tiny.generate(pipe, num_inference_steps=STEPS, output_type="latent")
+    with run.install(pipe):
+        cached = tiny.generate(pipe, num_inference_steps=STEPS, output_type="latent")
+        assert not libraries.is_clean(pipe)
+        again = tiny.generate(pipe, num_inference_steps=STEPS, output_type="latent")
+    assert libraries.is_clean(pipe)
+    assert not torch.equal(cached, expected)
+    torch.testing.assert_close(again, cached, rtol=0, atol=0)
+    torch.testing.assert_close(
+        tiny.generate(pipe, num_inference_steps=STEPS, output_type="latent"), expected, rtol=0, atol=0
+    )
+
+
+def test_a_setting_that_the_library_lacks_is_refused():
+    run = libraries.cache_dit_run("a", "m", {"threshold": 0.3}, STEPS)
+    with pytest.raises(ValueError, match="threshold"), run.install(tiny.qwen_image()):
+        pass
+
+
+def test_mag_ratios_are_of_every_step_and_near_one():
+    pipe = tiny.qwen_image(layers=4)
+    ratios = libraries.mag_ratios(pipe, lambda: tiny.generate(pipe, num_inference_steps=STEPS), STEPS)
+    assert len(ratios) == STEPS
+    assert ratios[0] == 1.0
+    assert all(0.2 < ratio < 5 for ratio in ratios)
+    assert libraries.is_clean(pipe)
+
+
+def test_a_pair_holds_where_ours_is_as_good_and_as_fast():
+    def run(name, psnr, seconds):
+        cells = [{"psnr": p, "seconds": s} for p, s in zip(psnr, seconds, strict=True)]
+        return {"name": name, "nfe": {"mean": 10.0}, "cells": cells}
+
+    document = {
+        "runs": [
+            run("ours", [30.0, None, 31.0], [1.0, 1.0, 9.0]),
+            run("worse", [30.2, None, 31.2], [1.1, 1.2, 1.0]),
+            run("slower", [29.0, 30.0, 31.0], [0.9, 0.9, 0.9]),
+        ]
+    }
+    better_there = quality.compared(quality.Pair("ours", "worse"), document)
+    assert not better_there["as_good"]
+    assert better_there["as_fast"]
+    assert better_there["times_as_fast"] == 1.1
+    slower_here = quality.compared(quality.Pair("ours", "slower"), document)
+    assert slower_here["as_good"]
+    assert not slower_here["as_fast"]
+
+
+def test_every_pair_is_one_method_at_the_same_settings():
+    contest = quality.contest_of([1.0] * quality.STEPS, quick=False)
+    runs = {run.name: run for run in contest.runs}
+    assert len(runs) == len(contest.runs)
+    assert contest.pairs
+    for pair in contest.pairs:
+        assert runs[pair.ours].config == runs[pair.theirs].config
+        assert runs[pair.ours].install is None
+        assert runs[pair.theirs].install is not None
+
+
+def test_what_a_library_cannot_do_is_left_out_and_said():
+    contest = quality.contest_of(None, quick=True)
+    pipe = tiny.z_image()
+    request = quality.Omni(pipe, cache_backend=None)
+    (prepared,) = request.prepare("a cat", seed=0, num_inference_steps=quality.STEPS, height=64, width=64)
+    request.close()
+    quality.leave_out(contest, pipe, prepared)
+    assert set(contest.left_out) == {"diffusers first-block", "diffusers TaylorSeer"}
+    assert all("enable_cache" in why for why in contest.left_out.values())
+    assert not any("diffusers" in pair.theirs for pair in contest.pairs)
+    assert any(isinstance(run, Run) and run.install is not None for run in contest.runs)
+
+
+def test_the_command_measures_and_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quality, "STEPS", STEPS)
+    arguments = ["--quick", "--prompts", "1", "--model", "emoji-qwen-image", "--work", str(tmp_path)]
+    threads = torch.get_num_threads()
+    try:
+        assert quality.main(arguments) == 0
+    finally:
+        torch.set_num_threads(threads)
+    found = json.loads((tmp_path / "quality-emoji-qwen-image.json").read_text())
+    assert {run["name"] for run in found["runs"]} >= {"no cache", "DBCache 0.12", "cache-dit DBCache 0.12"}
+    assert found["pairs"]
+    assert all(pair["as_good"] for pair in found["pairs"])
+    assert (tmp_path / "quality-emoji-qwen-image.svg").read_text().startswith("<svg")
+    assert "no cache" in capsys.readouterr().out
