@@ -41,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return OK
     except commands.UsageError as error:
         return _say(WRONG_INPUT, str(error))
-    except KeyboardInterrupt:
-        return _say(INTERRUPTED, "interrupted")
+    except KeyboardInterrupt as stop:
+        return _say(INTERRUPTED, str(stop) or "interrupted")
     except BrokenPipeError:  # the reader of a pipe has gone; nothing can be written any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNEXPECTED
@@ -137,8 +137,10 @@ def _add_compare(commands: Any, shared: argparse.ArgumentParser) -> None:
     command = commands.add_parser(
         "compare",
         help=about,
-        description=f"{about.capitalize()}. Writes contact_sheet.png and results.json, and prints a table: "
-        "transformer forwards computed (NFE), time, speedup, PSNR and SSIM (mean ± standard deviation).",
+        description=f"{about.capitalize()}. Writes report.html, contact_sheet.png, results.json and a PNG of each "
+        "image, and prints a table: transformer forwards computed (NFE), time, speedup, PSNR (mean ± standard "
+        "deviation, 5th percentile), SSIM. Among the runs are always no cache, and plain sampling with fewer steps. "
+        "Images that are in the output directory already, made with the same settings, are not made again.",
         parents=[shared],
         allow_abbrev=False,
     )
@@ -148,7 +150,8 @@ def _add_compare(commands: Any, shared: argparse.ArgumentParser) -> None:
         "--prompt",
         action="append",
         metavar="TEXT|FILE",
-        help="a prompt, or a file with one per line; repeatable (default: some that the embedded model was made for)",
+        help="a prompt, a file with one per line, or a set: @model (all that the embedded model brings), @general, "
+        "@edit; repeatable (default: six of @model)",
     )
     command.add_argument("--seeds", type=_seeds, default=[0, 1], metavar="N,N", help="default: 0,1")
     command.add_argument("--steps", type=_whole, default=50, metavar="N", help="default: %(default)s")
@@ -162,10 +165,11 @@ def _add_compare(commands: Any, shared: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--fewer-steps",
         action="append",
-        type=_seed,
+        type=_whole,
         metavar="N",
-        help="plain sampling with N steps, as one gets for free; repeatable; 0: none (default: a half and a third)",
+        help="plain sampling with N steps, as one gets for free; repeatable (default: a half and a third)",
     )
+    command.add_argument("--fresh", action="store_true", help="make all images, also those that are there already")
     command.add_argument("--out", type=Path, default=Path("out/compare"), metavar="DIR", help="default: %(default)s")
 
 

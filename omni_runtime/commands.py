@@ -7,9 +7,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from omni_runtime import loading
 from omni_runtime.cache.models import MODELS
 from omni_runtime.cli import DEFAULT_MODEL
 from omni_runtime.omni import Omni
-from omni_runtime.progress import StepBar
+from omni_runtime.progress import Progress, StepBar
 from omni_runtime.request import GenerationRequest
 from omni_runtime.result import OmniResult
 
@@ -65,7 +64,7 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def compare(options: argparse.Namespace) -> None:
-    """`omni compare`: a contact sheet, the numbers behind it, and their table."""
+    """`omni compare`: images under every run, a report of them, the numbers behind it, and their table."""
     from omni_runtime import compare as comparison
 
     _settle(options)
@@ -73,34 +72,43 @@ def compare(options: argparse.Namespace) -> None:
         runs = comparison.make_runs(options.model, options.run, options.steps, options.fewer_steps)
         for run in runs:
             _omni(options, cache_backend=run.backend, cache_config=run.config).check_steps(run.steps)
-        prompts = _prompts(options.prompts) if options.prompts else comparison.embedded_prompts(options.model)
-        if not prompts:
-            raise UsageError(f"{options.model} has no prompts of its own: give --prompts")
+        prompts = _prompts_to_compare(options)
         omni = _omni(options, cache_backend=None)
         arguments = _request_arguments(options)
         requests = [
             request
-            for prompt in prompts
+            for prompt, image in prompts
             for seed in options.seeds
-            for request in omni.prepare(prompt, seed=seed, **arguments)
+            for request in omni.prepare(prompt, seed=seed, **arguments | ({} if image is None else {"image": image}))
         ]
         _make_directory(options.out)
     pipe = omni.pipe
     pipe.set_progress_bar_config(disable=True)
-    warm_up = requests[0].arguments | {"num_inference_steps": 2}
-    omni.run(GenerationRequest(requests[0].prompt, 0, warm_up))  # the first request of a process is always slow
     omni.close()
+    made = 0
 
-    def listener(run: comparison.Run, request: GenerationRequest) -> AbstractContextManager[StepBar | None]:
-        return _bar(options, f"{run.name}: {request.prompt}", run.steps)
+    def listener(
+        run: comparison.Run, request: GenerationRequest, progress: Progress
+    ) -> AbstractContextManager[StepBar | None]:
+        nonlocal made
+        made = progress.number - 1
+        return _bar(options, f"{run.name}: {request.prompt}", run.steps, str(progress))
 
-    results = comparison.compare(runs, pipe, requests, listener)
-    about = _about(options, prompts, requests[0], pipe)
-    files = comparison.write(results, about, options.out)
+    try:
+        results = comparison.compare(runs, pipe, requests, options.out, listener, options.fresh)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted; {made} images were made, and are kept in {options.out}: the same command goes on from there"
+        ) from None
+    found = sum(not cell.made_now for result in results for cell in result.cells)
+    if found and not options.quiet:
+        print(f"{found} images were there already: --fresh makes them anew", file=sys.stderr)
+    document = comparison.evaluate(results, comparison.about(options.model, pipe, requests))
+    files = comparison.write(document, options.out)
     if options.json:
-        _print_json({"files": [str(path) for path in files], **comparison.to_json(results, about)})
+        _print_json({"files": [str(path) for path in files], **document})
     else:
-        print(comparison.table(comparison.summarise(results)))
+        print(comparison.table(document))
         print(*files, sep="\n")
 
 
@@ -200,6 +208,31 @@ def _prompts(given: Sequence[str]) -> list[str]:
     return prompts
 
 
+def _prompts_to_compare(options: argparse.Namespace) -> list[tuple[str, Path | None]]:
+    """The prompts, each with a picture of its own where an embedded model brings one."""
+    from omni_runtime import compare as comparison
+
+    if not options.prompts:
+        found = comparison.prompts_of(options.model)
+        if not found:
+            sets = " or ".join(f"@{name}" for name in comparison.PROMPT_SETS)
+            raise UsageError(f"{options.model} has no prompts of its own: give --prompts, such as {sets}")
+        return [(prompt, None if options.image else image) for prompt, image in found]
+    prompts: list[tuple[str, Path | None]] = []
+    for one in options.prompts:
+        if one == "@model":
+            prompts += comparison.prompts_of(options.model, None)
+        elif one.startswith("@"):
+            texts = comparison.PROMPT_SETS.get(one[1:])
+            if texts is None:
+                known = ", ".join(f"@{name}" for name in ("model", *comparison.PROMPT_SETS))
+                raise UsageError(f"no set of prompts is called {one!r}: there are {known}")
+            prompts += [(text, None) for text in texts]
+        else:
+            prompts += [(text, None) for text in _prompts([one])]
+    return prompts
+
+
 def _make_directory(path: Path) -> None:
     """Now, and not when the first image is done: a directory that cannot be made is wrong input."""
     path.mkdir(parents=True, exist_ok=True)
@@ -210,8 +243,8 @@ def _make_directory(path: Path) -> None:
 # The run and its result
 
 
-def _bar(options: argparse.Namespace, label: str, steps: int) -> AbstractContextManager[StepBar | None]:
-    return nullcontext() if options.quiet else StepBar(label, sys.stderr, steps)
+def _bar(options: argparse.Namespace, label: str, steps: int, note: str = "") -> AbstractContextManager[StepBar | None]:
+    return nullcontext() if options.quiet else StepBar(label, sys.stderr, steps, note)
 
 
 def _unused(directory: Path, result: OmniResult) -> Path:
@@ -250,25 +283,6 @@ def _as_json(result: OmniResult) -> dict[str, Any]:
         "settings": result.settings,
         "cache": None if result.cache is None else result.cache.to_dict(),
         "timings": result.timings.to_dict(),
-    }
-
-
-def _about(
-    options: argparse.Namespace, prompts: Sequence[str], request: GenerationRequest, pipe: Any
-) -> dict[str, Any]:
-    """What a comparison's numbers hold for."""
-    settings: Mapping[str, Any] = request.arguments
-    return {
-        "model": options.model,
-        "pipeline": type(pipe).__name__,
-        "prompts": list(prompts),
-        "seeds": list(options.seeds),
-        "settings": {key: value for key, value in settings.items() if isinstance(value, bool | int | float | str)},
-        "images": [str(path) for path in options.image or []],
-        "device": pipe._execution_device.type,
-        "dtype": str(pipe.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "versions": {name: metadata.version(name) for name in ("omni-kernels", "diffusers", "torch")},
     }
 
 

@@ -2,6 +2,32 @@
 
 Every image is measured against the image of the same prompt and seed without a cache, at the full number of steps.
 Plain sampling with fewer steps is among the runs: it is what a user gets for free, and a cache has to beat it.
+
+    runs = make_runs("emoji-qwen-image", ['tea_cache:{"rel_l1_thresh": 0.2}'], steps=50, fewer_steps=[25, 16, 12])
+    requests = [one for seed in (0, 1) for one in Omni(pipe).prepare("a cat", seed=seed, height=64, width=64)]
+    document = evaluate(compare(runs, pipe, requests, "out"), about("emoji-qwen-image", pipe, requests))
+    write(document, "out")  # results.json, report.html, contact_sheet.png
+
+`compare` makes the images, or finds them: each is a cell (`omni_runtime.cells`), kept below the directory as soon as it
+is made, so that a comparison which was interrupted, or has got one more run, makes only what is not there. `evaluate`
+measures them. What it returns is results.json, and all that is shown comes from that: the table, the contact sheet, and
+the report (`omni_runtime.report_html`).
+
+A cache of another library takes part as a `Run` with an `install`, a context manager which has it installed while it is
+open; NFE and blocks are counted at the model itself, for every run alike:
+
+    @contextlib.contextmanager
+    def dbcache(pipe):
+        cache_dit.enable_cache(pipe, ...)
+        yield
+        cache_dit.disable_cache(pipe)
+
+    Run("DBCache", "cache-dit", {"version": "1.5.3", "threshold": 0.12}, steps=50, install=dbcache)
+
+Measures of a run are the mean, sample standard deviation, smallest value and 5th percentile over prompts × seeds, each
+seed with its own reference; a speedup is the time of the reference's image over that of the same prompt and seed. An
+image identical to its reference has an infinite PSNR, null in JSON: it counts in the percentile, and not in mean and
+deviation, which are those of the others.
 """
 
 from __future__ import annotations
@@ -11,31 +37,29 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from omni_runtime import contact_sheet, quality
+import torch
+
+from omni_kernels.patching import backends
+from omni_runtime import cells, contact_sheet, quality, report_html
+from omni_runtime.cells import Cell, Run
 from omni_runtime.loading import embedded_models
 from omni_runtime.omni import Omni
+from omni_runtime.progress import Progress, seconds_left
 from omni_runtime.request import GenerationRequest
-from omni_runtime.result import OmniResult, jsonable, write_png
+from omni_runtime.result import jsonable, write_png
 
 REFERENCE = "no cache"
+PLAIN = "fewer steps"
 
 #: TeaCache with the distance itself, not a polynomial that was fitted to another checkpoint.
 IDENTITY = [0.0, 0.0, 0.0, 1.0, 0.0]
 
-
-@dataclass(frozen=True)
-class Run:
-    """One column of the comparison: a cache backend with its configuration, or plain sampling (None)."""
-
-    name: str
-    backend: str | None
-    config: Mapping[str, Any] | None
-    steps: int
+SHEET_ROWS = 24  # of the contact sheet; of more prompts and seeds it shows so many, spread over all
 
 
 #: Runs that suit an embedded model: thresholds at which TeaCache computes about a third of the steps, the others about
@@ -57,34 +81,42 @@ RUNS: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
 }
 
 
-@dataclass
-class Sample:
-    """One image of one run."""
-
-    prompt: str
-    seed: int
-    image: Any
-    seconds: float
-    forwards: int
-    blocks: float
-    psnr: float = math.inf
-    ssim: float = 1.0
+#: Prompts for a model that brings none, by the name that `--prompts @NAME` gives them.
+PROMPT_SETS: dict[str, tuple[str, ...]] = {
+    "general": (
+        "a red fox asleep on fresh snow, early morning light",
+        "a glass of orange juice on a wooden table, hard shadows",
+        "an old lighthouse in a storm, oil painting",
+        "portrait of a woman with freckles and a green scarf",
+        "a street market at night in the rain, neon reflections",
+        "a shop sign that says OPEN UNTIL MIDNIGHT",
+        "three blue balloons and one yellow balloon against a brick wall",
+        "a steam locomotive crossing a stone bridge, seen from above",
+        "macro photograph of a bee on lavender",
+        "isometric drawing of a tiny bakery, pastel colours",
+        "a bowl of ramen, studio light, steam rising",
+        "an empty library with tall windows, pencil sketch",
+    ),
+    "edit": (
+        "make it black and white",
+        "make it look like an oil painting",
+        "change the background to a plain blue",
+        "turn day into night",
+        "add a red hat",
+        "make it snow",
+    ),
+}
 
 
 @dataclass
 class RunResult:
-    """A run with its images, in the order of the prompts and seeds."""
+    """A run with its cells, in the order of the requests."""
 
     run: Run
-    samples: list[Sample] = field(default_factory=list)
+    cells: list[Cell]
 
-    def values(self, name: str) -> list[float]:
-        """One number of every sample."""
-        return [float(getattr(sample, name)) for sample in self.samples]
 
-    def seconds(self) -> float:
-        """The time of all images together."""
-        return sum(self.values("seconds"))
+# Runs and prompts
 
 
 _RUN = re.compile(r"(?:(?P<name>[^={]+)=)?(?P<backend>[\w-]+)(?::(?P<config>.+))?", re.DOTALL)
@@ -112,51 +144,84 @@ def parse_run(text: str, steps: int) -> Run:
 def make_runs(model: str, chosen: Sequence[str], steps: int, fewer_steps: Sequence[int] | None) -> list[Run]:
     """The reference, the chosen runs (or those that suit the model), and plain sampling with fewer steps.
 
-    `fewer_steps` None is a half and a third of the steps; 0 in it stands for none.
+    `fewer_steps` None is a half and a third of the steps.
 
     Raises:
         ValueError: a run that cannot be read, two of one name, fewer steps that are not fewer.
     """
-    runs = [Run(REFERENCE, None, None, steps)]
+    runs = [Run(REFERENCE, steps=steps)]
     if fewer_steps is None:  # one step alone is beyond what schedulers with a terminal shift can do
         fewer_steps = [count for count in (steps // 2, steps // 3) if count > 1]
     for count in fewer_steps:
         if count >= steps:
             raise ValueError(f"fewer steps than {steps} are wanted, not {count}")
-        if count > 0:
-            runs.append(Run(f"{count} steps", None, None, count))
+        runs.append(Run(f"{count} steps", steps=count))
     if chosen:
         runs += [parse_run(text, steps) for text in chosen]
     else:
         runs += [Run(name, backend, config or None, steps) for name, backend, config in RUNS.get(model) or RUNS[""]]
+    _check_names(runs)
+    return runs
+
+
+def _check_names(runs: Sequence[Run]) -> None:
     names = [run.name for run in runs]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"two runs are called {name!r}: name them, as in NAME=BACKEND:JSON")
-    return runs
 
 
-def embedded_prompts(model: str, count: int = 6) -> list[str]:
-    """Some prompts that an embedded model was made for, spread over its list; none for other models."""
+def method_of(run: Run) -> str:
+    """What the runs of one line in the plots have in common: the backend, its forecaster, and whether it has a mask."""
+    if run.method is not None:
+        return run.method
+    if run.backend is None:
+        return PLAIN
+    config = run.config or {}
+    forecaster = "taylorseer" if config.get("enable_taylorseer") else config.get("forecaster")
+    masked = any(config.get(key) is not None for key in ("scm_steps_mask_policy", "steps_computation_mask"))
+    return " + ".join([run.backend, *([forecaster] if forecaster else []), *(["mask"] if masked else [])])
+
+
+def prompts_of(model: str, count: int | None = 6) -> list[tuple[str, Path | None]]:
+    """Prompts that an embedded model was made for, spread over its list, each with the picture that it edits, if any.
+
+    They are in `prompts.json` beside the model: a list, or the list "contact_sheet" of an object, of texts or of
+    objects with "prompt" and, for a model that edits, "image", a file beside it. None of other models. `count` None
+    gives all.
+    """
     directory = embedded_models().get(model)
     path = directory / "prompts.json" if directory else None
-    if path is None or not path.is_file():
+    if directory is None or path is None or not path.is_file():
         return []
     listed = json.loads(path.read_text(encoding="utf-8"))
     if isinstance(listed, dict):
         listed = listed.get("contact_sheet") or next(iter(listed.values()), [])
-    texts = [one.get("prompt") if isinstance(one, dict) else one for one in listed]
-    prompts = [text for text in texts if isinstance(text, str)]
-    return [prompts[i * len(prompts) // count] for i in range(count)] if len(prompts) > count else prompts
+    entries = [one if isinstance(one, dict) else {"prompt": one} for one in listed]
+    found = [
+        (one["prompt"], directory / one["image"] if one.get("image") else None)
+        for one in entries
+        if isinstance(one.get("prompt"), str)
+    ]
+    return found if count is None else _spread_over(found, count)
+
+
+def _spread_over(entries: list[Any], count: int) -> list[Any]:
+    return [entries[i * len(entries) // count] for i in range(count)] if len(entries) > count else entries
+
+
+# Making the images
 
 
 def compare(
     runs: Sequence[Run],
     pipe: Any,
     requests: Sequence[GenerationRequest],
-    listener: Callable[[Run, GenerationRequest], Any] = lambda run, request: contextlib.nullcontext(),
+    directory: str | Path,
+    listener: Callable[[Run, GenerationRequest, Progress], Any] = lambda *of_it: contextlib.nullcontext(),
+    fresh: bool = False,
 ) -> list[RunResult]:
-    """Run every request under every run; the first run is the reference.
+    """Make every request's image under every run, or find it in `directory`; the first run is the reference.
 
     Runs take turns on each request, so that a machine that slows down slows them all.
 
@@ -164,176 +229,163 @@ def compare(
         runs: at least one.
         pipe: a loaded pipeline without a patch.
         requests: of a single image each, seeded.
-        listener: called before each image; gives a context that is open while the image is made, and gives what is
-            told of each step, or None.
+        directory: gets a directory `cells` with a picture, latents and a record of each image.
+        listener: called before each image that is made; gives a context that is open while that happens, and gives what
+            is told of each step, or None.
+        fresh: make all images, also those that are there.
+
+    Raises:
+        ValueError: two runs of one name; a request without a seed, or of several images; before anything runs.
     """
-    results = [RunResult(run) for run in runs]
+    _check_names(runs)
     for request in requests:
-        for result in results:
-            with listener(result.run, request) as on_step:
-                sample = _sample(result.run, pipe, request, on_step)
-            reference = results[0].samples[-1] if results[0].samples and result is not results[0] else sample
-            sample.psnr = float(quality.psnr(reference.image, sample.image))
-            sample.ssim = float(quality.ssim(reference.image, sample.image))
-            result.samples.append(sample)
-    return results
+        if request.seed is None or request.arguments.get("num_images_per_prompt", 1) != 1:
+            raise ValueError("a comparison is of single images with a seed each")
+    kept = Path(directory) / "cells"
+    kept.mkdir(parents=True, exist_ok=True)
+    fingerprint = cells.fingerprint_of(pipe)
+    plan = [
+        (run, request, cells.path_of(kept, cells.identity(run, pipe, request, fingerprint)))
+        for request in requests
+        for run in runs
+    ]
+    there = {path: None if fresh else cells.find(path) for _, _, path in plan}
+    to_make = {path: run.name for run, _, path in plan if there[path] is None}
+    sitting = cells.sitting(pipe)
+    if to_make:  # the first request of a process is always slow
+        with Omni(pipe, cache_backend=None) as omni:
+            omni.run(GenerationRequest(requests[0].prompt, 0, requests[0].arguments | {"num_inference_steps": 2}))
+    taken: dict[str, list[float]] = {}
+    total = len(to_make)
+    for run, request, path in plan:
+        if there[path] is None:
+            progress = Progress(total - len(to_make) + 1, total, seconds_left(to_make.values(), taken))
+            with listener(run, request, progress) as on_step:
+                there[path] = made = cells.make(run, pipe, request, path, sitting, on_step)
+            taken.setdefault(run.name, []).append(made.record["seconds"])
+            del to_make[path]
+    by_run: dict[str, list[Cell]] = {run.name: [] for run in runs}
+    for run, _, path in plan:
+        cell = there[path]
+        assert cell is not None  # found, or made just now
+        by_run[run.name].append(cell)
+    return [RunResult(run, by_run[run.name]) for run in runs]
 
 
-def _sample(run: Run, pipe: Any, request: GenerationRequest, on_step: Any) -> Sample:
-    request = GenerationRequest(request.prompt, request.seed, request.arguments | {"num_inference_steps": run.steps})
-    with Omni(pipe, cache_backend=run.backend, cache_config=run.config) as omni, _counted(pipe) as calls:
-        (made,) = [omni.run(request, on_step)]
-    return Sample(
-        prompt=made.prompt or "",
-        seed=made.seed or 0,
-        image=made.images[0],
-        seconds=made.timings.total,
-        forwards=len(calls) if made.cache is None else made.cache.forwards,
-        blocks=_share_of_blocks(made),
-    )
-
-
-def _share_of_blocks(made: OmniResult) -> float:
-    return 1.0 if made.cache is None else made.cache.blocks_run / made.cache.blocks_total
-
-
-@contextlib.contextmanager
-def _counted(pipe: Any) -> Iterator[list[None]]:
-    """A list that grows by one at every call of the transformer."""
-    calls: list[None] = []
-    transformer = getattr(pipe, "transformer", None)
-    if transformer is None:
-        yield calls
-        return
-    hook = transformer.register_forward_pre_hook(lambda module, arguments: calls.append(None))
-    try:
-        yield calls
-    finally:
-        hook.remove()
+# Measuring them
 
 
 @dataclass(frozen=True)
-class Summary:
-    """One line of the table. Means and sample standard deviations over all images.
+class Measure:
+    """One column of the tables: how it is called, its unit, its decimals, and whether the reference has it, too."""
 
-    Attributes:
-        forwards: transformer forwards computed per image (NFE).
-        blocks: transformer blocks run, relative to the reference.
-        seconds: per image.
-        speedup: the reference's time over this run's, all images together.
-        psnr, ssim: against the reference; PSNR in dB.
-        worst_psnr: of all images.
+    label: str
+    unit: str
+    digits: int
+    cost: bool = False
+
+
+#: What is measured, by its name in results.json.
+MEASURES: dict[str, Measure] = {
+    "nfe": Measure("NFE", "", 0, cost=True),
+    "blocks": Measure("blocks", "%", 0, cost=True),
+    "seconds": Measure("s/image", "s", 2, cost=True),
+    "speedup": Measure("speedup", "×", 2, cost=True),
+    "psnr": Measure("PSNR", "dB", 1),
+    "ssim": Measure("SSIM", "", 3),
+    "ms_ssim": Measure("MS-SSIM", "", 3),
+    "latents_psnr": Measure("latents PSNR", "dB", 1),
+    "lpips": Measure("LPIPS", "", 3),
+}
+
+
+def evaluate(results: Sequence[RunResult], about: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What results.json holds: `about`, how it was measured, and the runs, each with its statistics and its cells.
+
+    NFE are transformer forwards computed; blocks, in percent, are relative to the reference's.
     """
-
-    name: str
-    forwards: tuple[float, float]
-    blocks: float
-    seconds: tuple[float, float]
-    speedup: float
-    psnr: tuple[float, float]
-    worst_psnr: float
-    ssim: tuple[float, float]
-
-
-def summarise(results: Sequence[RunResult]) -> list[Summary]:
-    """A summary per run; the first run is the reference."""
-    reference = results[0]
-    return [
-        Summary(
-            name=result.run.name,
-            forwards=mean_and_deviation(result.values("forwards")),
-            blocks=statistics.fmean(result.values("blocks")) * result.run.steps / reference.run.steps,
-            seconds=mean_and_deviation(result.values("seconds")),
-            speedup=reference.seconds() / result.seconds(),
-            psnr=mean_and_deviation(result.values("psnr")),
-            worst_psnr=min(result.values("psnr")),
-            ssim=mean_and_deviation(result.values("ssim")),
-        )
+    reference = results[0].cells
+    sittings: list[Any] = []
+    lpips_missing = quality.lpips_missing()
+    measured = [
+        [_measured(base, cell, lpips_missing is None) for base, cell in zip(reference, result.cells, strict=True)]
         for result in results
     ]
-
-
-def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation; (inf, 0) where any value is infinite: an image that is identical."""
-    if any(math.isinf(value) for value in values):
-        return math.inf, 0.0
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def table(summaries: Sequence[Summary]) -> str:
-    """The summaries as aligned text; the reference has no quality of its own."""
-    heading = ("run", "NFE", "blocks", "s/image", "speedup", "PSNR dB", "worst", "SSIM")
-    lines = [heading]
-    for number, one in enumerate(summaries):
-        quality_of = (
-            ("–", "–", "–")
-            if number == 0
-            else (_spread(*one.psnr, 1), _fixed(one.worst_psnr, 1), _spread(*one.ssim, 3))
-        )
-        lines.append(
-            (
-                one.name,
-                _spread(*one.forwards, 0),
-                f"{one.blocks:.0%}",
-                _spread(*one.seconds, 2),
-                f"{one.speedup:.2f}×",
-                *quality_of,
-            )
-        )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(heading))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
-
-
-def _fixed(value: float, digits: int) -> str:
-    return "identical" if math.isinf(value) else f"{value:.{digits}f}"
-
-
-def _spread(mean: float, deviation: float, digits: int) -> str:
-    return "inf" if math.isinf(mean) else f"{mean:.{digits}f} ± {deviation:.{digits}f}"
-
-
-def to_json(results: Sequence[RunResult], about: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything measured, fit for JSON: `about`, then the runs, each with its summary and its images.
-
-    An infinite PSNR (identical images) is null.
-    """
+    names = [name for name in MEASURES if all(name in cell for row in measured for cell in row)]
     runs = []
-    for result, summary in zip(results, summarise(results), strict=True):
-        images = [
-            {
-                "prompt": sample.prompt,
-                "seed": sample.seed,
-                "seconds": sample.seconds,
-                "nfe": sample.forwards,
-                "blocks": sample.blocks,
-                "psnr": _finite(sample.psnr),
-                "ssim": sample.ssim,
-            }
-            for sample in result.samples
-        ]
-        psnr = result.values("psnr")
+    for result, row in zip(results, measured, strict=True):
+        listed = []
+        for cell, values in zip(result.cells, row, strict=True):
+            if cell.record["sitting"] not in sittings:
+                sittings.append(cell.record["sitting"])
+            listed.append(
+                {
+                    "prompt": cell.record["prompt"],
+                    "seed": cell.record["seed"],
+                    "image": f"{cell.path.parent.name}/{cell.path.name}",
+                    **{name: _finite(values[name]) for name in names},
+                    "branches": cell.record["branches"],
+                    "sitting": sittings.index(cell.record["sitting"]),
+                }
+            )
         runs.append(
             {
                 "name": result.run.name,
+                "method": method_of(result.run),
                 "cache_backend": result.run.backend,
                 "cache_config": jsonable(result.run.config),
                 "steps": result.run.steps,
-                "nfe": _named(summary.forwards),
-                "blocks": summary.blocks,
-                "seconds": _named(summary.seconds),
-                "speedup": summary.speedup,
-                "psnr": {**_named(summary.psnr), "min": _finite(min(psnr)), "p5": _finite(percentile(psnr, 5))},
-                "ssim": _named(summary.ssim),
-                "images": images,
+                "threshold": _threshold(result.run),
+                **{name: statistics_of([values[name] for values in row]) for name in names},
+                "cells": listed,
             }
         )
-    return {**about, "runs": runs}
+    width, height = reference[0].image.size
+    return {
+        **(about or {}),
+        "measures": {name: asdict(MEASURES[name]) for name in names},
+        "ms_ssim_scales": quality.ms_ssim_scales(height, width),
+        "lpips_missing": lpips_missing,
+        "sittings": sittings,
+        "runs": runs,
+    }
+
+
+def _measured(reference: Cell, cell: Cell, with_lpips: bool) -> dict[str, float]:
+    """All measures of one image, by name."""
+    values = {
+        "nfe": cell.record["forwards"],
+        "seconds": cell.record["seconds"],
+        "speedup": reference.record["seconds"] / cell.record["seconds"],
+    }
+    if cell.record["blocks"] and reference.record["blocks"]:
+        values["blocks"] = 100 * cell.record["blocks"] / reference.record["blocks"]
+    picture, image = quality.as_float(reference.image), quality.as_float(cell.image)
+    values["psnr"] = float(quality.psnr(picture, image))
+    if quality.ms_ssim_scales(*image.shape[-2:]):
+        values |= {"ssim": float(quality.ssim(picture, image)), "ms_ssim": float(quality.ms_ssim(picture, image))}
+    final, latents = reference.latents, cell.latents
+    if final is not None and latents is not None:
+        values["latents_psnr"] = float(quality.latents_psnr(final, latents))
+    if with_lpips:
+        values["lpips"] = float(quality.lpips(picture, image))
+    return values
+
+
+def statistics_of(values: Sequence[float]) -> dict[str, float | int | None]:
+    """Mean, sample standard deviation, smallest value and 5th percentile, fit for JSON.
+
+    Infinite values (identical images) are counted as "identical". They are left out of mean and deviation; the smallest
+    value and the percentile are those of all, None where infinite.
+    """
+    finite = [value for value in values if math.isfinite(value)]
+    return {
+        "mean": statistics.fmean(finite) if finite else None,
+        "std": statistics.stdev(finite) if len(finite) > 1 else 0.0,
+        "min": _finite(min(values)),
+        "p5": _finite(percentile(values, 5)),
+        **({"identical": len(values) - len(finite)} if len(finite) < len(values) else {}),
+    }
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -344,39 +396,121 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return below if below == above else below + (above - below) * (place % 1)
 
 
-def _named(pair: tuple[float, float]) -> dict[str, float | None]:
-    return {"mean": _finite(pair[0]), "std": pair[1]}
-
-
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def sheet(results: Sequence[RunResult]) -> Any:
-    """The contact sheet: a row per prompt and seed, a column per run."""
-    summaries = summarise(results)
-    several_seeds = len({sample.seed for sample in results[0].samples}) > 1
-    columns = [[one.name, f"{one.forwards[0]:.0f} forwards, {one.speedup:.2f}x"] for one in summaries]
-    rows, images, captions = [], [], []
-    for samples in zip(*(result.samples for result in results), strict=True):
-        rows.append(samples[0].prompt + (f" (seed {samples[0].seed})" if several_seeds else ""))
-        images.append([sample.image for sample in samples])
-        captions.append(
-            [
-                "reference",
-                *(
-                    f"{_fixed(sample.psnr, 1)} dB" if math.isfinite(sample.psnr) else "identical"
-                    for sample in samples[1:]
-                ),
-            ]
+def _threshold(run: Run) -> float | None:
+    """The number that a run's distances are held against: the backend's key whose name says threshold."""
+    if run.install is not None or run.backend is None:
+        return None
+    config = backends.get(run.backend).check(run.config)
+    return next((float(value) for key, value in config.items() if "thresh" in key), None)
+
+
+def about(model: str, pipe: Any, requests: Sequence[GenerationRequest]) -> dict[str, Any]:
+    """What a comparison's numbers hold for: the model, the prompts and seeds, the settings that all requests share."""
+    settings: Mapping[str, Any] = requests[0].arguments
+    return {
+        "model": model,
+        "pipeline": type(pipe).__name__,
+        "prompts": list(dict.fromkeys(request.prompt for request in requests)),
+        "seeds": list(dict.fromkeys(request.seed for request in requests)),
+        "settings": {key: value for key, value in settings.items() if isinstance(value, bool | int | float | str)},
+        "device": pipe._execution_device.type,
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "versions": cells.versions(),
+    }
+
+
+# Showing them
+
+#: Columns of the printed table: measure, statistic, heading.
+COLUMNS = (
+    ("nfe", "mean", "NFE"),
+    ("blocks", "mean", "blocks"),
+    ("seconds", "mean", "s/image"),
+    ("speedup", "mean", "speedup"),
+    ("psnr", "spread", "PSNR dB"),
+    ("psnr", "p5", "p5"),
+    ("ssim", "mean", "SSIM"),
+    ("ms_ssim", "mean", "MS-SSIM"),
+    ("latents_psnr", "mean", "latents dB"),
+    ("lpips", "mean", "LPIPS"),
+)
+
+
+def table(document: Mapping[str, Any]) -> str:
+    """The runs as aligned text: means, PSNR with its standard deviation and 5th percentile.
+
+    The reference has no quality of its own.
+    """
+    measures = document["measures"]
+    columns = [column for column in COLUMNS if column[0] in measures]
+    lines = [["run", *(heading for _, _, heading in columns)]]
+    for number, run in enumerate(document["runs"]):
+        entries = [
+            "–" if number == 0 and not measures[name]["cost"] else _told(run[name], statistic, measures[name])
+            for name, statistic, _ in columns
+        ]
+        lines.append([run["name"], *entries])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         )
+        for line in lines
+    )
+
+
+def _told(values: Mapping[str, Any], statistic: str, measure: Mapping[str, Any]) -> str:
+    value = values["mean" if statistic == "spread" else statistic]
+    if value is None:
+        return "identical"
+    unit = measure["unit"] if measure["unit"] in ("%", "×") else ""
+    text = f"{value:.{measure['digits']}f}{unit}"
+    return f"{text} ± {values['std']:.{measure['digits']}f}" if statistic == "spread" else text
+
+
+def sheet(document: Mapping[str, Any], picture: Callable[[Mapping[str, Any]], Any]) -> Any:
+    """The contact sheet: a row per prompt and seed, a column per run; at most `SHEET_ROWS` rows.
+
+    Args:
+        document: what `evaluate` returns.
+        picture: one of its cells → the image.
+    """
+    runs = document["runs"]
+    several_seeds = len({cell["seed"] for cell in runs[0]["cells"]}) > 1
+    columns = [[run["name"], f"{run['nfe']['mean']:.0f} forwards, {run['speedup']['mean']:.2f}x"] for run in runs]
+    rows, images, captions = [], [], []
+    for row in _spread_over(list(zip(*(run["cells"] for run in runs), strict=True)), SHEET_ROWS):
+        rows.append((row[0]["prompt"] or "") + (f" (seed {row[0]['seed']})" if several_seeds else ""))
+        images.append([picture(cell) for cell in row])
+        captions.append(["reference", *(_decibels(cell["psnr"]) for cell in row[1:])])
     return contact_sheet.draw(images, captions, rows, columns)
 
 
-def write(results: Sequence[RunResult], about: Mapping[str, Any], directory: Path) -> list[Path]:
-    """Write `contact_sheet.png` and `results.json` into `directory`, which is made."""
-    directory.mkdir(parents=True, exist_ok=True)
-    paths = [directory / "contact_sheet.png", directory / "results.json"]
-    write_png(sheet(results), paths[0], {**about, "runs": [jsonable(vars(result.run)) for result in results]})
-    paths[1].write_text(json.dumps(to_json(results, about), indent=1) + "\n", encoding="utf-8")
+def _decibels(value: float | None) -> str:
+    return "identical" if value is None else f"{value:.1f} dB"
+
+
+def write(document: Mapping[str, Any], directory: str | Path) -> list[Path]:
+    """Write `report.html`, `contact_sheet.png` and `results.json` beside the cells that `compare` keeps there."""
+    directory = Path(directory)
+    paths = [directory / name for name in ("report.html", "contact_sheet.png", "results.json")]
+    paths[2].write_text(to_json(document), encoding="utf-8")
+    report_html.write(directory)
+    settings = {key: value for key, value in document.items() if key != "runs"}
+    settings["runs"] = [
+        {key: run[key] for key in ("name", "cache_backend", "cache_config", "steps")} for run in document["runs"]
+    ]
+    write_png(sheet(document, report_html.pictures_in(directory)), paths[1], settings)
     return paths
+
+
+def to_json(document: Mapping[str, Any]) -> str:
+    """As text: indented, with lists of numbers on one line."""
+    text = json.dumps(document, indent=1, allow_nan=False)
+    return re.sub(r"\[[-\d\s.,eE+nul]*\]", lambda found: " ".join(found[0].split()), text) + "\n"

@@ -1,18 +1,25 @@
-"""`omni compare`: which runs there are, what is measured, and what is written."""
+"""`omni compare`: which runs there are, what is made and kept, what is measured, and what is written."""
 
+import argparse
+import contextlib
+import dataclasses
 import json
 import math
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import tiny
+import torch
 from PIL import Image
 
-from omni_runtime import Omni, cli, compare, contact_sheet
-from omni_runtime.compare import Run, RunResult, Sample
-from omni_runtime.quality import psnr, ssim
+from omni_kernels.patching import Patch
+from omni_runtime import Omni, cells, cli, commands, compare, contact_sheet, quality
+from omni_runtime.cache.backends import CACHE_DIT
+from omni_runtime.cells import Run
+from omni_runtime.progress import Progress
 from omni_runtime.result import read_settings
 
 pytestmark = pytest.mark.usefixtures("no_environment")
@@ -27,7 +34,7 @@ SKIP_ALL = '{"residual_diff_threshold": 1, "max_warmup_steps": 1, "max_continuou
     ("text", "run"),
     [
         ("tea_cache", Run("tea_cache", "tea_cache", None, 50)),
-        ("none", Run("none", None, None, 50)),
+        ("none", Run("none")),
         ("loose=tea_cache", Run("loose", "tea_cache", None, 50)),
         ('tea_cache:{"rel_l1_thresh": 0.4}', Run("tea_cache", "tea_cache", {"rel_l1_thresh": 0.4}, 50)),
         ('two words=cache_dit:{"a": "b=c:d"}', Run("two words", "cache_dit", {"a": "b=c:d"}, 50)),
@@ -41,15 +48,29 @@ def test_without_a_choice_all_methods_and_fewer_steps_run_against_no_cache() -> 
     for model in ("emoji-qwen-image", "some/directory"):
         runs = compare.make_runs(model, [], 50, None)
         assert runs[0] == Run("no cache", None, None, 50)
-        assert runs[1:3] == [Run("25 steps", None, None, 25), Run("16 steps", None, None, 16)]
+        assert runs[1:3] == [Run("25 steps", steps=25), Run("16 steps", steps=16)]
         assert {run.backend for run in runs[3:]} == {"tea_cache", "cache_dit", "first_block_cache"}
         assert any((run.config or {}).get("enable_taylorseer") for run in runs)
 
 
-def test_fewer_steps_can_be_chosen_and_left_out() -> None:
+def test_fewer_steps_can_be_chosen() -> None:
     names = [run.name for run in compare.make_runs("x", ["tea_cache"], 50, [10, 20])]
     assert names == ["no cache", "10 steps", "20 steps", "tea_cache"]
-    assert [run.name for run in compare.make_runs("x", ["tea_cache"], 50, [0])] == ["no cache", "tea_cache"]
+
+
+@pytest.mark.parametrize(
+    ("run", "method"),
+    [
+        (Run("25 steps", steps=25), "fewer steps"),
+        (Run("a", "tea_cache", {"rel_l1_thresh": 0.4}), "tea_cache"),
+        (Run("b", "tea_cache", {"forecaster": "newton", "rel_l1_thresh": 0.4}), "tea_cache + newton"),
+        (Run("c", "cache_dit", {"enable_taylorseer": True, "taylorseer_order": 2}), "cache_dit + taylorseer"),
+        (Run("d", "cache_dit", {"scm_steps_mask_policy": "fast"}), "cache_dit + mask"),
+        (Run("e", "the other library", {"threshold": 1}, method="theirs"), "theirs"),
+    ],
+)
+def test_runs_of_one_backend_and_forecaster_are_one_method(run: Run, method: str) -> None:
+    assert compare.method_of(run) == method
 
 
 @pytest.mark.parametrize(
@@ -66,63 +87,293 @@ def test_prompts_of_an_embedded_model(embedded: str, text: str, prompts: list[st
     from omni_runtime import loading
 
     (loading.EMBEDDED / embedded / "prompts.json").write_text(text)
-    assert compare.embedded_prompts(embedded) == prompts
-    assert compare.embedded_prompts("no such model") == []
+    assert compare.prompts_of(embedded) == [(prompt, None) for prompt in prompts]
+    assert compare.prompts_of("no such model") == []
 
 
-# Measuring
+def test_prompts_of_an_embedded_model_that_edits_have_pictures(embedded: str) -> None:
+    from omni_runtime import loading
+
+    home = loading.EMBEDDED / embedded
+    entries = [{"prompt": f"edit {i}", "image": f"references/{i}.png"} for i in range(8)]
+    (home / "prompts.json").write_text(json.dumps(entries))
+    assert compare.prompts_of(embedded, None)[7] == ("edit 7", home / "references" / "7.png")
+    assert len(compare.prompts_of(embedded)) == 6
 
 
-def test_every_run_is_measured_against_the_same_seed_without_a_cache(z_pipe: Any) -> None:
+# Making the images
+
+
+@pytest.fixture
+def pipe(z_pipe: Any) -> Any:
     z_pipe.set_progress_bar_config(disable=True)
-    runs = compare.make_runs("", [f"skip=cache_dit:{SKIP_ALL}", "again=none"], 6, [3])
-    with Omni(z_pipe) as omni:
-        requests = [r for seed in (0, 1) for r in omni.prepare("a cat", seed=seed, height=64, width=64)]
+    return z_pipe
+
+
+def requests_of(pipe: Any, seeds: tuple[int, ...] = (0, 1)) -> list[Any]:
+    with Omni(pipe, cache_backend=None) as omni:
+        return [request for seed in seeds for request in omni.prepare("a cat", seed=seed, height=64, width=64)]
+
+
+SKIP = json.loads(SKIP_ALL)
+
+
+def test_every_run_is_measured_against_the_same_seed_without_a_cache(pipe: Any, tmp_path: Path) -> None:
+    runs = [*compare.make_runs("", [f"skip=cache_dit:{SKIP_ALL}", "again=none"], 6, [3])]
     order: list[tuple[str, int | None]] = []
-    real_listener = compare.contextlib.nullcontext
 
-    def listener(run: Run, request: Any) -> Any:
+    def listener(run: Run, request: Any, progress: Progress) -> Any:
         order.append((run.name, request.seed))
-        return real_listener()
+        assert (progress.number, progress.total) == (len(order), 6)
+        assert (progress.seconds_left is None) == (len(order) == 1)
+        return contextlib.nullcontext()
 
-    results = compare.compare(runs, z_pipe, requests, listener)
+    results = compare.compare(runs, pipe, requests_of(pipe), tmp_path, listener)
+    document = compare.evaluate(results)
 
-    names = ["no cache", "3 steps", "skip", "again"]
-    assert order == [(name, seed) for seed in (0, 1) for name in names], "runs take turns on each request"
-    reference, fewer, skip, again = results
-    for one in again.samples:
-        assert (one.psnr, one.ssim) == (math.inf, pytest.approx(1.0))
-    for one, base in zip(skip.samples, reference.samples, strict=True):
-        assert one.psnr == float(psnr(base.image, one.image)) < math.inf
-        assert one.ssim == float(ssim(base.image, one.image))
-    assert [one.forwards for one in reference.samples + fewer.samples + skip.samples] == [6, 6, 3, 3, 1, 1]
-    assert [one.blocks for one in skip.samples] == [pytest.approx((6 * 1 + 3) / 24)] * 2
-    assert compare.summarise(results)[1].blocks == pytest.approx(0.5)
-    assert not [name for name in vars(z_pipe) if name in ("progress_bar", "_omni_kernels_handle")]
+    made = ["no cache", "3 steps", "skip"]  # "again" is "no cache" by another name
+    assert order == [(name, seed) for seed in (0, 1) for name in made], "runs take turns on each request"
+    reference, fewer, skip, _ = results
+    for run, result in zip(document["runs"], results, strict=True):
+        for values, cell, base in zip(run["cells"], result.cells, reference.cells, strict=True):
+            expected = float(quality.psnr(base.image, cell.image))
+            assert values["psnr"] == (expected if math.isfinite(expected) else None)
+            assert values["ssim"] == float(quality.ssim(base.image, cell.image))
+            assert values["ms_ssim"] == float(quality.ms_ssim(base.image, cell.image))
+            assert values["speedup"] == base.record["seconds"] / cell.record["seconds"]
+            if result in (fewer, skip):
+                assert values["latents_psnr"] == float(quality.latents_psnr(base.latents, cell.latents))
+                assert values["latents_psnr"] < 80
+    by_name = {run["name"]: run for run in document["runs"]}
+    assert {name: [cell["nfe"] for cell in run["cells"]] for name, run in by_name.items()} == {
+        "no cache": [6, 6], "3 steps": [3, 3], "skip": [1, 1], "again": [6, 6],
+    }  # fmt: skip
+    assert [cell["blocks"] for cell in by_name["skip"]["cells"]] == [pytest.approx(100 * (6 * 1 + 3) / 24)] * 2
+    assert by_name["3 steps"]["blocks"]["mean"] == pytest.approx(50)
+    assert by_name["again"]["psnr"] == {"mean": None, "std": 0.0, "min": None, "p5": None, "identical": 2}
+    assert by_name["skip"]["threshold"] == 1.0
+    (branch,) = by_name["skip"]["cells"][0]["branches"].values()
+    assert branch["computed"] == "100000"
+    assert document["ms_ssim_scales"] == 3
+    assert "lpips" not in document["measures"]
+    assert "pip install" in document["lpips_missing"]
 
 
-def samples(psnrs: list[float], seconds: list[float]) -> list[Sample]:
-    picture = Image.new("RGB", (64, 64), "navy")
-    return [
-        Sample("a cat", seed, picture, second, 10 + seed, 0.5, value, 0.9)
-        for seed, (value, second) in enumerate(zip(psnrs, seconds, strict=True))
+def test_a_comparison_leaves_the_pipeline_as_it_was(pipe: Any, tmp_path: Path) -> None:
+    compare.compare([Run("a", steps=2), Run("b", "tea_cache", {}, 2)], pipe, requests_of(pipe, (0,)), tmp_path)
+    assert not {name for name in vars(pipe) if name in ("progress_bar", "_omni_kernels_handle")}
+    assert "step" not in vars(pipe.scheduler)
+    assert not [module for module in pipe.transformer.modules() if module._forward_pre_hooks]
+
+
+def test_final_latents_are_those_that_were_decoded(pipe: Any, tmp_path: Path) -> None:
+    (result,) = compare.compare([Run("a", steps=3)], pipe, requests_of(pipe, (0,)), tmp_path)
+    with Omni(pipe, cache_backend=None) as omni:
+        arguments = {"height": 64, "width": 64, "num_inference_steps": 3, "output_type": "latent"}
+        (latents,) = omni.generate("a cat", seed=0, **arguments)
+    assert torch.equal(result.cells[0].latents, latents.images.float())
+
+
+def test_pictures_hold_their_settings(pipe: Any, tmp_path: Path) -> None:
+    run = Run("skip", "cache_dit", SKIP, 2)
+    (result,) = compare.compare([run], pipe, requests_of(pipe, (5,)), tmp_path)
+    settings = read_settings(result.cells[0].path)
+    assert (settings["run"], settings["seed"], settings["num_inference_steps"]) == ("skip", 5, 2)
+    assert settings["cache_config"]["residual_diff_threshold"] == 1
+    assert not [name for name in settings if "callback" in name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"seed": None}, "a seed each"), ({"arguments": {"num_images_per_prompt": 2}}, "single images")],
+)
+def test_requests_that_cannot_be_compared_are_refused(
+    pipe: Any, tmp_path: Path, arguments: dict[str, Any], message: str
+) -> None:
+    (request,) = requests_of(pipe, (0,))
+    with pytest.raises(ValueError, match=message):
+        compare.compare([Run("a")], pipe, [dataclasses.replace(request, **arguments)], tmp_path)
+    with pytest.raises(ValueError, match="two runs are called 'a'"):
+        compare.compare([Run("a"), Run("a", "tea_cache")], pipe, [request], tmp_path)
+
+
+# Going on after an interrupt
+
+
+def without_times(value: Any) -> Any:
+    """A document less what says when and how fast."""
+    if isinstance(value, dict):
+        return {k: without_times(v) for k, v in value.items() if k not in ("seconds", "speedup", "sittings", "sitting")}
+    return [without_times(entry) for entry in value] if isinstance(value, list) else value
+
+
+def test_an_interrupted_comparison_goes_on_and_ends_with_the_same_results(pipe: Any, tmp_path: Path) -> None:
+    runs = [Run("no cache", steps=3), Run("2 steps", steps=2), Run("skip", "cache_dit", SKIP, 3)]
+    requests = requests_of(pipe)
+    whole = compare.evaluate(compare.compare(runs, pipe, requests, tmp_path / "whole"))
+    made: list[str] = []
+
+    @contextlib.contextmanager
+    def stop_at_the_third(run: Run, request: Any, progress: Progress) -> Any:
+        if progress.number == 3:
+            raise KeyboardInterrupt
+        yield None
+
+    @contextlib.contextmanager
+    def note(run: Run, request: Any, progress: Progress) -> Any:
+        made.append(f"{run.name} {request.seed}")
+        yield None
+
+    with pytest.raises(KeyboardInterrupt):
+        compare.compare(runs, pipe, requests, tmp_path / "parts", stop_at_the_third)
+    assert len(list((tmp_path / "parts" / "cells").glob("*.json"))) == 2
+    results = compare.compare(runs, pipe, requests, tmp_path / "parts", note)
+    assert made == ["skip 0", "no cache 1", "2 steps 1", "skip 1"]
+    assert [[cell.made_now for cell in result.cells] for result in results] == [[False, True]] * 2 + [[True, True]]
+    document = compare.evaluate(results)
+    assert without_times(document) == without_times(whole)
+    again = compare.compare(runs, pipe, requests, tmp_path / "parts", note)
+    assert len(made) == 4, "nothing was left to make"
+    assert compare.evaluate(again) == document
+
+
+def test_what_changes_an_image_makes_another_cell(pipe: Any, tmp_path: Path) -> None:
+    (request,) = requests_of(pipe, (0,))
+    run = Run("a", "tea_cache", {}, 4)
+
+    def path(run: Run = run, request: Any = request, weights: str | None = None) -> Path:
+        fingerprint = cells.fingerprint_of(pipe) if weights is None else weights
+        return cells.path_of(tmp_path, cells.identity(run, pipe, request, fingerprint))
+
+    def asked(**arguments: Any) -> Any:
+        return dataclasses.replace(request, arguments=request.arguments | arguments)
+
+    first = path()
+    assert first == path(dataclasses.replace(run, name="another name"))
+    assert first == path(Run("a", "tea_cache", {"rel_l1_thresh": 0.2}, 4)), "the default, given"
+    assert first == path(request=asked(num_inference_steps=9)), "the run says how many steps"
+    pictures = [tiny.reference_image(), tiny.reference_image(seed=1)]
+    others = [
+        path(dataclasses.replace(run, steps=5)),
+        path(dataclasses.replace(run, config={"rel_l1_thresh": 0.3})),
+        path(dataclasses.replace(run, backend=None, config=None)),
+        path(dataclasses.replace(run, install=contextlib.nullcontext)),
+        path(request=dataclasses.replace(request, seed=1)),
+        path(request=dataclasses.replace(request, prompt="a dog")),
+        path(request=asked(negative_prompt="fog")),
+        path(request=asked(width=128)),
+        path(request=asked(image=pictures[0])),
+        path(request=asked(image=pictures[1])),
+        path(weights="other weights"),
     ]
+    assert len({first, *others}) == 1 + len(others)
 
 
-def test_summary_is_mean_and_sample_deviation() -> None:
-    reference = RunResult(Run("no cache", None, None, 50), samples([math.inf] * 3, [2.0, 2.0, 4.0]))
-    cached = RunResult(Run("cached", "tea_cache", None, 50), samples([30.0, 32.0, 37.0], [1.0, 1.0, 2.0]))
-    one, other = compare.summarise([reference, cached])
-    assert other.psnr == (pytest.approx(33.0), pytest.approx(np.std([30, 32, 37], ddof=1)))
-    assert other.forwards == (11.0, 1.0)
-    assert (other.speedup, other.worst_psnr, other.blocks) == (2.0, 30.0, 0.5)
-    assert one.speedup == 1.0
-    text = compare.table([one, other])
+def test_other_weights_configs_and_adapters_have_other_fingerprints(pipe: Any) -> None:
+    prints = [cells.fingerprint_of(pipe)]
+    assert prints == [cells.fingerprint_of(tiny.z_image())], "the same weights, built again"
+    with torch.no_grad():
+        pipe.transformer.layers[2].attention.to_q.weight.mul_(1.001)
+    prints.append(cells.fingerprint_of(pipe))
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, shift=5.0)
+    prints.append(cells.fingerprint_of(pipe))
+    pipe.transformer.register_buffer("adapter", torch.zeros(2))
+    prints.append(cells.fingerprint_of(pipe))
+    assert len(set(prints)) == 4
+
+
+@pytest.mark.parametrize("lost", [".png", ".npy", ".json"])
+def test_a_cell_that_is_not_whole_is_made_again(pipe: Any, tmp_path: Path, lost: str) -> None:
+    run, requests = Run("a", steps=2), requests_of(pipe, (0,))
+    (result,) = compare.compare([run], pipe, requests, tmp_path)
+    result.cells[0].path.with_suffix(lost).unlink()
+    (result,) = compare.compare([run], pipe, requests, tmp_path)
+    assert result.cells[0].made_now
+    assert len(list((tmp_path / "cells").iterdir())) == 3, "and no half-written file is left"
+    (result,) = compare.compare([run], pipe, requests, tmp_path, fresh=True)
+    assert result.cells[0].made_now
+
+
+# Caches of others
+
+
+def test_a_cache_of_another_library_is_counted_at_the_model(qwen_pipe: Any, tmp_path: Path) -> None:
+    """diffusers' first-block cache: its hooks call every block, and only some of them compute."""
+    qwen_pipe.set_progress_bar_config(disable=True)
+    always = diffusers.FirstBlockCacheConfig(threshold=1e9)
+
+    @contextlib.contextmanager
+    def theirs(pipe: Any) -> Any:
+        pipe.transformer.enable_cache(always)
+        yield
+        pipe.transformer.disable_cache()
+
+    with Omni(qwen_pipe, cache_backend=None) as omni:
+        requests = omni.prepare("a cat", negative_prompt=" ", seed=0, height=64, width=64)
+    config = {"library": "diffusers", "threshold": 1e9}
+    runs = [Run("no cache", steps=4), Run("theirs", "first-block cache", config, 4, install=theirs)]
+    plain, foreign = compare.evaluate(compare.compare(runs, qwen_pipe, requests, tmp_path))["runs"]
+    (cell,) = foreign["cells"]
+    assert plain["nfe"]["mean"] == 8
+    assert cell["nfe"] == 2
+    assert cell["blocks"] == pytest.approx(100 * (2 * 4 + 6 * 1) / (8 * 4))
+    assert {name: branch["computed"] for name, branch in cell["branches"].items()} == {"0": "1000", "1": "1000"}
+    assert cell["psnr"] < 80
+    assert (foreign["method"], foreign["cache_config"], foreign["threshold"]) == ("first-block cache", config, None)
+    assert read_settings(tmp_path / cell["image"])["cache_config"] == config
+
+
+def test_what_is_counted_at_the_model_is_what_our_caches_report(pipe: Any, tmp_path: Path) -> None:
+    config = {"residual_diff_threshold": 0.3, "max_warmup_steps": 1}
+
+    @contextlib.contextmanager
+    def ours(pipe: Any) -> Any:
+        patch = Patch()
+        session = CACHE_DIT.install(pipe, CACHE_DIT.check(config), patch)
+        yield
+        patch.undo()
+        session.close()
+
+    runs = [Run("reported", "cache_dit", config, 8), Run("counted", "cache_dit", config, 8, install=ours)]
+    reported, counted = compare.evaluate(compare.compare(runs, pipe, requests_of(pipe), tmp_path))["runs"]
+    for one, other in zip(reported["cells"], counted["cells"], strict=True):
+        assert (one["nfe"], one["blocks"]) == (other["nfe"], other["blocks"])
+        masks = [[branch["computed"] for branch in cell["branches"].values()] for cell in (one, other)]
+        assert masks[0] == masks[1]
+        assert "0" in masks[0][0]
+        assert other["psnr"] is None, "the same image"
+
+
+# Numbers and their table
+
+
+def document_of(psnrs: list[float], seconds: list[float]) -> dict[str, Any]:
+    """Two runs, the second of which has these values."""
+    measures = {name: dataclasses.asdict(compare.MEASURES[name]) for name in ("nfe", "seconds", "speedup", "psnr")}
+    base = dict.fromkeys(measures, compare.statistics_of([1.0])) | {"psnr": compare.statistics_of([math.inf])}
+    other = {
+        "nfe": compare.statistics_of([10.0, 11.0, 12.0]),
+        "seconds": compare.statistics_of(seconds),
+        "speedup": compare.statistics_of([2 / one for one in seconds]),
+        "psnr": compare.statistics_of(psnrs),
+    }
+    return {"measures": measures, "runs": [{"name": "no cache", **base}, {"name": "cached", **other}]}
+
+
+def test_statistics_are_mean_sample_deviation_smallest_and_percentile() -> None:
+    values = [30.0, 32.0, 37.0]
+    assert compare.statistics_of(values) == {
+        "mean": pytest.approx(33.0),
+        "std": pytest.approx(np.std(values, ddof=1)),
+        "min": 30.0,
+        "p5": pytest.approx(np.percentile(values, 5)),
+    }
+    text = compare.table(document_of(values, [1.0, 1.0, 2.0]))
     heading, first, second = text.splitlines()
     assert heading.split()[:2] == ["run", "NFE"]
     assert "–" in first
     assert "33.0 ± 3.6" in second
-    assert "2.00×" in second
+    assert "1.67×" in second
     assert len({len(line) for line in text.splitlines()}) == 1, "columns are aligned"
 
 
@@ -133,12 +384,18 @@ def test_percentile_interpolates() -> None:
     assert compare.percentile([math.inf, math.inf], 5) == math.inf
 
 
-def test_identical_images_are_null_in_json_and_said_in_the_table() -> None:
-    reference = RunResult(Run("no cache", None, None, 50), samples([math.inf], [2.0]))
-    same = RunResult(Run("same", "tea_cache", None, 50), samples([math.inf], [1.0]))
-    document = json.loads(json.dumps(compare.to_json([reference, same], {}), allow_nan=False))
-    assert document["runs"][1]["psnr"] == {"mean": None, "std": 0.0, "min": None, "p5": None}
-    assert "identical" in compare.table(compare.summarise([reference, same]))
+def test_identical_images_are_left_out_of_the_mean_and_counted() -> None:
+    found = compare.statistics_of([math.inf, 30.0, 40.0])
+    assert (found["mean"], found["min"], found["identical"]) == (35.0, 30.0, 1)
+    assert "identical" in compare.table(document_of([math.inf] * 3, [1.0] * 3))
+    assert json.loads(compare.to_json(document_of([math.inf] * 3, [1.0] * 3)))["runs"][1]["psnr"]["mean"] is None
+
+
+def test_json_keeps_lists_of_numbers_on_one_line() -> None:
+    document = {"a": [1, -2.5e-07, None], "b": [{"c": []}], "text": "[1, 2]"}
+    text = compare.to_json(document)
+    assert json.loads(text) == document
+    assert "[1, -2.5e-07, null]" in text.replace("[ ", "[").replace(" ]", "]")
 
 
 # The contact sheet
@@ -163,7 +420,7 @@ def test_contact_sheet_refuses_a_ragged_grid() -> None:
 # The command
 
 
-def test_compare_writes_a_sheet_and_numbers_and_prints_a_table(
+def test_compare_writes_a_report_and_numbers_and_prints_a_table(
     saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\n\na dog\n")
@@ -174,22 +431,63 @@ def test_compare_writes_a_sheet_and_numbers_and_prints_a_table(
     out, err = capsys.readouterr()
     table = out.splitlines()
     assert [line.split("  ")[0].strip() for line in table[:4]] == ["run", "no cache", "3 steps", "skip all"]
-    assert table[4:] == [str(tmp_path / "out" / name) for name in ("contact_sheet.png", "results.json")]
+    assert table[4:] == [str(tmp_path / "out" / name) for name in ("report.html", "contact_sheet.png", "results.json")]
     assert err.count("skip all: a cat") == 2
+    assert "12 of 12, under a minute left" in err
     assert "[█░░░░░]" in err
 
     document = json.loads((tmp_path / "out" / "results.json").read_text())
     assert document["prompts"] == ["a cat", "a dog"]
     assert document["settings"]["num_inference_steps"] == 6
     skip = document["runs"][2]
-    assert skip["nfe"] == {"mean": 2.0, "std": 0.0}, "one step, two guidance branches"
-    assert len(skip["images"]) == 4
+    assert skip["nfe"] == {"mean": 2.0, "std": 0.0, "min": 2, "p5": 2}, "one step, two guidance branches"
+    assert len(skip["cells"]) == 4
     assert 10 < skip["psnr"]["min"] <= skip["psnr"]["p5"] <= skip["psnr"]["mean"]
-    assert 0 < skip["ssim"]["mean"] <= 1
+    assert 0 < skip["ms_ssim"]["mean"] <= 1
     assert skip["seconds"]["mean"] > 0
+    assert all(Image.open(tmp_path / "out" / cell["image"]).size == (64, 64) for cell in skip["cells"])
+    assert "skip all" in (tmp_path / "out" / "report.html").read_text()
     sheet = tmp_path / "out" / "contact_sheet.png"
     assert Image.open(sheet).height > 4 * 192
-    assert read_settings(sheet)["runs"][2]["backend"] == "cache_dit"
+    assert read_settings(sheet)["runs"][2]["cache_backend"] == "cache_dit"
+
+    assert cli.main([*arguments, "--run", "more=tea_cache"]) == 0
+    out, err = capsys.readouterr()
+    assert "12 images were there already" in err
+    assert err.count("more: ") == 4
+    assert "no cache: " not in err
+
+
+def test_an_interrupted_command_says_how_to_go_on(
+    saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = cells.make
+
+    def interrupted(run: Run, *arguments: Any) -> Any:
+        if run.backend is not None:
+            raise KeyboardInterrupt
+        return make(run, *arguments)
+
+    monkeypatch.setattr(cells, "make", interrupted)
+    arguments = ["compare", "--model", str(saved["z_image"]), "--prompt", "a cat", "--seeds", "0", "--steps", "4"]
+    assert cli.main([*arguments, "--size", "64", "--run", "tea_cache", "--out", str(tmp_path)]) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == (
+        f"omni: error: interrupted; 2 images were made, and are kept in {tmp_path}: the same command goes on from there"
+    )
+
+
+def test_sets_of_prompts_are_asked_for_by_name(embedded: str) -> None:
+    def prompts(*given: str) -> list[str]:
+        options = argparse.Namespace(model=embedded, prompts=list(given), image=None)
+        return [prompt for prompt, _ in commands._prompts_to_compare(options)]
+
+    assert prompts("@model", "a fish") == ["a cat", "a dog", "a bird", "a fish"]
+    assert len(prompts("@general")) == 12
+    with pytest.raises(
+        commands.UsageError, match="no set of prompts is called '@all': there are @model, @general, @edit"
+    ):
+        prompts("@all")
 
 
 def test_compare_prints_json_alone_when_asked(

@@ -6,7 +6,7 @@ import io
 import pytest
 
 from omni_runtime.cache.report import StepEvent
-from omni_runtime.progress import StepBar
+from omni_runtime.progress import Progress, StepBar, duration, seconds_left
 
 
 class Terminal(io.StringIO):
@@ -63,3 +63,27 @@ def test_many_steps_share_cells_and_the_line_fits(monkeypatch: pytest.MonkeyPatc
     assert len(last) <= 100
     assert last[last.index("[") : last.index("]")].count("█") == 1
     assert "..." in last
+
+
+def test_the_time_left_is_that_of_runs_of_the_same_kind() -> None:
+    assert seconds_left(["slow"], {}) is None
+    taken = {"slow": [3.0, 5.0], "fast": [1.0]}
+    assert seconds_left(["slow", "fast", "fast"], taken) == 6.0
+    assert seconds_left(["new"], taken) == 2.5, "the mean of the kinds that are known"
+    assert seconds_left([], taken) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0, "under a minute"), (29, "under a minute"), (31, "1 min"), (3570, "1 h 00 min"), (11100, "3 h 05 min")],
+)
+def test_durations_are_words(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+def test_the_line_of_one_of_many_requests_says_which_and_how_long() -> None:
+    stream = File()
+    with StepBar("a cat", stream, 2, str(Progress(3, 96, 125.0))) as bar:
+        follow(bar, "11", steps=2)
+    assert "0 reused  3 of 96, 2 min left" in stream.getvalue()
+    assert str(Progress(1, 96, None)) == "1 of 96"

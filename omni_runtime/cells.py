@@ -1,0 +1,372 @@
+"""Cells of a comparison: one image of one run, for one prompt and seed, kept on disk as soon as it is made.
+
+A cell is three files, named after the prompt, the seed and a digest of everything that the image depends on: the
+picture as PNG with its settings inside, the final latents as .npy (float32), and a JSON record of what was computed and
+how long it took. The record is written last, and each file under another name first, so that a cell is there wholly or
+not at all. A cell that is there is not made again; whatever is changed, be it a setting, a weight or a line of the
+cache engine, is another cell.
+
+Pictures are what the pipeline returns to its user, 8 bits a channel, and PNG keeps them exactly: what is measured of a
+cell that was found on disk is what was measured when it was made.
+
+Every run is watched in the same way, whoever installed its cache: a hook on the attention of each block counts the
+blocks that really ran, and a transformer forward counts as computed where all of them did.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import platform
+import re
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from omni_kernels.device import describe
+from omni_kernels.patching import backends
+from omni_runtime.cache.models import MODELS
+from omni_runtime.cache.report import CacheReport
+from omni_runtime.omni import Omni
+from omni_runtime.request import GenerationRequest
+from omni_runtime.result import jsonable, write_png
+
+PACKAGES = ("omni-kernels", "diffusers", "transformers", "torch")
+
+#: The sources that an image depends on; the rest of the package only shows and measures it.
+ENGINE = ("omni_kernels", "omni_runtime/cache")
+
+#: What a block calls its attention.
+ATTENTION = ("attn", "attn1", "attention")
+
+SAMPLES = 32  # values that the fingerprint reads of each weight
+
+
+@dataclass(frozen=True)
+class Run:
+    """One column of a comparison: a cache with its configuration, or plain sampling.
+
+    Attributes:
+        name: as it is shown.
+        backend: the cache backend; None for plain sampling.
+        config: its configuration.
+        steps: denoising steps.
+        method: runs of one method are one line in the plots; by default what `method_of` says.
+        install: for a cache that is not a backend of this package: pipeline → a context manager that has it installed
+            while it is open. `backend` and `config` then only say what it is; they belong to the identity of its cells,
+            so let them hold all its settings and the other library's version.
+    """
+
+    name: str
+    backend: str | None = None
+    config: Mapping[str, Any] | None = None
+    steps: int = 50
+    method: str | None = None
+    install: Callable[[Any], AbstractContextManager[Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One image, on disk.
+
+    Attributes:
+        path: of the PNG; the latents and the record lie beside it.
+        record: prompt, seed, seconds, forwards, blocks, branches, sitting: see `make`.
+        made_now: it was not there before.
+    """
+
+    path: Path
+    record: Mapping[str, Any]
+    made_now: bool
+
+    @property
+    def image(self) -> Any:
+        """The picture (PIL), read from disk."""
+        from PIL import Image
+
+        with Image.open(self.path) as image:
+            image.load()
+            return image
+
+    @property
+    def latents(self) -> torch.Tensor | None:
+        """The final latents; None of a pipeline that does not show them."""
+        path = self.path.with_suffix(".npy")
+        return torch.from_numpy(np.load(path)) if path.is_file() else None
+
+
+def identity(run: Run, pipe: Any, request: GenerationRequest, fingerprint: str) -> dict[str, Any]:
+    """Everything that a cell's image depends on, fit for JSON. `fingerprint` is `fingerprint_of(pipe)`."""
+    config = run.config
+    if run.install is None and run.backend is not None:
+        config = backends.get(run.backend).check(run.config)
+    return {
+        "weights": fingerprint,
+        "pipeline": type(pipe).__name__,
+        "prompt": request.prompt,
+        "seed": request.seed,
+        "steps": run.steps,
+        "arguments": {k: _told(v) for k, v in sorted(request.arguments.items()) if k != "num_inference_steps"},
+        "cache_backend": run.backend,
+        "cache_config": jsonable(config),
+        "installed": run.install is not None,
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "device": pipe._execution_device.type,
+        "versions": versions(),
+        "engine": engine_digest(),
+    }
+
+
+def path_of(directory: Path, cell: Mapping[str, Any]) -> Path:
+    """Where the PNG of the cell with this `identity` is, or would be."""
+    digest = hashlib.sha256(json.dumps(cell, sort_keys=True).encode()).hexdigest()[:16]
+    words = re.sub(r"\W+", "-", (cell["prompt"] or "image").lower()).strip("-")[:40].strip("-") or "image"
+    kind = re.sub(r"\W+", "-", cell["cache_backend"] or f"{cell['steps']} steps")
+    return directory / f"{words}-seed{cell['seed']}-{kind}-{digest}.png"
+
+
+def find(path: Path) -> Cell | None:
+    """The cell whose PNG is at `path`; None if it is not there, or not whole."""
+    try:
+        record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    there = path.is_file() and (path.with_suffix(".npy").is_file() or not record["latents"])
+    return Cell(path, record, made_now=False) if there else None
+
+
+def make(
+    run: Run,
+    pipe: Any,
+    request: GenerationRequest,
+    path: Path,
+    sitting: Mapping[str, Any],
+    on_step: Any = None,
+) -> Cell:
+    """Make the image of `request` under `run`, and keep it at `path`.
+
+    Its record:
+        prompt, seed, steps
+        seconds: of the whole request; timings: its parts
+        forwards: transformer forwards computed; blocks: transformer blocks run, None for an unknown transformer
+        branches: name → {"computed": "1101...", one character per step; "measured": per step, what was held against the
+            threshold, or None}
+        latents: whether there are any; sitting: when and where it was made
+    """
+    watch = _Watch(pipe)
+    arguments = request.arguments | {"num_inference_steps": run.steps} | watch.arguments(request.arguments)
+    backend, config = (None, None) if run.install is not None else (run.backend, run.config)
+    foreign = contextlib.nullcontext() if run.install is None else run.install(pipe)
+    with watch, foreign, Omni(pipe, cache_backend=backend, cache_config=config) as omni:
+        result = omni.run(GenerationRequest(request.prompt, request.seed, arguments), on_step)
+    if len(result.images) != 1:
+        raise ValueError(f"a comparison is of single images; the pipeline returned {len(result.images)}")
+    (image,) = result.images
+    if not hasattr(image, "convert"):
+        raise TypeError(f'a comparison needs pictures, not {type(image).__name__}: leave output_type at "pil"')
+    record = {
+        "prompt": request.prompt,
+        "seed": request.seed,
+        "steps": run.steps,
+        "seconds": result.timings.total,
+        "timings": result.timings.to_dict(),
+        "forwards": watch.forwards if result.cache is None else result.cache.forwards,
+        "blocks": watch.blocks,
+        "branches": watch.branches() if result.cache is None else _branches(result.cache),
+        "latents": watch.latents is not None,
+        "sitting": dict(sitting),
+    }
+    settings = {key: value for key, value in result.settings.items() if key not in watch.arguments({})}
+    settings |= {"run": run.name, "cache_backend": run.backend}
+    if run.install is not None:
+        settings["cache_config"] = jsonable(run.config)
+    if watch.latents is not None:
+        latents = watch.latents.float().cpu().numpy()
+        _write(path.with_suffix(".npy"), lambda part: np.save(part, latents))
+    _write(path, lambda part: write_png(image, part, settings))
+    text = json.dumps(record)
+    _write(path.with_suffix(".json"), lambda part: part.write_text(text, encoding="utf-8"))
+    return Cell(path, record, made_now=True)
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file under another name, then rename it: nobody ever sees half of it."""
+    part = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        write(part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# What the pipeline does meanwhile
+
+
+class _Watch:
+    """While open, counts the transformer's calls and blocks step by step, and keeps the latents of the last step.
+
+    Latents come through the pipeline's own `callback_on_step_end`, where it has one.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self.latents: torch.Tensor | None = None
+        self.calls: list[list[int]] = [[]]  # blocks run, by step and call
+        self._takes_callback = "latents" in getattr(pipe, "_callback_tensor_inputs", ())
+        self._transformer = getattr(pipe, "transformer", None)
+        self._attentions = attentions(self._transformer)
+        self._hooks: list[Any] = []
+
+    def arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What the pipeline is called with besides; nothing where the caller has a callback of his own."""
+        if not self._takes_callback or "callback_on_step_end" in given:
+            return {}
+        return {"callback_on_step_end": self._step_ended, "callback_on_step_end_tensor_inputs": ["latents"]}
+
+    def __enter__(self) -> _Watch:
+        if self._transformer is not None:
+            self._hooks.append(self._transformer.register_forward_pre_hook(self._called))
+        self._hooks += [attention.register_forward_pre_hook(self._block_runs) for attention in self._attentions]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    @property
+    def blocks(self) -> int | None:
+        """Blocks run in the whole request."""
+        return sum(map(sum, self.calls)) if self._attentions else None
+
+    @property
+    def forwards(self) -> int:
+        """Forwards in which every block ran."""
+        return sum(self._computed(blocks) for step in self.calls for blocks in step)
+
+    def branches(self) -> dict[str, dict[str, Any]]:
+        """Computed steps by the order of the calls within a step; a call that a step does without was skipped."""
+        steps = [step for step in self.calls if step or step is not self.calls[-1]]
+        masks = [
+            "".join("1" if call < len(step) and self._computed(step[call]) else "0" for step in steps)
+            for call in range(max(map(len, steps), default=0))
+        ]
+        return {str(call): {"computed": mask, "measured": [None] * len(mask)} for call, mask in enumerate(masks)}
+
+    def _computed(self, blocks: int) -> bool:
+        return blocks >= len(self._attentions)
+
+    def _called(self, module: Any, arguments: Any) -> None:
+        self.calls[-1].append(0)
+
+    def _block_runs(self, module: Any, arguments: Any) -> None:
+        if self.calls[-1]:
+            self.calls[-1][-1] += 1
+
+    def _step_ended(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        self.latents = tensors["latents"].detach().clone()
+        self.calls.append([])
+        return {}
+
+
+def attentions(transformer: Any) -> list[torch.nn.Module]:
+    """The attention of every block; none of a transformer whose blocks are not known."""
+    row = MODELS.get(type(transformer).__name__)
+    if row is None:
+        return []
+    blocks = [block for name in row.block_lists for block in getattr(transformer, name)]
+    found = [getattr(block, name) for block in blocks for name in ATTENTION if hasattr(block, name)]
+    return found if len(found) == len(blocks) else []
+
+
+def _branches(report: CacheReport) -> dict[str, dict[str, Any]]:
+    branches = {}
+    for name, branch in report.branches.items():
+        measured = [d.distance if d.accumulated is None else d.accumulated for d in branch.decisions]
+        branches[name] = {
+            "computed": "".join("1" if d.computed else "0" for d in branch.decisions),
+            "measured": [None if m is None or not np.isfinite(m) else float(f"{m:.5g}") for m in measured],
+        }
+    return branches
+
+
+# What an image depends on
+
+
+def fingerprint_of(pipe: Any) -> str:
+    """A digest of the pipeline's components: their classes and configs, and of every weight its name, shape, dtype and
+    a few values. A fine-tuned model, a LoRA or another scheduler has another one; the weights are not read whole."""
+    digest = hashlib.sha256()
+    for name, component in sorted(pipe.components.items()):
+        config: Any = getattr(component, "config", None) or {}
+        config = jsonable(config.to_dict() if hasattr(config, "to_dict") else config)
+        config = {key: value for key, value in config.items() if not key.startswith("_")}  # where it was loaded from
+        digest.update(json.dumps([name, type(component).__name__, config], sort_keys=True, default=str).encode())
+        if isinstance(component, torch.nn.Module):
+            for weight_name, weight in component.state_dict().items():
+                digest.update(f"{weight_name} {tuple(weight.shape)} {weight.dtype}".encode())
+                digest.update(_some_values(weight))
+    return digest.hexdigest()
+
+
+def _some_values(weight: torch.Tensor) -> bytes:
+    if weight.device.type == "meta" or not weight.numel():
+        return b""
+    flat = weight.detach().reshape(-1)
+    places = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
+    return flat[places.to(flat.device)].cpu().double().numpy().tobytes()
+
+
+def _told(value: Any) -> Any:
+    """An argument, fit for JSON; a picture, tensor or array by a digest of its contents."""
+    if isinstance(value, Mapping):
+        return {str(key): _told(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_told(entry) for entry in value]
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().double().numpy() if value.is_floating_point() else value.detach().cpu().numpy()
+    if isinstance(value, np.ndarray):
+        return [str(value.dtype), list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
+    if hasattr(value, "convert"):
+        return [value.mode, list(value.size), hashlib.sha256(value.tobytes()).hexdigest()]
+    return jsonable(value)
+
+
+@functools.cache
+def engine_digest() -> str:
+    """A digest of the sources that images depend on, so that a changed engine makes its cells anew."""
+    root = Path(__file__).parents[1]
+    files = sorted(file for part in ENGINE for file in (root / part).rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that images depend on."""
+    return {name: metadata.version(name) for name in PACKAGES}
+
+
+def sitting(pipe: Any) -> dict[str, Any]:
+    """When and where cells are made: times of one sitting compare well, of several not always."""
+    device = pipe._execution_device
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": _processor() if device.type == "cpu" else describe(device).name,
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": versions(),
+    }
+
+
+def _processor() -> str:
+    file = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", file.read_text(encoding="utf-8")) if file.exists() else None
+    return found.group(1) if found else platform.processor() or platform.machine()
