@@ -14,6 +14,7 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,7 +49,8 @@ class Omni:
             a device is named.
         cache_backend: "tea_cache", "cache_dit", ...; None and "none" mean no cache. Left out, the environment variable
             `DIFFUSION_CACHE_BACKEND` names it.
-        cache_config: the backend's keys, as a dict or as JSON text; what is left out takes its default.
+        cache_config: the backend's keys, as a dict or as JSON text; what is left out takes its default. A model's
+            directory may bring some: a `tea_cache.json` in it holds the `coefficients` of tea_cache.
         from_pretrained: what `DiffusionPipeline.from_pretrained` takes (variant, revision, token, components, ...).
 
     Attributes:
@@ -75,6 +77,7 @@ class Omni:
         dtype = _one_dtype(dtype, from_pretrained)
         if isinstance(model, str | os.PathLike):
             source = loading.find(os.fspath(model), from_pretrained)
+            config = _with_own(backend, config, source.location)
             complete = check_cache(backend, config, source.transformer_config, source.name)
             target = loading.resolve_device(device)
             dtype = loading.resolve_dtype(dtype, target)
@@ -84,6 +87,7 @@ class Omni:
             self._load: Callable[[], Any] = lambda: loading.load(source, dtype, target, from_pretrained)
         else:
             _check_loaded(model, from_pretrained)
+            config = _with_own(backend, config, getattr(model, "name_or_path", None))
             complete = check_cache(backend, config, _config_of(model), type(model).__name__)
             self.name = getattr(model, "name_or_path", None) or type(model).__name__
             self._defaults = {}
@@ -292,6 +296,16 @@ def check_cache(
     if transformer_config is None:
         raise ValueError(f"{name} has no transformer: cache backend {backend!r} cannot serve it")
     return backends.get(backend).check(config, models.describe(transformer_config))
+
+
+def _with_own(backend: str | None, config: dict[str, Any] | None, directory: str | None) -> dict[str, Any] | None:
+    """The configuration, with what the model's directory brings for the backend where the caller gives nothing."""
+    if backend is None or not directory:
+        return config
+    file, key = getattr(backends.get(backend), "model_file", None) or ("", "")
+    if not file or (config or {}).get(key) is not None or not Path(directory, file).is_file():
+        return config
+    return {**(config or {}), key: Path(directory, file)}
 
 
 def _config(cache_config: Mapping[str, Any] | str | None) -> dict[str, Any] | None:

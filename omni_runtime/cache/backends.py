@@ -5,12 +5,15 @@ To add a method, add a `Method` here and its name to the entry points in pyproje
 
 from __future__ import annotations
 
+import math
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from omni_kernels.patching import Patch
+from omni_runtime.cache import calibration
 from omni_runtime.cache import config as keys
 from omni_runtime.cache.engine import CacheSession, Parts
 from omni_runtime.cache.forecasters import FORECASTERS, make_forecaster
@@ -35,6 +38,7 @@ class Method:
             what the method needs.
         relations: (configuration, number of blocks, number of steps; None where unknown) → raises for values that
             don't go together.
+        model_file: a file that a model's folder may bring, and the key whose default it then is.
     """
 
     name: str
@@ -42,6 +46,7 @@ class Method:
     keys: tuple[keys.Key, ...]
     parts: Callable[[Config, ModelRow, int], Parts]
     relations: Callable[[Config, int | None, int | None], None]
+    model_file: tuple[str, str] | None = None
 
     def check(
         self,
@@ -92,18 +97,46 @@ def _unrelated(config: Config, blocks: int | None, steps: int | None) -> None:
     return None
 
 
+_FIVE_NUMBERS = keys.numbers("coefficients", calibration.DEGREE + 1, "")
+
+
+def _coefficients_key() -> keys.Key:
+    allowed = f"{_FIVE_NUMBERS.allowed}, or a file of `omni calibrate`, by its path or parsed"
+
+    def parse(value: Any) -> tuple[float, ...] | Config | None:
+        if not isinstance(value, str | os.PathLike | Mapping):
+            return _FIVE_NUMBERS.parse(value)
+        try:
+            return calibration.read(value)
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(f"coefficients: {error}") from None
+
+    doc = "polynomial of the distance, highest power first; None: the model's own"
+    return keys.Key("coefficients", None, "5 floats or a file", allowed, doc, parse)
+
+
 def _tea_cache(config: Config, row: ModelRow, blocks: int) -> Parts:
-    coefficients = config["coefficients"] or row.tea_coefficients
     if row.modulation is None:
         raise ValueError("tea_cache watches block 0's modulated input: the transformer's ModelRow gives no modulation")
+    given = config["coefficients"]
+    coefficients, fitted, fitted_for = given, (-math.inf, math.inf), None
+    if given is None:
+        coefficients, note = row.tea_coefficients, "coefficients: those published for the transformer's class"
+    elif isinstance(given, Mapping):
+        coefficients, fitted, fitted_for = given["coefficients"], given["range"], given["calibrated_for"]
+        note = f"coefficients: calibrated on {calibration.summary(given)}"
+    else:
+        note = "coefficients: given as numbers"
     if coefficients is None:
         raise ValueError("no TeaCache coefficients are known for this transformer: give them as the key 'coefficients'")
     return Parts(
         first=0,
         last=blocks,
         signal=ModulatedInput(row.modulation),
-        gate=lambda request: AccumulatedPolynomialGate(Limits(), config["rel_l1_thresh"], coefficients),
+        gate=lambda request: AccumulatedPolynomialGate(Limits(), config["rel_l1_thresh"], coefficients, fitted),
         forecaster=make_forecaster(*_forecaster(config)),
+        fitted_for=fitted_for,
+        note=note,
     )
 
 
@@ -112,11 +145,12 @@ TEA_CACHE = Method(
     summary="TeaCache: skip all blocks while block 0's modulated input has changed little since the last computed step",
     keys=(
         keys.number("rel_l1_thresh", 0.2, "accumulated distance at which a step is computed", positive=True),
-        keys.numbers("coefficients", 5, "polynomial of the distance, highest power first; None: the model's own"),
+        _coefficients_key(),
         *_FORECASTER_KEYS,
     ),
     parts=_tea_cache,
     relations=_unrelated,
+    model_file=(calibration.FILE_NAME, "coefficients"),
 )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 
 from omni_kernels.patching import Patch, PatchConflictError
 from omni_kernels.patching.engine import describe
+from omni_runtime.cache import calibration
 from omni_runtime.cache.blocks import BlockCalls, BlockList, Passage
 from omni_runtime.cache.forecasters import Forecaster
 from omni_runtime.cache.gates import Gate, Plan, Verdict
@@ -36,6 +37,9 @@ class Parts:
         signal: what is watched.
         gate: a request → a fresh gate for one branch of it; raises ValueError for a request that it cannot serve.
         forecaster: what stands in for the missing residual.
+        fitted_for: the runs that the method's numbers were fitted to, as `calibration.describe` has them; a request
+            that differs is warned of. None where nothing was fitted.
+        note: what the report should say of the choices.
     """
 
     first: int
@@ -43,6 +47,8 @@ class Parts:
     signal: Signal
     gate: Callable[[Request], Gate]
     forecaster: Forecaster
+    fitted_for: Mapping[str, Any] | None = None
+    note: str | None = None
 
 
 class Branch:
@@ -141,6 +147,8 @@ class ResidualPassage(Passage):
 class CacheSession:
     """One cache method, installed on one pipeline."""
 
+    passage_class: Callable[..., ResidualPassage] = ResidualPassage
+
     def __init__(self, name: str, pipe: Any, parts: Callable[[ModelRow, int], Parts]) -> None:
         self.name = name
         self.on_step: Callable[[StepEvent], None] | None = None
@@ -190,6 +198,7 @@ class CacheSession:
             blocks_total=request.blocks_total,
             step_seconds=list(request.step_seconds),
             complete=request.complete,
+            notes=list(request.notes),
         )
 
     def held_tensors(self) -> list[torch.Tensor]:
@@ -199,6 +208,8 @@ class CacheSession:
 
     def _opened(self, request: Request) -> None:
         self._last = request
+        if self.parts.note is not None:
+            request.notes.append(self.parts.note)
 
     def _stepped(self, request: Request) -> None:
         if request.step == 1 and not request.blocks_total:
@@ -207,11 +218,27 @@ class CacheSession:
                 "transformer was replaced or compiled after patching, nothing is cached",
                 stacklevel=5,
             )
+        if request.step == 1 and self.parts.fitted_for is not None:
+            self._compare(self.parts.fitted_for, request)
         if self.on_step is None:
             return
         step = request.step - 1
         made = {name: d[-1] for name, d in request.decisions.items() if d and d[-1].step == step}
         self.on_step(StepEvent(step, request.steps, any(d.computed for d in made.values()), made))
+
+    def describe(self, request: Request) -> dict[str, Any]:
+        """What fitted numbers hang on, of a request whose first step has closed."""
+        return calibration.describe(
+            self.transformer, self.blocks, self._lifecycle.scheduler, request.steps, request.latents
+        )
+
+    def _compare(self, fitted_for: Mapping[str, Any], request: Request) -> None:
+        """Warn of a request that is unlike those that the method's numbers were fitted to."""
+        differences = calibration.differences(fitted_for, self.describe(request))
+        if differences:
+            note = f"{self.name} was calibrated for other runs: this one has {', '.join(differences)}"
+            request.notes.append(note)
+            warnings.warn(note, stacklevel=6)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         """The transformer's call."""
@@ -221,7 +248,7 @@ class CacheSession:
         calls = self.calls
         arguments = {**dict(zip(calls.forward_names, args, strict=False)), **kwargs} if args else kwargs
         try:
-            passage = self.passage = ResidualPassage(
+            passage = self.passage = self.passage_class(
                 self,
                 request,
                 self._branch_name(request),

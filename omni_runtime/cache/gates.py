@@ -116,6 +116,11 @@ def worst(distances: Sequence[float]) -> float:
     return largest
 
 
+def relative_l1(sums: Sequence[Sequence[float]], elements: int) -> list[float]:
+    """TeaCache's distance of each sample, mean|x − y| / (mean|y| + 1e-8), from its (Σ|x − y|, Σ|y|)."""
+    return [n / (d + 1e-8 * elements) for n, d in sums]
+
+
 class ThresholdGate(Gate):
     """Skip while the distance to the last computed step, Σ|x − y| / Σ|y|, is below the threshold (DBCache).
 
@@ -142,18 +147,26 @@ class AccumulatedPolynomialGate(Gate):
     """Skip while the accumulated |poly(r)| stays below the threshold (TeaCache).
 
     r = mean|x − y| / (mean|y| + 1e-8) against the step before; each sample has its own sum, and all start again from 0
-    at a computed step. `coefficients` has the highest power first.
+    at a computed step. `coefficients` has the highest power first. Where the polynomial was fitted to distances within
+    `fitted`, (smallest, largest), a finite r outside takes its value at the nearer end: beyond, it means nothing.
     """
 
-    def __init__(self, limits: Limits, threshold: float, coefficients: Sequence[float]) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        threshold: float,
+        coefficients: Sequence[float],
+        fitted: Sequence[float] = (-math.inf, math.inf),
+    ) -> None:
         super().__init__(limits)
         self.threshold = threshold
         self.coefficients = tuple(coefficients)
+        self._low, self._high = fitted
         self._sums: list[float] = []
 
     def judge(self, sums: Sequence[Sequence[float]], elements: int) -> Verdict:
         """See `Gate.judge`."""
-        distances = [n / (d + 1e-8 * elements) for n, d in sums]
+        distances = relative_l1(sums, elements)
         if len(self._sums) != len(distances):
             self._sums = [0.0] * len(distances)
         self._sums = [s + abs(self._polynomial(r)) for s, r in zip(self._sums, distances, strict=True)]
@@ -163,6 +176,10 @@ class AccumulatedPolynomialGate(Gate):
         return Verdict(not small, reason, worst(distances), accumulated)
 
     def _polynomial(self, r: float) -> float:
+        if r < self._low:
+            r = self._low
+        elif self._high < r < math.inf:
+            r = self._high
         value = 0.0
         for coefficient in self.coefficients:
             value = value * r + coefficient

@@ -27,6 +27,8 @@ class Request:
         step: index of the step under way, from 0 at `begin`.
         state: whatever a cache keeps of this request; dropped when it ends.
         calls: transformer calls in the step under way.
+        latents: shape of one sample's latents, known from the first step on.
+        notes: what the report says of the request besides its decisions.
     """
 
     def __init__(self, sigmas: list[float], steps: int) -> None:
@@ -41,6 +43,8 @@ class Request:
         self.decisions: dict[str, list[Decision]] = {}
         self.complete = False
         self.ended = False
+        self.latents: tuple[int, ...] = ()
+        self.notes: list[str] = []
         self._scheduled = steps
         self._clock = time.perf_counter()
 
@@ -74,6 +78,10 @@ class Request:
 class Lifecycle:
     """Follows one pipeline's requests through its scheduler.
 
+    Attributes:
+        request: the one under way.
+        scheduler: the one followed.
+
     Args:
         pipe: the pipeline; the scheduler that it has at the time of each transformer call is the one followed.
         on_open: called with a fresh request.
@@ -85,7 +93,7 @@ class Lifecycle:
         self._pipe = pipe
         self._on_open = on_open
         self._on_step = on_step
-        self._scheduler: Any = None
+        self.scheduler: Any = None
         self._attachment: object = None
         self._patch = Patch()
         self._warned = False
@@ -129,7 +137,7 @@ class Lifecycle:
 
     def current(self) -> Request | None:
         """The request that a transformer call belongs to; None, said once, for a call outside any."""
-        if self._pipe.scheduler is not self._scheduler:
+        if self._pipe.scheduler is not self.scheduler:
             self._follow()
         request = self.request
         if request is None:
@@ -141,7 +149,7 @@ class Lifecycle:
                 )
             return None
         if request.step == 0 and request.calls == 0:
-            request.begin = getattr(self._scheduler, "begin_index", None) or 0
+            request.begin = getattr(self.scheduler, "begin_index", None) or 0
         return request
 
     def _attach(self, scheduler: Any) -> None:
@@ -168,25 +176,28 @@ class Lifecycle:
                     self.end()
                 raise
             if request is not None:
+                if not request.step:
+                    sample = args[2] if len(args) > 2 else kwargs.get("sample")
+                    request.latents = tuple(getattr(sample, "shape", ())[1:])
                 self._close_step(request)
             return result
 
         self._patch.set_method(scheduler, "set_timesteps", wrapped_set_timesteps)
         self._patch.set_method(scheduler, "step", wrapped_step)
-        self._scheduler = scheduler
+        self.scheduler = scheduler
 
     def _follow(self) -> None:
         """The pipeline was given another scheduler: leave the old one, and take up the new one where it stands."""
         with contextlib.suppress(PatchConflictError):  # wrapped by somebody else: what is left below only passes on
-            self._patch.undo(self._scheduler)
+            self._patch.undo(self.scheduler)
         self.end()
         self._attach(self._pipe.scheduler)
-        timesteps_set = getattr(self._scheduler, "num_inference_steps", None) is not None
-        if timesteps_set and getattr(self._scheduler, "step_index", None) is None:
+        timesteps_set = getattr(self.scheduler, "num_inference_steps", None) is not None
+        if timesteps_set and getattr(self.scheduler, "step_index", None) is None:
             self._open()
 
     def _open(self) -> None:
-        scheduler = self._scheduler
+        scheduler = self.scheduler
         # One transfer to the host a request, before the loop starts.
         levels = getattr(scheduler, "sigmas", None)
         levels = scheduler.timesteps if levels is None else levels

@@ -66,6 +66,7 @@ class CacheReport:
         blocks_run, blocks_total: transformer blocks that ran, and that would have run without a cache.
         step_seconds: host time per closed step, in seconds (without waiting for the device).
         complete: False for a request that was interrupted or raised.
+        notes: in words, where fitted numbers came from, and in what the request is unlike what they were fitted to.
     """
 
     backend: str
@@ -75,6 +76,7 @@ class CacheReport:
     blocks_total: int
     step_seconds: list[float]
     complete: bool
+    notes: list[str] = field(default_factory=list)
 
     @property
     def forwards(self) -> int:
@@ -97,6 +99,7 @@ class CacheReport:
             "blocks_run": self.blocks_run,
             "blocks_total": self.blocks_total,
             "step_seconds": list(self.step_seconds),
+            "notes": list(self.notes),
             "branches": {
                 name: {
                     "computed": branch.computed,

@@ -1,0 +1,179 @@
+"""Calibration: full runs of a pipeline, watched, and the numbers that a method goes by fitted to them.
+
+What is recorded, and what is fitted, is said in `omni_runtime.cache.calibration`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from omni_kernels import ops
+from omni_kernels.patching import Patch
+from omni_runtime.cache import calibration
+from omni_runtime.cache.engine import CacheSession, Parts, ResidualPassage
+from omni_runtime.cache.forecasters import make_forecaster
+from omni_runtime.cache.gates import Gate, Limits, Verdict, relative_l1, worst
+from omni_runtime.cache.models import ModelRow
+from omni_runtime.cache.signals import ModulatedInput
+from omni_runtime.omni import Omni
+from omni_runtime.request import GenerationRequest
+from omni_runtime.result import jsonable
+
+VERSIONS_OF = ("omni-kernels", "diffusers", "torch")
+
+
+class Point(NamedTuple):
+    """How far one sample of one CFG branch has moved since the step before.
+
+    Attributes:
+        input: distance of block 0's modulated input, as TeaCache's gate measures it.
+        output: distance of the residual of all blocks.
+    """
+
+    branch: str
+    step: int
+    sample: int
+    input: float
+    output: float
+
+
+class RecordingGate(Gate):
+    """Measures every step like TeaCache's gate, and computes it."""
+
+    distances: list[float] | None = None
+
+    def judge(self, sums: Sequence[Sequence[float]], elements: int) -> Verdict:
+        """See `Gate.judge`."""
+        self.distances = relative_l1(sums, elements)
+        return Verdict(True, "recorded", worst(self.distances))
+
+
+class RecordingPassage(ResidualPassage):
+    """A computed forward that adds a point for each sample."""
+
+    def __init__(self, session: Recording, request: Any, name: str, noise_tokens: int | None, stepwise: bool) -> None:
+        super().__init__(session, request, name, noise_tokens, stepwise)
+        self._name = name
+        self._points = session.points
+
+    def leave(self, hidden: torch.Tensor, encoder: torch.Tensor | None, base: Any) -> None:
+        """See `Passage.leave`."""
+        gate: Any = self._branch.gate
+        inputs, gate.distances = gate.distances, None
+        if inputs is not None:
+            noise = slice(None, self._noise_tokens)
+            (then,) = self._branch.hidden.tensors()
+            now, sums = ops.residual_relative_l1(hidden[:, noise], base[0][:, noise], then[:, noise])
+            outputs = relative_l1(sums.tolist(), now.numel() // len(inputs))
+            self._points += [
+                Point(self._name, self._request.step, sample, *pair)
+                for sample, pair in enumerate(zip(inputs, outputs, strict=True))
+            ]
+        super().leave(hidden, encoder, base)
+
+
+class Recording(CacheSession):
+    """TeaCache's site and signal with a gate that skips nothing: requests run in full, and leave points.
+
+    Attributes:
+        points: of all requests so far.
+    """
+
+    passage_class = RecordingPassage
+
+    def __init__(self, pipe: Any) -> None:
+        super().__init__("calibration", pipe, _recorded_parts)
+        self.points: list[Point] = []
+
+    def describe_last(self) -> dict[str, Any]:
+        """What the last request was, as `calibration.describe` has it."""
+        if self._last is None or not self._last.step:
+            raise RuntimeError("nothing was recorded: the pipeline has taken no step")
+        return self.describe(self._last)
+
+
+def _recorded_parts(row: ModelRow, blocks: int) -> Parts:
+    if row.modulation is None:
+        raise ValueError("TeaCache watches block 0's modulated input: the transformer's ModelRow gives no modulation")
+    return Parts(
+        first=0,
+        last=blocks,
+        signal=ModulatedInput(row.modulation),
+        gate=lambda request: RecordingGate(Limits()),
+        forecaster=make_forecaster("reuse", 0),
+    )
+
+
+@contextlib.contextmanager
+def recording(pipe: Any) -> Iterator[Recording]:
+    """While open, every request of `pipe` is recorded. Afterwards it is as it was, however the block is left.
+
+    Raises:
+        ValueError, PatchConflictError: a pipeline that cannot be recorded, or is patched already.
+    """
+    session, patch = Recording(pipe), Patch()
+    try:
+        session.install(patch)
+        yield session
+    finally:
+        patch.undo()
+        session.close()
+
+
+def calibrate(
+    omni: Omni,
+    requests: Sequence[GenerationRequest],
+    listener: Callable[[int, GenerationRequest], Any] = lambda number, request: contextlib.nullcontext(),
+) -> tuple[calibration.Fit, dict[str, Any], list[Point]]:
+    """Run the requests in full and fit TeaCache's polynomial to how far they move from step to step.
+
+    Args:
+        omni: without a cache.
+        requests: all of the same steps and size.
+        listener: called with each request and its number from 0; gives a context that is open while it runs, and
+            gives what is told of each step, or None.
+
+    Returns:
+        The fit, the document to write, and the points it was fitted to.
+
+    Raises:
+        ValueError: an Omni with a cache, no request; what `recording` raises.
+        UselessFitError: see `calibration.fit`.
+    """
+    if omni.cache_backend is not None or not requests:
+        raise ValueError("calibration needs an Omni without a cache, and at least one request")
+    with recording(omni.pipe) as session:
+        for number, request in enumerate(requests):
+            with listener(number, request) as on_step:
+                result = omni.run(request, on_step)
+        run = session.describe_last()
+    size = getattr(result.images[0], "size", None)
+    if isinstance(size, tuple):
+        run |= {"width": size[0], "height": size[1]}
+    fitted = calibration.fit([point.input for point in session.points], [point.output for point in session.points])
+    return fitted, calibration.document(fitted, run, _provenance(omni, requests)), session.points
+
+
+def _provenance(omni: Omni, requests: Sequence[GenerationRequest]) -> dict[str, Any]:
+    pipe = omni.pipe
+    directory = Path(omni.name)
+    return {
+        "model": directory.name if directory.is_dir() else str(omni.name),
+        "pipeline": type(pipe).__name__,
+        "arguments": jsonable(requests[0].arguments),
+        "prompts": list(dict.fromkeys(request.prompt for request in requests)),
+        "seeds": sorted({request.seed for request in requests if request.seed is not None}),
+        "images": len(requests),
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "device": pipe._execution_device.type,
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in VERSIONS_OF},
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }

@@ -1,0 +1,300 @@
+"""Calibration: what is recorded of full runs, against the definition written out; what is left behind; the command."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+import omni_kernels
+from omni_runtime import Omni, calibrate
+from omni_runtime.cache import calibration
+from omni_runtime.cache.engine import Branch
+
+pytestmark = pytest.mark.usefixtures("no_environment")
+
+
+# The definition
+
+
+def relative_l1(now: torch.Tensor, then: torch.Tensor) -> float:
+    now, then = now.double(), then.double()
+    return float((now - then).abs().mean() / (then.abs().mean() + 1e-8))
+
+
+def qwen_modulated(block: Any, hidden: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+    if block.zero_cond_t:
+        temb = temb.chunk(2)[0]
+    shift, scale, _ = block.img_mod(temb).chunk(2, dim=-1)[0].chunk(3, dim=-1)
+    return block.img_norm1(hidden) * (1 + scale[:, None]) + shift[:, None]
+
+
+class Watched:
+    """The modulated input and the residual of every forward, by torch hooks on the first and the last block."""
+
+    def __init__(self, transformer: Any, tokens: int | None = None) -> None:
+        self.modulated: list[torch.Tensor] = []
+        self.residuals: list[torch.Tensor] = []
+        blocks = transformer.transformer_blocks
+
+        def entered(block: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            self.hidden = kwargs["hidden_states"][:, :tokens].clone()
+            self.modulated.append(qwen_modulated(block, self.hidden, kwargs["temb"]))
+
+        def left(block: Any, args: Any, output: Any) -> None:
+            self.residuals.append(output[1][:, :tokens] - self.hidden)
+
+        blocks[0].register_forward_pre_hook(entered, with_kwargs=True)
+        blocks[-1].register_forward_hook(left)
+
+    def points(self, branches: int, sample: int = 0) -> list[list[tuple[float, float]]]:
+        """(x, y) of every step but the first, for each branch, whose forwards take turns."""
+        found = []
+        for branch in range(branches):
+            pairs = [
+                zip(*(itertools.pairwise([one[sample] for one in values[branch::branches]]),), strict=True)
+                for values in (self.modulated, self.residuals)
+            ]
+            found.append(
+                [(relative_l1(x[1], x[0]), relative_l1(y[1], y[0])) for (x,), (y,) in zip(*pairs, strict=True)]
+            )
+        return found
+
+
+def recorded(points: list[calibrate.Point], branch: str, sample: int = 0) -> list[tuple[float, float]]:
+    return [(p.input, p.output) for p in points if (p.branch, p.sample) == (branch, sample)]
+
+
+def assert_close(ours: list[tuple[float, float]], expected: list[tuple[float, float]]) -> None:
+    torch.testing.assert_close(
+        torch.tensor(ours, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-7
+    )
+
+
+def test_points_are_the_distances_of_modulated_input_and_residual_per_branch() -> None:
+    pipe = tiny.qwen_image()
+    watched = Watched(pipe.transformer)
+    with calibrate.recording(pipe) as session:
+        tiny.generate(pipe, negative_prompt="a very long red sofa")
+    cond, uncond = watched.points(2)
+    assert len(cond) == 7
+    assert_close(recorded(session.points, "cond"), cond)
+    assert_close(recorded(session.points, "uncond"), uncond)
+    assert [p.step for p in session.points if p.branch == "cond"] == list(range(1, 8))
+    assert len(session.points) == 14
+
+
+def test_each_sample_of_a_batch_has_its_points() -> None:
+    pipe = tiny.qwen_image()
+    watched = Watched(pipe.transformer)
+    with calibrate.recording(pipe) as session:
+        tiny.generate(pipe, prompt=["a cat", "a dog"], negative_prompt=None)
+    for sample in (0, 1):
+        assert_close(recorded(session.points, "cond", sample), watched.points(1, sample)[0])
+
+
+@pytest.mark.parametrize("zero_cond_t", [False, True])
+def test_points_of_an_edit_are_of_the_noise_alone(zero_cond_t: bool) -> None:
+    pipe = tiny.qwen_image_edit(zero_cond_t=zero_cond_t)
+    watched = Watched(pipe.transformer, tokens=16)
+    with calibrate.recording(pipe) as session:
+        tiny.generate(pipe, negative_prompt=None)
+    assert len(watched.residuals) == 8
+    assert_close(recorded(session.points, "cond"), watched.points(1)[0])
+
+
+def test_the_gate_of_a_cache_that_never_skips_sees_the_recorded_distances(any_pipe: Any) -> None:
+    with calibrate.recording(any_pipe) as session:
+        tiny.generate(any_pipe)
+    with omni_kernels.patched(
+        any_pipe, "tea_cache", {"rel_l1_thresh": 1e-9, "coefficients": [0, 0, 0, 1, 0]}
+    ) as handle:
+        tiny.generate(any_pipe)
+        report = handle.report
+    for name, branch in report.branches.items():
+        points = [p for p in session.points if p.branch == name]
+        worst = [max(p.input for p in points if p.step == step) for step in range(1, 8)]
+        assert [d.distance for d in branch.decisions[1:]] == worst
+
+
+def test_recording_changes_no_bit() -> None:
+    pipe = tiny.qwen_image()
+    before = tiny.generate(pipe)
+    with calibrate.recording(pipe) as session:
+        assert torch.equal(tiny.generate(pipe), before)
+    assert session.report is not None
+    assert session.report.forwards_saved == 0
+
+
+def test_a_request_adds_no_point_between_itself_and_the_one_before() -> None:
+    pipe = tiny.qwen_image()
+    with calibrate.recording(pipe) as session:
+        tiny.generate(pipe, negative_prompt=None)
+        first = list(session.points)
+        tiny.generate(pipe, negative_prompt=None, height=96)
+        tiny.generate(pipe, negative_prompt=None)
+    assert session.points[:7] == session.points[14:] == first
+
+
+# What is left behind
+
+
+def everything(pipe: Any) -> list[dict[str, Any]]:
+    return [dict(vars(owner)) for owner in (pipe, pipe.transformer, pipe.scheduler)] + [dict(pipe.transformer._modules)]
+
+
+class StopError(Exception):
+    """Of a test."""
+
+
+@pytest.mark.parametrize("error", [StopError, KeyboardInterrupt])
+def test_an_interruption_leaves_the_pipeline_as_it_was_and_holds_nothing(error: type[BaseException]) -> None:
+    import gc
+
+    pipe = tiny.qwen_image()
+    tiny.generate(pipe, num_inference_steps=2)  # pipelines keep some of their last arguments
+    before = everything(pipe)
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    with pytest.raises(error), calibrate.recording(pipe):  # noqa: PT012 -- leaving the block is what is tested
+        tiny.generate(pipe, num_inference_steps=3)
+        during = everything(pipe)
+        hook = pipe.transformer.transformer_blocks[1].register_forward_pre_hook(fail)
+        try:
+            tiny.generate(pipe, num_inference_steps=3)
+        finally:
+            hook.remove()
+    assert during != before
+    after = everything(pipe)
+    assert [set(one) for one in after] == [set(one) for one in before]
+    assert after[-1] == before[-1]
+    gc.collect()
+    assert not any(type(one) is Branch for one in gc.get_objects())
+
+
+def test_nothing_is_held_between_requests() -> None:
+    pipe = tiny.qwen_image()
+    with calibrate.recording(pipe) as session:
+        tiny.generate(pipe)
+        assert session.held_tensors() == []
+
+
+def test_a_cached_pipeline_is_not_recorded() -> None:
+    pipe = tiny.qwen_image()
+    with omni_kernels.patched(pipe, "tea_cache"):
+        before = everything(pipe)
+        with pytest.raises(omni_kernels.PatchConflictError, match="cached already"), calibrate.recording(pipe):
+            pass
+        assert everything(pipe) == before
+
+
+# From runs to a file
+
+
+def omni_of(pipe: Any) -> Omni:
+    pipe.set_progress_bar_config(disable=True)
+    return Omni(pipe, cache_backend=None)
+
+
+def test_calibrated_coefficients_serve_the_runs_they_were_fitted_to(tmp_path: Path) -> None:
+    pipe = tiny.qwen_image()
+    arguments = {"height": 64, "width": 64, "num_inference_steps": 30, "negative_prompt": " "}
+    omni = omni_of(pipe)
+    fitted, document, points = calibrate.calibrate(omni, omni.prepare("a cat", seed=0, **arguments))
+    assert fitted.points == len(points) == 58
+    assert document["calibrated_for"] == {
+        "transformer": "QwenImageTransformer2DModel",
+        "blocks": 4,
+        "steps": 30,
+        "latents": [16, 64],
+        "width": 64,
+        "height": 64,
+        "scheduler": "FlowMatchEulerDiscreteScheduler",
+        "scheduler_settings": document["calibrated_for"]["scheduler_settings"],
+    }
+    assert document["calibrated_for"]["scheduler_settings"]["shift_terminal"] == 0.02
+    about = document["provenance"]
+    assert (about["prompts"], about["seeds"], about["images"]) == (["a cat"], [0], 1)
+    assert about["arguments"]["negative_prompt"] == " "
+    assert about["versions"]["diffusers"]
+    calibration.write(document, tmp_path / "tea.json")
+    omni.close()
+    with Omni(pipe, cache_backend="tea_cache", cache_config={"coefficients": str(tmp_path / "tea.json")}) as cached:
+        (result,) = cached.generate("a dog", seed=1, **arguments)
+    assert len(result.cache.notes) == 1, "nothing differs"
+    assert result.cache.forwards_saved > 0
+    json.dumps(result.settings)
+
+
+def test_all_requests_are_pooled_and_each_is_told_of() -> None:
+    omni = omni_of(tiny.z_image())
+    requests = omni.prepare(["a cat", "a dog"], seed=0, height=64, width=64, num_inference_steps=26)
+    told: list[tuple[int, str | None]] = []
+
+    class Listener:
+        def __init__(self, number: int, request: Any) -> None:
+            told.append((number, request.prompt))
+
+        def __enter__(self) -> None:
+            return None
+
+        def __exit__(self, *error: object) -> None:
+            return None
+
+    fitted, document, _ = calibrate.calibrate(omni, requests, Listener)
+    assert told == [(0, "a cat"), (1, "a dog")]
+    assert fitted.points == 2 * 25 * 2, "guidance is batched: two samples of one branch"
+    assert document["provenance"]["prompts"] == ["a cat", "a dog"]
+
+
+def test_calibration_is_without_a_cache() -> None:
+    pipe = tiny.qwen_image()
+    with Omni(pipe, cache_backend="tea_cache") as omni, pytest.raises(ValueError, match="an Omni without a cache"):
+        calibrate.calibrate(omni, omni.prepare("a cat", height=64, width=64))
+
+
+# A model that brings its own
+
+
+@pytest.fixture
+def shipped(embedded: str) -> Path:
+    """The file of the only embedded model."""
+    from omni_runtime import loading
+
+    pipe = tiny.qwen_image()
+    run = calibration.describe(pipe.transformer, 4, pipe.scheduler, 5, (16, 64))
+    numbers = [0.01 * i for i in range(1, 61)]
+    document = calibration.document(calibration.fit(numbers, numbers), run, {"model": embedded})
+    path = loading.EMBEDDED / embedded / "tea_cache.json"
+    calibration.write(document, path)
+    return path
+
+
+def test_a_model_that_brings_coefficients_runs_with_them(shipped: Path, embedded: str) -> None:
+    for model in (embedded, str(shipped.parent)):
+        omni = Omni(model, cache_backend="tea_cache", device="cpu")
+        assert omni.cache_config["coefficients"]["file"] == "tea_cache.json"
+        assert omni.cache_config["rel_l1_thresh"] == 0.2
+    omni.pipe.set_progress_bar_config(disable=True)
+    (result,) = omni.generate("a cat", height=64, width=64, num_inference_steps=5, negative_prompt=" ")
+    assert result.cache.notes == [f"coefficients: calibrated on {embedded}, 5 steps, R² 1.00"]
+    pipe = omni.pipe
+    omni.close()
+    with Omni(pipe, cache_backend="tea_cache") as loaded:
+        assert loaded.cache_config["coefficients"]["file"] == "tea_cache.json"
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_given_coefficients_and_other_methods_do_not_look_at_the_models_own(shipped: Path, embedded: str) -> None:
+    shipped.write_text("{")
+    omni = Omni(embedded, cache_backend="tea_cache", cache_config={"coefficients": [0, 0, 0, 1, 0]})
+    assert omni.cache_config["coefficients"] == (0, 0, 0, 1, 0)
+    assert "coefficients" not in Omni(embedded, cache_backend="cache_dit").cache_config
+    assert Omni(embedded, cache_backend=None).cache_config == {}
+    with pytest.raises(ValueError, match=r"tea_cache\.json is no JSON"):
+        Omni(embedded, cache_backend="tea_cache")
