@@ -59,6 +59,7 @@ PLAIN = "fewer steps"
 #: TeaCache with the distance itself, not a polynomial that was fitted to another checkpoint.
 IDENTITY = [0.0, 0.0, 0.0, 1.0, 0.0]
 
+PIXELS = 1 << 20  # measured at once
 SHEET_ROWS = 24  # of the contact sheet; of more prompts and seeds it shows so many, spread over all
 
 
@@ -307,10 +308,8 @@ def evaluate(results: Sequence[RunResult], about: Mapping[str, Any] | None = Non
     reference = results[0].cells
     sittings: list[Any] = []
     lpips_missing = quality.lpips_missing()
-    measured = [
-        [_measured(base, cell, lpips_missing is None) for base, cell in zip(reference, result.cells, strict=True)]
-        for result in results
-    ]
+    rows = [_measured(row, lpips_missing is None) for row in zip(*(result.cells for result in results), strict=True)]
+    measured = list(zip(*rows, strict=True))
     names = [name for name in MEASURES if all(name in cell for row in measured for cell in row)]
     runs = []
     for result, row in zip(results, measured, strict=True):
@@ -351,25 +350,32 @@ def evaluate(results: Sequence[RunResult], about: Mapping[str, Any] | None = Non
     }
 
 
-def _measured(reference: Cell, cell: Cell, with_lpips: bool) -> dict[str, float]:
-    """All measures of one image, by name."""
-    values = {
-        "nfe": cell.record["forwards"],
-        "seconds": cell.record["seconds"],
-        "speedup": reference.record["seconds"] / cell.record["seconds"],
-    }
-    if cell.record["blocks"] and reference.record["blocks"]:
-        values["blocks"] = 100 * cell.record["blocks"] / reference.record["blocks"]
-    picture, image = quality.as_float(reference.image), quality.as_float(cell.image)
-    values["psnr"] = float(quality.psnr(picture, image))
-    if quality.ms_ssim_scales(*image.shape[-2:]):
-        values |= {"ssim": float(quality.ssim(picture, image)), "ms_ssim": float(quality.ms_ssim(picture, image))}
-    final, latents = reference.latents, cell.latents
-    if final is not None and latents is not None:
-        values["latents_psnr"] = float(quality.latents_psnr(final, latents))
-    if with_lpips:
-        values["lpips"] = float(quality.lpips(picture, image))
-    return values
+def _measured(row: Sequence[Cell], with_lpips: bool) -> list[dict[str, float]]:
+    """All measures, by name, of the images of one prompt and seed; the first is the reference."""
+    reference = row[0]
+    base = quality.as_float(reference.image)
+    final = reference.latents
+    several = max(1, PIXELS // base[0].numel())  # at once: small images cost more in calls than in arithmetic
+    found = []
+    for first in range(0, len(row), several):
+        part = row[first : first + several]
+        images = quality.as_float([cell.image for cell in part])
+        bases = base.expand_as(images)
+        of_images = {"psnr": quality.psnr(bases, images)}
+        if quality.ms_ssim_scales(*base.shape[-2:]):
+            of_images |= {"ssim": quality.ssim(bases, images), "ms_ssim": quality.ms_ssim(bases, images)}
+        if with_lpips:
+            of_images["lpips"] = quality.lpips(bases, images)
+        for number, cell in enumerate(part):
+            values = {name: float(numbers[number]) for name, numbers in of_images.items()}
+            values |= {"nfe": cell.record["forwards"], "seconds": cell.record["seconds"]}
+            values["speedup"] = reference.record["seconds"] / cell.record["seconds"]
+            if cell.record["blocks"] and reference.record["blocks"]:
+                values["blocks"] = 100 * cell.record["blocks"] / reference.record["blocks"]
+            if final is not None and cell.latents is not None:
+                values["latents_psnr"] = float(quality.latents_psnr(final, cell.latents))
+            found.append(values)
+    return found
 
 
 def statistics_of(values: Sequence[float]) -> dict[str, float | int | None]:

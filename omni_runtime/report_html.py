@@ -34,8 +34,8 @@ GAIN = 8
 #: Pictures up to this size are shown as they are; larger ones are reduced to it.
 LONGEST = 320
 
-#: Prompts and seeds whose pictures are shown; of more, so many spread over all.
-ROWS = 24
+#: Prompts and seeds whose pictures are shown: so many at most, spread over all, and fewer where there are many runs.
+ROWS, PICTURES = 24, 480
 
 #: Width of a character of the plots' labels, in px: an upper estimate, so that no two labels meet.
 CHARACTER = 6.6
@@ -98,7 +98,7 @@ def render(document: Document, picture: Picture) -> str:
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <link rel="icon" href="data:,">
 <title>{_text(title)}</title>
-<style>{STYLE}{_colours()}</style>
+<style>{PLOT_STYLE}{STYLE}{_colours()}</style>
 </head>
 <body>
 <header><h1>{_text(document.get("model", "Comparison"))}</h1>
@@ -227,6 +227,7 @@ def _legend_of_table(document: Document) -> str:
 # The plots
 
 
+AXES = {"speedup": "speedup (×)", "nfe": "NFE: transformer forwards computed per image"}
 WIDTH, HEIGHT = 560, 380
 LEFT, RIGHT, TOP, BOTTOM = 46, 18, 14, 42
 
@@ -235,12 +236,8 @@ def _trade_off(document: Document) -> str:
     methods = _methods(document)
     entries = "".join(f"<li>{_swatch(number)}{_text(method)}</li>" for method, number in methods.items())
     plots = "".join(
-        f'<figure>{_plot(document, name, label)}<figcaption class="faint">{caption}</figcaption></figure>'
-        for name, label, caption in (
-            ("speedup", "speedup (×)", "Up and to the right is better."),
-            ("nfe", "NFE: transformer forwards computed per image", "Up and to the left is better."),
-        )
-        if name in document["measures"]
+        f"<figure>{_plot(document, name)}<figcaption class=faint>Up and to the {side} is better.</figcaption></figure>"
+        for name, side in (("speedup", "right"), ("nfe", "left"))
     )
     identical = [run["name"] for run in document["runs"][1:] if run["psnr"]["mean"] is None]
     note = f"<p>Identical to the reference, and not drawn: {_text(', '.join(identical))}.</p>" if identical else ""
@@ -250,7 +247,14 @@ def _trade_off(document: Document) -> str:
     )
 
 
-def _plot(document: Document, measure: str, label: str) -> str:
+def _plot(document: Document, measure: str) -> str:
+    return (
+        f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="PSNR over {_text(measure)}">'
+        f"{_plot_parts(document, measure)}</svg>"
+    )
+
+
+def _plot_parts(document: Document, measure: str) -> str:
     methods = _methods(document)
     reference = document["runs"][0]
     runs = [run for run in document["runs"][1:] if run["psnr"]["mean"] is not None]
@@ -264,7 +268,7 @@ def _plot(document: Document, measure: str, label: str) -> str:
     def place_y(value: float) -> float:
         return HEIGHT - BOTTOM - (value - low_y) / (high_y - low_y) * (HEIGHT - TOP - BOTTOM)
 
-    parts = [_grid(ticks_x, ticks_y, place_x, place_y, label)]
+    parts = [_grid(ticks_x, ticks_y, place_x, place_y, AXES[measure])]
     x = place_x(reference[measure]["mean"])
     parts.append(
         f'<line class="reference" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}">'
@@ -281,9 +285,23 @@ def _plot(document: Document, measure: str, label: str) -> str:
         number = methods[run["method"]]
         parts.append(f'<g class="point {_class_of(number)}">{_mark(number, x, y, about)}</g>')
     parts.append(_labels([run["name"] for run in runs], places))
+    return "".join(parts)
+
+
+def plot_svg(document: Document, measure: str = "speedup") -> str:
+    """PSNR over `measure` ("speedup" or "nfe") as an SVG file of its own, with a key of the methods below."""
+    methods = _methods(document)
+    columns, line = 3, 20
+    height = HEIGHT + line * math.ceil(len(methods) / columns) + 8
+    key = []
+    for place, (method, number) in enumerate(methods.items()):
+        x, y = LEFT + place % columns * (WIDTH - LEFT) / columns, HEIGHT + 14 + place // columns * line
+        key.append(f'<g class="{_class_of(number)}">{_mark(number, x, y)}</g>')
+        key.append(f'<text class="name" x="{x + 10:.1f}" y="{y + 4}">{_text(method)}</text>')
     return (
-        f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="PSNR over {_text(label)}">'
-        f"{''.join(parts)}</svg>"
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}">'
+        f"<style>{PLOT_STYLE}{_colours()}</style>"
+        f'<rect class="paper" width="100%" height="100%"/>{_plot_parts(document, measure)}{"".join(key)}</svg>\n'
     )
 
 
@@ -323,12 +341,14 @@ def _grid(
         parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{tick:g}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text class="axis" x="{middle:.0f}" y="{HEIGHT - 6}" text-anchor="middle">{_text(label)}</text>')
+    parts.append(f'<text class="axis" x="{LEFT + 6}" y="{TOP + 6}">PSNR (dB)</text>')
     return "".join(parts)
 
 
 def _labels(names: Sequence[str], places: Sequence[tuple[float, float]]) -> str:
     """A name beside each point, where it meets neither a point nor another name; else only the point's title has it."""
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in places]
+    taken.append((LEFT, TOP - 6, LEFT + 80, TOP + 10))  # the axis's own name
     parts = []
     for name, (x, y) in zip(names, places, strict=True):
         width = len(name) * CHARACTER
@@ -452,7 +472,8 @@ def _curves(run: Mapping[str, Any], names: Sequence[str], steps: int, left: floa
 
 def _gallery(document: Document, picture: Picture) -> str:
     rows = list(zip(*(run["cells"] for run in document["runs"]), strict=True))
-    shown = [rows[i * len(rows) // ROWS] for i in range(ROWS)] if len(rows) > ROWS else rows
+    most = min(ROWS, max(2, PICTURES // len(document["runs"])))
+    shown = [rows[i * len(rows) // most] for i in range(most)] if len(rows) > most else rows
     several_seeds = len({row[0]["seed"] for row in rows}) > 1
     parts = [_gallery_note(document, picture(rows[0][0]), len(shown), len(rows))]
     for row in shown:
@@ -584,11 +605,25 @@ def _sitting(sitting: Mapping[str, Any]) -> str:
     return f"{when}, {sitting['device']}, {threads}; Python {sitting.get('python')}, {versions}"
 
 
-STYLE = """
+PLOT_STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1b1f24; --faint: #666f7a; --line: #e1e4e8;
   --panel: #f6f7f9; --accent: #1f77b4; }
 @media screen and (prefers-color-scheme: dark) { :root { --paper: #15181c; --ink: #e6e8eb; --faint: #98a1ab;
   --line: #30363d; --panel: #1c2126; --accent: #58a6e0; } }
+svg { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
+.paper { fill: var(--paper); }
+svg text { font-size: 11px; fill: var(--faint); }
+svg text.name { fill: var(--ink); stroke: var(--paper); stroke-width: 3px; paint-order: stroke; }
+svg text.axis { font-size: 12px; }
+.grid { stroke: var(--line); stroke-width: 1; }
+.frame { fill: none; stroke: var(--faint); stroke-width: 1; }
+.reference { stroke: var(--faint); stroke-width: 1; stroke-dasharray: 2 3; }
+.method { fill: none; stroke: currentColor; stroke-width: 1.5; opacity: 0.75; }
+.spread { fill: none; stroke: currentColor; stroke-width: 1; opacity: 0.45; }
+.mark { fill: currentColor; stroke: currentColor; stroke-width: 1.5; }
+"""
+
+STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 24px 24px 48px; max-width: 1280px; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
@@ -618,15 +653,6 @@ figure { margin: 0; }
   gap: 20px 28px; }
 svg { display: block; width: 100%; height: auto; }
 svg.swatch { display: inline-block; }
-svg text { font-size: 11px; fill: var(--faint); }
-svg text.name { fill: var(--ink); stroke: var(--paper); stroke-width: 3px; paint-order: stroke; }
-svg text.axis { font-size: 12px; }
-.grid { stroke: var(--line); stroke-width: 1; }
-.frame { fill: none; stroke: var(--faint); stroke-width: 1; }
-.reference { stroke: var(--faint); stroke-width: 1; stroke-dasharray: 2 3; }
-.method { fill: none; stroke: currentColor; stroke-width: 1.5; opacity: 0.75; }
-.spread { fill: none; stroke: currentColor; stroke-width: 1; opacity: 0.45; }
-.mark { fill: currentColor; stroke: currentColor; stroke-width: 1.5; }
 .timelines figcaption { margin-bottom: 4px; }
 .step { fill: var(--accent); }
 .threshold { stroke: #d9541e; stroke-width: 1.2; stroke-dasharray: 5 3; }
@@ -646,6 +672,8 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; }
 dt { color: var(--faint); }
 dd { margin: 0; overflow-wrap: anywhere; }
 @media print { body { max-width: none; padding: 0; font-size: 12px; } .wide { overflow: visible; }
-  table { font-size: 10px; } th, td { padding: 3px 5px; } figure, tr { break-inside: avoid; }
+  table { font-size: 9px; } table small { font-size: 8px; } th, td { padding: 3px 4px; }
+  tbody th { white-space: normal; }
+  .plots, .timelines { grid-template-columns: 1fr 1fr; } figure, tr { break-inside: avoid; }
   h2, h3 { break-after: avoid; } }
 """

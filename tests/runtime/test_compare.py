@@ -137,9 +137,9 @@ def test_every_run_is_measured_against_the_same_seed_without_a_cache(pipe: Any, 
     for run, result in zip(document["runs"], results, strict=True):
         for values, cell, base in zip(run["cells"], result.cells, reference.cells, strict=True):
             expected = float(quality.psnr(base.image, cell.image))
-            assert values["psnr"] == (expected if math.isfinite(expected) else None)
-            assert values["ssim"] == float(quality.ssim(base.image, cell.image))
-            assert values["ms_ssim"] == float(quality.ms_ssim(base.image, cell.image))
+            assert values["psnr"] == (pytest.approx(expected) if math.isfinite(expected) else None)
+            assert values["ssim"] == pytest.approx(float(quality.ssim(base.image, cell.image)))
+            assert values["ms_ssim"] == pytest.approx(float(quality.ms_ssim(base.image, cell.image)))
             assert values["speedup"] == base.record["seconds"] / cell.record["seconds"]
             if result in (fewer, skip):
                 assert values["latents_psnr"] == float(quality.latents_psnr(base.latents, cell.latents))

@@ -1,0 +1,257 @@
+"""The report: what is in it, and how a browser shows it."""
+
+import math
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import browser
+import pytest
+from PIL import Image
+
+from omni_runtime import compare, report_html
+
+RUNS = (
+    ("no cache", "fewer steps", None, 12),
+    ("6 steps", "fewer steps", None, 6),
+    ("4 steps", "fewer steps", None, 4),
+    ("loose <b>", "tea_cache", "tea_cache", 12),
+    ("tight", "tea_cache", "tea_cache", 12),
+    ("DBCache, the one with a long name", "cache_dit", "cache_dit", 12),
+    ("identical", "theirs", "the other library", 12),
+)
+MEASURED = ("nfe", "blocks", "seconds", "speedup", "psnr", "ssim", "ms_ssim", "latents_psnr")
+PROMPTS = ("a cat & a dog", "a castle", "a very long prompt about a lighthouse that stands in a storm, oil on canvas")
+
+
+def cell(run: int, prompt: str, seed: int, steps: int, directory: Path, size: int) -> dict[str, Any]:
+    """One image's entry, with its picture on disk."""
+    chance = random.Random(f"{run} {prompt} {seed}")
+    path = directory / "cells" / f"{run}-{PROMPTS.index(prompt)}-{seed}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (size, size), (60 + 20 * run, 90, 40 * seed)).save(path)
+    mask = "1" + "".join(chance.choice("01") for _ in range(steps - 1)) if run > 2 else "1" * steps
+    measured = (
+        [None, *(round(chance.uniform(0, 0.2), 3) for _ in range(steps - 1))] if run in (3, 4, 5) else [None] * steps
+    )
+    psnr = None if run in (0, 6) else chance.uniform(18, 40) - run
+    return {
+        "prompt": prompt,
+        "seed": seed,
+        "image": f"cells/{path.name}",
+        "nfe": 2 * mask.count("1"),
+        "blocks": 100 * mask.count("1") / 12,
+        "seconds": 0.5 + 0.1 * mask.count("1"),
+        "speedup": 1.7 / (0.5 + 0.1 * mask.count("1")),
+        "psnr": psnr,
+        "ssim": 0.9,
+        "ms_ssim": 0.95,
+        "latents_psnr": psnr,
+        "branches": {name: {"computed": mask, "measured": measured} for name in ("cond", "uncond")},
+        "sitting": int(run == 5),
+    }
+
+
+def document_in(directory: Path, size: int = 64, seeds: int = 2) -> dict[str, Any]:
+    """What `evaluate` returns, of invented numbers; results.json and the pictures are in `directory`."""
+    runs = []
+    for number, (name, method, backend, steps) in enumerate(RUNS):
+        cells = [cell(number, p, seed, steps, directory, size) for p in PROMPTS for seed in range(seeds)]
+        values = {
+            measure: compare.statistics_of([math.inf if one[measure] is None else one[measure] for one in cells])
+            for measure in MEASURED
+        }
+        config = {"rel_l1_thresh": 0.1 * number} if backend else None
+        about = {"name": name, "method": method, "cache_backend": backend, "cache_config": config, "steps": steps}
+        runs.append(about | {"threshold": 0.12 if number in (3, 4, 5) else None, **values, "cells": cells})
+    sitting = {
+        "started": "2026-01-02T03:04:05+00:00", "device": "a processor", "cpus": 2, "threads": 1, "python": "3.11",
+        "versions": {"omni-kernels": "0.1.0"},
+    }  # fmt: skip
+    document = {
+        "model": "a <model>",
+        "pipeline": "QwenImagePipeline",
+        "settings": {"height": size, "width": size},
+        "measures": {name: asdict(compare.MEASURES[name]) for name in MEASURED},
+        "ms_ssim_scales": 3,
+        "lpips_missing": "LPIPS needs the package lpips",
+        "sittings": [sitting, sitting | {"started": "2026-01-03T03:04:05+00:00"}],
+        "runs": runs,
+    }
+    (directory / "results.json").write_text(compare.to_json(document))
+    return document
+
+
+# What is in it
+
+
+def test_the_page_is_made_of_results_and_pictures_alone(tmp_path: Path) -> None:
+    document = document_in(tmp_path)
+    path = report_html.write(tmp_path)
+    text = path.read_text()
+    assert text == report_html.render(document, report_html.pictures_in(tmp_path))
+    assert "a &lt;model&gt;" in text
+    assert "loose <b>" not in text, "names are escaped"
+    assert "http" not in text.replace("http-equiv", "")
+    assert "<script" not in text
+    assert f"{report_html.GAIN} times as large" in text
+
+
+def test_times_of_several_sittings_are_said_to_be(tmp_path: Path) -> None:
+    document = document_in(tmp_path)
+    text = report_html.render(document, report_html.pictures_in(tmp_path))
+    assert "6 of 36 images were made in another sitting than their reference" in text
+    assert "2026-01-03 03:04:05 UTC, a processor, 1 thread on 2 CPUs" in text
+    for run in document["runs"]:
+        for one in run["cells"]:
+            one["sitting"] = 0
+    assert "another sitting" not in report_html.render(document, report_html.pictures_in(tmp_path))
+
+
+def test_large_pictures_are_reduced_and_many_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = document_in(tmp_path, size=512)
+    monkeypatch.setattr(report_html, "ROWS", 4)
+    text = report_html.render(document, report_html.pictures_in(tmp_path))
+    assert text.count("data:image/jpeg") == 4 * (7 + 6)
+    assert "Shown are 4 of 6 prompts × seeds" in text
+    assert "Reduced from 512×512" in text
+
+
+def test_ticks_are_round_numbers_within_the_axis() -> None:
+    for values in ([1.0, 2.77], [32, 100], [15.6, 47.3], [0.0, 1e-6], [5.0, 5.0]):
+        low, high, ticks = report_html._axis(values)
+        assert low < min(values) <= max(values) < high
+        assert 2 <= len(ticks) <= 8
+        assert all(low <= tick <= high for tick in ticks)
+    assert report_html._axis([1.0, 2.77])[2] == [1.0, 1.5, 2.0, 2.5]
+
+
+def test_a_plot_is_a_file_of_its_own(tmp_path: Path) -> None:
+    text = report_html.plot_svg(document_in(tmp_path), "nfe")
+    assert text.startswith("<svg xmlns=")
+    assert text.count('class="point') == 5
+    for method in ("fewer steps", "tea_cache", "cache_dit"):
+        assert f">{method}</text>" in text
+
+
+# How a browser shows it
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[browser.Page, dict[str, Any]]]:
+    """The report in a browser, and the document it was made of."""
+    if browser.find() is None:
+        needed = "rendering needs a browser: install chromium or chromium-headless-shell"
+        pytest.fail(needed) if os.environ.get("CI") else pytest.skip(needed)
+    directory = tmp_path_factory.mktemp("report")
+    document = document_in(directory)
+    with browser.opened(report_html.write(directory)) as page:
+        yield page, document
+
+
+def test_a_browser_complains_of_nothing_and_asks_for_nothing(shown: Any) -> None:
+    page, _ = shown
+    assert page.errors == []
+    assert page.requests == []
+
+
+def test_every_picture_is_there_and_can_be_decoded(shown: Any) -> None:
+    page, document = shown
+    sizes = page.evaluate("[...document.images].map(image => [image.naturalWidth, image.width])")
+    rows = len(document["runs"][0]["cells"])
+    assert len(sizes) == rows * (2 * len(RUNS) - 1), "each run's picture, and its difference but for the reference"
+    assert all(size == [64, 128] for size in sizes), "small pictures are enlarged"
+
+
+def test_the_plots_have_a_mark_for_each_run_and_a_line_for_each_method(shown: Any) -> None:
+    page, _ = shown
+    counts = page.evaluate(
+        "[...document.querySelectorAll('svg.plot')].map(plot => ['.point', '.spread', 'polyline.method', '.name']"
+        ".map(kind => plot.querySelectorAll(kind).length))"
+    )
+    drawn = len(RUNS) - 2  # neither the reference nor what is identical to it
+    for points, spreads, lines, names in counts:
+        assert (points, spreads, lines) == (drawn, drawn, 4)
+        assert names >= drawn - 1
+    assert len(counts) == 2
+    inside = page.evaluate(
+        "[...document.querySelectorAll('svg.plot .point')].every(point => { const a = point.getBoundingClientRect(),"
+        " b = point.closest('svg').getBoundingClientRect(); return a.width > 4 && a.left > b.left && a.right < b.right"
+        " && a.top > b.top && a.bottom < b.bottom })"
+    )
+    assert inside
+
+
+def test_each_run_has_its_steps_and_its_distances(shown: Any) -> None:
+    page, document = shown
+    counts = page.evaluate(
+        "[...document.querySelectorAll('svg.timeline')].map(line => ['.step', '.distance', '.threshold']"
+        ".map(kind => line.querySelectorAll(kind).length))"
+    )
+    assert counts == [
+        [2 * run["steps"], 2 * (run["threshold"] is not None), int(run["threshold"] is not None)]
+        for run in document["runs"]
+    ]
+    assert page.evaluate("document.querySelectorAll('svg.strip').length") == 6 * len(RUNS)
+
+
+def test_the_table_has_the_numbers_of_the_results(shown: Any) -> None:
+    page, document = shown
+    rows = page.evaluate(
+        "[...document.querySelector('table').tBodies[0].rows].map(row => [row.cells[0].innerText.trim(), "
+        "Object.fromEntries([...row.cells].slice(1).map(cell => [cell.dataset.measure, cell.innerText]))])"
+    )
+    assert [name for name, _ in rows] == [run["name"] for run in document["runs"]]
+    for (_, texts), run in zip(rows[1:], document["runs"][1:], strict=True):
+        for name, measure in document["measures"].items():
+            values, digits = run[name], measure["digits"]
+            if values["mean"] is None:
+                assert texts[name] == "identical"
+                continue
+            assert texts[name].startswith(f"{values['mean']:.{digits}f}")
+            assert f"p5 {values['p5']:.{digits}f}" in texts[name]
+            if values["std"] > 10**-digits:
+                assert f"± {values['std']:.{digits}f}" in texts[name]
+    assert rows[0][1]["psnr"] == "–"
+
+
+TEXTS = """
+[...document.querySelectorAll('h1,h2,h3,p,td,th,figcaption,dd,li,svg text')]
+  .filter(one => one.textContent.trim())
+  .map(one => { const box = one.getBoundingClientRect(), style = getComputedStyle(one);
+    return [one.textContent.trim(), box.width > 2 && box.height > 5, style.visibility == 'visible',
+      style.color != style.backgroundColor] })
+"""
+OVERLAPS = """
+[...document.querySelectorAll('svg.plot, svg.timeline')].flatMap(svg => {
+  const texts = [...svg.querySelectorAll('text')].map(text => [text.textContent, text.getBoundingClientRect()]);
+  return texts.flatMap(([a, p], i) => texts.slice(i + 1)
+    .filter(([b, q]) => p.left < q.right && q.left < p.right && p.top + 2 < q.bottom && q.top + 2 < p.bottom)
+    .map(([b, q]) => [a, b])) })
+"""
+
+
+def test_all_text_can_be_read(shown: Any) -> None:
+    page, _ = shown
+    found = page.evaluate(TEXTS)
+    assert len(found) > 100
+    assert [text for text, *readable in found if readable != [True, True, True]] == []
+    assert page.evaluate(OVERLAPS) == []
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "nothing sticks out at the side"
+
+
+def test_it_follows_the_readers_light_or_dark_and_prints_light(shown: Any) -> None:
+    page, _ = shown
+    colour = "getComputedStyle(document.body).backgroundColor"
+    assert page.evaluate(colour) == "rgb(255, 255, 255)"
+    dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+    page.call("Emulation.setEmulatedMedia", media="", features=dark)
+    assert page.evaluate(colour) == "rgb(21, 24, 28)"
+    page.call("Emulation.setEmulatedMedia", media="print", features=dark)
+    assert page.evaluate(colour) == "rgb(255, 255, 255)"
+    size = {"width": 720, "height": 1000, "deviceScaleFactor": 1, "mobile": False}  # a sheet of A4 between its margins
+    page.call("Emulation.setDeviceMetricsOverride", **size)
+    assert page.evaluate("document.documentElement.scrollWidth <= 720"), "nothing is cut off on paper"
