@@ -242,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for model in options.model:
         found = measure(model, options)
         write(out / f"quality-{model}.json", summary(found))
-        (out / f"quality-{model}.svg").write_text(report_html._plot(found, "speedup", "speedup"), encoding="utf-8")
+        (out / f"quality-{model}.svg").write_text(report_html.plot_svg(found), encoding="utf-8")
         print(f"\n{model}\n{compare.table(found)}")
         for pair in found["pairs"]:
             met = pair["as_good"] and pair["as_fast"]
