@@ -34,7 +34,6 @@ import numpy as np
 import torch
 
 from omni_kernels.device import describe
-from omni_kernels.patching import backends
 from omni_runtime.cache.models import MODELS
 from omni_runtime.cache.report import CacheReport
 from omni_runtime.omni import Omni
@@ -105,11 +104,24 @@ class Cell:
         return torch.from_numpy(np.load(path)) if path.is_file() else None
 
 
-def identity(run: Run, pipe: Any, request: GenerationRequest, fingerprint: str) -> dict[str, Any]:
-    """Everything that a cell's image depends on, fit for JSON. `fingerprint` is `fingerprint_of(pipe)`."""
-    config = run.config
-    if run.install is None and run.backend is not None:
-        config = backends.get(run.backend).check(run.config)
+def complete_config(run: Run, pipe: Any) -> Any:
+    """The run's configuration with all defaults filled in, and what the model's directory brings; None without one.
+
+    Raises:
+        ValueError, TypeError, PatchConflictError: what `Omni` raises for it.
+    """
+    if run.install is not None or run.backend is None:
+        return run.config
+    with Omni(pipe, cache_backend=run.backend, cache_config=run.config) as omni:
+        omni.check_steps(run.steps)
+        return omni.cache_config
+
+
+def identity(run: Run, config: Any, pipe: Any, request: GenerationRequest, fingerprint: str) -> dict[str, Any]:
+    """Everything that a cell's image depends on, fit for JSON.
+
+    `config` is `complete_config(run, pipe)`, `fingerprint` is `fingerprint_of(pipe)`: both hold for many requests.
+    """
     return {
         "weights": fingerprint,
         "pipeline": type(pipe).__name__,
@@ -161,7 +173,7 @@ def make(
         forwards: transformer forwards computed; blocks: transformer blocks run, None for an unknown transformer
         branches: name → {"computed": "1101...", one character per step; "measured": per step, what was held against the
             threshold, or None}
-        latents: whether there are any; sitting: when and where it was made
+        notes: what the cache had to say; latents: whether there are any; sitting: when and where it was made
     """
     watch = _Watch(pipe)
     arguments = request.arguments | {"num_inference_steps": run.steps} | watch.arguments(request.arguments)
@@ -183,6 +195,7 @@ def make(
         "forwards": watch.forwards if result.cache is None else result.cache.forwards,
         "blocks": watch.blocks,
         "branches": watch.branches() if result.cache is None else _branches(result.cache),
+        "notes": [] if result.cache is None else list(result.cache.notes),
         "latents": watch.latents is not None,
         "sitting": dict(sitting),
     }

@@ -236,17 +236,19 @@ def compare(
         fresh: make all images, also those that are there.
 
     Raises:
-        ValueError: two runs of one name; a request without a seed, or of several images; before anything runs.
+        ValueError: two runs of one name; a request without a seed, or of several images; before anything runs. So is
+            whatever is wrong about a run's backend and configuration.
     """
     _check_names(runs)
     for request in requests:
         if request.seed is None or request.arguments.get("num_images_per_prompt", 1) != 1:
             raise ValueError("a comparison is of single images with a seed each")
+    configs = {run.name: cells.complete_config(run, pipe) for run in runs}
     kept = Path(directory) / "cells"
     kept.mkdir(parents=True, exist_ok=True)
     fingerprint = cells.fingerprint_of(pipe)
     plan = [
-        (run, request, cells.path_of(kept, cells.identity(run, pipe, request, fingerprint)))
+        (run, request, cells.path_of(kept, cells.identity(run, configs[run.name], pipe, request, fingerprint)))
         for request in requests
         for run in runs
     ]
@@ -335,6 +337,7 @@ def evaluate(results: Sequence[RunResult], about: Mapping[str, Any] | None = Non
                 "cache_config": jsonable(result.run.config),
                 "steps": result.run.steps,
                 "threshold": _threshold(result.run),
+                "notes": list(dict.fromkeys(note for cell in result.cells for note in cell.record.get("notes", []))),
                 **{name: statistics_of([values[name] for values in row]) for name in names},
                 "cells": listed,
             }

@@ -564,7 +564,8 @@ def _strip(cell: Mapping[str, Any]) -> str:
 def _provenance(document: Document) -> str:
     runs = "".join(
         f"<tr><th scope=row>{_text(run['name'])}</th><td>{_text(run['cache_backend'] or '–')}</td>"
-        f"<td><code>{_text(json.dumps(run['cache_config']) if run['cache_config'] else '–')}</code></td>"
+        f"<td><code>{_text(json.dumps(run['cache_config']) if run['cache_config'] else '–')}</code>"
+        f"{''.join(f'<br>{_text(note)}' for note in run.get('notes') or [])}</td>"
         f"<td>{run['steps']}</td></tr>"
         for run in document["runs"]
     )

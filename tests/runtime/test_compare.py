@@ -1,10 +1,10 @@
 """`omni compare`: which runs there are, what is made and kept, what is measured, and what is written."""
 
-import argparse
 import contextlib
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from omni_kernels.patching import Patch
-from omni_runtime import Omni, cells, cli, commands, compare, contact_sheet, quality
+from omni_runtime import Omni, cells, cli, compare, contact_sheet, quality
+from omni_runtime.cache import calibration
 from omni_runtime.cache.backends import CACHE_DIT
 from omni_runtime.cells import Run
 from omni_runtime.progress import Progress
@@ -195,6 +196,9 @@ def test_requests_that_cannot_be_compared_are_refused(
         compare.compare([Run("a")], pipe, [dataclasses.replace(request, **arguments)], tmp_path)
     with pytest.raises(ValueError, match="two runs are called 'a'"):
         compare.compare([Run("a"), Run("a", "tea_cache")], pipe, [request], tmp_path)
+    with pytest.raises(ValueError, match="steps_computation_mask has 2 entries"):
+        compare.compare([Run("a", "cache_dit", {"steps_computation_mask": "10"}, 4)], pipe, [request], tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 # Going on after an interrupt
@@ -243,7 +247,8 @@ def test_what_changes_an_image_makes_another_cell(pipe: Any, tmp_path: Path) -> 
 
     def path(run: Run = run, request: Any = request, weights: str | None = None) -> Path:
         fingerprint = cells.fingerprint_of(pipe) if weights is None else weights
-        return cells.path_of(tmp_path, cells.identity(run, pipe, request, fingerprint))
+        config = cells.complete_config(run, pipe)
+        return cells.path_of(tmp_path, cells.identity(run, config, pipe, request, fingerprint))
 
     def asked(**arguments: Any) -> Any:
         return dataclasses.replace(request, arguments=request.arguments | arguments)
@@ -267,6 +272,26 @@ def test_what_changes_an_image_makes_another_cell(pipe: Any, tmp_path: Path) -> 
         path(weights="other weights"),
     ]
     assert len({first, *others}) == 1 + len(others)
+
+
+def test_another_calibration_in_the_models_directory_is_another_cell(saved: dict[str, Path], tmp_path: Path) -> None:
+    """Nothing that the user gives has changed."""
+    home = tmp_path / "model"
+    shutil.copytree(saved["z_image"], home)
+    calibrated = {
+        "method": calibration.METHOD, "version": calibration.VERSION, "coefficients": [0, 0, 0, 1, 0], "range": [0, 1],
+        "calibrated_for": {},
+    }  # fmt: skip
+    paths = []
+    for slope in (1, 2):
+        calibrated["coefficients"] = [0, 0, 0, slope, 0]
+        (home / calibration.FILE_NAME).write_text(json.dumps(calibrated))
+        with Omni(str(home), cache_backend=None) as omni:
+            pipe = omni.pipe
+        run = Run("a", "tea_cache", None, 4)
+        (request,) = requests_of(pipe, (0,))
+        paths.append(cells.path_of(home, cells.identity(run, cells.complete_config(run, pipe), pipe, request, "")))
+    assert paths[0] != paths[1]
 
 
 def test_other_weights_configs_and_adapters_have_other_fingerprints(pipe: Any) -> None:
@@ -477,17 +502,16 @@ def test_an_interrupted_command_says_how_to_go_on(
     )
 
 
-def test_sets_of_prompts_are_asked_for_by_name(embedded: str) -> None:
-    def prompts(*given: str) -> list[str]:
-        options = argparse.Namespace(model=embedded, prompts=list(given), image=None)
-        return [prompt for prompt, _ in commands._prompts_to_compare(options)]
-
-    assert prompts("@model", "a fish") == ["a cat", "a dog", "a bird", "a fish"]
-    assert len(prompts("@general")) == 12
-    with pytest.raises(
-        commands.UsageError, match="no set of prompts is called '@all': there are @model, @general, @edit"
-    ):
-        prompts("@all")
+def test_sets_of_prompts_are_asked_for_by_name(
+    embedded: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["compare", "--model", embedded, "--seeds", "0", "--steps", "4", "--fewer-steps", "2", "--quiet"]
+    arguments += ["--run", "again=none", "--out", str(tmp_path), "--prompts"]
+    assert cli.main([*arguments, "@model", "--prompts", "a fish"]) == 0
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert document["prompts"] == ["a cat", "a dog", "a bird", "a fish"]
+    assert cli.main([*arguments, "@all"]) == 2
+    assert "no set of prompts is called '@all': there are @model, @general, @edit" in capsys.readouterr().err
 
 
 def test_compare_prints_json_alone_when_asked(
