@@ -1,4 +1,4 @@
-"""The command line: omni generate | compare | backends | models.
+"""The command line: omni generate | compare | calibrate | backends | models.
 
 Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 something unexpected, 2 wrong input, 130
 interrupted by Ctrl-C.
@@ -66,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     model = _model_options()
     _add_generate(commands, model)
     _add_compare(commands, model)
+    _add_calibrate(commands, model)
     for name, about in (
         ("backends", "list the cache backends, with their keys and defaults"),
         ("models", "list the embedded models and the transformers that caches know"),
@@ -77,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _model_options() -> argparse.ArgumentParser:
-    """Options that generate and compare share."""
+    """Options that generate, compare and calibrate share."""
     options = argparse.ArgumentParser(add_help=False)
     model = options.add_argument_group("model")
     model.add_argument(
@@ -171,6 +172,34 @@ def _add_compare(commands: Any, shared: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--fresh", action="store_true", help="make all images, also those that are there already")
     command.add_argument("--out", type=Path, default=Path("out/compare"), metavar="DIR", help="default: %(default)s")
+
+
+def _add_calibrate(commands: Any, shared: argparse.ArgumentParser) -> None:
+    about = "fit the numbers that a cache method goes by to a model"
+    command = commands.add_parser(
+        "calibrate",
+        help=about,
+        description=f"{about.capitalize()}: tea_cache's polynomial, to how far full runs move from step to step. "
+        'Writes a file that cache_config={"coefficients": "FILE"} takes; as tea_cache.json in a model\'s directory it is '
+        "taken for that model by itself. Calibrate with the steps, size and scheduler that you will use.",
+        parents=[shared],
+        allow_abbrev=False,
+    )
+    command.set_defaults(command="calibrate")
+    command.add_argument("method", choices=["tea_cache"], metavar="METHOD", help="tea_cache")
+    command.add_argument(
+        "--prompts",
+        "--prompt",
+        action="append",
+        metavar="TEXT|FILE",
+        help="a prompt, a file with one per line, or a set: @model (all that the embedded model brings), @general, "
+        "@edit; repeatable (default: 24 of @model)",
+    )
+    command.add_argument("--seeds", type=_seeds, default=[0], metavar="N,N", help="default: 0")
+    command.add_argument("--steps", type=_whole, metavar="N", help="denoising steps (default: the model's own)")
+    command.add_argument(
+        "--out", type=Path, default=Path("out/tea_cache.json"), metavar="FILE", help="default: %(default)s"
+    )
 
 
 def _whole(text: str) -> int:

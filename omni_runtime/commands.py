@@ -1,4 +1,4 @@
-"""What the commands of `omni` do: generate, compare, backends, models. The command line itself is in `cli`."""
+"""What the commands of `omni` do: generate, compare, calibrate, backends, models. Their options are in `cli`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -17,12 +18,16 @@ import torch
 from omni_kernels.patching import PatchConflictError
 from omni_kernels.patching import backends as registry
 from omni_runtime import loading
+from omni_runtime.cache import calibration
 from omni_runtime.cache.models import MODELS
 from omni_runtime.cli import DEFAULT_MODEL
 from omni_runtime.omni import Omni
 from omni_runtime.progress import Progress, StepBar
 from omni_runtime.request import GenerationRequest
 from omni_runtime.result import OmniResult
+
+#: How many of an embedded model's own prompts are calibrated with where none are given.
+CALIBRATION_PROMPTS = 24
 
 
 class UsageError(Exception):
@@ -72,15 +77,8 @@ def compare(options: argparse.Namespace) -> None:
         runs = comparison.make_runs(options.model, options.run, options.steps, options.fewer_steps)
         for run in runs:
             _omni(options, cache_backend=run.backend, cache_config=run.config).check_steps(run.steps)
-        prompts = _prompts_to_compare(options)
         omni = _omni(options, cache_backend=None)
-        arguments = _request_arguments(options)
-        requests = [
-            request
-            for prompt, image in prompts
-            for seed in options.seeds
-            for request in omni.prepare(prompt, seed=seed, **arguments | ({} if image is None else {"image": image}))
-        ]
+        requests = _requests(options, omni)
         _make_directory(options.out)
     pipe = omni.pipe
     pipe.set_progress_bar_config(disable=True)
@@ -112,6 +110,42 @@ def compare(options: argparse.Namespace) -> None:
         print(*files, sep="\n")
 
 
+def calibrate(options: argparse.Namespace) -> None:
+    """`omni calibrate`: the file, the fit in words, and how to use it."""
+    from omni_runtime import calibrate as calibrating
+
+    _settle(options)
+    with wrong_input():
+        # No weights are loaded: whether the method can serve the model is seen from its index.
+        _omni(options, cache_backend=options.method, cache_config={"coefficients": [0, 0, 0, 1, 0]})
+        if options.out.is_dir():
+            raise UsageError(f"--out {options.out} is a directory: give a file, like {options.out / 'tea_cache.json'}")
+        _make_directory(options.out.parent)
+        omni = _omni(options, cache_backend=None)
+        requests = _requests(options, omni, CALIBRATION_PROMPTS)
+    steps = requests[0].arguments.get("num_inference_steps", 0)
+    omni.pipe.set_progress_bar_config(disable=True)
+    start = time.perf_counter()
+
+    def listener(number: int, request: GenerationRequest) -> AbstractContextManager[StepBar | None]:
+        left = (time.perf_counter() - start) / number * (len(requests) - number) if number else None
+        return _bar(options, request.prompt or "", steps, str(Progress(number + 1, len(requests), left)))
+
+    try:
+        fitted, document, _ = calibrating.calibrate(omni, requests, listener)
+    except calibration.UselessFitError as error:
+        raise UsageError(f"no file was written: {error}") from error
+    calibration.write(document, options.out)
+    if options.json:
+        _print_json({"file": str(options.out), **document})
+        return
+    print(fitted.words())
+    print(f"coefficients {', '.join(f'{one:.6g}' for one in fitted.coefficients)}")
+    print(options.out)
+    config = json.dumps({"coefficients": str(options.out)})
+    print(f"omni generate --model {options.model} --cache-backend {options.method} --cache-config '{config}'")
+
+
 def backends(options: argparse.Namespace) -> None:
     """`omni backends`: every cache backend, its keys, their defaults and what is allowed."""
     found = registry.available()
@@ -138,7 +172,10 @@ def models(options: argparse.Namespace) -> None:
     """`omni models`: the embedded models, and the transformers that the caches know."""
     embedded = {name: _embedded(path) for name, path in loading.embedded_models().items()}
     if options.json:
-        transformers = {name: {"pipelines": list(row.pipelines)} for name, row in MODELS.items()}
+        transformers = {
+            name: {"pipelines": list(row.pipelines), "tea_coefficients": row.tea_coefficients}
+            for name, row in MODELS.items()
+        }
         _print_json({"embedded": embedded, "transformers": transformers})
         return
     print("Embedded models")
@@ -146,11 +183,14 @@ def models(options: argparse.Namespace) -> None:
         print(f"  {name}{' (default)' * (name == DEFAULT_MODEL)}: {about['pipeline']}, {about['bytes'] / 1e6:.1f} MB")
         for key, value in about["defaults"].items():
             print(f"    {key} {json.dumps(value)}")
+        print(f"    tea_cache coefficients: {about['tea_cache'] or 'those published for its transformer'}")
     if not embedded:
         print("  none in this installation")
     print("\nTransformers that the caches know, with their pipelines; any checkpoint of these can be loaded")
     for transformer, row in MODELS.items():
         print(f"  {transformer}")
+        if row.tea_coefficients is not None:
+            print(f"    tea_cache coefficients {', '.join(f'{one:g}' for one in row.tea_coefficients)}")
         for pipeline in row.pipelines:
             print(f"    {pipeline}")
 
@@ -208,12 +248,23 @@ def _prompts(given: Sequence[str]) -> list[str]:
     return prompts
 
 
-def _prompts_to_compare(options: argparse.Namespace) -> list[tuple[str, Path | None]]:
+def _requests(options: argparse.Namespace, omni: Omni, count: int = 6) -> list[GenerationRequest]:
+    """Every prompt with every seed; `count` of the model's own prompts where none is given."""
+    arguments = _request_arguments(options)
+    return [
+        request
+        for prompt, image in _prompts_and_images(options, count)
+        for seed in options.seeds
+        for request in omni.prepare(prompt, seed=seed, **arguments | ({} if image is None else {"image": image}))
+    ]
+
+
+def _prompts_and_images(options: argparse.Namespace, count: int) -> list[tuple[str, Path | None]]:
     """The prompts, each with a picture of its own where an embedded model brings one."""
     from omni_runtime import compare as comparison
 
     if not options.prompts:
-        found = comparison.prompts_of(options.model)
+        found = comparison.prompts_of(options.model, count)
         if not found:
             sets = " or ".join(f"@{name}" for name in comparison.PROMPT_SETS)
             raise UsageError(f"{options.model} has no prompts of its own: give --prompts, such as {sets}")
@@ -273,6 +324,7 @@ def _summary(result: OmniResult, files: Sequence[Path]) -> str:
             f"  {report.backend}: {report.forwards} of {total} transformer forwards computed, "
             f"{report.forwards_saved} reused; {report.blocks_run / max(report.blocks_total, 1):.0%} of the blocks run"
         )
+        lines += [f"  {note}" for note in report.notes]
     return "\n".join(lines)
 
 
@@ -288,12 +340,13 @@ def _as_json(result: OmniResult) -> dict[str, Any]:
 
 def _embedded(path: Path) -> dict[str, Any]:
     index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
-    defaults = path / "defaults.json"
+    defaults, own = path / "defaults.json", path / calibration.FILE_NAME
     return {
         "pipeline": index["_class_name"],
         "path": str(path),
         "bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
         "defaults": json.loads(defaults.read_text(encoding="utf-8")) if defaults.is_file() else {},
+        "tea_cache": f"calibrated on {calibration.summary(calibration.read(own))}" if own.is_file() else None,
     }
 
 

@@ -10,7 +10,7 @@ import tiny
 import torch
 
 import omni_kernels
-from omni_runtime import Omni, calibrate
+from omni_runtime import Omni, calibrate, cli
 from omni_runtime.cache import calibration
 from omni_runtime.cache.engine import Branch
 
@@ -298,3 +298,119 @@ def test_given_coefficients_and_other_methods_do_not_look_at_the_models_own(ship
     assert Omni(embedded, cache_backend=None).cache_config == {}
     with pytest.raises(ValueError, match=r"tea_cache\.json is no JSON"):
         Omni(embedded, cache_backend="tea_cache")
+
+
+# The command
+
+
+def run(*arguments: object) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+def calibrate_command(model: object, out: Path, *more: object) -> int:
+    small = ("--size", 64, "--steps", 30, "--negative-prompt", " ", "--device", "cpu")
+    return run("calibrate", "tea_cache", "--model", model, "--out", out, *small, *more)
+
+
+def test_the_command_writes_a_file_that_generate_takes_and_prints_the_fit(
+    saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "made" / "tea.json"
+    (tmp_path / "prompts.txt").write_text("a cat\n\na dog\n")
+    prompts = ("--prompts", tmp_path / "prompts.txt", "--prompts", "a bird", "--seeds", "3,4")
+    assert calibrate_command(saved["qwen_image"], path, *prompts) == 0
+    out, err = capsys.readouterr()
+    document = json.loads(path.read_text())
+    assert document["points"] == 3 * 2 * 29 * 2
+    assert document["provenance"]["prompts"] == ["a cat", "a dog", "a bird"]
+    assert document["provenance"]["seeds"] == [3, 4]
+    assert document["model"] == "qwen_image", "a directory's name, without the way to it"
+    assert document["calibrated_for"]["steps"] == 30
+    assert f"{document['points']} points" in out
+    assert f"R² {document['r_squared']:.3f}" in out
+    assert str(path) in out
+    assert "6 of 6, under a minute left" in err
+
+    config = json.dumps({"coefficients": str(path)})
+    more = ("--cache-backend", "tea_cache", "--cache-config", config, "--size", 64, "--steps", 30, "--json")
+    assert run("generate", "--model", saved["qwen_image"], "--prompt", "a cat", "--out", tmp_path / "out", *more) == 0
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    assert result["cache"]["notes"][0].startswith("coefficients: calibrated on qwen_image, 30 steps, 64×64, R²")
+    assert len(result["cache"]["notes"]) == 1
+
+
+def test_json_is_the_document(saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert calibrate_command(saved["z_image"], tmp_path / "tea.json", "--prompt", "a cat", "--quiet", "--json") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"file": str(tmp_path / "tea.json"), **json.loads((tmp_path / "tea.json").read_text())}
+    assert err == ""
+
+
+def test_a_useless_fit_is_one_line_and_writes_nothing(
+    saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert calibrate_command(saved["qwen_image"], tmp_path / "tea.json", "--prompt", "a cat", "--steps", 5) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err.startswith("omni: error: no file was written: 8 points are too few for 5 coefficients, which need 50")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_embedded_model_is_calibrated_with_its_own_prompts(
+    embedded: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert calibrate_command(embedded, tmp_path / "tea.json", "--quiet") == 0
+    document = json.loads((tmp_path / "tea.json").read_text())
+    assert document["provenance"]["prompts"] == ["a cat", "a dog", "a bird"]
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["cache_dit"], "invalid choice: 'cache_dit'"),
+        ([], "the following arguments are required: METHOD"),
+        (["tea_cache", "--model", "MODEL"], "has no prompts of its own: give --prompts"),
+        (["tea_cache", "--model", "MODEL", "--prompt", "x", "--out", "."], "--out . is a directory: give a file"),
+        (["tea_cache", "--model", "MODEL", "--prompt", "x", "--steps", "0"], "a whole number of at least 1"),
+        (["tea_cache", "--model", "UNKNOWN", "--prompt", "x"], "no cache knows the transformer class 'Strange'"),
+    ],
+)
+def test_wrong_input_is_one_line_before_loading(
+    saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    (tmp_path / "unknown" / "transformer").mkdir(parents=True)
+    index = (saved["qwen_image"] / "model_index.json").read_text()
+    (tmp_path / "unknown" / "model_index.json").write_text(index)
+    (tmp_path / "unknown" / "transformer" / "config.json").write_text('{"_class_name": "Strange"}')
+    stand_ins = {"MODEL": str(saved["qwen_image"]), "UNKNOWN": str(tmp_path / "unknown")}
+    if "--out" not in arguments:
+        arguments = [*arguments, "--out", str(tmp_path / "tea.json")]
+    assert run("calibrate", *(stand_ins.get(argument, argument) for argument in arguments)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert message in err
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_wrong_file_is_named_before_loading(
+    saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tea.json").write_text('{"method": "other"}')
+    for name, message in (("no.json", "there is no file"), ("tea.json", "is no calibration of TeaCache")):
+        config = json.dumps({"coefficients": str(tmp_path / name)})
+        more = ("--cache-backend", "tea_cache", "--cache-config", config)
+        assert run("generate", "--model", saved["qwen_image"], "--prompt", "x", *more) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_models_says_which_coefficients_a_model_has(
+    shipped: Path, embedded: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("models") == 0
+    assert f"tea_cache coefficients: calibrated on {embedded}, 5 steps, R² 1.00" in capsys.readouterr().out
+    assert run("models", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["embedded"][embedded]["tea_cache"].startswith("calibrated on")
+    shipped.unlink()
+    assert run("models") == 0
+    assert "tea_cache coefficients: those published for its transformer" in capsys.readouterr().out

@@ -279,7 +279,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"omni {omni_kernels.__version__}\n"
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["compare"], ["backends"], ["models"]])
+@pytest.mark.parametrize("command", [[], ["generate"], ["compare"], ["calibrate"], ["backends"], ["models"]])
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*command, "--help") == 0
     out = capsys.readouterr().out
