@@ -180,8 +180,8 @@ def _add_calibrate(commands: Any, shared: argparse.ArgumentParser) -> None:
         "calibrate",
         help=about,
         description=f"{about.capitalize()}: tea_cache's polynomial, to how far full runs move from step to step. "
-        'Writes a file that cache_config={"coefficients": "FILE"} takes; as tea_cache.json in a model\'s directory it is '
-        "taken for that model by itself. Calibrate with the steps, size and scheduler that you will use.",
+        'Writes a file that cache_config={"coefficients": "FILE"} takes; called tea_cache.json, in the directory of a '
+        "model, it is taken for that model by itself. Calibrate with the steps, size and scheduler that you will use.",
         parents=[shared],
         allow_abbrev=False,
     )
