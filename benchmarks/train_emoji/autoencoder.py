@@ -102,7 +102,7 @@ def train_autoencoder(
         kl = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).mean()
         return F.l1_loss(restored, pictures) + F.mse_loss(restored, pictures) + KL_WEIGHT * kl
 
-    step_losses = torch.compile(losses) if compiled else losses
+    step_losses = torch.compile(losses) if compiled and row.compilable else losses
 
     def loss_of_step(step: int) -> torch.Tensor:
         pictures = pictures_to_tensor([scene(seed, step * batch + i, side)[1] for i in range(batch)]).to(device)

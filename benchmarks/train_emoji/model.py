@@ -27,6 +27,7 @@ class Autoencoder:
         frames: pictures and latents have a frame axis, [batch, channels, 1, height, width].
         per_channel: latents are normalised per channel; otherwise by one mean and one deviation.
         prepare: makes an instance faster to train, the function it computes staying the same.
+        compilable: whether torch.compile may train it.
         configure: writes the latents' mean and deviation, lists of 1 or `channels` numbers, into the configuration.
     """
 
@@ -37,6 +38,7 @@ class Autoencoder:
     per_channel: bool
     prepare: Callable[[torch.nn.Module], None]
     configure: Callable[[torch.nn.Module, list[float], list[float]], None]
+    compilable: bool = True
 
 
 @dataclass(frozen=True)

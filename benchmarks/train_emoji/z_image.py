@@ -81,6 +81,8 @@ AUTOENCODER = Autoencoder(
     per_channel=False,
     prepare=lambda vae: None,
     configure=configure,
+    # Compiled by torch 2.13 for the CPU, the decoder's gradients are zero; uncompiled a step takes a tenth longer.
+    compilable=False,
 )
 
 
