@@ -106,6 +106,9 @@ def test_the_command_measures_and_writes(tmp_path, monkeypatch, capsys):
     found = json.loads((tmp_path / "quality-emoji-qwen-image.json").read_text())
     assert {run["name"] for run in found["runs"]} >= {"no cache", "DBCache 0.12", "cache-dit DBCache 0.12"}
     assert found["pairs"]
-    assert all(pair["as_good"] for pair in found["pairs"])
+    # The library takes no derivative before its third computed step: in so short a run its TaylorSeer is another.
+    same = [pair for pair in found["pairs"] if "TaylorSeer" not in pair["ours"]]
+    assert same
+    assert all(pair["as_good"] and pair["nfe"] == pair["their_nfe"] for pair in same)
     assert (tmp_path / "quality-emoji-qwen-image.svg").read_text().startswith("<svg")
     assert "no cache" in capsys.readouterr().out
