@@ -67,11 +67,11 @@ SHEET_ROWS = 24  # of the contact sheet; of more prompts and seeds it shows so m
 #: half. Any other model gets each method with its own defaults.
 RUNS: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
     "emoji-qwen-image": (
-        ("TeaCache", "tea_cache", {"rel_l1_thresh": 0.13, "coefficients": IDENTITY}),
-        ("TeaCache + Newton", "tea_cache", {"rel_l1_thresh": 0.13, "coefficients": IDENTITY, "forecaster": "newton"}),
-        ("DBCache", "cache_dit", {"residual_diff_threshold": 0.12}),
-        ("DBCache + TaylorSeer", "cache_dit", {"residual_diff_threshold": 0.12, "enable_taylorseer": True}),
-        ("first-block cache", "first_block_cache", {"threshold": 0.1}),
+        ("TeaCache", "tea_cache", {"rel_l1_thresh": 0.12, "coefficients": IDENTITY}),
+        ("TeaCache + Newton", "tea_cache", {"rel_l1_thresh": 0.12, "coefficients": IDENTITY, "forecaster": "newton"}),
+        ("DBCache", "cache_dit", {"residual_diff_threshold": 0.1}),
+        ("DBCache + TaylorSeer", "cache_dit", {"residual_diff_threshold": 0.1, "enable_taylorseer": True}),
+        ("first-block cache", "first_block_cache", {"threshold": 0.09}),
     ),
     "": (
         ("TeaCache", "tea_cache", {}),
