@@ -3,8 +3,8 @@
 A cell is three files, named after the prompt, the seed and a digest of everything that the image depends on: the
 picture as PNG with its settings inside, the final latents as .npy (float32), and a JSON record of what was computed and
 how long it took. The record is written last, and each file under another name first, so that a cell is there wholly or
-not at all. A cell that is there is not made again; whatever is changed, be it a setting, a weight or a line of the
-cache engine, is another cell.
+not at all. A cell that is there is not made again; whatever is changed, be it a setting, a weight or, for our own
+caches, a line of the cache engine, is another cell.
 
 Pictures are what the pipeline returns to its user, 8 bits a channel, and PNG keeps them exactly: what is measured of a
 cell that was found on disk is what was measured when it was made.
@@ -42,7 +42,7 @@ from omni_runtime.result import jsonable, write_png
 
 PACKAGES = ("omni-kernels", "diffusers", "transformers", "torch")
 
-#: The sources that an image depends on; the rest of the package only shows and measures it.
+#: The sources that an image of our caches depends on; the rest of the package only shows and measures it.
 ENGINE = ("omni_kernels", "omni_runtime/cache")
 
 #: What a block calls its attention.
@@ -135,7 +135,7 @@ def identity(run: Run, config: Any, pipe: Any, request: GenerationRequest, finge
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "device": pipe._execution_device.type,
         "versions": versions(),
-        "engine": engine_digest(),
+        "engine": engine_digest() if run.backend is not None and run.install is None else None,
     }
 
 
@@ -153,7 +153,7 @@ def find(path: Path) -> Cell | None:
         record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    there = path.is_file() and (path.with_suffix(".npy").is_file() or not record["latents"])
+    there = path.is_file() and (path.with_suffix(".npy").is_file() or not record.get("latents"))
     return Cell(path, record, made_now=False) if there else None
 
 
@@ -175,8 +175,8 @@ def make(
             threshold, or None}
         notes: what the cache had to say; latents: whether there are any; sitting: when and where it was made
     """
-    watch = _Watch(pipe)
-    arguments = request.arguments | {"num_inference_steps": run.steps} | watch.arguments(request.arguments)
+    watch = _Watch(pipe, request.arguments)
+    arguments = request.arguments | {"num_inference_steps": run.steps} | watch.arguments
     backend, config = (None, None) if run.install is not None else (run.backend, run.config)
     foreign = contextlib.nullcontext() if run.install is None else run.install(pipe)
     with watch, foreign, Omni(pipe, cache_backend=backend, cache_config=config) as omni:
@@ -199,7 +199,7 @@ def make(
         "latents": watch.latents is not None,
         "sitting": dict(sitting),
     }
-    settings = {key: value for key, value in result.settings.items() if key not in watch.arguments({})}
+    settings = {key: value for key, value in result.settings.items() if key not in watch.arguments}
     settings |= {"run": run.name, "cache_backend": run.backend}
     if run.install is not None:
         settings["cache_config"] = jsonable(run.config)
@@ -228,22 +228,23 @@ def _write(path: Path, write: Callable[[Path], Any]) -> None:
 class _Watch:
     """While open, counts the transformer's calls and blocks step by step, and keeps the latents of the last step.
 
-    Latents come through the pipeline's own `callback_on_step_end`, where it has one.
+    Steps and latents come through the pipeline's own `callback_on_step_end`, where it has one that the caller leaves
+    free.
+
+    Attributes:
+        arguments: what the pipeline is to be called with besides.
     """
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Any, given: Mapping[str, Any]) -> None:
         self.latents: torch.Tensor | None = None
         self.calls: list[list[int]] = [[]]  # blocks run, by step and call
-        self._takes_callback = "latents" in getattr(pipe, "_callback_tensor_inputs", ())
+        self.arguments: dict[str, Any] = {}
+        if "latents" in getattr(pipe, "_callback_tensor_inputs", ()) and "callback_on_step_end" not in given:
+            self.arguments["callback_on_step_end"] = self._step_ended
+            self.arguments["callback_on_step_end_tensor_inputs"] = ["latents"]
         self._transformer = getattr(pipe, "transformer", None)
         self._attentions = attentions(self._transformer)
         self._hooks: list[Any] = []
-
-    def arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """What the pipeline is called with besides; nothing where the caller has a callback of his own."""
-        if not self._takes_callback or "callback_on_step_end" in given:
-            return {}
-        return {"callback_on_step_end": self._step_ended, "callback_on_step_end_tensor_inputs": ["latents"]}
 
     def __enter__(self) -> _Watch:
         if self._transformer is not None:
@@ -267,6 +268,8 @@ class _Watch:
 
     def branches(self) -> dict[str, dict[str, Any]]:
         """Computed steps by the order of the calls within a step; a call that a step does without was skipped."""
+        if not self.arguments:
+            return {}  # where steps end is not known
         steps = [step for step in self.calls if step or step is not self.calls[-1]]
         masks = [
             "".join("1" if call < len(step) and self._computed(step[call]) else "0" for step in steps)
@@ -355,7 +358,7 @@ def _told(value: Any) -> Any:
 
 @functools.cache
 def engine_digest() -> str:
-    """A digest of the sources that images depend on, so that a changed engine makes its cells anew."""
+    """A digest of the cache engine's sources, so that a changed engine makes its cells anew."""
     root = Path(__file__).parents[1]
     files = sorted(file for part in ENGINE for file in (root / part).rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]

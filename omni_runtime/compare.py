@@ -240,6 +240,8 @@ def compare(
             whatever is wrong about a run's backend and configuration.
     """
     _check_names(runs)
+    if not (runs and requests):
+        raise ValueError("there is nothing to compare: no runs, or no requests")
     for request in requests:
         if request.seed is None or request.arguments.get("num_images_per_prompt", 1) != 1:
             raise ValueError("a comparison is of single images with a seed each")

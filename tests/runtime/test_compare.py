@@ -198,6 +198,8 @@ def test_requests_that_cannot_be_compared_are_refused(
         compare.compare([Run("a"), Run("a", "tea_cache")], pipe, [request], tmp_path)
     with pytest.raises(ValueError, match="steps_computation_mask has 2 entries"):
         compare.compare([Run("a", "cache_dit", {"steps_computation_mask": "10"}, 4)], pipe, [request], tmp_path)
+    with pytest.raises(ValueError, match="nothing to compare"):
+        compare.compare([Run("a")], pipe, [], tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -272,6 +274,28 @@ def test_what_changes_an_image_makes_another_cell(pipe: Any, tmp_path: Path) -> 
         path(weights="other weights"),
     ]
     assert len({first, *others}) == 1 + len(others)
+
+
+def test_another_engine_makes_the_cells_of_our_caches_anew(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (request,) = requests_of(pipe, (0,))
+    runs = [Run("a", "tea_cache", {}, 4), Run("b", steps=4), Run("c", "theirs", {}, 4, install=contextlib.nullcontext)]
+    before, after = [], []
+    for paths in (before, after):
+        paths += [cells.identity(run, run.config, pipe, request, "") for run in runs]
+        monkeypatch.setattr(cells, "engine_digest", lambda: "changed")
+    assert [one == other for one, other in zip(before, after, strict=True)] == [False, True, True]
+
+
+def test_a_callers_own_callback_is_left_to_him(pipe: Any, tmp_path: Path) -> None:
+    told: list[int] = []
+    (request,) = requests_of(pipe, (0,))
+    own = {"callback_on_step_end": lambda pipe, step, timestep, tensors: told.append(step) or {}}
+    request = dataclasses.replace(request, arguments=request.arguments | own)
+    (result,) = compare.compare([Run("a", steps=3)], pipe, [request], tmp_path)
+    assert told == [0, 1, 0, 1, 2], "the warm-up, and the request"
+    assert result.cells[0].latents is None
+    assert (result.cells[0].record["forwards"], result.cells[0].record["branches"]) == (3, {})
+    assert "latents_psnr" not in compare.evaluate([result])["measures"]
 
 
 def test_another_calibration_in_the_models_directory_is_another_cell(saved: dict[str, Path], tmp_path: Path) -> None:
