@@ -10,8 +10,8 @@ import tiny
 import torch
 
 import omni_kernels
-from omni_runtime import Omni, calibrate, cli
-from omni_runtime.cache import calibration
+from omni_runtime import Omni, calibrate, cli, loading
+from omni_runtime.cache import calibration, models
 from omni_runtime.cache.engine import Branch
 
 pytestmark = pytest.mark.usefixtures("no_environment")
@@ -264,8 +264,6 @@ def test_calibration_is_without_a_cache() -> None:
 @pytest.fixture
 def shipped(embedded: str) -> Path:
     """The file of the only embedded model."""
-    from omni_runtime import loading
-
     pipe = tiny.qwen_image()
     run = calibration.describe(pipe.transformer, 4, pipe.scheduler, 5, (16, 64))
     numbers = [0.01 * i for i in range(1, 61)]
@@ -414,3 +412,24 @@ def test_models_says_which_coefficients_a_model_has(
     shipped.unlink()
     assert run("models") == 0
     assert "tea_cache coefficients: those published for its transformer" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    "directory",
+    [path for path in loading.embedded_models().values() if (path / "tea_cache.json").exists()],
+    ids=lambda path: path.name,
+)
+def test_what_an_embedded_model_brings_was_calibrated_on_it_as_it_is_run(directory: Path) -> None:
+    omni = Omni(directory.name, cache_backend="tea_cache")
+    brought = omni.cache_config["coefficients"]
+    about = brought["calibrated_for"]
+    defaults = json.loads((directory / "defaults.json").read_text())
+    scheduler = json.loads((directory / "scheduler" / "scheduler_config.json").read_text())
+    facts = models.describe(json.loads((directory / "transformer" / "config.json").read_text()))
+    assert brought["model"] == directory.name
+    assert (about["transformer"], about["blocks"]) == (facts.class_name, facts.blocks)
+    assert about["steps"] == defaults["num_inference_steps"]
+    assert (about["width"], about["height"]) == (defaults["width"], defaults["height"])
+    assert about["scheduler"] == scheduler["_class_name"]
+    assert about["scheduler_settings"].items() <= scheduler.items()
