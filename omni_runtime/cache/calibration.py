@@ -249,7 +249,7 @@ def describe(transformer: Any, blocks: int, scheduler: Any, steps: int, latents:
     """What a polynomial hangs on, of a run: transformer class, depth, sampler, steps, shape of one sample's latents."""
     settings = {
         key: value
-        for key, value in scheduler.config.items()
+        for key, value in getattr(scheduler, "config", {}).items()
         if not key.startswith("_") and (value is None or isinstance(value, bool | int | float | str))
     }
     return {
