@@ -72,6 +72,7 @@ class Source:
         pipeline_class: the diffusers class; None where the model brings its own code.
         transformer_config: the transformer's config.json; None where the pipeline has no transformer.
         defaults: arguments of `generate` that hold where the user gives none.
+        reference_pixels: the area that the model's references are scaled to; None where the class says it.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Source:
     pipeline_class: type | None
     transformer_config: Mapping[str, Any] | None
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    reference_pixels: int | None = None
 
 
 def embedded_models() -> dict[str, Path]:
@@ -114,7 +116,8 @@ def find(name: str, arguments: Mapping[str, Any] | None = None) -> Source:
         kind=kind,
         pipeline_class=pipeline_class,
         transformer_config=_transformer_config(index, arguments, read),
-        defaults=_defaults(location) if kind == "embedded" else {},
+        defaults=_optional_json(location, "defaults.json") if kind == "embedded" else {},
+        reference_pixels=None if kind == "hub" else _reference_pixels(location, index["_class_name"]),
     )
 
 
@@ -122,7 +125,12 @@ def load(source: Source, dtype: Any, device: torch.device, arguments: Mapping[st
     """The pipeline, its weights in `dtype`, on `device` (left where `device_map` puts it, if that is given)."""
     import diffusers
 
-    pipe = diffusers.DiffusionPipeline.from_pretrained(source.location, dtype=dtype, **arguments)
+    if source.reference_pixels is not None and source.pipeline_class is not None:
+        from omni_runtime import small_references
+
+        pipe = small_references.load(source.location, source.reference_pixels, {"dtype": dtype, **arguments})
+    else:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(source.location, dtype=dtype, **arguments)
     return pipe if arguments.get("device_map") else pipe.to(device)
 
 
@@ -283,6 +291,20 @@ def _transformer_config(
     return read("transformer/config.json")
 
 
-def _defaults(location: str) -> Mapping[str, Any]:
-    path = Path(location) / "defaults.json"
+def _optional_json(location: str, name: str) -> Mapping[str, Any]:
+    path = Path(location) / name
     return _json(path) if path.is_file() else {}
+
+
+def _reference_pixels(location: str, class_name: Any) -> int | None:
+    """What `pipeline.json`, which only models made for this package have, says of references."""
+    area = _optional_json(location, "pipeline.json").get("reference_pixels")
+    if area is None:
+        return None
+    if class_name != "QwenImageEditPipeline":
+        raise ValueError(
+            f"{location}/pipeline.json: only QwenImageEditPipeline takes reference_pixels, not {class_name}"
+        )
+    from omni_runtime.request import whole_number
+
+    return whole_number("reference_pixels", area, least=32 * 32)
