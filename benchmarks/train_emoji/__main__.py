@@ -6,6 +6,8 @@ autoencoder is prolonged, the latents are made anew, and the transformer goes on
 and `report` may be run on their own at any time, also while the transformer trains. Minutes count training time over
 all runs together.
 
+A model with a parent takes its VAE from the parent's folder, trains none, and starts from the parent's transformer.
+
 On a CPU set OMP_WAIT_POLICY=PASSIVE where anything else runs beside it.
 """
 
@@ -16,13 +18,15 @@ from pathlib import Path
 
 import torch
 
+from omni_runtime.loading import EMBEDDED
+
 from .assemble import assemble, decoder_checkpoint, latents_file, load_autoencoder
 from .autoencoder import train_autoencoder
 from .model import Model
 from .models import MODELS
 from .report import write_report
 from .training import Budget
-from .transformer import build_latents, captioned_samples, train_transformer
+from .transformer import train_transformer
 
 STAGES = ("autoencoder", "latents", "transformer", "decoder", "assemble", "report")
 
@@ -32,6 +36,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", choices=MODELS, default="emoji-qwen-image", help="which model to train")
     parser.add_argument("--out", type=Path, required=True, help="model folder to write")
     parser.add_argument("--work", type=Path, help="checkpoints and cached latents (default: OUT-work, beside OUT)")
+    parser.add_argument("--parent", type=Path, help="folder of the model whose VAE and transformer it starts from")
+    parser.add_argument(
+        "--fresh", action="store_true", help="start from a random transformer also if there is a parent"
+    )
     parser.add_argument("--side", type=int, default=64, choices=(64, 128), help="pixels per side")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto takes the accelerator if there is one")
     parser.add_argument("--minutes-vae", type=float, default=30, help="training time of the whole autoencoder")
@@ -51,6 +59,9 @@ def choose_device(name: str) -> torch.device:
 
 
 def autoencoder_stage(model: Model, options: argparse.Namespace, device: torch.device) -> None:
+    if model.parent is not None:
+        print(f"the autoencoder is that of {options.parent}", flush=True)
+        return
     train_autoencoder(
         model.autoencoder,
         model.autoencoder.new(),
@@ -64,21 +75,22 @@ def autoencoder_stage(model: Model, options: argparse.Namespace, device: torch.d
 
 def latents_stage(model: Model, options: argparse.Namespace, device: torch.device) -> None:
     """Encode the transformer's scenes with the encoder as it stands, unless that was done."""
-    vae, trained = load_autoencoder(model, options.work)
+    vae, trained = load_autoencoder(model, options.work, options.parent)
     file = latents_file(options.work, trained["autoencoder"]["steps"])
     if not file.exists():
-        build_latents(
-            model.autoencoder, vae, file, options.side, options.scenes, device, compiled=not options.no_compile
-        )
+        model.build_samples(model, vae, file, options.side, options.scenes, device, compiled=not options.no_compile)
 
 
 def transformer_stage(model: Model, options: argparse.Namespace, device: torch.device) -> None:
-    _, trained = load_autoencoder(model, options.work)
+    _, trained = load_autoencoder(model, options.work, options.parent)
     cached = torch.load(latents_file(options.work, trained["autoencoder"]["steps"]), map_location="cpu")
+    transformer = model.new_transformer()
+    if model.parent is not None and not options.fresh:
+        transformer = type(transformer).from_pretrained(options.parent / "transformer", dtype=torch.float32)
     train_transformer(
         model,
-        model.new_transformer(),
-        captioned_samples(model, cached),
+        transformer,
+        model.load_samples(model, cached),
         options.work / "transformer.pt",
         Budget(options.minutes_transformer),
         device,
@@ -87,7 +99,9 @@ def transformer_stage(model: Model, options: argparse.Namespace, device: torch.d
 
 
 def decoder_stage(model: Model, options: argparse.Namespace, device: torch.device) -> None:
-    vae, trained = load_autoencoder(model, options.work)
+    if model.parent is not None:
+        return
+    vae, trained = load_autoencoder(model, options.work, options.parent)
     train_autoencoder(
         model.autoencoder,
         vae,
@@ -106,12 +120,13 @@ def main(arguments: list[str] | None = None) -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     device = choose_device(options.device)
     model = MODELS[options.model]
+    options.parent = options.parent or (EMBEDDED / model.parent if model.parent else None)
     run = {
         "autoencoder": lambda: autoencoder_stage(model, options, device),
         "latents": lambda: latents_stage(model, options, device),
         "transformer": lambda: transformer_stage(model, options, device),
         "decoder": lambda: decoder_stage(model, options, device),
-        "assemble": lambda: assemble(model, options.work, options.out, options.side),
+        "assemble": lambda: assemble(model, options.work, options.out, options.side, options.parent),
         "report": lambda: write_report(model, options.out, options.work),
     }
     for stage in STAGES:

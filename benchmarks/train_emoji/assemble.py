@@ -6,53 +6,32 @@ The pipeline class's `from_pretrained(folder)` is all that is needed to use it.
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 
 import torch
 
 from .autoencoder import all_parameters, decoder_parameters
 from .model import Model
-from .scenes import COLOURS, EMOJI, HELD_OUT_COLOURS, HELD_OUT_PAIRS, VOCABULARY, caption_of, is_held_out
 from .training import load_ema
 
 __all__ = [
     "assemble",
-    "contact_sheet_prompts",
     "decoder_checkpoint",
-    "held_out_prompts",
     "latents_file",
     "load_autoencoder",
 ]
 
 
-def contact_sheet_prompts(count: int = 64) -> list[str]:
-    """Every emoji by itself, every emoji on a colour, then pairs, half of them on a colour; none of them held out."""
-    rng = random.Random("contact sheet")
-    prompts = [caption_of((name,), article=number % 2 == 1) for number, name in enumerate(EMOJI)]
-    for name in EMOJI:
-        allowed = [colour for colour in COLOURS if not is_held_out((name,), colour)]
-        prompts.append(caption_of((name,), rng.choice(allowed)))
-    while len(prompts) < count:
-        names = tuple(rng.sample(list(EMOJI), 2))
-        colour = rng.choice(list(COLOURS)) if len(prompts) % 2 else None
-        if not is_held_out(names, colour):
-            prompts.append(caption_of(names, colour))
-    return prompts[:count]
+def load_autoencoder(model: Model, work: Path, parent: Path | None) -> tuple[torch.nn.Module, dict[str, dict]]:
+    """The VAE as trained so far, with its further trained decoder if there is one, and what went into each.
 
-
-def held_out_prompts(count: int = 32) -> list[str]:
-    """Compositions that training never showed: half an emoji on a colour ("a penguin on pink" first), half pairs."""
-    rng = random.Random("held out")
-    colours = sorted(HELD_OUT_COLOURS - {("penguin", "pink")})
-    chosen = [("penguin", "pink"), *rng.sample(colours, count // 2 - 1)]
-    pairs = rng.sample(sorted(tuple(sorted(pair)) for pair in HELD_OUT_PAIRS), count // 2)
-    return [caption_of((name,), colour) for name, colour in chosen] + [caption_of(pair) for pair in pairs]
-
-
-def load_autoencoder(model: Model, work: Path) -> tuple[torch.nn.Module, dict[str, dict]]:
-    """The VAE as trained so far, with its further trained decoder if there is one, and what went into each."""
+    A model with a parent has the VAE of the parent's folder, its statistics included.
+    """
     vae = model.autoencoder.new()
+    if model.parent is not None:
+        parts = json.loads((parent / "training.json").read_text())["parts"]
+        vae = type(vae).from_pretrained(parent / "vae", dtype=torch.float32)
+        return vae, {name: parts[name] for name in ("autoencoder", "decoder")}
     trained = {"autoencoder": load_ema(all_parameters(vae), work / "autoencoder.pt")}
     decoder = decoder_checkpoint(work, trained["autoencoder"]["steps"])
     trained["decoder"] = {"steps": 0, "samples": 0, "minutes": 0.0}
@@ -71,15 +50,16 @@ def decoder_checkpoint(work: Path, autoencoder_steps: int) -> Path:
     return work / f"decoder-{autoencoder_steps}.pt"
 
 
-def assemble(model: Model, work: Path, out: Path, side: int) -> None:
+def assemble(model: Model, work: Path, out: Path, side: int, parent: Path | None) -> None:
     """Write the model folder from the checkpoints in `work`, with the EMA weights as they stand."""
-    vae, trained = load_autoencoder(model, work)
+    vae, trained = load_autoencoder(model, work, parent)
     cached = torch.load(latents_file(work, trained["autoencoder"]["steps"]), mmap=True)
     model.autoencoder.configure(vae, cached["mean"], cached["std"])
     transformer = model.new_transformer()
     trained["transformer"] = load_ema(list(transformer.parameters()), work / "transformer.pt")
     tokenizer = model.new_tokenizer()
     pipeline = model.pipeline(
+        **model.further_parts(tokenizer),
         scheduler=model.new_scheduler(),
         vae=vae.to(torch.bfloat16),
         text_encoder=model.new_text_encoder(tokenizer).to(torch.bfloat16),
@@ -90,6 +70,8 @@ def assemble(model: Model, work: Path, out: Path, side: int) -> None:
 
     training = {"scenes": len(cached["latents"]), "parts": trained}
     defaults = {"height": side, "width": side, **model.defaults}
-    prompts = {"contact_sheet": contact_sheet_prompts(), "held_out": held_out_prompts(), "vocabulary": VOCABULARY}
-    for name, content in {"defaults": defaults, "prompts": prompts, "training": training}.items():
+    files = {"defaults": defaults, "prompts": model.prompts(out, side), "training": training}
+    if model.pipeline_settings:
+        files["pipeline"] = model.pipeline_settings(side)
+    for name, content in files.items():
         (out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")

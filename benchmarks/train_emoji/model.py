@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,18 +50,25 @@ class Model:
         name: of the embedded model.
         pipeline: the diffusers class.
         autoencoder: its VAE's row.
+        parent: the model whose folder gives the VAE and a first transformer; None where all is trained from nothing.
         new_transformer, new_scheduler, new_tokenizer: fresh parts.
+        further_parts: the tokenizer to the components that the pipeline class has besides the usual five.
         new_text_encoder: from the tokenizer; frozen.
-        encode_captions: (tokenizer, text encoder, captions) to what the pipeline makes of them, padded: embeddings
-            [count, length, width] and mask [count, length].
-        empty_captions: the captions that teach the negative branch of classifier-free guidance.
+        build_samples: (model, vae, file, side, count, device, compiled) writes encoded samples, with their "mean" and
+            "std", to the file.
+        load_samples: (model, content of that file) to what the transformer trains on.
         pack: latents [batch, channels, h, w] to the tokens [batch, tokens, width] that losses are taken over.
         training_forward: (transformer, grid, text length) to a context that gives the transformer as a function that is
-            fast to train: (tokens, sigma [batch], embeddings, mask) to the predicted noise - latents, as tokens.
+            fast to train: (tokens, sigma [batch], embeddings, mask), and the reference's tokens where there is one, to
+            the predicted noise - latents, as tokens.
         logit_shift: image tokens to what the sampler's shift adds to logit(sigma).
         block_prefixes: names of the transformer's parameters that belong to blocks begin so.
         batch: samples per training step of the transformer.
+        prompts: (folder, side) to the content of prompts.json; writes the pictures that those need into the folder.
         defaults: what `generate` adds to height and width.
+        pipeline_settings: side to the content of pipeline.json, for what the pipeline class needs to be told.
+        write_sheets: (model, pipeline, folder, work) writes contact_sheet.png into the folder and what else is to be
+            looked at; returns the figures that only this model has.
     """
 
     name: str
@@ -70,11 +78,16 @@ class Model:
     new_scheduler: Callable[[], Any]
     new_tokenizer: Callable[[], Any]
     new_text_encoder: Callable[[Any], torch.nn.Module]
-    encode_captions: Callable[[Any, Any, list[str]], tuple[torch.Tensor, torch.Tensor]]
-    empty_captions: tuple[str, ...]
+    build_samples: Callable[..., None]
+    load_samples: Callable[[Any, dict], Any]
     pack: Callable[[torch.Tensor], torch.Tensor]
     training_forward: Callable[[Any, int, int], AbstractContextManager[Callable[..., torch.Tensor]]]
     logit_shift: Callable[[int], float]
     block_prefixes: tuple[str, ...]
     batch: int
-    defaults: dict[str, Any] = field(default_factory=dict)
+    prompts: Callable[[Path, int], dict[str, Any]]
+    write_sheets: Callable[..., dict[str, Any]]
+    defaults: dict[str, Any]
+    parent: str | None = None
+    further_parts: Callable[[Any], dict[str, Any]] = lambda tokenizer: {}
+    pipeline_settings: Callable[[int], dict[str, Any]] | None = None

@@ -9,6 +9,7 @@ count are set to zero.
 from __future__ import annotations
 
 import contextlib
+import functools
 import types
 from collections.abc import Callable, Iterator
 
@@ -26,7 +27,10 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 
 from .model import Autoencoder, Model
 from .operators import plain_attention, real_rotation
+from .prompts import caption_prompts
+from .report import caption_sheets
 from .text import SPECIAL_TOKENS, TEXT_DIM, all_captions, freeze, new_tokenizer, pad_rows
+from .transformer import build_latents, captioned_samples
 
 __all__ = [
     "AUTOENCODER",
@@ -42,6 +46,7 @@ __all__ = [
 
 LATENT_CHANNELS, BASE_DIM = 16, 16
 LAYERS, HEADS, HEAD_DIM, ROPE_AXES = 7, 5, 32, (8, 12, 12)
+EMPTY_CAPTIONS = ("", " ")
 
 
 # Autoencoder
@@ -114,7 +119,7 @@ def caption_tokenizer() -> Qwen2Tokenizer:
 
 
 def new_text_encoder(tokenizer: Qwen2Tokenizer, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
-    """Two layers of width TEXT_DIM with random weights, frozen."""
+    """Two layers of width TEXT_DIM and a vision tower of one, with random weights, frozen."""
     torch.manual_seed(seed)
     token = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
     config = Qwen2_5_VLConfig(
@@ -224,31 +229,34 @@ def pack(latents: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def training_forward(
-    transformer: QwenImageTransformer2DModel, grid: int, text_length: int
+    transformer: QwenImageTransformer2DModel, grid: int, text_length: int, pictures: int = 1
 ) -> Iterator[Callable[..., torch.Tensor]]:
     """The transformer with attention and rotation in plain real arithmetic: the same function, and torch.compile fuses
-    it.
+    it. With two `pictures`, the second one's tokens are the reference's, [batch, tokens, 64].
 
     Compiled with these, a bf16 step takes 0.34 s per 128 scenes on one AMX core, eager without them 0.97 s.
     """
     device = next(transformer.parameters()).device
+    shapes = [[(1, grid, grid)] * pictures]
     tables = tuple(
         (table.real[:, None].contiguous(), table.imag[:, None].contiguous())
-        for table in transformer.pos_embed([(1, grid, grid)], max_txt_seq_len=text_length, device=device)
+        for table in transformer.pos_embed(shapes, max_txt_seq_len=text_length, device=device)
     )
 
     def rotate(x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor], **_: object) -> torch.Tensor:
         return real_rotation(x, *table)
 
-    def predict(tokens: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def predict(
+        tokens: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, mask: torch.Tensor, *reference: torch.Tensor
+    ) -> torch.Tensor:
         return transformer(
-            hidden_states=tokens,
+            hidden_states=torch.cat([tokens, *reference], dim=1),
             timestep=sigma,
             encoder_hidden_states=text,
             encoder_hidden_states_mask=mask,
-            img_shapes=[[(1, grid, grid)]] * tokens.shape[0],
+            img_shapes=shapes * tokens.shape[0],
             return_dict=False,
-        )[0]
+        )[0][:, : tokens.shape[1]]
 
     replacements = {"apply_rotary_emb_qwen": rotate, "dispatch_attention_fn": plain_attention}
     originals = {name: getattr(transformer_qwenimage, name) for name in replacements}
@@ -271,12 +279,14 @@ MODEL = Model(
     new_scheduler=new_scheduler,
     new_tokenizer=caption_tokenizer,
     new_text_encoder=new_text_encoder,
-    encode_captions=encode_captions,
-    empty_captions=("", " "),
+    build_samples=build_latents,
+    load_samples=functools.partial(captioned_samples, encode_captions=encode_captions, empty=EMPTY_CAPTIONS),
     pack=pack,
     training_forward=training_forward,
     logit_shift=logit_shift,
     block_prefixes=("transformer_blocks.",),
     batch=64,
+    prompts=caption_prompts,
+    write_sheets=caption_sheets,
     defaults={"num_inference_steps": 50, "true_cfg_scale": 4.0, "negative_prompt": " "},
 )

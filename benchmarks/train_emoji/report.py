@@ -24,11 +24,22 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from omni_runtime.loading import find, load
+
 from .autoencoder import TEST_SEED, psnr, reconstruction_psnr
 from .model import Model
 from .scenes import EMOJI, asset_directory, package_names, render, scene
 
-__all__ = ["contact_sheet", "generate", "measure", "write_report"]
+__all__ = [
+    "caption_sheets",
+    "contact_sheet",
+    "generate",
+    "listed_requests",
+    "load_pipeline",
+    "measure",
+    "summary",
+    "write_report",
+]
 
 COMPARISON_PROMPTS, COMPARISON_SEEDS = 16, (0, 1)
 RECONSTRUCTED = 256
@@ -36,15 +47,22 @@ BATCH = 16
 
 
 def generate(
-    pipeline: Any, prompts: list[str], seeds: list[int], defaults: dict, **changes: object
+    pipeline: Any,
+    prompts: list[str],
+    seeds: list[int],
+    defaults: dict,
+    images: list[Image.Image] | None = None,
+    **changes: object,
 ) -> list[np.ndarray]:
-    """One float picture [side, side, 3] in [0, 1] per prompt, each from the noise of its own seed."""
+    """One float picture [side, side, 3] in [0, 1] per prompt (and reference), each from the noise of its own seed."""
     pictures = []
     for start in range(0, len(prompts), BATCH):
         chosen = prompts[start : start + BATCH]
         settings = {**defaults, **changes}
         if "negative_prompt" in settings:
             settings["negative_prompt"] = [settings["negative_prompt"]] * len(chosen)
+        if images is not None:
+            settings["image"] = images[start : start + BATCH]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + BATCH]]
         pictures += list(pipeline(prompt=chosen, generator=generators, output_type="np", **settings).images)
     return pictures
@@ -124,25 +142,43 @@ def bend_of(velocities: list[torch.Tensor], steps: int) -> list[float]:
     return [round(value, 4) for value in torch.cat(changes, dim=1).mean(1).tolist()]
 
 
-def measure(model: Model, folder: Path) -> dict:
-    """All figures of the card, of the shipped (bf16) weights run in fp32."""
-    pipeline = model.pipeline.from_pretrained(folder, torch_dtype=torch.float32)
+def load_pipeline(model: Model, folder: Path) -> Any:
+    """The folder's pipeline as `Omni` loads it, in fp32."""
+    pipeline = load(find(str(folder)), torch.float32, torch.device("cpu"), {})
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def listed_requests(folder: Path, name: str) -> tuple[list[str], list[Image.Image] | None]:
+    """Prompts of a list in prompts.json, and the pictures that they are about, where there are any."""
+    listed = json.loads((folder / "prompts.json").read_text())[name]
+    if isinstance(listed[0], str):
+        return listed, None
+    return [one["prompt"] for one in listed], [Image.open(folder / one["image"]).convert("RGB") for one in listed]
+
+
+def measure(model: Model, pipeline: Any, folder: Path) -> dict:
+    """All figures of the card, of the shipped (bf16) weights run in fp32."""
     defaults = json.loads((folder / "defaults.json").read_text())
-    listed = json.loads((folder / "prompts.json").read_text())
     side = defaults["height"]
 
+    restore = functools.partial(reconstruction_psnr, model.autoencoder, pipeline.vae)
     known = [scene(TEST_SEED, index, side)[1] for index in range(RECONSTRUCTED)]
     reconstruction = {
-        "unseen_scenes": summary(reconstruction_psnr(model.autoencoder, pipeline.vae, known)),
-        "emoji_outside_the_vocabulary": summary(
-            reconstruction_psnr(model.autoencoder, pipeline.vae, unknown_scenes(RECONSTRUCTED, side))
-        ),
+        "unseen_scenes": summary(restore(known)),
+        "emoji_outside_the_vocabulary": summary(restore(unknown_scenes(RECONSTRUCTED, side))),
     }
-    every = len(listed["contact_sheet"]) // COMPARISON_PROMPTS
-    prompts = [p for p in listed["contact_sheet"][::every][:COMPARISON_PROMPTS] for _ in COMPARISON_SEEDS]
-    seeds = list(COMPARISON_SEEDS) * COMPARISON_PROMPTS
-    stacked = functools.partial(generate, pipeline, prompts, seeds, defaults)
+    prompts, images = listed_requests(folder, "contact_sheet")
+    spread = range(0, len(prompts), len(prompts) // COMPARISON_PROMPTS)[:COMPARISON_PROMPTS]
+    chosen = [i for i in spread for _ in COMPARISON_SEEDS]
+    stacked = functools.partial(
+        generate,
+        pipeline,
+        [prompts[i] for i in chosen],
+        list(COMPARISON_SEEDS) * COMPARISON_PROMPTS,
+        defaults,
+        [images[i] for i in chosen] if images else None,
+    )
     with recorded_velocities(pipeline) as velocities:
         reference = torch.from_numpy(np.stack(stacked()))
     bend = bend_of(velocities, defaults["num_inference_steps"])
@@ -159,25 +195,25 @@ def measure(model: Model, folder: Path) -> dict:
     return {
         "reconstruction_psnr_db": reconstruction,
         "fewer_steps_psnr_db": fewer_steps,
-        "comparison": {"prompts": COMPARISON_PROMPTS, "seeds": list(COMPARISON_SEEDS), "reference_steps": 50},
+        "comparison": {
+            "prompts": COMPARISON_PROMPTS,
+            "seeds": list(COMPARISON_SEEDS),
+            "reference_steps": defaults["num_inference_steps"],
+        },
         "velocity_change_per_step": {"mean": round(float(np.mean(bend)), 4), "largest": max(bend), "steps": bend},
         "sizes": sizes,
         "training": json.loads((folder / "training.json").read_text()),
     }
 
 
-def write_sheets(model: Model, folder: Path, work: Path) -> None:
+def caption_sheets(model: Model, pipeline: Any, folder: Path, work: Path) -> dict:
     """contact_sheet.png in the model folder, held_out_sheet.png, compositions never seen, in the work folder."""
-    pipeline = model.pipeline.from_pretrained(folder, torch_dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
     defaults = json.loads((folder / "defaults.json").read_text())
-    listed = json.loads((folder / "prompts.json").read_text())
-    for file, prompts in {
-        folder / "contact_sheet.png": listed["contact_sheet"],
-        work / "held_out_sheet.png": listed["held_out"],
-    }.items():
+    for file, name in {folder / "contact_sheet.png": "contact_sheet", work / "held_out_sheet.png": "held_out"}.items():
+        prompts, _ = listed_requests(folder, name)
         pictures = generate(pipeline, prompts, list(range(len(prompts))), defaults)
         contact_sheet(pictures, prompts).save(file, optimize=True)
+    return {}
 
 
 def write_card(model: Model, folder: Path, figures: dict) -> None:
@@ -196,7 +232,8 @@ def write_card(model: Model, folder: Path, figures: dict) -> None:
 
 def write_report(model: Model, folder: Path, work: Path) -> None:
     """Sheets, figures.json and the card, all from the model folder alone."""
-    write_sheets(model, folder, work)
-    figures = measure(model, folder)
+    pipeline = load_pipeline(model, folder)
+    further = model.write_sheets(model, pipeline, folder, work)
+    figures = measure(model, pipeline, folder) | further
     (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     write_card(model, folder, figures)

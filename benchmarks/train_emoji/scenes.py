@@ -23,11 +23,16 @@ __all__ = [
     "EMOJI",
     "HELD_OUT_COLOURS",
     "HELD_OUT_PAIRS",
+    "Drawing",
     "Scene",
+    "Sprite",
+    "background",
     "caption_of",
+    "draw",
     "is_held_out",
     "render",
     "scene",
+    "with_article",
 ]
 
 VOCABULARY = json.loads(Path(__file__).with_name("vocabulary.json").read_text())
@@ -53,12 +58,13 @@ class Scene:
     caption: str
 
 
+def with_article(name: str) -> str:
+    """ "a fox", "an octopus"."""
+    return ("an " if name[0] in "aeio" or name == "umbrella" else "a ") + name
+
+
 def caption_of(names: tuple[str, ...], colour: str | None = None, article: bool = True) -> str:
     """Words for one or two emoji: "red apple", "a red apple on blue", "a wolf and a castle on pink"."""
-
-    def with_article(name: str) -> str:
-        return ("an " if name[0] in "aeio" or name == "umbrella" else "a ") + name
-
     words = " and ".join(with_article(name) for name in names) if article or len(names) > 1 else names[0]
     return words if colour is None else f"{words} on {colour}"
 
@@ -115,7 +121,7 @@ def artwork(stem: str) -> Image.Image:
 
 
 @functools.lru_cache(maxsize=20_000)
-def sprite(stem: str, size: int, mirrored: bool) -> Image.Image:
+def artwork_at(stem: str, size: int, mirrored: bool) -> Image.Image:
     picture = artwork(stem).resize((size, size), Image.LANCZOS)
     return picture.transpose(Image.FLIP_LEFT_RIGHT) if mirrored else picture
 
@@ -160,12 +166,44 @@ def place(rng: random.Random, count: int, side: int) -> list[tuple[int, int, int
             return squares
 
 
+@dataclass(frozen=True)
+class Sprite:
+    """One emoji in a picture: its Twemoji file, its square in pixels, and whether it is mirrored."""
+
+    stem: str
+    left: int
+    top: int
+    size: int
+    mirrored: bool
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A picture before it is drawn: the background, RGBA, and what stands on it."""
+
+    background: Image.Image
+    sprites: tuple[Sprite, ...]
+
+    def picture(self) -> np.ndarray:
+        """uint8 [side, side, 3]."""
+        picture = self.background.copy()
+        for sprite in self.sprites:
+            picture.alpha_composite(artwork_at(sprite.stem, sprite.size, sprite.mirrored), (sprite.left, sprite.top))
+        return np.array(picture.convert("RGB"))
+
+
+def draw(rng: random.Random, stems: tuple[str, ...], colour: str | None, side: int) -> Drawing:
+    """Twemoji files on a background; all but `stems` and `colour` comes from `rng`."""
+    ground = background(rng, colour, side)
+    squares = place(rng, len(stems), side)
+    return Drawing(
+        ground, tuple(Sprite(stem, *square, rng.random() < 0.5) for stem, square in zip(stems, squares, strict=True))
+    )
+
+
 def render(rng: random.Random, stems: tuple[str, ...], colour: str | None, side: int) -> np.ndarray:
-    """Draw Twemoji files on a background; all but `stems` and `colour` comes from `rng`. uint8 [side, side, 3]."""
-    picture = background(rng, colour, side)
-    for stem, (left, top, size) in zip(stems, place(rng, len(stems), side), strict=True):
-        picture.alpha_composite(sprite(stem, size, rng.random() < 0.5), (left, top))
-    return np.array(picture.convert("RGB"))
+    """The picture of `draw`, uint8 [side, side, 3]."""
+    return draw(rng, stems, colour, side).picture()
 
 
 def scene(seed: int, index: int, side: int = 64) -> tuple[Scene, np.ndarray]:

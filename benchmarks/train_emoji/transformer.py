@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -21,7 +24,16 @@ from .muon import BatchedMuon
 from .scenes import scene
 from .training import Budget, Fit, fit
 
-__all__ = ["Samples", "build_latents", "captioned_samples", "train_transformer"]
+__all__ = [
+    "Samples",
+    "batch_encoder",
+    "build_latents",
+    "captioned_samples",
+    "normalised_tokens",
+    "train_transformer",
+]
+
+CaptionEncoder = Callable[[Any, Any, list[str]], tuple[torch.Tensor, torch.Tensor]]
 
 LATENT_SEED, TRANSFORMER_SEED = 3, 4
 EMPTY_SHARE = 0.1
@@ -37,17 +49,34 @@ class Samples:
         text_rows: [count, 1 + empty captions], rows of `embeddings`: each sample's caption, then its empty ones.
         embeddings: [rows, length, TEXT_DIM].
         mask: [rows, length], True for tokens.
+        reference: [count, tokens, width], the tokens of the picture to be edited; None where there is none.
     """
 
     tokens: torch.Tensor
     text_rows: torch.Tensor
     embeddings: torch.Tensor
     mask: torch.Tensor
+    reference: torch.Tensor | None = None
 
 
-@torch.no_grad()
+def batch_encoder(
+    row: Autoencoder, vae: torch.nn.Module, device: torch.device, compiled: bool
+) -> Callable[[list[np.ndarray]], torch.Tensor]:
+    """A function from uint8 pictures to posterior means, fp16 on the CPU; every batch has to have the same size."""
+    vae.to(device).eval()
+    row.prepare(vae)
+    plain = functools.partial(encode, row, vae)
+    encode_batch = torch.compile(plain) if compiled else plain
+
+    def encode_pictures(pictures: list[np.ndarray]) -> torch.Tensor:
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=compiled):
+            return encode_batch(pictures_to_tensor(pictures).to(device))[0].half().cpu()
+
+    return encode_pictures
+
+
 def build_latents(
-    row: Autoencoder,
+    model: Model,
     vae: torch.nn.Module,
     file: Path,
     side: int,
@@ -55,20 +84,15 @@ def build_latents(
     device: torch.device,
     compiled: bool = True,
     batch: int = 128,
-) -> tuple[list[float], list[float]]:
-    """Render and encode `count` scenes, write posterior means and captions; returns their mean and deviation."""
-    vae.to(device).eval()
-    row.prepare(vae)
-    plain = functools.partial(encode, row, vae)
-    encode_batch = torch.compile(plain) if compiled else plain
+) -> None:
+    """Render and encode `count` captioned scenes; writes posterior means, captions, and the means' statistics."""
+    row = model.autoencoder
+    encode_batch = batch_encoder(row, vae, device, compiled)
     latents, captions = [], []
     for start in range(0, count, batch):
         scenes = [scene(LATENT_SEED, start + i, side) for i in range(batch)]
         captions += [drawn.caption for drawn, _ in scenes]
-        pictures = pictures_to_tensor([picture for _, picture in scenes]).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=compiled):
-            mean, _ = encode_batch(pictures)
-        latents.append(mean.half().cpu())
+        latents.append(encode_batch([picture for _, picture in scenes]))
         if start // batch % 50 == 0:
             print(f"latents: {start} of {count}", flush=True)
     stacked = torch.cat(latents)[:count]
@@ -76,25 +100,34 @@ def build_latents(
     temporary = file.with_suffix(".part")
     torch.save({"latents": stacked, "captions": captions[:count], "mean": mean, "std": std}, temporary)
     temporary.replace(file)
-    return mean, std
 
 
-def captioned_samples(model: Model, cached: dict) -> Samples:
-    """The samples of what `build_latents` wrote, each caption encoded once."""
-    mean, std = (torch.tensor(cached[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
+def captioned_samples(model: Model, cached: dict, encode_captions: CaptionEncoder, empty: tuple[str, ...]) -> Samples:
+    """The samples of what `build_latents` wrote, each caption encoded once.
+
+    Args:
+        encode_captions: (tokenizer, text encoder, captions) to what the pipeline makes of them, padded: embeddings
+            [count, length, width] and mask [count, length].
+        empty: the captions that teach the negative branch of classifier-free guidance.
+    """
     captions = sorted(set(cached["captions"]))
     row_of = {caption: row for row, caption in enumerate(captions)}
     tokenizer = model.new_tokenizer()
-    encoder = model.new_text_encoder(tokenizer)
-    embeddings, mask = model.encode_captions(tokenizer, encoder, [*captions, *model.empty_captions])
+    embeddings, mask = encode_captions(tokenizer, model.new_text_encoder(tokenizer), [*captions, *empty])
     own = torch.tensor([row_of[caption] for caption in cached["captions"]])
-    empty = torch.arange(len(captions), len(embeddings)).expand(len(own), -1)
+    without = torch.arange(len(captions), len(embeddings)).expand(len(own), -1)
     return Samples(
-        tokens=model.pack(((cached["latents"].float() - mean) / std).half()),
-        text_rows=torch.cat([own[:, None], empty], dim=1),
+        tokens=normalised_tokens(model, cached, cached["latents"]),
+        text_rows=torch.cat([own[:, None], without], dim=1),
         embeddings=embeddings.bfloat16(),
         mask=mask,
     )
+
+
+def normalised_tokens(model: Model, cached: dict, latents: torch.Tensor) -> torch.Tensor:
+    """Latents [count, channels, h, w] as the transformer sees them, fp16."""
+    mean, std = (torch.tensor(cached[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
+    return model.pack(((latents.float() - mean) / std).half())
 
 
 def draw_sigmas(count: int, logit_shift: float, generator: torch.Generator) -> torch.Tensor:
@@ -159,7 +192,9 @@ def train_transformer(
         without_caption = torch.rand(batch, generator=generator) < EMPTY_SHARE
         which_empty = 1 + torch.randint(empties, (batch,), generator=generator)
         captions = samples.text_rows[rows, torch.where(without_caption, which_empty, 0)]
-        tensors = (clean, noise, sigma, samples.embeddings[captions].float(), samples.mask[captions])
+        tensors = [clean, noise, sigma, samples.embeddings[captions].float(), samples.mask[captions]]
+        if samples.reference is not None:
+            tensors.append(samples.reference[rows].float())
         with torch.autocast(device.type, torch.bfloat16, enabled=compiled):
             return step_losses(*(tensor.to(device) for tensor in tensors))
 
@@ -168,10 +203,10 @@ def train_transformer(
     with model.training_forward(transformer, math.isqrt(tokens), samples.embeddings.shape[1]) as predict:
 
         def losses(
-            clean: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor
+            clean: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, *conditions: torch.Tensor
         ) -> torch.Tensor:
             level = sigma[:, None, None]
-            velocity = predict((1 - level) * clean + level * noise, sigma, text, text_mask)
+            velocity = predict((1 - level) * clean + level * noise, sigma, *conditions)
             return F.mse_loss(velocity.float(), noise - clean)
 
         step_losses = torch.compile(losses) if compiled else losses

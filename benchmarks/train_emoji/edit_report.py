@@ -1,0 +1,97 @@
+"""What the edit model's card shows: a contact sheet of edits beside the true ones, and how often an edit is right.
+
+An edit is right if, of everything that some instruction would have made of the same reference (leaving it as it is
+included), the result is nearest in PSNR to the true edit, and if its PSNR to the true edit is at most BOUND_DB below
+that of the true edit's own reconstruction by the VAE, which is the best that the model could do.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .autoencoder import TEST_SEED, psnr, reconstruct
+from .edits import EDITS, INSTRUCTIONS, EditScene, edit_scene, every_result, listed_edits
+from .model import Model
+from .report import contact_sheet, generate
+
+__all__ = ["is_nearest", "write_edit_sheets"]
+
+BOUND_DB = 8.0
+PER_KIND = 24
+
+
+def as_floats(picture: np.ndarray) -> np.ndarray:
+    """uint8 [side, side, 3] to floats in [0, 1]."""
+    return picture.astype(np.float32) / 255.0
+
+
+def psnr_of(picture: np.ndarray, *others: np.ndarray) -> torch.Tensor:
+    """PSNR in dB of one float picture against each of the others."""
+    stacked = torch.from_numpy(np.stack(others))
+    return psnr(torch.from_numpy(picture).expand_as(stacked), stacked)
+
+
+def is_nearest(result: np.ndarray, edit: EditScene) -> bool:
+    """True if no other instruction's true result is nearer to this float picture than that of the edit's own."""
+    to_target = psnr_of(result, as_floats(edit.target))
+    others = [as_floats(other) for words, other in every_result(edit.drawing).items() if words != edit.instruction]
+    return bool((psnr_of(result, *others) <= to_target).all())
+
+
+def edited(pipeline: Any, edits: list[EditScene], defaults: dict) -> list[np.ndarray]:
+    references = [Image.fromarray(edit.reference) for edit in edits]
+    return generate(pipeline, [edit.instruction for edit in edits], list(range(len(edits))), defaults, references)
+
+
+def measure_edits(model: Model, pipeline: Any, defaults: dict) -> dict:
+    """Per kind and of all: how many edits there were, were nearest, and were right, and their mean PSNR in dB."""
+    side = defaults["height"]
+    figures, total = {}, {"nearest": 0, "right": 0}
+    for kind in EDITS:
+        edits = [edit_scene(TEST_SEED, index, side, kind) for index in range(PER_KIND)]
+        targets = torch.from_numpy(np.stack([as_floats(edit.target) for edit in edits]))
+        results = edited(pipeline, edits, defaults)
+        distances = psnr(torch.from_numpy(np.stack(results)), targets)
+        restored = reconstruct(model.autoencoder, pipeline.vae, [edit.target for edit in edits])
+        reachable = psnr(restored.permute(0, 2, 3, 1), targets)
+        nearest = torch.tensor([is_nearest(result, edit) for result, edit in zip(results, edits, strict=True)])
+        right = nearest & (distances >= reachable - BOUND_DB)
+        figures[kind] = {
+            "nearest": int(nearest.sum()),
+            "right": int(right.sum()),
+            "psnr_db": round(distances.mean().item(), 2),
+            "autoencoder_db": round(reachable.mean().item(), 2),
+        }
+        for name in total:
+            total[name] += figures[kind][name]
+    return {
+        "bound_db": BOUND_DB,
+        "instructions": len(INSTRUCTIONS),
+        "of_each": PER_KIND,
+        "of_all": PER_KIND * len(EDITS),
+        "all": total,
+        **figures,
+    }
+
+
+def write_edit_sheets(model: Model, pipeline: Any, folder: Path, work: Path) -> dict:
+    """contact_sheet.png, a reference, what was made of it, and the true edit, side by side; returns the figures."""
+    defaults = json.loads((folder / "defaults.json").read_text())
+    edits = listed_edits(defaults["height"])
+    cells = [
+        cell
+        for edit, result in zip(edits, edited(pipeline, edits, defaults), strict=True)
+        for cell in (
+            (as_floats(edit.reference), edit.name),
+            (result, edit.instruction),
+            (as_floats(edit.target), "true edit"),
+        )
+    ]
+    contact_sheet(*map(list, zip(*cells, strict=True)), columns=6).save(folder / "contact_sheet.png", optimize=True)
+    return {"edits": measure_edits(model, pipeline, defaults)}

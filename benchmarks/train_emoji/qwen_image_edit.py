@@ -1,0 +1,158 @@
+"""`emoji-qwen-image-edit`: QwenImageEditPipeline with small configurations.
+
+VAE and scheduler are those of emoji-qwen-image, and its transformer, which has the same shape, is where training starts
+from. The transformer sees 16 tokens of noise and 16 of the reference, packed alike; the loss is over the first ones.
+The text encoder sees the instruction and, through its vision tower, the reference in 4 tokens; both branches of
+guidance see the reference, and the negative one the instruction " ".
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import QwenImageEditPipeline
+from PIL import Image
+from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil, Qwen2VLProcessor
+
+from omni_runtime.small_references import processor_class
+
+from . import qwen_image
+from .edit_report import write_edit_sheets
+from .edits import INSTRUCTIONS, EditScene, edit_scene, listed_edits
+from .model import Model
+from .text import new_tokenizer
+from .transformer import Samples, batch_encoder, normalised_tokens
+
+__all__ = ["MODEL", "build_edits", "edit_samples", "new_processor"]
+
+EDIT_SEED = 5
+EMPTY_INSTRUCTION = " "
+
+
+# Text
+
+
+def instruction_tokenizer() -> Qwen2Tokenizer:
+    """Fitted to the edit pipeline's template, of which the tokens before the picture are dropped."""
+    pipeline = QwenImageEditPipeline(None, None, None, None, None, None)
+    prefix = pipeline.prompt_template_encode.split("<|vision_start|>")[0]
+    return new_tokenizer(list(INSTRUCTIONS) * 4, prefix, pipeline.prompt_template_encode_start_idx)
+
+
+def new_processor(tokenizer: Qwen2Tokenizer) -> Qwen2VLProcessor:
+    """Qwen2-VL's processor, whose smallest picture is 56x56 pixels: 4 tokens, at a merge of 2x2 patches of 14."""
+    pictures = Qwen2VLImageProcessorPil(
+        patch_size=14, merge_size=2, size={"shortest_edge": 56**2, "longest_edge": 56**2}
+    )
+    return processor_class()(pictures, tokenizer)
+
+
+# Training data
+
+
+def encode_instructions(
+    pipeline: QwenImageEditPipeline, edits: list[EditScene], words: list[str]
+) -> list[torch.Tensor]:
+    """What the pipeline makes of instructions about references: embeddings [length, TEXT_DIM] each."""
+    pictures = [Image.fromarray(edit.reference) for edit in edits]
+    with torch.no_grad():
+        embeddings, mask = pipeline.encode_prompt(words, pictures, device=torch.device("cpu"))
+    if mask is None:
+        return list(embeddings)
+    return [row[kept.bool()] for row, kept in zip(embeddings, mask, strict=True)]
+
+
+def build_edits(
+    model: Model,
+    vae: torch.nn.Module,
+    file: Path,
+    side: int,
+    count: int,
+    device: torch.device,
+    compiled: bool = True,
+    batch: int = 128,
+) -> None:
+    """Draw and encode `count` edits; writes latents of references and of true edits, and what the text encoder makes of
+    each reference with its instruction, then with the empty one."""
+    tokenizer = model.new_tokenizer()
+    pipeline = QwenImageEditPipeline(
+        None, None, model.new_text_encoder(tokenizer), tokenizer, new_processor(tokenizer), None
+    )
+    encode_pictures = batch_encoder(model.autoencoder, vae, device, compiled)
+    references, targets = [], []
+    text: list[list[torch.Tensor]] = [[], []]
+    for start in range(0, count, batch):
+        edits = [edit_scene(EDIT_SEED, start + i, side) for i in range(batch)]
+        references.append(encode_pictures([edit.reference for edit in edits]))
+        targets.append(encode_pictures([edit.target for edit in edits]))
+        for rows, words in zip(text, ([e.instruction for e in edits], [EMPTY_INSTRUCTION] * batch), strict=True):
+            rows += [row.bfloat16() for row in encode_instructions(pipeline, edits, words)]
+        if start // batch % 50 == 0:
+            print(f"edits: {start} of {count}", flush=True)
+    rows = [*text[0][:count], *text[1][:count]]
+    temporary = file.with_suffix(".part")
+    torch.save(
+        {
+            "latents": torch.cat(targets)[:count],
+            "references": torch.cat(references)[:count],
+            "embeddings": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
+            "lengths": torch.tensor([len(row) for row in rows]),
+            "mean": vae.config.latents_mean,
+            "std": vae.config.latents_std,
+        },
+        temporary,
+    )
+    temporary.replace(file)
+
+
+def edit_samples(model: Model, cached: dict) -> Samples:
+    """The samples of what `build_edits` wrote."""
+    count, length = len(cached["latents"]), cached["embeddings"].shape[1]
+    return Samples(
+        tokens=normalised_tokens(model, cached, cached["latents"]),
+        text_rows=torch.arange(2 * count).view(2, count).T,
+        embeddings=cached["embeddings"],
+        mask=torch.arange(length) < cached["lengths"][:, None],
+        reference=normalised_tokens(model, cached, cached["references"]),
+    )
+
+
+# What the folder lists
+
+
+def edit_prompts(folder: Path, side: int) -> dict[str, Any]:
+    """The content of prompts.json; writes the references that it names."""
+    (folder / "references").mkdir(exist_ok=True)
+    listed = []
+    for number, edit in enumerate(listed_edits(side)):
+        name = f"references/{number:02}.png"
+        Image.fromarray(edit.reference).save(folder / name, optimize=True)
+        listed.append({"prompt": edit.instruction, "image": name})
+    return {"contact_sheet": listed, "instructions": list(INSTRUCTIONS)}
+
+
+MODEL = Model(
+    name="emoji-qwen-image-edit",
+    pipeline=QwenImageEditPipeline,
+    parent=qwen_image.MODEL.name,
+    autoencoder=qwen_image.AUTOENCODER,
+    new_transformer=qwen_image.new_transformer,
+    new_scheduler=qwen_image.new_scheduler,
+    new_tokenizer=instruction_tokenizer,
+    further_parts=lambda tokenizer: {"processor": new_processor(tokenizer)},
+    new_text_encoder=qwen_image.new_text_encoder,
+    build_samples=build_edits,
+    load_samples=edit_samples,
+    pack=qwen_image.pack,
+    training_forward=functools.partial(qwen_image.training_forward, pictures=2),
+    logit_shift=qwen_image.logit_shift,
+    block_prefixes=qwen_image.MODEL.block_prefixes,
+    batch=qwen_image.MODEL.batch,
+    prompts=edit_prompts,
+    write_sheets=write_edit_sheets,
+    defaults={"num_inference_steps": 50, "true_cfg_scale": 2.0, "negative_prompt": EMPTY_INSTRUCTION},
+    pipeline_settings=lambda side: {"reference_pixels": side * side},
+)
