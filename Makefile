@@ -1,11 +1,13 @@
 # make demo  an environment, the embedded model's pictures under every cache, and the table of what it cost
 # make test  an environment, then lint, types and all tests
 # make quality  the caches beside other libraries' on the embedded models, a few settings of each
+# make train MODEL=emoji-z-image  one of the embedded models, from nothing, in out/
 # make gpu   kernel tests and microbenchmarks on an NVIDIA GPU, written to benchmarks/results/<device>.json
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= out/demo
+MODEL ?= emoji-qwen-image
 
 .PHONY: demo test check gpu bench quality train clean
 
@@ -37,7 +39,7 @@ gpu: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.gpu
 
 train: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.train_emoji --out out/emoji-qwen-image
+	$(BIN)/python -m benchmarks.train_emoji --model $(MODEL) --out out/$(MODEL)
 
 clean:
 	rm -rf $(VENV) out build *.egg-info
