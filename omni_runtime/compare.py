@@ -63,16 +63,23 @@ PIXELS = 1 << 20  # measured at once
 SHEET_ROWS = 24  # of the contact sheet; of more prompts and seeds it shows so many, spread over all
 
 
+def _runs_at(tea_cache: float, dbcache: float, first_block: float) -> tuple[tuple[str, str, dict[str, Any]], ...]:
+    """Every method at these thresholds."""
+    tea = {"rel_l1_thresh": tea_cache, "coefficients": IDENTITY}
+    return (
+        ("TeaCache", "tea_cache", tea),
+        ("TeaCache + Newton", "tea_cache", tea | {"forecaster": "newton"}),
+        ("DBCache", "cache_dit", {"residual_diff_threshold": dbcache}),
+        ("DBCache + TaylorSeer", "cache_dit", {"residual_diff_threshold": dbcache, "enable_taylorseer": True}),
+        ("first-block cache", "first_block_cache", {"threshold": first_block}),
+    )
+
+
 #: Runs that suit an embedded model: thresholds at which TeaCache computes about a third of the steps, the others about
 #: half. Any other model gets each method with its own defaults.
 RUNS: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
-    "emoji-qwen-image": (
-        ("TeaCache", "tea_cache", {"rel_l1_thresh": 0.12, "coefficients": IDENTITY}),
-        ("TeaCache + Newton", "tea_cache", {"rel_l1_thresh": 0.12, "coefficients": IDENTITY, "forecaster": "newton"}),
-        ("DBCache", "cache_dit", {"residual_diff_threshold": 0.1}),
-        ("DBCache + TaylorSeer", "cache_dit", {"residual_diff_threshold": 0.1, "enable_taylorseer": True}),
-        ("first-block cache", "first_block_cache", {"threshold": 0.09}),
-    ),
+    "emoji-qwen-image": _runs_at(0.12, 0.1, 0.09),
+    "emoji-z-image": _runs_at(0.08, 0.12, 0.11),
     "": (
         ("TeaCache", "tea_cache", {}),
         ("DBCache", "cache_dit", {}),
