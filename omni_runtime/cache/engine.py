@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from omni_kernels import ops
 from omni_kernels.patching import Patch, PatchConflictError
 from omni_kernels.patching.engine import describe
 from omni_runtime.cache import calibration
@@ -116,9 +117,8 @@ class ResidualPassage(Passage):
             if self._noise_tokens is not None:
                 hidden, entered = hidden[:, : self._noise_tokens], entered[:, : self._noise_tokens]
             then = branch.remembered if verdict is None else None
-            now, sums = signal.observe(
-                Sight(block, self.calls.arguments(self.first, args, kwargs), hidden, entered), then
-            )
+            arguments = self.calls.arguments(self.first, args, kwargs)
+            now, sums = signal.observe(Sight(block, arguments, hidden, entered, ops.trusted(hidden)), then)
             if verdict is None and then is None:
                 verdict = Verdict(True, "nothing to compare with")
             elif verdict is None:

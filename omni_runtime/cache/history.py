@@ -47,8 +47,9 @@ class History:
         self._snapshots.insert(0, residual)
 
     def forecast(self, base: torch.Tensor, position: float) -> torch.Tensor:
-        """`base` plus the residual expected at `position`."""
-        return ops.linear_forecast(base, self._snapshots, self._forecaster.weights(self._positions, position))
+        """`base`, which the snapshots fit, plus the residual expected at `position`."""
+        weights = self._forecaster.weights(self._positions, position)
+        return ops.trusted(base).linear_forecast(base, self._snapshots, weights)
 
     def tensors(self) -> list[torch.Tensor]:
         """The stored snapshots, newest first."""

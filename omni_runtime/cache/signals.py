@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import torch
 
-from omni_kernels import ops
 from omni_runtime.cache.models import Arguments, Modulation
 
 
@@ -26,12 +25,14 @@ class Sight:
         arguments: its arguments by name.
         hidden: the noise among its hidden states, [B, S', D].
         entered: the same of the hidden states that entered block 0; the same tensor where block 0 is this block.
+        ops: the ops for such tensors, by name.
     """
 
     block: torch.nn.Module
     arguments: Mapping[str, Any]
     hidden: torch.Tensor
     entered: torch.Tensor
+    ops: Any
 
 
 class Signal(Protocol):
@@ -50,7 +51,7 @@ class FirstBlocksResidual:
 
     def observe(self, sight: Sight, remembered: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Signal.observe`."""
-        return ops.residual_relative_l1(sight.hidden, sight.entered, remembered)
+        return sight.ops.residual_relative_l1(sight.hidden, sight.entered, remembered)
 
 
 class ModulatedInput:
@@ -64,6 +65,6 @@ class ModulatedInput:
     def observe(self, sight: Sight, remembered: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Signal.observe`."""
         how = self._modulation(sight.block, sight.arguments)
-        return ops.modulated_relative_l1(
+        return sight.ops.modulated_relative_l1(
             sight.hidden, how.scale, how.shift, remembered, norm=how.norm, weight=how.weight, eps=how.eps
         )

@@ -8,7 +8,7 @@ import tiny
 import torch
 
 import omni_kernels
-from omni_kernels import ops
+from omni_runtime.cache.signals import ModulatedInput
 
 STEPS = 8
 SEEDS = [0, 1, 2]
@@ -79,14 +79,14 @@ def test_guidance_in_one_batch_is_decided_by_its_worse_half(z_pipe):
 
 def test_tea_cache_accumulates_for_each_sample_by_itself(qwen_pipe, monkeypatch):
     threshold, sums = 0.12, []
-    original = ops.modulated_relative_l1
+    original = ModulatedInput.observe
 
-    def spy(*args, **kwargs):
-        modulated, pair = original(*args, **kwargs)
+    def spy(*args):
+        modulated, pair = original(*args)
         sums.append((pair.tolist(), modulated[0].numel()))
         return modulated, pair
 
-    monkeypatch.setattr(ops, "modulated_relative_l1", spy)
+    monkeypatch.setattr(ModulatedInput, "observe", spy)
     config = {"rel_l1_thresh": threshold, "coefficients": [0, 0, 0, 1, 0]}
     with omni_kernels.patched(qwen_pipe, "tea_cache", config) as handle:
         latents(qwen_pipe, SEEDS, negative_prompt=None)

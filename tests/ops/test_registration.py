@@ -120,10 +120,19 @@ def test_every_device_has_an_implementation(name, key):
 
 
 def test_table_and_exports_agree():
-    assert ops.__all__ == ["OPS", *NAMES]
+    assert ops.__all__ == ["OPS", *NAMES, "trusted"]
     assert sorted(OPS) == NAMES
     assert all(getattr(ops, name) is op.function for name, op in OPS.items())
     assert registration.NAMESPACE == "omni_kernels"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_trusted_ops_are_plain_where_nobody_watches_and_the_public_ones_elsewhere(name):
+    t = torch.zeros(1, 2)
+    assert getattr(ops.trusted(t), name) is OPS[name].function  # autograd watches
+    with torch.no_grad():
+        assert getattr(ops.trusted(t), name) is OPS[name].reference
+        assert getattr(ops.trusted(t.to("meta")), name) is OPS[name].function
 
 
 @pytest.mark.parametrize(
