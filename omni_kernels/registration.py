@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 NAMESPACE = "omni_kernels"
 
@@ -66,7 +67,7 @@ def eager_on_cpu(t: torch.Tensor) -> bool:
     Whoever watches or transforms operators (compilation, dispatch modes, tensor subclasses, autograd) sees the op.
     """
     return not (
-        torch.compiler.is_compiling()
+        is_dynamo_compiling()
         or not t.is_cpu
         or type(t) is not torch.Tensor
         or torch.is_grad_enabled()

@@ -20,8 +20,8 @@ MAX_PARTIALS = 8192
 WARP_SIZE = 64 if torch.version.hip else 32
 # All kernels run with as many; what differs is how many elements each thread takes.
 THREADS = 256
-# Up to here, in elements, copying both into one tensor costs the CPU less than summing each: 5.8 µs against 8.0 at 4096
-# elements, 10.1 against 10.9 at 16384, and 15.4 against 13.8 at 32768.
+# Up to here, in elements, copying both into one tensor costs the CPU less than summing each: 5.4 µs against 7.3 at 4096
+# elements, 9.7 against 10.0 at 16384, and 15.2 against 13.2 at 32768.
 SMALL = 1 << 14
 
 
@@ -30,13 +30,14 @@ def abs_sums(difference: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
 
     `sum` adds pairwise; `vector_norm` adds one by one, which at 3·10⁶ elements is 7·10⁻⁴ off and takes twice the time.
     """
-    magnitude = magnitude.float()
-    dimensions = difference.dim()
-    if difference.numel() <= SMALL or dimensions == 1:
-        pairs = torch.stack((difference, magnitude), 1).abs_()
-        return pairs if dimensions == 1 else pairs.sum([*range(2, dimensions + 1)])
-    sample = [*range(1, dimensions)]
-    return torch.stack((difference.abs_().sum(sample), magnitude.abs().sum(sample)), 1)
+    if difference.dim() == 1:
+        return torch.stack((difference, magnitude), 1).abs_()
+    if 0 < difference.numel() <= SMALL:
+        # `cat` rather than `stack`: attention has just used it. After a transformer block, this is 22 µs against 30.
+        both = torch.cat((difference, magnitude), 1).abs_()
+        return both.reshape(difference.shape[0], 2, -1).sum(2)
+    sample = [*range(1, difference.dim())]
+    return torch.stack((difference.abs_().sum(sample), magnitude.abs().sum(sample, dtype=torch.float32)), 1)
 
 
 def by_sample(t: torch.Tensor) -> tuple[torch.Tensor, int]:

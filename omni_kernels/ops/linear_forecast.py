@@ -102,10 +102,14 @@ def reference(
     scales: Sequence[float] | Sequence[torch.Tensor] = weights  # type: ignore[assignment]
     if isinstance(weights, torch.Tensor):
         scales = weights.tolist() if weights.is_cpu else weights.unbind()
-    elif out is None and base is not None and base.dtype is torch.float32:  # on the path of every skipped step
-        total = torch.add(base, history[0], alpha=weights[0]) if history else base.clone()
+    elif out is None and history and base is not None and base.dtype is torch.float32:  # as at every skipped step
+        first = weights[0]
+        total = base + history[0] if first == 1.0 else base.add(history[0], alpha=first)
+        # After other work, 1024 elements are added in 8 µs out of place and 13 in place; 2²⁰ in 2.2 ms against 0.8.
+        small = total.numel() <= _samples.SMALL
         for j in range(1, len(history)):
-            total.add_(history[j], alpha=weights[j])
+            add = total.add if small else total.add_
+            total = add(history[j], alpha=weights[j])
         return total.contiguous()
     read = list(history) if base is None else [base, *history]
     dtype = read[0].dtype if out is None else out.dtype

@@ -54,12 +54,10 @@ def reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """In plain torch."""
     exact = h_out.dtype is torch.float32
-    residual = h_out - h_in if exact else (h_out.float() - h_in).to(h_out.dtype)
-    residual = residual.contiguous()
+    residual = (h_out - h_in if exact else (h_out.float() - h_in).to(h_out.dtype)).contiguous()
     if r_prev is None:
         return residual, h_out.new_zeros((h_out.shape[0], 2), dtype=torch.float32)
-    r_prev = r_prev.float()
-    return residual, _samples.abs_sums(r_prev - residual, r_prev)
+    return residual, _samples.abs_sums((r_prev if exact else r_prev.float()) - residual, r_prev)
 
 
 @triton.jit(do_not_specialize=["n", "blocks", "programs"])
