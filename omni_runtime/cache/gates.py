@@ -68,24 +68,26 @@ class Gate:
     unlimited: tuple[Plan, str] = (Plan.MEASURE, "")
 
     def __init__(self, limits: Limits) -> None:
-        self.limits = limits
         self._warmup = limits.warmup_steps()
+        self._mask = limits.mask or ()
+        self._static = limits.static
+        self._most_skips = limits.most_skips if limits.most_skips >= 0 else math.inf
+        self._longest_run = limits.longest_run if limits.longest_run >= 0 else math.inf
         self._skips = 0
         self._run = 0
 
     def plan(self, step: int) -> tuple[Plan, str]:
         """What the limits say of this step, and which one says it."""
-        limits = self.limits
         if step in self._warmup:
             return Plan.COMPUTE, "warmup"
-        if limits.mask is not None and step < len(limits.mask):
-            if limits.mask[step]:
+        if step < len(self._mask):
+            if self._mask[step]:
                 return Plan.COMPUTE, "mask"
-            if limits.static:
+            if self._static:
                 return Plan.SKIP, "mask"
-        if 0 <= limits.most_skips <= self._skips:
+        if self._skips >= self._most_skips:
             return Plan.COMPUTE, "max cached steps"
-        if 0 <= limits.longest_run <= self._run:
+        if self._run >= self._longest_run:
             return Plan.COMPUTE, "max continuous cached steps"
         return self.unlimited
 
@@ -137,10 +139,16 @@ class ThresholdGate(Gate):
 
     def judge(self, sums: Sequence[Sequence[float]], elements: int) -> Verdict:
         """See `Gate.judge`."""
-        distance = worst([n / d if d else math.inf for n, d in sums])
-        if distance < self.threshold:
-            return Verdict(False, "below threshold", distance)
-        return Verdict(True, "above threshold", distance)
+        largest = 0.0
+        for n, d in sums:  # as `worst` does, without a list: every step comes here
+            distance = n / d if d else math.inf
+            if not distance <= largest:
+                largest = distance
+                if distance != distance:
+                    break
+        if largest < self.threshold:
+            return Verdict(False, "below threshold", largest)
+        return Verdict(True, "above threshold", largest)
 
 
 class AccumulatedPolynomialGate(Gate):
