@@ -57,24 +57,24 @@ class RecordingGate(Gate):
 
 
 class RecordingPassage(ResidualPassage):
-    """A computed forward that adds a point for each sample."""
+    """Computed forwards that add a point for each sample."""
 
-    def __init__(self, session: Recording, request: Any, name: str, noise_tokens: int | None, stepwise: bool) -> None:
-        super().__init__(session, request, name, noise_tokens, stepwise)
+    def __init__(self, session: Recording, request: Any, name: str) -> None:
+        super().__init__(session, request, name)
         self._name = name
         self._points = session.points
 
     def leave(self, hidden: torch.Tensor, encoder: torch.Tensor | None, base: Any) -> None:
         """See `Passage.leave`."""
-        gate: Any = self._branch.gate
+        gate: Any = self.gate
         inputs, gate.distances = gate.distances, None
         if inputs is not None:
             noise = slice(None, self._noise_tokens)
-            (then,) = self._branch.hidden.tensors()
+            (then,) = self.hidden.tensors()
             now, sums = ops.residual_relative_l1(hidden[:, noise], base[0][:, noise], then[:, noise])
             outputs = relative_l1(sums.tolist(), now.numel() // len(inputs))
             self._points += [
-                Point(self._name, self._request.step, sample, *pair)
+                Point(self._name, self.step, sample, *pair)
                 for sample, pair in enumerate(zip(inputs, outputs, strict=True))
             ]
         super().leave(hidden, encoder, base)

@@ -12,12 +12,16 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
 
 from omni_runtime.cache.models import ModelRow
+
+#: The (hidden, encoder) states, [B, S, D] and [B, T, D]; no encoder states where there is a single stream.
+States = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class Forwards(Protocol):
@@ -59,7 +63,12 @@ class BlockCalls:
     """How the blocks of a model are called, and what they return, in the terms of its row."""
 
     def __init__(self, row: ModelRow, blocks: list[torch.nn.Module], forward: Callable[..., Any]) -> None:
-        self._row = row
+        self._hidden, self._encoder = row.hidden, row.encoder
+        alone = row.returns == "hidden"
+        #: (hidden, encoder) → what a block would return.
+        self.output: Callable[[Any], Any] = operator.itemgetter(0) if alone else operator.itemgetter(1, 0)
+        #: what a block returned → (hidden, encoder).
+        self.streams: Callable[[Any], States] = _hidden_alone if alone else operator.itemgetter(1, 0)
         self.names = [tuple(inspect.signature(block.forward).parameters) for block in blocks]
         self._places = [
             (names.index(row.hidden), names.index(row.encoder) if row.encoder else -1) for names in self.names
@@ -68,28 +77,18 @@ class BlockCalls:
         self.forward_names = tuple(parameters)
         self._between = [(name, parameters.index(name)) for name in row.between if name in parameters]
 
-    def inputs(
-        self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The (hidden, encoder) states, [B, S, D] and [B, T, D], among the arguments of block `index`."""
-        row, given = self._row, len(args)
+    def inputs(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> States:
+        """The (hidden, encoder) states among the arguments of block `index`."""
         place, encoder_place = self._places[index]
-        hidden = args[place] if place < given else kwargs[row.hidden]
-        if row.encoder is None:
+        given, encoder = len(args), self._encoder
+        hidden = args[place] if place < given else kwargs[self._hidden]
+        if encoder is None:
             return hidden, None
-        return hidden, args[encoder_place] if encoder_place < given else kwargs[row.encoder]
+        return hidden, args[encoder_place] if encoder_place < given else kwargs[encoder]
 
     def arguments(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         """All arguments of block `index` by name."""
         return {**dict(zip(self.names[index], args, strict=False)), **kwargs} if args else kwargs
-
-    def output(self, hidden: torch.Tensor, encoder: torch.Tensor | None) -> Any:
-        """What a block would return."""
-        return hidden if self._row.returns == "hidden" else (encoder, hidden)
-
-    def streams(self, output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The (hidden, encoder) states that a block returned."""
-        return (output, None) if self._row.returns == "hidden" else (output[1], output[0])
 
     def works_between(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether this forward of the transformer does anything between its blocks."""
@@ -97,6 +96,10 @@ class BlockCalls:
             if kwargs.get(name) is not None or len(args) > place:
                 return True
         return False
+
+
+def _hidden_alone(output: torch.Tensor) -> tuple[torch.Tensor, None]:
+    return output, None
 
 
 class Slot(functools.partial[Any]):
@@ -110,21 +113,28 @@ class Slot(functools.partial[Any]):
 
 
 class Passage:
-    """One forward over the blocks, of which [first, last) may be skipped.
+    """Forwards over the blocks, of which [first, last) may be skipped, one after the other.
 
     Subclasses' hooks: `enter` sees the call of block `first` and says whether to compute; `leave` sees what the last
-    skippable block returned; `forecast` gives what it would have returned.
+    skippable block returned; `forecast` gives what it would have returned. No state of a forward outlives it.
+
+    Attributes:
+        ran: how many blocks ran, to be set to 0 before each forward.
+        stepwise: whether the forward works between its blocks. With nothing to do there, a skipped stretch is left at
+            once, not block by block.
+        entered: the hidden states that entered block 0, where that is not block `first`.
     """
 
-    def __init__(self, calls: BlockCalls, first: int, last: int, stepwise: bool) -> None:
+    __slots__ = ("_base", "calls", "computing", "entered", "first", "last", "ran", "stepwise")
+
+    def __init__(self, calls: BlockCalls, first: int, last: int) -> None:
         self.calls = calls
         self.first, self.last = first, last
         self.computing = True
         self.ran = 0
+        self.stepwise = True
         self.entered: torch.Tensor | None = None
-        # With nothing to do between the blocks, a skipped stretch is left at once, not block by block.
-        self._stepwise = stepwise
-        self._base: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self._base: States | None = None
 
     def enter(self, block: torch.nn.Module, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the blocks [first, last) run in this forward, from `base`, a pair (hidden, encoder)."""
@@ -145,7 +155,7 @@ class Passage:
         for index, block in numbered:
             if index == first:
                 yield Slot(self._first, block)
-                if not self.computing and not self._stepwise:
+                if not self.computing and not self.stepwise:
                     if last >= start + len(blocks):
                         return
                     skipped = last - first - 1
@@ -158,9 +168,9 @@ class Passage:
             elif index == last - 1:
                 if self.computing:
                     yield Slot(self._last, block)
-                elif self._stepwise:
+                elif self.stepwise:
                     yield Slot(self._arrive, block)
-            elif self._stepwise:
+            elif self.stepwise:
                 yield Slot(functools.partial(self._pass_over, index), block)
 
     def _zeroth(self, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -172,11 +182,12 @@ class Passage:
         calls, index = self.calls, self.first
         base = calls.inputs(index, args, kwargs)
         self.computing = self.enter(block, base, args, kwargs)
-        if not self.computing and not (self._stepwise and self.last - index > 1):
-            return calls.output(*self.forecast(base))
+        self.entered = None
+        if not self.computing and not (self.stepwise and self.last - index > 1):
+            return calls.output(self.forecast(base))
         self._base = base
         if not self.computing:
-            return calls.output(*base)
+            return calls.output(base)
         return self._last(block, *args, **kwargs) if self.last - index == 1 else self._run(block, args, kwargs)
 
     def _run(self, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -191,9 +202,9 @@ class Passage:
 
     def _pass_over(self, index: int, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The states as they are."""
-        return self.calls.output(*self.calls.inputs(index, args, kwargs))
+        return self.calls.output(self.calls.inputs(index, args, kwargs))
 
     def _arrive(self, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """What the last skippable block would have returned, from the states in which the first was to be called."""
         base, self._base = self._base, None
-        return self.calls.output(*self.forecast(base))
+        return self.calls.output(self.forecast(base))

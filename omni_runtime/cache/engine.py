@@ -1,7 +1,8 @@
 """The cache engine: one method's four choices, at work on one pipeline.
 
 A `CacheSession` joins the two seams. The scheduler's lifecycle opens and ends requests; each transformer call within
-one is a `Passage` over the model's blocks; a CFG branch's gate, remembered signal and history hang on the request.
+one goes through the `Passage` of its CFG branch over the model's blocks, which has the branch's gate, remembered signal
+and history, and hangs on the request.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from omni_runtime.cache.history import History
 from omni_runtime.cache.lifecycle import Lifecycle, Request
 from omni_runtime.cache.models import ModelRow, block_lists, row_of
 from omni_runtime.cache.report import BranchReport, CacheReport, Decision, StepEvent
-from omni_runtime.cache.signals import Sight, Signal
+from omni_runtime.cache.signals import Signal
 
 
 @dataclass(frozen=True)
@@ -52,96 +53,105 @@ class Parts:
     note: str | None = None
 
 
-class Branch:
-    """The state of one CFG branch in one request: nothing of it but the decisions outlives the request."""
+class ResidualPassage(Passage):
+    """One CFG branch of one request: what it remembers, and its forwards, computed or forecast as its gate decides.
 
-    def __init__(self, gate: Gate, forecaster: Forecaster, last_stream: bool, decisions: list[Decision]) -> None:
-        self.gate = gate
-        self.decisions = decisions
+    Nothing of it but the decisions outlives the request.
+    """
+
+    __slots__ = (
+        "_by_step",
+        "_every_step",
+        "_noise_tokens",
+        "_position",
+        "_signal",
+        "_using",
+        "decisions",
+        "encoder",
+        "gate",
+        "hidden",
+        "remembered",
+        "step",
+    )
+
+    def __init__(self, session: CacheSession, request: Request, name: str) -> None:
+        parts = session.parts
+        super().__init__(session.calls, parts.first, parts.last)
+        self._signal = parts.signal
+        self._every_step = parts.signal.every_step
+        self._by_step = parts.forecaster.axis == "step"
+        self.step = -1
+        self.gate = parts.gate(request)
+        self.decisions: list[Decision] = []
+        request.decisions[name] = self.decisions
         self.remembered: torch.Tensor | None = None
-        self.hidden = History(forecaster)
+        self.hidden = History(parts.forecaster)
         # The text stream matters only to blocks that still run: with none behind the site, it is left alone.
-        self.encoder = None if last_stream else History(forecaster)
+        self.encoder = None if parts.last == session.blocks else History(parts.forecaster)
+
+    def begin(self, request: Request, noise_tokens: int | None, stepwise: bool) -> None:
+        """A forward of this step of the request begins."""
+        self.ran = 0
+        self.stepwise = stepwise
+        self._noise_tokens = noise_tokens
+        self.step = request.step
+        self._position = float(request.step) if self._by_step else request.sigma
 
     def tensors(self) -> list[torch.Tensor]:
-        """Every tensor that is held."""
+        """Every tensor that is held between forwards."""
         held = [] if self.remembered is None else [self.remembered]
         return held + self.hidden.tensors() + (self.encoder.tensors() if self.encoder else [])
 
-    def fits(self, hidden: torch.Tensor, encoder: torch.Tensor | None) -> bool:
-        """Whether what is held can be added to these states."""
-        return self.hidden.fits(hidden) and (self.encoder is None or encoder is None or self.encoder.fits(encoder))
-
-    def forget(self) -> None:
+    def _forget(self) -> None:
         """Drop what no longer fits: the batch, the resolution or the prompt's length has changed."""
         self.remembered = None
         self.hidden.clear()
         if self.encoder is not None:
             self.encoder.clear()
 
-
-class ResidualPassage(Passage):
-    """One forward of one branch, computed or forecast as the branch's gate decides."""
-
-    def __init__(
-        self, session: CacheSession, request: Request, name: str, noise_tokens: int | None, stepwise: bool
-    ) -> None:
-        parts = session.parts
-        super().__init__(session.calls, parts.first, parts.last, stepwise)
-        self._parts = parts
-        self._request = request
-        self._noise_tokens = noise_tokens
-        branch = request.state.get(name)
-        if branch is None:
-            decisions = request.decisions[name] = []
-            branch = Branch(parts.gate(request), parts.forecaster, parts.last == session.blocks, decisions)
-            request.state[name] = branch
-        self._branch: Branch = branch
-        self._position = float(request.step) if parts.forecaster.axis == "step" else request.sigma
-
     def enter(self, block: torch.nn.Module, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """See `Passage.enter`."""
-        branch, signal = self._branch, self._parts.signal
-        gate = branch.gate
         hidden, encoder = base
+        gate, history = self.gate, self.encoder
+        using = self._using = ops.trusted(hidden)
         verdict = None
-        if branch.fits(hidden, encoder):
-            plan, reason = gate.plan(self._request.step)
+        if hidden.shape == self.hidden.shape and (history is None or encoder is None or encoder.shape == history.shape):
+            plan, reason = gate.plan(self.step)
             if plan is not Plan.MEASURE:
                 verdict = Verdict(plan is Plan.COMPUTE, reason)
         else:
-            verdict = Verdict(True, "shape changed" if len(branch.hidden) else "nothing cached yet")
-            branch.forget()
-        if verdict is None or verdict.computed or signal.every_step:
+            verdict = Verdict(True, "shape changed" if len(self.hidden) else "nothing cached yet")
+            self._forget()
+        if verdict is None or verdict.computed or self._every_step:
             entered = hidden if self.entered is None else self.entered
             if self._noise_tokens is not None:
                 hidden, entered = hidden[:, : self._noise_tokens], entered[:, : self._noise_tokens]
-            then = branch.remembered if verdict is None else None
-            arguments = self.calls.arguments(self.first, args, kwargs)
-            now, sums = signal.observe(Sight(block, arguments, hidden, entered, ops.trusted(hidden)), then)
+            then = self.remembered if verdict is None else None
+            arguments = self.calls.arguments(self.first, args, kwargs) if args else kwargs
+            now, sums = self._signal.observe(block, arguments, hidden, entered, then, using)
             if verdict is None and then is None:
                 verdict = Verdict(True, "nothing to compare with")
             elif verdict is None:
                 pairs = sums.tolist()  # the decision's one transfer to the host
                 verdict = gate.judge(pairs, now.numel() // len(pairs))
-            if verdict.computed or signal.every_step:
-                branch.remembered = now
+            if verdict.computed or self._every_step:
+                self.remembered = now
         gate.settle(verdict.computed)
-        branch.decisions.append(Decision(self._request.step, *verdict))
+        self.decisions.append(Decision(self.step, *verdict))
         return verdict.computed
 
     def leave(self, hidden: torch.Tensor, encoder: torch.Tensor | None, base: Any) -> None:
         """See `Passage.leave`."""
-        self._branch.hidden.record(hidden, base[0], self._position)
-        if self._branch.encoder is not None and encoder is not None:
-            self._branch.encoder.record(encoder, base[1], self._position)
+        self.hidden.record(hidden, base[0], self._position)
+        if self.encoder is not None and encoder is not None:
+            self.encoder.record(encoder, base[1], self._position)
 
     def forecast(self, base: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Passage.forecast`."""
         hidden, encoder = base
-        if self._branch.encoder is not None and encoder is not None:
-            encoder = self._branch.encoder.forecast(encoder, self._position)
-        return self._branch.hidden.forecast(hidden, self._position), encoder
+        if self.encoder is not None and encoder is not None:
+            encoder = self.encoder.forecast(encoder, self._position, self._using)
+        return self.hidden.forecast(hidden, self._position, self._using), encoder
 
 
 class CacheSession:
@@ -204,7 +214,7 @@ class CacheSession:
     def held_tensors(self) -> list[torch.Tensor]:
         """Every tensor that the request under way holds; none between requests."""
         request = self._lifecycle.request
-        return [] if request is None else [t for branch in request.state.values() for t in branch.tensors()]
+        return [] if request is None else [t for passage in request.state.values() for t in passage.tensors()]
 
     def _opened(self, request: Request) -> None:
         self._last = request
@@ -248,13 +258,16 @@ class CacheSession:
         calls = self.calls
         arguments = {**dict(zip(calls.forward_names, args, strict=False)), **kwargs} if args else kwargs
         try:
-            passage = self.passage = self.passage_class(
-                self,
-                request,
-                self._branch_name(request),
-                self._row.noise_tokens(arguments),
-                calls.works_between(args, kwargs),
-            )
+            # The pipeline's name for this call, else its order within the step; unlike any other of the step.
+            name = self._context or str(request.calls)
+            passage = request.state.get(name)
+            if passage is not None and passage.step == request.step:
+                name = f"{name}#{request.calls}"
+                passage = request.state.get(name)
+            if passage is None:
+                passage = request.state[name] = self.passage_class(self, request, name)
+            passage.begin(request, self._row.noise_tokens(arguments), calls.works_between(args, kwargs))
+            self.passage = passage
             output = self.transformer._call_impl(*args, **kwargs)
         except BaseException:
             self._lifecycle.end()
@@ -265,14 +278,6 @@ class CacheSession:
         request.blocks_run += passage.ran
         request.blocks_total += self.blocks
         return output
-
-    def _branch_name(self, request: Request) -> str:
-        """The pipeline's name for this call, else its order within the step; unlike any other of the step."""
-        name = self._context or str(request.calls)
-        made = request.decisions.get(name)
-        if made and made[-1].step == request.step:
-            name = f"{name}#{request.calls}"
-        return name
 
     def _cache_context(self) -> Callable[..., Any]:
         original: Any = self.transformer.cache_context

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from omni_kernels import ops
@@ -9,22 +11,26 @@ from omni_runtime.cache.forecasters import Forecaster
 
 
 class History:
-    """One stream of one CFG branch: residuals at computed steps, and where those steps lie."""
+    """One stream of one CFG branch: residuals at computed steps, and where those steps lie.
+
+    Attributes:
+        shape: of what the snapshots can be added to; None, which no tensor has, while there are none.
+    """
+
+    __slots__ = ("_forecaster", "_positions", "_snapshots", "shape")
 
     def __init__(self, forecaster: Forecaster) -> None:
         self._forecaster = forecaster
+        self.shape: torch.Size | None = None
         self._positions: list[float] = []
         self._snapshots: list[torch.Tensor] = []
 
     def __len__(self) -> int:
         return len(self._snapshots)
 
-    def fits(self, value: torch.Tensor | None) -> bool:
-        """Whether the snapshots can be added to `value`; an empty history fits nothing."""
-        return bool(self._snapshots) and value is not None and self._snapshots[0].shape == value.shape
-
     def clear(self) -> None:
         """Drop all snapshots."""
+        self.shape = None
         self._positions.clear()
         self._snapshots.clear()
 
@@ -33,8 +39,9 @@ class History:
 
         A residual at the newest one's position takes its place: samplers of second order visit a σ twice.
         """
-        if not self.fits(after):
+        if self.shape != after.shape:
             self.clear()
+            self.shape = after.shape
         replaced = None
         if self._positions and self._positions[0] == position:
             self._positions.pop(0)
@@ -46,10 +53,9 @@ class History:
         self._positions.insert(0, position)
         self._snapshots.insert(0, residual)
 
-    def forecast(self, base: torch.Tensor, position: float) -> torch.Tensor:
-        """`base`, which the snapshots fit, plus the residual expected at `position`."""
-        weights = self._forecaster.weights(self._positions, position)
-        return ops.trusted(base).linear_forecast(base, self._snapshots, weights)
+    def forecast(self, base: torch.Tensor, position: float, using: Any = ops) -> torch.Tensor:
+        """`base`, which the snapshots fit, plus the residual expected at `position`; `using` the ops of that name."""
+        return using.linear_forecast(base, self._snapshots, self._forecaster.weights(self._positions, position))
 
     def tensors(self) -> list[torch.Tensor]:
         """The stored snapshots, newest first."""

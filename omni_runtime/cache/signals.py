@@ -7,8 +7,7 @@ each sample's [Σ|now − then|, Σ|then|]. `every_step` says when the new tenso
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -16,32 +15,30 @@ import torch
 from omni_runtime.cache.models import Arguments, Modulation
 
 
-@dataclass
-class Sight:
-    """What a signal may look at: the first skippable block, its arguments, and the first block's input.
-
-    Attributes:
-        block: the block whose call is under way.
-        arguments: its arguments by name.
-        hidden: the noise among its hidden states, [B, S', D].
-        entered: the same of the hidden states that entered block 0; the same tensor where block 0 is this block.
-        ops: the ops for such tensors, by name.
-    """
-
-    block: torch.nn.Module
-    arguments: Mapping[str, Any]
-    hidden: torch.Tensor
-    entered: torch.Tensor
-    ops: Any
-
-
 class Signal(Protocol):
     """See the module's docstring."""
 
     every_step: bool
 
-    def observe(self, sight: Sight, remembered: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tensor of this step, [B, S', D], and the sums fp32 [B, 2]: meaningless where nothing was remembered."""
+    def observe(
+        self,
+        block: torch.nn.Module,
+        arguments: Arguments,
+        hidden: torch.Tensor,
+        entered: torch.Tensor,
+        remembered: torch.Tensor | None,
+        using: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tensor of this step, [B, S', D], and the sums fp32 [B, 2]: meaningless where nothing was remembered.
+
+        Args:
+            block: the first skippable block, whose call is under way.
+            arguments: its arguments by name.
+            hidden: the noise among its hidden states, [B, S', D].
+            entered: the same of the hidden states that entered block 0; the same tensor where block 0 is this block.
+            remembered: the tensor of an earlier step, or None.
+            using: the ops for such tensors, by name.
+        """
 
 
 class FirstBlocksResidual:
@@ -49,9 +46,17 @@ class FirstBlocksResidual:
 
     every_step = False
 
-    def observe(self, sight: Sight, remembered: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def observe(
+        self,
+        block: torch.nn.Module,
+        arguments: Arguments,
+        hidden: torch.Tensor,
+        entered: torch.Tensor,
+        remembered: torch.Tensor | None,
+        using: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Signal.observe`."""
-        return sight.ops.residual_relative_l1(sight.hidden, sight.entered, remembered)
+        return using.residual_relative_l1(hidden, entered, remembered)
 
 
 class ModulatedInput:
@@ -62,9 +67,17 @@ class ModulatedInput:
     def __init__(self, modulation: Callable[[torch.nn.Module, Arguments], Modulation]) -> None:
         self._modulation = modulation
 
-    def observe(self, sight: Sight, remembered: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def observe(
+        self,
+        block: torch.nn.Module,
+        arguments: Arguments,
+        hidden: torch.Tensor,
+        entered: torch.Tensor,
+        remembered: torch.Tensor | None,
+        using: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Signal.observe`."""
-        how = self._modulation(sight.block, sight.arguments)
-        return sight.ops.modulated_relative_l1(
-            sight.hidden, how.scale, how.shift, remembered, norm=how.norm, weight=how.weight, eps=how.eps
+        how = self._modulation(block, arguments)
+        return using.modulated_relative_l1(
+            hidden, how.scale, how.shift, remembered, norm=how.norm, weight=how.weight, eps=how.eps
         )

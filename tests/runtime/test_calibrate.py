@@ -12,7 +12,7 @@ import torch
 import omni_kernels
 from omni_runtime import Omni, calibrate, cli, loading
 from omni_runtime.cache import calibration, models
-from omni_runtime.cache.engine import Branch
+from omni_runtime.calibrate import RecordingPassage
 
 pytestmark = pytest.mark.usefixtures("no_environment")
 
@@ -157,7 +157,8 @@ def test_an_interruption_leaves_the_pipeline_as_it_was_and_holds_nothing(error: 
     pipe = tiny.qwen_image()
     tiny.generate(pipe, num_inference_steps=2)  # pipelines keep some of their last arguments
     before = everything(pipe)
-    held = [one for one in gc.get_objects() if type(one) is Branch]  # by other tests; kept, so that no id is used again
+    # By other tests; kept, so that no id is used again.
+    held = [one for one in gc.get_objects() if type(one) is RecordingPassage]
     others = set(map(id, held))
 
     def fail(*_: Any) -> None:
@@ -176,7 +177,7 @@ def test_an_interruption_leaves_the_pipeline_as_it_was_and_holds_nothing(error: 
     assert [set(one) for one in after] == [set(one) for one in before]
     assert after[-1] == before[-1]
     gc.collect()
-    assert not [one for one in gc.get_objects() if type(one) is Branch and id(one) not in others]
+    assert not [one for one in gc.get_objects() if type(one) is RecordingPassage and id(one) not in others]
 
 
 def test_nothing_is_held_between_requests() -> None:
