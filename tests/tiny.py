@@ -1,4 +1,5 @@
-"""Tiny random-weight pipelines that run end to end on the CPU, offline: Qwen-Image, its edit pipelines, Z-Image, FLUX.
+"""Tiny random-weight pipelines that run end to end on the CPU, offline: Qwen-Image, its edit pipelines, Z-Image,
+FLUX, Wan.
 
 Everything is the real class of diffusers or transformers, built from a config; nothing is downloaded. `generate` runs
 8 steps of 64×64 pixels with a fixed seed in 0.1–0.3 s on one thread. Weights are the same at every build.
@@ -115,6 +116,33 @@ def flux(layers: int = 2, single_layers: int = 2, **transformer: Any) -> diffuse
         )
 
 
+def wan(layers: int = 2, two_stages: bool = False) -> diffusers.WanPipeline:
+    """Text to video, two transformer calls a step with guidance; `two_stages` has a second transformer for low noise.
+
+    Block caches have no row for its transformer.
+    """
+    with _fixed_weights():
+        config: dict[str, Any] = {
+            "num_attention_heads": 2,
+            "attention_head_dim": 12,
+            "text_dim": 32,
+            "freq_dim": 32,
+            "ffn_dim": 48,
+            "num_layers": layers,
+            "rope_max_seq_len": 32,
+        }
+        models = [diffusers.WanTransformer3DModel(**config).eval() for _ in range(1 + two_stages)]
+        return diffusers.WanPipeline(
+            tokenizer=_t5_tokenizer(),
+            text_encoder=_umt5_text_encoder(),
+            vae=diffusers.AutoencoderKLWan(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1).eval(),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+            transformer=models[0],
+            transformer_2=models[1] if two_stages else None,
+            boundary_ratio=0.6 if two_stages else None,
+        )
+
+
 PIPELINES: dict[str, Callable[..., Any]] = {
     "qwen_image": qwen_image,
     "qwen_image_edit": qwen_image_edit,
@@ -143,11 +171,15 @@ def default_arguments(pipe: Any) -> dict[str, Any]:
         "QwenImageEditPlusPipeline": guidance | {"image": [reference_image(), reference_image(seed=1)]},
         "ZImagePipeline": {"guidance_scale": 5.0},
         "FluxPipeline": {"guidance_scale": 3.5, "max_sequence_length": 64},
+        "WanPipeline": {"guidance_scale": 5.0, "num_frames": 5, "max_sequence_length": 64},
     }[type(pipe).__name__]
 
 
 def generate(pipe: Any, seed: int = 0, **overrides: Any) -> torch.Tensor:
-    """One request: 8 steps, 64×64, "a cat". Float images N×3×H×W in [0, 1], or latents for `output_type="latent"`."""
+    """One request: 8 steps, 64×64, "a cat". Float images N×3×H×W in [0, 1], or latents for `output_type="latent"`.
+
+    A video is N×F×3×H×W.
+    """
     arguments: dict[str, Any] = {
         "prompt": "a cat",
         "height": 64,
@@ -158,7 +190,8 @@ def generate(pipe: Any, seed: int = 0, **overrides: Any) -> torch.Tensor:
     }
     pipe.set_progress_bar_config(disable=True)
     with small_references(), torch.no_grad():
-        return pipe(**arguments | default_arguments(pipe) | overrides).images
+        (made,) = pipe(**arguments | default_arguments(pipe) | overrides | {"return_dict": False})
+    return made
 
 
 @contextlib.contextmanager
@@ -327,6 +360,13 @@ def _t5_text_encoder() -> transformers.T5EncoderModel:
         is_encoder_decoder=False,
     )
     return transformers.T5EncoderModel(config).eval()
+
+
+def _umt5_text_encoder() -> transformers.UMT5EncoderModel:
+    config = transformers.UMT5Config(
+        vocab_size=len(_t5_tokenizer()), d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2
+    )
+    return transformers.UMT5EncoderModel(config).eval()
 
 
 # Tokenizers and processors

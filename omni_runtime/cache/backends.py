@@ -8,19 +8,21 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from omni_kernels.patching import Patch
-from omni_runtime.cache import calibration
+from omni_kernels.patching.backends import nearest
+from omni_runtime.cache import calibration, schedules
 from omni_runtime.cache import config as keys
 from omni_runtime.cache.engine import CacheSession, Parts
 from omni_runtime.cache.forecasters import FORECASTERS, make_forecaster
-from omni_runtime.cache.gates import AccumulatedPolynomialGate, Limits, ThresholdGate
+from omni_runtime.cache.gates import AccumulatedPolynomialGate, Limits, ScheduleGate, ThresholdGate
 from omni_runtime.cache.lifecycle import Request
 from omni_runtime.cache.masks import POLICIES, parse_mask, steps_mask
 from omni_runtime.cache.models import ModelRow, TransformerFacts, row_of
+from omni_runtime.cache.output import OutputSite
 from omni_runtime.cache.signals import FirstBlocksResidual, ModulatedInput
 
 Config = dict[str, Any]
@@ -34,19 +36,21 @@ class Method:
         name: what `cache_backend=` is given.
         summary: one line for listings.
         keys: the configuration keys.
-        parts: (configuration, model row, number of blocks) → the four choices; raises ValueError for a row that lacks
-            what the method needs.
+        parts: (configuration, model row, number of blocks) → the choices for the blocks; raises ValueError for a row
+            that lacks what the method needs. None for a method that leaves the blocks alone, and needs no row.
         relations: (configuration, number of blocks, number of steps; None where unknown) → raises for values that
             don't go together.
         model_file: a file that a model's folder may bring, and the key whose default it then is.
+        output: configuration → the choices for whole steps; None for a method that skips none.
     """
 
     name: str
     summary: str
     keys: tuple[keys.Key, ...]
-    parts: Callable[[Config, ModelRow, int], Parts]
+    parts: Callable[[Config, ModelRow, int], Parts] | None
     relations: Callable[[Config, int | None, int | None], None]
     model_file: tuple[str, str] | None = None
+    output: Callable[[Config], OutputSite] | None = None
 
     def check(
         self,
@@ -66,19 +70,25 @@ class Method:
             TypeError: a value of the wrong type.
         """
         resolved = keys.resolve(self.keys, config, self.name)
+        row = None if transformer is None or self.parts is None else row_of(transformer.class_name)
         self.relations(resolved, None if transformer is None else transformer.blocks, steps)
-        if transformer is not None:
-            self.parts(resolved, row_of(transformer.class_name), transformer.blocks)
+        if self.parts is not None and row is not None and transformer is not None and transformer.blocks is not None:
+            self.parts(resolved, row, transformer.blocks)
+        if transformer is not None and self.output is not None:
+            self.output(resolved)
         return resolved
 
     def install(self, pipe: Any, config: Config, patch: Patch) -> CacheSession:
         """Install on `pipe`; `config` is complete."""
+        choose = self.parts
 
         def parts(row: ModelRow, blocks: int) -> Parts:
+            assert choose is not None
             self.relations(config, blocks, None)
-            return self.parts(config, row, blocks)
+            return choose(config, row, blocks)
 
-        session = CacheSession(self.name, pipe, parts)
+        output = None if self.output is None else self.output(config)
+        session = CacheSession(self.name, pipe, None if choose is None else parts, output)
         session.install(patch)
         return session
 
@@ -278,5 +288,126 @@ CACHE_DIT = Method(
     relations=_dbcache_relations,
 )
 
+
+def _schedule_key() -> keys.Key:
+    allowed = f"None, a list of step indices, or one of {', '.join(map(repr, schedules.NAMES))}"
+
+    def parse(value: Any) -> str | tuple[int, ...] | None:
+        if value is None:
+            return None
+        if isinstance(value, str):
+            if value not in schedules.NAMES:
+                raise ValueError(f"schedule must be {allowed}, not {value!r}: {nearest(value, schedules.NAMES)}")
+            return value
+        if not isinstance(value, Sequence) or any(isinstance(s, bool) or not isinstance(s, int) for s in value):
+            raise TypeError(f"schedule must be {allowed}, not {value!r}")
+        if not value or min(value) < 0 or len(set(value)) < len(value):
+            raise ValueError(f"schedule must name each computed step once, from 0, not {value!r}")
+        return tuple(sorted(value))
+
+    return keys.Key(
+        "schedule", None, "steps or name", allowed, "the computed steps; the first and last are added", parse
+    )
+
+
+def _schedules_key() -> keys.Key:
+    allowed = "None or a file of `omni calibrate schedule`, by its path or parsed"
+
+    def parse(value: Any) -> Config | None:
+        if value is not None and not isinstance(value, str | os.PathLike | Mapping):
+            raise TypeError(f"calibration must be {allowed}, not {value!r}")
+        try:
+            return None if value is None else schedules.read(value)
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(f"calibration: {error}") from None
+
+    return keys.Key("calibration", None, "file", allowed, "schedules found for a model; None: the model's own", parse)
+
+
+_ASKED = ("schedule", "budget", "speedup", "quality")
+DEFAULT_SPEEDUP = 2.0
+
+
+def _velocity_schedule(config: Config, request: Request, transformer: str) -> schedules.Schedule:
+    steps = request.steps
+    sigmas = request.sigmas[request.begin : request.begin + steps]
+    if isinstance(config["schedule"], str):
+        return schedules.named(config["schedule"], steps, sigmas)
+    if config["schedule"] is not None:
+        return schedules.Schedule(steps, tuple(sorted({0, steps - 1, *config["schedule"]})), "given")
+    calibrated = schedules.calibrated(config["calibration"])
+    if config["quality"] is not None:
+        return schedules.fitted(schedules.good_enough(calibrated, config["quality"]), steps, sigmas)
+    budget = _budget(config, steps)
+    published = [one for one in schedules.PUBLISHED.values() if one.transformer == transformer]
+    found = schedules.nearest(calibrated, steps, budget) or schedules.nearest(published, steps, budget)
+    return schedules.even(steps, budget) if found is None else schedules.fitted(found, steps, sigmas, budget)
+
+
+def _budget(config: Config, steps: int) -> int:
+    """How many steps are computed, where their number was asked for."""
+    if config["budget"] is not None:
+        return min(config["budget"], steps)
+    return min(max(2, int(steps / (config["speedup"] or DEFAULT_SPEEDUP))), steps)
+
+
+def _velocity_cache(config: Config) -> OutputSite:
+    def gate(request: Request, transformer: str) -> ScheduleGate:
+        _velocity_relations(config, None, request.steps)
+        schedule = _velocity_schedule(config, request, transformer)
+        request.notes.append(
+            f"schedule: {len(schedule.computed)} of {schedule.steps} steps computed, {schedule.origin}"
+        )
+        return ScheduleGate(schedule.mask)
+
+    given = config["calibration"]
+    return OutputSite(
+        gate=gate,
+        forecaster=make_forecaster(config["forecaster"], config["forecaster_order"]),
+        reach=config["reach"],
+        fitted_for=None if given is None or config["schedule"] is not None else given["calibrated_for"],
+    )
+
+
+def _velocity_relations(config: Config, blocks: int | None, steps: int | None) -> None:
+    asked = [name for name in _ASKED if config[name] is not None]
+    if len(asked) > 1:
+        raise ValueError(f"{' and '.join(asked)} exclude each other: give one of {', '.join(_ASKED)}")
+    if config["quality"] is not None and config["calibration"] is not None:
+        schedules.good_enough(schedules.calibrated(config["calibration"]), config["quality"])
+    if steps is None:
+        return
+    if config["budget"] is not None and config["budget"] > steps:
+        raise ValueError(f"budget is {config['budget']} computed steps, but the request has {steps}")
+    last = max(config["schedule"]) if isinstance(config["schedule"], tuple) else 0
+    if last >= steps:
+        raise ValueError(f"schedule names step {last}, but the request has {steps} steps, from 0 to {steps - 1}")
+
+
+VELOCITY_CACHE = Method(
+    name="velocity_cache",
+    summary="Velocity cache: skip whole steps on a schedule, and forecast the guided model output there",
+    keys=(
+        _schedule_key(),
+        keys.integer("budget", None, 2, None, "how many steps are computed"),
+        keys.optional_number(
+            "speedup", 1.0, f"steps for each computed one; {DEFAULT_SPEEDUP:g} where nothing is given"
+        ),
+        keys.optional_number("quality", 0.0, "mean PSNR in dB against the full run, where that was calibrated"),
+        _schedules_key(),
+        keys.choice("forecaster", "newton", tuple(FORECASTERS), "what stands in for a skipped step's model output"),
+        keys.integer("forecaster_order", 1, 0, 2, "order of the forecaster, where it has one"),
+        keys.number(
+            "reach", 1.0, "longest extrapolation, in distances between the two newest computed steps", positive=True
+        ),
+    ),
+    parts=None,
+    relations=_velocity_relations,
+    model_file=(schedules.FILE_NAME, "calibration"),
+    output=_velocity_cache,
+)
+
 #: name → method
-METHODS: dict[str, Method] = {method.name: method for method in (TEA_CACHE, CACHE_DIT, FIRST_BLOCK_CACHE)}
+METHODS: dict[str, Method] = {
+    method.name: method for method in (TEA_CACHE, CACHE_DIT, FIRST_BLOCK_CACHE, VELOCITY_CACHE)
+}

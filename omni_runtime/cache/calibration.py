@@ -187,16 +187,27 @@ def read(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
         FileNotFoundError: no such file.
         ValueError: no JSON, no calibration of TeaCache, or a broken one.
     """
+    content, name, file = parsed(source)
+    return _checked(content, name) | file
+
+
+def parsed(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[Mapping[str, Any], str, dict[str, str]]:
+    """What a calibration file holds, how messages call it, and {"file": its name}; a parsed one has none.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it holds no JSON object.
+    """
     if isinstance(source, Mapping):
-        return _checked(source, "this dict")
+        return source, "this dict", {}
     path = Path(source).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {os.fspath(source)!r}")
     try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
-    return _checked(parsed, str(path)) | {"file": path.name}
+    return content if isinstance(content, Mapping) else {}, str(path), {"file": path.name}
 
 
 def _checked(parsed: Any, name: str) -> dict[str, Any]:

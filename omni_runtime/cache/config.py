@@ -64,6 +64,22 @@ def number(name: str, default: float, doc: str, *, positive: bool = False) -> Ke
     return Key(name, default, "float", allowed, doc, parse)
 
 
+def optional_number(name: str, above: float, doc: str) -> Key:
+    """None, or a finite number > `above`."""
+    allowed = f"None or a finite number > {above:g}"
+
+    def parse(value: Any) -> float | None:
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be {allowed}, not {value!r}")
+        if not _finite(value) or value <= above:
+            raise ValueError(f"{name} must be {allowed}, not {value}")
+        return float(value)
+
+    return Key(name, None, "float", allowed, doc, parse)
+
+
 def flag(name: str, default: bool, doc: str) -> Key:
     """True or False."""
 

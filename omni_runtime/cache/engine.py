@@ -1,8 +1,9 @@
 """The cache engine: one method's four choices, at work on one pipeline.
 
-A `CacheSession` joins the two seams. The scheduler's lifecycle opens and ends requests; each transformer call within
-one goes through the `Passage` of its CFG branch over the model's blocks, which has the branch's gate, remembered signal
-and history, and hangs on the request.
+A `CacheSession` joins the seams. The scheduler's lifecycle opens and ends requests; each transformer call within one
+goes through the `Passage` of its CFG branch over the model's blocks, which has the branch's gate, remembered signal and
+history, and hangs on the request. A method that skips whole steps (`omni_runtime.cache.output`) answers the transformer
+calls of those itself, before any passage, and has the scheduler step with its forecast.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ from omni_runtime.cache.forecasters import Forecaster
 from omni_runtime.cache.gates import Gate, Plan, Verdict
 from omni_runtime.cache.history import History
 from omni_runtime.cache.lifecycle import Lifecycle, Request
-from omni_runtime.cache.models import ModelRow, block_lists, row_of
+from omni_runtime.cache.models import MODELS, ModelRow, block_lists, row_of
+from omni_runtime.cache.output import OutputSite, OutputSteps, check_scheduler
 from omni_runtime.cache.report import BranchReport, CacheReport, Decision, StepEvent
 from omni_runtime.cache.signals import Signal
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A method's four choices for one model.
+    """A method's four choices for the blocks of one model.
 
     Attributes:
         first, last: the site: what blocks [first, last) add to the hidden states is replaced at a skipped step.
@@ -76,6 +78,7 @@ class ResidualPassage(Passage):
 
     def __init__(self, session: CacheSession, request: Request, name: str) -> None:
         parts = session.parts
+        assert parts is not None  # there are passages only where a method has choices for the blocks
         super().__init__(session.calls, parts.first, parts.last)
         self._signal = parts.signal
         self._every_step = parts.signal.every_step
@@ -155,40 +158,74 @@ class ResidualPassage(Passage):
 
 
 class CacheSession:
-    """One cache method, installed on one pipeline."""
+    """One cache method, installed on one pipeline.
+
+    Args:
+        name: the method's.
+        parts: its choices for the transformer's blocks, from the model's row and the number of blocks; None for a
+            method that leaves them alone, and so needs no row.
+        output: its choices for whole steps; None for a method that skips none.
+
+    Raises:
+        ValueError, PatchConflictError: a pipeline that it cannot serve, by name.
+    """
 
     passage_class: Callable[..., ResidualPassage] = ResidualPassage
 
-    def __init__(self, name: str, pipe: Any, parts: Callable[[ModelRow, int], Parts]) -> None:
+    def __init__(
+        self,
+        name: str,
+        pipe: Any,
+        parts: Callable[[ModelRow, int], Parts] | None,
+        output: OutputSite | None = None,
+    ) -> None:
         self.name = name
         self.on_step: Callable[[StepEvent], None] | None = None
         self.transformer = _transformer_of(pipe)
-        _refuse(self.transformer)
-        self._row = row_of(type(self.transformer).__name__)
-        self._lists = block_lists(self.transformer, self._row)
+        _refuse_cached(self.transformer)
+        self._output = output
+        if output is not None:
+            check_scheduler(pipe.scheduler)
+        if parts is not None:
+            _refuse_for_blocks(self.transformer)
+        # A pipeline may change to a second transformer for the last steps (Wan 2.2): whole steps are skipped of both.
+        second = getattr(pipe, "transformer_2", None) if parts is None else None
+        self._transformers = [self.transformer] if second is None else [self.transformer, second]
+        self._row = MODELS.get(type(self.transformer).__name__) if parts is None else row_of(_name(self.transformer))
+        self._lists = [] if self._row is None else block_lists(self.transformer, self._row)
         flat = [block for blocks in self._lists for block in blocks]
         self.blocks = len(flat)
-        self.calls = BlockCalls(self._row, flat, self.transformer.forward)
-        self.parts = parts(self._row, self.blocks)
-        self._lifecycle = Lifecycle(pipe, self._opened, self._stepped)
+        self.parts: Parts | None = None
+        if parts is not None:
+            assert self._row is not None  # row_of has found one
+            self.calls = BlockCalls(self._row, flat, self.transformer.forward)
+            self._noise_tokens = self._row.noise_tokens
+            self.parts = parts(self._row, self.blocks)
+        self._lifecycle = Lifecycle(pipe, self._opened, self._stepped, None if output is None else self._stepped_with)
         self._last: Request | None = None
         self.passage: Passage | None = None
         self._context: str | None = None
 
     def install(self, patch: Patch) -> None:
-        """Take the two seams.
+        """Take the seams.
 
         Raises:
             PatchConflictError: somebody else holds a slot that is needed.
         """
         self._lifecycle.install(patch)
-        start = 0
-        for name, blocks in zip(self._row.block_lists, self._lists, strict=True):
-            patch.set_module(self.transformer, name, BlockList(blocks, start, self))
-            start += len(blocks)
-        patch.set_method(self.transformer, "_compiled_call_impl", self._call)
-        if hasattr(self.transformer, "cache_context"):
-            patch.set_method(self.transformer, "cache_context", self._cache_context())
+        if self.parts is not None and self._row is not None:
+            start = 0
+            for name, blocks in zip(self._row.block_lists, self._lists, strict=True):
+                patch.set_module(self.transformer, name, BlockList(blocks, start, self))
+                start += len(blocks)
+        for transformer in self._transformers:
+            call = transformer._compiled_call_impl or transformer._call_impl if self.parts is None else self._call
+            if self._output is not None:
+                call = functools.partial(self._answer, call)
+            patch.set_method(transformer, "_compiled_call_impl", call)
+            if hasattr(transformer, "cache_context"):
+                original: Any = transformer.cache_context
+                patch.set_method(transformer, "cache_context", self._cache_context(original))
 
     def close(self) -> None:
         """Free what a request under way holds."""
@@ -214,22 +251,26 @@ class CacheSession:
     def held_tensors(self) -> list[torch.Tensor]:
         """Every tensor that the request under way holds; none between requests."""
         request = self._lifecycle.request
-        return [] if request is None else [t for passage in request.state.values() for t in passage.tensors()]
+        if request is None:
+            return []
+        holders = [*request.state.values(), *([] if request.outputs is None else [request.outputs])]
+        return [t for holder in holders for t in holder.tensors()]
 
     def _opened(self, request: Request) -> None:
         self._last = request
-        if self.parts.note is not None:
+        if self.parts is not None and self.parts.note is not None:
             request.notes.append(self.parts.note)
 
     def _stepped(self, request: Request) -> None:
-        if request.step == 1 and not request.blocks_total:
+        if request.step == 1 and not request.decisions:
             warnings.warn(
                 f"a step was taken without the patched {type(self.transformer).__name__}: where the pipeline's "
                 "transformer was replaced or compiled after patching, nothing is cached",
                 stacklevel=5,
             )
-        if request.step == 1 and self.parts.fitted_for is not None:
-            self._compare(self.parts.fitted_for, request)
+        for site in (self.parts, self._output) if request.step == 1 else ():
+            if site is not None and site.fitted_for is not None:
+                self._compare(site.fitted_for, request)
         if self.on_step is None:
             return
         step = request.step - 1
@@ -266,7 +307,7 @@ class CacheSession:
                 passage = request.state.get(name)
             if passage is None:
                 passage = request.state[name] = self.passage_class(self, request, name)
-            passage.begin(request, self._row.noise_tokens(arguments), calls.works_between(args, kwargs))
+            passage.begin(request, self._noise_tokens(arguments), calls.works_between(args, kwargs))
             self.passage = passage
             output = self.transformer._call_impl(*args, **kwargs)
         except BaseException:
@@ -279,9 +320,44 @@ class CacheSession:
         request.blocks_total += self.blocks
         return output
 
-    def _cache_context(self) -> Callable[..., Any]:
-        original: Any = self.transformer.cache_context
+    def _answer(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A transformer's call, where whole steps may be skipped; `call` makes it."""
+        request = self._lifecycle.current()
+        if request is None or request.ended:
+            return call(*args, **kwargs)
+        try:
+            steps = request.outputs
+            if steps is None:
+                check_scheduler(self._lifecycle.scheduler)
+                assert self._output is not None
+                steps = request.outputs = OutputSteps(self._output, request, _name(self.transformer))
+            name = self._context or str(request.calls)
+            made = request.decisions.get(name)
+            if made and made[-1].step == request.step:
+                name = f"{name}#{request.calls}"
+            verdict = steps.verdict()
+            answer = None if verdict.computed else steps.stand_in(name)
+            if answer is None:
+                answer = call(*args, **kwargs)
+                steps.remember(name, answer)
+                if self.parts is not None:  # `call` has counted itself and told what it decided
+                    return answer
+                request.blocks_run += self.blocks
+                if not verdict.computed:
+                    verdict = Verdict(True, "no stand-in for this call")
+        except BaseException:
+            self._lifecycle.end()
+            raise
+        request.calls += 1
+        request.blocks_total += self.blocks
+        request.decisions.setdefault(name, []).append(Decision(request.step, *verdict))
+        return answer
 
+    def _stepped_with(self, request: Request, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        """What the scheduler steps with, where the pipeline gives it `output`."""
+        return output if request.outputs is None else request.outputs.output(output, sample)
+
+    def _cache_context(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         @contextlib.contextmanager
         def cache_context(name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -295,6 +371,10 @@ class CacheSession:
         return cache_context
 
 
+def _name(transformer: torch.nn.Module) -> str:
+    return type(transformer).__name__
+
+
 def _transformer_of(pipe: Any) -> torch.nn.Module:
     lacking = [name for name in ("transformer", "scheduler") if getattr(pipe, name, None) is None]
     if lacking:
@@ -305,22 +385,27 @@ def _transformer_of(pipe: Any) -> torch.nn.Module:
     return pipe.transformer
 
 
-def _refuse(transformer: torch.nn.Module) -> None:
-    """Raise for what a block cache cannot live with, by name."""
-    kind = type(transformer).__name__
+def _refuse_cached(transformer: torch.nn.Module) -> None:
+    """Raise for a transformer that somebody caches already, by name."""
+    kind = _name(transformer)
     if any(isinstance(child, BlockList) for child in transformer.children()):
         raise PatchConflictError(f"this {kind} is cached already, through another pipeline that shares it")
-    compiled = getattr(transformer, "_compiled_call_impl", None)
-    if compiled is not None or hasattr(transformer, "_orig_mod"):
-        raise PatchConflictError(
-            f"this {kind} was compiled as a whole ({describe(compiled or transformer)}): which blocks run could no "
-            "longer be decided at run time. Compile its blocks instead: transformer.compile_repeated_blocks()"
-        )
     if getattr(transformer, "is_cache_enabled", False):
         raise PatchConflictError(f"diffusers' own cache is enabled on this {kind}: transformer.disable_cache() first")
     if getattr(transformer, "_is_cached", False):
         raise PatchConflictError(
             f"the cache-dit library is enabled on this {kind}: cache_dit.disable_cache(pipe) first"
+        )
+
+
+def _refuse_for_blocks(transformer: torch.nn.Module) -> None:
+    """Raise for what a block cache cannot live with, by name."""
+    kind = _name(transformer)
+    compiled = getattr(transformer, "_compiled_call_impl", None)
+    if compiled is not None or hasattr(transformer, "_orig_mod"):
+        raise PatchConflictError(
+            f"this {kind} was compiled as a whole ({describe(compiled or transformer)}): which blocks run could no "
+            "longer be decided at run time. Compile its blocks instead: transformer.compile_repeated_blocks()"
         )
     if getattr(transformer, "_parallel_config", None) is not None:
         raise ValueError(

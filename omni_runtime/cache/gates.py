@@ -108,6 +108,18 @@ class Gate:
             self._skips += 1
 
 
+class ScheduleGate(Gate):
+    """Computes the steps whose place in `mask` is 1, and skips the others."""
+
+    def __init__(self, mask: Sequence[int]) -> None:
+        super().__init__(Limits())
+        self._schedule = mask
+
+    def plan(self, step: int) -> tuple[Plan, str]:
+        """See `Gate.plan`."""
+        return (Plan.COMPUTE if self._schedule[step] else Plan.SKIP), "schedule"
+
+
 def worst(distances: Sequence[float]) -> float:
     """The largest distance; NaN if any is."""
     largest = 0.0

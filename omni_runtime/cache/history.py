@@ -11,18 +11,19 @@ from omni_runtime.cache.forecasters import Forecaster
 
 
 class History:
-    """One stream of one CFG branch: residuals at computed steps, and where those steps lie.
+    """One value of a request, as it was at computed steps, and where those steps lie: a stream's residual, as a rule.
 
     Attributes:
+        positions: of the snapshots, newest first.
         shape: of what the snapshots can be added to; None, which no tensor has, while there are none.
     """
 
-    __slots__ = ("_forecaster", "_positions", "_snapshots", "shape")
+    __slots__ = ("_forecaster", "_snapshots", "positions", "shape")
 
     def __init__(self, forecaster: Forecaster) -> None:
         self._forecaster = forecaster
         self.shape: torch.Size | None = None
-        self._positions: list[float] = []
+        self.positions: list[float] = []
         self._snapshots: list[torch.Tensor] = []
 
     def __len__(self) -> int:
@@ -31,11 +32,11 @@ class History:
     def clear(self) -> None:
         """Drop all snapshots."""
         self.shape = None
-        self._positions.clear()
+        self.positions.clear()
         self._snapshots.clear()
 
-    def record(self, after: torch.Tensor, before: torch.Tensor, position: float) -> None:
-        """Store the residual after − before at `position`, over the oldest snapshot once all places are taken.
+    def record(self, after: torch.Tensor, before: torch.Tensor | None, position: float) -> None:
+        """Store after − before at `position`, over the oldest snapshot once all places are taken; None stands for 0.
 
         A residual at the newest one's position takes its place: samplers of second order visit a σ twice.
         """
@@ -43,19 +44,22 @@ class History:
             self.clear()
             self.shape = after.shape
         replaced = None
-        if self._positions and self._positions[0] == position:
-            self._positions.pop(0)
+        if self.positions and self.positions[0] == position:
+            self.positions.pop(0)
             replaced = self._snapshots.pop(0)
         elif len(self._snapshots) == self._forecaster.snapshots:
-            self._positions.pop()
+            self.positions.pop()
             replaced = self._snapshots.pop()
-        residual = ops.linear_forecast(after, [before], (-1.0,), out=replaced)
-        self._positions.insert(0, position)
+        if before is None:
+            residual = ops.linear_forecast(None, [after], (1.0,), out=replaced)
+        else:
+            residual = ops.linear_forecast(after, [before], (-1.0,), out=replaced)
+        self.positions.insert(0, position)
         self._snapshots.insert(0, residual)
 
-    def forecast(self, base: torch.Tensor, position: float, using: Any = ops) -> torch.Tensor:
-        """`base`, which the snapshots fit, plus the residual expected at `position`; `using` the ops of that name."""
-        return using.linear_forecast(base, self._snapshots, self._forecaster.weights(self._positions, position))
+    def forecast(self, base: torch.Tensor | None, position: float, using: Any = ops) -> torch.Tensor:
+        """`base`, which the snapshots fit, plus the value expected at `position`; `using` the ops of that name."""
+        return using.linear_forecast(base, self._snapshots, self._forecaster.weights(self.positions, position))
 
     def tensors(self) -> list[torch.Tensor]:
         """The stored snapshots, newest first."""

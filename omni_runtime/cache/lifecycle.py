@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omni_kernels.patching import Patch, PatchConflictError
 from omni_runtime.cache.report import Decision
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Request:
@@ -27,6 +31,8 @@ class Request:
         step: index of the step under way, from 0 at `begin`.
         state: whatever a cache keeps of this request; dropped when it ends.
         calls: transformer calls in the step under way.
+        outputs: the cache of whole steps, where there is one; dropped like the state.
+        sample: what the last step left, the latents that the step under way begins with; None before the first.
         latents: shape of one sample's latents, known from the first step on.
         notes: what the report says of the request besides its decisions.
     """
@@ -43,6 +49,8 @@ class Request:
         self.decisions: dict[str, list[Decision]] = {}
         self.complete = False
         self.ended = False
+        self.outputs: Any = None
+        self.sample: torch.Tensor | None = None
         self.latents: tuple[int, ...] = ()
         self.notes: list[str] = []
         self._scheduled = steps
@@ -72,6 +80,7 @@ class Request:
     def end(self) -> None:
         """Free the state; what was decided stays readable."""
         self.ended = True
+        self.outputs = self.sample = None
         self.state.clear()
 
 
@@ -86,13 +95,22 @@ class Lifecycle:
         pipe: the pipeline; the scheduler that it has at the time of each transformer call is the one followed.
         on_open: called with a fresh request.
         on_step: called with the request after each closed step.
+        on_output: called with the request, the model output that the scheduler is about to step with, and the latents;
+            gives what it steps with instead.
     """
 
-    def __init__(self, pipe: Any, on_open: Callable[[Request], None], on_step: Callable[[Request], None]) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        on_open: Callable[[Request], None],
+        on_step: Callable[[Request], None],
+        on_output: Callable[[Request, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
         self.request: Request | None = None
         self._pipe = pipe
         self._on_open = on_open
         self._on_step = on_step
+        self._on_output = on_output
         self.scheduler: Any = None
         self._attachment: object = None
         self._patch = Patch()
@@ -155,6 +173,8 @@ class Lifecycle:
     def _attach(self, scheduler: Any) -> None:
         set_timesteps, step = scheduler.set_timesteps, scheduler.step
         attachment = self._attachment = object()
+        # Of the class: who else wraps the instance's method need not keep its signature.
+        bind = inspect.signature(type(scheduler).step).bind
 
         # Pipelines inspect the signature of set_timesteps: functools.wraps keeps it.
         @functools.wraps(set_timesteps)
@@ -170,6 +190,11 @@ class Lifecycle:
         def wrapped_step(*args: Any, **kwargs: Any) -> Any:
             request = self.request if self._attachment is attachment else None
             try:
+                if request is not None and self._on_output is not None:
+                    given = bind(scheduler, *args, **kwargs)
+                    output, sample = given.arguments["model_output"], given.arguments["sample"]
+                    given.arguments["model_output"] = self._on_output(request, output, sample)
+                    args, kwargs = given.args[1:], given.kwargs
                 result = step(*args, **kwargs)
             except BaseException:
                 if request is not None:
@@ -179,6 +204,8 @@ class Lifecycle:
                 if not request.step:
                     sample = args[2] if len(args) > 2 else kwargs.get("sample")
                     request.latents = tuple(getattr(sample, "shape", ())[1:])
+                if self._on_output is not None:
+                    request.sample = result[0] if isinstance(result, tuple) else result.prev_sample
                 self._close_step(request)
             return result
 

@@ -68,10 +68,13 @@ class ModelRow:
 
 @dataclass(frozen=True)
 class TransformerFacts:
-    """What can be known of a transformer from its config.json, before its weights are loaded."""
+    """What can be known of a transformer from its config.json, before its weights are loaded.
+
+    `blocks` is None for a class without a row, whose blocks nobody can count.
+    """
 
     class_name: str
-    blocks: int
+    blocks: int | None
 
 
 def _qwen_modulation(block: Any, arguments: Arguments) -> Modulation:
@@ -175,9 +178,15 @@ def row_of(class_name: str) -> ModelRow:
 
 
 def describe(config: Mapping[str, Any]) -> TransformerFacts:
-    """The facts in a transformer's config.json (its `_class_name` and depth). Raises what `row_of` raises."""
+    """The facts in a transformer's config.json (its `_class_name` and depth).
+
+    Raises:
+        ValueError: the config lacks what its row counts blocks by.
+    """
     class_name = config["_class_name"]
-    row = row_of(class_name)
+    row = MODELS.get(class_name)
+    if row is None:
+        return TransformerFacts(class_name, None)
     missing = [key for key in row.depth if not isinstance(config.get(key), int)]
     if missing:
         raise ValueError(f"the config of {class_name} lacks {', '.join(missing)}, from which its blocks are counted")

@@ -30,6 +30,16 @@ DEFAULTS = {
         "num_inference_steps": None,
         **FORECASTER,
     },
+    "velocity_cache": {
+        "schedule": None,
+        "budget": None,
+        "speedup": None,
+        "quality": None,
+        "calibration": None,
+        "forecaster": "newton",
+        "forecaster_order": 1,
+        "reach": 1.0,
+    },
 }
 
 

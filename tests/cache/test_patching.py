@@ -144,7 +144,7 @@ def test_report_is_of_the_last_request_and_outlives_the_patch(qwen_pipe):
 
 def test_failing_installation_leaves_nothing(qwen_pipe, monkeypatch):
     before = contents(qwen_pipe)
-    monkeypatch.setattr(CacheSession, "_cache_context", lambda self: 1 / 0)
+    monkeypatch.setattr(CacheSession, "_cache_context", lambda self, original: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         patch(qwen_pipe)
     assert contents(qwen_pipe) == before

@@ -1,0 +1,235 @@
+"""Schedules: which steps of a request are computed, where that is settled before it starts.
+
+A schedule belongs to a number of steps and to the noise levels σ of these. `fitted` carries it over to another request:
+to other levels, to more or fewer steps, to another number of computed ones.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from omni_runtime.cache import calibration
+from omni_runtime.cache.masks import POLICIES, steps_mask
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The computed steps of a request.
+
+    Attributes:
+        steps: of the request.
+        computed: indices of the computed steps, rising; the first is 0 and the last is steps − 1.
+        origin: where it comes from, in words.
+        transformer: the class of transformers that it was found for; None for any.
+        sigmas: the noise level of each step where it was found; None where nobody wrote them down.
+        psnr: mean PSNR in dB against full runs, where that was measured.
+    """
+
+    steps: int
+    computed: tuple[int, ...]
+    origin: str
+    transformer: str | None = None
+    sigmas: tuple[float, ...] | None = None
+    psnr: float | None = None
+
+    @property
+    def mask(self) -> tuple[int, ...]:
+        """1 for each computed step, 0 for each skipped one."""
+        computed = set(self.computed)
+        return tuple(int(step in computed) for step in range(self.steps))
+
+
+def _steps(text: str) -> tuple[int, ...]:
+    """ "0-3, 7" → 0, 1, 2, 3, 7."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return tuple(found)
+
+
+_MEANCACHE = "MeanCache (Gao et al. 2026, arXiv:2601.19961)"
+
+
+def _meancache(model: str, transformer: str | None, computed: str) -> Schedule:
+    return Schedule(50, _steps(computed), f"{_MEANCACHE}, {model}", transformer)
+
+
+_QWEN, _Z = "QwenImageTransformer2DModel", "ZImageTransformer2DModel"
+
+#: name → schedule as its authors published it, for 50 steps
+PUBLISHED: dict[str, Schedule] = {
+    "qwen-image-25": _meancache("Qwen-Image", _QWEN, "0-16, 24, 32, 40, 43, 45, 47-49"),
+    "qwen-image-17": _meancache("Qwen-Image", _QWEN, "0-8, 10, 17, 24, 31, 38, 45, 48, 49"),
+    "qwen-image-10": _meancache("Qwen-Image", _QWEN, "0, 1, 3, 7, 14, 21, 28, 35, 42, 49"),
+    "qwen-image-2512-25": _meancache("Qwen-Image-2512", None, "0-15, 23, 31, 37, 44-49"),
+    "qwen-image-2512-17": _meancache("Qwen-Image-2512", None, "0-9, 11, 19, 27, 35, 43, 47, 49"),
+    "qwen-image-2512-10": _meancache("Qwen-Image-2512", None, "0, 2, 4, 7, 14, 21, 28, 35, 42, 49"),
+    "z-image-25": _meancache("Z-Image", _Z, "0-6, 8, 10-13, 15-18, 20, 22, 29, 37, 42, 45, 47-49"),
+    "z-image-20": _meancache("Z-Image", _Z, "0-4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 30, 38, 43, 46, 48, 49"),
+    "z-image-17": _meancache("Z-Image", _Z, "0-4, 6, 8, 10, 12, 14, 19, 27, 35, 43, 46, 48, 49"),
+    "z-image-15": _meancache("Z-Image", _Z, "0-3, 5, 7, 10, 12, 17, 25, 33, 41, 45, 48, 49"),
+    "z-image-13": _meancache("Z-Image", _Z, "0-3, 5, 9, 15, 22, 29, 36, 43, 47, 49"),
+}
+
+#: What `schedule` may be by name: a published schedule, or a steps computation mask of the cache-dit project.
+NAMES = (*PUBLISHED, *(f"scm-{policy}" for policy in POLICIES))
+
+
+def named(name: str, steps: int, sigmas: Sequence[float] | None = None) -> Schedule:
+    """The schedule of that name, carried over to a request of so many steps at these levels."""
+    prefix, _, policy = name.partition("-")
+    if prefix == "scm":
+        mask = steps_mask(policy, steps)
+        computed = tuple(step for step, bit in enumerate(mask) if bit)
+        return Schedule(steps, computed, f"steps computation mask {policy!r} of cache-dit")
+    return fitted(PUBLISHED[name], steps, sigmas)
+
+
+def even(steps: int, budget: int) -> Schedule:
+    """`budget` computed steps as evenly spread as can be: what is taken for a model that nothing is known of.
+
+    With a forecast of order 1, evenly spread steps leave no gap longer than what the forecast looks back on.
+    """
+    computed = tuple(round(i * (steps - 1) / (budget - 1)) for i in range(budget)) if budget > 1 else (0,)
+    return Schedule(steps, computed, "evenly spread")
+
+
+def fitted(
+    schedule: Schedule, steps: int, sigmas: Sequence[float] | None = None, budget: int | None = None
+) -> Schedule:
+    """A schedule carried over to a request of `steps` steps with `budget` computed ones, by default the same share.
+
+    The computed steps keep their places on the axis of σ, where both requests' levels are known, else on that of the
+    step's index; a budget of its own spreads them more or less densely by the same pattern.
+    """
+    if budget is None:
+        budget = round(len(schedule.computed) * steps / schedule.steps)
+    budget = min(max(budget, 2), steps)
+    same_levels = schedule.sigmas is None or sigmas is None or _alike(schedule.sigmas, sigmas)
+    if steps == schedule.steps and budget == len(schedule.computed) and same_levels:
+        return schedule
+    if schedule.sigmas is None or sigmas is None:
+        levels = [-index / max(schedule.steps - 1, 1) for index in range(schedule.steps)]
+        here: Sequence[float] = [-index / max(steps - 1, 1) for index in range(steps)]
+    else:
+        levels, here = list(schedule.sigmas), sigmas
+    knots = [levels[step] for step in schedule.computed]
+    wanted = [_between(knots, i * (len(knots) - 1) / (budget - 1)) for i in range(budget)]
+    computed: list[int] = []
+    for i, level in enumerate(wanted):
+        nearest = min(range(steps), key=lambda step: abs(here[step] - level))
+        lowest = computed[-1] + 1 if computed else 0
+        computed.append(min(max(nearest, lowest), steps - (budget - i)))
+    computed[0], computed[-1] = 0, steps - 1
+    return Schedule(
+        steps,
+        tuple(computed),
+        f"{schedule.origin}, made for {len(schedule.computed)} of {schedule.steps} steps, carried over to {budget} of "
+        f"{steps}",
+        schedule.transformer,
+        None if sigmas is None else tuple(sigmas),
+    )
+
+
+def _alike(a: Sequence[float], b: Sequence[float]) -> bool:
+    return len(a) == len(b) and all(math.isclose(x, y, rel_tol=1e-3, abs_tol=1e-4) for x, y in zip(a, b, strict=True))
+
+
+def _between(knots: Sequence[float], place: float) -> float:
+    """The value at a place between knots 0, 1, 2, ..."""
+    low = min(int(place), len(knots) - 2)
+    return knots[low] + (knots[low + 1] - knots[low]) * (place - low)
+
+
+# Schedules that were found for a model, and the file that holds them
+
+METHOD, VERSION = "velocity_cache", 1
+#: What a model's folder may bring, and what `omni calibrate schedule` writes by default.
+FILE_NAME = "velocity_cache.json"
+
+
+def read(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """A calibration from its file or from the parsed file: all that a run needs of it. What it gave can be read again.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no JSON, no calibration of schedules, or a broken one.
+    """
+    parsed, name, file = calibration.parsed(source)
+    if parsed.get("method") != METHOD:
+        raise ValueError(f'{name} holds no schedules ("method": "{METHOD}"), as `omni calibrate schedule` writes them')
+    if parsed.get("version") != VERSION:
+        raise ValueError(
+            f"{name} is a calibration of version {parsed.get('version')!r}; this version of omni reads {VERSION}"
+        )
+    rows, about = parsed.get("schedules"), parsed.get("calibrated_for")
+    if not isinstance(rows, list) or not rows or not isinstance(about, Mapping):
+        raise ValueError(f"{name}: schedules must be a list, and calibrated_for say what they were found for")
+    for row in rows:
+        _check_row(row, name)
+    kept = {key: parsed[key] for key in ("method", "version", "model") if key in parsed} | file
+    fields = ("steps", "sigmas", "computed", "psnr")
+    return kept | {
+        "calibrated_for": dict(about),
+        "schedules": [{field: row[field] for field in fields} for row in rows],
+    }
+
+
+def _check_row(row: Any, name: str) -> None:
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{name}: a schedule must be an object, not {row!r}")
+    steps, computed, sigmas, psnr = (row.get(key) for key in ("steps", "computed", "sigmas", "psnr"))
+    whole = isinstance(steps, int) and isinstance(computed, list) and all(isinstance(step, int) for step in computed)
+    if not whole or computed != sorted({0, steps - 1, *computed}):  # type: ignore[operator,misc]
+        raise ValueError(f"{name}: computed must be rising steps from 0 to steps − 1, not {computed!r} of {steps!r}")
+    if not isinstance(sigmas, list) or len(sigmas) != steps:
+        raise ValueError(f"{name}: sigmas must be the noise levels of {steps} steps")
+    if not isinstance(psnr, Mapping) or not isinstance(psnr.get("mean"), int | float):
+        raise ValueError(f"{name}: psnr must have a mean, not {psnr!r}")
+
+
+def calibrated(found: Mapping[str, Any] | None) -> list[Schedule]:
+    """The schedules of what `read` gave; none for None."""
+    if found is None:
+        return []
+    origin = f"calibrated on {found.get('model', 'an unnamed model')}"
+    return [
+        Schedule(
+            row["steps"], tuple(row["computed"]), origin, sigmas=tuple(row["sigmas"]), psnr=float(row["psnr"]["mean"])
+        )
+        for row in found["schedules"]
+    ]
+
+
+def good_enough(candidates: Sequence[Schedule], quality: float) -> Schedule:
+    """The one with the smallest share of computed steps whose mean PSNR is at least `quality` dB.
+
+    Raises:
+        ValueError: none is, or none was measured.
+    """
+    measured = [one for one in candidates if one.psnr is not None]
+    if not measured:
+        raise ValueError("quality needs schedules whose quality was measured: run `omni calibrate schedule` first")
+    best = max(measured, key=lambda one: one.psnr or 0.0)
+    good = [one for one in measured if (one.psnr or 0.0) >= quality]
+    if not good:
+        raise ValueError(
+            f"quality {quality:g} dB is more than any calibrated schedule reaches: the best has {best.psnr:.1f} dB, at "
+            f"{len(best.computed)} of {best.steps} steps"
+        )
+    return min(good, key=lambda one: len(one.computed) / one.steps)
+
+
+def nearest(candidates: Sequence[Schedule], steps: int, budget: int) -> Schedule | None:
+    """The one whose share of computed steps is nearest to budget / steps; between equals, the nearest step count."""
+
+    def distance(one: Schedule) -> tuple[float, float]:
+        share = math.log(len(one.computed) / one.steps * steps / budget)
+        return abs(share), abs(math.log(one.steps / steps))
+
+    return min(candidates, key=distance, default=None)

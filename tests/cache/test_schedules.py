@@ -1,0 +1,83 @@
+"""Schedules, as published and carried over to other requests."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from omni_runtime.cache import masks, schedules
+from omni_runtime.cache.schedules import PUBLISHED, Schedule, even, fitted, named, nearest
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_schedules_are_sound(name: str) -> None:
+    schedule = PUBLISHED[name]
+    assert list(schedule.computed) == sorted(set(schedule.computed))
+    assert schedule.computed[0] == 0
+    assert schedule.computed[-1] == schedule.steps - 1
+    assert len(schedule.computed) == int(name.rpartition("-")[2])
+    assert sum(schedule.mask) == len(schedule.computed)
+    assert "arXiv" in schedule.origin
+
+
+def test_a_published_schedule_is_what_its_authors_wrote() -> None:
+    """MeanCache's for Qwen-Image, 17 of 50."""
+    assert PUBLISHED["qwen-image-17"].computed == (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 17, 24, 31, 38, 45, 48, 49)
+
+
+@pytest.mark.parametrize(("steps", "budget"), [(50, 25), (50, 17), (50, 2), (50, 50), (7, 3), (2, 2), (1, 1)])
+def test_even_spreads(steps: int, budget: int) -> None:
+    computed = even(steps, budget).computed
+    assert len(set(computed)) == budget
+    assert (computed[0], computed[-1]) == (0, steps - 1)
+    gaps = [b - a for a, b in itertools.pairwise(computed)]
+    assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+def test_a_schedule_for_the_same_request_stays_as_it_is() -> None:
+    schedule = Schedule(10, (0, 1, 5, 9), "here", sigmas=tuple(1 - i / 10 for i in range(10)))
+    assert fitted(schedule, 10, schedule.sigmas) is schedule
+    assert fitted(schedule, 10) is schedule
+
+
+@pytest.mark.parametrize("steps", [2, 5, 20, 28, 50, 100])
+@pytest.mark.parametrize("budget", [None, 2, 7, 40])
+def test_carried_over_schedules_are_sound(steps: int, budget: int | None) -> None:
+    schedule = PUBLISHED["qwen-image-17"]
+    made = fitted(schedule, steps, None, budget)
+    expected = min(max(budget or round(17 * steps / 50), 2), steps)
+    assert len(made.computed) == expected
+    assert list(made.computed) == sorted(set(made.computed))
+    assert (made.computed[0], made.computed[-1]) == (0, steps - 1)
+    assert (f"carried over to {expected} of {steps}" in made.origin) == (made is not schedule)
+    assert schedule.origin in made.origin
+
+
+def test_carrying_over_keeps_the_noise_levels() -> None:
+    """The computed steps of a request with other levels are those nearest in σ, not in the step's index."""
+    linear = tuple(1 - i / 50 for i in range(50))
+    squared = tuple((1 - i / 50) ** 2 for i in range(50))
+    schedule = Schedule(50, (*tuple(range(0, 49, 7)), 49), "here", sigmas=linear)
+    made = fitted(schedule, 50, squared)
+    wanted = [min(range(50), key=lambda i: abs(squared[i] - linear[step])) for step in schedule.computed[1:-1]]
+    assert list(made.computed[1:-1]) == wanted
+
+
+def test_carrying_over_to_twice_the_steps_doubles_the_places() -> None:
+    schedule = Schedule(11, (0, 1, 4, 10), "here")
+    assert fitted(schedule, 21, None, 4).computed == (0, 2, 8, 20)
+
+
+def test_names() -> None:
+    assert named("scm-fast", 28).mask == masks.steps_mask("fast", 28)
+    assert named("qwen-image-25", 50) is PUBLISHED["qwen-image-25"]
+    assert named("qwen-image-25", 28).steps == 28
+    assert {"qwen-image-25", "scm-slow", "scm-ultra"} <= set(schedules.NAMES)
+
+
+def test_nearest_goes_by_the_share_of_computed_steps() -> None:
+    a, b = Schedule(50, tuple(range(25)), "a"), Schedule(28, tuple(range(10)), "b")
+    assert nearest([a, b], 50, 26) is a
+    assert nearest([a, b], 100, 37) is b
+    assert nearest([], 50, 25) is None

@@ -1,0 +1,462 @@
+"""The velocity cache: whole steps skipped on a schedule, in every pipeline, against the rule written out."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import diffusers
+import pytest
+import tiny
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import omni_kernels
+from omni_runtime.cache import schedules
+from omni_runtime.cache.backends import METHODS
+
+SCHEDULE = (0, 1, 3, 6, 7)
+STEPS = 8
+BUILDERS = {**tiny.PIPELINES, "wan": tiny.wan}
+
+
+def latents(pipe, **arguments):
+    return tiny.generate(pipe, output_type="latent", **{"num_inference_steps": STEPS} | arguments)
+
+
+def counted(pipe):
+    """A list that each real forward of the pipeline's transformers adds its class to."""
+    calls = []
+    for transformer in filter(None, (pipe.transformer, getattr(pipe, "transformer_2", None))):
+        transformer.register_forward_pre_hook(lambda module, _: calls.append(module))
+    return calls
+
+
+def outputs_of(pipe):
+    """A list that each model output that the scheduler steps with is added to, and the noise level there."""
+    seen = []
+    step = pipe.scheduler.step
+
+    def spy(model_output, *args, **kwargs):
+        index = pipe.scheduler.step_index or 0
+        seen.append((float(pipe.scheduler.sigmas[index]), model_output.clone()))
+        return step(model_output, *args, **kwargs)
+
+    pipe.scheduler.step = spy
+    return seen
+
+
+def written_out(seen, computed, order, reach):
+    """What the scheduler should have stepped with: the rule on the computed steps' outputs, in float64."""
+    expected = []
+    for i, (sigma, output) in enumerate(seen):
+        kept = [seen[j] for j in range(i + 1) if j in computed][::-1][: order + 1]
+        if i in computed or len(kept) == 1:
+            expected.append(kept[0][1].double())
+            continue
+        x0, x1 = kept[0][0], kept[1][0]
+        x = x0 - min(x0 - sigma, reach * (x1 - x0))
+        total = torch.zeros_like(output, dtype=torch.float64)
+        for j, (a, value) in enumerate(kept):  # Lagrange's form of the polynomial that Newton's differences give
+            weight = 1.0
+            for k, (b, _) in enumerate(kept):
+                weight *= (x - b) / (a - b) if k != j else 1.0
+            total += weight * value.double()
+        expected.append(total)
+    return expected
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("guided", [True, False])
+def test_every_pipeline_follows_the_schedule(name, guided):
+    """The forecast at each skipped step is the written-out rule's, and no transformer runs there."""
+    pipe = BUILDERS[name]()
+    off = {} if guided else {"qwen": {"negative_prompt": None}}.get(name[:4], {"guidance_scale": 0.0})
+    calls, seen = counted(pipe), outputs_of(pipe)
+    plain = latents(pipe, **off)
+    per_step, rest = divmod(len(calls), STEPS)
+    assert rest == 0
+    calls.clear()
+    seen.clear()
+    with omni_kernels.patched(pipe, "velocity_cache", {"schedule": SCHEDULE}) as handle:
+        made = latents(pipe, **off)
+        assert len(calls) == per_step * len(SCHEDULE) == handle.report.forwards
+        assert handle.report.forwards_saved == per_step * (STEPS - len(SCHEDULE))
+        for branch in handle.report.branches.values():
+            assert branch.computed == list(SCHEDULE)
+    for (_, output), expected in zip(seen, written_out(seen, SCHEDULE, 1, 1.0), strict=True):
+        torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(made, plain)
+    assert torch.equal(latents(pipe, **off), plain)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_all_steps_computed_change_no_bit(name):
+    pipe = BUILDERS[name]()
+    plain = latents(pipe)
+    with omni_kernels.patched(pipe, "velocity_cache", {"budget": STEPS}):
+        assert torch.equal(latents(pipe), plain)
+
+
+@pytest.mark.parametrize(("order", "reach"), [(0, 1.0), (1, 0.5), (1, 1.0), (1, 10.0), (2, 1.0), (2, 2.0)])
+def test_order_and_reach(qwen_pipe, order, reach):
+    seen = outputs_of(qwen_pipe)
+    config = {"schedule": [0, 1, 2, 9], "forecaster_order": order, "reach": reach}
+    with omni_kernels.patched(qwen_pipe, "velocity_cache", config):
+        latents(qwen_pipe, num_inference_steps=10)
+    for (_, output), expected in zip(seen, written_out(seen, (0, 1, 2, 9), order, reach), strict=True):
+        torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_order_0_is_reuse(qwen_pipe):
+    made = []
+    for config in ({"forecaster_order": 0}, {"forecaster": "reuse"}):
+        with omni_kernels.patched(qwen_pipe, "velocity_cache", {"schedule": SCHEDULE, **config}):
+            made.append(latents(qwen_pipe))
+    assert torch.equal(*made)
+
+
+def test_both_transformers_of_a_pipeline_are_skipped():
+    pipe = tiny.wan(two_stages=True)
+    calls = counted(pipe)
+    with omni_kernels.patched(pipe, "velocity_cache", {"schedule": SCHEDULE}) as handle:
+        latents(pipe)
+        assert {id(module) for module in calls} == {id(pipe.transformer), id(pipe.transformer_2)}
+        assert len(calls) == 2 * len(SCHEDULE) == handle.report.forwards
+
+
+def test_half_precision_stays_half_precision(qwen_pipe):
+    """The forecast has the model output's dtype: the next forward's input would otherwise change its own."""
+    qwen_pipe.to(torch.bfloat16)
+    seen = outputs_of(qwen_pipe)
+    with omni_kernels.patched(qwen_pipe, "velocity_cache", {"schedule": SCHEDULE}):
+        made = latents(qwen_pipe)
+    assert {output.dtype for _, output in seen} == {torch.bfloat16} == {made.dtype}
+
+
+class _NoSync(TorchDispatchMode):
+    """Fails whoever reads a tensor to the host, and counts our ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.ours = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero), func
+        if func.namespace == "omni_kernels":
+            self.ours.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+def test_a_skipped_step_is_one_small_launch_without_synchronisation(qwen_pipe):
+    modes = {}
+
+    def at_step_end(pipe, index, timestep, tensors):
+        if modes:
+            modes[max(modes)].__exit__(None, None, None)
+        if index + 1 in (2, 4, 5):  # the steps that follow are skipped
+            modes[index + 1] = _NoSync()
+            modes[index + 1].__enter__()
+        elif modes:
+            modes[index + 1] = _Nothing()
+        return {}
+
+    class _Nothing:
+        ours = ()
+
+        def __exit__(self, *error):
+            pass
+
+    with omni_kernels.patched(qwen_pipe, "velocity_cache", {"schedule": SCHEDULE}) as handle:
+        latents(qwen_pipe, callback_on_step_end=at_step_end)
+        assert handle.report.branches["cond"].skipped == [2, 4, 5]
+    assert [modes[step].ours for step in (2, 4, 5)] == [["omni_kernels.linear_forecast.default"]] * 3
+
+
+def test_the_synchronisation_test_would_see_one():
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), _NoSync():
+        torch.ones(1).item()
+
+
+def test_memory_is_a_few_latents(qwen_pipe):
+    """Two snapshots of the guided output, and what each branch's call returned last."""
+    held = []
+    with omni_kernels.patched(qwen_pipe, "velocity_cache", {"schedule": SCHEDULE}) as handle:
+        session = handle._installed
+
+        def look(pipe, index, timestep, tensors):
+            held.append([tuple(t.shape) for t in session.held_tensors()])
+            return {}
+
+        made = latents(qwen_pipe, callback_on_step_end=look)
+        assert held[-2] == [tuple(made.shape)] * 4
+        assert held[-1] == []
+
+
+def test_new_call_in_a_skipped_step_runs(qwen_pipe):
+    """A branch that begins in a skipped step has nothing to stand in; the step itself is forecast all the same."""
+    calls = counted(qwen_pipe)
+    seen = outputs_of(qwen_pipe)
+
+    def begin_guidance(pipe, index, timestep, tensors):
+        if index == 1:
+            with torch.no_grad(), pipe.transformer.cache_context("late"):
+                pipe.transformer(
+                    hidden_states=tensors["latents"],
+                    encoder_hidden_states=torch.zeros(1, 3, 32),
+                    timestep=torch.full((1,), 0.5),
+                    img_shapes=[[(1, 4, 4)]],
+                )
+        return {}
+
+    with omni_kernels.patched(qwen_pipe, "velocity_cache", {"schedule": SCHEDULE}) as handle:
+        latents(qwen_pipe, callback_on_step_end=begin_guidance)
+        (late,) = handle.report.branches["late"].decisions
+    assert (late.step, late.computed, late.reason) == (2, True, "no stand-in for this call")
+    assert len(calls) == 2 * len(SCHEDULE) + 1
+    expected = written_out(seen, SCHEDULE, 1, 1.0)
+    torch.testing.assert_close(seen[2][1].double(), expected[2], rtol=1e-5, atol=1e-5)
+
+
+# Schedulers
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "named"),
+    [
+        (
+            diffusers.FlowMatchHeunDiscreteScheduler(),
+            "FlowMatchHeunDiscreteScheduler evaluates the model 2 times a step",
+        ),
+        (diffusers.HeunDiscreteScheduler(), "HeunDiscreteScheduler evaluates the model 2 times a step"),
+        (diffusers.ScoreSdeVeScheduler(), "knows the scheduler 'ScoreSdeVeScheduler' yet.*SCHEDULERS"),
+    ],
+)
+def test_unfit_schedulers_are_refused_by_name(qwen_pipe, scheduler, named):
+    qwen_pipe.scheduler = scheduler
+    with pytest.raises(ValueError, match=named):
+        omni_kernels.patch(qwen_pipe, "velocity_cache")
+    assert omni_kernels.patching.handle_of(qwen_pipe) is None
+
+
+def test_unfit_scheduler_put_in_later_is_refused_too(qwen_pipe):
+    fit = qwen_pipe.scheduler
+    with omni_kernels.patched(qwen_pipe, "velocity_cache", {"schedule": SCHEDULE}):
+        expected = latents(qwen_pipe)
+        qwen_pipe.scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
+        qwen_pipe.scheduler.set_timesteps(4)
+        with pytest.raises(ValueError, match="evaluates the model 2 times a step"), torch.no_grad():
+            qwen_pipe.transformer(
+                hidden_states=torch.zeros(1, 16, 64),
+                encoder_hidden_states=torch.zeros(1, 3, 32),
+                timestep=torch.full((1,), 0.5),
+                img_shapes=[[(1, 4, 4)]],
+            )
+        qwen_pipe.scheduler = fit
+        assert torch.equal(latents(qwen_pipe), expected)
+
+
+def test_multistep_scheduler(qwen_pipe):
+    """Wan's usual scheduler keeps outputs of its own: it is given the forecasts like any other."""
+    pipe = tiny.wan()
+    pipe.scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    plain = latents(pipe)
+    seen = outputs_of(pipe)
+    with omni_kernels.patched(pipe, "velocity_cache", {"budget": STEPS}):
+        assert torch.equal(latents(pipe), plain)
+    seen.clear()
+    with omni_kernels.patched(pipe, "velocity_cache", {"schedule": SCHEDULE}) as handle:
+        latents(pipe)
+        assert handle.report.branches["cond"].computed == list(SCHEDULE)
+    for (_, output), expected in zip(seen, written_out(seen, SCHEDULE, 1, 1.0), strict=True):
+        torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+# Beneath it
+
+
+def test_compiled_transformer(qwen_pipe, monkeypatch):
+    """A transformer that was compiled as a whole is called compiled, and left so."""
+    monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", 64)
+    qwen_pipe.transformer.compile(backend="eager")
+    compiled = qwen_pipe.transformer._compiled_call_impl
+    plain = latents(qwen_pipe)
+    calls = []
+    monkeypatch.setitem(
+        vars(qwen_pipe.transformer), "_compiled_call_impl", lambda *a, **k: calls.append(1) or compiled(*a, **k)
+    )
+    spy = qwen_pipe.transformer._compiled_call_impl
+    with omni_kernels.patched(qwen_pipe, "velocity_cache", {"schedule": SCHEDULE}):
+        latents(qwen_pipe)
+        assert len(calls) == 2 * len(SCHEDULE)
+    assert qwen_pipe.transformer._compiled_call_impl is spy
+    assert torch.equal(latents(qwen_pipe), plain)
+
+
+def test_controlnet_pipeline(qwen_pipe):
+    with tiny.torch.no_grad():
+        controlnet = diffusers.QwenImageControlNetModel.from_transformer(
+            qwen_pipe.transformer, num_layers=2, attention_head_dim=32, num_attention_heads=2
+        )
+    pipe = diffusers.QwenImageControlNetPipeline(**qwen_pipe.components, controlnet=controlnet.eval())
+    arguments = {
+        "control_image": tiny.reference_image(64),
+        "controlnet_conditioning_scale": 1.0,
+        "prompt": "a cat",
+        "negative_prompt": " ",
+        "height": 64,
+        "width": 64,
+        "num_inference_steps": STEPS,
+        "output_type": "latent",
+    }
+    pipe.set_progress_bar_config(disable=True)
+    calls = counted(pipe)
+    seen = outputs_of(pipe)
+    with omni_kernels.patched(pipe, "velocity_cache", {"schedule": SCHEDULE}):
+        pipe(**arguments, generator=torch.Generator().manual_seed(0))
+    assert len(calls) == 2 * len(SCHEDULE)
+    for (_, output), expected in zip(seen, written_out(seen, SCHEDULE, 1, 1.0), strict=True):
+        torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+# Configuration
+
+
+@pytest.mark.parametrize("pair", list(itertools.combinations(["schedule", "budget", "speedup", "quality"], 2)))
+def test_only_one_of_the_four_is_given(pair):
+    values = {"schedule": [0, 1], "budget": 2, "speedup": 2.0, "quality": 40.0}
+    with pytest.raises(ValueError, match=f"{pair[0]} and {pair[1]} exclude each other"):
+        METHODS["velocity_cache"].check({key: values[key] for key in pair})
+
+
+@pytest.mark.parametrize(
+    ("config", "steps", "named"),
+    [
+        ({"schedule": "qwen-image-16"}, None, "did you mean 'qwen-image-1"),
+        ({"schedule": [0, 0, 3]}, None, "each computed step once"),
+        ({"schedule": [-1, 3]}, None, "from 0"),
+        ({"schedule": []}, None, "each computed step"),
+        ({"schedule": [0, 8]}, 8, "names step 8, but the request has 8 steps"),
+        ({"budget": 1}, None, "budget must be a whole number ≥ 2"),
+        ({"budget": 9}, 8, "budget is 9 computed steps, but the request has 8"),
+        ({"speedup": 1.0}, None, "speedup must be None or a finite number > 1"),
+        ({"reach": 0}, None, "reach must be a finite number > 0"),
+        ({"calibration": {"method": "tea_cache"}}, None, "holds no schedules"),
+    ],
+)
+def test_wrong_values_are_named(config, steps, named):
+    with pytest.raises(ValueError, match=named):
+        METHODS["velocity_cache"].check(config, steps=steps)
+
+
+@pytest.mark.parametrize("value", [1.5, [0, 1.5], [True, 3], {"a": 1}])
+def test_wrong_types_are_named(value):
+    with pytest.raises(TypeError, match="schedule must be"):
+        METHODS["velocity_cache"].check({"schedule": value})
+
+
+def computed_by(pipe, config, **arguments):
+    with omni_kernels.patched(pipe, "velocity_cache", config) as handle:
+        latents(pipe, **arguments)
+        return handle.report.branches["cond"].computed, " ".join(handle.report.notes)
+
+
+def test_first_and_last_steps_are_added(qwen_pipe):
+    assert computed_by(qwen_pipe, {"schedule": [3]})[0] == [0, 3, 7]
+
+
+@pytest.mark.parametrize(
+    ("config", "count"), [({}, 4), ({"speedup": 2.5}, 3), ({"speedup": 100.0}, 2), ({"budget": 5}, 5)]
+)
+def test_how_many_steps_are_computed(qwen_pipe, config, count):
+    assert len(computed_by(qwen_pipe, config)[0]) == count
+
+
+def test_the_report_says_where_the_schedule_comes_from(qwen_pipe):
+    assert "MeanCache" in computed_by(qwen_pipe, {"budget": 4})[1]
+    flux_pipe = tiny.flux()
+    with omni_kernels.patched(flux_pipe, "velocity_cache", {"budget": 4}) as handle:
+        latents(flux_pipe)
+        assert "evenly spread" in " ".join(handle.report.notes)
+        assert handle.report.branches["cond"].computed == [0, 2, 5, 7]
+    assert "given" in computed_by(qwen_pipe, {"schedule": [0, 3, 7]})[1]
+
+
+# Calibrated schedules
+
+
+def made_for(pipe, steps=STEPS, **change):
+    """A calibration with schedules of 3 and 5 steps, for the tiny pipeline."""
+    seen = outputs_of(pipe)
+    with omni_kernels.patched(pipe, "velocity_cache") as handle:
+        latents(pipe, num_inference_steps=steps)
+        about = handle._installed.describe(handle._installed._last)
+    del pipe.scheduler.step
+    sigmas = [sigma for sigma, _ in seen]
+    rows = [
+        {"steps": steps, "sigmas": sigmas, "computed": computed, "psnr": {"mean": psnr}}
+        for computed, psnr in (([0, 2, steps - 1], 30.0), ([0, 1, 3, 4, steps - 1], 40.0))
+    ]
+    return {
+        "method": "velocity_cache",
+        "version": 1,
+        "model": "tiny",
+        "calibrated_for": about,
+        "schedules": rows,
+    } | change
+
+
+def test_calibrated_schedules_are_taken(qwen_pipe, tmp_path, recwarn):
+    found = made_for(qwen_pipe)
+    path = tmp_path / schedules.FILE_NAME
+    path.write_text(json.dumps(found))
+    recwarn.clear()
+    for given in (found, str(path), path):
+        computed, notes = computed_by(qwen_pipe, {"calibration": given, "budget": 5})
+        assert computed == [0, 1, 3, 4, 7]
+        assert "calibrated on tiny" in notes
+    assert computed_by(qwen_pipe, {"calibration": found, "quality": 30.0})[0] == [0, 2, 7]
+    assert computed_by(qwen_pipe, {"calibration": found, "quality": 30.1})[0] == [0, 1, 3, 4, 7]
+    assert not [w for w in recwarn if "calibrated for" in str(w.message)]
+    computed, notes = computed_by(qwen_pipe, {"calibration": found, "budget": 4})
+    assert len(computed) == 4
+    assert "carried over to 4 of 8" in notes
+
+
+def test_another_request_than_calibrated_for_is_mapped_and_said(qwen_pipe):
+    found = made_for(qwen_pipe)
+    with pytest.warns(UserWarning, match="velocity_cache was calibrated for other runs.*latents"):
+        computed, notes = computed_by(
+            qwen_pipe, {"calibration": found, "quality": 35.0}, height=96, num_inference_steps=16
+        )
+    assert len(computed) == 10
+    assert "made for 5 of 8 steps, carried over to 10 of 16" in notes
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"version": 2}, "version 2"),
+        ({"schedules": []}, "schedules must be a list"),
+        ({"schedules": [3]}, "a schedule must be an object"),
+        ({"schedules": [{"steps": 8, "sigmas": [1.0] * 8, "computed": [0, 9], "psnr": {"mean": 1}}]}, "rising steps"),
+        ({"schedules": [{"steps": 8, "sigmas": [1.0], "computed": [0, 7], "psnr": {"mean": 1}}]}, "noise levels of 8"),
+        ({"schedules": [{"steps": 8, "sigmas": [1.0] * 8, "computed": [0, 7], "psnr": {}}]}, "psnr must have a mean"),
+    ],
+)
+def test_broken_calibrations_are_named(qwen_pipe, change, named):
+    with pytest.raises(ValueError, match=f"calibration: .*{named}"):
+        METHODS["velocity_cache"].check({"calibration": made_for(qwen_pipe, **change)})
+
+
+def test_quality_that_nothing_reaches_is_named(qwen_pipe):
+    found = made_for(qwen_pipe)
+    with pytest.raises(ValueError, match=r"quality 50 dB .* the best has 40.0 dB, at 5 of 8 steps"):
+        METHODS["velocity_cache"].check({"calibration": found, "quality": 50.0})
+    with (
+        omni_kernels.patched(qwen_pipe, "velocity_cache", {"quality": 30.0}),
+        pytest.raises(ValueError, match="omni calibrate schedule"),
+    ):
+        latents(qwen_pipe)

@@ -1,0 +1,143 @@
+"""The search for a schedule, on a problem small enough to be solved by trying everything."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from omni_runtime.cache.forecasters import make_forecaster
+from omni_runtime.cache.output import reached
+from omni_runtime.schedule_search import Gram, Tried, analytic, neighbour, score, search
+
+STEPS = 12
+SIGMAS = [1 - i / STEPS for i in range(STEPS + 1)]
+
+
+def _outputs(samples: int = 3, size: int = 5) -> torch.Tensor:
+    """[samples, STEPS, size], smooth in the step, in float64."""
+    random = torch.Generator().manual_seed(0)
+    powers = torch.tensor(SIGMAS[:-1], dtype=torch.float64)[:, None] ** torch.arange(4)
+    factors = torch.randn(samples, 4, size, generator=random, dtype=torch.float64)
+    return powers @ factors
+
+
+def _grams(outputs: torch.Tensor) -> list[np.ndarray]:
+    grams = []
+    for sample in outputs:
+        gram = Gram()
+        for output in sample:
+            gram.add(output)
+        grams.append(gram.matrix())
+    return grams
+
+
+def _integrated(outputs: torch.Tensor, computed: tuple[int, ...], order: int, reach: float, power: float) -> float:
+    """The cost of a schedule, written out: forecasts of real tensors, summed gap by gap."""
+    total = 0.0
+    for sample in outputs:
+        for n, (b, c) in enumerate(itertools.pairwise(computed)):
+            error = torch.zeros_like(sample[0])
+            for i in range(b + 1, c):
+                forecast = sample[b]
+                if order and n:
+                    a = computed[n - 1]
+                    x = SIGMAS[b] - min(SIGMAS[b] - SIGMAS[i], reach * (SIGMAS[a] - SIGMAS[b]))
+                    forecast = forecast + (sample[b] - sample[a]) * (x - SIGMAS[b]) / (SIGMAS[b] - SIGMAS[a])
+                error += (SIGMAS[i + 1] - SIGMAS[i]) * (sample[i] - forecast)
+            total += float(error.square().sum()) * SIGMAS[b] ** power / len(outputs)
+    return total
+
+
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize(("reach", "power"), [(1.0, 0.0), (0.5, 2.0)])
+@pytest.mark.parametrize("budget", [2, 4, 7, STEPS])
+def test_analytic_finds_the_cheapest_of_all_schedules(order: int, reach: float, power: float, budget: int) -> None:
+    outputs = _outputs()
+    forecaster = make_forecaster("newton", order)
+    found = analytic(_grams(outputs), SIGMAS, budget, forecaster, reach, power)
+    everything = ((0, *inner, STEPS - 1) for inner in itertools.combinations(range(1, STEPS - 1), budget - 2))
+    costs = {one: _integrated(outputs, one, order, reach, power) for one in everything}
+    assert costs[found] == pytest.approx(min(costs.values()), rel=1e-6, abs=1e-12)
+
+
+def test_reach_ends_an_extrapolation() -> None:
+    assert reached([0.5, 0.6], 0.45, 1.0) == pytest.approx(0.45)
+    assert reached([0.5, 0.6], 0.2, 1.0) == pytest.approx(0.4)
+    assert reached([0.5, 0.6], 0.2, 2.0) == pytest.approx(0.3)
+    assert reached([3.0, 1.0], 9.0, 1.0) == pytest.approx(5.0)  # steps count upwards
+    assert reached([0.5], 0.1, 1.0) == 0.1
+
+
+def test_moves_keep_the_ends_and_the_budget() -> None:
+    rng = random.Random(0)
+    computed: tuple[int, ...] = (0, 3, 4, 9, 19)
+    seen = set()
+    for _ in range(500):
+        computed = neighbour(computed, 20, rng)
+        seen.add(computed)
+        assert len(computed) == 5
+        assert list(computed) == sorted(set(computed))
+        assert (computed[0], computed[-1]) == (0, 19)
+    assert len(seen) > 100
+
+
+def _sampler(counted: list[tuple[int, ...]]):
+    """Schedules are the better the nearer their steps are to the squares."""
+
+    def sample(computed: tuple[int, ...]) -> Tried:
+        counted.append(computed)
+        off = sum(abs(step - square) for step, square in zip(computed, (0, 1, 4, 9, 16, 19), strict=True))
+        return Tried(computed, (40.0 - off, 38.0 - off))
+
+    return sample
+
+
+def test_search_finds_the_best_schedule_and_samples_none_twice() -> None:
+    counted: list[tuple[int, ...]] = []
+    found = search([(0, 4, 8, 12, 16, 19)], 20, _sampler(counted), tries=2000, patience=2000)
+    assert found.best.computed == (0, 1, 4, 9, 16, 19)
+    assert len(counted) == len(set(counted)) == len(found.trail)
+    scores = [one.score for one in found.trail]
+    assert scores == sorted(scores)
+
+
+def test_search_starts_from_the_best_start_and_keeps_to_its_limits() -> None:
+    counted: list[tuple[int, ...]] = []
+    starts = [(0, 10, 11, 12, 13, 19), (0, 1, 4, 9, 15, 19)]
+    found = search(starts, 20, _sampler(counted), tries=2, patience=100)
+    assert counted == starts
+    assert found.best.computed == starts[1]
+    counted.clear()
+    search(starts, 20, _sampler(counted), tries=1000, patience=3)
+    assert len(counted) < 60
+
+
+def test_search_takes_the_same_way_again() -> None:
+    ways: list[list[tuple[int, ...]]] = [[], []]
+    for way in ways:
+        search([(0, 4, 8, 12, 16, 19)], 20, _sampler(way), tries=40, patience=40, seed=3)
+    assert ways[0] == ways[1]
+
+
+def test_search_without_freedom_samples_once() -> None:
+    counted: list[tuple[int, ...]] = []
+
+    def sample(computed: tuple[int, ...]) -> Tried:
+        counted.append(computed)
+        return Tried(computed, (30.0,))
+
+    assert search([(0, 1)], 2, sample, tries=10, patience=10).best.computed == (0, 1)
+    assert search([(0, 5)], 6, sample, tries=10, patience=10).best.computed == (0, 5)
+    assert len(counted) == 2
+    with pytest.raises(ValueError, match="start"):
+        search([], 6, sample, tries=10, patience=10)
+
+
+def test_score_weighs_the_worst_images() -> None:
+    assert score([40.0] * 10) == pytest.approx(40.0)
+    assert score([45.0] * 9 + [25.0]) < score([42.0] * 10)
+    assert np.isfinite(score([float("inf"), 40.0]))
