@@ -85,7 +85,7 @@ class Method:
 
 _FORECASTER_KEYS = (
     keys.choice("forecaster", None, tuple(FORECASTERS), "what stands in for a skipped residual; None: reuse"),
-    keys.integer("forecaster_order", 1, 0, 3, "order of the forecaster, where it has one"),
+    keys.integer("forecaster_order", 1, 0, 3, "order of taylorseer, newton and hermite, which keep one snapshot more"),
 )
 
 

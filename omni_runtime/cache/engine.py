@@ -23,7 +23,7 @@ from omni_runtime.cache import calibration
 from omni_runtime.cache.blocks import BlockCalls, BlockList, Passage
 from omni_runtime.cache.forecasters import Forecaster
 from omni_runtime.cache.gates import Gate, Plan, Verdict
-from omni_runtime.cache.history import History
+from omni_runtime.cache.history import history_of
 from omni_runtime.cache.lifecycle import Lifecycle, Request
 from omni_runtime.cache.models import ModelRow, block_lists, row_of
 from omni_runtime.cache.report import BranchReport, CacheReport, Decision, StepEvent
@@ -85,9 +85,9 @@ class ResidualPassage(Passage):
         self.decisions: list[Decision] = []
         request.decisions[name] = self.decisions
         self.remembered: torch.Tensor | None = None
-        self.hidden = History(parts.forecaster)
+        self.hidden = history_of(parts.forecaster)
         # The text stream matters only to blocks that still run: with none behind the site, it is left alone.
-        self.encoder = None if parts.last == session.blocks else History(parts.forecaster)
+        self.encoder = None if parts.last == session.blocks else history_of(parts.forecaster)
 
     def begin(self, request: Request, noise_tokens: int | None, stepwise: bool) -> None:
         """A forward of this step of the request begins."""

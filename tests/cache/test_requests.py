@@ -432,7 +432,7 @@ def test_image_to_image_counts_the_steps_that_it_runs(qwen_pipe, monkeypatch):
         seen.append([*positions, x])
         return forecasters.reuse(positions, x)
 
-    monkeypatch.setitem(forecasters.FORECASTERS, "newton", (newton, "sigma", True))
+    monkeypatch.setitem(forecasters.FORECASTERS, "newton", (newton, "sigma", None, None))
     pipe = diffusers.QwenImageImg2ImgPipeline.from_pipe(qwen_pipe)
     config = {"steps_computation_mask": "1011", "scm_steps_policy": "static", "forecaster": "newton"}
     handle = omni_kernels.patch(pipe, "cache_dit", config | {"max_warmup_steps": 0})
