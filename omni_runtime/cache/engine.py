@@ -12,7 +12,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -27,7 +27,7 @@ from omni_runtime.cache.history import history_of
 from omni_runtime.cache.lifecycle import Lifecycle, Request
 from omni_runtime.cache.models import ModelRow, block_lists, row_of
 from omni_runtime.cache.report import BranchReport, CacheReport, Decision, StepEvent
-from omni_runtime.cache.signals import Signal
+from omni_runtime.cache.signals import Signal, SituatedSignal
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class ResidualPassage(Passage):
 
     __slots__ = (
         "_by_step",
+        "_count_noise",
         "_every_step",
         "_noise_tokens",
         "_position",
@@ -77,6 +78,7 @@ class ResidualPassage(Passage):
     def __init__(self, session: CacheSession, request: Request, name: str) -> None:
         parts = session.parts
         super().__init__(session.calls, parts.first, parts.last)
+        self._count_noise = session.row.noise_tokens
         self._signal = parts.signal
         self._every_step = parts.signal.every_step
         self._by_step = parts.forecaster.axis == "step"
@@ -89,11 +91,11 @@ class ResidualPassage(Passage):
         # The text stream matters only to blocks that still run: with none behind the site, it is left alone.
         self.encoder = None if parts.last == session.blocks else history_of(parts.forecaster)
 
-    def begin(self, request: Request, noise_tokens: int | None, stepwise: bool) -> None:
-        """A forward of this step of the request begins."""
+    def begin(self, request: Request, arguments: Mapping[str, Any], stepwise: bool) -> None:
+        """A forward of this step of the request begins, with these arguments of the transformer."""
         self.ran = 0
         self.stepwise = stepwise
-        self._noise_tokens = noise_tokens
+        self._noise_tokens = self._count_noise(arguments)
         self.step = request.step
         self._position = float(request.step) if self._by_step else request.sigma
 
@@ -118,7 +120,7 @@ class ResidualPassage(Passage):
         if hidden.shape == self.hidden.shape and (history is None or encoder is None or encoder.shape == history.shape):
             plan, reason = gate.plan(self.step)
             if plan is not Plan.MEASURE:
-                verdict = Verdict(plan is Plan.COMPUTE, reason)
+                verdict = Verdict(plan is Plan.COMPUTE, reason, None, gate.accumulated)
         else:
             verdict = Verdict(True, "shape changed" if len(self.hidden) else "nothing cached yet")
             self._forget()
@@ -154,6 +156,21 @@ class ResidualPassage(Passage):
         return self.hidden.forecast(hidden, self._position, self._using), encoder
 
 
+class SituatedPassage(ResidualPassage):
+    """A branch with a signal of its own, which is told of each forward."""
+
+    __slots__ = ("_situated",)
+
+    def __init__(self, session: CacheSession, request: Request, name: str) -> None:
+        super().__init__(session, request, name)
+        self._signal = self._situated = cast(SituatedSignal, session.parts.signal).fresh()
+
+    def begin(self, request: Request, arguments: Mapping[str, Any], stepwise: bool) -> None:
+        """See `ResidualPassage.begin`."""
+        super().begin(request, arguments, stepwise)
+        self._situated.situate(request.sigma, arguments)
+
+
 class CacheSession:
     """One cache method, installed on one pipeline."""
 
@@ -164,12 +181,14 @@ class CacheSession:
         self.on_step: Callable[[StepEvent], None] | None = None
         self.transformer = _transformer_of(pipe)
         _refuse(self.transformer)
-        self._row = row_of(type(self.transformer).__name__)
-        self._lists = block_lists(self.transformer, self._row)
+        self.row = row_of(type(self.transformer).__name__)
+        self._lists = block_lists(self.transformer, self.row)
         flat = [block for blocks in self._lists for block in blocks]
         self.blocks = len(flat)
-        self.calls = BlockCalls(self._row, flat, self.transformer.forward)
-        self.parts = parts(self._row, self.blocks)
+        self.calls = BlockCalls(self.row, flat, self.transformer.forward)
+        self.parts = parts(self.row, self.blocks)
+        if isinstance(self.parts.signal, SituatedSignal):
+            self.passage_class = SituatedPassage
         self._lifecycle = Lifecycle(pipe, self._opened, self._stepped)
         self._last: Request | None = None
         self.passage: Passage | None = None
@@ -183,7 +202,7 @@ class CacheSession:
         """
         self._lifecycle.install(patch)
         start = 0
-        for name, blocks in zip(self._row.block_lists, self._lists, strict=True):
+        for name, blocks in zip(self.row.block_lists, self._lists, strict=True):
             patch.set_module(self.transformer, name, BlockList(blocks, start, self))
             start += len(blocks)
         patch.set_method(self.transformer, "_compiled_call_impl", self._call)
@@ -266,7 +285,7 @@ class CacheSession:
                 passage = request.state.get(name)
             if passage is None:
                 passage = request.state[name] = self.passage_class(self, request, name)
-            passage.begin(request, self._row.noise_tokens(arguments), calls.works_between(args, kwargs))
+            passage.begin(request, arguments, calls.works_between(args, kwargs))
             self.passage = passage
             output = self.transformer._call_impl(*args, **kwargs)
         except BaseException:
