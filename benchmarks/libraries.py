@@ -6,6 +6,7 @@ Each is installed as its library's documentation says, on the pipeline itself.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 import io
@@ -24,6 +25,9 @@ from omni_runtime.cells import Run
 
 CACHE_DIT = f"cache-dit {importlib.metadata.version('cache-dit')}"
 DIFFUSERS = f"diffusers {diffusers.__version__}"
+
+#: our forecaster → what cache-dit calls the same
+CALIBRATORS = {None: None, "foca": cache_dit.FoCaCalibratorConfig(), "dmd": cache_dit.DMDCalibratorConfig()}
 
 
 @contextlib.contextmanager
@@ -47,7 +51,9 @@ def cache_dit_run(name: str, method: str, settings: Mapping[str, Any], steps: in
         mask = None
         if policy := keys.pop("scm_steps_mask_policy", None):
             mask = list(steps_mask(policy, steps))
-        order = keys.pop("taylorseer_order", 1) if keys.pop("enable_taylorseer", False) else None
+        calibrator = CALIBRATORS[keys.pop("forecaster", None)]
+        if keys.pop("enable_taylorseer", False):
+            calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=keys.pop("taylorseer_order", 1))
         config = cache_dit.DBCacheConfig(
             Fn_compute_blocks=keys.pop("Fn_compute_blocks", 1),
             Bn_compute_blocks=keys.pop("Bn_compute_blocks", 0),
@@ -60,7 +66,6 @@ def cache_dit_run(name: str, method: str, settings: Mapping[str, Any], steps: in
         )
         if keys:
             raise ValueError(f"no such setting of the library here: {sorted(keys)}")
-        calibrator = None if order is None else cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=order)
         with _quiet():
             cache_dit.enable_cache(pipe, cache_config=config, calibrator_config=calibrator)
             try:
@@ -72,7 +77,10 @@ def cache_dit_run(name: str, method: str, settings: Mapping[str, Any], steps: in
 
 
 def diffusers_run(name: str, method: str, config_class: str, settings: Mapping[str, Any], steps: int) -> Run:
-    """A cache of diffusers' own, by the name of its configuration's class; dtypes among its settings by name."""
+    """A cache of diffusers' own, by the name of its configuration's class; dtypes among its settings by name.
+
+    Where it wants to know the number of steps, it is told.
+    """
 
     @contextlib.contextmanager
     def install(pipe: Any) -> Iterator[None]:
@@ -80,8 +88,11 @@ def diffusers_run(name: str, method: str, config_class: str, settings: Mapping[s
         if not hasattr(transformer, "enable_cache"):
             raise NotImplementedError(f"{type(transformer).__name__} has no enable_cache")
         keys = {key: getattr(torch, value) if key.endswith("dtype") else value for key, value in settings.items()}
+        config = getattr(diffusers, config_class)
+        if any(field.name == "num_inference_steps" for field in dataclasses.fields(config)):
+            keys["num_inference_steps"] = steps
         with _quiet():
-            transformer.enable_cache(getattr(diffusers, config_class)(**keys))
+            transformer.enable_cache(config(**keys))
             try:
                 yield
             finally:

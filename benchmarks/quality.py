@@ -44,10 +44,12 @@ PSNR_SLACK, TIME_SLACK = 0.1, 0.98
 
 FEWER_STEPS = (40, 32, 25, 20, 16, 13, 10)
 DBCACHE = (0.04, 0.08, 0.12, 0.2, 0.3)
+FORECAST = (0.08, 0.12)
 FIRST_BLOCK = (0.04, 0.07, 0.1, 0.15)
 TEA_CACHE = (0.05, 0.09, 0.13, 0.2, 0.3)
 MASKS = ("slow", "medium", "fast", "ultra")
 MAG_CACHE = (0.03, 0.06, 0.12, 0.24)
+SEA_CACHE = (0.1, 0.15, 0.25, 0.4)
 TAYLOR_INTERVALS = (2, 3, 4, 6)
 
 
@@ -76,7 +78,7 @@ def _dbcache(contest: Contest, label: str, settings: Mapping[str, Any], method: 
 
 
 def contest_of(ratios: Sequence[float] | None, quick: bool) -> Contest:
-    """All runs; `ratios` are MagCache's for the model, None where diffusers cannot have them."""
+    """All runs; `ratios` are MagCache's for the model. None where diffusers can have none: ours are its file's then."""
 
     def some(values: Sequence[Any]) -> Sequence[Any]:
         return values[len(values) // 2 :][:1] if quick else values
@@ -93,6 +95,12 @@ def contest_of(ratios: Sequence[float] | None, quick: bool) -> Contest:
         settings = {"residual_diff_threshold": threshold}
         _dbcache(contest, f"{threshold:g}", settings, "DBCache")
         _dbcache(contest, f"{threshold:g}", settings | {"enable_taylorseer": True}, "DBCache + TaylorSeer")
+    for threshold in some(FORECAST):
+        settings = {"residual_diff_threshold": threshold}
+        _dbcache(contest, f"{threshold:g}", settings | {"forecaster": "foca"}, "DBCache + FoCa")
+        _dbcache(contest, f"{threshold:g}", settings | {"forecaster": "dmd"}, "DBCache + DMD")
+        settings = settings | {"forecaster": "hermite", "forecaster_order": 2}
+        contest.runs.append(Run(f"DBCache + HiCache {threshold:g}", "cache_dit", settings, STEPS, "DBCache + HiCache"))
     for policy in some(MASKS):
         settings = {"scm_steps_mask_policy": policy, "scm_steps_policy": "static", "enable_taylorseer": True}
         _dbcache(contest, policy, settings, "SCM + TaylorSeer")
@@ -104,10 +112,17 @@ def contest_of(ratios: Sequence[float] | None, quick: bool) -> Contest:
             libraries.diffusers_run(theirs, "diffusers first-block", "FirstBlockCacheConfig", settings, STEPS)
         )
         contest.pairs.append(Pair(ours, theirs))
-    for threshold in some(MAG_CACHE) if ratios is not None else ():
-        settings = {"threshold": threshold, "num_inference_steps": STEPS, "mag_ratios": list(ratios)}
-        name = f"diffusers MagCache {threshold:g}"
-        contest.runs.append(libraries.diffusers_run(name, "diffusers MagCache", "MagCacheConfig", settings, STEPS))
+    for threshold in some(MAG_CACHE):
+        ours, theirs = f"MagCache {threshold:g}", f"diffusers MagCache {threshold:g}"
+        settings = {"threshold": threshold} | ({} if ratios is None else {"mag_ratios": list(ratios)})
+        contest.runs.append(Run(ours, "mag_cache", settings, STEPS, "MagCache"))
+        if ratios is not None:
+            contest.runs.append(
+                libraries.diffusers_run(theirs, "diffusers MagCache", "MagCacheConfig", settings, STEPS)
+            )
+            contest.pairs.append(Pair(ours, theirs))
+    for threshold in some(SEA_CACHE):
+        contest.runs.append(Run(f"SeaCache {threshold:g}", "sea_cache", {"threshold": threshold}, STEPS, "SeaCache"))
     for interval in some(TAYLOR_INTERVALS):
         settings = {"cache_interval": interval, "max_order": 1, "taylor_factors_dtype": "float32"}
         name = f"diffusers TaylorSeer {interval}"

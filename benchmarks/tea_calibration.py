@@ -140,8 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--coefficients", type=Path, metavar="FILE", help="default: the model's own tea_cache.json")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default: %(default)s")
     options = parser.parse_args(arguments)
-    file = options.coefficients or embedded_models()[options.model] / calibration.FILE_NAME
-    calibrated = calibration.read(file)
+    file = options.coefficients or embedded_models()[options.model] / calibration.file_name("tea_cache")
+    calibrated = calibration.read(file, "tea_cache")
     known = set(json.loads(file.read_text(encoding="utf-8"))["provenance"]["prompts"])
     prompts = [text for text, image in prompts_of(options.model, None) if image is None and text not in known]
     if not prompts or options.images < 2:

@@ -1,6 +1,7 @@
 """Calibration: full runs of a pipeline, watched, and the numbers that a method goes by fitted to them.
 
-What is recorded, and what is fitted, is said in `omni_runtime.cache.calibration`.
+`RECORDINGS` is the table of what is recorded; what is fitted to it is said in `omni_runtime.cache.polynomial` and
+`omni_runtime.cache.magnitudes`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import contextlib
 import datetime
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,12 +19,12 @@ import torch
 
 from omni_kernels import ops
 from omni_kernels.patching import Patch
-from omni_runtime.cache import calibration
+from omni_runtime.cache import calibration, magnitudes, polynomial
 from omni_runtime.cache.engine import CacheSession, Parts, ResidualPassage
 from omni_runtime.cache.forecasters import make_forecaster
-from omni_runtime.cache.gates import Gate, Limits, Verdict, relative_l1, worst
+from omni_runtime.cache.gates import Gate, Limits, ThresholdGate, Verdict, relative_l1, worst
 from omni_runtime.cache.models import ModelRow
-from omni_runtime.cache.signals import ModulatedInput
+from omni_runtime.cache.signals import ModulatedInput, Nothing
 from omni_runtime.omni import Omni
 from omni_runtime.request import GenerationRequest
 from omni_runtime.result import jsonable
@@ -43,6 +45,15 @@ class Point(NamedTuple):
     sample: int
     input: float
     output: float
+
+
+class Ratio(NamedTuple):
+    """By what factor the residual of one sample of one CFG branch has changed its magnitude since the step before."""
+
+    branch: str
+    step: int
+    sample: int
+    ratio: float
 
 
 class RecordingGate(Gate):
@@ -66,41 +77,46 @@ class RecordingPassage(ResidualPassage):
 
     def leave(self, hidden: torch.Tensor, encoder: torch.Tensor | None, base: Any) -> None:
         """See `Passage.leave`."""
-        gate: Any = self.gate
-        inputs, gate.distances = gate.distances, None
-        if inputs is not None:
+        before = self.hidden.tensors()
+        if before:
             noise = slice(None, self._noise_tokens)
-            (then,) = self.hidden.tensors()
-            now, sums = ops.residual_relative_l1(hidden[:, noise], base[0][:, noise], then[:, noise])
-            outputs = relative_l1(sums.tolist(), now.numel() // len(inputs))
-            self._points += [
-                Point(self._name, self.step, sample, *pair)
-                for sample, pair in enumerate(zip(inputs, outputs, strict=True))
-            ]
+            points = self._measure(hidden[:, noise], base[0][:, noise], before[0][:, noise])
+            self._points += [self._point(self._name, self.step, sample, point) for sample, point in enumerate(points)]
         super().leave(hidden, encoder, base)
 
+    def _measure(self, after: torch.Tensor, entered: torch.Tensor, then: torch.Tensor) -> Sequence[Any]:
+        """What is recorded of each sample, from the states behind and before the blocks and the last residual."""
+        raise NotImplementedError
 
-class Recording(CacheSession):
-    """TeaCache's site and signal with a gate that skips nothing: requests run in full, and leave points.
-
-    Attributes:
-        points: of all requests so far.
-    """
-
-    passage_class = RecordingPassage
-
-    def __init__(self, pipe: Any) -> None:
-        super().__init__("calibration", pipe, _recorded_parts)
-        self.points: list[Point] = []
-
-    def describe_last(self) -> dict[str, Any]:
-        """What the last request was, as `calibration.describe` has it."""
-        if self._last is None or not self._last.step:
-            raise RuntimeError("nothing was recorded: the pipeline has taken no step")
-        return self.describe(self._last)
+    def _point(self, name: str, step: int, sample: int, measured: Any) -> Any:
+        raise NotImplementedError
 
 
-def _recorded_parts(row: ModelRow, blocks: int) -> Parts:
+class DistancePassage(RecordingPassage):
+    """TeaCache: records how far modulated input and residual have moved."""
+
+    def _measure(self, after: torch.Tensor, entered: torch.Tensor, then: torch.Tensor) -> Sequence[Any]:
+        gate: Any = self.gate
+        inputs, gate.distances = gate.distances, None
+        now, sums = ops.residual_relative_l1(after, entered, then)
+        return list(zip(inputs, relative_l1(sums.tolist(), now.numel() // len(inputs)), strict=True))
+
+    def _point(self, name: str, step: int, sample: int, measured: Any) -> Point:
+        return Point(name, step, sample, *measured)
+
+
+class MagnitudePassage(RecordingPassage):
+    """MagCache: records by what factor the residual's magnitude has changed, as the mean over the tokens."""
+
+    def _measure(self, after: torch.Tensor, entered: torch.Tensor, then: torch.Tensor) -> Sequence[Any]:
+        now = torch.linalg.vector_norm((after - entered).float(), dim=-1)
+        return (now / (torch.linalg.vector_norm(then.float(), dim=-1) + 1e-8)).mean(1).tolist()
+
+    def _point(self, name: str, step: int, sample: int, measured: Any) -> Ratio:
+        return Ratio(name, step, sample, measured)
+
+
+def _distance_parts(row: ModelRow, blocks: int) -> Parts:
     if row.modulation is None:
         raise ValueError("TeaCache watches block 0's modulated input: the transformer's ModelRow gives no modulation")
     return Parts(
@@ -112,14 +128,68 @@ def _recorded_parts(row: ModelRow, blocks: int) -> Parts:
     )
 
 
+def _magnitude_parts(row: ModelRow, blocks: int) -> Parts:
+    return Parts(
+        first=0,
+        last=blocks,
+        signal=Nothing(),
+        gate=lambda request: ThresholdGate(Limits(), 0.0),
+        forecaster=make_forecaster("reuse", 0),
+    )
+
+
+def _fitted_polynomial(points: Sequence[Point]) -> polynomial.Fit:
+    return polynomial.fit([point.input for point in points], [point.output for point in points])
+
+
+def _fitted_ratios(points: Sequence[Ratio]) -> magnitudes.Ratios:
+    return magnitudes.fit((point.step, point.ratio) for point in points)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is recorded for one method: by which parts and passage, and what is fitted to the points."""
+
+    parts: Callable[[ModelRow, int], Parts]
+    passage: type[RecordingPassage]
+    fit: Callable[[Any], calibration.Fit]
+
+
+#: method → what is recorded for it
+RECORDINGS = {
+    "tea_cache": Record(_distance_parts, DistancePassage, _fitted_polynomial),
+    "mag_cache": Record(_magnitude_parts, MagnitudePassage, _fitted_ratios),
+}
+
+
+class Recording(CacheSession):
+    """All blocks under a gate that skips nothing: requests run in full, and leave points.
+
+    Attributes:
+        points: of all requests so far.
+    """
+
+    def __init__(self, pipe: Any, method: str) -> None:
+        record = RECORDINGS[method]
+        self.passage_class = record.passage
+        super().__init__("calibration", pipe, record.parts)
+        self.points: list[Any] = []
+
+    def describe_last(self) -> dict[str, Any]:
+        """What the last request was, as `calibration.describe` has it."""
+        if self._last is None or not self._last.step:
+            raise RuntimeError("nothing was recorded: the pipeline has taken no step")
+        return self.describe(self._last)
+
+
 @contextlib.contextmanager
-def recording(pipe: Any) -> Iterator[Recording]:
+def recording(pipe: Any, method: str = "tea_cache") -> Iterator[Recording]:
     """While open, every request of `pipe` is recorded. Afterwards it is as it was, however the block is left.
 
     Raises:
         ValueError, PatchConflictError: a pipeline that cannot be recorded, or is patched already.
     """
-    session, patch = Recording(pipe), Patch()
+    session, patch = Recording(pipe, method), Patch()
     try:
         session.install(patch)
         yield session
@@ -132,25 +202,27 @@ def calibrate(
     omni: Omni,
     requests: Sequence[GenerationRequest],
     listener: Callable[[int, GenerationRequest], Any] = lambda number, request: contextlib.nullcontext(),
-) -> tuple[calibration.Fit, dict[str, Any], list[Point]]:
-    """Run the requests in full and fit TeaCache's polynomial to how far they move from step to step.
+    method: str = "tea_cache",
+) -> tuple[calibration.Fit, dict[str, Any], list[Any]]:
+    """Run the requests in full and fit a method's numbers to how they move from step to step.
 
     Args:
         omni: without a cache.
         requests: all of the same steps and size.
         listener: called with each request and its number from 0; gives a context that is open while it runs, and
             gives what is told of each step, or None.
+        method: one of `RECORDINGS`.
 
     Returns:
         The fit, the document to write, and the points it was fitted to.
 
     Raises:
         ValueError: an Omni with a cache, no request; what `recording` raises.
-        UselessFitError: see `calibration.fit`.
+        UselessFitError: see `polynomial.fit` and `magnitudes.fit`.
     """
     if omni.cache_backend is not None or not requests:
         raise ValueError("calibration needs an Omni without a cache, and at least one request")
-    with recording(omni.pipe) as session:
+    with recording(omni.pipe, method) as session:
         for number, request in enumerate(requests):
             with listener(number, request) as on_step:
                 result = omni.run(request, on_step)
@@ -158,7 +230,7 @@ def calibrate(
     size = getattr(result.images[0], "size", None)
     if isinstance(size, tuple):
         run |= {"width": size[0], "height": size[1]}
-    fitted = calibration.fit([point.input for point in session.points], [point.output for point in session.points])
+    fitted = RECORDINGS[method].fit(session.points)
     return fitted, calibration.document(fitted, run, _provenance(omni, requests)), session.points
 
 

@@ -179,14 +179,15 @@ def _add_calibrate(commands: Any, shared: argparse.ArgumentParser) -> None:
     command = commands.add_parser(
         "calibrate",
         help=about,
-        description=f"{about.capitalize()}: tea_cache's polynomial, to how far full runs move from step to step. "
-        'Writes a file that cache_config={"coefficients": "FILE"} takes; called tea_cache.json, in the directory of a '
-        "model, it is taken for that model by itself. Calibrate with the steps, size and scheduler that you will use.",
+        description=f"{about.capitalize()}: tea_cache's polynomial or mag_cache's ratios, to how full runs move from "
+        "step to step. Writes a file that the method's key takes, coefficients or mag_ratios; called METHOD.json, in "
+        "the directory of a model, it is taken for that model by itself. Calibrate with the steps, size and scheduler "
+        "that you will use.",
         parents=[shared],
         allow_abbrev=False,
     )
     command.set_defaults(command="calibrate")
-    command.add_argument("method", choices=["tea_cache"], metavar="METHOD", help="tea_cache")
+    command.add_argument("method", choices=["tea_cache", "mag_cache"], metavar="METHOD", help="tea_cache or mag_cache")
     command.add_argument(
         "--prompts",
         "--prompt",
@@ -197,9 +198,7 @@ def _add_calibrate(commands: Any, shared: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--seeds", type=_seeds, default=[0], metavar="N,N", help="default: 0")
     command.add_argument("--steps", type=_whole, metavar="N", help="denoising steps (default: the model's own)")
-    command.add_argument(
-        "--out", type=Path, default=Path("out/tea_cache.json"), metavar="FILE", help="default: %(default)s"
-    )
+    command.add_argument("--out", type=Path, metavar="FILE", help="default: out/METHOD.json")
 
 
 def _whole(text: str) -> int:

@@ -115,12 +115,15 @@ def calibrate(options: argparse.Namespace) -> None:
     from omni_runtime import calibrate as calibrating
 
     _settle(options)
+    key, file = calibration.KINDS[options.method].key, calibration.file_name(options.method)
+    out = Path("out", file) if options.out is None else options.out
     with wrong_input():
-        # No weights are loaded: whether the method can serve the model is seen from its index.
-        _omni(options, cache_backend=options.method, cache_config={"coefficients": [0, 0, 0, 1, 0]})
-        if options.out.is_dir():
-            raise UsageError(f"--out {options.out} is a directory: give a file, like {options.out / 'tea_cache.json'}")
-        _make_directory(options.out.parent)
+        # No weights are loaded: whether the method can serve the model is seen from its index. Five ones are numbers
+        # that every method takes.
+        _omni(options, cache_backend=options.method, cache_config={key: [1.0] * 5})
+        if out.is_dir():
+            raise UsageError(f"--out {out} is a directory: give a file, like {out / file}")
+        _make_directory(out.parent)
         omni = _omni(options, cache_backend=None)
         requests = _requests(options, omni, CALIBRATION_PROMPTS)
     steps = requests[0].arguments.get("num_inference_steps", 0)
@@ -132,17 +135,16 @@ def calibrate(options: argparse.Namespace) -> None:
         return _bar(options, request.prompt or "", steps, str(Progress(number + 1, len(requests), left)))
 
     try:
-        fitted, document, _ = calibrating.calibrate(omni, requests, listener)
+        fitted, document, _ = calibrating.calibrate(omni, requests, listener, options.method)
     except calibration.UselessFitError as error:
         raise UsageError(f"no file was written: {error}") from error
-    calibration.write(document, options.out)
+    calibration.write(document, out)
     if options.json:
-        _print_json({"file": str(options.out), **document})
+        _print_json({"file": str(out), **document})
         return
     print(fitted.words())
-    print(f"coefficients {', '.join(f'{one:.6g}' for one in fitted.coefficients)}")
-    print(options.out)
-    config = json.dumps({"coefficients": str(options.out)})
+    print(out)
+    config = json.dumps({key: str(out)})
     print(f"omni generate --model {options.model} --cache-backend {options.method} --cache-config '{config}'")
 
 
@@ -173,7 +175,11 @@ def models(options: argparse.Namespace) -> None:
     embedded = {name: _embedded(path) for name, path in loading.embedded_models().items()}
     if options.json:
         transformers = {
-            name: {"pipelines": list(row.pipelines), "tea_coefficients": row.tea_coefficients}
+            name: {
+                "pipelines": list(row.pipelines),
+                "tea_coefficients": row.tea_coefficients,
+                "mag_ratios": row.mag_ratios,
+            }
             for name, row in MODELS.items()
         }
         _print_json({"embedded": embedded, "transformers": transformers})
@@ -183,7 +189,8 @@ def models(options: argparse.Namespace) -> None:
         print(f"  {name}{' (default)' * (name == DEFAULT_MODEL)}: {about['pipeline']}, {about['bytes'] / 1e6:.1f} MB")
         for key, value in about["defaults"].items():
             print(f"    {key} {json.dumps(value)}")
-        print(f"    tea_cache coefficients: {about['tea_cache'] or 'those published for its transformer'}")
+        for method, kind in calibration.KINDS.items():
+            print(f"    {method} {kind.key}: {about[method] or 'those published for its transformer'}")
     if not embedded:
         print("  none in this installation")
     print("\nTransformers that the caches know, with their pipelines; any checkpoint of these can be loaded")
@@ -191,6 +198,8 @@ def models(options: argparse.Namespace) -> None:
         print(f"  {transformer}")
         if row.tea_coefficients is not None:
             print(f"    tea_cache coefficients {', '.join(f'{one:g}' for one in row.tea_coefficients)}")
+        if row.mag_ratios is not None:
+            print(f"    mag_cache mag_ratios of {len(row.mag_ratios)} steps")
         for pipeline in row.pipelines:
             print(f"    {pipeline}")
 
@@ -340,13 +349,17 @@ def _as_json(result: OmniResult) -> dict[str, Any]:
 
 def _embedded(path: Path) -> dict[str, Any]:
     index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
-    defaults, own = path / "defaults.json", path / calibration.FILE_NAME
+    defaults = path / "defaults.json"
+    own = {method: path / calibration.file_name(method) for method in calibration.KINDS}
     return {
         "pipeline": index["_class_name"],
         "path": str(path),
         "bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
         "defaults": json.loads(defaults.read_text(encoding="utf-8")) if defaults.is_file() else {},
-        "tea_cache": f"calibrated on {calibration.summary(calibration.read(own))}" if own.is_file() else None,
+        **{
+            method: f"calibrated on {calibration.summary(calibration.read(file, method))}" if file.is_file() else None
+            for method, file in own.items()
+        },
     }
 
 

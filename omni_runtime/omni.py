@@ -50,7 +50,8 @@ class Omni:
         cache_backend: "tea_cache", "cache_dit", ...; None and "none" mean no cache. Left out, the environment variable
             `DIFFUSION_CACHE_BACKEND` names it.
         cache_config: the backend's keys, as a dict or as JSON text; what is left out takes its default. A model's
-            directory may bring some: a `tea_cache.json` in it holds the `coefficients` of tea_cache.
+            directory may bring some: a `tea_cache.json` in it holds the `coefficients` of tea_cache, a `mag_cache.json`
+            the `mag_ratios` of mag_cache.
         from_pretrained: what `DiffusionPipeline.from_pretrained` takes (variant, revision, token, components, ...).
 
     Attributes:

@@ -9,17 +9,22 @@ import torch
 pytest.importorskip("cache_dit")
 
 from benchmarks import libraries, quality
+from omni_runtime.cache.backends import METHODS
+from omni_runtime.cache.forecasters import FORECASTERS
 from omni_runtime.cells import Run
 
 STEPS = 8
 RUNS = [
     libraries.cache_dit_run("a", "m", {"residual_diff_threshold": 0.3, "enable_taylorseer": True}, STEPS),
+    libraries.cache_dit_run("d", "m", {"residual_diff_threshold": 0.3, "forecaster": "foca"}, STEPS),
+    libraries.cache_dit_run("e", "m", {"residual_diff_threshold": 0.3, "forecaster": "dmd"}, STEPS),
     libraries.diffusers_run("b", "m", "FirstBlockCacheConfig", {"threshold": 0.2}, STEPS),
+    libraries.diffusers_run("f", "m", "MagCacheConfig", {"threshold": 0.3, "mag_ratios": [1.0, 1.01]}, STEPS),
     libraries.diffusers_run("c", "m", "TaylorSeerCacheConfig", {"taylor_factors_dtype": "float32"}, STEPS),
 ]
 
 
-@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.backend)
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
 def test_a_librarys_cache_works_while_it_is_open_and_leaves_nothing(run):
     pipe = tiny.qwen_image(layers=4)
     expected = tiny.generate(pipe, num_inference_steps=STEPS, output_type="latent")
@@ -69,6 +74,14 @@ def test_a_pair_holds_where_ours_is_as_good_and_as_fast():
     slower_here = quality.compared(quality.Pair("ours", "slower"), document)
     assert slower_here["as_good"]
     assert not slower_here["as_fast"]
+
+
+def test_every_method_and_forecaster_is_in_the_contest():
+    contest = quality.contest_of([1.0] * quality.STEPS, quick=False)
+    assert {run.backend for run in contest.runs if run.install is None} - {None} == set(METHODS)
+    configs = [run.config or {} for run in contest.runs]
+    told = {"taylorseer" if config.get("enable_taylorseer") else config.get("forecaster") for config in configs}
+    assert told - {None} == set(FORECASTERS) - {"reuse"}
 
 
 def test_every_pair_is_one_method_at_the_same_settings():

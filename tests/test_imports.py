@@ -229,7 +229,9 @@ print(json.dumps([sums.tolist(), sorted(patching.backends.entry_points())]))
 """
     )
     assert found[0] == [[4.0, 8.0]]
-    assert {"tea_cache", "cache_dit", "first_block_cache"} <= set(found[1]), "known by name, and not imported"
+    assert {"tea_cache", "cache_dit", "first_block_cache", "mag_cache", "sea_cache"} <= set(found[1]), (
+        "known by name, and not imported"
+    )
 
 
 @pytest.mark.parametrize("package", [omni_kernels, omni_kernels.ops, omni_kernels.patching, omni_runtime])

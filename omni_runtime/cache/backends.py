@@ -14,16 +14,22 @@ from typing import Any
 
 from omni_kernels.patching import Patch
 from omni_kernels.patching.backends import nearest
-from omni_runtime.cache import calibration, schedules
+from omni_runtime.cache import calibration, magnitudes, polynomial, schedules
 from omni_runtime.cache import config as keys
 from omni_runtime.cache.engine import CacheSession, Parts
 from omni_runtime.cache.forecasters import FORECASTERS, make_forecaster
-from omni_runtime.cache.gates import AccumulatedPolynomialGate, Limits, ScheduleGate, ThresholdGate
+from omni_runtime.cache.gates import (
+    AccumulatedPolynomialGate,
+    Limits,
+    MagnitudeRatioGate,
+    ScheduleGate,
+    ThresholdGate,
+)
 from omni_runtime.cache.lifecycle import Request
 from omni_runtime.cache.masks import POLICIES, parse_mask, steps_mask
 from omni_runtime.cache.models import ModelRow, TransformerFacts, row_of
 from omni_runtime.cache.output import OutputSite
-from omni_runtime.cache.signals import FirstBlocksResidual, ModulatedInput
+from omni_runtime.cache.signals import FilteredModulatedInput, FirstBlocksResidual, ModulatedInput, Nothing
 
 Config = dict[str, Any]
 
@@ -95,7 +101,7 @@ class Method:
 
 _FORECASTER_KEYS = (
     keys.choice("forecaster", None, tuple(FORECASTERS), "what stands in for a skipped residual; None: reuse"),
-    keys.integer("forecaster_order", 1, 0, 3, "order of the forecaster, where it has one"),
+    keys.integer("forecaster_order", 1, 0, 3, "order of taylorseer, newton and hermite, which keep one snapshot more"),
 )
 
 
@@ -107,36 +113,35 @@ def _unrelated(config: Config, blocks: int | None, steps: int | None) -> None:
     return None
 
 
-_FIVE_NUMBERS = keys.numbers("coefficients", calibration.DEGREE + 1, "")
+def _calibrated_key(method: str, numbers: keys.Key) -> keys.Key:
+    """A key that takes numbers, or a file of `omni calibrate` that holds them."""
+    allowed = f"{numbers.allowed}, or a file of `omni calibrate`, by its path or parsed"
 
-
-def _coefficients_key() -> keys.Key:
-    allowed = f"{_FIVE_NUMBERS.allowed}, or a file of `omni calibrate`, by its path or parsed"
-
-    def parse(value: Any) -> tuple[float, ...] | Config | None:
+    def parse(value: Any) -> Any:
         if not isinstance(value, str | os.PathLike | Mapping):
-            return _FIVE_NUMBERS.parse(value)
+            return numbers.parse(value)
         try:
-            return calibration.read(value)
+            return calibration.read(value, method)
         except (FileNotFoundError, ValueError) as error:
-            raise type(error)(f"coefficients: {error}") from None
+            raise type(error)(f"{numbers.name}: {error}") from None
 
-    doc = "polynomial of the distance, highest power first; None: the model's own"
-    return keys.Key("coefficients", None, "5 floats or a file", allowed, doc, parse)
+    return keys.Key(numbers.name, None, f"{numbers.type_name} or a file", allowed, numbers.doc, parse)
+
+
+def _numbers(key: str, given: Any, published: Any) -> tuple[Mapping[str, Any], Mapping[str, Any] | None, str]:
+    """The numbers under `key` with whatever a file holds beside them, the runs that they were fitted to, and a note."""
+    if isinstance(given, Mapping):
+        return given, given["calibrated_for"], f"{key}: calibrated on {calibration.summary(given)}"
+    if given is None:
+        return {key: published}, None, f"{key}: those published for the transformer's class"
+    return {key: given}, None, f"{key}: given as numbers"
 
 
 def _tea_cache(config: Config, row: ModelRow, blocks: int) -> Parts:
     if row.modulation is None:
         raise ValueError("tea_cache watches block 0's modulated input: the transformer's ModelRow gives no modulation")
-    given = config["coefficients"]
-    coefficients, fitted, fitted_for = given, (-math.inf, math.inf), None
-    if given is None:
-        coefficients, note = row.tea_coefficients, "coefficients: those published for the transformer's class"
-    elif isinstance(given, Mapping):
-        coefficients, fitted, fitted_for = given["coefficients"], given["range"], given["calibrated_for"]
-        note = f"coefficients: calibrated on {calibration.summary(given)}"
-    else:
-        note = "coefficients: given as numbers"
+    numbers, fitted_for, note = _numbers("coefficients", config["coefficients"], row.tea_coefficients)
+    coefficients, fitted = numbers["coefficients"], numbers.get("range", (-math.inf, math.inf))
     if coefficients is None:
         raise ValueError("no TeaCache coefficients are known for this transformer: give them as the key 'coefficients'")
     return Parts(
@@ -155,12 +160,19 @@ TEA_CACHE = Method(
     summary="TeaCache: skip all blocks while block 0's modulated input has changed little since the last computed step",
     keys=(
         keys.number("rel_l1_thresh", 0.2, "accumulated distance at which a step is computed", positive=True),
-        _coefficients_key(),
+        _calibrated_key(
+            "tea_cache",
+            keys.numbers(
+                "coefficients",
+                polynomial.DEGREE + 1,
+                "polynomial of the distance, highest power first; None: the model's own",
+            ),
+        ),
         *_FORECASTER_KEYS,
     ),
     parts=_tea_cache,
     relations=_unrelated,
-    model_file=(calibration.FILE_NAME, "coefficients"),
+    model_file=(calibration.file_name("tea_cache"), "coefficients"),
 )
 
 
@@ -310,20 +322,6 @@ def _schedule_key() -> keys.Key:
     )
 
 
-def _schedules_key() -> keys.Key:
-    allowed = "None or a file of `omni calibrate schedule`, by its path or parsed"
-
-    def parse(value: Any) -> Config | None:
-        if value is not None and not isinstance(value, str | os.PathLike | Mapping):
-            raise TypeError(f"calibration must be {allowed}, not {value!r}")
-        try:
-            return None if value is None else schedules.read(value)
-        except (FileNotFoundError, ValueError) as error:
-            raise type(error)(f"calibration: {error}") from None
-
-    return keys.Key("calibration", None, "file", allowed, "schedules found for a model; None: the model's own", parse)
-
-
 _ASKED = ("schedule", "budget", "speedup", "quality")
 DEFAULT_SPEEDUP = 2.0
 
@@ -394,7 +392,9 @@ VELOCITY_CACHE = Method(
             "speedup", 1.0, f"steps for each computed one; {DEFAULT_SPEEDUP:g} where nothing is given"
         ),
         keys.optional_number("quality", 0.0, "mean PSNR in dB against the full run, where that was calibrated"),
-        _schedules_key(),
+        _calibrated_key(
+            "velocity_cache", keys.nothing("calibration", "schedules found for a model; None: the model's own")
+        ),
         keys.choice("forecaster", "newton", tuple(FORECASTERS), "what stands in for a skipped step's model output"),
         keys.integer("forecaster_order", 1, 0, 2, "order of the forecaster, where it has one"),
         keys.number(
@@ -403,11 +403,93 @@ VELOCITY_CACHE = Method(
     ),
     parts=None,
     relations=_velocity_relations,
-    model_file=(schedules.FILE_NAME, "calibration"),
+    model_file=(calibration.file_name("velocity_cache"), "calibration"),
     output=_velocity_cache,
+)
+
+
+def _mag_cache(config: Config, row: ModelRow, blocks: int) -> Parts:
+    numbers, fitted_for, note = _numbers("mag_ratios", config["mag_ratios"], row.mag_ratios)
+    ratios = numbers["mag_ratios"]
+    if ratios is None:
+        raise ValueError(
+            "no MagCache ratios are known for this transformer: give them as the key 'mag_ratios', or find them with "
+            "`omni calibrate mag_cache`"
+        )
+
+    def gate(request: Request) -> MagnitudeRatioGate:
+        scheduled = request.begin + request.steps
+        # Rounded as diffusers does: 28 steps at 0.2 retain 6.
+        retained = int(config["retention_ratio"] * request.steps + 0.5)
+        limits = Limits(warmup=retained, longest_run=config["max_skip_steps"])
+        return MagnitudeRatioGate(limits, config["threshold"], magnitudes.resized(ratios, scheduled)[request.begin :])
+
+    return Parts(
+        first=0,
+        last=blocks,
+        signal=Nothing(),
+        gate=gate,
+        forecaster=make_forecaster(*_forecaster(config)),
+        fitted_for=fitted_for,
+        note=note,
+    )
+
+
+MAG_CACHE = Method(
+    name="mag_cache",
+    summary="MagCache: skip all blocks while calibrated ratios say that the residual's magnitude has changed little",
+    keys=(
+        keys.number("threshold", 0.06, "accumulated error of the magnitude up to which steps are skipped"),
+        keys.integer("max_skip_steps", 3, 0, None, "most steps skipped in a row"),
+        keys.fraction("retention_ratio", 0.2, "share of the steps, the first ones, that are always computed"),
+        _calibrated_key(
+            "mag_cache",
+            keys.positives("mag_ratios", "ratio of each step, for any number of steps; None: the model's own"),
+        ),
+        *_FORECASTER_KEYS,
+    ),
+    parts=_mag_cache,
+    relations=_unrelated,
+    model_file=(calibration.file_name("mag_cache"), "mag_ratios"),
+)
+
+
+def _sea_cache(config: Config, row: ModelRow, blocks: int) -> Parts:
+    if row.modulation is None or row.noise_grid is None:
+        lacking = "modulation" if row.modulation is None else "noise_grid"
+        raise ValueError(
+            "sea_cache filters block 0's modulated input over the grid of its tokens: the transformer's ModelRow gives "
+            f"no {lacking}"
+        )
+
+    def gate(request: Request) -> AccumulatedPolynomialGate:
+        ends = (1, *[0] * (request.steps - 2), 1)[: request.steps]
+        limits = Limits(mask=ends, longest_run=config["max_consecutive_cached"])
+        return AccumulatedPolynomialGate(limits, config["threshold"], (1.0, 0.0))
+
+    return Parts(
+        first=0,
+        last=blocks,
+        signal=FilteredModulatedInput(row.modulation, row.noise_grid, config["power_exp"]),
+        gate=gate,
+        forecaster=make_forecaster(*_forecaster(config)),
+    )
+
+
+SEA_CACHE = Method(
+    name="sea_cache",
+    summary="SeaCache: TeaCache on what a filter for the step's noise level leaves of block 0's modulated input",
+    keys=(
+        keys.number("threshold", 0.25, "accumulated distance at which a step is computed", positive=True),
+        keys.integer("max_consecutive_cached", 2, -1, None, "most steps skipped in a row; −1: no limit"),
+        keys.number("power_exp", 3.0, "p of the signal's spectrum 1/|f|^p that the filter assumes", positive=True),
+        *_FORECASTER_KEYS,
+    ),
+    parts=_sea_cache,
+    relations=_unrelated,
 )
 
 #: name → method
 METHODS: dict[str, Method] = {
-    method.name: method for method in (TEA_CACHE, CACHE_DIT, FIRST_BLOCK_CACHE, VELOCITY_CACHE)
+    method.name: method for method in (TEA_CACHE, CACHE_DIT, FIRST_BLOCK_CACHE, MAG_CACHE, SEA_CACHE, VELOCITY_CACHE)
 }

@@ -1,14 +1,7 @@
-"""TeaCache's polynomial for one model: how it is fitted, the file that holds it, and the runs that it holds for.
+"""Numbers that a method goes by, fitted to one model: the file that holds them, and the runs that they hold for.
 
-A point is a pair of distances between two consecutive denoising steps of a run without a cache, of one sample in one
-CFG branch: x of block 0's modulated input, which the gate can see, and y of what a skipped step would reuse, both
-mean|now − then| / (mean|then| + 1e-8). The polynomial predicts y from x (TeaCache, Liu et al. 2024, arXiv:2411.19108).
-
-Which y? The original fits the movement of the model's output. But a skipped step, there as here, adds the *residual* of
-all blocks at the last computed step to its own, new input: what goes wrong is what the residual has moved since, while
-the output also moves by the input's own step, which a skipped step does make. So y is of the residual of all blocks.
-It was also the better fitted of the two where both were measured: on the first weights of the embedded Qwen-Image, R²
-was 0.43 for the residual and 0.39 for the last block's output (1274 points of 13 prompts, 50 steps).
+What is fitted is said in `polynomial` (TeaCache), `magnitudes` (MagCache) and `omni_runtime.schedule_search` (the
+velocity cache); `KINDS` is the table of them.
 """
 
 from __future__ import annotations
@@ -16,127 +9,93 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
-
-METHOD, VERSION = "tea_cache", 1
-DEGREE = 4
-#: Ten points for each of the coefficients.
-MIN_POINTS = 10 * (DEGREE + 1)
-#: A constant polynomial, whose R² is 0, computes every so many steps. A fit must know clearly more than that.
-MIN_R_SQUARED = 0.25
-#: Of the largest distance: with less between the smallest and the largest, powers of x tell nothing apart.
-MIN_VARIATION = 0.01
-
-#: What a model's folder may bring, and what `omni calibrate` writes by default.
-FILE_NAME = "tea_cache.json"
+VERSION = 1
 
 
 class UselessFitError(ValueError):
-    """The recorded distances give no polynomial that a gate could go by; the text says why, and what may help."""
+    """What was recorded gives no numbers that a gate could go by; the text says why, and what may help."""
+
+
+class Fit(Protocol):
+    """What was fitted, for the method whose name it bears."""
+
+    method: str
+
+    def fields(self) -> dict[str, Any]:
+        """What the file holds of it."""
+
+    def words(self) -> str:
+        """It in words."""
 
 
 @dataclass(frozen=True)
-class Fit:
-    """A polynomial y ≈ poly(x), and how good it is.
+class Kind:
+    """The calibration of one method.
 
     Attributes:
-        coefficients: 5, highest power first.
-        degree: of the polynomial: 4, or less where only a lower one stays positive.
-        range: the smallest and the largest x.
-        output_range: the smallest and the largest y.
-        r_squared: the share of y's variance that the polynomial explains.
-        spread: standard deviation of y − poly(x).
-        points: how many there were.
-        rises: whether a larger x never gives a smaller value within the range.
+        title: the method's name in words.
+        key: the configuration key that takes the file.
+        fields: a parsed file → what a run needs of it; raises ValueError for what is broken.
     """
 
-    coefficients: tuple[float, ...]
-    degree: int
-    range: tuple[float, float]
-    output_range: tuple[float, float]
-    r_squared: float
-    spread: float
-    points: int
-    rises: bool
-
-    def words(self) -> str:
-        """The fit in two sentences."""
-        (low, high), (least, most) = self.range, self.output_range
-        falls = "" if self.rises else ", not everywhere rising"
-        return (
-            f"{self.points} points: the modulated input moves by {low:.4g} to {high:.4g} a step, the residual by "
-            f"{least:.4g} to {most:.4g}. A polynomial of degree {self.degree}{falls} explains {self.r_squared:.0%} of "
-            f"the residual's variance (R² {self.r_squared:.3f}); its errors have a standard deviation of "
-            f"{self.spread:.2g}."
-        )
+    title: str
+    key: str
+    fields: Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
-def fit(x: Sequence[float], y: Sequence[float]) -> Fit:
-    """The polynomial of degree 4 that is nearest to the points in the mean of squares.
-
-    The gate accumulates its values as movements, so they must be positive in the whole range: where those of degree 4
-    are not, a lower degree is taken. Fitted in float64 on x scaled to [−1, 1].
-
-    Raises:
-        UselessFitError: fewer than MIN_POINTS, values that are not finite or do not vary, an R² below MIN_R_SQUARED, no
-            degree that stays positive.
-    """
-    inputs, outputs = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    if len(inputs) < MIN_POINTS:
-        raise UselessFitError(
-            f"{len(inputs)} points are too few for {DEGREE + 1} coefficients, which need {MIN_POINTS}: calibrate with "
-            "more prompts, seeds or steps"
-        )
-    finite = np.isfinite(inputs) & np.isfinite(outputs)
-    if not finite.all():
-        raise UselessFitError(
-            f"{np.count_nonzero(~finite)} of {len(inputs)} recorded distances are not finite: the model gives "
-            "infinities or NaN with these settings"
-        )
-    for values, name in ((inputs, "modulated input"), (outputs, "residual")):
-        if np.ptp(values) <= MIN_VARIATION * values.max():
-            raise UselessFitError(
-                f"the {name} moves by the same {values.max():.4g} at every step: there is nothing to tell steps apart "
-                "by, and a fixed schedule does as well"
-            )
-    degree, polynomial, values = _positive(inputs, outputs)
-    errors = outputs - polynomial(inputs)
-    r_squared = 1.0 - float(np.sum(errors**2) / np.sum((outputs - outputs.mean()) ** 2))
-    if r_squared < MIN_R_SQUARED:
-        raise UselessFitError(
-            f"the polynomial explains {max(r_squared, 0.0):.0%} of how much the residual moves (R² {r_squared:.3f}, at "
-            f"least {MIN_R_SQUARED} is wanted): with this model and these settings, the modulated input hardly tells"
-        )
-    powers = polynomial.convert().coef[::-1]
-    return Fit(
-        coefficients=(0.0,) * (DEGREE - degree) + tuple(map(float, powers)),
-        degree=degree,
-        range=(float(inputs.min()), float(inputs.max())),
-        output_range=(float(outputs.min()), float(outputs.max())),
-        r_squared=r_squared,
-        spread=float(np.std(errors)),
-        points=len(inputs),
-        rises=bool((np.diff(values) >= 0).all()),
-    )
+def _polynomial(parsed: Mapping[str, Any]) -> dict[str, Any]:
+    coefficients, ends = parsed.get("coefficients"), parsed.get("range")
+    if not _finite_numbers(coefficients, 5):
+        raise ValueError(f"coefficients must be 5 finite numbers, not {coefficients!r}")
+    if not _finite_numbers(ends, 2) or not 0 <= ends[0] < ends[1]:  # type: ignore[index]
+        raise ValueError(f"range must be the smallest and the largest distance seen, not {ends!r}")
+    return {"coefficients": [*map(float, coefficients)], "range": [*map(float, ends)]}  # type: ignore[arg-type]
 
 
-def _positive(inputs: np.ndarray, outputs: np.ndarray) -> tuple[int, np.polynomial.Polynomial, np.ndarray]:
-    """The highest degree whose polynomial is positive over the range, that polynomial, and its values there."""
-    grid = np.linspace(inputs.min(), inputs.max(), 1001)
-    for degree in range(DEGREE, 0, -1):
-        polynomial = np.polynomial.Polynomial.fit(inputs, outputs, degree)
-        values = polynomial(grid)
-        if values.min() > 0 and len(polynomial.convert().coef) == degree + 1:
-            return degree, polynomial, values
-    raise UselessFitError(
-        "no polynomial of degree 4 or less stays positive over the distances that were seen: a few steps move far more "
-        "than all others, which a threshold on the sum cannot follow"
-    )
+def _ratios(parsed: Mapping[str, Any]) -> dict[str, Any]:
+    ratios = parsed.get("mag_ratios")
+    if not _finite_numbers(ratios) or min(ratios) <= 0:  # type: ignore[arg-type]
+        raise ValueError(f"mag_ratios must be finite numbers > 0, one for each step, not {ratios!r}")
+    return {"mag_ratios": [*map(float, ratios)]}  # type: ignore[arg-type]
+
+
+def _schedules(parsed: Mapping[str, Any]) -> dict[str, Any]:
+    rows = parsed.get("schedules")
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"schedules must be a list of schedules, not {rows!r}")
+    return {"schedules": [_schedule(row) for row in rows]}
+
+
+def _schedule(row: Any) -> dict[str, Any]:
+    if not isinstance(row, Mapping):
+        raise ValueError(f"a schedule must be an object, not {row!r}")
+    steps, computed, sigmas, psnr = (row.get(key) for key in ("steps", "computed", "sigmas", "psnr"))
+    whole = isinstance(steps, int) and isinstance(computed, list) and all(isinstance(step, int) for step in computed)
+    if not whole or computed != sorted({0, steps - 1, *computed}):  # type: ignore[operator,misc]
+        raise ValueError(f"computed must be rising steps from 0 to steps − 1, not {computed!r} of {steps!r}")
+    if not _finite_numbers(sigmas, steps):
+        raise ValueError(f"sigmas must be the noise levels of {steps} steps")
+    if not isinstance(psnr, Mapping) or not _finite_numbers([psnr.get("mean")]):
+        raise ValueError(f"psnr must have a mean, not {psnr!r}")
+    return {"steps": steps, "computed": computed, "sigmas": sigmas, "psnr": {"mean": float(psnr["mean"])}}
+
+
+#: method → its calibration
+KINDS = {
+    "tea_cache": Kind("TeaCache", "coefficients", _polynomial),
+    "mag_cache": Kind("MagCache", "mag_ratios", _ratios),
+    "velocity_cache": Kind("schedules", "calibration", _schedules),
+}
+
+
+def file_name(method: str) -> str:
+    """What a model's folder may bring."""
+    return f"{method}.json"
 
 
 # The file
@@ -146,21 +105,15 @@ def document(result: Fit, calibrated_for: Mapping[str, Any], provenance: Mapping
     """What the file holds.
 
     Args:
-        result: the fit.
+        result: what was fitted.
         calibrated_for: what `describe` says of the runs, and their `height` and `width` in pixels.
         provenance: how it was made: `model`, prompts, seeds, versions, ...
     """
     return {
-        "method": METHOD,
+        "method": result.method,
         "version": VERSION,
         "model": provenance["model"],
-        "coefficients": list(result.coefficients),
-        "range": list(result.range),
-        "r_squared": result.r_squared,
-        "spread": result.spread,
-        "points": result.points,
-        "degree": result.degree,
-        "output_range": list(result.output_range),
+        **result.fields(),
         "calibrated_for": dict(calibrated_for),
         "provenance": dict(provenance),
     }
@@ -178,70 +131,58 @@ def write(made: Mapping[str, Any], path: Path) -> None:
         beside.unlink(missing_ok=True)
 
 
-def read(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
-    """A calibration from its file or from the parsed file: all that a run needs of it, without its provenance.
+def read(source: str | os.PathLike[str] | Mapping[str, Any], method: str) -> dict[str, Any]:
+    """A method's calibration from its file or from the parsed file: what a run needs of it, without its provenance.
 
     What `read` gave can be read again.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no JSON, no calibration of TeaCache, or a broken one.
-    """
-    content, name, file = parsed(source)
-    return _checked(content, name) | file
-
-
-def parsed(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[Mapping[str, Any], str, dict[str, str]]:
-    """What a calibration file holds, how messages call it, and {"file": its name}; a parsed one has none.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it holds no JSON object.
+        ValueError: no JSON, no calibration of the method, or a broken one.
     """
     if isinstance(source, Mapping):
-        return source, "this dict", {}
+        return _checked(source, "this dict", method)
     path = Path(source).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {os.fspath(source)!r}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        parsed = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
-    return content if isinstance(content, Mapping) else {}, str(path), {"file": path.name}
+    return _checked(parsed, str(path), method) | {"file": path.name}
 
 
-def _checked(parsed: Any, name: str) -> dict[str, Any]:
-    if not isinstance(parsed, Mapping) or parsed.get("method") != METHOD:
-        raise ValueError(f'{name} is no calibration of TeaCache ("method": "{METHOD}"), as `omni calibrate` writes it')
+def _checked(parsed: Any, name: str, method: str) -> dict[str, Any]:
+    kind = KINDS[method]
+    if not isinstance(parsed, Mapping) or parsed.get("method") != method:
+        raise ValueError(
+            f'{name} is no calibration of {kind.title} ("method": "{method}"), as `omni calibrate` writes it'
+        )
     if parsed.get("version") != VERSION:
         raise ValueError(
             f"{name} is a calibration of version {parsed.get('version')!r}; this version of omni reads {VERSION}"
         )
-    coefficients, ends, about = (parsed.get(key) for key in ("coefficients", "range", "calibrated_for"))
-    if not _finite_numbers(coefficients, DEGREE + 1):
-        raise ValueError(f"{name}: coefficients must be {DEGREE + 1} finite numbers, not {coefficients!r}")
-    if not _finite_numbers(ends, 2) or not 0 <= ends[0] < ends[1]:  # type: ignore[index]
-        raise ValueError(f"{name}: range must be the smallest and the largest distance seen, not {ends!r}")
+    try:
+        needed = kind.fields(parsed)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    about = parsed.get("calibrated_for")
     if not isinstance(about, Mapping):
         raise ValueError(f"{name}: calibrated_for must say what was calibrated, not {about!r}")
     kept = {key: parsed[key] for key in ("method", "version", "model", "r_squared", "file") if key in parsed}
-    return kept | {
-        "coefficients": [float(one) for one in coefficients],  # type: ignore[union-attr]
-        "range": [float(one) for one in ends],  # type: ignore[union-attr]
-        "calibrated_for": dict(about),
-    }
+    return kept | needed | {"calibrated_for": dict(about)}
 
 
-def _finite_numbers(value: Any, count: int) -> bool:
+def _finite_numbers(value: Any, count: int | None = None) -> bool:
     return (
         isinstance(value, list | tuple)
-        and len(value) == count
+        and (len(value) == count if count else len(value) > 0)
         and all(isinstance(one, int | float) and not isinstance(one, bool) and math.isfinite(one) for one in value)
     )
 
 
 def summary(calibration: Mapping[str, Any]) -> str:
-    """What was calibrated, in a few words: model, steps, size, R²."""
+    """What was calibrated, in a few words: model, steps, size, R² where there is one."""
     about = calibration["calibrated_for"]
     words = [str(calibration.get("model", "an unnamed model"))]
     if "steps" in about:
@@ -257,7 +198,7 @@ def summary(calibration: Mapping[str, Any]) -> str:
 
 
 def describe(transformer: Any, blocks: int, scheduler: Any, steps: int, latents: Sequence[int]) -> dict[str, Any]:
-    """What a polynomial hangs on, of a run: transformer class, depth, sampler, steps, shape of one sample's latents."""
+    """What fitted numbers hang on: transformer class, depth, sampler, steps, shape of one sample's latents."""
     settings = {
         key: value
         for key, value in getattr(scheduler, "config", {}).items()

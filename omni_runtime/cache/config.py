@@ -80,6 +80,16 @@ def optional_number(name: str, above: float, doc: str) -> Key:
     return Key(name, None, "float", allowed, doc, parse)
 
 
+def nothing(name: str, doc: str) -> Key:
+    """None alone, for a key that else takes a file."""
+
+    def parse(value: Any) -> None:
+        if value is not None:
+            raise TypeError(f"{name} must be None, not {value!r}")
+
+    return Key(name, None, "None", "None", doc, parse)
+
+
 def flag(name: str, default: bool, doc: str) -> Key:
     """True or False."""
 
@@ -107,9 +117,32 @@ def choice(name: str, default: str | None, allowed: tuple[str, ...], doc: str) -
     return Key(name, default, "str", text, doc, parse)
 
 
+def fraction(name: str, default: float, doc: str) -> Key:
+    """A number in [0, 1]."""
+    allowed = "a number from 0 to 1"
+
+    def parse(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be {allowed}, not {value!r}")
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be {allowed}, not {value}")
+        return float(value)
+
+    return Key(name, default, "float", allowed, doc, parse)
+
+
 def numbers(name: str, count: int, doc: str) -> Key:
     """`count` finite numbers, or None."""
-    allowed = f"None or {count} finite numbers"
+    return _list(name, f"{count} finite numbers", f"{count} floats", doc, lambda v: len(v) == count)
+
+
+def positives(name: str, doc: str) -> Key:
+    """One finite number > 0 or more, or None."""
+    return _list(name, "finite numbers > 0, at least one", "floats", doc, lambda v: len(v) > 0 and min(v) > 0)
+
+
+def _list(name: str, what: str, type_name: str, doc: str, fits: Callable[[list[float]], bool]) -> Key:
+    allowed = f"None or {what}"
 
     def parse(value: Any) -> tuple[float, ...] | None:
         if value is None:
@@ -119,11 +152,11 @@ def numbers(name: str, count: int, doc: str) -> Key:
         values = list(value)
         if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
             raise TypeError(f"{name} must be {allowed}, not {value!r}")
-        if len(values) != count or not all(_finite(v) for v in values):
+        if not fits(values) or not all(_finite(v) for v in values):
             raise ValueError(f"{name} must be {allowed}; got {len(values)}: {value!r}")
         return tuple(float(v) for v in values)
 
-    return Key(name, None, f"{count} floats", allowed, doc, parse)
+    return Key(name, None, type_name, allowed, doc, parse)
 
 
 def resolve(keys: tuple[Key, ...], config: Mapping[str, Any] | None, owner: str) -> dict[str, Any]:

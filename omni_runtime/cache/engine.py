@@ -13,7 +13,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -24,12 +24,12 @@ from omni_runtime.cache import calibration
 from omni_runtime.cache.blocks import BlockCalls, BlockList, Passage
 from omni_runtime.cache.forecasters import Forecaster
 from omni_runtime.cache.gates import Gate, Plan, Verdict
-from omni_runtime.cache.history import History
+from omni_runtime.cache.history import history_of
 from omni_runtime.cache.lifecycle import Lifecycle, Request
 from omni_runtime.cache.models import MODELS, ModelRow, block_lists, row_of
 from omni_runtime.cache.output import OutputSite, OutputSteps, check_scheduler
 from omni_runtime.cache.report import BranchReport, CacheReport, Decision, StepEvent
-from omni_runtime.cache.signals import Signal
+from omni_runtime.cache.signals import Signal, SituatedSignal
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class ResidualPassage(Passage):
 
     __slots__ = (
         "_by_step",
+        "_count_noise",
         "_every_step",
         "_noise_tokens",
         "_position",
@@ -80,6 +81,8 @@ class ResidualPassage(Passage):
         parts = session.parts
         assert parts is not None  # there are passages only where a method has choices for the blocks
         super().__init__(session.calls, parts.first, parts.last)
+        assert session.row is not None
+        self._count_noise = session.row.noise_tokens
         self._signal = parts.signal
         self._every_step = parts.signal.every_step
         self._by_step = parts.forecaster.axis == "step"
@@ -88,15 +91,15 @@ class ResidualPassage(Passage):
         self.decisions: list[Decision] = []
         request.decisions[name] = self.decisions
         self.remembered: torch.Tensor | None = None
-        self.hidden = History(parts.forecaster)
+        self.hidden = history_of(parts.forecaster)
         # The text stream matters only to blocks that still run: with none behind the site, it is left alone.
-        self.encoder = None if parts.last == session.blocks else History(parts.forecaster)
+        self.encoder = None if parts.last == session.blocks else history_of(parts.forecaster)
 
-    def begin(self, request: Request, noise_tokens: int | None, stepwise: bool) -> None:
-        """A forward of this step of the request begins."""
+    def begin(self, request: Request, arguments: Mapping[str, Any], stepwise: bool) -> None:
+        """A forward of this step of the request begins, with these arguments of the transformer."""
         self.ran = 0
         self.stepwise = stepwise
-        self._noise_tokens = noise_tokens
+        self._noise_tokens = self._count_noise(arguments)
         self.step = request.step
         self._position = float(request.step) if self._by_step else request.sigma
 
@@ -121,7 +124,7 @@ class ResidualPassage(Passage):
         if hidden.shape == self.hidden.shape and (history is None or encoder is None or encoder.shape == history.shape):
             plan, reason = gate.plan(self.step)
             if plan is not Plan.MEASURE:
-                verdict = Verdict(plan is Plan.COMPUTE, reason)
+                verdict = Verdict(plan is Plan.COMPUTE, reason, None, gate.accumulated)
         else:
             verdict = Verdict(True, "shape changed" if len(self.hidden) else "nothing cached yet")
             self._forget()
@@ -155,6 +158,21 @@ class ResidualPassage(Passage):
         if self.encoder is not None and encoder is not None:
             encoder = self.encoder.forecast(encoder, self._position, self._using)
         return self.hidden.forecast(hidden, self._position, self._using), encoder
+
+
+class SituatedPassage(ResidualPassage):
+    """A branch with a signal of its own, which is told of each forward."""
+
+    __slots__ = ("_situated",)
+
+    def __init__(self, session: CacheSession, request: Request, name: str) -> None:
+        super().__init__(session, request, name)
+        self._signal = self._situated = cast(SituatedSignal, self._signal).fresh()
+
+    def begin(self, request: Request, arguments: Mapping[str, Any], stepwise: bool) -> None:
+        """See `ResidualPassage.begin`."""
+        super().begin(request, arguments, stepwise)
+        self._situated.situate(request.sigma, arguments)
 
 
 class CacheSession:
@@ -191,16 +209,17 @@ class CacheSession:
         # A pipeline may change to a second transformer for the last steps (Wan 2.2): whole steps are skipped of both.
         second = getattr(pipe, "transformer_2", None) if parts is None else None
         self._transformers = [self.transformer] if second is None else [self.transformer, second]
-        self._row = MODELS.get(type(self.transformer).__name__) if parts is None else row_of(_name(self.transformer))
-        self._lists = [] if self._row is None else block_lists(self.transformer, self._row)
+        self.row = MODELS.get(type(self.transformer).__name__) if parts is None else row_of(_name(self.transformer))
+        self._lists = [] if self.row is None else block_lists(self.transformer, self.row)
         flat = [block for blocks in self._lists for block in blocks]
         self.blocks = len(flat)
         self.parts: Parts | None = None
         if parts is not None:
-            assert self._row is not None  # row_of has found one
-            self.calls = BlockCalls(self._row, flat, self.transformer.forward)
-            self._noise_tokens = self._row.noise_tokens
-            self.parts = parts(self._row, self.blocks)
+            assert self.row is not None  # row_of has found one
+            self.calls = BlockCalls(self.row, flat, self.transformer.forward)
+            self.parts = parts(self.row, self.blocks)
+            if isinstance(self.parts.signal, SituatedSignal):
+                self.passage_class = SituatedPassage
         self._lifecycle = Lifecycle(pipe, self._opened, self._stepped, None if output is None else self._stepped_with)
         self._last: Request | None = None
         self.passage: Passage | None = None
@@ -213,9 +232,9 @@ class CacheSession:
             PatchConflictError: somebody else holds a slot that is needed.
         """
         self._lifecycle.install(patch)
-        if self.parts is not None and self._row is not None:
+        if self.parts is not None and self.row is not None:
             start = 0
-            for name, blocks in zip(self._row.block_lists, self._lists, strict=True):
+            for name, blocks in zip(self.row.block_lists, self._lists, strict=True):
                 patch.set_module(self.transformer, name, BlockList(blocks, start, self))
                 start += len(blocks)
         for transformer in self._transformers:
@@ -307,7 +326,7 @@ class CacheSession:
                 passage = request.state.get(name)
             if passage is None:
                 passage = request.state[name] = self.passage_class(self, request, name)
-            passage.begin(request, self._noise_tokens(arguments), calls.works_between(args, kwargs))
+            passage.begin(request, arguments, calls.works_between(args, kwargs))
             self.passage = passage
             output = self.transformer._call_impl(*args, **kwargs)
         except BaseException:

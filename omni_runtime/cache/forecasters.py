@@ -9,18 +9,41 @@ on unit vectors; the tensors are then summed once, by `omni_kernels.ops.linear_f
   x_0, in step indices (TaylorSeer, arXiv:2503.06923). The gap at each level is that between the two last computed
   steps, so from order 2 on, and for uneven gaps, it does not reproduce a polynomial: that is the published form.
 - newton: Newton's divided differences in σ, exact for polynomials up to the order at any gaps.
+- hermite: TaylorSeer with k^i replaced by s^i H_i(s k), s = 1/2, H_i the physicists' Hermite polynomials (HiCache,
+  arXiv:2508.16984, and its code for s and the division by i!). At order 1 that is TaylorSeer at half the slope; from
+  order 2 on it does not go through the newest snapshot.
+- foca: F + e/2 [(F − F_prev) + (F_k − F_(k−1))], e steps after the last computed F; F_prev is the computed one before,
+  F_k and F_(k−1) are the two last values of any kind, forecasts included. Beyond e = 3 the value at 3 is blended toward
+  F with weight 3/e (FoCa, arXiv:2508.16211, in the form of the cache-dit project, 1.5.3). F − F_prev is not divided by
+  the steps between them: behind a run of skips it overshoots.
+- dmd: exponential modes, Y(t) = Σ b_i φ_i λ_i^t, of the longest evenly spaced run of the newest snapshots, if it has 4
+  or more (dynamic mode decomposition, Schmid 2010; as a forecaster, the cache-dit project). Else the line through the
+  two newest. The modes depend on the snapshots, but only through their inner products: see `dmd`.
 
-A request's first steps have fewer snapshots than order + 1: the order is then what the snapshots allow.
+The order that can be chosen is that of taylorseer, newton and hermite, which keep order + 1 snapshots; a request's
+first steps have fewer, and the order is then what they allow. reuse keeps 1, foca 4, dmd 6.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 Weights = Callable[[Sequence[float], float], list[float]]
+Fit = Callable[[np.ndarray, float, float], Weights]
+
+HERMITE_SCALE = 0.5
+FOCA_HORIZON = 3
+#: Fewer snapshots cannot tell an oscillating mode from noise: it takes two real numbers, and so three steps.
+DMD_LEAST = 4
+#: Of the largest singular value; as in cache-dit.
+DMD_CUTOFF = 1e-4
+DMD_LARGEST = 100.0
 
 
 def _differences(positions: Sequence[float], gap: Callable[[int, int], float]) -> list[list[float]]:
@@ -67,29 +90,115 @@ def newton(positions: Sequence[float], x: float) -> list[float]:
     return _combine(differences, factors)
 
 
+def hermite(positions: Sequence[float], x: float) -> list[float]:
+    """HiCache's scaled Hermite polynomials, of order len(positions) − 1."""
+    differences = _differences(positions, lambda depth, j: positions[j] - positions[j + 1])
+    k = HERMITE_SCALE * (x - positions[0])
+    polynomials = [1.0, 2.0 * k]
+    for i in range(1, len(positions) - 1):
+        polynomials.append(2.0 * k * polynomials[i] - 2.0 * i * polynomials[i - 1])
+    scaled = zip(polynomials, range(len(positions)), strict=False)
+    return _combine(differences, [h * HERMITE_SCALE**i / math.factorial(i) for h, i in scaled])
+
+
+def foca(positions: Sequence[float], x: float) -> list[float]:
+    """FoCa's recursion over the steps since the oldest snapshot, of which all between two positions were forecast.
+
+    The forecasts before the second oldest snapshot, which hang on older ones, are taken to be the oldest snapshot
+    itself. With 4 snapshots, what the last of them would have differed from it enters with a factor of 0.18 at most.
+    """
+    rows = [[float(i == j) for i in range(len(positions))] for j in range(len(positions))]
+    current = rows[-1]
+    for newest in range(len(positions) - 2, -1, -1):
+        full, previous = rows[newest], rows[newest + 1]
+        last, current = current, full
+        until = x if newest == 0 else positions[newest - 1] - 1.0
+        for e in range(1, round(until - positions[newest]) + 1):
+            reach = e / 2 if e <= FOCA_HORIZON else FOCA_HORIZON**2 / (2 * e)
+            terms = zip(full, previous, current, last, strict=True)
+            last, current = current, [f + reach * (f - p + c - b) for f, p, c, b in terms]
+    return current
+
+
+def dmd(products: np.ndarray, spacing: float, noise: float) -> Weights:
+    """Exponential modes of evenly spaced snapshots, from their inner products alone.
+
+    With the snapshots as columns, oldest first, X all but the newest, Z all but the oldest, and X = U S V^T: the
+    operator from step to step, seen in U, is A = S^-1 V^T (X^T Z) V S^-1 = W Λ W^-1; its modes are Φ = Z M with
+    M = V S^-1 W, their amplitudes b solve Φ b = newest in the mean of squares, and the forecast k spacings on is
+    Re Φ Λ^k b = Z Re(M Λ^k b), a weight for each column of Z. V, S and the normal equations of b need inner products
+    only. Singular values below `noise` or DMD_CUTOFF of the largest are left out. In float64, on the host.
+
+    Args:
+        products: [n, n], of the snapshots with each other, newest first; n at least 2.
+        spacing: between the positions of neighbours.
+        noise: how far rounding to the snapshots' dtype moves them, relative to their size.
+
+    Returns:
+        The weights of these snapshots; those of `line` where the modes cannot be had, or where they would add up to
+        more than DMD_LARGEST in absolute value.
+    """
+    gram = np.asarray(products, np.float64)[::-1, ::-1]
+    try:
+        squares, v = np.linalg.eigh(gram[:-1, :-1])
+        kept = squares > max(squares[-1], 0.0) * max(noise, DMD_CUTOFF) ** 2
+        v_over_s = v[:, kept] / np.sqrt(squares[kept])
+        modes, w = np.linalg.eig(v_over_s.T @ gram[:-1, 1:] @ v_over_s)
+        m = v_over_s @ w
+        amplitudes = np.linalg.lstsq(m.conj().T @ gram[1:, 1:] @ m, m.conj().T @ gram[1:, -1], rcond=None)[0]
+    except np.linalg.LinAlgError:
+        return line
+
+    def weights(positions: Sequence[float], x: float) -> list[float]:
+        found = (m @ (modes.astype(complex) ** ((x - positions[0]) / spacing) * amplitudes)).real
+        if not np.abs(found).sum() <= DMD_LARGEST:  # a NaN is none either
+            return line(positions, x)
+        return [*found[::-1].tolist(), *[0.0] * (len(positions) - len(found))]
+
+    return weights
+
+
+def line(positions: Sequence[float], x: float) -> list[float]:
+    """The line through the two newest snapshots."""
+    newest = positions[:2]
+    return newton(newest, x) + [0.0] * (len(positions) - len(newest))
+
+
+def evenly_spaced(positions: Sequence[float]) -> int:
+    """How many of the newest positions are evenly spaced."""
+    gaps = [a - b for a, b in itertools.pairwise(positions)]
+    return len(positions[:1]) + len(list(itertools.takewhile(lambda gap: gap == gaps[0], gaps)))
+
+
 @dataclass(frozen=True)
 class Forecaster:
-    """A row of the table: how to weigh, along which axis, and how many snapshots are kept (order + 1)."""
+    """How to weigh, along which axis, and how many snapshots are kept.
+
+    Attributes:
+        fit: inner products of the newest evenly spaced snapshots and their spacing → the weights to use until another
+            is recorded; None where the positions are all that counts. `weights` serves where they are fewer than
+            `least`.
+    """
 
     weights: Weights
     axis: Literal["step", "sigma"]
-    order: int
-
-    @property
-    def snapshots(self) -> int:
-        """How many snapshots are kept."""
-        return self.order + 1
+    snapshots: int
+    fit: Fit | None = None
+    least: int = DMD_LEAST
 
 
-#: name → (weights, axis, whether the order can be chosen)
-FORECASTERS: dict[str, tuple[Weights, Literal["step", "sigma"], bool]] = {
-    "reuse": (reuse, "step", False),
-    "taylorseer": (taylorseer, "step", True),
-    "newton": (newton, "sigma", True),
+#: name → (weights, axis, snapshots, where they do not follow from the order, and fit, where there is one)
+FORECASTERS: dict[str, tuple[Weights, Literal["step", "sigma"], int | None, Fit | None]] = {
+    "reuse": (reuse, "step", 1, None),
+    "taylorseer": (taylorseer, "step", None, None),
+    "newton": (newton, "sigma", None, None),
+    "hermite": (hermite, "step", None, None),
+    "foca": (foca, "step", 4, None),
+    "dmd": (line, "step", 6, dmd),
 }
 
 
 def make_forecaster(name: str, order: int = 1) -> Forecaster:
     """The forecaster `name`; `order` counts only where the method has one."""
-    weights, axis, has_order = FORECASTERS[name]
-    return Forecaster(weights, axis, order if has_order else 0)
+    weights, axis, snapshots, fit = FORECASTERS[name]
+    return Forecaster(weights, axis, snapshots or order + 1, fit)

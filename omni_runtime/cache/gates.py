@@ -63,9 +63,11 @@ class Gate:
 
     Attributes:
         unlimited: what is planned for a step of which the limits say nothing.
+        accumulated: what a gate that measures nothing holds against its threshold.
     """
 
     unlimited: tuple[Plan, str] = (Plan.MEASURE, "")
+    accumulated: float | None = None
 
     def __init__(self, limits: Limits) -> None:
         self._warmup = limits.warmup_steps()
@@ -210,3 +212,37 @@ class AccumulatedPolynomialGate(Gate):
         super().settle(computed)
         if computed:
             self._sums = []
+
+
+class MagnitudeRatioGate(Gate):
+    """Skip while the accumulated error of the residual's magnitude, Σ|1 − Πγ|, is at most the threshold (MagCache).
+
+    Nothing is measured: γ_t, in `ratios`, is the factor by which the residual's magnitude changes from step t − 1 to
+    t. Π and Σ run over the steps since the last computed one.
+    """
+
+    def __init__(self, limits: Limits, threshold: float, ratios: Sequence[float]) -> None:
+        super().__init__(limits)
+        self.threshold = threshold
+        self.ratios = ratios
+        self._ratio = 1.0
+        self._error = 0.0
+
+    def plan(self, step: int) -> tuple[Plan, str]:
+        """See `Gate.plan`."""
+        self.accumulated = None
+        plan, reason = super().plan(step)
+        if plan is not Plan.MEASURE:
+            return plan, reason
+        self._ratio *= self.ratios[step]
+        self._error += abs(1.0 - self._ratio)
+        self.accumulated = self._error
+        if self._error <= self.threshold:
+            return Plan.SKIP, "error within threshold"
+        return Plan.COMPUTE, "error above threshold"
+
+    def settle(self, computed: bool) -> None:
+        """See `Gate.settle`; a computed step clears ratio and error."""
+        super().settle(computed)
+        if computed:
+            self._ratio, self._error = 1.0, 0.0

@@ -1,13 +1,17 @@
-"""The snapshots that a forecast is made from: at most order + 1 of them, newest first."""
+"""The snapshots that a forecast is made from: as many as the forecaster keeps, newest first."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from omni_kernels import ops
-from omni_runtime.cache.forecasters import Forecaster
+from omni_runtime.cache.forecasters import Forecaster, Weights, evenly_spaced
+
+#: Elements of a sample that are copied at once: 8 MB in float64.
+PIECE = 1 << 20
 
 
 class History:
@@ -64,3 +68,72 @@ class History:
     def tensors(self) -> list[torch.Tensor]:
         """The stored snapshots, newest first."""
         return list(self._snapshots)
+
+
+class FittedHistory(History):
+    """A history whose forecaster's weights depend on the snapshots too, and are fitted to each sample by itself.
+
+    The first forecast after a computed step reads the evenly spaced snapshots once for their inner products, and
+    transfers n×n numbers per sample to the host, where they are fitted; further forecasts use the same fit. Where the
+    snapshots are too few or unevenly spaced, nothing is read.
+    """
+
+    __slots__ = ("_fits",)
+
+    def __init__(self, forecaster: Forecaster) -> None:
+        super().__init__(forecaster)
+        self._fits: list[Weights] | None = None
+
+    def clear(self) -> None:
+        """See `History.clear`."""
+        super().clear()
+        self._fits = None
+
+    def record(self, after: torch.Tensor, before: torch.Tensor | None, position: float) -> None:
+        """See `History.record`."""
+        super().record(after, before, position)
+        self._fits = None
+
+    def forecast(self, base: torch.Tensor | None, position: float, using: Any = ops) -> torch.Tensor:
+        """See `History.forecast`."""
+        if self._fits is None:
+            self._fits = self._fitted()
+        if not self._fits:
+            return super().forecast(base, position, using)
+        like = self._snapshots[0] if base is None else base
+        out = torch.empty_like(like, memory_format=torch.contiguous_format)
+        for sample, fit in enumerate(self._fits):
+            one = slice(sample, sample + 1)
+            history = [snapshot[one] for snapshot in self._snapshots]
+            using.linear_forecast(
+                None if base is None else base[one], history, fit(self.positions, position), out=out[one]
+            )
+        return out
+
+    def _fitted(self) -> list[Weights]:
+        """The weights of each sample; none where the positions do not allow a fit."""
+        fit, count = self._forecaster.fit, evenly_spaced(self.positions)
+        if fit is None or count < self._forecaster.least:
+            return []
+        spacing = self.positions[0] - self.positions[1]
+        noise = torch.finfo(self._snapshots[0].dtype).eps
+        return [fit(products, spacing, noise) for products in inner_products(self._snapshots[:count])]
+
+
+def inner_products(snapshots: list[torch.Tensor]) -> np.ndarray:
+    """[B, n, n] in float64, on the host, of n tensors [B, ...] with each other; one transfer.
+
+    Summed in float64, or in float32 on devices that lack it, over pieces that bound the copy in that type.
+    """
+    like = snapshots[0]
+    dtype = torch.float64 if like.device.type in ("cpu", "cuda") else torch.float32
+    total = torch.zeros(len(like), len(snapshots), len(snapshots), dtype=dtype, device=like.device)
+    for pieces in zip(*(snapshot.flatten(1).split(PIECE, 1) for snapshot in snapshots), strict=True):
+        rows = torch.stack([piece.to(dtype) for piece in pieces], 1)
+        total += rows @ rows.mT
+    return total.cpu().double().numpy()
+
+
+def history_of(forecaster: Forecaster) -> History:
+    """An empty history for a forecaster."""
+    return History(forecaster) if forecaster.fit is None else FittedHistory(forecaster)

@@ -38,6 +38,10 @@ def _all_tokens(arguments: Arguments) -> int | None:
     return None
 
 
+#: frames, height and width, in tokens
+Grid = tuple[int, int, int]
+
+
 @dataclass(frozen=True)
 class ModelRow:
     """One transformer class.
@@ -50,7 +54,10 @@ class ModelRow:
         depth: keys of the transformer's config that add up to the number of blocks.
         modulation: block 0 and its arguments → how it modulates its input; None where only TeaCache is to do without.
         noise_tokens: the forward's arguments → how many leading tokens are noise; None for all.
+        noise_grid: the forward's arguments → how those tokens lie, in rows, one after another; raises ValueError for a
+            call in which they don't. None where only SeaCache is to do without.
         tea_coefficients: TeaCache's polynomial, highest power first; None where none was fitted.
+        mag_ratios: MagCache's ratio of each step; None where none were published.
         pipelines: the diffusers pipelines that run this transformer.
     """
 
@@ -62,7 +69,9 @@ class ModelRow:
     between: tuple[str, ...] = ()
     modulation: Callable[[torch.nn.Module, Arguments], Modulation] | None = None
     noise_tokens: Callable[[Arguments], int | None] = _all_tokens
+    noise_grid: Callable[[Arguments], Grid] | None = None
     tea_coefficients: tuple[float, ...] | None = None
+    mag_ratios: tuple[float, ...] | None = None
     pipelines: tuple[str, ...] = ()
 
 
@@ -90,10 +99,24 @@ def _qwen_noise_tokens(arguments: Arguments) -> int | None:
     shapes = arguments.get("img_shapes")
     if not shapes or not isinstance(shapes[0], list) or len(shapes[0]) == 1:
         return None
-    segments = shapes[0]
+    return sum(map(math.prod, _qwen_noise(shapes[0], arguments)))
+
+
+def _qwen_noise(segments: Sequence[Grid], arguments: Arguments) -> Sequence[Grid]:
     # Layered pipelines denoise all segments but the last, and they alone condition the time embedding further.
-    noise = segments[:-1] if arguments.get("additional_t_cond") is not None else segments[:1]
-    return sum(map(math.prod, noise))
+    return segments[:-1] if arguments.get("additional_t_cond") is not None else segments[:1]
+
+
+def _qwen_noise_grid(arguments: Arguments) -> Grid:
+    shapes = arguments.get("img_shapes")
+    if not shapes:
+        raise ValueError("the transformer was called without img_shapes, from which its tokens' grid is known")
+    segments = shapes[0] if isinstance(shapes[0], list) else [shapes[0]]
+    noise = segments if len(segments) == 1 else _qwen_noise(segments, arguments)
+    if len(noise) > 1:
+        raise ValueError(f"the noise lies in {len(noise)} layers, which are no grid")
+    frames, height, width = noise[0]
+    return frames, height, width
 
 
 def _z_image_modulation(block: Any, arguments: Arguments) -> Modulation:
@@ -108,11 +131,43 @@ def _z_image_modulation(block: Any, arguments: Arguments) -> Modulation:
     return Modulation("rms", scale, None, weight, norm.eps)
 
 
+def _z_image_noise_grid(arguments: Arguments) -> Grid:
+    latents = arguments["x"]  # [C, F, H, W] of each sample
+    if isinstance(latents[0], list):
+        raise ValueError("the transformer was called with references among its latents: its tokens are no grid")
+    _, frames, height, width = latents[0].shape
+    patch, frame_patch = arguments.get("patch_size", 2), arguments.get("f_patch_size", 1)
+    return frames // frame_patch, height // patch, width // patch
+
+
+def _flux_noise_grid(arguments: Arguments) -> Grid:
+    """One transfer to the host: the ids are all that tells height from width. References have another first id."""
+    ids = arguments["img_ids"]
+    ids = ids[0] if ids.ndim == 3 else ids
+    _, height, width = (int(last) + 1 for last in ids[ids[:, 0] == 0].amax(0).tolist())
+    return 1, height, width
+
+
 def _flux_modulation(block: Any, arguments: Arguments) -> Modulation:
     norm = block.norm1
     shift, scale = norm.linear(norm.silu(arguments["temb"])).chunk(6, dim=-1)[:2]
     return Modulation("layer", scale, shift, None, norm.norm.eps)
 
+
+#: Of Qwen-Image in 50 steps, from the MagCache project.
+_QWEN_IMAGE_RATIOS = (
+    1.0, 1.64062, 1.45312, 1.1875, 1.17188, 1.05469, 1.21094, 1.10938, 1.11719, 1.13281,
+    1.11719, 1.07812, 1.07031, 1.08594, 1.08594, 1.07812, 1.03906, 1.04688, 1.07812, 1.07031,
+    1.03125, 1.07812, 1.04688, 1.04688, 1.04688, 1.03906, 1.01562, 1.03125, 1.02344, 1.02344,
+    1.02344, 1.03906, 1.0, 1.01562, 1.0, 0.99219, 1.00781, 0.98047, 0.95703, 0.96875,
+    0.99219, 0.92578, 0.92578, 0.90625, 0.85938, 0.80469, 0.87891, 0.75, 0.60938, 0.55078,
+)  # fmt: skip
+#: Of FLUX.1-dev in 28 steps, from the MagCache project.
+_FLUX_RATIOS = (
+    1.0, 1.21094, 1.11719, 1.07812, 1.0625, 1.03906, 1.03125, 1.03906, 1.02344, 1.03125,
+    1.02344, 0.98047, 1.01562, 1.00781, 1.0, 1.00781, 1.0, 1.00781, 1.0, 1.0,
+    0.99609, 0.99609, 0.98047, 0.98828, 0.96484, 0.95703, 0.93359, 0.89062,
+)  # fmt: skip
 
 MODELS: dict[str, ModelRow] = {
     "QwenImageTransformer2DModel": ModelRow(
@@ -124,7 +179,9 @@ MODELS: dict[str, ModelRow] = {
         between=("controlnet_block_samples",),
         modulation=_qwen_modulation,
         noise_tokens=_qwen_noise_tokens,
+        noise_grid=_qwen_noise_grid,
         tea_coefficients=(-450.0, 280.0, -45.0, 3.2, -0.02),
+        mag_ratios=_QWEN_IMAGE_RATIOS,
         pipelines=(
             "QwenImagePipeline",
             "QwenImageImg2ImgPipeline",
@@ -143,6 +200,7 @@ MODELS: dict[str, ModelRow] = {
         depth=("n_layers",),
         between=("controlnet_block_samples",),
         modulation=_z_image_modulation,
+        noise_grid=_z_image_noise_grid,
         tea_coefficients=(-75.4613422, -92.3596156, 57.5318402, -3.76790311, 0.227176809),
         pipelines=("ZImagePipeline", "ZImageImg2ImgPipeline"),
     ),
@@ -154,7 +212,9 @@ MODELS: dict[str, ModelRow] = {
         depth=("num_layers", "num_single_layers"),
         between=("controlnet_block_samples", "controlnet_single_block_samples"),
         modulation=_flux_modulation,
+        noise_grid=_flux_noise_grid,
         tea_coefficients=(498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861),
+        mag_ratios=_FLUX_RATIOS,
         pipelines=("FluxPipeline", "FluxImg2ImgPipeline"),
     ),
 }

@@ -18,7 +18,7 @@ import torch
 from omni_kernels.patching.backends import nearest
 from omni_runtime.cache.forecasters import Forecaster
 from omni_runtime.cache.gates import Gate, Plan, Verdict
-from omni_runtime.cache.history import History
+from omni_runtime.cache.history import history_of
 from omni_runtime.cache.lifecycle import Request
 
 #: Schedulers that evaluate the model once a step, on the latents that they gave out: class → what `σ` is measured by.
@@ -75,7 +75,7 @@ class OutputSteps:
         self._gate = site.gate(request, transformer)
         self._by_step = site.forecaster.axis == "step"
         self._reach = site.reach
-        self._history = History(site.forecaster)
+        self._history = history_of(site.forecaster)
         self._returned: dict[str, Any] = {}
         self._step = -1
         self._verdict = Verdict(True, "")

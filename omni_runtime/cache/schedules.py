@@ -7,12 +7,10 @@ to other levels, to more or fewer steps, to another number of computed ones.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from omni_runtime.cache import calibration
 from omni_runtime.cache.masks import POLICIES, steps_mask
 
 
@@ -146,55 +144,11 @@ def _between(knots: Sequence[float], place: float) -> float:
     return knots[low] + (knots[low + 1] - knots[low]) * (place - low)
 
 
-# Schedules that were found for a model, and the file that holds them
-
-METHOD, VERSION = "velocity_cache", 1
-#: What a model's folder may bring, and what `omni calibrate schedule` writes by default.
-FILE_NAME = "velocity_cache.json"
-
-
-def read(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
-    """A calibration from its file or from the parsed file: all that a run needs of it. What it gave can be read again.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: no JSON, no calibration of schedules, or a broken one.
-    """
-    parsed, name, file = calibration.parsed(source)
-    if parsed.get("method") != METHOD:
-        raise ValueError(f'{name} holds no schedules ("method": "{METHOD}"), as `omni calibrate schedule` writes them')
-    if parsed.get("version") != VERSION:
-        raise ValueError(
-            f"{name} is a calibration of version {parsed.get('version')!r}; this version of omni reads {VERSION}"
-        )
-    rows, about = parsed.get("schedules"), parsed.get("calibrated_for")
-    if not isinstance(rows, list) or not rows or not isinstance(about, Mapping):
-        raise ValueError(f"{name}: schedules must be a list, and calibrated_for say what they were found for")
-    for row in rows:
-        _check_row(row, name)
-    kept = {key: parsed[key] for key in ("method", "version", "model") if key in parsed} | file
-    fields = ("steps", "sigmas", "computed", "psnr")
-    return kept | {
-        "calibrated_for": dict(about),
-        "schedules": [{field: row[field] for field in fields} for row in rows],
-    }
-
-
-def _check_row(row: Any, name: str) -> None:
-    if not isinstance(row, Mapping):
-        raise ValueError(f"{name}: a schedule must be an object, not {row!r}")
-    steps, computed, sigmas, psnr = (row.get(key) for key in ("steps", "computed", "sigmas", "psnr"))
-    whole = isinstance(steps, int) and isinstance(computed, list) and all(isinstance(step, int) for step in computed)
-    if not whole or computed != sorted({0, steps - 1, *computed}):  # type: ignore[operator,misc]
-        raise ValueError(f"{name}: computed must be rising steps from 0 to steps − 1, not {computed!r} of {steps!r}")
-    if not isinstance(sigmas, list) or len(sigmas) != steps:
-        raise ValueError(f"{name}: sigmas must be the noise levels of {steps} steps")
-    if not isinstance(psnr, Mapping) or not isinstance(psnr.get("mean"), int | float):
-        raise ValueError(f"{name}: psnr must have a mean, not {psnr!r}")
+# Schedules that were found for a model
 
 
 def calibrated(found: Mapping[str, Any] | None) -> list[Schedule]:
-    """The schedules of what `read` gave; none for None."""
+    """The schedules of a calibration, as `calibration.read` gives it; none for None."""
     if found is None:
         return []
     origin = f"calibrated on {found.get('model', 'an unnamed model')}"

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 import omni_kernels
-from omni_runtime.cache import calibration
+from omni_runtime.cache import calibration, polynomial
 from omni_runtime.cache.backends import METHODS
 from omni_runtime.cache.gates import AccumulatedPolynomialGate, Limits
 
@@ -22,7 +22,7 @@ def made(**changes):
     """A calibration of the tiny Qwen-Image pipeline as `tiny.generate` runs it, with changes in `calibrated_for`."""
     pipe = tiny.qwen_image()
     run = calibration.describe(pipe.transformer, 4, pipe.scheduler, 8, (16, 64))
-    result = calibration.fit(X, X)
+    result = polynomial.fit(X, X)
     about = run | {"width": 64, "height": 64} | changes
     return calibration.document(result, about, {"model": "tiny", "prompts": ["a cat"]})
 
@@ -34,7 +34,7 @@ def made(**changes):
 def test_a_polynomial_is_found_again(scale):
     true = np.array([3.0, -1.0, 0.5, 2.0, 0.1]) / scale ** np.arange(4, -1, -1)
     x = X * scale
-    result = calibration.fit(x, np.polyval(true, x))
+    result = polynomial.fit(x, np.polyval(true, x))
     np.testing.assert_allclose(np.polyval(result.coefficients, x), np.polyval(true, x), rtol=1e-9)
     assert result.degree == 4
     assert result.r_squared == pytest.approx(1.0)
@@ -46,14 +46,14 @@ def test_a_polynomial_is_found_again(scale):
 def test_a_narrow_range_far_from_zero_is_fitted_soundly():
     x = 1.0 + 0.02 * (X - X[0]) / (X[-1] - X[0])
     y = 0.1 + (x - 1.0) * 5 + np.sin((x - 1.0) * 100) * 0.01
-    result = calibration.fit(x, y)
+    result = polynomial.fit(x, y)
     scaled = np.polynomial.Polynomial.fit(x, y, 4)
     np.testing.assert_allclose(np.polyval(result.coefficients, x), scaled(x), rtol=1e-6)
 
 
 def test_the_fit_says_how_good_it_is():
     y = 0.5 * X + 0.01 + 0.004 * NOISE
-    result = calibration.fit(X, y)
+    result = polynomial.fit(X, y)
     residuals = y - np.polyval(np.polyfit(X, y, 4), X)
     assert result.r_squared == pytest.approx(1 - residuals.var() / y.var(), rel=1e-6)
     assert result.spread == pytest.approx(residuals.std(), rel=1e-6)
@@ -63,7 +63,7 @@ def test_the_fit_says_how_good_it_is():
 
 
 def test_a_fit_that_falls_somewhere_is_told():
-    result = calibration.fit(X, 0.05 + (X - 0.1) ** 2)
+    result = polynomial.fit(X, 0.05 + (X - 0.1) ** 2)
     assert not result.rises
     assert "not everywhere rising" in result.words()
 
@@ -71,7 +71,7 @@ def test_a_fit_that_falls_somewhere_is_told():
 def test_a_lower_degree_is_taken_where_the_highest_is_not_positive():
     y = 0.02 + 0.1 * (X - 0.04) + np.where(X > 0.15, 0.2, 0.0)  # a quartic swings below zero before such a step
     assert np.polyval(np.polyfit(X, y, 4), X).min() < 0
-    result = calibration.fit(X, y)
+    result = polynomial.fit(X, y)
     assert result.degree == 3
     assert result.coefficients[0] == 0.0
     np.testing.assert_allclose(np.polyval(result.coefficients, X), np.polyval(np.polyfit(X, y, 3), X), rtol=1e-6)
@@ -94,19 +94,19 @@ def test_a_lower_degree_is_taken_where_the_highest_is_not_positive():
 )
 def test_a_useless_fit_is_refused_in_plain_words(x, y, message):
     with pytest.raises(calibration.UselessFitError, match=message):
-        calibration.fit(x, y)
+        polynomial.fit(x, y)
 
 
 def test_the_bound_on_r_squared_is_the_stated_one():
     for noise, refused in ((0.068, False), (0.095, True)):
         y = 1.0 + X + noise * NOISE
         r_squared = 1 - np.var(y - np.polyval(np.polyfit(X, y, 4), X)) / y.var()
-        assert (r_squared < calibration.MIN_R_SQUARED) == refused
+        assert (r_squared < polynomial.MIN_R_SQUARED) == refused
         if refused:
             with pytest.raises(calibration.UselessFitError, match="hardly tells"):
-                calibration.fit(X, y)
+                polynomial.fit(X, y)
         else:
-            assert calibration.fit(X, y).r_squared == pytest.approx(r_squared)
+            assert polynomial.fit(X, y).r_squared == pytest.approx(r_squared)
 
 
 # The range
@@ -138,14 +138,14 @@ def test_without_a_range_nothing_is_clamped():
 def test_what_was_written_is_read_without_its_provenance(tmp_path):
     document = made()
     calibration.write(document, tmp_path / "made" / "tea.json")
-    read = calibration.read(tmp_path / "made" / "tea.json")
+    read = calibration.read(tmp_path / "made" / "tea.json", "tea_cache")
     assert read["coefficients"] == document["coefficients"]
     assert read["range"] == [X[0], X[-1]]
     assert read["calibrated_for"] == document["calibrated_for"]
     assert (read["file"], read["model"]) == ("tea.json", "tiny")
     assert "provenance" not in read
-    assert calibration.read(read) == read
-    assert calibration.read(document) == {key: value for key, value in read.items() if key != "file"}
+    assert calibration.read(read, "tea_cache") == read
+    assert calibration.read(document, "tea_cache") == {key: value for key, value in read.items() if key != "file"}
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):

@@ -17,6 +17,8 @@ CPU = torch.device("cpu")
 SKIPPING = {
     "tea_cache": {"rel_l1_thresh": 0.3, "coefficients": [0, 0, 0, 1, 0]},
     "first_block_cache": {"threshold": 0.4},
+    "mag_cache": {"threshold": 0.4, "retention_ratio": 0.0, "mag_ratios": [1.0, 1.1]},
+    "sea_cache": {"threshold": 0.6},
 }
 
 

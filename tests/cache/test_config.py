@@ -14,6 +14,14 @@ FORECASTER = {"forecaster": None, "forecaster_order": 1}
 DEFAULTS = {
     "tea_cache": {"rel_l1_thresh": 0.2, "coefficients": None, **FORECASTER},
     "first_block_cache": {"threshold": 0.05, **FORECASTER},
+    "mag_cache": {
+        "threshold": 0.06,
+        "max_skip_steps": 3,
+        "retention_ratio": 0.2,
+        "mag_ratios": None,
+        **FORECASTER,
+    },
+    "sea_cache": {"threshold": 0.25, "max_consecutive_cached": 2, "power_exp": 3.0, **FORECASTER},
     "cache_dit": {
         "Fn_compute_blocks": 1,
         "Bn_compute_blocks": 0,
@@ -118,6 +126,9 @@ def test_configuration_that_is_no_dict_is_refused(pipe, config):
         ("cache_dit", "residual_threshold", "residual_diff_threshold"),
         ("cache_dit", "taylorseer", "taylorseer_order"),
         ("first_block_cache", "treshold", "threshold"),
+        ("mag_cache", "mag_ratio", "mag_ratios"),
+        ("mag_cache", "retention", "retention_ratio"),
+        ("sea_cache", "power", "power_exp"),
     ],
 )
 def test_misspelt_key_is_named_with_the_nearest(pipe, backend, key, nearest):
@@ -147,6 +158,13 @@ def test_key_that_is_no_string_is_refused(pipe):
         ("tea_cache", "forecaster_order", -1),
         ("tea_cache", "forecaster", "taylor"),
         *(("first_block_cache", "threshold", value) for value in (NAN, INFINITY)),
+        *(("mag_cache", "threshold", value) for value in (NAN, INFINITY)),
+        ("mag_cache", "max_skip_steps", -1),
+        *(("mag_cache", "retention_ratio", value) for value in (-0.1, 1.1, NAN, INFINITY)),
+        *(("mag_cache", "mag_ratios", value) for value in ([], [1.0, 0.0], [1.0, -1.0], [1.0, NAN], [1.0, INFINITY])),
+        *(("sea_cache", "threshold", value) for value in (0, -0.1, NAN, INFINITY)),
+        *(("sea_cache", "power_exp", value) for value in (0, -1.0, NAN)),
+        ("sea_cache", "max_consecutive_cached", -2),
         *(("cache_dit", "residual_diff_threshold", value) for value in (NAN, INFINITY)),
         *(("cache_dit", "Fn_compute_blocks", value) for value in (0, -1)),
         ("cache_dit", "Bn_compute_blocks", -1),
@@ -180,6 +198,11 @@ def test_value_out_of_range_is_named(pipe, backend, key, value):
         ("cache_dit", "scm_steps_policy", None),
         *(("cache_dit", "steps_computation_mask", value) for value in (5, 1.5)),
         ("first_block_cache", "threshold", "0.1"),
+        *(("mag_cache", "retention_ratio", value) for value in ("0.2", None, True)),
+        *(("mag_cache", "mag_ratios", value) for value in (1.0, [1.0, "1"], [1.0, True])),
+        ("mag_cache", "max_skip_steps", 2.0),
+        ("sea_cache", "threshold", None),
+        ("sea_cache", "max_consecutive_cached", None),
     ],
 )
 def test_value_of_the_wrong_type_is_named(pipe, backend, key, value):
@@ -189,12 +212,12 @@ def test_value_of_the_wrong_type_is_named(pipe, backend, key, value):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("rel_l1_thresh", 10**400), ("coefficients", [0, 0, 0, 0, 10**400])],
-    ids=["number", "coefficients"],
+    [("rel_l1_thresh", 10**400), ("coefficients", [0, 0, 0, 0, 10**400]), ("mag_ratios", [10**400])],
+    ids=["number", "coefficients", "ratios"],
 )
 def test_number_too_large_for_a_float_is_named(pipe, key, value):
     with pytest.raises(ValueError, match=key):
-        omni_kernels.patch(pipe, "tea_cache", {key: value})
+        omni_kernels.patch(pipe, "mag_cache" if key == "mag_ratios" else "tea_cache", {key: value})
 
 
 def test_message_names_the_value_and_what_is_allowed(pipe):

@@ -37,7 +37,7 @@ def living(width=HIDDEN[-1]):
     """Shapes of all living tensors of the hidden width, one for each storage; weights are none of them."""
     found = {}
     for candidate in gc.get_objects():
-        if type(candidate) is torch.Tensor and candidate.dim() == 3 and candidate.shape[-1] == width:
+        if type(candidate) is torch.Tensor and candidate.dim() >= 3 and candidate.shape[-1] == width:
             found[candidate.untyped_storage().data_ptr()] = tuple(candidate.shape)
     return sorted(found.values())
 
@@ -62,11 +62,22 @@ def test_without_a_cache_nothing_is_held(pipe):
     assert found == [[]] * STEPS
 
 
-@pytest.mark.parametrize(("forecaster", "order"), [("reuse", 0), ("taylorseer", 1), ("newton", 2), ("taylorseer", 3)])
-def test_snapshots_are_at_most_order_plus_one(pipe, forecaster, order):
+@pytest.mark.parametrize(
+    ("forecaster", "order", "snapshots"),
+    [
+        ("reuse", 3, 1),
+        ("taylorseer", 1, 2),
+        ("newton", 2, 3),
+        ("taylorseer", 3, 4),
+        ("hermite", 2, 3),
+        ("foca", 1, 4),
+        ("dmd", 1, 6),
+    ],
+)
+def test_snapshots_are_at_most_those_that_the_forecaster_keeps(pipe, forecaster, order, snapshots):
     config = {"residual_diff_threshold": 0.0, "forecaster": forecaster, "forecaster_order": order}
     told, found, _ = counted(pipe, "cache_dit", config, negative_prompt=None)
-    expected = [[HIDDEN] * (min(step + 1, order + 1) + 1) for step in range(STEPS - 1)]  # and the signal's one
+    expected = [[HIDDEN] * (min(step + 1, snapshots) + 1) for step in range(STEPS - 1)]  # and the signal's one
     assert told[:-1] == found[:-1] == expected
     assert told[-1] == found[-1] == []
 
@@ -90,6 +101,19 @@ def test_streams_and_branches_have_their_own_snapshots(pipe):
 def test_plain_reuse_holds_one_residual_and_one_signal_per_branch(pipe, backend, config):
     told, found, handle = counted(pipe, backend, config)
     assert told[:-1] == found[:-1] == [[HIDDEN] * 4] * (STEPS - 1)
+    assert handle.report.forwards_saved > 0
+
+
+def test_mag_cache_holds_one_residual_per_branch(pipe):
+    told, found, handle = counted(pipe, "mag_cache", {"threshold": 0.5, "retention_ratio": 0.0})
+    assert told[:-1] == found[:-1] == [[HIDDEN] * 2] * (STEPS - 1)
+    assert handle.report.forwards_saved > 0
+
+
+def test_sea_cache_holds_one_residual_and_one_filtered_input_per_branch(pipe):
+    told, found, handle = counted(pipe, "sea_cache", {"threshold": 0.8})
+    assert {len(held) for held in told[:-1]} == {4}
+    assert told == found
     assert handle.report.forwards_saved > 0
 
 

@@ -16,6 +16,8 @@ from omni_runtime.cache import forecasters
 
 CONFIGS = {
     "tea_cache": {"rel_l1_thresh": 0.1, "coefficients": [0, 0, 0, 1, 0]},
+    "mag_cache": {"threshold": 0.3, "forecaster": "foca"},
+    "sea_cache": {"threshold": 0.4, "forecaster": "dmd"},
     "first_block_cache": {"threshold": 0.2},
     "cache_dit": {
         "residual_diff_threshold": 0.3,
@@ -128,6 +130,8 @@ def test_cache_that_never_skips_changes_no_bit(any_pipe):
         "first_block_cache": {"threshold": 0.0},
         "cache_dit": {"residual_diff_threshold": 1e-9, "Bn_compute_blocks": 1, "Fn_compute_blocks": 2},
         "tea_cache": {"rel_l1_thresh": 1e-9},
+        "mag_cache": {"threshold": -1.0, "mag_ratios": [1.0]},
+        "sea_cache": {"threshold": 1e-9},
     }.items():
         with omni_kernels.patched(any_pipe, backend, config) as handle:
             assert torch.equal(latents(any_pipe), before)
@@ -433,7 +437,7 @@ def test_image_to_image_counts_the_steps_that_it_runs(qwen_pipe, monkeypatch):
         seen.append([*positions, x])
         return forecasters.reuse(positions, x)
 
-    monkeypatch.setitem(forecasters.FORECASTERS, "newton", (newton, "sigma", True))
+    monkeypatch.setitem(forecasters.FORECASTERS, "newton", (newton, "sigma", None, None))
     pipe = diffusers.QwenImageImg2ImgPipeline.from_pipe(qwen_pipe)
     config = {"steps_computation_mask": "1011", "scm_steps_policy": "static", "forecaster": "newton"}
     handle = omni_kernels.patch(pipe, "cache_dit", config | {"max_warmup_steps": 0})

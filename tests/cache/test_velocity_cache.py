@@ -12,7 +12,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import omni_kernels
-from omni_runtime.cache import schedules
 from omni_runtime.cache.backends import METHODS
 
 SCHEDULE = (0, 1, 3, 6, 7)
@@ -343,7 +342,7 @@ def test_only_one_of_the_four_is_given(pair):
         ({"budget": 9}, 8, "budget is 9 computed steps, but the request has 8"),
         ({"speedup": 1.0}, None, "speedup must be None or a finite number > 1"),
         ({"reach": 0}, None, "reach must be a finite number > 0"),
-        ({"calibration": {"method": "tea_cache"}}, None, "holds no schedules"),
+        ({"calibration": {"method": "tea_cache"}}, None, "no calibration of schedules"),
     ],
 )
 def test_wrong_values_are_named(config, steps, named):
@@ -410,7 +409,7 @@ def made_for(pipe, steps=STEPS, **change):
 
 def test_calibrated_schedules_are_taken(qwen_pipe, tmp_path, recwarn):
     found = made_for(qwen_pipe)
-    path = tmp_path / schedules.FILE_NAME
+    path = tmp_path / "velocity_cache.json"
     path.write_text(json.dumps(found))
     recwarn.clear()
     for given in (found, str(path), path):

@@ -11,8 +11,8 @@ import torch
 
 import omni_kernels
 from omni_runtime import Omni, calibrate, cli, loading
-from omni_runtime.cache import calibration, models
-from omni_runtime.calibrate import RecordingPassage
+from omni_runtime.cache import calibration, models, polynomial
+from omni_runtime.calibrate import DistancePassage
 
 pytestmark = pytest.mark.usefixtures("no_environment")
 
@@ -158,7 +158,7 @@ def test_an_interruption_leaves_the_pipeline_as_it_was_and_holds_nothing(error: 
     tiny.generate(pipe, num_inference_steps=2)  # pipelines keep some of their last arguments
     before = everything(pipe)
     # By other tests; kept, so that no id is used again.
-    held = [one for one in gc.get_objects() if type(one) is RecordingPassage]
+    held = [one for one in gc.get_objects() if type(one) is DistancePassage]
     others = set(map(id, held))
 
     def fail(*_: Any) -> None:
@@ -177,7 +177,7 @@ def test_an_interruption_leaves_the_pipeline_as_it_was_and_holds_nothing(error: 
     assert [set(one) for one in after] == [set(one) for one in before]
     assert after[-1] == before[-1]
     gc.collect()
-    assert not [one for one in gc.get_objects() if type(one) is RecordingPassage and id(one) not in others]
+    assert not [one for one in gc.get_objects() if type(one) is DistancePassage and id(one) not in others]
 
 
 def test_nothing_is_held_between_requests() -> None:
@@ -270,7 +270,7 @@ def shipped(embedded: str) -> Path:
     pipe = tiny.qwen_image()
     run = calibration.describe(pipe.transformer, 4, pipe.scheduler, 5, (16, 64))
     numbers = [0.01 * i for i in range(1, 61)]
-    document = calibration.document(calibration.fit(numbers, numbers), run, {"model": embedded})
+    document = calibration.document(polynomial.fit(numbers, numbers), run, {"model": embedded})
     path = loading.EMBEDDED / embedded / "tea_cache.json"
     calibration.write(document, path)
     return path
@@ -340,6 +340,42 @@ def test_the_command_writes_a_file_that_generate_takes_and_prints_the_fit(
     assert len(result["cache"]["notes"]) == 1
 
 
+def test_mag_cache_is_calibrated_by_the_same_command(
+    saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = ("--size", 64, "--steps", 6, "--device", "cpu", "--quiet")
+    for model in ("qwen_image", "z_image"):  # the one has published ratios, the other none
+        assert run("calibrate", "mag_cache", "--model", saved[model], "--prompt", "a cat", *small) == 0
+        document = json.loads((tmp_path / "out" / "mag_cache.json").read_text())
+        assert (document["method"], document["model"]) == ("mag_cache", model)
+        assert document["points"] == {"qwen_image": 5, "z_image": 10}[model]  # Z-Image is guided in one batch
+        assert document["mag_ratios"][0] == 1.0
+        assert len(document["mag_ratios"]) == 6
+        assert document["calibrated_for"]["steps"] == 6
+        assert document["provenance"]["prompts"] == ["a cat"]
+        out = capsys.readouterr().out
+        assert f"{document['points']} points: from step to step" in out
+        assert '"mag_ratios": "out/mag_cache.json"' in out
+    config = json.dumps({"mag_ratios": "out/mag_cache.json", "threshold": 0.5})
+    more = ("--cache-backend", "mag_cache", "--cache-config", config, "--size", 64, "--steps", 6, "--json")
+    assert run("generate", "--model", saved["z_image"], "--prompt", "a cat", "--quiet", *more) == 0
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    assert result["cache"]["notes"] == ["mag_ratios: calibrated on z_image, 6 steps, 64×64"]
+    assert result["cache"]["forwards_saved"] > 0
+
+
+def test_a_model_that_brings_ratios_runs_with_them(embedded: str, capsys: pytest.CaptureFixture[str]) -> None:
+    home = loading.EMBEDDED / embedded
+    assert run("calibrate", "mag_cache", "--model", embedded, "--out", home / "mag_cache.json", "--quiet") == 0
+    omni = Omni(embedded, cache_backend="mag_cache", device="cpu")
+    assert omni.cache_config["mag_ratios"]["file"] == "mag_cache.json"
+    assert Omni(embedded, cache_backend="tea_cache", device="cpu").cache_config["coefficients"] is None
+    capsys.readouterr()
+    assert run("models") == 0
+    assert f"mag_cache mag_ratios: calibrated on {embedded}, 5 steps, 64×64" in capsys.readouterr().out
+
+
 def test_json_is_the_document(saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert calibrate_command(saved["z_image"], tmp_path / "tea.json", "--prompt", "a cat", "--quiet", "--json") == 0
     out, err = capsys.readouterr()
@@ -369,6 +405,7 @@ def test_an_embedded_model_is_calibrated_with_its_own_prompts(
     ("arguments", "message"),
     [
         (["cache_dit"], "invalid choice: 'cache_dit'"),
+        (["sea_cache"], "invalid choice: 'sea_cache'"),
         ([], "the following arguments are required: METHOD"),
         (["tea_cache", "--model", "MODEL"], "has no prompts of its own: give --prompts"),
         (["tea_cache", "--model", "MODEL", "--prompt", "x", "--out", "."], "--out . is a directory: give a file"),
@@ -418,14 +455,12 @@ def test_models_says_which_coefficients_a_model_has(
 
 
 @pytest.mark.usefixtures("no_weights")
-@pytest.mark.parametrize(
-    "directory",
-    [path for path in loading.embedded_models().values() if (path / "tea_cache.json").exists()],
-    ids=lambda path: path.name,
-)
-def test_what_an_embedded_model_brings_was_calibrated_on_it_as_it_is_run(directory: Path) -> None:
-    omni = Omni(directory.name, cache_backend="tea_cache")
-    brought = omni.cache_config["coefficients"]
+@pytest.mark.parametrize("method", sorted(calibration.KINDS))
+@pytest.mark.parametrize("model", ["emoji-qwen-image", "emoji-z-image"])
+def test_what_an_embedded_model_brings_was_calibrated_on_it_as_it_is_run(model: str, method: str) -> None:
+    directory = loading.embedded_models()[model]
+    omni = Omni(model, cache_backend=method)
+    brought = omni.cache_config[calibration.KINDS[method].key]
     about = brought["calibrated_for"]
     defaults = json.loads((directory / "defaults.json").read_text())
     scheduler = json.loads((directory / "scheduler" / "scheduler_config.json").read_text())

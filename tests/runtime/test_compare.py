@@ -303,13 +303,13 @@ def test_another_calibration_in_the_models_directory_is_another_cell(saved: dict
     home = tmp_path / "model"
     shutil.copytree(saved["z_image"], home)
     calibrated = {
-        "method": calibration.METHOD, "version": calibration.VERSION, "coefficients": [0, 0, 0, 1, 0], "range": [0, 1],
+        "method": "tea_cache", "version": calibration.VERSION, "coefficients": [0, 0, 0, 1, 0], "range": [0, 1],
         "calibrated_for": {},
     }  # fmt: skip
     paths = []
     for slope in (1, 2):
         calibrated["coefficients"] = [0, 0, 0, slope, 0]
-        (home / calibration.FILE_NAME).write_text(json.dumps(calibrated))
+        (home / "tea_cache.json").write_text(json.dumps(calibrated))
         with Omni(str(home), cache_backend=None) as omni:
             pipe = omni.pipe
         run = Run("a", "tea_cache", None, 4)
