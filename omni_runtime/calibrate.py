@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -232,6 +232,24 @@ def calibrate(
         run |= {"width": size[0], "height": size[1]}
     fitted = RECORDINGS[method].fit(session.points)
     return fitted, calibration.document(fitted, run, _provenance(omni, requests)), session.points
+
+
+def schedule_document(
+    omni: Omni,
+    requests: Sequence[GenerationRequest],
+    held_out: Sequence[GenerationRequest],
+    found: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The file of schedules that `calibrate_schedule.find` has found."""
+    provenance = _provenance(omni, requests)
+    others = _provenance(omni, held_out)
+    return {
+        "method": "velocity_cache",
+        "version": calibration.VERSION,
+        "model": provenance["model"],
+        **found,
+        "provenance": provenance | {"held_out": {key: others[key] for key in ("prompts", "seeds", "images")}},
+    }
 
 
 def _provenance(omni: Omni, requests: Sequence[GenerationRequest]) -> dict[str, Any]:

@@ -180,25 +180,50 @@ def _add_calibrate(commands: Any, shared: argparse.ArgumentParser) -> None:
         "calibrate",
         help=about,
         description=f"{about.capitalize()}: tea_cache's polynomial or mag_cache's ratios, to how full runs move from "
-        "step to step. Writes a file that the method's key takes, coefficients or mag_ratios; called METHOD.json, in "
-        "the directory of a model, it is taken for that model by itself. Calibrate with the steps, size and scheduler "
-        "that you will use.",
+        "step to step; or velocity_cache's schedule, by sampling with one after the other. Writes a file that the "
+        "method's key takes (coefficients, mag_ratios, calibration); called METHOD.json (velocity_cache.json for a "
+        "schedule), in the directory of a model, it is taken for that model by itself. Calibrate with the steps, size "
+        "and scheduler that you will use.",
         parents=[shared],
         allow_abbrev=False,
     )
     command.set_defaults(command="calibrate")
-    command.add_argument("method", choices=["tea_cache", "mag_cache"], metavar="METHOD", help="tea_cache or mag_cache")
+    command.add_argument(
+        "method",
+        choices=["tea_cache", "mag_cache", "schedule"],
+        metavar="METHOD",
+        help="tea_cache, mag_cache or schedule",
+    )
     command.add_argument(
         "--prompts",
         "--prompt",
         action="append",
         metavar="TEXT|FILE",
         help="a prompt, a file with one per line, or a set: @model (all that the embedded model brings), @general, "
-        "@edit; repeatable (default: 24 of @model)",
+        "@edit; repeatable (default: 24 of @model; for a schedule, 4)",
     )
-    command.add_argument("--seeds", type=_seeds, default=[0], metavar="N,N", help="default: 0")
+    command.add_argument("--seeds", type=_seeds, metavar="N,N", help="default: 0; for a schedule, 0,1")
     command.add_argument("--steps", type=_whole, metavar="N", help="denoising steps (default: the model's own)")
     command.add_argument("--out", type=Path, metavar="FILE", help="default: out/METHOD.json")
+    schedule = command.add_argument_group("schedule")
+    schedule.add_argument(
+        "--budgets",
+        type=_budgets,
+        metavar="N,N",
+        help="computed steps, a schedule for each (default: a half, a third, a quarter and a fifth of the steps)",
+    )
+    schedule.add_argument(
+        "--held-out",
+        action="append",
+        metavar="TEXT|FILE",
+        help="prompts to measure the schedules on, like --prompts (default: 8 others of @model, else those of "
+        "--prompts); their seeds are --seeds plus 1000",
+    )
+    schedule.add_argument(
+        "--tries", type=_whole, metavar="N", help="schedules sampled per budget at most (default: 200)"
+    )
+    schedule.add_argument("--batch", type=_whole, metavar="N", help="images sampled at once at most (default: 8)")
+    schedule.add_argument("--fresh", action="store_true", help="forget what an interrupted search has sampled")
 
 
 def _whole(text: str) -> int:
@@ -215,6 +240,10 @@ def _seed(text: str) -> int:
 
 def _seeds(text: str) -> list[int]:
     return [_seed(part.strip()) for part in text.split(",")]
+
+
+def _budgets(text: str) -> list[int]:
+    return [_whole(part.strip()) for part in text.split(",")]
 
 
 def _size(text: str) -> tuple[int, int]:

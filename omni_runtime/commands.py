@@ -22,12 +22,14 @@ from omni_runtime.cache import calibration
 from omni_runtime.cache.models import MODELS
 from omni_runtime.cli import DEFAULT_MODEL
 from omni_runtime.omni import Omni
-from omni_runtime.progress import Progress, StepBar
+from omni_runtime.progress import Progress, StepBar, duration
 from omni_runtime.request import GenerationRequest
 from omni_runtime.result import OmniResult
 
 #: How many of an embedded model's own prompts are calibrated with where none are given.
 CALIBRATION_PROMPTS = 24
+#: How many a schedule is searched on, and how many others it is measured on.
+SCHEDULE_PROMPTS, HELD_OUT_PROMPTS = 4, 8
 
 
 class UsageError(Exception):
@@ -114,6 +116,13 @@ def calibrate(options: argparse.Namespace) -> None:
     """`omni calibrate`: the file, the fit in words, and how to use it."""
     from omni_runtime import calibrate as calibrating
 
+    if options.method == "schedule":
+        _calibrate_schedule(options)
+        return
+    given = [name for name in ("budgets", "held_out", "tries", "batch", "fresh") if getattr(options, name)]
+    if given:
+        raise UsageError(f"--{given[0].replace('_', '-')} is for a schedule: {options.method} has no search")
+    options.seeds = options.seeds or [0]
     _settle(options)
     key, file = calibration.KINDS[options.method].key, calibration.file_name(options.method)
     out = Path("out", file) if options.out is None else options.out
@@ -146,6 +155,78 @@ def calibrate(options: argparse.Namespace) -> None:
     print(out)
     config = json.dumps({key: str(out)})
     print(f"omni generate --model {options.model} --cache-backend {options.method} --cache-config '{config}'")
+
+
+def _calibrate_schedule(options: argparse.Namespace) -> None:
+    """`omni calibrate schedule`: the file, a plot of the search beside it, and the figures of each budget in words."""
+    from omni_runtime import calibrate as calibrating
+    from omni_runtime import calibrate_schedule as finding
+    from omni_runtime.schedule_search import most_steps
+
+    method = finding.VELOCITY_CACHE.name
+    options.seeds = options.seeds or [0, 1]
+    out = Path("out", calibration.file_name(method)) if options.out is None else options.out
+    _settle(options)
+    with wrong_input():
+        _omni(options, cache_backend=method, cache_config={})
+        if out.is_dir():
+            raise UsageError(f"--out {out} is a directory: give a file, like {out / calibration.file_name(method)}")
+        _make_directory(out.parent)
+        omni = _omni(options, cache_backend=None)
+        requests = _requests(options, omni, SCHEDULE_PROMPTS)
+        held_out = _held_out(options, omni, requests)
+        steps = requests[0].arguments["num_inference_steps"]
+        budgets = options.budgets or sorted({max(2, round(steps / part)) for part in (2, 3, 4, 5)}, reverse=True)
+        journal = out.with_suffix(".search.jsonl")
+        if options.fresh:
+            journal.unlink(missing_ok=True)
+    omni.pipe.set_progress_bar_config(disable=True)
+    tries = options.tries or finding.TRIES
+    if not options.quiet:
+        most = most_steps(budgets, tries, len(requests), len(held_out), steps)
+        print(f"{len(requests)} images; at most {most} computed steps, each of 1 or 2 forwards", file=sys.stderr)
+
+    def listener(event: finding.Event) -> None:
+        if not options.quiet:
+            left = f"{duration(event.seconds_left)} left at most"
+            told = f"{event.budget} steps: {event.number} of {event.tries} schedules, {left}"
+            print(f"\r\033[K{told}, best {event.best.score:.2f} dB", end="", file=sys.stderr, flush=True)
+
+    try:
+        with wrong_input():
+            found, document = finding.find(
+                omni, requests, held_out, budgets, tries=tries, batch=options.batch or finding.BATCH, journal=journal,
+                listener=listener,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted; what was sampled is kept in {journal}: the same command goes on from there"
+        ) from None
+    if not options.quiet:
+        print(file=sys.stderr)
+    document = calibrating.schedule_document(omni, requests, held_out, document)
+    calibration.write(document, out)
+    picture = out.with_suffix(".search.svg")
+    picture.write_text(finding.plot(found), encoding="utf-8")
+    if options.json:
+        _print_json({"files": [str(out), str(picture)], **document})
+        return
+    print(*finding.words(found), out, picture, sep="\n")
+    config = json.dumps({"calibration": str(out), "budget": budgets[0]})
+    print(f"omni generate --model {options.model} --cache-backend {method} --cache-config '{config}'")
+
+
+def _held_out(
+    options: argparse.Namespace, omni: Omni, searched: Sequence[GenerationRequest]
+) -> list[GenerationRequest]:
+    """What schedules are measured on: other seeds, and other prompts where there are any."""
+    prompts = _prompts_and_images(options, SCHEDULE_PROMPTS, options.held_out or options.prompts)
+    if not (options.held_out or options.prompts):
+        known = {request.prompt for request in searched}
+        everything = _prompts_and_images(options, sys.maxsize)
+        others = [(prompt, image) for prompt, image in everything if prompt not in known]
+        prompts = others[:: max(1, len(others) // HELD_OUT_PROMPTS)][:HELD_OUT_PROMPTS] or prompts
+    return _with_seeds(options, omni, prompts, [seed + 1000 for seed in options.seeds])
 
 
 def backends(options: argparse.Namespace) -> None:
@@ -259,27 +340,35 @@ def _prompts(given: Sequence[str]) -> list[str]:
 
 def _requests(options: argparse.Namespace, omni: Omni, count: int = 6) -> list[GenerationRequest]:
     """Every prompt with every seed; `count` of the model's own prompts where none is given."""
+    return _with_seeds(options, omni, _prompts_and_images(options, count, options.prompts), options.seeds)
+
+
+def _with_seeds(
+    options: argparse.Namespace, omni: Omni, prompts: Sequence[tuple[str, Path | None]], seeds: Sequence[int]
+) -> list[GenerationRequest]:
     arguments = _request_arguments(options)
     return [
         request
-        for prompt, image in _prompts_and_images(options, count)
-        for seed in options.seeds
+        for prompt, image in prompts
+        for seed in seeds
         for request in omni.prepare(prompt, seed=seed, **arguments | ({} if image is None else {"image": image}))
     ]
 
 
-def _prompts_and_images(options: argparse.Namespace, count: int) -> list[tuple[str, Path | None]]:
+def _prompts_and_images(
+    options: argparse.Namespace, count: int, given: Sequence[str] | None = None
+) -> list[tuple[str, Path | None]]:
     """The prompts, each with a picture of its own where an embedded model brings one."""
     from omni_runtime import compare as comparison
 
-    if not options.prompts:
+    if not given:
         found = comparison.prompts_of(options.model, count)
         if not found:
             sets = " or ".join(f"@{name}" for name in comparison.PROMPT_SETS)
             raise UsageError(f"{options.model} has no prompts of its own: give --prompts, such as {sets}")
         return [(prompt, None if options.image else image) for prompt, image in found]
     prompts: list[tuple[str, Path | None]] = []
-    for one in options.prompts:
+    for one in given:
         if one == "@model":
             prompts += comparison.prompts_of(options.model, None)
         elif one.startswith("@"):

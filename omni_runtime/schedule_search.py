@@ -16,7 +16,6 @@ interrupted, or is given more time, goes on where it was.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -159,9 +158,11 @@ class Search:
     """One budget's search.
 
     Attributes:
+        start: the best of the starting points.
         trail: the best schedule after each sampled one.
     """
 
+    start: Tried
     best: Tried
     trail: list[Tried] = field(default_factory=list)
 
@@ -195,7 +196,7 @@ def search(
         tried = seen[computed] = sample(computed)
         better = found is None or tried.score > found.best.score
         if found is None:
-            found = Search(tried)
+            found = Search(tried, tried)
         elif better:
             found.best = tried
         found.trail.append(found.best)
@@ -206,6 +207,7 @@ def search(
         meet(tuple(start))
     if found is None:
         raise ValueError("a search needs a schedule to start from")
+    found.start = found.best
     budget = len(found.best.computed)
     if 2 < budget < steps:
         rng, failed, stuck = random.Random(seed), 0, 0
@@ -217,10 +219,6 @@ def search(
     return found
 
 
-def expected_forwards(budgets: Sequence[int], tries: int, images: int, steps: int, calls: float) -> int:
-    """Transformer forwards of a whole search at most: the full runs, and each try of each budget on all images.
-
-    Args:
-        calls: transformer calls in a step: 2 with classifier-free guidance in two forwards.
-    """
-    return math.ceil(images * calls * (steps + tries * sum(budgets)))
+def most_steps(budgets: Sequence[int], tries: int, images: int, held_out: int, steps: int) -> int:
+    """Computed steps of all images of a whole search, at most. Each is one transformer call, or two with guidance."""
+    return (images + held_out) * steps + sum(budgets) * (tries * images + 2 * held_out)

@@ -220,7 +220,7 @@ class CacheSession:
             self.parts = parts(self.row, self.blocks)
             if isinstance(self.parts.signal, SituatedSignal):
                 self.passage_class = SituatedPassage
-        self._lifecycle = Lifecycle(pipe, self._opened, self._stepped, None if output is None else self._stepped_with)
+        self._lifecycle = Lifecycle(pipe, self._opened, self._stepped, None if output is None else self.stepped_with)
         self._last: Request | None = None
         self.passage: Passage | None = None
         self._context: str | None = None
@@ -372,7 +372,7 @@ class CacheSession:
         request.decisions.setdefault(name, []).append(Decision(request.step, *verdict))
         return answer
 
-    def _stepped_with(self, request: Request, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+    def stepped_with(self, request: Request, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         """What the scheduler steps with, where the pipeline gives it `output`."""
         return output if request.outputs is None else request.outputs.output(output, sample)
 

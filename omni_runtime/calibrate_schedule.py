@@ -1,0 +1,422 @@
+"""Schedules for one model: full runs recorded, each budget's schedule searched for, and what it does on other images.
+
+The search itself is in `omni_runtime.schedule_search`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from omni_kernels.patching import Patch
+from omni_runtime import quality
+from omni_runtime.cache import schedules
+from omni_runtime.cache.backends import VELOCITY_CACHE
+from omni_runtime.cache.engine import CacheSession
+from omni_runtime.cache.forecasters import Forecaster, make_forecaster
+from omni_runtime.cache.gates import ScheduleGate
+from omni_runtime.cache.lifecycle import Request
+from omni_runtime.cache.output import OutputSite
+from omni_runtime.omni import Omni
+from omni_runtime.request import GenerationRequest
+from omni_runtime.result import jsonable
+from omni_runtime.schedule_search import IDENTICAL, SENSITIVITIES, Gram, Tried, analytic, score, search
+
+TRIES, PATIENCE, BATCH = 200, 60, 8
+#: Arguments that a batch takes one of per image; all others are shared.
+_EACH = ("prompt", "negative_prompt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How the model output is forecast, as the keys of `velocity_cache`."""
+
+    forecaster: str = "newton"
+    forecaster_order: int = 1
+    reach: float = 1.0
+
+    def made(self) -> Forecaster:
+        """The forecaster."""
+        return make_forecaster(self.forecaster, self.forecaster_order)
+
+
+class Recording(CacheSession):
+    """Requests run in full, and leave the inner products of their model outputs.
+
+    Attributes:
+        grams: one per image.
+        sigmas: the noise levels of a request's steps, and of its end.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        everything = OutputSite(lambda request, _: ScheduleGate([1] * request.steps), make_forecaster("reuse"), 1.0)
+        super().__init__("calibration", pipe, None, everything)
+        self.grams: list[np.ndarray] = []
+        self.sigmas: list[float] = []
+        self._open: list[Gram] = []
+
+    def stepped_with(self, request: Request, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        """See `CacheSession.stepped_with`."""
+        if request.step == 0:
+            self._open = [Gram() for _ in output]
+            levels = request.sigmas[request.begin :]
+            self.sigmas = levels if len(levels) > request.steps else [*levels, 0.0]
+        for gram, one in zip(self._open, output, strict=True):
+            gram.add(one)
+        if request.step == request.steps - 1:
+            self.grams += [gram.matrix() for gram in self._open]
+        return output
+
+    def run(self) -> dict[str, Any]:
+        """What the last request was, as `calibration.describe` has it."""
+        if self._last is None or not self._last.step:
+            raise RuntimeError("nothing was recorded: the pipeline has taken no step")
+        return self.describe(self._last)
+
+
+class Journal:
+    """The schedules that were sampled, in a file, so that a search goes on where it was.
+
+    Args:
+        path: one JSON document a line; the first says what is sampled. None keeps nothing.
+        about: what is sampled.
+
+    Raises:
+        ValueError: the file holds another search.
+    """
+
+    def __init__(self, path: Path | None, about: Mapping[str, Any]) -> None:
+        self._path = path
+        self._known: dict[tuple[int, ...], Tried] = {}
+        if path is None:
+            return
+        header = json.dumps(about, sort_keys=True, ensure_ascii=False)
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(header + "\n", encoding="utf-8")
+            return
+        first, *lines = path.read_text(encoding="utf-8").splitlines()
+        if first != header:
+            raise ValueError(f"{path} holds another search (other model, prompts, seeds or settings): --fresh drops it")
+        for line in lines:
+            with contextlib.suppress(ValueError):  # the last line of a search that was killed while it wrote
+                row = json.loads(line)
+                self.keep(Tried(tuple(row["computed"]), tuple(row["psnr"])), new=False)
+
+    def keep(self, tried: Tried, new: bool = True) -> None:
+        """Add a sampled schedule."""
+        self._known[tried.computed] = tried
+        if new and self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"computed": tried.computed, "psnr": tried.psnr}) + "\n")
+
+    def get(self, computed: tuple[int, ...]) -> Tried | None:
+        """A schedule that was sampled before."""
+        return self._known.get(computed)
+
+
+class Images:
+    """Some requests of one model, run in full once, and then with any schedule.
+
+    Attributes:
+        forwards: transformer calls of all runs under a schedule so far, each of a batch.
+    """
+
+    def __init__(self, pipe: Any, requests: Sequence[GenerationRequest], settings: Settings, batch: int) -> None:
+        self.pipe = pipe
+        self.requests = requests
+        self._settings = settings
+        self._batch = batch
+        self._batches: list[list[GenerationRequest]] = []
+        self._references: list[torch.Tensor] = []
+        self.forwards = 0
+
+    def record(self) -> Recording:
+        """Run all in full, in batches as large as fit into memory."""
+        session, patch = Recording(self.pipe), Patch()
+        try:
+            session.install(patch)
+            while True:
+                self._batches, session.grams, self._references = _batches(self.requests, self._batch), [], []
+                try:
+                    for batch in self._batches:
+                        self._references.append(self._images(batch))
+                    break
+                except torch.OutOfMemoryError:
+                    if self._batch == 1:
+                        raise
+                    self._batch //= 2
+        finally:
+            patch.undo()
+            session.close()
+        return session
+
+    def sample(self, computed: Sequence[int]) -> Tried:
+        """Run all with a schedule; PSNR of each image against its full run."""
+        psnr: list[float] = []
+        config = VELOCITY_CACHE.check({"schedule": list(computed), **dataclasses.asdict(self._settings)})
+        patch = Patch()
+        session = VELOCITY_CACHE.install(self.pipe, config, patch)
+        try:
+            for batch, reference in zip(self._batches, self._references, strict=True):
+                psnr += self._psnr(batch, reference)
+                self.forwards += session.report.forwards if session.report else 0
+        finally:
+            patch.undo()
+            session.close()
+        return Tried(tuple(computed), tuple(psnr))
+
+    def plain(self, steps: int) -> Tried:
+        """Run all with fewer steps and no cache."""
+        psnr: list[float] = []
+        for batch, reference in zip(self._batches, self._references, strict=True):
+            psnr += self._psnr(batch, reference, num_inference_steps=steps)
+        return Tried(tuple(range(steps)), tuple(psnr))
+
+    def _psnr(self, batch: Sequence[GenerationRequest], reference: torch.Tensor, **changed: Any) -> list[float]:
+        found = quality.psnr(self._images(batch, **changed), reference).flatten(1).mean(1)
+        return [min(float(one), IDENTICAL) for one in found]
+
+    def _images(self, batch: Sequence[GenerationRequest], **changed: Any) -> torch.Tensor:
+        """Float images [B, F, 3, H, W] of one call; F is 1 for pictures."""
+        calls = [request.call() for request in batch]
+        arguments = calls[0] | {"output_type": "pt", "return_dict": False} | changed
+        if len(calls) > 1:
+            for name in _EACH:
+                if name in arguments:
+                    arguments[name] = [call[name] for call in calls]
+            arguments["generator"] = [call["generator"] for call in calls]
+        with torch.no_grad():
+            (made,) = self.pipe(**arguments)
+        return made if made.dim() == 5 else made[:, None]
+
+
+def _batches(requests: Sequence[GenerationRequest], size: int) -> list[list[GenerationRequest]]:
+    """Requests that differ in prompt and seed alone, together; a pipeline that edits takes one picture a call."""
+    batches: list[list[GenerationRequest]] = []
+    for request in requests:
+        last = batches[-1] if batches else None
+        alone = "image" in request.arguments or request.prompt is None or request.seed is None
+        if last is None or alone or len(last) >= size or _shared(request) != _shared(last[0]):
+            batches.append([request])
+        else:
+            last.append(request)
+    return batches
+
+
+def _shared(request: GenerationRequest) -> dict[str, Any]:
+    return {name: value for name, value in request.arguments.items() if name not in _EACH}
+
+
+class Event(NamedTuple):
+    """What is told of a search: a schedule has been sampled.
+
+    Attributes:
+        budget: computed steps.
+        number, tries: which sampled schedule it is, and how many there will be at most.
+        tried, best: it, and the best so far.
+        seconds_left: of all budgets' searches, at most.
+    """
+
+    budget: int
+    number: int
+    tries: int
+    tried: Tried
+    best: Tried
+    seconds_left: float
+
+
+@dataclasses.dataclass
+class Found:
+    """One budget's result.
+
+    Attributes:
+        best: the schedule, on the searched images.
+        held_out: the same on the others.
+        plain: plain sampling with as many steps, on the others.
+        start: the best schedule before any move, on the searched images.
+        trail: score of the best after each sampled schedule.
+    """
+
+    best: Tried
+    held_out: Tried
+    plain: Tried
+    start: Tried
+    trail: list[float]
+
+
+def starts(recorded: Recording, steps: int, budget: int, settings: Settings, transformer: str) -> list[tuple[int, ...]]:
+    """What a search starts from: evenly spread steps, the published schedules for the class, and analytic ones."""
+    sigmas, found = recorded.sigmas, [schedules.even(steps, budget).computed]
+    published = [one for one in schedules.PUBLISHED.values() if one.transformer == transformer]
+    near = schedules.nearest(published, steps, budget)
+    if near is not None:
+        found.append(schedules.fitted(near, steps, sigmas[:steps], budget).computed)
+    forecaster = settings.made()
+    found += [analytic(recorded.grams, sigmas, budget, forecaster, settings.reach, power) for power in SENSITIVITIES]
+    return list(dict.fromkeys(found))
+
+
+def find(
+    omni: Omni,
+    requests: Sequence[GenerationRequest],
+    held_out: Sequence[GenerationRequest],
+    budgets: Sequence[int],
+    settings: Settings = Settings(),
+    tries: int = TRIES,
+    patience: int = PATIENCE,
+    batch: int = BATCH,
+    journal: Path | None = None,
+    listener: Callable[[Event], Any] = lambda event: None,
+) -> tuple[dict[int, Found], dict[str, Any]]:
+    """Search a schedule for each budget on `requests`, and measure it on `held_out`.
+
+    Args:
+        omni: without a cache.
+        requests, held_out: all of the same steps and size.
+        budgets: numbers of computed steps.
+        tries, patience: see `schedule_search.search`.
+        batch: most images of one call.
+        journal: a file of what was sampled already.
+        listener: told of each sampled schedule.
+
+    Returns:
+        budget → what was found, and the document to write, without its provenance.
+
+    Raises:
+        ValueError: an Omni with a cache, no request, a budget that is none, another search's journal; what
+            `CacheSession` raises for a pipeline whose steps cannot be skipped.
+    """
+    if omni.cache_backend is not None or not requests or not held_out:
+        raise ValueError("calibration needs an Omni without a cache, and at least one request of each kind")
+    steps = requests[0].arguments["num_inference_steps"]
+    for budget in budgets:
+        if not 2 <= budget <= steps:
+            raise ValueError(f"a budget must be from 2 to the {steps} steps of a request, not {budget}")
+    images, others = (Images(omni.pipe, some, settings, batch) for some in (requests, held_out))
+    kept = Journal(journal, _about(omni, requests, settings))
+    recorded = images.record()
+    others.record()
+    found: dict[int, Found] = {}
+    spent: list[float] = []
+    for place, budget in enumerate(budgets):
+        begun = starts(recorded, steps, budget, settings, type(omni.pipe.transformer).__name__)
+
+        def sample(computed: tuple[int, ...]) -> Tried:
+            known = kept.get(computed)
+            if known is None:
+                start = time.perf_counter()
+                known = images.sample(computed)
+                spent.append((time.perf_counter() - start) / len(computed))
+                kept.keep(known)
+            return known
+
+        def on_try(number: int, one: Tried, best: Tried, budget: int = budget, place: int = place) -> None:
+            each = float(np.mean(spent)) if spent else 0.0
+            left = each * ((tries - number) * budget + tries * sum(budgets[place + 1 :]))
+            listener(Event(budget, number, tries, one, best, left))
+
+        result = search(begun, steps, sample, tries, patience, on_try=on_try)
+        found[budget] = Found(
+            best=result.best,
+            held_out=others.sample(result.best.computed),
+            plain=others.plain(budget),
+            start=result.start,
+            trail=[one.score for one in result.trail],
+        )
+    rows = [_row(steps, recorded.sigmas[:steps], budget, one) for budget, one in found.items()]
+    document = {
+        "schedules": rows,
+        "settings": dataclasses.asdict(settings),
+        "forwards": images.forwards + others.forwards,
+        "calibrated_for": {key: value for key, value in recorded.run().items() if key != "steps"},
+    }
+    return found, document
+
+
+def _about(omni: Omni, requests: Sequence[GenerationRequest], settings: Settings) -> dict[str, Any]:
+    return {
+        "model": str(omni.name),
+        "settings": dataclasses.asdict(settings),
+        "requests": [[one.prompt, one.seed, jsonable(one.arguments)] for one in requests],
+        "torch": torch.__version__,
+    }
+
+
+def statistics(tried: Tried) -> dict[str, float | int]:
+    """Mean, standard deviation and 5th percentile of the PSNR over the images, in dB, and their number."""
+    values = np.asarray(tried.psnr)
+    spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+    figures = {"mean": float(values.mean()), "std": spread, "p5": float(np.percentile(values, 5))}
+    return {name: round(value, 2) for name, value in figures.items()} | {"images": len(values)}
+
+
+def _row(steps: int, sigmas: Sequence[float], budget: int, found: Found) -> dict[str, Any]:
+    return {
+        "steps": steps,
+        "budget": budget,
+        "computed": list(found.best.computed),
+        "sigmas": [round(sigma, 6) for sigma in sigmas],
+        "psnr": statistics(found.held_out),
+        "plain_sampling": statistics(found.plain),
+        "searched": statistics(found.best),
+        "start": {"computed": list(found.start.computed), **statistics(found.start)},
+        "tries": len(found.trail),
+    }
+
+
+def words(found: Mapping[int, Found]) -> Iterator[str]:
+    """A line for each budget."""
+    for budget, one in found.items():
+        now, plain = statistics(one.held_out), statistics(one.plain)
+        yield (
+            f"{budget} computed steps: {now['mean']:.1f} ± {now['std']:.1f} dB, 5th percentile {now['p5']:.1f}, on "
+            f"{now['images']} images that were not searched on; plain sampling with {budget} steps has "
+            f"{plain['mean']:.1f} dB, 5th percentile {plain['p5']:.1f}. On the searched images "
+            f"{score(one.start.psnr):.1f} at the start, {one.best.score:.1f} after {len(one.trail)} schedules."
+        )
+
+
+def plot(found: Mapping[int, Found]) -> str:
+    """An SVG of the search: the best score after each sampled schedule, a line for each budget."""
+    width, height, left, bottom, top = 640, 320, 56, 36, 16
+    scores = [value for one in found.values() for value in one.trail]
+    low, high = math.floor(min(scores)), math.ceil(max(scores)) + 1
+    longest = max(2, *(len(one.trail) for one in found.values()))
+
+    def x(number: float) -> float:
+        return left + (width - left - 90) * (number - 1) / (longest - 1)
+
+    def y(value: float) -> float:
+        return height - bottom - (height - bottom - top) * (value - low) / (high - low)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        f'font-size="12"><rect width="{width}" height="{height}" fill="#fff"/>'
+    ]
+    parts += [
+        f'<path d="M{left} {y(value):.1f}H{width - 90}" stroke="#ddd"/>'
+        f'<text x="{left - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.1f}</text>'
+        for value in np.linspace(low, high, 5)
+    ]
+    parts.append(
+        f'<text x="{left}" y="{height - 8}">sampled schedules: 1 to {longest}; best score in dB, the mean of mean and '
+        "5th percentile</text>"
+    )
+    for budget, one in found.items():
+        points = " ".join(f"{x(i + 1):.1f},{y(value):.1f}" for i, value in enumerate(one.trail))
+        end = one.trail[-1]
+        parts.append(
+            f'<polyline points="{points}" fill="none" stroke="#1f6feb" stroke-width="1.5"/>'
+            f'<text x="{x(len(one.trail)) + 6:.1f}" y="{y(end) + 4:.1f}">{budget} steps</text>'
+        )
+    return "".join([*parts, "</svg>\n"])
