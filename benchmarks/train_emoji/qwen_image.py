@@ -29,7 +29,7 @@ from .model import Autoencoder, Model
 from .operators import plain_attention, real_rotation
 from .prompts import caption_prompts
 from .report import caption_sheets
-from .text import SPECIAL_TOKENS, TEXT_DIM, all_captions, freeze, new_tokenizer, pad_rows
+from .text import SPECIAL_TOKENS, TEXT_DIM, all_captions, encode_texts, freeze, new_tokenizer
 from .transformer import build_latents, captioned_samples
 
 __all__ = [
@@ -158,21 +158,12 @@ def new_text_encoder(tokenizer: Qwen2Tokenizer, seed: int = 0) -> Qwen2_5_VLForC
     return freeze(Qwen2_5_VLForConditionalGeneration(config))
 
 
-@torch.no_grad()
 def encode_captions(
-    tokenizer: Qwen2Tokenizer, encoder: Qwen2_5_VLForConditionalGeneration, captions: list[str], batch: int = 256
+    tokenizer: Qwen2Tokenizer, encoder: Qwen2_5_VLForConditionalGeneration, captions: list[str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the pipeline makes of captions, padded: embeddings [count, length, TEXT_DIM] and mask [count, length]."""
     prefix, suffix, dropped = prompt_template()
-    rows = []
-    for start in range(0, len(captions), batch):
-        texts = [prefix + caption + suffix for caption in captions[start : start + batch]]
-        tokens = tokenizer(texts, padding=True, return_tensors="pt")
-        states = encoder(
-            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True
-        ).hidden_states[-1]
-        rows += [row[kept.bool()][dropped:] for row, kept in zip(states, tokens.attention_mask, strict=True)]
-    return pad_rows(rows)
+    return encode_texts(tokenizer, encoder, [prefix + caption + suffix for caption in captions], dropped=dropped)
 
 
 # Transformer

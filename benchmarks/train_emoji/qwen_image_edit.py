@@ -24,7 +24,8 @@ from .edit_report import write_edit_sheets
 from .edits import INSTRUCTIONS, EditScene, edit_scene, listed_edits
 from .model import Model
 from .text import new_tokenizer
-from .transformer import Samples, batch_encoder, normalised_tokens
+from .training import save
+from .transformer import Samples, batch_encoder, batches, normalised_tokens
 
 __all__ = ["MODEL", "build_edits", "edit_samples", "new_processor"]
 
@@ -73,7 +74,6 @@ def build_edits(
     count: int,
     device: torch.device,
     compiled: bool = True,
-    batch: int = 128,
 ) -> None:
     """Draw and encode `count` edits; writes latents of references and of true edits, and what the text encoder makes of
     each reference with its instruction, then with the empty one."""
@@ -84,17 +84,13 @@ def build_edits(
     encode_pictures = batch_encoder(model.autoencoder, vae, device, compiled)
     references, targets = [], []
     text: list[list[torch.Tensor]] = [[], []]
-    for start in range(0, count, batch):
-        edits = [edit_scene(EDIT_SEED, start + i, side) for i in range(batch)]
+    for edits in batches(lambda index: edit_scene(EDIT_SEED, index, side), count):
         references.append(encode_pictures([edit.reference for edit in edits]))
         targets.append(encode_pictures([edit.target for edit in edits]))
-        for rows, words in zip(text, ([e.instruction for e in edits], [EMPTY_INSTRUCTION] * batch), strict=True):
+        for rows, words in zip(text, ([e.instruction for e in edits], [EMPTY_INSTRUCTION] * len(edits)), strict=True):
             rows += [row.bfloat16() for row in encode_instructions(pipeline, edits, words)]
-        if start // batch % 50 == 0:
-            print(f"edits: {start} of {count}", flush=True)
     rows = [*text[0][:count], *text[1][:count]]
-    temporary = file.with_suffix(".part")
-    torch.save(
+    save(
         {
             "latents": torch.cat(targets)[:count],
             "references": torch.cat(references)[:count],
@@ -103,9 +99,8 @@ def build_edits(
             "mean": vae.config.latents_mean,
             "std": vae.config.latents_std,
         },
-        temporary,
+        file,
     )
-    temporary.replace(file)
 
 
 def edit_samples(model: Model, cached: dict) -> Samples:

@@ -17,7 +17,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from .scenes import COLOURS, EMOJI, caption_of
 
-__all__ = ["SPECIAL_TOKENS", "TEXT_DIM", "all_captions", "freeze", "new_tokenizer", "pad_rows"]
+__all__ = ["SPECIAL_TOKENS", "TEXT_DIM", "all_captions", "encode_texts", "freeze", "new_tokenizer", "pad_rows"]
 
 TEXT_DIM = 128
 VOCABULARY_SIZE = 700
@@ -77,6 +77,32 @@ def freeze(encoder: torch.nn.Module) -> torch.nn.Module:
     """Words far apart, and weights rounded to bf16, as the saved ones will be."""
     torch.nn.init.normal_(encoder.get_input_embeddings().weight, std=1.0)
     return encoder.eval().requires_grad_(False).to(torch.bfloat16).float()
+
+
+@torch.no_grad()
+def encode_texts(
+    tokenizer: Qwen2Tokenizer,
+    encoder: torch.nn.Module,
+    texts: list[str],
+    layer: int = -1,
+    dropped: int = 0,
+    batch: int = 256,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states of a layer without the first `dropped`, padded: [count, length, TEXT_DIM] and mask [count, length].
+
+    Args:
+        tokenizer, encoder: the model's.
+        texts: whole prompts, the template included.
+        layer: index of the encoder's hidden states.
+        dropped: tokens that the pipeline cuts off the front.
+        batch: texts encoded at once.
+    """
+    rows: list[torch.Tensor] = []
+    for start in range(0, len(texts), batch):
+        tokens = tokenizer(texts[start : start + batch], padding=True, return_tensors="pt")
+        states = encoder(**tokens, output_hidden_states=True).hidden_states[layer]
+        rows += [row[kept.bool()][dropped:] for row, kept in zip(states, tokens.attention_mask, strict=True)]
+    return pad_rows(rows)
 
 
 def pad_rows(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

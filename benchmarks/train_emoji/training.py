@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["Budget", "Fit", "fit", "load_ema"]
+__all__ = ["Budget", "Fit", "fit", "load_ema", "save"]
 
 WARMUP_STEPS = 200
 DECAY_SHARE = 0.25
@@ -135,9 +135,8 @@ def _load(checkpoint: Path, parameters: list[torch.nn.Parameter], optimizers: li
 def _save(
     checkpoint: Path, parameters: list[torch.nn.Parameter], optimizers: list[torch.optim.Optimizer], state: Fit
 ) -> None:
-    """Write everything that a later run resumes from; an interruption leaves the former file whole."""
-    temporary = checkpoint.with_suffix(".part")
-    torch.save(
+    """Write everything that a later run resumes from."""
+    save(
         {
             "parameters": [p.detach() for p in parameters],
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
@@ -147,9 +146,15 @@ def _save(
             "seconds": state.seconds,
             "loss": state.loss,
         },
-        temporary,
+        checkpoint,
     )
-    temporary.replace(checkpoint)
+
+
+def save(content: dict[str, object], file: Path) -> None:
+    """Write what torch.load is to read; an interruption leaves a former file whole."""
+    temporary = file.with_suffix(".part")
+    torch.save(content, temporary)
+    temporary.replace(file)
 
 
 @torch.no_grad()

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,17 +22,19 @@ from .autoencoder import encode, latent_statistics, pictures_to_tensor
 from .model import Autoencoder, Model
 from .muon import BatchedMuon
 from .scenes import scene
-from .training import Budget, Fit, fit
+from .training import Budget, Fit, fit, save
 
 __all__ = [
     "Samples",
     "batch_encoder",
+    "batches",
     "build_latents",
     "captioned_samples",
     "normalised_tokens",
     "train_transformer",
 ]
 
+Drawn = TypeVar("Drawn")
 CaptionEncoder = Callable[[Any, Any, list[str]], tuple[torch.Tensor, torch.Tensor]]
 
 LATENT_SEED, TRANSFORMER_SEED = 3, 4
@@ -75,6 +77,14 @@ def batch_encoder(
     return encode_pictures
 
 
+def batches(draw: Callable[[int], Drawn], count: int, batch: int = 128) -> Iterator[list[Drawn]]:
+    """What is drawn for 0, 1, ... in batches of one size; those of the last one that are not needed are drawn too."""
+    for start in range(0, count, batch):
+        if start // batch % 50 == 0:
+            print(f"encoded: {start} of {count}", flush=True)
+        yield [draw(start + i) for i in range(batch)]
+
+
 def build_latents(
     model: Model,
     vae: torch.nn.Module,
@@ -83,23 +93,17 @@ def build_latents(
     count: int,
     device: torch.device,
     compiled: bool = True,
-    batch: int = 128,
 ) -> None:
     """Render and encode `count` captioned scenes; writes posterior means, captions, and the means' statistics."""
     row = model.autoencoder
-    encode_batch = batch_encoder(row, vae, device, compiled)
+    encode_pictures = batch_encoder(row, vae, device, compiled)
     latents, captions = [], []
-    for start in range(0, count, batch):
-        scenes = [scene(LATENT_SEED, start + i, side) for i in range(batch)]
+    for scenes in batches(lambda index: scene(LATENT_SEED, index, side), count):
         captions += [drawn.caption for drawn, _ in scenes]
-        latents.append(encode_batch([picture for _, picture in scenes]))
-        if start // batch % 50 == 0:
-            print(f"latents: {start} of {count}", flush=True)
+        latents.append(encode_pictures([picture for _, picture in scenes]))
     stacked = torch.cat(latents)[:count]
     mean, std = latent_statistics(row, stacked)
-    temporary = file.with_suffix(".part")
-    torch.save({"latents": stacked, "captions": captions[:count], "mean": mean, "std": std}, temporary)
-    temporary.replace(file)
+    save({"latents": stacked, "captions": captions[:count], "mean": mean, "std": std}, file)
 
 
 def captioned_samples(model: Model, cached: dict, encode_captions: CaptionEncoder, empty: tuple[str, ...]) -> Samples:

@@ -29,7 +29,7 @@ from .model import Autoencoder, Model
 from .operators import plain_attention, real_rotation
 from .prompts import caption_prompts
 from .report import caption_sheets
-from .text import TEXT_DIM, all_captions, freeze, new_tokenizer, pad_rows
+from .text import TEXT_DIM, all_captions, encode_texts, freeze, new_tokenizer
 from .transformer import build_latents, captioned_samples
 
 __all__ = ["AUTOENCODER", "MODEL", "encode_captions", "new_transformer", "pack", "training_forward"]
@@ -118,23 +118,17 @@ def new_text_encoder(tokenizer: Qwen2Tokenizer, seed: int = 0) -> Qwen3Model:
     return freeze(Qwen3Model(config))
 
 
-@torch.no_grad()
 def encode_captions(
-    tokenizer: Qwen2Tokenizer, encoder: Qwen3Model, captions: list[str], batch: int = 256
+    tokenizer: Qwen2Tokenizer, encoder: Qwen3Model, captions: list[str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the pipeline makes of captions, padded: embeddings [count, 32, TEXT_DIM] and mask [count, 32].
 
     Raises:
         ValueError: a caption has more than 32 tokens.
     """
-    rows = []
-    for start in range(0, len(captions), batch):
-        chats = [[{"role": "user", "content": caption}] for caption in captions[start : start + batch]]
-        texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True, enable_thinking=True)
-        tokens = tokenizer(texts, padding=True, return_tensors="pt")
-        states = encoder(**tokens, output_hidden_states=True).hidden_states[-2]
-        rows += [row[kept.bool()] for row, kept in zip(states, tokens.attention_mask, strict=True)]
-    embeddings, mask = pad_rows(rows)
+    chats = [[{"role": "user", "content": caption}] for caption in captions]
+    texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+    embeddings, mask = encode_texts(tokenizer, encoder, texts, layer=-2)
     missing = SEQ_MULTI_OF - embeddings.shape[1]
     if missing < 0:
         raise ValueError(f"a caption has {embeddings.shape[1]} tokens; training has room for {SEQ_MULTI_OF}")
