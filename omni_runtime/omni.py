@@ -14,7 +14,6 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,8 +77,8 @@ class Omni:
         dtype = _one_dtype(dtype, from_pretrained)
         if isinstance(model, str | os.PathLike):
             source = loading.find(os.fspath(model), from_pretrained)
-            config = _with_own(backend, config, source.location)
-            complete = check_cache(backend, config, source.transformer_config, source.name)
+            own = _with_own(backend, config, source.location)
+            complete = check_cache(backend, own, source.transformer_config, source.name)
             target = loading.resolve_device(device)
             dtype = loading.resolve_dtype(dtype, target)
             self.name = source.name
@@ -88,8 +87,8 @@ class Omni:
             self._load: Callable[[], Any] = lambda: loading.load(source, dtype, target, from_pretrained)
         else:
             _check_loaded(model, from_pretrained)
-            config = _with_own(backend, config, getattr(model, "name_or_path", None))
-            complete = check_cache(backend, config, _config_of(model), type(model).__name__)
+            own = _with_own(backend, config, getattr(model, "name_or_path", None))
+            complete = check_cache(backend, own, _config_of(model), type(model).__name__)
             self.name = getattr(model, "name_or_path", None) or type(model).__name__
             self._defaults = {}
             self._pipeline_class = type(model)
@@ -299,14 +298,9 @@ def check_cache(
     return backends.get(backend).check(config, models.describe(transformer_config))
 
 
-def _with_own(backend: str | None, config: dict[str, Any] | None, directory: str | None) -> dict[str, Any] | None:
+def _with_own(backend: str | None, config: dict[str, Any] | None, directory: Any) -> Mapping[str, Any] | None:
     """The configuration, with what the model's directory brings for the backend where the caller gives nothing."""
-    if backend is None or not directory:
-        return config
-    file, key = getattr(backends.get(backend), "model_file", None) or ("", "")
-    if not file or (config or {}).get(key) is not None or not Path(directory, file).is_file():
-        return config
-    return {**(config or {}), key: Path(directory, file)}
+    return config if backend is None else backends.with_own(backends.get(backend), config, directory)
 
 
 def _config(cache_config: Mapping[str, Any] | str | None) -> dict[str, Any] | None:

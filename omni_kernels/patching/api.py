@@ -82,7 +82,8 @@ def patch(pipe: Any, cache_backend: str | None = None, cache_config: Mapping[str
     Args:
         pipe: a loaded diffusers pipeline.
         cache_backend: a registered backend's name ("tea_cache", "cache_dit", ...); None and "none" mean no cache.
-        cache_config: the backend's keys; what is left out takes its default.
+        cache_config: the backend's keys; what is left out takes its default, or what a calibration has left for it in
+            the directory that the pipeline was loaded from.
 
     Returns:
         The handle: `.report` tells what the last request did, `.undo()` takes the patch out. Patching again with the
@@ -96,7 +97,10 @@ def patch(pipe: Any, cache_backend: str | None = None, cache_config: Mapping[str
     if name is None and cache_config:
         raise ValueError(f"cache_config {dict(cache_config)!r} was given without a cache_backend")
     backend = None if name is None else backends.get(name)
-    config = {} if backend is None else backend.check(cache_config)
+    config = {}
+    if backend is not None:
+        backend.check(cache_config)
+        config = backend.check(backends.with_own(backend, cache_config, getattr(pipe, "name_or_path", None)))
     present = handle_of(pipe)
     if present is not None:
         if (present.cache_backend, present.cache_config) == (name, config):

@@ -43,6 +43,15 @@ class CacheBackend(Protocol):
         """Install on `pipe`, with every change made through `patch`."""
 
 
+def with_own(backend: CacheBackend, config: Mapping[str, Any] | None, directory: Any) -> Mapping[str, Any] | None:
+    """A checked configuration with what a model's directory brings for the backend, where the caller gives nothing.
+
+    A backend that takes nothing from there has no `with_own`.
+    """
+    own = getattr(backend, "with_own", None)
+    return own(config, directory) if own is not None and isinstance(directory, str) else config
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """The end of an error message: the closest known name where there is one, and all of them."""
     known = sorted(known)

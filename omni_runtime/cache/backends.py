@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from omni_kernels.patching import Patch
@@ -47,6 +48,8 @@ class Method:
         relations: (configuration, number of blocks, number of steps; None where unknown) → raises for values that
             don't go together.
         model_file: a file that a model's folder may bring, and the key whose default it then is.
+        own: (checked configuration, a model's directory) → the same with what the directory brings, for a method that
+            is made of others.
         output: configuration → the choices for whole steps; None for a method that skips none.
     """
 
@@ -56,6 +59,7 @@ class Method:
     parts: Callable[[Config, ModelRow, int], Parts] | None
     relations: Callable[[Config, int | None, int | None], None]
     model_file: tuple[str, str] | None = None
+    own: Callable[[Mapping[str, Any], str], Mapping[str, Any]] | None = None
     output: Callable[[Config], OutputSite] | None = None
 
     def check(
@@ -83,6 +87,17 @@ class Method:
         if transformer is not None and self.output is not None:
             self.output(resolved)
         return resolved
+
+    def with_own(self, config: Mapping[str, Any] | None, directory: str | None) -> Mapping[str, Any] | None:
+        """A checked configuration, with what a model's directory brings where the caller gives nothing."""
+        if not directory:
+            return config
+        if self.own is not None:
+            return self.own(config or {}, directory)
+        file, key = self.model_file or ("", "")
+        if not file or (config or {}).get(key) is not None or not Path(directory, file).is_file():
+            return config
+        return {**(config or {}), key: Path(directory, file)}
 
     def install(self, pipe: Any, config: Config, patch: Patch) -> CacheSession:
         """Install on `pipe`; `config` is complete."""
@@ -301,6 +316,88 @@ CACHE_DIT = Method(
 )
 
 
+def _mag_cache(config: Config, row: ModelRow, blocks: int) -> Parts:
+    numbers, fitted_for, note = _numbers("mag_ratios", config["mag_ratios"], row.mag_ratios)
+    ratios = numbers["mag_ratios"]
+    if ratios is None:
+        raise ValueError(
+            "no MagCache ratios are known for this transformer: give them as the key 'mag_ratios', or find them with "
+            "`omni calibrate mag_cache`"
+        )
+
+    def gate(request: Request) -> MagnitudeRatioGate:
+        scheduled = request.begin + request.steps
+        # Rounded as diffusers does: 28 steps at 0.2 retain 6.
+        retained = int(config["retention_ratio"] * request.steps + 0.5)
+        limits = Limits(warmup=retained, longest_run=config["max_skip_steps"])
+        return MagnitudeRatioGate(limits, config["threshold"], magnitudes.resized(ratios, scheduled)[request.begin :])
+
+    return Parts(
+        first=0,
+        last=blocks,
+        signal=Nothing(),
+        gate=gate,
+        forecaster=make_forecaster(*_forecaster(config)),
+        fitted_for=fitted_for,
+        note=note,
+    )
+
+
+MAG_CACHE = Method(
+    name="mag_cache",
+    summary="MagCache: skip all blocks while calibrated ratios say that the residual's magnitude has changed little",
+    keys=(
+        keys.number("threshold", 0.06, "accumulated error of the magnitude up to which steps are skipped"),
+        keys.integer("max_skip_steps", 3, 0, None, "most steps skipped in a row"),
+        keys.fraction("retention_ratio", 0.2, "share of the steps, the first ones, that are always computed"),
+        _calibrated_key(
+            "mag_cache",
+            keys.positives("mag_ratios", "ratio of each step, for any number of steps; None: the model's own"),
+        ),
+        *_FORECASTER_KEYS,
+    ),
+    parts=_mag_cache,
+    relations=_unrelated,
+    model_file=(calibration.file_name("mag_cache"), "mag_ratios"),
+)
+
+
+def _sea_cache(config: Config, row: ModelRow, blocks: int) -> Parts:
+    if row.modulation is None or row.noise_grid is None:
+        lacking = "modulation" if row.modulation is None else "noise_grid"
+        raise ValueError(
+            "sea_cache filters block 0's modulated input over the grid of its tokens: the transformer's ModelRow gives "
+            f"no {lacking}"
+        )
+
+    def gate(request: Request) -> AccumulatedPolynomialGate:
+        ends = (1, *[0] * (request.steps - 2), 1)[: request.steps]
+        limits = Limits(mask=ends, longest_run=config["max_consecutive_cached"])
+        return AccumulatedPolynomialGate(limits, config["threshold"], (1.0, 0.0))
+
+    return Parts(
+        first=0,
+        last=blocks,
+        signal=FilteredModulatedInput(row.modulation, row.noise_grid, config["power_exp"]),
+        gate=gate,
+        forecaster=make_forecaster(*_forecaster(config)),
+    )
+
+
+SEA_CACHE = Method(
+    name="sea_cache",
+    summary="SeaCache: TeaCache on what a filter for the step's noise level leaves of block 0's modulated input",
+    keys=(
+        keys.number("threshold", 0.25, "accumulated distance at which a step is computed", positive=True),
+        keys.integer("max_consecutive_cached", 2, -1, None, "most steps skipped in a row; −1: no limit"),
+        keys.number("power_exp", 3.0, "p of the signal's spectrum 1/|f|^p that the filter assumes", positive=True),
+        *_FORECASTER_KEYS,
+    ),
+    parts=_sea_cache,
+    relations=_unrelated,
+)
+
+
 def _schedule_key() -> keys.Key:
     allowed = f"None, a list of step indices, or one of {', '.join(map(repr, schedules.NAMES))}"
 
@@ -408,88 +505,67 @@ VELOCITY_CACHE = Method(
 )
 
 
-def _mag_cache(config: Config, row: ModelRow, blocks: int) -> Parts:
-    numbers, fitted_for, note = _numbers("mag_ratios", config["mag_ratios"], row.mag_ratios)
-    ratios = numbers["mag_ratios"]
-    if ratios is None:
-        raise ValueError(
-            "no MagCache ratios are known for this transformer: give them as the key 'mag_ratios', or find them with "
-            "`omni calibrate mag_cache`"
-        )
+def _parts_key(name: str, doc: str, parse: Callable[[Any], Config]) -> keys.Key:
+    def checked(value: Any) -> Config:
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{name} must be an object of keys, not {value!r}")
+        try:
+            return parse(value)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{name}: {error}") from None
 
-    def gate(request: Request) -> MagnitudeRatioGate:
-        scheduled = request.begin + request.steps
-        # Rounded as diffusers does: 28 steps at 0.2 retain 6.
-        retained = int(config["retention_ratio"] * request.steps + 0.5)
-        limits = Limits(warmup=retained, longest_run=config["max_skip_steps"])
-        return MagnitudeRatioGate(limits, config["threshold"], magnitudes.resized(ratios, scheduled)[request.begin :])
-
-    return Parts(
-        first=0,
-        last=blocks,
-        signal=Nothing(),
-        gate=gate,
-        forecaster=make_forecaster(*_forecaster(config)),
-        fitted_for=fitted_for,
-        note=note,
-    )
+    return keys.Key(name, parse({}), "object", "an object of keys", doc, checked)
 
 
-MAG_CACHE = Method(
-    name="mag_cache",
-    summary="MagCache: skip all blocks while calibrated ratios say that the residual's magnitude has changed little",
+def _block_method(given: Mapping[str, Any]) -> Method:
+    name = given.get("cache_backend") or CACHE_DIT.name
+    known = {method.name: method for method in BLOCK_METHODS}
+    if name not in known:
+        raise ValueError(f"cache_backend must be a method for blocks, not {name!r}: {nearest(str(name), known)}")
+    return known[name]
+
+
+def _blocks(value: Mapping[str, Any]) -> Config:
+    unknown = set(value) - {"cache_backend", "cache_config"}
+    if unknown:
+        raise ValueError(f"no key {min(unknown)!r}: there are cache_backend and cache_config")
+    method = _block_method(value)
+    return {"cache_backend": method.name, "cache_config": method.check(value.get("cache_config"))}
+
+
+def _combined_own(config: Mapping[str, Any], directory: str) -> Mapping[str, Any]:
+    blocks = config.get("blocks") or {}
+    own = _block_method(blocks).with_own(blocks.get("cache_config"), directory)
+    velocity = VELOCITY_CACHE.with_own(config.get("velocity"), directory)
+    return {**config, "velocity": velocity or {}, "blocks": {**blocks, "cache_config": own or {}}}
+
+
+def _combined_parts(config: Config, row: ModelRow, blocks: int) -> Parts:
+    method = _block_method(config["blocks"])
+    assert method.parts is not None
+    return method.parts(config["blocks"]["cache_config"], row, blocks)
+
+
+def _combined_relations(config: Config, blocks: int | None, steps: int | None) -> None:
+    _velocity_relations(config["velocity"], blocks, steps)
+    _block_method(config["blocks"]).relations(config["blocks"]["cache_config"], blocks, steps)
+
+
+#: The methods that watch and skip blocks, any of which can serve the steps that a schedule computes.
+BLOCK_METHODS = (TEA_CACHE, CACHE_DIT, FIRST_BLOCK_CACHE, MAG_CACHE, SEA_CACHE)
+
+COMBINED = Method(
+    name="combined",
+    summary="Velocity cache over a cache of blocks, which skips blocks in some of the steps that are computed",
     keys=(
-        keys.number("threshold", 0.06, "accumulated error of the magnitude up to which steps are skipped"),
-        keys.integer("max_skip_steps", 3, 0, None, "most steps skipped in a row"),
-        keys.fraction("retention_ratio", 0.2, "share of the steps, the first ones, that are always computed"),
-        _calibrated_key(
-            "mag_cache",
-            keys.positives("mag_ratios", "ratio of each step, for any number of steps; None: the model's own"),
-        ),
-        *_FORECASTER_KEYS,
+        _parts_key("velocity", "keys of velocity_cache", VELOCITY_CACHE.check),
+        _parts_key("blocks", "cache_backend and cache_config of the cache of blocks; cache_dit by default", _blocks),
     ),
-    parts=_mag_cache,
-    relations=_unrelated,
-    model_file=(calibration.file_name("mag_cache"), "mag_ratios"),
-)
-
-
-def _sea_cache(config: Config, row: ModelRow, blocks: int) -> Parts:
-    if row.modulation is None or row.noise_grid is None:
-        lacking = "modulation" if row.modulation is None else "noise_grid"
-        raise ValueError(
-            "sea_cache filters block 0's modulated input over the grid of its tokens: the transformer's ModelRow gives "
-            f"no {lacking}"
-        )
-
-    def gate(request: Request) -> AccumulatedPolynomialGate:
-        ends = (1, *[0] * (request.steps - 2), 1)[: request.steps]
-        limits = Limits(mask=ends, longest_run=config["max_consecutive_cached"])
-        return AccumulatedPolynomialGate(limits, config["threshold"], (1.0, 0.0))
-
-    return Parts(
-        first=0,
-        last=blocks,
-        signal=FilteredModulatedInput(row.modulation, row.noise_grid, config["power_exp"]),
-        gate=gate,
-        forecaster=make_forecaster(*_forecaster(config)),
-    )
-
-
-SEA_CACHE = Method(
-    name="sea_cache",
-    summary="SeaCache: TeaCache on what a filter for the step's noise level leaves of block 0's modulated input",
-    keys=(
-        keys.number("threshold", 0.25, "accumulated distance at which a step is computed", positive=True),
-        keys.integer("max_consecutive_cached", 2, -1, None, "most steps skipped in a row; −1: no limit"),
-        keys.number("power_exp", 3.0, "p of the signal's spectrum 1/|f|^p that the filter assumes", positive=True),
-        *_FORECASTER_KEYS,
-    ),
-    parts=_sea_cache,
-    relations=_unrelated,
+    parts=_combined_parts,
+    relations=_combined_relations,
+    own=_combined_own,
+    output=lambda config: _velocity_cache(config["velocity"]),
 )
 
 #: name → method
-METHODS: dict[str, Method] = {
-    method.name: method for method in (TEA_CACHE, CACHE_DIT, FIRST_BLOCK_CACHE, MAG_CACHE, SEA_CACHE, VELOCITY_CACHE)
-}
+METHODS: dict[str, Method] = {method.name: method for method in (*BLOCK_METHODS, VELOCITY_CACHE, COMBINED)}

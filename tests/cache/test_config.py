@@ -49,6 +49,10 @@ DEFAULTS = {
         "reach": 1.0,
     },
 }
+DEFAULTS["combined"] = {
+    "velocity": DEFAULTS["velocity_cache"],
+    "blocks": {"cache_backend": "cache_dit", "cache_config": DEFAULTS["cache_dit"]},
+}
 
 
 @pytest.fixture(scope="module")

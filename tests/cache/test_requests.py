@@ -26,6 +26,7 @@ CONFIGS = {
         "enable_taylorseer": True,
     },
     "velocity_cache": {"speedup": 2.5},
+    "combined": {"velocity": {"budget": 4}, "blocks": {"cache_config": {"residual_diff_threshold": 0.3}}},
 }
 EVERY_OTHER = {"steps_computation_mask": "10101011", "scm_steps_policy": "static", "max_warmup_steps": 0}
 
