@@ -108,14 +108,16 @@ class Journal:
         if first != header:
             raise ValueError(f"{path} holds another search (other model, prompts, seeds or settings): --fresh drops it")
         for line in lines:
-            with contextlib.suppress(ValueError):  # the last line of a search that was killed while it wrote
+            with contextlib.suppress(ValueError):
                 row = json.loads(line)
-                self.keep(Tried(tuple(row["computed"]), tuple(row["psnr"])), new=False)
+                self._known[tuple(row["computed"])] = Tried(tuple(row["computed"]), tuple(row["psnr"]))
+        if len(self._known) < len(lines):  # the last line of a search that was killed while it wrote
+            path.write_text("\n".join([header, *lines[: len(self._known)]]) + "\n", encoding="utf-8")
 
-    def keep(self, tried: Tried, new: bool = True) -> None:
+    def keep(self, tried: Tried) -> None:
         """Add a sampled schedule."""
         self._known[tried.computed] = tried
-        if new and self._path is not None:
+        if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"computed": tried.computed, "psnr": tried.psnr}) + "\n")
 

@@ -1,0 +1,196 @@
+"""`omni calibrate schedule`: batches, full runs, the journal, the file, on a tiny pipeline."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import omni_kernels
+from omni_runtime import Omni, cli, quality
+from omni_runtime.cache import calibration
+from omni_runtime.calibrate_schedule import Images, Journal, Settings, find, plot, words
+from omni_runtime.schedule_search import Tried, most_steps
+
+STEPS = 8
+ARGUMENTS = {"num_inference_steps": STEPS, "height": 64, "width": 64, "negative_prompt": " ", "true_cfg_scale": 4.0}
+
+
+@pytest.fixture
+def omni():
+    pipe = tiny.qwen_image()
+    pipe.set_progress_bar_config(disable=True)
+    with Omni(pipe, cache_backend=None) as made:
+        yield made
+
+
+def requests_of(omni, prompts=("a cat", "a dog that sits"), seeds=(0, 1)):
+    return [one for prompt in prompts for seed in seeds for one in omni.prepare(prompt, seed=seed, **ARGUMENTS)]
+
+
+def test_a_batch_gives_what_its_images_give_alone(omni):
+    """PSNR of a schedule, in batches and one by one; prompts of different lengths are padded, which rounds."""
+    requests = requests_of(omni)
+    found = []
+    for batch in (1, 3, 8):
+        images = Images(omni.pipe, requests, Settings(), batch)
+        recorded = images.record()
+        assert len(recorded.grams) == len(requests)
+        found.append((images.sample((0, 3, 7)).psnr, np.stack(recorded.grams)))
+    for psnr, grams in found[1:]:
+        np.testing.assert_allclose(psnr, found[0][0], atol=0.05)
+        np.testing.assert_allclose(grams, found[0][1], rtol=1e-4)
+
+
+def test_psnr_is_of_float_images_against_the_full_run(omni):
+    (request,) = requests_of(omni, ("a cat",), (0,))
+    images = Images(omni.pipe, [request], Settings(forecaster_order=0), 1)
+    images.record()
+    full = tiny.generate(omni.pipe)
+    omni_kernels.unpatch(omni.pipe)
+    with omni_kernels.patched(omni.pipe, "velocity_cache", {"schedule": [0, 3, 7], "forecaster_order": 0}):
+        cached = tiny.generate(omni.pipe)
+    assert images.sample((0, 3, 7)).psnr[0] == pytest.approx(float(quality.psnr(cached, full)), abs=1e-3)
+    assert images.sample(tuple(range(STEPS))).psnr == (100.0,)
+
+
+def test_recorded_products_are_those_of_the_model_outputs(omni):
+    seen = []
+    step = omni.pipe.scheduler.step
+    images = Images(omni.pipe, requests_of(omni, ("a cat",), (0,)), Settings(), 1)
+    omni.pipe.scheduler.step = lambda output, *args, **kwargs: seen.append(output) or step(output, *args, **kwargs)
+    recorded = images.record()
+    stacked = torch.stack(seen).flatten(1).double()
+    np.testing.assert_allclose(recorded.grams[0], (stacked @ stacked.T).numpy(), rtol=1e-6)
+    assert recorded.sigmas == pytest.approx([float(s) for s in omni.pipe.scheduler.sigmas])
+
+
+def test_memory_that_is_too_small_for_a_batch_halves_it(omni, monkeypatch):
+    made, requests = [], requests_of(omni)
+    call = type(omni.pipe).__call__
+
+    def limited(self, *args, **kwargs):
+        prompts = kwargs["prompt"] if isinstance(kwargs["prompt"], list) else [kwargs["prompt"]]
+        made.append(len(prompts))
+        if len(prompts) > 1:
+            raise torch.OutOfMemoryError
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(omni.pipe), "__call__", limited)
+    images = Images(omni.pipe, requests, Settings(), 4)
+    images.record()
+    assert made == [4, 2, 1, 1, 1, 1]
+
+
+def test_an_edit_takes_one_picture_a_call():
+    pipe = tiny.qwen_image_edit()
+    pipe.set_progress_bar_config(disable=True)
+    with Omni(pipe, cache_backend=None) as omni, tiny.small_references():
+        requests = [
+            one
+            for seed in (0, 1)
+            for one in omni.prepare("make it red", seed=seed, image=tiny.reference_image(), **ARGUMENTS)
+        ]
+        images = Images(omni.pipe, requests, Settings(), 8)
+        assert len(images.record().grams) == 2
+        assert len(images.sample((0, 3, 7)).psnr) == 2
+
+
+def test_find_searches_and_measures_on_other_images(omni, tmp_path):
+    events = []
+    journal = tmp_path / "search.jsonl"
+
+    def run(tries):
+        return find(
+            omni, requests_of(omni), requests_of(omni, ("a fox",), (7,)), [5, 3], tries=tries, journal=journal,
+            listener=events.append,
+        )  # fmt: skip
+
+    found, document = run(8)
+    assert list(found) == [5, 3]
+    for budget, one in found.items():
+        assert len(one.best.computed) == budget
+        assert one.best.score == max(one.trail) == one.trail[-1] >= one.start.score
+        assert (len(one.best.psnr), len(one.held_out.psnr), len(one.plain.psnr)) == (4, 1, 1)
+        assert one.held_out.computed == one.best.computed
+    assert [event.budget for event in events] == sorted((e.budget for e in events), reverse=True)
+    assert events[-1].seconds_left >= 0
+    rows = document["schedules"]
+    assert [row["computed"] for row in rows] == [list(one.best.computed) for one in found.values()]
+    assert rows[0]["psnr"]["images"] == 1
+    text = "\n".join(words(found))
+    assert "not searched on" in text
+    assert plot(found).count("<polyline") == 2
+
+    lines = journal.read_text().splitlines()
+    again, _ = run(8)
+    assert journal.read_text().splitlines() == lines, "what was sampled is not sampled again"
+    assert {b: one.best for b, one in again.items()} == {b: one.best for b, one in found.items()}
+    further, _ = run(11)
+    assert further[5].best.score >= found[5].best.score
+    assert journal.read_text().splitlines()[: len(lines)] == lines
+
+
+def test_a_journal_that_was_cut_off_is_read_and_another_searchs_is_refused(tmp_path):
+    path = tmp_path / "search.jsonl"
+    Journal(path, {"model": "a"}).keep(Tried((0, 3), (30.0,)))
+    with path.open("a") as file:
+        file.write('{"computed": [0, 2')
+    kept = Journal(path, {"model": "a"})
+    assert kept.get((0, 3)) == Tried((0, 3), (30.0,))
+    assert kept.get((0, 2)) is None
+    kept.keep(Tried((0, 1), (20.0,)))
+    assert Journal(path, {"model": "a"}).get((0, 1)) == Tried((0, 1), (20.0,))
+    with pytest.raises(ValueError, match=r"holds another search.*--fresh"):
+        Journal(path, {"model": "b"})
+
+
+@pytest.mark.parametrize("budgets", [[1], [9]])
+def test_budgets_that_are_none_are_named(omni, budgets):
+    with pytest.raises(ValueError, match=f"from 2 to the 8 steps of a request, not {budgets[0]}"):
+        find(omni, requests_of(omni), requests_of(omni), budgets)
+
+
+def test_most_steps_counts_every_run():
+    # 8 searched and 16 other images in full; 200 schedules of 17; the best schedule and plain sampling on the others.
+    assert most_steps([17], 200, 8, 16, 50) == 24 * 50 + 17 * (200 * 8 + 2 * 16)
+
+
+def test_command_writes_a_file_that_the_cache_takes(tmp_path, saved, capsys):
+    out = tmp_path / "made" / "velocity_cache.json"
+    arguments = ["calibrate", "schedule", "--model", str(saved["qwen_image"]), "--steps", "6", "--budgets", "3"]
+    arguments += ["--size", "64", "--prompts", "a cat", "--seeds", "0", "--tries", "4", "--out", str(out), "--quiet"]
+    assert cli.main(arguments) == 0
+    told = capsys.readouterr().out
+    assert "3 computed steps" in told
+    assert str(out) in told
+    document = json.loads(out.read_text())
+    assert document["provenance"]["seeds"] == [0]
+    assert document["provenance"]["held_out"]["seeds"] == [1000]
+    found = calibration.read(out, "velocity_cache")
+    assert len(found["schedules"][0]["computed"]) == 3
+    assert out.with_suffix(".search.svg").read_text().startswith("<svg")
+    with Omni(str(saved["qwen_image"]), cache_backend="velocity_cache", cache_config={"calibration": str(out)}) as omni:
+        result = omni.generate("a cat", seed=1, num_inference_steps=6, height=64, width=64)[0]
+    assert (
+        result.cache.branches["0" if "0" in result.cache.branches else "cond"].computed
+        == found["schedules"][0]["computed"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["tea_cache", "--budgets", "3"], "--budgets is for a schedule"),
+        (["tea_cache", "--fresh"], "--fresh is for a schedule"),
+        (["schedule", "--budgets", "x"], "a whole number of at least 1 is wanted"),
+        (["schedule", "--budgets", "99", "--steps", "4"], "from 2 to the 4 steps"),
+    ],
+)
+def test_wrong_options_are_named(arguments, named, saved, tmp_path, capsys):
+    model = ["--model", str(saved["qwen_image"]), "--prompts", "a cat", "--out", str(tmp_path / "x.json"), "--quiet"]
+    assert cli.main(["calibrate", *arguments, *model, "--size", "64"]) == 2
+    assert named in capsys.readouterr().err
