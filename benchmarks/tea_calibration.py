@@ -2,7 +2,7 @@
 
     python -m benchmarks.tea_calibration [--model emoji-qwen-image] [--images 32] [--coefficients FILE]
 
-Measures on prompts of the embedded model that were not calibrated with, and on other seeds. A threshold means
+Measures on prompts (or edits) of the embedded model that were not calibrated with, and on other seeds. A threshold means
 something else under every polynomial, so each gets the thresholds at which it computes a half, a third and a quarter
 of the steps: they are found by replaying the distances of the full runs through the gate. Then the polynomials differ
 only in *which* steps they compute. Plain sampling with that many steps is beside them. What is measured is written
@@ -30,6 +30,7 @@ from omni_runtime.cache.gates import AccumulatedPolynomialGate, Limits
 from omni_runtime.cache.models import row_of
 from omni_runtime.calibrate import Point, recording
 from omni_runtime.cli import DEFAULT_MODEL
+from omni_runtime.commands import CALIBRATION_PROMPTS
 from omni_runtime.compare import prompts_of
 from omni_runtime.loading import embedded_models
 from omni_runtime.quality import psnr
@@ -38,6 +39,20 @@ from omni_runtime.request import GenerationRequest
 SHARES = (1 / 2, 1 / 3, 1 / 4)
 IDENTITY = (0.0, 0.0, 0.0, 1.0, 0.0)
 UNLIMITED = (-math.inf, math.inf)
+
+
+def unknown_prompts(model: str, known: Sequence[str]) -> list[tuple[str, Path | None]]:
+    """The embedded model's prompts that were not calibrated with, each with the picture that it edits, if any.
+
+    Instructions recur with other pictures, of which a calibration keeps no record: of those, the ones that
+    `omni calibrate` takes by itself count as calibrated with.
+    """
+    taken = prompts_of(model, CALIBRATION_PROMPTS)
+    return [
+        (text, image)
+        for text, image in prompts_of(model, None)
+        if text not in known or (image is not None and (text, image) not in taken)
+    ]
 
 
 def series(points: Sequence[Point]) -> list[list[float]]:
@@ -142,8 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     file = options.coefficients or embedded_models()[options.model] / calibration.file_name("tea_cache")
     calibrated = calibration.read(file, "tea_cache")
-    known = set(json.loads(file.read_text(encoding="utf-8"))["provenance"]["prompts"])
-    prompts = [text for text, image in prompts_of(options.model, None) if image is None and text not in known]
+    prompts = unknown_prompts(options.model, json.loads(file.read_text(encoding="utf-8"))["provenance"]["prompts"])
     if not prompts or options.images < 2:
         parser.error("at least 2 images are needed, and prompts that were not calibrated with")
     prompts = [prompts[i * len(prompts) // options.images % len(prompts)] for i in range(options.images)]
@@ -151,7 +165,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     omni = Omni(options.model, cache_backend=None, device="cpu")
     pipe = omni.pipe
     pipe.set_progress_bar_config(disable=True)
-    requests = [one for number, prompt in enumerate(prompts) for one in omni.prepare(prompt, seed=1000 + number)]
+    requests = [
+        one
+        for number, (text, image) in enumerate(prompts)
+        for one in omni.prepare(text, seed=1000 + number, **({} if image is None else {"image": image}))
+    ]
     with recording(pipe) as session:
         references = [omni.run(request).images[0] for request in requests]
     omni.close()

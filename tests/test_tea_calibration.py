@@ -1,5 +1,7 @@
 """The benchmark of TeaCache's coefficients: runs are matched in the steps that they compute."""
 
+from pathlib import Path
+
 import pytest
 
 from benchmarks import tea_calibration as bench
@@ -18,6 +20,18 @@ def points(distances: dict[str, list[float]], requests: int = 1) -> list[Point]:
 def test_a_series_is_one_branch_of_one_request() -> None:
     found = bench.series(points({"cond": [0.1, 0.2, 0.3], "uncond": [0.4, 0.5, 0.6]}, requests=2))
     assert sorted(found) == [[0.1, 0.2, 0.3]] * 2 + [[0.4, 0.5, 0.6]] * 2
+
+
+def test_a_prompt_that_was_calibrated_with_is_not_measured_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = [("a cat", None), ("a dog", None), ("a bird", None)]
+    monkeypatch.setattr(bench, "prompts_of", lambda model, count: listed[:: 1 if count is None else 2])
+    assert bench.unknown_prompts("tiny", ["a cat", "a dog"]) == [("a bird", None)]
+
+
+def test_an_instruction_is_measured_on_pictures_that_were_not_calibrated_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = [("mirror it", Path("0.png")), ("mirror it", Path("1.png")), ("make it gray", Path("2.png"))]
+    monkeypatch.setattr(bench, "prompts_of", lambda model, count: listed[:: 1 if count is None else 2])
+    assert bench.unknown_prompts("tiny", ["mirror it", "make it gray"]) == [("mirror it", Path("1.png"))]
 
 
 @pytest.mark.parametrize("wanted", [10, 7, 4])
