@@ -2,11 +2,11 @@
 
     python -m benchmarks.tea_calibration [--model emoji-qwen-image] [--images 32] [--coefficients FILE]
 
-Measures on prompts (or edits) of the embedded model that were not calibrated with, and on other seeds. A threshold means
-something else under every polynomial, so each gets the thresholds at which it computes a half, a third and a quarter
-of the steps: they are found by replaying the distances of the full runs through the gate. Then the polynomials differ
-only in *which* steps they compute. Plain sampling with that many steps is beside them. What is measured is written
-after each image, so that Ctrl-C ends it with what there is.
+Measures on prompts (or edits) of the embedded model that were not calibrated with, and on other seeds. A threshold
+means something else under every polynomial, so each gets the thresholds at which it computes a half, a third and a
+quarter of the steps: they are found by replaying the distances of the full runs through the gate. Then the polynomials
+differ only in *which* steps they compute. Plain sampling with that many steps is beside them. What is measured is
+written after each image, so that Ctrl-C ends it with what there is.
 """
 
 from __future__ import annotations
