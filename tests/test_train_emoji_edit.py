@@ -45,6 +45,13 @@ def test_true_edits():
     np.testing.assert_array_equal(results[edit.instruction], edit.target)
 
 
+@pytest.mark.parametrize("count", [10, 16, 24])
+def test_listed_edits_at_even_distances_are_of_all_kinds(count):
+    listed = edits.listed_edits(64)
+    chosen = [listed[number * len(listed) // count] for number in range(count)]
+    assert {edit.kind for edit in chosen} == set(KINDS)
+
+
 def test_the_true_edit_is_nearest_and_the_untouched_reference_is_not():
     edit = edits.edit_scene(2, 0)
     assert edit_report.is_nearest(edit_report.as_floats(edit.target), edit)

@@ -146,8 +146,11 @@ def edit_scene(seed: int, index: int, side: int = 64, kind: str | None = None) -
 
 
 def listed_edits(side: int) -> list[EditScene]:
-    """The edits of the contact sheet, every kind in turn, of references that training does not show."""
-    return [edit_scene(LISTED_SEED, number, side, kind) for number in range(LISTED_PER_KIND) for kind in EDITS]
+    """The edits of the contact sheet, of references that training does not show.
+
+    Kind by kind, so that a choice at even distances, which is how a few of them are taken, has all kinds alike.
+    """
+    return [edit_scene(LISTED_SEED, number, side, kind) for kind in EDITS for number in range(LISTED_PER_KIND)]
 
 
 def every_result(drawing: Drawing) -> dict[str, np.ndarray]:
