@@ -1,4 +1,5 @@
-"""What the edit model's card shows: a contact sheet of edits beside the true ones, and how often an edit is right.
+"""What the edit model's card shows: a contact sheet of edits beside the true ones, how often an edit is right, and how
+often at other scales of guidance.
 
 An edit is right if, of everything that some instruction would have made of the same reference (leaving it as it is
 included), the result is nearest in PSNR to the true edit, and if its PSNR to the true edit is at most BOUND_DB below
@@ -24,6 +25,7 @@ __all__ = ["is_nearest", "write_edit_sheets"]
 
 BOUND_DB = 8.0
 PER_KIND = 24
+GUIDANCE_SCALES, GUIDED_PER_KIND = (1.0, 1.5, 2.0, 3.0, 4.0), 8
 
 
 def as_floats(picture: np.ndarray) -> np.ndarray:
@@ -49,35 +51,54 @@ def edited(pipeline: Any, edits: list[EditScene], defaults: dict) -> list[np.nda
     return generate(pipeline, [edit.instruction for edit in edits], list(range(len(edits))), defaults, references)
 
 
+def measured(model: Model, pipeline: Any, edits: list[EditScene], defaults: dict) -> dict:
+    """How many of the edits are nearest and how many right, and the mean PSNR in dB of results and reconstructions."""
+    targets = torch.from_numpy(np.stack([as_floats(edit.target) for edit in edits]))
+    results = edited(pipeline, edits, defaults)
+    distances = psnr(torch.from_numpy(np.stack(results)), targets)
+    restored = reconstruct(model.autoencoder, pipeline.vae, [edit.target for edit in edits])
+    reachable = psnr(restored.permute(0, 2, 3, 1), targets)
+    nearest = torch.tensor([is_nearest(result, edit) for result, edit in zip(results, edits, strict=True)])
+    right = nearest & (distances >= reachable - BOUND_DB)
+    return {
+        "nearest": int(nearest.sum()),
+        "right": int(right.sum()),
+        "psnr_db": round(distances.mean().item(), 2),
+        "autoencoder_db": round(reachable.mean().item(), 2),
+    }
+
+
 def measure_edits(model: Model, pipeline: Any, defaults: dict) -> dict:
-    """Per kind and of all: how many edits there were, were nearest, and were right, and their mean PSNR in dB."""
+    """The figures of each kind and, without the mean PSNR, of all."""
     side = defaults["height"]
-    figures, total = {}, {"nearest": 0, "right": 0}
-    for kind in EDITS:
-        edits = [edit_scene(TEST_SEED, index, side, kind) for index in range(PER_KIND)]
-        targets = torch.from_numpy(np.stack([as_floats(edit.target) for edit in edits]))
-        results = edited(pipeline, edits, defaults)
-        distances = psnr(torch.from_numpy(np.stack(results)), targets)
-        restored = reconstruct(model.autoencoder, pipeline.vae, [edit.target for edit in edits])
-        reachable = psnr(restored.permute(0, 2, 3, 1), targets)
-        nearest = torch.tensor([is_nearest(result, edit) for result, edit in zip(results, edits, strict=True)])
-        right = nearest & (distances >= reachable - BOUND_DB)
-        figures[kind] = {
-            "nearest": int(nearest.sum()),
-            "right": int(right.sum()),
-            "psnr_db": round(distances.mean().item(), 2),
-            "autoencoder_db": round(reachable.mean().item(), 2),
-        }
-        for name in total:
-            total[name] += figures[kind][name]
+    figures = {
+        kind: measured(
+            model, pipeline, [edit_scene(TEST_SEED, index, side, kind) for index in range(PER_KIND)], defaults
+        )
+        for kind in EDITS
+    }
     return {
         "bound_db": BOUND_DB,
         "instructions": len(INSTRUCTIONS),
         "of_each": PER_KIND,
         "of_all": PER_KIND * len(EDITS),
-        "all": total,
+        "all": {name: sum(of_kind[name] for of_kind in figures.values()) for name in ("nearest", "right")},
         **figures,
     }
+
+
+def measure_guidance(model: Model, pipeline: Any, defaults: dict) -> dict:
+    """The figures at other scales of guidance, over edits of all kinds other than those that `measure_edits` counts."""
+    edits = [
+        edit_scene(TEST_SEED, PER_KIND + index, defaults["height"], kind)
+        for kind in EDITS
+        for index in range(GUIDED_PER_KIND)
+    ]
+    by_scale = {
+        f"{scale:g}": measured(model, pipeline, edits, defaults | {"true_cfg_scale": scale})
+        for scale in GUIDANCE_SCALES
+    }
+    return {"of_all": len(edits), **by_scale}
 
 
 def write_edit_sheets(model: Model, pipeline: Any, folder: Path, work: Path) -> dict:
@@ -94,4 +115,7 @@ def write_edit_sheets(model: Model, pipeline: Any, folder: Path, work: Path) -> 
         )
     ]
     contact_sheet(*map(list, zip(*cells, strict=True)), columns=6).save(folder / "contact_sheet.png", optimize=True)
-    return {"edits": measure_edits(model, pipeline, defaults)}
+    return {
+        "edits": measure_edits(model, pipeline, defaults),
+        "guidance": measure_guidance(model, pipeline, defaults),
+    }

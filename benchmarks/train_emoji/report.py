@@ -169,7 +169,7 @@ def measure(model: Model, pipeline: Any, folder: Path) -> dict:
         "emoji_outside_the_vocabulary": summary(restore(unknown_scenes(RECONSTRUCTED, side))),
     }
     prompts, images = listed_requests(folder, "contact_sheet")
-    spread = range(0, len(prompts), len(prompts) // COMPARISON_PROMPTS)[:COMPARISON_PROMPTS]
+    spread = [number * len(prompts) // COMPARISON_PROMPTS for number in range(COMPARISON_PROMPTS)]
     chosen = [i for i in spread for _ in COMPARISON_SEEDS]
     stacked = functools.partial(
         generate,
@@ -217,14 +217,15 @@ def caption_sheets(model: Model, pipeline: Any, folder: Path, work: Path) -> dic
 
 
 def write_card(model: Model, folder: Path, figures: dict) -> None:
-    """README.md from the model's template: $name stands for a figure by its path, its parts joined by underscores."""
+    """README.md from the model's template: $name stands for a figure by its path, its parts joined by underscores,
+    which also stand for points in them."""
 
     def flat(prefix: str, value: object) -> dict[str, object]:
         if isinstance(value, dict):
             return {
                 k: v for key, part in value.items() for k, v in flat(f"{prefix}_{key}" if prefix else key, part).items()
             }
-        return {prefix: f"{value:,}" if isinstance(value, int) else value}
+        return {prefix.replace(".", "_"): f"{value:,}" if isinstance(value, int) else value}
 
     template = string.Template((Path(__file__).parent / "cards" / f"{model.name}.md").read_text())
     (folder / "README.md").write_text(template.substitute(flat("", figures)))
