@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from .autoencoder import TEST_SEED, psnr, reconstruct
-from .edits import EDITS, INSTRUCTIONS, EditScene, edit_scene, every_result, listed_edits
+from .edits import EDITS, INSTRUCTIONS, LISTED_PER_KIND, EditScene, edit_scene, every_result, listed_edits
 from .model import Model
 from .report import contact_sheet, generate
 
@@ -102,7 +102,7 @@ def measure_guidance(model: Model, pipeline: Any, defaults: dict) -> dict:
 
 
 def write_edit_sheets(model: Model, pipeline: Any, folder: Path, work: Path) -> dict:
-    """contact_sheet.png, a reference, what was made of it, and the true edit, side by side; returns the figures."""
+    """contact_sheet.png, a row per kind: reference, what was made of it, true edit, and so on; returns the figures."""
     defaults = json.loads((folder / "defaults.json").read_text())
     edits = listed_edits(defaults["height"])
     cells = [
@@ -114,7 +114,9 @@ def write_edit_sheets(model: Model, pipeline: Any, folder: Path, work: Path) -> 
             (as_floats(edit.target), "true edit"),
         )
     ]
-    contact_sheet(*map(list, zip(*cells, strict=True)), columns=6).save(folder / "contact_sheet.png", optimize=True)
+    contact_sheet(*map(list, zip(*cells, strict=True)), columns=3 * LISTED_PER_KIND).save(
+        folder / "contact_sheet.png", optimize=True
+    )
     return {
         "edits": measure_edits(model, pipeline, defaults),
         "guidance": measure_guidance(model, pipeline, defaults),

@@ -16,7 +16,17 @@ from PIL import Image
 
 from .scenes import COLOURS, EMOJI, Drawing, Sprite, background, is_held_out, with_article
 
-__all__ = ["EDITS", "INSTRUCTIONS", "Edit", "EditScene", "edit_scene", "every_result", "instruction_of", "listed_edits"]
+__all__ = [
+    "EDITS",
+    "INSTRUCTIONS",
+    "LISTED_PER_KIND",
+    "Edit",
+    "EditScene",
+    "edit_scene",
+    "every_result",
+    "instruction_of",
+    "listed_edits",
+]
 
 REFERENCE_SIZE = (0.45, 0.7)  # of the side
 LARGER, SMALLER = 1.35, 0.65
