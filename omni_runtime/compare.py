@@ -80,6 +80,7 @@ def _runs_at(tea_cache: float, dbcache: float, first_block: float) -> tuple[tupl
 RUNS: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
     "emoji-qwen-image": _runs_at(0.12, 0.1, 0.09),
     "emoji-z-image": _runs_at(0.08, 0.12, 0.11),
+    "emoji-qwen-image-edit": _runs_at(0.09, 0.07, 0.06),
     "": (
         ("TeaCache", "tea_cache", {}),
         ("DBCache", "cache_dit", {}),
