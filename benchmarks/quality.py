@@ -31,6 +31,7 @@ import torch
 from benchmarks import libraries
 from benchmarks.results import RESULTS, machine, write
 from omni_runtime import Omni, compare, report_html
+from omni_runtime.cache.schedules import even
 from omni_runtime.cells import Run
 from omni_runtime.compare import IDENTITY, REFERENCE
 from omni_runtime.loading import embedded_models
@@ -42,10 +43,12 @@ PROMPTS, SEEDS = 32, 3
 QUICK_PROMPTS = 2
 PSNR_SLACK, TIME_SLACK = 0.1, 0.98
 
-FEWER_STEPS = (40, 32, 25, 20, 16, 13, 10)
+FEWER_STEPS = (40, 32, 25, 20, 17, 16, 13, 10)
 DBCACHE = (0.04, 0.08, 0.12, 0.2, 0.3)
 FORECAST = (0.08, 0.12)
 FIRST_BLOCK = (0.04, 0.07, 0.1, 0.15)
+VELOCITY_SHARES = (0.64, 0.5, 0.34, 0.26, 0.2)  # of the steps: 32, 25, 17, 13 and 10 of 50
+COMBINED_BLOCKS = {"residual_diff_threshold": 0.08}
 TEA_CACHE = (0.05, 0.09, 0.13, 0.2, 0.3)
 MASKS = ("slow", "medium", "fast", "ultra")
 MAG_CACHE = (0.03, 0.06, 0.12, 0.24)
@@ -86,6 +89,14 @@ def contest_of(ratios: Sequence[float] | None, quick: bool) -> Contest:
     contest = Contest([Run(REFERENCE, steps=STEPS)])
     for steps in (25, 16) if quick else FEWER_STEPS:
         contest.runs.append(Run(f"{steps} steps", steps=steps))
+    for budget in (round(STEPS * share) for share in some(VELOCITY_SHARES)):
+        contest.runs.append(Run(f"velocity {budget}", "velocity_cache", {"budget": budget}, STEPS, "velocity cache"))
+        config = {"schedule": list(even(STEPS, budget).computed)}
+        contest.runs.append(Run(f"velocity, even {budget}", "velocity_cache", config, STEPS, "velocity, evenly spread"))
+    for budget in (round(STEPS * share) for share in some(VELOCITY_SHARES[:3])):
+        blocks = {"cache_backend": "cache_dit", "cache_config": {"enable_taylorseer": True, **COMBINED_BLOCKS}}
+        config = {"velocity": {"budget": budget}, "blocks": blocks}
+        contest.runs.append(Run(f"velocity {budget} + DBCache", "combined", config, STEPS, "velocity cache + DBCache"))
     for threshold in some(TEA_CACHE):
         config = {"rel_l1_thresh": threshold, "coefficients": IDENTITY}
         contest.runs.append(Run(f"TeaCache {threshold:g}", "tea_cache", config, STEPS, "TeaCache"))

@@ -162,6 +162,12 @@ class Images:
             session.close()
         return session
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels, of images that were recorded."""
+        height, width = self._references[0].shape[-2:]
+        return height, width
+
     def sample(self, computed: Sequence[int]) -> Tried:
         """Run all with a schedule; PSNR of each image against its full run."""
         psnr: list[float] = []
@@ -336,11 +342,13 @@ def find(
             trail=[one.score for one in result.trail],
         )
     rows = [_row(steps, recorded.sigmas[:steps], budget, one) for budget, one in found.items()]
+    height, width = images.size
     document = {
         "schedules": rows,
         "settings": dataclasses.asdict(settings),
         "forwards": images.forwards + others.forwards,
-        "calibrated_for": {key: value for key, value in recorded.run().items() if key != "steps"},
+        "calibrated_for": {key: value for key, value in recorded.run().items() if key != "steps"}
+        | {"width": width, "height": height},
     }
     return found, document
 

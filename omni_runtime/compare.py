@@ -63,10 +63,17 @@ PIXELS = 1 << 20  # measured at once
 SHEET_ROWS = 24  # of the contact sheet; of more prompts and seeds it shows so many, spread over all
 
 
+_VELOCITY = (
+    ("velocity cache 2×", "velocity_cache", {"speedup": 2.0}),
+    ("velocity cache 2.9×", "velocity_cache", {"speedup": 2.9}),
+)
+
+
 def _runs_at(tea_cache: float, dbcache: float, first_block: float) -> tuple[tuple[str, str, dict[str, Any]], ...]:
     """Every method at these thresholds."""
     tea = {"rel_l1_thresh": tea_cache, "coefficients": IDENTITY}
     return (
+        *_VELOCITY,
         ("TeaCache", "tea_cache", tea),
         ("TeaCache + Newton", "tea_cache", tea | {"forecaster": "newton"}),
         ("DBCache", "cache_dit", {"residual_diff_threshold": dbcache}),
@@ -82,6 +89,7 @@ RUNS: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
     "emoji-z-image": _runs_at(0.08, 0.12, 0.11),
     "emoji-qwen-image-edit": _runs_at(0.09, 0.07, 0.06),
     "": (
+        *_VELOCITY,
         ("TeaCache", "tea_cache", {}),
         ("DBCache", "cache_dit", {}),
         ("DBCache + TaylorSeer", "cache_dit", {"enable_taylorseer": True}),

@@ -50,7 +50,7 @@ def test_without_a_choice_all_methods_and_fewer_steps_run_against_no_cache() -> 
         runs = compare.make_runs(model, [], 50, None)
         assert runs[0] == Run("no cache", None, None, 50)
         assert runs[1:3] == [Run("25 steps", steps=25), Run("16 steps", steps=16)]
-        assert {run.backend for run in runs[3:]} == {"tea_cache", "cache_dit", "first_block_cache"}
+        assert {run.backend for run in runs[3:]} == {"velocity_cache", "tea_cache", "cache_dit", "first_block_cache"}
         assert any((run.config or {}).get("enable_taylorseer") for run in runs)
 
 
