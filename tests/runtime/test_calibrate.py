@@ -456,7 +456,7 @@ def test_models_says_which_coefficients_a_model_has(
 
 @pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize("method", sorted(calibration.KINDS))
-@pytest.mark.parametrize("model", ["emoji-qwen-image", "emoji-z-image"])
+@pytest.mark.parametrize("model", sorted(loading.embedded_models()))
 def test_what_an_embedded_model_brings_was_calibrated_on_it_as_it_is_run(model: str, method: str) -> None:
     directory = loading.embedded_models()[model]
     omni = Omni(model, cache_backend=method)
