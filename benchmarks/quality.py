@@ -240,7 +240,7 @@ def measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
     document = compare.evaluate(results, compare.about(model, pipe, requests))
     compare.write(document, options.work / model)
     return {
-        "command": options.command,
+        "command": options.command.format(model),
         "machine": machine(torch.device("cpu")),
         **document,
         "pairs": [compared(pair, document) for pair in contest.pairs],
@@ -262,7 +262,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.prompts = options.prompts or (QUICK_PROMPTS if options.quick else PROMPTS)
     options.seeds = options.seeds or (1 if options.quick else SEEDS)
     out = options.out or (options.work if options.quick else RESULTS)
-    options.command = " ".join(["python -m benchmarks.quality", *(sys.argv[1:] if argv is None else argv)])
+    given = {"prompts": PROMPTS, "seeds": SEEDS}
+    changed = [
+        f" --{name} {getattr(options, name)}" for name, usual in given.items() if getattr(options, name) != usual
+    ]
+    quick = " --quick" if options.quick else "".join(changed)
+    # Of each model's file: where the pictures are kept, and what else was run, makes no difference to it.
+    options.command = f"python -m benchmarks.quality --model {{}}{quick}"
     torch.set_num_threads(1)  # two are many times slower on models this small
     holds = True
     for model in options.model:
