@@ -31,6 +31,7 @@ def load_autoencoder(model: Model, work: Path, parent: Path | None) -> tuple[tor
     if model.parent is not None:
         parts = json.loads((parent / "training.json").read_text())["parts"]
         vae = type(vae).from_pretrained(parent / "vae", dtype=torch.float32)
+        vae.register_to_config(_name_or_path=None)  # a directory of the machine that it is assembled on
         return vae, {name: parts[name] for name in ("autoencoder", "decoder")}
     trained = {"autoencoder": load_ema(all_parameters(vae), work / "autoencoder.pt")}
     decoder = decoder_checkpoint(work, trained["autoencoder"]["steps"])
