@@ -291,7 +291,8 @@ def _plot_parts(document: Document, measure: str) -> str:
 def plot_svg(document: Document, measure: str = "speedup") -> str:
     """PSNR over `measure` ("speedup" or "nfe") as an SVG file of its own, with a key of the methods below."""
     methods = _methods(document)
-    columns, line = 3, 20
+    longest = 30 + 6.5 * max(map(len, methods), default=0)  # the mark, and a name's letters at their widest
+    columns, line = max(1, int((WIDTH - LEFT) / longest)), 20
     height = HEIGHT + line * math.ceil(len(methods) / columns) + 8
     key = []
     for place, (method, number) in enumerate(methods.items()):
