@@ -64,8 +64,8 @@ SHEET_ROWS = 24  # of the contact sheet; of more prompts and seeds it shows so m
 
 
 _VELOCITY = (
-    ("velocity cache 2×", "velocity_cache", {"speedup": 2.0}),
-    ("velocity cache 2.9×", "velocity_cache", {"speedup": 2.9}),
+    ("velocity cache 2x", "velocity_cache", {"speedup": 2.0}),
+    ("velocity cache 2.9x", "velocity_cache", {"speedup": 2.9}),
 )
 
 
