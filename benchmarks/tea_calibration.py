@@ -56,11 +56,11 @@ def unknown_prompts(model: str, known: Sequence[str]) -> list[tuple[str, Path | 
 
 
 def series(points: Sequence[Point]) -> list[list[float]]:
-    """The input distances of each request, branch and sample, in the order of the steps."""
+    """The input distances of each request, branch and image, in the order of the steps."""
     found: dict[tuple[str, int, int], list[float]] = {}
     request: dict[tuple[str, int], int] = {}
     for point in points:
-        key = point.branch, point.sample
+        key = point.branch, point.image
         request[key] = request.get(key, -1) + (point.step == 1)
         found.setdefault((*key, request[key]), []).append(point.input)
     return list(found.values())

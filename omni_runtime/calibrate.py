@@ -22,7 +22,7 @@ from omni_kernels.patching import Patch
 from omni_runtime.cache import calibration, magnitudes, polynomial
 from omni_runtime.cache.engine import CacheSession, Parts, ResidualPassage
 from omni_runtime.cache.forecasters import make_forecaster
-from omni_runtime.cache.gates import Gate, Limits, ThresholdGate, Verdict, relative_l1, worst
+from omni_runtime.cache.gates import Gate, Limits, ThresholdGate, Verdict, by_image, relative_l1, worst
 from omni_runtime.cache.models import ModelRow
 from omni_runtime.cache.signals import ModulatedInput, Nothing
 from omni_runtime.omni import Omni
@@ -33,7 +33,7 @@ VERSIONS_OF = ("omni-kernels", "diffusers", "torch")
 
 
 class Point(NamedTuple):
-    """How far one sample of one CFG branch has moved since the step before.
+    """How far one image has moved in one transformer call since the step before.
 
     Attributes:
         input: distance of block 0's modulated input, as TeaCache's gate measures it.
@@ -42,7 +42,7 @@ class Point(NamedTuple):
 
     branch: str
     step: int
-    sample: int
+    image: int
     input: float
     output: float
 
@@ -68,7 +68,7 @@ class RecordingGate(Gate):
 
 
 class RecordingPassage(ResidualPassage):
-    """Computed forwards that add a point for each sample."""
+    """Computed forwards that add a point for each image or sample."""
 
     def __init__(self, session: Recording, request: Any, name: str) -> None:
         super().__init__(session, request, name)
@@ -81,14 +81,14 @@ class RecordingPassage(ResidualPassage):
         if before:
             noise = slice(None, self._noise_tokens)
             points = self._measure(hidden[:, noise], base[0][:, noise], before[0][:, noise])
-            self._points += [self._point(self._name, self.step, sample, point) for sample, point in enumerate(points)]
+            self._points += [self._point(self._name, self.step, place, point) for place, point in enumerate(points)]
         super().leave(hidden, encoder, base)
 
     def _measure(self, after: torch.Tensor, entered: torch.Tensor, then: torch.Tensor) -> Sequence[Any]:
-        """What is recorded of each sample, from the states behind and before the blocks and the last residual."""
+        """What is recorded of each, from the states behind and before the blocks and the last residual."""
         raise NotImplementedError
 
-    def _point(self, name: str, step: int, sample: int, measured: Any) -> Any:
+    def _point(self, name: str, step: int, place: int, measured: Any) -> Any:
         raise NotImplementedError
 
 
@@ -99,10 +99,11 @@ class DistancePassage(RecordingPassage):
         gate: Any = self.gate
         inputs, gate.distances = gate.distances, None
         now, sums = ops.residual_relative_l1(after, entered, then)
-        return list(zip(inputs, relative_l1(sums.tolist(), now.numel() // len(inputs)), strict=True))
+        pairs = by_image(sums.tolist(), self._images)
+        return list(zip(inputs, relative_l1(pairs, now.numel() // len(pairs)), strict=True))
 
-    def _point(self, name: str, step: int, sample: int, measured: Any) -> Point:
-        return Point(name, step, sample, *measured)
+    def _point(self, name: str, step: int, place: int, measured: Any) -> Point:
+        return Point(name, step, place, *measured)
 
 
 class MagnitudePassage(RecordingPassage):
@@ -112,8 +113,8 @@ class MagnitudePassage(RecordingPassage):
         now = torch.linalg.vector_norm((after - entered).float(), dim=-1)
         return (now / (torch.linalg.vector_norm(then.float(), dim=-1) + 1e-8)).mean(1).tolist()
 
-    def _point(self, name: str, step: int, sample: int, measured: Any) -> Ratio:
-        return Ratio(name, step, sample, measured)
+    def _point(self, name: str, step: int, place: int, measured: Any) -> Ratio:
+        return Ratio(name, step, place, measured)
 
 
 def _distance_parts(row: ModelRow, blocks: int) -> Parts:

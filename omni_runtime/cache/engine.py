@@ -23,7 +23,7 @@ from omni_kernels.patching.engine import describe
 from omni_runtime.cache import calibration
 from omni_runtime.cache.blocks import BlockCalls, BlockList, Passage
 from omni_runtime.cache.forecasters import Forecaster
-from omni_runtime.cache.gates import Gate, Plan, Verdict
+from omni_runtime.cache.gates import Gate, Plan, Verdict, by_image
 from omni_runtime.cache.history import history_of
 from omni_runtime.cache.lifecycle import Lifecycle, Request
 from omni_runtime.cache.models import MODELS, ModelRow, block_lists, row_of
@@ -65,6 +65,7 @@ class ResidualPassage(Passage):
         "_by_step",
         "_count_noise",
         "_every_step",
+        "_images",
         "_noise_tokens",
         "_position",
         "_signal",
@@ -101,6 +102,7 @@ class ResidualPassage(Passage):
         self.stepwise = stepwise
         self._noise_tokens = self._count_noise(arguments)
         self.step = request.step
+        self._images = request.images
         self._position = float(request.step) if self._by_step else request.sigma
 
     def tensors(self) -> list[torch.Tensor]:
@@ -139,6 +141,8 @@ class ResidualPassage(Passage):
                 verdict = Verdict(True, "nothing to compare with")
             elif verdict is None:
                 pairs = sums.tolist()  # the decision's one transfer to the host
+                if len(pairs) != self._images:
+                    pairs = by_image(pairs, self._images)
                 verdict = gate.judge(pairs, now.numel() // len(pairs))
             if verdict.computed or self._every_step:
                 self.remembered = now

@@ -94,9 +94,9 @@ class Gate:
         return self.unlimited
 
     def judge(self, sums: Sequence[Sequence[float]], elements: int) -> Verdict:
-        """Compute or skip, from each sample's (Σ|x − y|, Σ|y|) over `elements` elements.
+        """Compute or skip, from each image's (Σ|x − y|, Σ|y|) over `elements` elements.
 
-        The batch is decided by its worst sample, so that no sample is worse off than alone. A distance that is NaN
+        The batch is decided by its worst image, so that no image is worse off than alone. A distance that is NaN
         never passes for small: the step is computed.
         """
         raise NotImplementedError(f"{type(self).__name__} measures no distance")
@@ -122,6 +122,18 @@ class ScheduleGate(Gate):
         return (Plan.COMPUTE if self._schedule[step] else Plan.SKIP), "schedule"
 
 
+def by_image(sums: list[list[float]], images: int) -> list[list[float]]:
+    """The sums of each image, from those of each sample.
+
+    Where guidance runs in one batch, several samples are one image's: sample i is image i mod `images`'s, as pipelines
+    lay them, one branch behind the other. What of them is skipped is skipped together, and what counts is how far the
+    image has moved. 0 is for a number that is not known: each sample is an image then.
+    """
+    if not images or len(sums) % images:
+        return sums
+    return [[sum(column) for column in zip(*sums[image::images], strict=True)] for image in range(images)]
+
+
 def worst(distances: Sequence[float]) -> float:
     """The largest distance; NaN if any is."""
     largest = 0.0
@@ -133,7 +145,7 @@ def worst(distances: Sequence[float]) -> float:
 
 
 def relative_l1(sums: Sequence[Sequence[float]], elements: int) -> list[float]:
-    """TeaCache's distance of each sample, mean|x − y| / (mean|y| + 1e-8), from its (Σ|x − y|, Σ|y|)."""
+    """TeaCache's distance of each image, mean|x − y| / (mean|y| + 1e-8), from its (Σ|x − y|, Σ|y|)."""
     return [n / (d + 1e-8 * elements) for n, d in sums]
 
 
@@ -168,7 +180,7 @@ class ThresholdGate(Gate):
 class AccumulatedPolynomialGate(Gate):
     """Skip while the accumulated |poly(r)| stays below the threshold (TeaCache).
 
-    r = mean|x − y| / (mean|y| + 1e-8) against the step before; each sample has its own sum, and all start again from 0
+    r = mean|x − y| / (mean|y| + 1e-8) against the step before; each image has its own sum, and all start again from 0
     at a computed step. `coefficients` has the highest power first. Where the polynomial was fitted to distances within
     `fitted`, (smallest, largest), a finite r outside takes its value at the nearer end: beyond, it means nothing.
     """

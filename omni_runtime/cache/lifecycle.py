@@ -33,7 +33,7 @@ class Request:
         calls: transformer calls in the step under way.
         outputs: the cache of whole steps, where there is one; dropped like the state.
         sample: what the last step left, the latents that the step under way begins with; None before the first.
-        latents: shape of one sample's latents, known from the first step on.
+        images, latents: how many the latents are of, and the shape of one's; 0 and () until the first step closes.
         notes: what the report says of the request besides its decisions.
     """
 
@@ -51,6 +51,7 @@ class Request:
         self.ended = False
         self.outputs: Any = None
         self.sample: torch.Tensor | None = None
+        self.images = 0
         self.latents: tuple[int, ...] = ()
         self.notes: list[str] = []
         self._scheduled = steps
@@ -203,7 +204,8 @@ class Lifecycle:
             if request is not None:
                 if not request.step:
                     sample = args[2] if len(args) > 2 else kwargs.get("sample")
-                    request.latents = tuple(getattr(sample, "shape", ())[1:])
+                    request.images, *latents = getattr(sample, "shape", None) or (0,)
+                    request.latents = tuple(latents)
                 if self._on_output is not None:
                     request.sample = result[0] if isinstance(result, tuple) else result.prev_sample
                 self._close_step(request)

@@ -1,6 +1,6 @@
 """TeaCache's polynomial for one model, and how it is fitted.
 
-A point is a pair of distances between two consecutive denoising steps of a run without a cache, of one sample in one
+A point is a pair of distances between two consecutive denoising steps of a run without a cache, of one image in one
 CFG branch: x of block 0's modulated input, which the gate can see, and y of what a skipped step would reuse, both
 mean|now − then| / (mean|then| + 1e-8). The polynomial predicts y from x (TeaCache, Liu et al. 2024, arXiv:2411.19108).
 

@@ -13,7 +13,7 @@ class Decision(NamedTuple):
         step: index of the denoising step in its request, from 0.
         computed: whether the cached blocks ran.
         reason: what settled it ("warmup", "below threshold", ...).
-        distance: the measured relative L1 distance, of the batch's worst sample; None where nothing was measured.
+        distance: the measured relative L1 distance, of the batch's worst image; None where nothing was measured.
         accumulated: for gates that accumulate, the sum that was held against the threshold.
     """
 

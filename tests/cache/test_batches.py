@@ -1,4 +1,4 @@
-"""Batches: every sample is as well off as alone, because the worst one decides."""
+"""Batches: every image is as well off as alone, because the worst one decides."""
 
 import itertools
 import math
@@ -21,10 +21,10 @@ def latents(pipe, seeds, **arguments):
     return tiny.generate(pipe, generator=generators, output_type="latent", **arguments)
 
 
-def per_sample(now, then):
-    """Relative L1 distance of each sample, in float64."""
-    difference, magnitude = ((now.double() - then.double()).abs(), then.double().abs())
-    return (difference.flatten(1).sum(1) / magnitude.flatten(1).sum(1)).tolist()
+def per_image(now, then, images):
+    """Relative L1 distance of each image, in float64; of guidance in one batch, sample i is image i mod images's."""
+    difference, magnitude = (x.double().abs().flatten(1).sum(1) for x in (now - then, then))
+    return (difference.view(-1, images).sum(0) / magnitude.view(-1, images).sum(0)).tolist()
 
 
 def first_block_residuals(block, call):
@@ -41,21 +41,22 @@ def first_block_residuals(block, call):
     return seen
 
 
-def assert_the_worst_sample_decided(residuals, decisions, threshold):
+def assert_the_worst_image_decided(residuals, decisions, threshold, images):
     last, spread = None, 0.0
     for residual, decision in zip(residuals, decisions, strict=True):
         if last is not None:
-            distances = per_sample(residual, last)
+            distances = per_image(residual, last, images)
             assert decision.distance == pytest.approx(max(distances), rel=1e-4)
             assert decision.computed == (max(distances) >= threshold)
-            spread = max(spread, max(distances) / (sum(distances) / len(distances)))
+            each = per_image(residual, last, len(residual))
+            spread = max(spread, max(each) / (sum(each) / len(each)))
         if decision.computed:
             last = residual
-    assert spread > 1.02, "the samples differ, or this would be no test of which one decides"
+    assert spread > 1.02, "the samples differ, or this would be no test of which of them decides"
     assert {decision.computed for decision in decisions[1:]} == {True, False}
 
 
-def test_every_skipped_step_has_every_samples_own_distance_below_the_threshold(qwen_pipe):
+def test_every_skipped_step_has_every_images_own_distance_below_the_threshold(qwen_pipe):
     threshold = 0.15
     blocks = qwen_pipe.transformer.transformer_blocks
     with omni_kernels.patched(qwen_pipe, "first_block_cache", {"threshold": threshold}) as handle:
@@ -63,18 +64,17 @@ def test_every_skipped_step_has_every_samples_own_distance_below_the_threshold(q
         branches = handle.report.branches
     assert len(residuals[0]) == 3
     for index, name in enumerate(("cond", "uncond")):
-        assert_the_worst_sample_decided(residuals[index::2], branches[name].decisions, threshold)
+        assert_the_worst_image_decided(residuals[index::2], branches[name].decisions, threshold, images=3)
 
 
-def test_guidance_in_one_batch_is_decided_by_its_worse_half(z_pipe):
+@pytest.mark.parametrize("images", [1, 3])
+def test_the_halves_of_guidance_in_one_batch_are_decided_as_one_image(z_pipe, images):
     threshold = 0.1
     with omni_kernels.patched(z_pipe, "first_block_cache", {"threshold": threshold}) as handle:
-        residuals = first_block_residuals(
-            z_pipe.transformer.layers[0], lambda: tiny.generate(z_pipe, num_inference_steps=STEPS)
-        )
+        residuals = first_block_residuals(z_pipe.transformer.layers[0], lambda: latents(z_pipe, SEEDS[:images]))
         (branch,) = handle.report.branches.values()
-    assert len(residuals[0]) == 2
-    assert_the_worst_sample_decided(residuals, branch.decisions, threshold)
+    assert len(residuals[0]) == 2 * images
+    assert_the_worst_image_decided(residuals, branch.decisions, threshold, images)
 
 
 def test_tea_cache_accumulates_for_each_sample_by_itself(qwen_pipe, monkeypatch):

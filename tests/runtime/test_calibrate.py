@@ -64,8 +64,8 @@ class Watched:
         return found
 
 
-def recorded(points: list[calibrate.Point], branch: str, sample: int = 0) -> list[tuple[float, float]]:
-    return [(p.input, p.output) for p in points if (p.branch, p.sample) == (branch, sample)]
+def recorded(points: list[calibrate.Point], branch: str, image: int = 0) -> list[tuple[float, float]]:
+    return [(p.input, p.output) for p in points if (p.branch, p.image) == (branch, image)]
 
 
 def assert_close(ours: list[tuple[float, float]], expected: list[tuple[float, float]]) -> None:
@@ -87,7 +87,7 @@ def test_points_are_the_distances_of_modulated_input_and_residual_per_branch() -
     assert len(session.points) == 14
 
 
-def test_each_sample_of_a_batch_has_its_points() -> None:
+def test_each_image_of_a_batch_has_its_points() -> None:
     pipe = tiny.qwen_image()
     watched = Watched(pipe.transformer)
     with calibrate.recording(pipe) as session:
@@ -251,7 +251,7 @@ def test_all_requests_are_pooled_and_each_is_told_of() -> None:
 
     fitted, document, _ = calibrate.calibrate(omni, requests, Listener)
     assert told == [(0, "a cat"), (1, "a dog")]
-    assert fitted.points == 2 * 25 * 2, "guidance is batched: two samples of one branch"
+    assert fitted.points == 2 * 25, "guidance is batched: two samples of one image"
     assert document["provenance"]["prompts"] == ["a cat", "a dog"]
 
 
@@ -377,7 +377,8 @@ def test_a_model_that_brings_ratios_runs_with_them(embedded: str, capsys: pytest
 
 
 def test_json_is_the_document(saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert calibrate_command(saved["z_image"], tmp_path / "tea.json", "--prompt", "a cat", "--quiet", "--json") == 0
+    prompts = ("--prompt", "a cat", "--prompt", "a dog")
+    assert calibrate_command(saved["z_image"], tmp_path / "tea.json", *prompts, "--quiet", "--json") == 0
     out, err = capsys.readouterr()
     assert json.loads(out) == {"file": str(tmp_path / "tea.json"), **json.loads((tmp_path / "tea.json").read_text())}
     assert err == ""
