@@ -27,7 +27,7 @@ from omni_runtime.cache.models import ModelRow
 from omni_runtime.cache.signals import ModulatedInput, Nothing
 from omni_runtime.omni import Omni
 from omni_runtime.request import GenerationRequest
-from omni_runtime.result import jsonable
+from omni_runtime.result import identified, jsonable
 
 VERSIONS_OF = ("omni-kernels", "diffusers", "torch")
 
@@ -244,12 +244,13 @@ def schedule_document(
     """The file of schedules that `calibrate_schedule.find` has found."""
     provenance = _provenance(omni, requests)
     others = _provenance(omni, held_out)
+    what = ("prompts", "seeds", "images", "references")
     return {
         "method": "velocity_cache",
         "version": calibration.VERSION,
         "model": provenance["model"],
         **found,
-        "provenance": provenance | {"held_out": {key: others[key] for key in ("prompts", "seeds", "images")}},
+        "provenance": provenance | {"held_out": {key: others[key] for key in what if key in others}},
     }
 
 
@@ -263,8 +264,16 @@ def _provenance(omni: Omni, requests: Sequence[GenerationRequest]) -> dict[str, 
         "prompts": list(dict.fromkeys(request.prompt for request in requests)),
         "seeds": sorted({request.seed for request in requests if request.seed is not None}),
         "images": len(requests),
+        **_references(requests),
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "device": pipe._execution_device.type,
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in VERSIONS_OF},
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _references(requests: Sequence[GenerationRequest]) -> dict[str, Any]:
+    """The pictures that were edited, each by mode, size and digest of its pixels; nothing where none were."""
+    pictures = [identified(request.arguments["image"]) for request in requests if "image" in request.arguments]
+    distinct = [picture for place, picture in enumerate(pictures) if picture not in pictures[:place]]
+    return {"references": distinct} if distinct else {}

@@ -38,7 +38,7 @@ from omni_runtime.cache.models import MODELS
 from omni_runtime.cache.report import CacheReport
 from omni_runtime.omni import Omni
 from omni_runtime.request import GenerationRequest
-from omni_runtime.result import jsonable, write_png
+from omni_runtime.result import identified, jsonable, write_png
 
 PACKAGES = ("omni-kernels", "diffusers", "transformers", "torch")
 
@@ -128,7 +128,7 @@ def identity(run: Run, config: Any, pipe: Any, request: GenerationRequest, finge
         "prompt": request.prompt,
         "seed": request.seed,
         "steps": run.steps,
-        "arguments": {k: _told(v) for k, v in sorted(request.arguments.items()) if k != "num_inference_steps"},
+        "arguments": {k: identified(v) for k, v in sorted(request.arguments.items()) if k != "num_inference_steps"},
         "cache_backend": run.backend,
         "cache_config": jsonable(config),
         "installed": run.install is not None,
@@ -339,21 +339,6 @@ def _some_values(weight: torch.Tensor) -> bytes:
     flat = weight.detach().reshape(-1)
     places = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
     return flat[places.to(flat.device)].cpu().double().numpy().tobytes()
-
-
-def _told(value: Any) -> Any:
-    """An argument, fit for JSON; a picture, tensor or array by a digest of its contents."""
-    if isinstance(value, Mapping):
-        return {str(key): _told(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_told(entry) for entry in value]
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().double().numpy() if value.is_floating_point() else value.detach().cpu().numpy()
-    if isinstance(value, np.ndarray):
-        return [str(value.dtype), list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
-    if hasattr(value, "convert"):
-        return [value.mode, list(value.size), hashlib.sha256(value.tobytes()).hexdigest()]
-    return jsonable(value)
 
 
 @functools.cache

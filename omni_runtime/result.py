@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
 
 if TYPE_CHECKING:
     from omni_runtime.cache.report import CacheReport
@@ -108,3 +112,18 @@ def jsonable(value: Any) -> Any:
         return [jsonable(entry) for entry in value]
     shape = getattr(value, "shape", None) or getattr(value, "size", None)
     return f"<{type(value).__name__} {tuple(shape)}>" if isinstance(shape, tuple) else f"<{type(value).__name__}>"
+
+
+def identified(value: Any) -> Any:
+    """Like `jsonable`, but a picture, tensor or array by a digest of its contents."""
+    if isinstance(value, Mapping):
+        return {str(key): identified(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [identified(entry) for entry in value]
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().double().numpy() if value.is_floating_point() else value.detach().cpu().numpy()
+    if isinstance(value, np.ndarray):
+        return [str(value.dtype), list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
+    if hasattr(value, "convert"):
+        return [value.mode, list(value.size), hashlib.sha256(value.tobytes()).hexdigest()]
+    return jsonable(value)

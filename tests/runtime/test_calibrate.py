@@ -1,5 +1,6 @@
 """Calibration: what is recorded of full runs, against the definition written out; what is left behind; the command."""
 
+import hashlib
 import itertools
 import json
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from PIL import Image
 
 import omni_kernels
 from omni_runtime import Omni, calibrate, cli, loading
@@ -253,6 +255,18 @@ def test_all_requests_are_pooled_and_each_is_told_of() -> None:
     assert told == [(0, "a cat"), (1, "a dog")]
     assert fitted.points == 2 * 25, "guidance is batched: two samples of one image"
     assert document["provenance"]["prompts"] == ["a cat", "a dog"]
+
+
+def test_the_pictures_that_were_edited_are_told_apart_by_their_pixels() -> None:
+    omni = omni_of(tiny.qwen_image_edit())
+    red, blue = (Image.new("RGB", (64, 64), color) for color in ("red", "blue"))
+    small = {"height": 64, "width": 64, "num_inference_steps": 4, "seed": 0}
+    requests = [one for image in (red, blue, red) for one in omni.prepare("a cat", image=image, **small)]
+    _, document, _ = calibrate.calibrate(omni, requests, method="mag_cache")
+    assert document["provenance"]["images"] == 3
+    assert document["provenance"]["references"] == [
+        ["RGB", [64, 64], hashlib.sha256(image.tobytes()).hexdigest()] for image in (red, blue)
+    ]
 
 
 def test_calibration_is_without_a_cache() -> None:
