@@ -129,6 +129,14 @@ def test_time_added_is_the_difference_of_the_same_turn():
     assert bench_overhead._times(patched, plain) == (1600.0, 1500.0, 100.0, 0.0)
 
 
+def test_of_several_processes_each_figure_is_the_median():
+    def cost(us):
+        return bench_overhead.Cost("ours", "skipped", "theirs", us + 900, 900.0, us, 10.0, 2, 7, 2)
+
+    costs = [cost(90.0), cost(70.0), cost(81.0)]
+    assert bench_overhead._median(costs) == cost(81.0)
+
+
 def test_results_are_readable_by_the_line(tmp_path):
     content = {"machine": {"name": "x", "versions": {"a": "1"}}, "rows": [{"op": "µ", "us": 1.5}, {"op": "b", "us": 2}]}
     results.write(tmp_path / "deep" / "x.json", content)
