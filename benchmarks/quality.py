@@ -53,6 +53,7 @@ TEA_CACHE = (0.05, 0.09, 0.13, 0.2, 0.3)
 MASKS = ("slow", "medium", "fast", "ultra")
 MAG_CACHE = (0.03, 0.06, 0.12, 0.24)
 SEA_CACHE = (0.1, 0.15, 0.25, 0.4)
+EASY_CACHE = (0.05, 0.08, 0.12, 0.2, 0.4)
 TAYLOR_INTERVALS = (2, 3, 4, 6)
 
 
@@ -134,6 +135,11 @@ def contest_of(ratios: Sequence[float] | None, quick: bool) -> Contest:
             contest.pairs.append(Pair(ours, theirs))
     for threshold in some(SEA_CACHE):
         contest.runs.append(Run(f"SeaCache {threshold:g}", "sea_cache", {"threshold": threshold}, STEPS, "SeaCache"))
+    for threshold in some(EASY_CACHE):
+        config = {"thresh": threshold}
+        contest.runs.append(Run(f"EasyCache {threshold:g}", "easy_cache", config, STEPS, "EasyCache"))
+        config = config | {"forecaster": "newton"}
+        contest.runs.append(Run(f"EasyCache + Newton {threshold:g}", "easy_cache", config, STEPS, "EasyCache + Newton"))
     for interval in some(TAYLOR_INTERVALS):
         settings = {"cache_interval": interval, "max_order": 1, "taylor_factors_dtype": "float32"}
         name = f"diffusers TaylorSeer {interval}"

@@ -229,7 +229,7 @@ print(json.dumps([sums.tolist(), sorted(patching.backends.entry_points())]))
 """
     )
     assert found[0] == [[4.0, 8.0]]
-    assert {"tea_cache", "cache_dit", "first_block_cache", "mag_cache", "sea_cache"} <= set(found[1]), (
+    assert {"tea_cache", "cache_dit", "first_block_cache", "mag_cache", "sea_cache", "easy_cache"} <= set(found[1]), (
         "known by name, and not imported"
     )
 

@@ -30,7 +30,13 @@ from omni_runtime.cache.lifecycle import Request
 from omni_runtime.cache.masks import POLICIES, parse_mask, steps_mask
 from omni_runtime.cache.models import ModelRow, TransformerFacts, row_of
 from omni_runtime.cache.output import OutputSite
-from omni_runtime.cache.signals import FilteredModulatedInput, FirstBlocksResidual, ModulatedInput, Nothing
+from omni_runtime.cache.signals import (
+    ExpectedChange,
+    FilteredModulatedInput,
+    FirstBlocksResidual,
+    ModulatedInput,
+    Nothing,
+)
 
 Config = dict[str, Any]
 
@@ -419,6 +425,10 @@ def _schedule_key() -> keys.Key:
     )
 
 
+_REACH_KEY = keys.number(
+    "reach", 1.0, "longest extrapolation, in distances between the two newest computed steps", positive=True
+)
+
 _ASKED = ("schedule", "budget", "speedup", "quality")
 DEFAULT_SPEEDUP = 2.0
 
@@ -494,14 +504,48 @@ VELOCITY_CACHE = Method(
         ),
         keys.choice("forecaster", "newton", tuple(FORECASTERS), "what stands in for a skipped step's model output"),
         keys.integer("forecaster_order", 1, 0, 2, "order of the forecaster, where it has one"),
-        keys.number(
-            "reach", 1.0, "longest extrapolation, in distances between the two newest computed steps", positive=True
-        ),
+        _REACH_KEY,
     ),
     parts=None,
     relations=_velocity_relations,
     model_file=(calibration.file_name("velocity_cache"), "calibration"),
     output=_velocity_cache,
+)
+
+
+def _easy_cache(config: Config) -> OutputSite:
+    """EasyCache's choices: a skipped step is given x + (out − x) of the last computed one.
+
+    To the guided output; where guidance is linear in the branches' outputs, that is what adding each branch's own
+    difference, as the authors do, would give. (Qwen-Image's guidance rescales, and is not.)
+    """
+
+    def gate(request: Request, transformer: str) -> AccumulatedPolynomialGate:
+        first, last = config["ret_steps"], request.steps - 1
+        forced = tuple(int(step < first or step == last) for step in range(request.steps))
+        return AccumulatedPolynomialGate(Limits(warmup=first, mask=forced), config["thresh"], (1.0, 0.0))
+
+    return OutputSite(
+        gate=gate,
+        forecaster=make_forecaster(*_forecaster(config)),
+        reach=config["reach"],
+        signal=ExpectedChange,
+        residual=True,
+    )
+
+
+EASY_CACHE = Method(
+    name="easy_cache",
+    summary="EasyCache: skip whole steps while the guided model output is expected to have changed little",
+    keys=(
+        keys.number("thresh", 0.05, "accumulated expected change at which a step is computed", positive=True),
+        keys.integer("ret_steps", 10, 0, None, "first steps, always computed"),
+        *_FORECASTER_KEYS,
+        _REACH_KEY,
+    ),
+    parts=None,
+    relations=_unrelated,
+    output=_easy_cache,
 )
 
 
@@ -568,4 +612,4 @@ COMBINED = Method(
 )
 
 #: name → method
-METHODS: dict[str, Method] = {method.name: method for method in (*BLOCK_METHODS, VELOCITY_CACHE, COMBINED)}
+METHODS: dict[str, Method] = {method.name: method for method in (*BLOCK_METHODS, VELOCITY_CACHE, EASY_CACHE, COMBINED)}

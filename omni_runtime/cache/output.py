@@ -4,6 +4,9 @@ What is cached is the guided model output, the tensor that a pipeline hands to `
 skipped step no transformer runs, in no CFG branch; each of its calls is answered with what the same call returned last,
 so that the pipeline's guidance has something to work on, and the scheduler steps with the forecast instead. For flow
 matching the output is a velocity (MeanCache, Gao et al. 2026, arXiv:2601.19961, caches it on a schedule, too).
+
+Which steps those are is a schedule's to say, or a gate's that is shown how much the output is expected to have changed
+(`omni_runtime.cache.signals.ExpectedChange`): one decision a step, for all CFG branches.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from omni_runtime.cache.forecasters import Forecaster
 from omni_runtime.cache.gates import Gate, Plan, Verdict
 from omni_runtime.cache.history import history_of
 from omni_runtime.cache.lifecycle import Request
+from omni_runtime.cache.signals import ExpectedChange
 
 #: Schedulers that evaluate the model once a step, on the latents that they gave out: class → what `σ` is measured by.
 SCHEDULERS: dict[str, str] = {
@@ -59,12 +63,17 @@ class OutputSite:
         reach: how far a forecast goes at most beyond the newest snapshot, in distances between the two newest: farther
             out it stays what it is there. Extrapolation over a long gap is worse than none.
         fitted_for: as `Parts.fitted_for`.
+        signal: what is watched, fresh for each request; None for a gate that measures nothing.
+        residual: whether what is remembered and forecast is the model output less the latents that the step begins
+            with, to which it is added again, and not the output itself.
     """
 
     gate: Callable[[Request, str], Gate]
     forecaster: Forecaster
     reach: float
     fitted_for: Mapping[str, Any] | None = None
+    signal: Callable[[], ExpectedChange] | None = None
+    residual: bool = False
 
 
 class OutputSteps:
@@ -76,13 +85,16 @@ class OutputSteps:
         self._by_step = site.forecaster.axis == "step"
         self._reach = site.reach
         self._history = history_of(site.forecaster)
+        self._signal = None if site.signal is None else site.signal()
+        self._residual = site.residual
         self._returned: dict[str, Any] = {}
         self._step = -1
         self._verdict = Verdict(True, "")
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that is held between steps."""
-        return self._history.tensors() + _tensors_of(self._returned)
+        watched = [] if self._signal is None else self._signal.tensors()
+        return self._history.tensors() + watched + _tensors_of(self._returned)
 
     def verdict(self) -> Verdict:
         """Whether the step under way is computed; settled at its first transformer call."""
@@ -90,11 +102,21 @@ class OutputSteps:
             self._step = self._request.step
             if len(self._history):
                 plan, reason = self._gate.plan(self._step)
-                self._verdict = Verdict(plan is not Plan.SKIP, reason)
+                self._verdict = self._judged() if plan is Plan.MEASURE else Verdict(plan is Plan.COMPUTE, reason)
             else:
                 self._verdict = Verdict(True, "nothing cached yet")
             self._gate.settle(self._verdict.computed)
         return self._verdict
+
+    def _judged(self) -> Verdict:
+        """The gate's judgement; what is done to the latents between two steps is seen one step later."""
+        latents = self._request.sample
+        if self._signal is not None and latents is not None:
+            sums = self._signal.observe(latents)
+            if sums is not None:
+                pairs = sums.tolist()  # the decision's one transfer to the host
+                return self._gate.judge(pairs, latents.numel() // len(pairs))
+        return Verdict(True, "nothing to compare with")
 
     def remember(self, name: str, returned: Any) -> None:
         """What a transformer call of this step returned."""
@@ -108,16 +130,27 @@ class OutputSteps:
         """What the scheduler steps with: `output` at a computed step, at a skipped one its forecast."""
         if self._step != self._request.step:  # no transformer was called in this step
             return output
+        if self._residual and output.shape != sample.shape:
+            raise ValueError(
+                f"the model output has the shape {tuple(output.shape)}, the latents {tuple(sample.shape)}: there is no "
+                "difference of them to cache; velocity_cache needs none"
+            )
         position = float(self._step) if self._by_step else self._request.sigma
-        if self._verdict.computed:
-            self._history.record(output, None, position)
+        computed = self._verdict.computed
+        if self._signal is not None:
+            self._signal.leave(sample, output if computed else None)
+        # In the wider of the two dtypes: pipelines may keep latents in fp32 beside a model in bf16.
+        base = sample.to(torch.promote_types(sample.dtype, output.dtype)) if self._residual else None
+        if computed:
+            self._history.record(output if base is None else output.to(base.dtype), base, position)
             return output
         if self._history.shape != output.shape:
             raise RuntimeError(
                 f"the model output has the shape {tuple(output.shape)} in a skipped step, {self._history.shape} in the "
                 "last computed one: whole steps of this pipeline cannot be skipped"
             )
-        return self._history.forecast(None, reached(self._history.positions, position, self._reach))
+        forecast = self._history.forecast(base, reached(self._history.positions, position, self._reach))
+        return forecast if base is None else forecast.to(output.dtype)
 
 
 def reached(positions: Sequence[float], x: float, reach: float) -> float:

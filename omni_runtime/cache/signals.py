@@ -3,6 +3,8 @@
 A signal turns the input of the first skippable block into one tensor to remember, and, given the remembered one, into
 each sample's [Σ|now − then|, Σ|then|]. `every_step` says when the new tensor replaces the remembered one: at every step
 (distances run from step to step) or only at computed steps (distances run to the last computed step).
+
+Where whole steps are skipped there is no block to watch: `ExpectedChange` goes by what scheduler and model exchange.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from omni_kernels import ops
 from omni_runtime.cache.models import Arguments, Grid, Modulation
 
 
@@ -179,3 +182,50 @@ class Nothing:
     ) -> tuple[Any, Any]:
         """Nothing to remember."""
         return None, None
+
+
+class ExpectedChange:
+    """How much the model output is expected to have changed, from how much the latents have (EasyCache).
+
+    Zhou et al. 2025, arXiv:2507.02860, in the form of the authors' code (H-EmbodVis/EasyCache, EasyCache4Wan2.1). The
+    last two computed steps tell how much the output changes with the latents x: k = Σ|Δout| / Σ|Δx|. From one step to
+    the next, computed or not, it is then expected to change by k Σ|x − x_prev|, to be seen against Σ|out| of the last
+    computed step. Unlike the authors', who take the conditional branch's input and output and the mean over the batch:
+    x and out are those of the scheduler (unscaled, guided, with its sign), and each sample has sums of its own.
+    """
+
+    def __init__(self) -> None:
+        self._latents: torch.Tensor | None = None
+        self._computed: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._rate: torch.Tensor | None = None
+        self._magnitude: torch.Tensor | None = None
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor that is held between steps."""
+        held = (self._latents, *(self._computed or ()), self._rate, self._magnitude)
+        return list({id(t): t for t in held if t is not None}.values())
+
+    def observe(self, latents: torch.Tensor) -> torch.Tensor | None:
+        """What is expected since the step before, where a step begins with these latents, [B, ...].
+
+        Returns:
+            Each sample's [k Σ|x − x_prev|, Σ|out|], fp32 [B, 2]; None before two steps were computed on latents of
+            one shape.
+        """
+        then, rate, magnitude = self._latents, self._rate, self._magnitude
+        if then is None or rate is None or magnitude is None or then.shape != latents.shape:
+            return None
+        return torch.stack((rate * ops.relative_l1(latents, then)[:, 0], magnitude), 1)
+
+    def leave(self, latents: torch.Tensor, output: torch.Tensor | None) -> None:
+        """A step ends that began with these latents; `output` is what was computed, None where nothing was."""
+        self._latents = latents
+        if output is None:
+            return
+        before, self._rate, self._magnitude = self._computed, None, None
+        if before is not None and before[0].shape == latents.shape and before[1].shape == output.shape:
+            changed = ops.relative_l1(before[1], output)
+            self._rate = changed[:, 0] / ops.relative_l1(latents, before[0])[:, 0]
+            self._magnitude = changed[:, 1]
+        # A copy: without guidance it is the transformer's own, whose memory a captured graph writes again.
+        self._computed = latents, output.clone()

@@ -19,6 +19,7 @@ SKIPPING = {
     "first_block_cache": {"threshold": 0.4},
     "mag_cache": {"threshold": 0.4, "retention_ratio": 0.0, "mag_ratios": [1.0, 1.1]},
     "sea_cache": {"threshold": 0.6},
+    "easy_cache": {"thresh": 0.6, "ret_steps": 0},
 }
 
 

@@ -48,6 +48,7 @@ DEFAULTS = {
         "forecaster_order": 1,
         "reach": 1.0,
     },
+    "easy_cache": {"thresh": 0.05, "ret_steps": 10, **FORECASTER, "reach": 1.0},
 }
 DEFAULTS["combined"] = {
     "velocity": DEFAULTS["velocity_cache"],
@@ -133,6 +134,8 @@ def test_configuration_that_is_no_dict_is_refused(pipe, config):
         ("mag_cache", "mag_ratio", "mag_ratios"),
         ("mag_cache", "retention", "retention_ratio"),
         ("sea_cache", "power", "power_exp"),
+        ("easy_cache", "threshold", "thresh"),
+        ("easy_cache", "ret_step", "ret_steps"),
     ],
 )
 def test_misspelt_key_is_named_with_the_nearest(pipe, backend, key, nearest):
@@ -169,6 +172,9 @@ def test_key_that_is_no_string_is_refused(pipe):
         *(("sea_cache", "threshold", value) for value in (0, -0.1, NAN, INFINITY)),
         *(("sea_cache", "power_exp", value) for value in (0, -1.0, NAN)),
         ("sea_cache", "max_consecutive_cached", -2),
+        *(("easy_cache", "thresh", value) for value in (0, -0.1, NAN, INFINITY)),
+        ("easy_cache", "ret_steps", -1),
+        *(("easy_cache", "reach", value) for value in (0, -1.0, NAN, INFINITY)),
         *(("cache_dit", "residual_diff_threshold", value) for value in (NAN, INFINITY)),
         *(("cache_dit", "Fn_compute_blocks", value) for value in (0, -1)),
         ("cache_dit", "Bn_compute_blocks", -1),
@@ -207,6 +213,8 @@ def test_value_out_of_range_is_named(pipe, backend, key, value):
         ("mag_cache", "max_skip_steps", 2.0),
         ("sea_cache", "threshold", None),
         ("sea_cache", "max_consecutive_cached", None),
+        *(("easy_cache", "thresh", value) for value in ("0.05", None, True)),
+        *(("easy_cache", "ret_steps", value) for value in (2.0, None, True)),
     ],
 )
 def test_value_of_the_wrong_type_is_named(pipe, backend, key, value):

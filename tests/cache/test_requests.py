@@ -26,6 +26,7 @@ CONFIGS = {
         "enable_taylorseer": True,
     },
     "velocity_cache": {"speedup": 2.5},
+    "easy_cache": {"thresh": 0.3, "ret_steps": 2, "forecaster": "newton"},
     "combined": {"velocity": {"budget": 4}, "blocks": {"cache_config": {"residual_diff_threshold": 0.3}}},
 }
 EVERY_OTHER = {"steps_computation_mask": "10101011", "scm_steps_policy": "static", "max_warmup_steps": 0}
@@ -133,6 +134,7 @@ def test_cache_that_never_skips_changes_no_bit(any_pipe):
         "tea_cache": {"rel_l1_thresh": 1e-9},
         "mag_cache": {"threshold": -1.0, "mag_ratios": [1.0]},
         "sea_cache": {"threshold": 1e-9},
+        "easy_cache": {"thresh": 1e-9, "ret_steps": 0},
     }.items():
         with omni_kernels.patched(any_pipe, backend, config) as handle:
             assert torch.equal(latents(any_pipe), before)

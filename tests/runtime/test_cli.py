@@ -293,7 +293,7 @@ def test_backends_lists_keys_and_defaults(capsys: pytest.CaptureFixture[str]) ->
     text = capsys.readouterr().out
     assert run("backends", "--json") == 0
     listed = json.loads(capsys.readouterr().out)
-    assert {"tea_cache", "cache_dit", "first_block_cache", "mag_cache", "sea_cache"} <= set(listed)
+    assert {"tea_cache", "cache_dit", "first_block_cache", "mag_cache", "sea_cache", "easy_cache"} <= set(listed)
     for name, backend in listed.items():
         assert re.search(rf"^{name}$", text, re.MULTILINE)
         assert backend["summary"] in text
