@@ -130,6 +130,20 @@ def _forecaster(config: Config) -> tuple[str, int]:
     return config["forecaster"] or "reuse", config["forecaster_order"]
 
 
+_DECISION_KEYS = (
+    keys.choice(
+        "decision", "measure", ("measure", "replay"), "who decides: each request, or the first of its kind for all"
+    ),
+    keys.number(
+        "drift_tolerance", 0.1, "drift, in shares of the threshold, past which a request decides afresh", low=0.0
+    ),
+)
+
+
+def _drift_tolerance(config: Config) -> float | None:
+    return config["drift_tolerance"] if config["decision"] == "replay" else None
+
+
 def _unrelated(config: Config, blocks: int | None, steps: int | None) -> None:
     return None
 
@@ -173,6 +187,7 @@ def _tea_cache(config: Config, row: ModelRow, blocks: int) -> Parts:
         forecaster=make_forecaster(*_forecaster(config)),
         fitted_for=fitted_for,
         note=note,
+        drift_tolerance=_drift_tolerance(config),
     )
 
 
@@ -189,6 +204,7 @@ TEA_CACHE = Method(
                 "polynomial of the distance, highest power first; None: the model's own",
             ),
         ),
+        *_DECISION_KEYS,
         *_FORECASTER_KEYS,
     ),
     parts=_tea_cache,
@@ -204,6 +220,7 @@ def _first_block_cache(config: Config, row: ModelRow, blocks: int) -> Parts:
         signal=FirstBlocksResidual(),
         gate=lambda request: ThresholdGate(Limits(), config["threshold"]),
         forecaster=make_forecaster(*_forecaster(config)),
+        drift_tolerance=_drift_tolerance(config),
     )
 
 
@@ -217,6 +234,7 @@ FIRST_BLOCK_CACHE = Method(
     summary="First-block cache: skip all blocks but the first while its residual has changed little",
     keys=(
         keys.number("threshold", 0.05, "distance below which a step is skipped; ≤ 0 never skips, ≥ 1 always"),
+        *_DECISION_KEYS,
         *_FORECASTER_KEYS,
     ),
     parts=_first_block_cache,
@@ -277,6 +295,7 @@ def _cache_dit(config: Config, row: ModelRow, blocks: int) -> Parts:
         signal=FirstBlocksResidual(),
         gate=_dbcache_gate(config),
         forecaster=make_forecaster(name, order),
+        drift_tolerance=_drift_tolerance(config),
     )
 
 
@@ -315,6 +334,7 @@ CACHE_DIT = Method(
             "scm_steps_policy", "dynamic", ("dynamic", "static"), "the mask's zeros: ask the gate, or skip at once"
         ),
         keys.integer("num_inference_steps", None, 1, None, "not needed: a request's steps are read from its scheduler"),
+        *_DECISION_KEYS,
         *_FORECASTER_KEYS,
     ),
     parts=_cache_dit,
@@ -387,6 +407,7 @@ def _sea_cache(config: Config, row: ModelRow, blocks: int) -> Parts:
         signal=FilteredModulatedInput(row.modulation, row.noise_grid, config["power_exp"]),
         gate=gate,
         forecaster=make_forecaster(*_forecaster(config)),
+        drift_tolerance=_drift_tolerance(config),
     )
 
 
@@ -397,6 +418,7 @@ SEA_CACHE = Method(
         keys.number("threshold", 0.25, "accumulated distance at which a step is computed", positive=True),
         keys.integer("max_consecutive_cached", 2, -1, None, "most steps skipped in a row; −1: no limit"),
         keys.number("power_exp", 3.0, "p of the signal's spectrum 1/|f|^p that the filter assumes", positive=True),
+        *_DECISION_KEYS,
         *_FORECASTER_KEYS,
     ),
     parts=_sea_cache,

@@ -50,14 +50,14 @@ def integer(name: str, default: int | None, low: int, high: int | None, doc: str
     return Key(name, default, "int", allowed, doc, parse)
 
 
-def number(name: str, default: float, doc: str, *, positive: bool = False) -> Key:
-    """A finite number, > 0 if `positive`."""
-    allowed = "a finite number > 0" if positive else "a finite number"
+def number(name: str, default: float, doc: str, *, positive: bool = False, low: float = -math.inf) -> Key:
+    """A finite number, > 0 if `positive`, ≥ `low`."""
+    allowed = "a finite number" + (" > 0" if positive else f" ≥ {low:g}" if low > -math.inf else "")
 
     def parse(value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be {allowed}, not {value!r}")
-        if not _finite(value) or (positive and value <= 0):
+        if not _finite(value) or (positive and value <= 0) or value < low:
             raise ValueError(f"{name} must be {allowed}, not {value}")
         return float(value)
 

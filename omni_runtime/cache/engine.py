@@ -28,6 +28,7 @@ from omni_runtime.cache.history import history_of
 from omni_runtime.cache.lifecycle import Lifecycle, Request
 from omni_runtime.cache.models import MODELS, ModelRow, block_lists, row_of
 from omni_runtime.cache.output import OutputSite, OutputSteps, check_scheduler
+from omni_runtime.cache.replay import ReplayGate, Replays
 from omni_runtime.cache.report import BranchReport, CacheReport, Decision, StepEvent
 from omni_runtime.cache.signals import Signal, SituatedSignal
 
@@ -44,6 +45,8 @@ class Parts:
         fitted_for: the runs that the method's numbers were fitted to, as `calibration.describe` has them; a request
             that differs is warned of. None where nothing was fitted.
         note: what the report should say of the choices.
+        drift_tolerance: requests replay the schedule of the first of their kind until it has drifted farther than this
+            (`omni_runtime.cache.replay`); None: each decides for itself.
     """
 
     first: int
@@ -53,6 +56,7 @@ class Parts:
     forecaster: Forecaster
     fitted_for: Mapping[str, Any] | None = None
     note: str | None = None
+    drift_tolerance: float | None = None
 
 
 class ResidualPassage(Passage):
@@ -88,7 +92,8 @@ class ResidualPassage(Passage):
         self._every_step = parts.signal.every_step
         self._by_step = parts.forecaster.axis == "step"
         self.step = -1
-        self.gate = parts.gate(request)
+        gate = parts.gate(request)
+        self.gate = gate if session.replays is None else session.replays.gate(gate, request, name)
         self.decisions: list[Decision] = []
         request.decisions[name] = self.decisions
         self.remembered: torch.Tensor | None = None
@@ -107,11 +112,13 @@ class ResidualPassage(Passage):
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that is held between forwards."""
-        held = [] if self.remembered is None else [self.remembered]
+        held = self.gate.tensors() if self.remembered is None else [self.remembered, *self.gate.tensors()]
         return held + self.hidden.tensors() + (self.encoder.tensors() if self.encoder else [])
 
-    def _forget(self) -> None:
-        """Drop what no longer fits: the batch, the resolution or the prompt's length has changed."""
+    def _forget(self, hidden: torch.Tensor) -> None:
+        """Drop what does not fit `hidden`: the batch, the resolution or the prompt's length has changed."""
+        tokens = hidden.shape[1] if self._noise_tokens is None else self._noise_tokens
+        self.gate.enters((hidden.shape[0], tokens, *hidden.shape[2:]))
         self.remembered = None
         self.hidden.clear()
         if self.encoder is not None:
@@ -129,7 +136,7 @@ class ResidualPassage(Passage):
                 verdict = Verdict(plan is Plan.COMPUTE, reason, None, gate.accumulated)
         else:
             verdict = Verdict(True, "shape changed" if len(self.hidden) else "nothing cached yet")
-            self._forget()
+            self._forget(hidden)
         if verdict is None or verdict.computed or self._every_step:
             entered = hidden if self.entered is None else self.entered
             if self._noise_tokens is not None:
@@ -139,11 +146,13 @@ class ResidualPassage(Passage):
             now, sums = self._signal.observe(block, arguments, hidden, entered, then, using)
             if verdict is None and then is None:
                 verdict = Verdict(True, "nothing to compare with")
-            elif verdict is None:
+            elif verdict is None and gate.reads:
                 pairs = sums.tolist()  # the decision's one transfer to the host
                 if len(pairs) != self._images:
                     pairs = by_image(pairs, self._images)
                 verdict = gate.judge(pairs, now.numel() // len(pairs))
+            elif verdict is None:
+                verdict = gate.keep(sums, now.numel(), self._images)
             if verdict.computed or self._every_step:
                 self.remembered = now
         gate.settle(verdict.computed)
@@ -224,7 +233,15 @@ class CacheSession:
             self.parts = parts(self.row, self.blocks)
             if isinstance(self.parts.signal, SituatedSignal):
                 self.passage_class = SituatedPassage
-        self._lifecycle = Lifecycle(pipe, self._opened, self._stepped, None if output is None else self.stepped_with)
+        tolerance = None if self.parts is None else self.parts.drift_tolerance
+        self.replays = None if tolerance is None else Replays(tolerance)
+        self._lifecycle = Lifecycle(
+            pipe,
+            self._opened,
+            self._stepped,
+            None if output is None else self.stepped_with,
+            None if self.replays is None else self._replayed,
+        )
         self._last: Request | None = None
         self.passage: Passage | None = None
         self._context: str | None = None
@@ -269,6 +286,7 @@ class CacheSession:
             step_seconds=list(request.step_seconds),
             complete=request.complete,
             notes=list(request.notes),
+            drift=request.drift,
         )
 
     def held_tensors(self) -> list[torch.Tensor]:
@@ -299,6 +317,14 @@ class CacheSession:
         step = request.step - 1
         made = {name: d[-1] for name, d in request.decisions.items() if d and d[-1].step == step}
         self.on_step(StepEvent(step, request.steps, any(d.computed for d in made.values()), made))
+
+    def _replayed(self, request: Request) -> None:
+        """A request has completed: look at what was replayed in it, and keep its schedules."""
+        assert self.replays is not None
+        branches = [(p.gate, p.decisions) for p in request.state.values() if isinstance(p.gate, ReplayGate)]
+        request.drift = self.replays.complete(branches)
+        if request.drift is not None:
+            request.notes.append(self.replays.note(request.drift))
 
     def describe(self, request: Request) -> dict[str, Any]:
         """What fitted numbers hang on, of a request whose first step has closed."""

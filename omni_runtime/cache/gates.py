@@ -1,7 +1,8 @@
 """Gates: when is a step computed?
 
 A gate lives for one CFG branch of one request. At each step it first `plan`s from what needs no device (limits, masks);
-only when that leaves the question open are distances measured and `judge`d. `settle` is told the outcome.
+only when that leaves the question open are distances measured and `judge`d, or, by a gate that knows the outcome
+already (`omni_runtime.cache.replay`), `keep`t. `settle` is told the outcome.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import enum
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Plan(enum.Enum):
@@ -64,10 +65,14 @@ class Gate:
     Attributes:
         unlimited: what is planned for a step of which the limits say nothing.
         accumulated: what a gate that measures nothing holds against its threshold.
+        threshold: of a gate that measures, what is held against it is `Verdict.accumulated`, or where None, `distance`.
+        reads: whether the distances that were planned for are read and judged; else they are kept on the device.
     """
 
     unlimited: tuple[Plan, str] = (Plan.MEASURE, "")
     accumulated: float | None = None
+    threshold: float = math.nan
+    reads: bool = True
 
     def __init__(self, limits: Limits) -> None:
         self._warmup = limits.warmup_steps()
@@ -100,6 +105,23 @@ class Gate:
         never passes for small: the step is computed.
         """
         raise NotImplementedError(f"{type(self).__name__} measures no distance")
+
+    def keep(self, sums: Any, elements: int, images: int) -> Verdict:
+        """Compute or skip without reading the samples' `sums`, fp32 [B, 2] on the device, which are kept.
+
+        Args:
+            sums: as an op returns them.
+            elements: of all samples together.
+            images: how many there are, as `by_image` takes it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} reads what is measured")
+
+    def enters(self, shape: tuple[int, ...]) -> None:
+        """What is watched has this shape from the forward under way on; told at the first, and at each change."""
+
+    def tensors(self) -> list[Any]:
+        """Every tensor that is kept."""
+        return []
 
     def settle(self, computed: bool) -> None:
         """Take note of what was done."""

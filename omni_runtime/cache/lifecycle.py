@@ -35,6 +35,7 @@ class Request:
         sample: what the last step left, the latents that the step under way begins with; None before the first.
         images, latents: how many the latents are of, and the shape of one's; 0 and () until the first step closes.
         notes: what the report says of the request besides its decisions.
+        drift: how far a replayed schedule has drifted; None where none was.
     """
 
     def __init__(self, sigmas: list[float], steps: int) -> None:
@@ -54,6 +55,7 @@ class Request:
         self.images = 0
         self.latents: tuple[int, ...] = ()
         self.notes: list[str] = []
+        self.drift: float | None = None
         self._scheduled = steps
         self._clock = time.perf_counter()
 
@@ -68,15 +70,13 @@ class Request:
         return self.sigmas[self.begin + self.step]
 
     def close_step(self) -> None:
-        """Go on to the next step, or end after the last."""
+        """Go on to the next step, or be complete after the last."""
         now = time.perf_counter()
         self.step_seconds.append(now - self._clock)
         self._clock = now
         self.step += 1
         self.calls = 0
-        if self.step >= self.steps:
-            self.complete = True
-            self.end()
+        self.complete = self.step >= self.steps
 
     def end(self) -> None:
         """Free the state; what was decided stays readable."""
@@ -98,6 +98,7 @@ class Lifecycle:
         on_step: called with the request after each closed step.
         on_output: called with the request, the model output that the scheduler is about to step with, and the latents;
             gives what it steps with instead.
+        on_complete: called with the request after its last step, before its state is freed and `on_step` is called.
     """
 
     def __init__(
@@ -106,12 +107,14 @@ class Lifecycle:
         on_open: Callable[[Request], None],
         on_step: Callable[[Request], None],
         on_output: Callable[[Request, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        on_complete: Callable[[Request], None] | None = None,
     ) -> None:
         self.request: Request | None = None
         self._pipe = pipe
         self._on_open = on_open
         self._on_step = on_step
         self._on_output = on_output
+        self._on_complete = on_complete
         self.scheduler: Any = None
         self._attachment: object = None
         self._patch = Patch()
@@ -236,6 +239,12 @@ class Lifecycle:
 
     def _close_step(self, request: Request) -> None:
         request.close_step()
-        if request.ended and self.request is request:
-            self.request = None
+        if request.complete:
+            try:
+                if self._on_complete is not None and not request.ended:
+                    self._on_complete(request)
+            finally:
+                request.end()
+                if self.request is request:
+                    self.request = None
         self._on_step(request)

@@ -12,8 +12,10 @@ class Decision(NamedTuple):
     Attributes:
         step: index of the denoising step in its request, from 0.
         computed: whether the cached blocks ran.
-        reason: what settled it ("warmup", "below threshold", ...).
-        distance: the measured relative L1 distance, of the batch's worst image; None where nothing was measured.
+        reason: what settled it ("warmup", "below threshold", ...). Of a replayed step, "replayed", and once the request
+            has completed, what its gate would have said where it would not have agreed.
+        distance: the measured relative L1 distance, of the batch's worst image; None where nothing was measured. Of a
+            replayed step it is known once the request has completed.
         accumulated: for gates that accumulate, the sum that was held against the threshold.
     """
 
@@ -66,7 +68,10 @@ class CacheReport:
         blocks_run, blocks_total: transformer blocks that ran, and that would have run without a cache.
         step_seconds: host time per closed step, in seconds (without waiting for the device).
         complete: False for a request that was interrupted or raised.
-        notes: in words, where fitted numbers came from, and in what the request is unlike what they were fitted to.
+        notes: in words, where fitted numbers came from, and in what the request is unlike what they were fitted to; how
+            far a replayed schedule has drifted.
+        drift: over the replayed steps at which the gate would have decided otherwise, the largest distance past the
+            threshold as a share of it; 0.0 where there are none, None where nothing was replayed.
     """
 
     backend: str
@@ -77,6 +82,7 @@ class CacheReport:
     step_seconds: list[float]
     complete: bool
     notes: list[str] = field(default_factory=list)
+    drift: float | None = None
 
     @property
     def forwards(self) -> int:
@@ -100,6 +106,7 @@ class CacheReport:
             "blocks_total": self.blocks_total,
             "step_seconds": list(self.step_seconds),
             "notes": list(self.notes),
+            "drift": self.drift,
             "branches": {
                 name: {
                     "computed": branch.computed,

@@ -11,9 +11,10 @@ from omni_runtime.cache.config import resolve
 
 NAN, INFINITY = math.nan, math.inf
 FORECASTER = {"forecaster": None, "forecaster_order": 1}
+DECISION = {"decision": "measure", "drift_tolerance": 0.1}
 DEFAULTS = {
-    "tea_cache": {"rel_l1_thresh": 0.2, "coefficients": None, **FORECASTER},
-    "first_block_cache": {"threshold": 0.05, **FORECASTER},
+    "tea_cache": {"rel_l1_thresh": 0.2, "coefficients": None, **FORECASTER, **DECISION},
+    "first_block_cache": {"threshold": 0.05, **FORECASTER, **DECISION},
     "mag_cache": {
         "threshold": 0.06,
         "max_skip_steps": 3,
@@ -21,7 +22,7 @@ DEFAULTS = {
         "mag_ratios": None,
         **FORECASTER,
     },
-    "sea_cache": {"threshold": 0.25, "max_consecutive_cached": 2, "power_exp": 3.0, **FORECASTER},
+    "sea_cache": {"threshold": 0.25, "max_consecutive_cached": 2, "power_exp": 3.0, **FORECASTER, **DECISION},
     "cache_dit": {
         "Fn_compute_blocks": 1,
         "Bn_compute_blocks": 0,
@@ -37,6 +38,7 @@ DEFAULTS = {
         "scm_steps_policy": "dynamic",
         "num_inference_steps": None,
         **FORECASTER,
+        **DECISION,
     },
     "velocity_cache": {
         "schedule": None,
@@ -148,6 +150,12 @@ def test_key_of_another_backend_is_refused_with_all_known(pipe):
         omni_kernels.patch(pipe, "first_block_cache", {"Bn_compute_blocks": 1})
 
 
+@pytest.mark.parametrize("backend", ["mag_cache", "velocity_cache"])
+def test_method_that_measures_nothing_has_nothing_to_replay(pipe, backend):
+    with pytest.raises(ValueError, match=f"{backend} has no key 'decision'"):
+        omni_kernels.patch(pipe, backend, {"decision": "replay"})
+
+
 def test_key_that_is_no_string_is_refused(pipe):
     with pytest.raises(ValueError, match="tea_cache has no key 3"):
         omni_kernels.patch(pipe, "tea_cache", {3: 1})
@@ -164,6 +172,8 @@ def test_key_that_is_no_string_is_refused(pipe):
         ("tea_cache", "forecaster_order", 4),
         ("tea_cache", "forecaster_order", -1),
         ("tea_cache", "forecaster", "taylor"),
+        ("tea_cache", "decision", "replays"),
+        *(("first_block_cache", "drift_tolerance", value) for value in (-0.1, NAN, INFINITY)),
         *(("first_block_cache", "threshold", value) for value in (NAN, INFINITY)),
         *(("mag_cache", "threshold", value) for value in (NAN, INFINITY)),
         ("mag_cache", "max_skip_steps", -1),
@@ -201,6 +211,8 @@ def test_value_out_of_range_is_named(pipe, backend, key, value):
         *(("tea_cache", "rel_l1_thresh", value) for value in ("0.2", None, True, [0.2])),
         *(("tea_cache", "coefficients", value) for value in (1.0, [1, 2, 3, 4, "5"], [1, 2, 3, 4, True])),
         ("tea_cache", "forecaster", 1),
+        *(("sea_cache", "decision", value) for value in (None, True)),
+        *(("cache_dit", "drift_tolerance", value) for value in (None, "0.1", True)),
         ("tea_cache", "forecaster_order", 1.0),
         *(("cache_dit", "Fn_compute_blocks", value) for value in (1.0, "1", None, True)),
         *(("cache_dit", "enable_taylorseer", value) for value in (1, "True", None)),
@@ -235,6 +247,8 @@ def test_number_too_large_for_a_float_is_named(pipe, key, value):
 def test_message_names_the_value_and_what_is_allowed(pipe):
     with pytest.raises(ValueError, match=r"rel_l1_thresh must be a finite number > 0, not -0.5"):
         omni_kernels.patch(pipe, "tea_cache", {"rel_l1_thresh": -0.5})
+    with pytest.raises(ValueError, match=r"drift_tolerance must be a finite number ≥ 0, not -0.5"):
+        omni_kernels.patch(pipe, "tea_cache", {"drift_tolerance": -0.5})
     with pytest.raises(ValueError, match=r"taylorseer_order must be a whole number from 0 to 3, not 4"):
         omni_kernels.patch(pipe, "cache_dit", {"taylorseer_order": 4})
     with pytest.raises(ValueError, match=r"coefficients must be None or 5 finite numbers; got 2: \[1, 2\]"):
