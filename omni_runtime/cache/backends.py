@@ -553,6 +553,7 @@ def _easy_cache(config: Config) -> OutputSite:
         reach=config["reach"],
         signal=ExpectedChange,
         residual=True,
+        drift_tolerance=_drift_tolerance(config),
     )
 
 
@@ -562,6 +563,7 @@ EASY_CACHE = Method(
     keys=(
         keys.number("thresh", 0.05, "accumulated expected change at which a step is computed", positive=True),
         keys.integer("ret_steps", 10, 0, None, "first steps, always computed"),
+        *_DECISION_KEYS,
         *_FORECASTER_KEYS,
         _REACH_KEY,
     ),

@@ -233,7 +233,8 @@ class CacheSession:
             self.parts = parts(self.row, self.blocks)
             if isinstance(self.parts.signal, SituatedSignal):
                 self.passage_class = SituatedPassage
-        tolerance = None if self.parts is None else self.parts.drift_tolerance
+        tolerances = [site.drift_tolerance for site in (self.parts, output) if site is not None]
+        tolerance = next((one for one in tolerances if one is not None), None)
         self.replays = None if tolerance is None else Replays(tolerance)
         self._lifecycle = Lifecycle(
             pipe,
@@ -321,8 +322,10 @@ class CacheSession:
     def _replayed(self, request: Request) -> None:
         """A request has completed: look at what was replayed in it, and keep its schedules."""
         assert self.replays is not None
-        branches = [(p.gate, p.decisions) for p in request.state.values() if isinstance(p.gate, ReplayGate)]
-        request.drift = self.replays.complete(branches)
+        told = [(passage.gate, [passage.decisions]) for passage in request.state.values()]
+        if request.outputs is not None:
+            told.append((request.outputs.gate, list(request.decisions.values())))
+        request.drift = self.replays.complete([one for one in told if isinstance(one[0], ReplayGate)])
         if request.drift is not None:
             request.notes.append(self.replays.note(request.drift))
 
@@ -379,7 +382,10 @@ class CacheSession:
             if steps is None:
                 check_scheduler(self._lifecycle.scheduler)
                 assert self._output is not None
-                steps = request.outputs = OutputSteps(self._output, request, _name(self.transformer))
+                gate = self._output.gate(request, _name(self.transformer))
+                if self._output.drift_tolerance is not None and self.replays is not None:
+                    gate = self.replays.gate(gate, request, "")
+                steps = request.outputs = OutputSteps(self._output, request, gate)
             name = self._context or str(request.calls)
             made = request.decisions.get(name)
             if made and made[-1].step == request.step:

@@ -66,6 +66,7 @@ class OutputSite:
         signal: what is watched, fresh for each request; None for a gate that measures nothing.
         residual: whether what is remembered and forecast is the model output less the latents that the step begins
             with, to which it is added again, and not the output itself.
+        drift_tolerance: as `Parts.drift_tolerance`.
     """
 
     gate: Callable[[Request, str], Gate]
@@ -74,14 +75,21 @@ class OutputSite:
     fitted_for: Mapping[str, Any] | None = None
     signal: Callable[[], ExpectedChange] | None = None
     residual: bool = False
+    drift_tolerance: float | None = None
 
 
 class OutputSteps:
-    """The steps of one request: which are computed, and what stands in for the others."""
+    """The steps of one request: which are computed, and what stands in for the others.
 
-    def __init__(self, site: OutputSite, request: Request, transformer: str) -> None:
+    Args:
+        site: the method's choices.
+        request: the request.
+        gate: the site's, for this request.
+    """
+
+    def __init__(self, site: OutputSite, request: Request, gate: Gate) -> None:
         self._request = request
-        self._gate = site.gate(request, transformer)
+        self.gate = gate
         self._by_step = site.forecaster.axis == "step"
         self._reach = site.reach
         self._history = history_of(site.forecaster)
@@ -94,18 +102,19 @@ class OutputSteps:
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that is held between steps."""
         watched = [] if self._signal is None else self._signal.tensors()
-        return self._history.tensors() + watched + _tensors_of(self._returned)
+        return self._history.tensors() + watched + self.gate.tensors() + _tensors_of(self._returned)
 
     def verdict(self) -> Verdict:
         """Whether the step under way is computed; settled at its first transformer call."""
         if self._step != self._request.step:
             self._step = self._request.step
-            if len(self._history):
-                plan, reason = self._gate.plan(self._step)
+            if self._history.shape is not None:
+                self.gate.enters(self._history.shape)
+                plan, reason = self.gate.plan(self._step)
                 self._verdict = self._judged() if plan is Plan.MEASURE else Verdict(plan is Plan.COMPUTE, reason)
             else:
                 self._verdict = Verdict(True, "nothing cached yet")
-            self._gate.settle(self._verdict.computed)
+            self.gate.settle(self._verdict.computed)
         return self._verdict
 
     def _judged(self) -> Verdict:
@@ -113,9 +122,11 @@ class OutputSteps:
         latents = self._request.sample
         if self._signal is not None and latents is not None:
             sums = self._signal.observe(latents)
-            if sums is not None:
+            if sums is not None and self.gate.reads:
                 pairs = sums.tolist()  # the decision's one transfer to the host
-                return self._gate.judge(pairs, latents.numel() // len(pairs))
+                return self.gate.judge(pairs, latents.numel() // len(pairs))
+            if sums is not None:
+                return self.gate.keep(sums, latents.numel(), self._request.images)
         return Verdict(True, "nothing to compare with")
 
     def remember(self, name: str, returned: Any) -> None:

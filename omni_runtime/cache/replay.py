@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,8 @@ Kind = tuple[Any, ...]
 Schedule = dict[int, bool]
 
 KINDS = 64
+#: The reason of a decision that was taken from an earlier request.
+REPLAYED = "replayed"
 
 
 @dataclass
@@ -109,7 +111,7 @@ class ReplayGate(Gate):
         now = self._now
         assert now.step is not None  # it was planned for
         now.sums, now.elements, now.images, now.replayed = sums.detach(), elements, images, True
-        return Verdict(self._schedule[now.step], "replayed")
+        return Verdict(self._schedule[now.step], REPLAYED)
 
     def settle(self, computed: bool) -> None:
         """See `Gate.settle`."""
@@ -167,22 +169,25 @@ class Replays:
 
         return ReplayGate(gate, kind, self._schedules)
 
-    def complete(self, branches: Iterable[tuple[ReplayGate, list[Decision]]]) -> float | None:
-        """Read what the branches of a completed request have kept, in one transfer, complete their decisions by it, and
+    def complete(self, gates: Sequence[tuple[ReplayGate, Sequence[list[Decision]]]]) -> float | None:
+        """Read what the gates of a completed request have kept, in one transfer, complete their decisions by it, and
         record, keep or forget their schedules.
+
+        Args:
+            gates: each with the lists of the decisions that were its.
 
         Returns:
             The request's drift; None where nothing was replayed.
         """
-        branches = list(branches)
-        kept = [sums for gate, _ in branches for sums in gate.kept()]
+        kept = [sums for gate, _ in gates for sums in gate.kept()]
         rows = iter(torch.cat(kept).tolist() if kept else ())
         drifts = []
-        for gate, decisions in branches:
+        for gate, lists in gates:
             gate.read(rows)
             measured = gate.measured()
             replayed = {f.step: verdict for f, verdict in measured if f.replayed}
-            decisions[:] = [_completed(d, replayed[d.step]) if d.step in replayed else d for d in decisions]
+            for decisions in lists:
+                decisions[:] = [_completed(d, replayed[d.step]) if d.reason == REPLAYED else d for d in decisions]
             for kind in {forward.kind: None for forward, _ in measured if forward.kind is not None}:
                 of_kind = [(forward, verdict) for forward, verdict in measured if forward.kind == kind]
                 drifts += self._settle(kind, of_kind, gate.threshold)
@@ -220,5 +225,5 @@ def _past(verdict: Verdict, threshold: float) -> float:
 
 def _completed(decision: Decision, verdict: Verdict) -> Decision:
     """A replayed decision with what was measured, and what its gate would have said where it would not have agreed."""
-    reason = decision.reason if verdict.computed == decision.computed else f"replayed, though {verdict.reason}"
+    reason = decision.reason if verdict.computed == decision.computed else f"{REPLAYED}, though {verdict.reason}"
     return decision._replace(reason=reason, distance=verdict.distance, accumulated=verdict.accumulated)

@@ -50,7 +50,7 @@ DEFAULTS = {
         "forecaster_order": 1,
         "reach": 1.0,
     },
-    "easy_cache": {"thresh": 0.05, "ret_steps": 10, **FORECASTER, "reach": 1.0},
+    "easy_cache": {"thresh": 0.05, "ret_steps": 10, **FORECASTER, **DECISION, "reach": 1.0},
 }
 DEFAULTS["combined"] = {
     "velocity": DEFAULTS["velocity_cache"],

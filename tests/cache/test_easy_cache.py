@@ -504,8 +504,8 @@ def test_all_that_is_held_is_told_and_it_is_a_few_latents(qwen_pipe):
         assert shapes.count((1,)) == (2 if step else 0)
 
 
-def test_compiled_transformer(qwen_pipe, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", 64)
+@torch._dynamo.config.patch(recompile_limit=64)
+def test_compiled_transformer(qwen_pipe):
     config = {"thresh": 0.2, "ret_steps": 3}
     with omni_kernels.patched(qwen_pipe, "easy_cache", config) as handle:
         expected, decided = latents(qwen_pipe), computed_of(handle)

@@ -25,6 +25,7 @@ CONFIGS = {
     "first_block_cache": {"threshold": 0.2},
     "cache_dit": {"residual_diff_threshold": 0.15, "max_warmup_steps": 1, "enable_taylorseer": True},
     "sea_cache": {"threshold": 0.2},
+    "easy_cache": {"thresh": 0.2, "ret_steps": 2},
     "combined": {
         "velocity": {"schedule": [0, 1, 2, 3, 5, 6, 7, 9, 10, 11]},
         "blocks": {"cache_backend": "first_block_cache", "cache_config": {"threshold": 0.2}},
@@ -165,6 +166,7 @@ class Reads:
 
     def __init__(self, monkeypatch):
         self.forbidden = False
+        self.closed = 0
         self.made = []
         for name in self.NAMES:
             monkeypatch.setattr(torch.Tensor, name, self._watched(name, getattr(torch.Tensor, name)))
@@ -181,18 +183,20 @@ class Reads:
     def forbid_within_the_loop(self, pipe):
         """From the end of step 0, up to which diffusers itself reads, to the last step's last forward; returns the
         callback that this takes."""
-        forwards = []
+        last = []
 
         def returned(*_):
-            forwards.append(1)
-            if len(forwards) == 2 * STEPS:
+            last.append(1)
+            if self.closed == STEPS - 1 and len(last) == 2:
                 self.forbidden = False
                 self.made.clear()
 
         pipe.transformer.register_forward_hook(returned)
 
         def at_step_end(pipe, step, timestep, tensors):
-            self.forbidden = step < STEPS - 1
+            self.closed = step + 1
+            self.forbidden = self.closed < STEPS
+            last.clear()
             return {}
 
         return at_step_end
@@ -648,15 +652,16 @@ def test_nothing_of_a_request_outlives_it_but_plain_numbers(qwen_pipe, backend, 
     monkeypatch.setattr(ReplayGate, "keep", spy)
     latents(qwen_pipe, callback_on_step_end=look)
     gc.collect()
-    assert len(sums) == sum(map(len, replayed(handle.report).values())) > 0
-    assert held[:-1] == [
-        sum(made <= step for steps in replayed(handle.report).values() for made in steps) for step in range(STEPS - 1)
-    ]
+    kept = list(replayed(handle.report).values())
+    if backend == "easy_cache":  # one decision for both branches
+        assert kept.pop() == kept[0]
+    assert len(sums) == sum(map(len, kept)) > 0
+    assert held[:-1] == [sum(made <= step for steps in kept for made in steps) for step in range(STEPS - 1)]
     assert held[-1] == 0
     assert [ref() for ref in sums] == [None] * len(sums)
     assert session_of(handle).held_tensors() == []
     schedules = session_of(handle).replays._schedules
-    assert len(schedules) == 2
+    assert len(schedules) == len(kept)
     assert plain(schedules)
 
 

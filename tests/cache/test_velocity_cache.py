@@ -276,9 +276,9 @@ def test_multistep_scheduler(qwen_pipe):
 # Beneath it
 
 
+@torch._dynamo.config.patch(recompile_limit=64)
 def test_compiled_transformer(qwen_pipe, monkeypatch):
     """A transformer that was compiled as a whole is called compiled, and left so."""
-    monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", 64)
     qwen_pipe.transformer.compile(backend="eager")
     compiled = qwen_pipe.transformer._compiled_call_impl
     plain = latents(qwen_pipe)
