@@ -53,7 +53,7 @@ TEA_CACHE = (0.05, 0.09, 0.13, 0.2, 0.3)
 MASKS = ("slow", "medium", "fast", "ultra")
 MAG_CACHE = (0.03, 0.06, 0.12, 0.24)
 SEA_CACHE = (0.1, 0.15, 0.25, 0.4)
-EASY_CACHE = (0.05, 0.08, 0.12, 0.2, 0.4)
+EASY_CACHE = (0.05, 0.08, 0.12, 0.3, 1.0)  # about 38 to 13 of 50 steps on emoji-qwen-image
 TAYLOR_INTERVALS = (2, 3, 4, 6)
 
 
