@@ -11,17 +11,13 @@ from __future__ import annotations
 
 import torch
 
-from omni_kernels.ops import _samples
-from omni_kernels.ops._checks import DTYPES, alike, unlike
+from omni_kernels.ops import _norms, _samples
+from omni_kernels.ops._checks import alike, unlike
 from omni_kernels.ops._triton import tl, triton
 from omni_kernels.registration import define, nbytes
 
-NORMS = ("layer", "rms")
-
 # A tile is as many rows as fill it, or one row: on sm_90 79 registers and 36 KB of loads under way per multiprocessor.
 TILE = 4096
-# A program holds whole rows in registers; longer ones would not fit.
-MAX_TRITON_CHANNELS = 16384
 
 
 def modulated_relative_l1(
@@ -57,35 +53,10 @@ def modulated_relative_l1(
         raise ValueError(f"modulated_relative_l1: h has shape {[*h.shape]}; it must be [B, S, D]")
     if not alike(h, m_prev):
         raise unlike("modulated_relative_l1", h=h, m_prev=m_prev)
-    if norm not in NORMS:
-        raise ValueError(f"modulated_relative_l1: norm is {norm!r}; allowed are 'layer' and 'rms'")
-    _check_modulation("scale", scale, h)
-    if shift is not None:
-        _check_modulation("shift", shift, h)
-    if weight is not None and (weight.shape != h.shape[2:] or weight.device != h.device or weight.dtype not in DTYPES):
-        raise unlike(
-            "modulated_relative_l1",
-            **{"one row of h": h[0, 0] if h.numel() else h.new_empty(h.shape[2])},
-            weight=weight,
-        )
+    _norms.check_norm("modulated_relative_l1", norm)
+    _norms.check_modulation("modulated_relative_l1", "h", h, None, scale=scale, shift=shift)
+    _norms.check_vectors("modulated_relative_l1", "h", h, weight=weight)
     return _op(h, scale, shift, m_prev, norm, weight, eps)
-
-
-def _check_modulation(name: str, t: torch.Tensor, h: torch.Tensor) -> None:
-    B, S, D = h.shape
-    shape = t.shape
-    if (
-        len(shape) not in (2, 3)
-        or shape[-1] != D
-        or shape[0] not in (1, B)
-        or (len(shape) == 3 and shape[1] not in (1, S))
-    ):
-        raise ValueError(
-            f"modulated_relative_l1: {name} has shape {[*shape]}; allowed are "
-            f"[B, D], [B, 1, D] and [B, S, D] with B = {B} or 1, S = {S}, D = {D}"
-        )
-    if t.device != h.device or t.dtype not in DTYPES:
-        raise unlike("modulated_relative_l1", h=h, **{name: t})
 
 
 def bytes_moved(
@@ -102,10 +73,6 @@ def bytes_moved(
     return nbytes((h, scale, shift, m_prev, weight, h)) + 8 * h.shape[0]
 
 
-def _per_token(t: torch.Tensor) -> torch.Tensor:
-    return t.unsqueeze(1) if t.dim() == 2 else t
-
-
 def reference(
     h: torch.Tensor,
     scale: torch.Tensor,
@@ -116,16 +83,11 @@ def reference(
     eps: float = 1e-6,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """In plain torch."""
-    D = h.shape[2]
-    x = h.float()
-    if norm == "layer":
-        m = torch.layer_norm(x, (D,), eps=eps)
-    else:
-        m = x * torch.rsqrt(x.square().mean(-1, keepdim=True).add_(eps))
-    gain = _per_token(scale).float() + 1.0
+    m = _norms.normed(h.float(), norm, eps)
+    gain = _norms.per_token(scale).float() + 1.0
     if weight is not None:
         gain = gain * weight
-    m = m.mul_(gain) if shift is None else torch.addcmul(_per_token(shift).float(), m, gain)
+    m = m.mul_(gain) if shift is None else torch.addcmul(_norms.per_token(shift).float(), m, gain)
     m = m.to(h.dtype).contiguous()
     if m_prev is None:
         return m, h.new_zeros((h.shape[0], 2), dtype=torch.float32)
@@ -160,10 +122,7 @@ def modulated_relative_l1_kernel(  # type: ignore[no-untyped-def]
         if p_prev is not None:
             # Here, so that it is under way while the row is reduced.
             b_prev = tl.load(p_prev + o_s * prev_token + o_d, mask=m, other=0.0)
-        if LAYER:
-            mean = tl.sum(x, axis=1, keep_dims=True) / D
-            x = tl.where(m_d, x - mean, 0.0)
-        x *= tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / D + eps)
+        x = _norms.norm_rows(x, m_d, eps, D, LAYER)
         # Scale and shift are a few KB for all tokens of a sample, and stay in the cache, or are read once.
         gain = 1.0 + tl.load(p_scale + o_s * scale_token + o_d, mask=m, other=0.0).to(tl.float32)
         if p_weight is not None:
@@ -184,18 +143,6 @@ def modulated_relative_l1_kernel(  # type: ignore[no-untyped-def]
         tl.store(p_partials + programs, magnitude)
 
 
-def _rows(t: torch.Tensor) -> torch.Tensor:
-    """`t` with contiguous rows: views that cut or transpose channels are copied."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
-
-
-def _strides(t: torch.Tensor | None, B: int, S: int) -> tuple[int, int]:
-    """Distances of samples and of tokens in elements; 0 where there is one for all, which is known to divide by 16."""
-    if t is None:
-        return 0, 0
-    return 0 if t.shape[0] == 1 else t.stride(0), 0 if t.shape[1] == 1 else t.stride(1)
-
-
 def launch(
     h: torch.Tensor,
     scale: torch.Tensor,
@@ -207,7 +154,7 @@ def launch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """With the Triton kernel; rows too long for it take the plain-torch implementation."""
     B, S, D = h.shape
-    if D > MAX_TRITON_CHANNELS:
+    if D > _norms.MAX_TRITON_CHANNELS:
         return reference(h, scale, shift, m_prev, norm, weight, eps)
     m = h.new_empty((B, S, D))
     sums = h.new_empty((B, 2), dtype=torch.float32)
@@ -215,20 +162,16 @@ def launch(
         sums.zero_()
     if m.numel() == 0:
         return m, sums
-    h, scale = _rows(h), _rows(_per_token(scale))
-    shift = None if shift is None else _rows(_per_token(shift))
-    weight = None if weight is None else weight.contiguous()
-    m_prev = None if m_prev is None else _rows(m_prev)
-    block = triton.next_power_of_2(D)
-    rows = max(1, min(TILE // block, triton.next_power_of_2(S)))
+    h, scale, shift = _norms.rows(h), _norms.rows(_norms.per_token(scale)), _norms.modulation_rows(shift)
+    m_prev = None if m_prev is None else _norms.rows(m_prev)
+    rows, block, num_warps = _norms.cut(S, D, TILE)
     tiles, programs = _samples.cut(S, rows)
     partials = sums if m_prev is None else _samples.new_partials(sums, programs)
-    threads = max(_samples.THREADS, block // 16)
     with _samples.on_device_of(h):
         modulated_relative_l1_kernel[(B * programs,)](
-            h, scale, shift, weight, m_prev, m, partials, S, *_strides(h, B, S), *_strides(scale, B, S),
-            *_strides(shift, B, S), *_strides(m_prev, B, S), eps, tiles, programs,
-            D=D, LAYER=norm == "layer", ROWS=rows, BLOCK=block, num_warps=threads // _samples.WARP_SIZE,
+            h, scale, shift, _norms.vector(weight), m_prev, m, partials, S, *_norms.strides(h), *_norms.strides(scale),
+            *_norms.strides(shift), *_norms.strides(m_prev), eps, tiles, programs,
+            D=D, LAYER=norm == "layer", ROWS=rows, BLOCK=block, num_warps=num_warps,
             enable_fp_fusion=True,
         )  # fmt: skip
         _samples.add_partials(partials, sums)

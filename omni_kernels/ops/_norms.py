@@ -1,0 +1,175 @@
+"""What the ops that norm tokens have in common: the norms, the forms of a modulation, how rows are cut into tiles.
+
+    layer: (x − mean(x)) / √(var(x) + eps)        rms: x / √(mean(x²) + eps)        over D channels, in fp32
+
+A modulation (scale, shift or gate) is [B, D], [B, 1, D] or, per token, [B, S, D], where B may be 1; under an `index`
+[B, S] it is [2B, D], and token (b, s) takes row b where index is 0 and row B + b elsewhere. Modulations are read where
+they lie, as chunks of one projection too; what has to be contiguous is a row.
+
+A program holds whole rows in registers: x is read once, and the variance is that of centred values.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from omni_kernels.ops import _samples
+from omni_kernels.ops._checks import DTYPES, unlike
+from omni_kernels.ops._triton import tl, triton
+
+NORMS = ("layer", "rms")
+INDEX_DTYPES = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+
+# Longer rows do not fit a program's registers; ops that hold more than a row or two have less.
+MAX_TRITON_CHANNELS = 16384
+
+
+def check_norm(op: str, norm: str | None, allowed: tuple[str | None, ...] = NORMS) -> None:
+    """Refuses a norm that is not one of `allowed`."""
+    if norm not in allowed:
+        *most, last = (repr(one) for one in allowed)
+        raise ValueError(f"{op}: norm is {norm!r}; allowed are {', '.join(most)} and {last}")
+
+
+def check_modulation(
+    op: str, like: str, h: torch.Tensor, index: torch.Tensor | None, **given: torch.Tensor | None
+) -> None:
+    """Refuses what is no modulation of h [B, S, D], an argument named `like`, and an index that does not fit h."""
+    B, S, D = h.shape
+    if index is not None:
+        if index.shape != (B, S):
+            raise ValueError(f"{op}: index has shape {[*index.shape]}; it must be [B, S] = {[B, S]}")
+        if index.dtype not in INDEX_DTYPES:
+            raise ValueError(
+                f"{op}: index has dtype {str(index.dtype)[6:]}; it must be bool or an integer of 8 to 64 bits"
+            )
+        if index.device != h.device:
+            raise ValueError(f"{op}: index is on {index.device}; it must be on {h.device}, as {like} is")
+    for name, t in given.items():
+        if t is None:
+            continue
+        shape = t.shape
+        if index is not None:
+            if shape != (2 * B, D):
+                raise ValueError(f"{op}: {name} has shape {[*shape]}; with an index it must be [2B, D] = {[2 * B, D]}")
+        elif (
+            len(shape) not in (2, 3)
+            or shape[-1] != D
+            or shape[0] not in (1, B)
+            or (len(shape) == 3 and shape[1] not in (1, S))
+        ):
+            raise ValueError(
+                f"{op}: {name} has shape {[*shape]}; allowed are "
+                f"[B, D], [B, 1, D] and [B, S, D] with B = {B} or 1, S = {S}, D = {D}"
+            )
+        if t.device != h.device or t.dtype not in DTYPES:
+            raise unlike(op, **{like: h, name: t})
+
+
+def check_vectors(op: str, like: str, h: torch.Tensor, **given: torch.Tensor | None) -> None:
+    """Refuses what is not [D] beside h [..., D], an argument named `like`."""
+    for name, t in given.items():
+        if t is not None and (t.shape != h.shape[-1:] or t.device != h.device or t.dtype not in DTYPES):
+            raise unlike(op, **{f"one row of {like}": h.new_empty(h.shape[-1]), name: t})
+
+
+def per_token(t: torch.Tensor) -> torch.Tensor:
+    """A modulation as [B, 1, D] or [B, S, D]."""
+    return t.unsqueeze(1) if t.dim() == 2 else t
+
+
+def selected(t: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+    """The rows of a modulation that the tokens take, [B, 1, D] or [B, S, D]."""
+    if index is None:
+        return per_token(t)
+    first, second = t.unsqueeze(1).chunk(2)
+    return torch.where(index.unsqueeze(-1) == 0, first, second)
+
+
+def normed(
+    x: torch.Tensor,
+    norm: str,
+    eps: float,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """norm(x) · weight + bias of an x in fp32, as a new tensor, in plain torch."""
+    if norm == "layer":
+        weight, bias = (None if t is None else t.float() for t in (weight, bias))
+        return torch.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    y = x * torch.rsqrt(x.square().mean(-1, keepdim=True).add_(eps))
+    if weight is not None:
+        y.mul_(weight)
+    return y if bias is None else y.add_(bias)
+
+
+def modulate(
+    y: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None, index: torch.Tensor | None
+) -> torch.Tensor:
+    """y · (1 + scale) + shift of a y in fp32, which may be overwritten, in plain torch."""
+    if scale is None:
+        return y if shift is None else y.add_(selected(shift, index))
+    gain = selected(scale, index).float() + 1.0
+    return y.mul_(gain) if shift is None else torch.addcmul(selected(shift, index).float(), y, gain)
+
+
+@triton.jit
+def norm_rows(x, m_d, eps, D: tl.constexpr, LAYER: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The rows of x [ROWS, BLOCK] in fp32, normed over the D channels that m_d lets through; x is 0 in the others."""
+    if LAYER:
+        mean = tl.sum(x, axis=1, keep_dims=True) / D
+        x = tl.where(m_d, x - mean, 0.0)
+    return x * tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / D + eps)
+
+
+@triton.jit
+def modulate_rows(x, b_weight, b_bias, b_scale, b_shift):  # type: ignore[no-untyped-def]
+    """(x · weight + bias) · (1 + scale) + shift, of which each may be None."""
+    if b_weight is not None:
+        x *= b_weight.to(tl.float32)
+    if b_bias is not None:
+        x += b_bias.to(tl.float32)
+    if b_scale is not None:
+        x *= 1.0 + b_scale.to(tl.float32)
+    if b_shift is not None:
+        x += b_shift.to(tl.float32)
+    return x
+
+
+@triton.jit
+def row_of(p_index, sample, samples, index_sample, o_s, index_token, tokens):  # type: ignore[no-untyped-def]
+    """The row of a modulation that tokens o_s of a sample take."""
+    row = sample
+    if p_index is not None:
+        second = tl.load(p_index + sample * index_sample + o_s * index_token, mask=o_s < tokens, other=0) != 0
+        row = sample + tl.where(second, samples, 0).to(tl.int64)
+    return row
+
+
+def rows(t: torch.Tensor) -> torch.Tensor:
+    """`t` with contiguous rows: views that cut or transpose channels are copied."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def modulation_rows(t: torch.Tensor | None) -> torch.Tensor | None:
+    """A modulation as a kernel takes it, [B, 1, D] or [B, S, D] with contiguous rows."""
+    return None if t is None else rows(per_token(t))
+
+
+def vector(t: torch.Tensor | None) -> torch.Tensor | None:
+    """A norm's weight or bias as a kernel takes it."""
+    return None if t is None else t.contiguous()
+
+
+def strides(t: torch.Tensor | None) -> tuple[int, int]:
+    """Distances of samples and of tokens in elements; 0 where there is one for all, which is known to divide by 16."""
+    if t is None:
+        return 0, 0
+    return 0 if t.shape[0] == 1 else t.stride(0), 0 if t.shape[1] == 1 else t.stride(1)
+
+
+def cut(tokens: int, D: int, tile: int) -> tuple[int, int, int]:
+    """Rows of a tile, its channels (a power of two) and warps: as many rows as make `tile` elements, or one."""
+    block = triton.next_power_of_2(D)
+    count = max(1, min(tile // block, triton.next_power_of_2(tokens)))
+    return count, block, max(_samples.THREADS, block // 16) // _samples.WARP_SIZE
