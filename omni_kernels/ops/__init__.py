@@ -11,13 +11,26 @@ from types import SimpleNamespace
 
 import torch
 
+from omni_kernels.ops.ada_layer_norm import ada_layer_norm
+from omni_kernels.ops.gate_residual_norm import gate_residual_norm
 from omni_kernels.ops.linear_forecast import linear_forecast
 from omni_kernels.ops.modulated_relative_l1 import modulated_relative_l1
 from omni_kernels.ops.relative_l1 import relative_l1
 from omni_kernels.ops.residual_relative_l1 import residual_relative_l1
+from omni_kernels.ops.rms_norm import rms_norm
 from omni_kernels.registration import Op, eager_on_cpu
 
-__all__ = ["OPS", "linear_forecast", "modulated_relative_l1", "relative_l1", "residual_relative_l1", "trusted"]
+__all__ = [
+    "OPS",
+    "ada_layer_norm",
+    "gate_residual_norm",
+    "linear_forecast",
+    "modulated_relative_l1",
+    "relative_l1",
+    "residual_relative_l1",
+    "rms_norm",
+    "trusted",
+]
 
 
 def _op(name: str) -> Op:
@@ -26,7 +39,18 @@ def _op(name: str) -> Op:
     return Op(getattr(file, name), file.reference, file.launch, file.bytes_moved)
 
 
-OPS = {name: _op(name) for name in ("relative_l1", "residual_relative_l1", "modulated_relative_l1", "linear_forecast")}
+OPS = {
+    name: _op(name)
+    for name in (
+        "relative_l1",
+        "residual_relative_l1",
+        "modulated_relative_l1",
+        "linear_forecast",
+        "ada_layer_norm",
+        "gate_residual_norm",
+        "rms_norm",
+    )
+}
 
 _CHECKED = SimpleNamespace(**{name: op.function for name, op in OPS.items()})
 _PLAIN = SimpleNamespace(**{name: op.reference for name, op in OPS.items()})

@@ -47,12 +47,19 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
+def no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever would be copied to become contiguous fails the test."""
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda t: t if t.is_contiguous() else pytest.fail("copied"))
+
+
+@pytest.fixture
 def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer programs, which is what the interpreter's time goes by."""
     if INTERPRETED:
         for op in ("relative_l1", "residual_relative_l1", "linear_forecast"):
             monkeypatch.setattr(importlib.import_module(f"omni_kernels.ops.{op}"), "BLOCK", 2**16)
-        monkeypatch.setattr(importlib.import_module("omni_kernels.ops.modulated_relative_l1"), "TILE", 2**17)
+        for op in ("modulated_relative_l1", "ada_layer_norm", "gate_residual_norm", "rms_norm"):
+            monkeypatch.setattr(importlib.import_module(f"omni_kernels.ops.{op}"), "TILE", 2**17)
 
 
 def _ready(name: str) -> Implementation:

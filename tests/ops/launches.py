@@ -32,7 +32,23 @@ def row() -> torch.Tensor:
 relative_l1, residual_relative_l1, modulated_relative_l1, linear_forecast = (
     OPS[name].launcher for name in ("relative_l1", "residual_relative_l1", "modulated_relative_l1", "linear_forecast")
 )
+ada_layer_norm, gate_residual_norm, rms_norm = (
+    OPS[name].launcher for name in ("ada_layer_norm", "gate_residual_norm", "rms_norm")
+)
 h = tensor(1, TOKENS - 1, CHANNELS)
+
+
+def chunks(B: int) -> tuple[torch.Tensor, ...]:
+    """Scale, shift and gate as views of one projection."""
+    return tensor(B, 6 * CHANNELS).chunk(6, 1)[:3]
+
+
+# fp32, one for every token, as views of one projection.
+timesteps = torch.empty(1, TOKENS - 1, 6, CHANNELS).chunk(6, 2)
+per_token = [t.squeeze(2) for t in timesteps[:3]]
+# Which of two modulations a token takes.
+index = torch.empty(2, TOKENS, dtype=torch.int32)
+z_image = tensor(2, 129, 3840)
 
 
 @triton.jit
@@ -59,6 +75,36 @@ LAUNCHES = {
     "modulated_relative_l1 rms": partial(modulated_relative_l1, h, row(), None, h, norm="rms", weight=row()[0]),
     "modulated_relative_l1 per token": partial(modulated_relative_l1, h, h, h, h),
     "modulated_relative_l1 batch": partial(modulated_relative_l1, batch(), tensor(2, CHANNELS), None, batch()),
+    "ada_layer_norm layer": partial(ada_layer_norm, h, *chunks(1)[:2]),
+    "ada_layer_norm index": partial(ada_layer_norm, batch(), *chunks(4)[:2], index),
+    "ada_layer_norm rms": partial(ada_layer_norm, z_image, tensor(2, 1, 3840), norm="rms", weight=tensor(3840)),
+    "ada_layer_norm affine": partial(ada_layer_norm, h, None, weight=row()[0], bias=row()[0]),
+    "ada_layer_norm per token": partial(ada_layer_norm, h, *per_token[:2]),
+    "gate_residual_norm layer": partial(gate_residual_norm, h, h, *chunks(1)),
+    "gate_residual_norm index": partial(gate_residual_norm, batch(), batch(), *chunks(4), index),
+    "gate_residual_norm rms": partial(
+        gate_residual_norm,
+        z_image,
+        z_image,
+        tensor(2, 1, 3840),
+        tensor(2, 1, 3840),
+        gate_tanh=True,
+        x_weight=tensor(3840),
+        norm="rms",
+        weight=tensor(3840),
+    ),
+    "gate_residual_norm per token": partial(gate_residual_norm, h, h, *per_token),
+    "gate_residual_norm h alone": partial(gate_residual_norm, h, h, chunks(1)[0], norm=None),
+    "gate_residual_norm wide": partial(
+        gate_residual_norm,
+        *(torch.empty(1, 9, 8192) for _ in range(5)),
+        gate_tanh=True,
+        x_weight=torch.empty(8192),
+        weight=torch.empty(8192),
+        bias=torch.empty(8192),
+    ),
+    "rms_norm tokens": partial(rms_norm, h, row()[0]),
+    "rms_norm heads": partial(rms_norm, tensor(2, TOKENS, 3, 24, 128)[:, :, 1], tensor(128)),
     "linear_forecast reuse": partial(linear_forecast, odd(), [odd()], [1.0]),
     "linear_forecast 3": partial(linear_forecast, odd(), [odd(), odd(), odd()], [1.0, -2.0, 0.5]),
     "linear_forecast batch": partial(linear_forecast, None, [batch(), batch()], [1.0, -2.0]),

@@ -15,30 +15,59 @@ def relative_l1(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return sums(x.double() - y.double(), y)
 
 
+def tokens(t: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
+    """A modulation as every token takes it."""
+    if index is not None:
+        B = len(t) // 2
+        return torch.stack([torch.stack([t[b + B * (i != 0)] for i in row]) for b, row in enumerate(index.tolist())])
+    return (t[:, None, :] if t.dim() == 2 else t).double()
+
+
 def modulated(
     h: torch.Tensor,
-    scale: torch.Tensor,
+    scale: torch.Tensor | None,
     shift: torch.Tensor | None,
     norm: str = "layer",
     weight: torch.Tensor | None = None,
     eps: float = 1e-6,
+    bias: torch.Tensor | None = None,
+    index: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """m, and the magnitude of the terms that it is the sum of."""
-
-    def tokens(t: torch.Tensor) -> torch.Tensor:
-        return (t[:, None, :] if t.dim() == 2 else t).double()
-
     x = h.double()
     mean = x.mean(-1, keepdim=True) if norm == "layer" else torch.zeros(())
     centred = x - mean
     deviation = torch.sqrt((centred * centred).mean(-1, keepdim=True) + eps)
-    gain = 1 + tokens(scale)
-    terms = (x.abs() + mean.abs()) / deviation
+    m, terms = centred / deviation, (x.abs() + mean.abs()) / deviation
     if weight is not None:
-        gain = gain * weight.double()
-    m = centred / deviation * gain
-    terms = terms * (1 + tokens(scale).abs()) * (1 if weight is None else weight.double().abs())
-    return (m, terms) if shift is None else (m + tokens(shift), terms + tokens(shift).abs())
+        m, terms = m * weight.double(), terms * weight.double().abs()
+    if bias is not None:
+        m, terms = m + bias.double(), terms + bias.double().abs()
+    if scale is not None:
+        gain = tokens(scale, index).double()
+        m, terms = m * (1 + gain), terms * (1 + gain.abs())
+    if shift is not None:
+        m, terms = m + tokens(shift, index), terms + tokens(shift, index).abs()
+    return m, terms
+
+
+def gated_residual(
+    residual: torch.Tensor,
+    x: torch.Tensor,
+    gate: torch.Tensor | None,
+    index: torch.Tensor | None = None,
+    gate_tanh: bool = False,
+    x_weight: torch.Tensor | None = None,
+    x_eps: float = 1e-6,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """h, and the magnitude of the terms that it is the sum of."""
+    added = x.double()
+    if x_weight is not None:
+        added = added / torch.sqrt((added * added).mean(-1, keepdim=True) + x_eps) * x_weight.double()
+    if gate is not None:
+        g = tokens(gate, index).double()
+        added = added * (torch.tanh(g) if gate_tanh else g)
+    return residual.double() + added, residual.double().abs() + added.abs()
 
 
 def linear_forecast(

@@ -3,10 +3,19 @@
 import pytest
 import torch
 
-from omni_kernels.ops import linear_forecast, modulated_relative_l1, relative_l1, residual_relative_l1
+from omni_kernels.ops import (
+    ada_layer_norm,
+    gate_residual_norm,
+    linear_forecast,
+    modulated_relative_l1,
+    relative_l1,
+    residual_relative_l1,
+    rms_norm,
+)
 
 h, other_shape, integers = torch.ones(2, 5, 24), torch.ones(2, 4, 24), torch.ones(2, 5, 24, dtype=torch.int32)
 double, meta, row, scalar = h.double(), torch.empty(2, 5, 24, device="meta"), torch.ones(2, 24), torch.ones(())
+index, two = torch.zeros(2, 5, dtype=torch.int64), torch.ones(4, 24)
 
 CASES = [
     (lambda: relative_l1(h, other_shape), r"relative_l1: y has shape \[2, 4, 24\]; it must be \[2, 5, 24\], as x's is"),
@@ -45,6 +54,37 @@ CASES = [
     (lambda: linear_forecast(h, [h], [1.0], out=integers), "out has dtype int32"),
     (lambda: linear_forecast(integers, [], []), "base has dtype int32"),
     (lambda: linear_forecast(scalar, [], []), "base has no dimensions"),
+    (lambda: ada_layer_norm(row, row), r"ada_layer_norm: x has shape \[2, 24\]; it must be \[B, S, D\]"),
+    (lambda: ada_layer_norm(double, row), "ada_layer_norm: x has dtype float64; allowed are"),
+    (lambda: ada_layer_norm(h, row, norm="group"), "ada_layer_norm: norm is 'group'; allowed are 'layer' and 'rms'"),
+    (lambda: ada_layer_norm(h, row, norm=None), "norm is None; allowed are 'layer' and 'rms'"),
+    (lambda: ada_layer_norm(h, torch.ones(3, 24)), r"scale has shape \[3, 24\]; allowed .* B = 2 or 1, S = 5, D = 24"),
+    (lambda: ada_layer_norm(h, row, row.int()), "shift has dtype int32"),
+    (lambda: ada_layer_norm(h, row.to("meta")), "scale is on meta; it must be on cpu, as x is"),
+    (lambda: ada_layer_norm(h, row, index=index), r"scale has .* with an index it must be \[2B, D\] = \[4, 24\]"),
+    (lambda: ada_layer_norm(h, None, h, index=index), r"shift has shape \[2, 5, 24\]; with an index it must be \[2B"),
+    (lambda: ada_layer_norm(h, two), r"scale has shape \[4, 24\]; allowed are"),
+    (lambda: ada_layer_norm(h, two, index=index[0]), r"index has shape \[5\]; it must be \[B, S\] = \[2, 5\]"),
+    (lambda: ada_layer_norm(h, two, index=index.float()), "index has dtype float32; it must be bool or an integer"),
+    (lambda: ada_layer_norm(h, two, index=index.to("meta")), "index is on meta; it must be on cpu, as x is"),
+    (lambda: ada_layer_norm(h, row, weight=torch.ones(23)), r"weight has shape \[23\]; it must be \[24\], as one row"),
+    (lambda: ada_layer_norm(h, row, bias=row), r"bias has shape \[2, 24\]; it must be \[24\], as one row of x's is"),
+    (lambda: gate_residual_norm(row, row), r"gate_residual_norm: residual has shape \[2, 24\]; it must be \[B, S, D\]"),
+    (
+        lambda: gate_residual_norm(h, other_shape),
+        r"x has shape \[2, 4, 24\]; it must be \[2, 5, 24\], as residual's is",
+    ),
+    (lambda: gate_residual_norm(h, meta), "x is on meta; it must be on cpu, as residual is"),
+    (lambda: gate_residual_norm(h, h, torch.ones(24)), r"gate has shape \[24\]; allowed are \[B, D\], "),
+    (lambda: gate_residual_norm(h, h, two, two, row, index=index), r"shift has shape \[2, 24\]; with an index"),
+    (lambda: gate_residual_norm(h, h, norm="group"), "norm is 'group'; allowed are 'layer', 'rms' and None"),
+    (lambda: gate_residual_norm(h, h, scale=row, norm=None), "scale is given, and norm is None"),
+    (lambda: gate_residual_norm(h, h, bias=row[0], norm=None), "bias is given, and norm is None"),
+    (lambda: gate_residual_norm(h, h, x_weight=row), r"x_weight has shape \[2, 24\]; it must be \[24\]"),
+    (lambda: rms_norm(scalar), "rms_norm: x has no dimensions; the last one is what is normed"),
+    (lambda: rms_norm(integers), "rms_norm: x has dtype int32; allowed are float32, float16 and bfloat16"),
+    (lambda: rms_norm(h, row), r"weight has shape \[2, 24\]; it must be \[24\], as one row of x's is"),
+    (lambda: rms_norm(h, row[0].int()), "rms_norm: weight has dtype int32"),
 ]
 
 

@@ -32,6 +32,9 @@ def arguments(name, shape, device=DEVICE):
         "residual_relative_l1": (h[0], h[1], h[2]),
         "modulated_relative_l1": (h[0], row, row, h[1]),
         "linear_forecast": (h[0], h[1:], [0.5, -1.5]),
+        "ada_layer_norm": (h[0], row, row),
+        "gate_residual_norm": (h[0], h[1], row, row, row),
+        "rms_norm": (h[0], row[0]),
     }[name]
 
 
@@ -59,6 +62,13 @@ def test_the_dispatcher_runs_the_kernel_and_it_is_right(name, shape, monkeypatch
         assert_near(got[0], op_oracle.relative_l1(*inputs))
     elif name == "linear_forecast":
         assert_near(got[0], *op_oracle.linear_forecast(*inputs))
+    elif name == "ada_layer_norm":
+        assert_near(got[0], *op_oracle.modulated(*inputs))
+    elif name == "gate_residual_norm":
+        assert_near(got[0], *op_oracle.gated_residual(*inputs[:3]))
+        assert_near(got[1], *op_oracle.modulated(got[0], *inputs[3:]))
+    elif name == "rms_norm":
+        assert_near(got[0], *op_oracle.modulated(inputs[0], None, None, "rms", inputs[1]))
     else:
         h, other, third = inputs[:3]
         is_residual = name == "residual_relative_l1"

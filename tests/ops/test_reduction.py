@@ -74,7 +74,7 @@ def test_a_sample_has_the_same_bits_alone_and_in_a_batch(triton_launch, small_bl
         assert torch.equal(sums(triton_launch, op, [t[b : b + 1] for t in inputs]), together[b : b + 1])
 
 
-@pytest.mark.parametrize("op", [*SUMMING, "linear_forecast"])
+@pytest.mark.parametrize("op", [*SUMMING, "linear_forecast", "ada_layer_norm", "gate_residual_norm", "rms_norm"])
 def test_samples_that_lie_more_than_2_to_the_31_elements_apart(triton_launch, op):
     # The distance fits 32 bits, three times the distance does not. Of these 4 GB of addresses a few KB are used.
     distance, (B, S, D) = 2**30, (3, 5, 48)
@@ -93,6 +93,13 @@ def test_samples_that_lie_more_than_2_to_the_31_elements_apart(triton_launch, op
         assert torch.equal(far, run(near, [other], [0.5]))
     elif op == "relative_l1":
         assert torch.equal(run(far, other), run(near, other))
+    elif op == "rms_norm":
+        assert torch.equal(run(far), run(near))
+    elif op == "ada_layer_norm":
+        assert torch.equal(run(far, far, other), run(near, near, other))
+    elif op == "gate_residual_norm":
+        for a, b in zip(run(far, far, far, other, far), run(near, near, near, other, near), strict=True):
+            assert torch.equal(a, b)
     else:
         more = [other] if op == "residual_relative_l1" else [other, third]
         for a, b in zip(run(far, *more, far), run(near, *more, near), strict=True):

@@ -11,7 +11,15 @@ from torch.library import opcheck
 from omni_kernels import ops, registration
 from omni_kernels.ops import OPS
 
-NAMES = ["linear_forecast", "modulated_relative_l1", "relative_l1", "residual_relative_l1"]
+NAMES = [
+    "ada_layer_norm",
+    "gate_residual_norm",
+    "linear_forecast",
+    "modulated_relative_l1",
+    "relative_l1",
+    "residual_relative_l1",
+    "rms_norm",
+]
 
 
 def tensors(count, *shape, dtype=torch.float32, device="cpu"):
@@ -27,6 +35,9 @@ def arguments(name, dtype=torch.float32, device="cpu"):
         "residual_relative_l1": (h[0], h[1], h[2]),
         "modulated_relative_l1": (h[0], rows[0], rows[1], h[1]),
         "linear_forecast": (h[0], [h[1], h[2]], [0.5, -1.5]),
+        "ada_layer_norm": (h[0], rows[0], rows[1]),
+        "gate_residual_norm": (h[0], h[1], rows[0], rows[0], rows[1]),
+        "rms_norm": (h[0], tensors(1, 24, device=device)[0]),
     }[name]
 
 
@@ -35,6 +46,7 @@ def equal(a, b):
     return all(torch.equal(x, y) for x, y in pairs)
 
 
+INDEX = torch.tensor([[0, 1, 0, 0, 1], [1, 1, 0, 0, 0]])
 OVERLOADS = {
     "relative_l1": [("default", arguments("relative_l1"))],
     "residual_relative_l1": [
@@ -49,6 +61,32 @@ OVERLOADS = {
         ("default", arguments("linear_forecast", torch.float16)),
         ("default", (torch.ones(2, 3), [], [])),
         ("tensor", (None, tensors(2, 3, 4), torch.tensor([0.5, 2.0]))),
+    ],
+    "ada_layer_norm": [
+        ("default", (*arguments("ada_layer_norm"), None, "layer", None, None, 1e-6)),
+        ("default", (*arguments("ada_layer_norm", torch.bfloat16)[:2], None, INDEX, "rms", *tensors(2, 24), 1e-6)),
+    ],
+    "gate_residual_norm": [
+        ("default", (*arguments("gate_residual_norm"), None, False, None, 1e-6, "layer", None, None, 1e-6)),
+        (
+            "default",
+            (
+                *arguments("gate_residual_norm")[:2],
+                *tensors(3, 4, 24),
+                INDEX,
+                True,
+                *tensors(1, 24),
+                1e-5,
+                "rms",
+                *tensors(2, 24),
+                1e-6,
+            ),
+        ),
+        ("without_norm", (*arguments("gate_residual_norm", torch.bfloat16)[:3], None, True, None, 1e-6)),
+    ],
+    "rms_norm": [
+        ("default", (*arguments("rms_norm"), 1e-6)),
+        ("default", (tensors(1, 2, 3, 4, 8, dtype=torch.float16)[0].transpose(1, 2), None, 1e-6)),
     ],
     "linear_forecast_into": [
         ("default", (*arguments("linear_forecast"), torch.empty(2, 5, 24))),
@@ -92,6 +130,22 @@ def test_torch_compile_takes_new_weights_and_an_output():
     assert torch.equal(oldest, expected)
 
 
+def test_torch_compile_takes_an_index_and_no_norm():
+    torch._dynamo.reset()
+
+    def block(x, added, modulation, index):
+        scale, shift, gate = modulation.chunk(3, 1)
+        y = ops.ada_layer_norm(x, scale, shift, index=index)
+        h, nothing = ops.gate_residual_norm(y, added, gate, index=index, gate_tanh=True, norm=None)
+        return h, nothing is None
+
+    x, added = tensors(2, 2, 5, 24)
+    (modulation,) = tensors(1, 4, 72)
+    got, without = torch.compile(block, fullgraph=True, backend="aot_eager")(x, added, modulation, INDEX)
+    assert without
+    assert torch.equal(got, block(x, added, modulation, INDEX)[0])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_fakes_have_the_shapes_dtypes_and_strides_of_the_results(name):
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -113,7 +167,9 @@ def test_plain_torch_stays_on_the_device(name):
     assert all(t.device.type == "xpu" for t in (result if isinstance(result, tuple) else (result,)))
 
 
-@pytest.mark.parametrize("name", [*NAMES, "linear_forecast_into", "linear_forecast.tensor"])
+@pytest.mark.parametrize(
+    "name", [*NAMES, "linear_forecast_into", "linear_forecast.tensor", "gate_residual_norm.without_norm"]
+)
 @pytest.mark.parametrize("key", ["CPU", "CUDA", "PrivateUse1", "CompositeExplicitAutograd"])
 def test_every_device_has_an_implementation(name, key):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"omni_kernels::{name}", key)
@@ -142,6 +198,9 @@ def test_trusted_ops_are_plain_where_nobody_watches_and_the_public_ones_elsewher
         ("residual_relative_l1", 4, 16),
         ("modulated_relative_l1", 3, 2 * 2 * 24 * 4 + 16),
         ("linear_forecast", 4, 8),
+        ("ada_layer_norm", 2, 2 * 2 * 24 * 4),
+        ("gate_residual_norm", 4, 3 * 2 * 24 * 4),
+        ("rms_norm", 2, 24 * 4),
     ],
 )
 def test_bytes_moved_counts_every_tensor_once(name, elements, rest):
@@ -157,6 +216,11 @@ def test_bytes_moved_counts_what_is_given():
     weight = row[0]
     options = {"norm": "rms", "weight": weight}
     assert OPS["modulated_relative_l1"].bytes_moved(x, row, None, None, **options) == 2 * size + 3 * 96 + 16
+    index, two = torch.empty(2, 5, device="meta", dtype=torch.int32), torch.empty(4, 24, device="meta")
+    assert OPS["ada_layer_norm"].bytes_moved(x, None, weight=weight, bias=weight) == 2 * size + 2 * 96
+    assert OPS["ada_layer_norm"].bytes_moved(x, two, two, index=index) == 2 * size + 8 * 96 + 40
+    assert OPS["gate_residual_norm"].bytes_moved(x, x, x_weight=weight, norm=None) == 3 * size + 96
+    assert OPS["gate_residual_norm"].bytes_moved(x, x, two, index=index, bias=weight) == 4 * size + 5 * 96 + 40
     half = torch.empty(2, 5, 24, device="meta", dtype=torch.float16)
     assert OPS["linear_forecast"].bytes_moved(None, [x], [1.0], out=half) == size + size // 2 + 4
 
@@ -203,7 +267,9 @@ def test_past_the_dispatcher_or_through_it_the_bits_are_the_same(name, dtype):
     assert equal(through, past)
 
 
-@pytest.mark.parametrize("name", ["residual_relative_l1", "linear_forecast"])
+@pytest.mark.parametrize(
+    "name", ["residual_relative_l1", "linear_forecast", "ada_layer_norm", "gate_residual_norm", "rms_norm"]
+)
 def test_whoever_watches_operators_sees_the_op_without_gradients_too(name):
     from torch.utils._python_dispatch import TorchDispatchMode
 

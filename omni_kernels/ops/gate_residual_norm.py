@@ -1,0 +1,292 @@
+"""gate_residual_norm: what stands between two parts of a block, gate, residual and the next norm, in one pass.
+
+    h = residual + g(gate) · N(x)                              g: identity or tanh
+    y = (norm(h) · weight + bias) · (1 + scale) + shift        N: identity, or RMSNorm with x_weight
+                                                               residual, x, h, y: [B, S, D]
+
+AdaLN-Zero (Peebles & Xie 2022, arXiv:2212.09748): x is what attention or the feed-forward returned. Qwen-Image, FLUX
+and Wan gate by a plain vector; Z-Image by tanh, and norms x before. y is of h as it is stored, rounded to its dtype, so
+that it is `ada_layer_norm(h, scale, shift)`. Moves the bytes of its inputs, of h and of y, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from omni_kernels.ops import _norms, _samples
+from omni_kernels.ops._checks import alike, unlike
+from omni_kernels.ops._triton import tl, triton
+from omni_kernels.registration import define, eager_on_cpu, nbytes
+
+# A tile is as many rows as fill it, or one row: on sm_90 48 registers, 63 with Z-Image's RMSNorm and tanh.
+TILE = 4096
+# Longer rows, with every input in fp32, do not fit a program's registers.
+MAX_TRITON_CHANNELS = 8192
+# At and above it, tanh by one exponential; below, by five terms of its series, of which the sixth is 9e-9 of the value.
+SERIES = tl.constexpr(0.25)
+
+
+def gate_residual_norm(
+    residual: torch.Tensor,
+    x: torch.Tensor,
+    gate: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    *,
+    index: torch.Tensor | None = None,
+    gate_tanh: bool = False,
+    x_weight: torch.Tensor | None = None,
+    x_eps: float = 1e-6,
+    norm: str | None = "layer",
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """h = residual + g(gate)·N(x) and y = (norm(h)·weight + bias)·(1 + scale) + shift, computed in fp32.
+
+    Args:
+        residual: [B, S, D], fp32, fp16 or bf16, any strides.
+        x: as residual; the dtype may differ.
+        gate: [B, D], [B, 1, D] or, per token, [B, S, D]; a batch of 1 serves all samples. Its dtype may differ. A view
+            with contiguous rows, such as a chunk of a projection, is read in place. None: 1.
+        scale: as gate, or None: no scale.
+        shift: as gate, or None: nothing is added.
+        index: [B, S], bool or an integer: gate, scale and shift are [2B, D], and token (b, s) takes row b where index
+            is 0 and row B + b elsewhere.
+        gate_tanh: whether the gate is tanh(gate).
+        x_weight: [D]: x is normed before the gate, x / √(mean(x²) + x_eps) · x_weight. None: it is taken as it is.
+        x_eps: added to that mean square.
+        norm: "layer" (subtract the mean, divide by the standard deviation), "rms" (divide by the root mean square) or
+            None: h alone is computed.
+        weight: [D], the norm's own, or None.
+        bias: [D], the norm's own, or None.
+        eps: added to the variance or the mean square.
+
+    Returns:
+        h: contiguous, in residual's shape and dtype.
+        y: as h, computed from the rounded h; None without a norm. Infinities and NaN reach their own token only.
+
+    Raises:
+        ValueError: a shape does not fit, devices differ, a dtype is not allowed, the norm is unknown, or there is none
+            and yet a scale, a shift, a weight or a bias.
+    """
+    op = "gate_residual_norm"
+    if residual.dim() != 3:
+        raise ValueError(f"{op}: residual has shape {[*residual.shape]}; it must be [B, S, D]")
+    if not alike(residual, x):
+        raise unlike(op, residual=residual, x=x)
+    _norms.check_norm(op, norm, (*_norms.NORMS, None))
+    if norm is None:
+        for name, t in (("scale", scale), ("shift", shift), ("weight", weight), ("bias", bias)):
+            if t is not None:
+                raise ValueError(
+                    f"{op}: {name} is given, and norm is None; without a norm there is nothing to apply it to"
+                )
+    _norms.check_modulation(op, "residual", residual, index, gate=gate, scale=scale, shift=shift)
+    _norms.check_vectors(op, "residual", residual, x_weight=x_weight, weight=weight, bias=bias)
+    if eager_on_cpu(residual):
+        return reference(residual, x, gate, scale, shift, index, gate_tanh, x_weight, x_eps, norm, weight, bias, eps)
+    if norm is None:
+        return _op_without_norm(residual, x, gate, index, gate_tanh, x_weight, x_eps), None
+    return _op(residual, x, gate, scale, shift, index, gate_tanh, x_weight, x_eps, norm, weight, bias, eps)
+
+
+def bytes_moved(
+    residual: torch.Tensor,
+    x: torch.Tensor,
+    gate: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    *,
+    index: torch.Tensor | None = None,
+    gate_tanh: bool = False,
+    x_weight: torch.Tensor | None = None,
+    x_eps: float = 1e-6,
+    norm: str | None = "layer",
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> int:
+    """Bytes read and written."""
+    written = (residual, None if norm is None else residual)
+    return nbytes((residual, x, gate, scale, shift, index, x_weight, weight, bias, *written))
+
+
+def reference(
+    residual: torch.Tensor,
+    x: torch.Tensor,
+    gate: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    index: torch.Tensor | None = None,
+    gate_tanh: bool = False,
+    x_weight: torch.Tensor | None = None,
+    x_eps: float = 1e-6,
+    norm: str | None = "layer",
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """In plain torch."""
+    h = x.float() if x_weight is None else _norms.normed(x.float(), "rms", x_eps, x_weight)
+    if gate is None:
+        h = residual + h
+    else:
+        g = _norms.selected(gate, index).float()
+        h = torch.addcmul(residual.float(), g.tanh() if gate_tanh else g, h)
+    h = h.to(residual.dtype).contiguous()
+    if norm is None:
+        return h, None
+    y = _norms.modulate(_norms.normed(h.float(), norm, eps, weight, bias), scale, shift, index)
+    return h, y.to(h.dtype).contiguous()
+
+
+@triton.jit
+def _tanh(v):  # type: ignore[no-untyped-def]
+    """tanh to a few units in the last place, for small v as well, where the quotient of exponentials cancels."""
+    magnitude = tl.abs(v)
+    power = tl.exp(-2.0 * magnitude)
+    quotient = (1.0 - power) / (1.0 + power)
+    square = v * v
+    series = 1.0 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
+    return tl.where(magnitude < SERIES, v * series, tl.where(v < 0.0, -quotient, quotient))
+
+
+@triton.jit(do_not_specialize=["samples", "tokens", "tiles", "x_eps", "eps"])
+def gate_residual_norm_kernel(  # type: ignore[no-untyped-def]
+    p_residual, p_x, p_gate, p_scale, p_shift, p_index, p_x_weight, p_weight, p_bias, p_h, p_y, samples, tokens,
+    residual_sample, residual_token, x_sample, x_token, gate_sample, gate_token, scale_sample, scale_token,
+    shift_sample, shift_token, index_sample, index_token, x_eps, eps, tiles,
+    D: tl.constexpr, TANH: tl.constexpr, LAYER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program takes one tile of ROWS tokens of one sample; without p_y it writes h alone."""
+    pid = tl.program_id(0)
+    sample = (pid // tiles).to(tl.int64)
+    o_s = (pid % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    o_d = tl.arange(0, BLOCK)[None, :]
+    m_d = o_d < D
+    m = (o_s < tokens) & m_d
+    x = tl.load(p_x + sample * x_sample + o_s * x_token + o_d, mask=m, other=0.0).to(tl.float32)
+    b_residual = tl.load(p_residual + sample * residual_sample + o_s * residual_token + o_d, mask=m, other=0.0)
+    row = _norms.row_of(p_index, sample, samples, index_sample, o_s, index_token, tokens)
+    if p_gate is not None:
+        b_gate = tl.load(p_gate + row * gate_sample + o_s * gate_token + o_d, mask=m, other=0.0)
+    if p_x_weight is not None:
+        b_x_weight = tl.load(p_x_weight + o_d, mask=m_d, other=0.0)
+    if p_x_weight is not None:
+        x = _norms.norm_rows(x, m_d, x_eps, D, False) * b_x_weight.to(tl.float32)
+    if p_gate is not None:
+        gate = b_gate.to(tl.float32)
+        x *= _tanh(gate) if TANH else gate
+    b_h = (b_residual.to(tl.float32) + x).to(p_h.dtype.element_ty)
+    o_out = (sample * tokens + o_s) * D + o_d
+    tl.store(p_h + o_out, b_h, mask=m)
+    if p_y is not None:
+        # Loaded here, in their own dtype, they are under way while the row is reduced.
+        b_scale, b_shift, b_weight, b_bias = None, None, None, None
+        if p_scale is not None:
+            b_scale = tl.load(p_scale + row * scale_sample + o_s * scale_token + o_d, mask=m, other=0.0)
+        if p_shift is not None:
+            b_shift = tl.load(p_shift + row * shift_sample + o_s * shift_token + o_d, mask=m, other=0.0)
+        if p_weight is not None:
+            b_weight = tl.load(p_weight + o_d, mask=m_d, other=0.0)
+        if p_bias is not None:
+            b_bias = tl.load(p_bias + o_d, mask=m_d, other=0.0)
+        y = _norms.norm_rows(b_h.to(tl.float32), m_d, eps, D, LAYER)
+        y = _norms.modulate_rows(y, b_weight, b_bias, b_scale, b_shift)
+        tl.store(p_y + o_out, y.to(p_y.dtype.element_ty), mask=m)
+
+
+def launch(
+    residual: torch.Tensor,
+    x: torch.Tensor,
+    gate: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    index: torch.Tensor | None = None,
+    gate_tanh: bool = False,
+    x_weight: torch.Tensor | None = None,
+    x_eps: float = 1e-6,
+    norm: str | None = "layer",
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """With the Triton kernel; rows too long for it take the plain-torch implementation."""
+    B, S, D = residual.shape
+    if D > MAX_TRITON_CHANNELS:
+        return reference(residual, x, gate, scale, shift, index, gate_tanh, x_weight, x_eps, norm, weight, bias, eps)
+    h = residual.new_empty((B, S, D))
+    y = None if norm is None else residual.new_empty((B, S, D))
+    if h.numel() == 0:
+        return h, y
+    residual, x = _norms.rows(residual), _norms.rows(x)
+    gate, scale, shift = (_norms.modulation_rows(t) for t in (gate, scale, shift))
+    x_weight, weight, bias = (_norms.vector(t) for t in (x_weight, weight, bias))
+    rows, block, num_warps = _norms.cut(S, D, TILE)
+    tiles = triton.cdiv(S, rows)
+    with _samples.on_device_of(residual):
+        gate_residual_norm_kernel[(B * tiles,)](
+            residual, x, gate, scale, shift, index, x_weight, weight, bias, h, y, B, S, *_norms.strides(residual),
+            *_norms.strides(x), *_norms.strides(gate), *_norms.strides(scale), *_norms.strides(shift),
+            *_norms.strides(index), x_eps, eps, tiles,
+            D=D, TANH=gate_tanh, LAYER=norm == "layer", ROWS=rows, BLOCK=block, num_warps=num_warps,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+    return h, y
+
+
+def fake(
+    residual: torch.Tensor,
+    x: torch.Tensor,
+    gate: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    index: torch.Tensor | None = None,
+    gate_tanh: bool = False,
+    x_weight: torch.Tensor | None = None,
+    x_eps: float = 1e-6,
+    norm: str | None = "layer",
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The outputs' shapes and dtypes."""
+    return residual.new_empty(residual.shape), residual.new_empty(residual.shape)
+
+
+def _without_norm(
+    implementation: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
+) -> Callable[..., torch.Tensor]:
+    def run(
+        residual: torch.Tensor,
+        x: torch.Tensor,
+        gate: torch.Tensor | None,
+        index: torch.Tensor | None,
+        gate_tanh: bool,
+        x_weight: torch.Tensor | None,
+        x_eps: float,
+    ) -> torch.Tensor:
+        return implementation(residual, x, gate, None, None, index, gate_tanh, x_weight, x_eps, None)[0]
+
+    return run
+
+
+_op = define(
+    "gate_residual_norm(Tensor residual, Tensor x, Tensor? gate, Tensor? scale, Tensor? shift, Tensor? index, "
+    "bool gate_tanh, Tensor? x_weight, float x_eps, str norm, Tensor? weight, Tensor? bias, float eps) "
+    "-> (Tensor, Tensor)",
+    reference=reference,
+    triton=launch,
+    fake=fake,
+)
+# An op's outputs are tensors, each time as many.
+_op_without_norm = define(
+    "gate_residual_norm.without_norm(Tensor residual, Tensor x, Tensor? gate, Tensor? index, bool gate_tanh, "
+    "Tensor? x_weight, float x_eps) -> Tensor",
+    reference=_without_norm(reference),
+    triton=_without_norm(launch),
+    fake=_without_norm(fake),
+)

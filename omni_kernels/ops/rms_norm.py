@@ -1,0 +1,117 @@
+"""rms_norm: RMSNorm over the last dimension of hidden states, of heads, of anything.
+
+    y = x / √(mean(x²) + eps) · weight        x, y: [..., D]      weight: [D]
+
+Zhang & Sennrich 2019, arXiv:1910.07467. Moves the bytes of x, of the weight and of y, once.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from omni_kernels.ops import _norms, _samples
+from omni_kernels.ops._checks import DTYPES, unlike
+from omni_kernels.ops._triton import tl, triton
+from omni_kernels.registration import define, eager_on_cpu, nbytes
+
+# A tile is as many rows as fill it, or one row: 32 heads of 128 channels, 40 registers on sm_90.
+TILE = 4096
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, *, eps: float = 1e-6) -> torch.Tensor:
+    """x / √(mean(x²) + eps) · weight, computed in fp32 and rounded once.
+
+    Args:
+        x: [..., D], fp32, fp16 or bf16, any strides. Rows that are contiguous are read in place where the leading
+            dimensions come to three distances or fewer, as those of [B, S, H, D] do in any order.
+        weight: [D], or None. Its dtype may differ from x's.
+        eps: added to the mean square.
+
+    Returns:
+        y: contiguous, in x's shape and dtype. Infinities and NaN reach their own row only.
+
+    Raises:
+        ValueError: the weight's shape does not fit, devices differ, a dtype is not allowed, or x has no dimensions.
+    """
+    if not x.shape:
+        raise ValueError("rms_norm: x has no dimensions; the last one is what is normed")
+    if x.dtype not in DTYPES:
+        raise unlike("rms_norm", x=x)
+    _norms.check_vectors("rms_norm", "x", x, weight=weight)
+    return (reference if eager_on_cpu(x) else _op)(x, weight, eps)
+
+
+def bytes_moved(x: torch.Tensor, weight: torch.Tensor | None = None, *, eps: float = 1e-6) -> int:
+    """Bytes read and written."""
+    return nbytes((x, weight, x))
+
+
+def reference(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6) -> torch.Tensor:
+    """In plain torch."""
+    return _norms.normed(x.float(), "rms", eps, weight).to(x.dtype).contiguous()
+
+
+@triton.jit(do_not_specialize=["n1", "n2", "tiles", "eps"])
+def rms_norm_kernel(  # type: ignore[no-untyped-def]
+    p_x, p_weight, p_y, n1, n2, stride_0, stride_1, stride_2, eps, tiles,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program takes one tile of ROWS rows of the innermost of three levels, which have n1 and n2 of the one below."""
+    pid = tl.program_id(0)
+    outer = pid // tiles
+    o_r = (pid % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    o_d = tl.arange(0, BLOCK)[None, :]
+    m_d = o_d < D
+    m = (o_r < n2) & m_d
+    p_x += (outer // n1).to(tl.int64) * stride_0 + (outer % n1).to(tl.int64) * stride_1
+    x = tl.load(p_x + o_r * stride_2 + o_d, mask=m, other=0.0).to(tl.float32)
+    b_weight = None
+    if p_weight is not None:
+        b_weight = tl.load(p_weight + o_d, mask=m_d, other=0.0)
+    y = _norms.modulate_rows(_norms.norm_rows(x, m_d, eps, D, False), b_weight, None, None, None)
+    tl.store(p_y + (outer.to(tl.int64) * n2 + o_r) * D + o_d, y.to(p_y.dtype.element_ty), mask=m)
+
+
+def _levels(x: torch.Tensor) -> list[tuple[int, int]]:
+    """Size and distance of every level of rows, from the outermost: dimensions that lie in one row are one level."""
+    levels: list[tuple[int, int]] = []
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if levels and levels[-1][1] == size * stride:
+            levels[-1] = levels[-1][0] * size, stride
+        else:
+            levels.append((size, stride))
+    return levels
+
+
+def launch(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6) -> torch.Tensor:
+    """With the Triton kernel; rows too long for it take the plain-torch implementation."""
+    D = x.shape[-1]
+    if D > _norms.MAX_TRITON_CHANNELS:
+        return reference(x, weight, eps)
+    y = x.new_empty(x.shape)
+    if y.numel() == 0:
+        return y
+    x = _norms.rows(x)
+    levels = _levels(x)
+    if len(levels) > 3:
+        x = x.contiguous()
+        levels = _levels(x)
+    (n0, stride_0), (n1, stride_1), (n2, stride_2) = [(1, 0)] * (3 - len(levels)) + levels
+    rows, block, num_warps = _norms.cut(n2, D, TILE)
+    tiles = triton.cdiv(n2, rows)
+    with _samples.on_device_of(x):
+        rms_norm_kernel[(n0 * n1 * tiles,)](
+            x, _norms.vector(weight), y, n1, n2, stride_0, stride_1, stride_2, eps, tiles,
+            D=D, ROWS=rows, BLOCK=block, num_warps=num_warps, enable_fp_fusion=True,
+        )  # fmt: skip
+    return y
+
+
+def fake(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6) -> torch.Tensor:
+    """The output's shape and dtype."""
+    return x.new_empty(x.shape)
+
+
+_op = define("rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor", reference=reference, triton=launch, fake=fake)
