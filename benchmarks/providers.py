@@ -162,6 +162,90 @@ def _linear_forecast(order: int) -> Case:
     )
 
 
+def _modulation(shape: Shape, device: torch.device) -> list[torch.Tensor]:
+    """Shift, scale and gate as blocks have them, chunks of one projection."""
+    return list(torch.randn(shape.B, 6 * shape.D, device=device).mul_(0.2).to(shape.dtype).chunk(6, 1)[:3])
+
+
+def _weight(shape: Shape, device: torch.device, D: int | None = None) -> torch.Tensor:
+    return (1 + 0.2 * torch.randn(D or shape.D, device=device)).to(shape.dtype)
+
+
+def _ada_layer_norm(norm: str) -> Case:
+    """As Qwen-Image and FLUX write it, or Z-Image."""
+
+    def inputs(shape: Shape, device: torch.device) -> Inputs:
+        shift, scale, _ = _modulation(shape, device)
+        made = {"x": _hidden(shape, device, 1)[0], "scale": scale}
+        return made | ({"shift": shift} if norm == "layer" else {"weight": _weight(shape, device)})
+
+    def eager(i: Inputs) -> Values:
+        D, scale = i["x"].shape[-1], i["scale"].unsqueeze(1)
+        if norm == "layer":
+            return (F.layer_norm(i["x"], (D,), eps=1e-6) * (1 + scale) + i["shift"].unsqueeze(1),)
+        return (F.rms_norm(i["x"], (D,), i["weight"], eps=1e-6) * (1 + scale),)
+
+    return Case(
+        name=f"ada_layer_norm {norm}",
+        op="ada_layer_norm",
+        inputs=inputs,
+        ours=lambda i: ((i["x"], i["scale"], i.get("shift")), {"norm": norm, "weight": i.get("weight")}),
+        eager=eager,
+        values=lambda out: (out,),
+    )
+
+
+def _gate_residual_norm(norm: str) -> Case:
+    """As Qwen-Image and FLUX write it, or Z-Image."""
+
+    def inputs(shape: Shape, device: torch.device) -> Inputs:
+        shift, scale, gate = _modulation(shape, device)
+        residual, x = _hidden(shape, device, 2)
+        made = {"residual": residual, "x": x, "gate": gate, "scale": scale}
+        if norm == "layer":
+            return made | {"shift": shift}
+        return made | {"x_weight": _weight(shape, device), "weight": _weight(shape, device)}
+
+    def eager(i: Inputs) -> Values:
+        D, gate, scale = i["x"].shape[-1], i["gate"].unsqueeze(1), i["scale"].unsqueeze(1)
+        if norm == "layer":
+            h = i["residual"] + gate * i["x"]
+            return h, F.layer_norm(h, (D,), eps=1e-6) * (1 + scale) + i["shift"].unsqueeze(1)
+        h = i["residual"] + gate.tanh() * F.rms_norm(i["x"], (D,), i["x_weight"], eps=1e-6)
+        return h, F.rms_norm(h, (D,), i["weight"], eps=1e-6) * (1 + scale)
+
+    def ours(i: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        more = {name: i.get(name) for name in ("x_weight", "weight")}
+        args = (i["residual"], i["x"], i["gate"], i["scale"], i.get("shift"))
+        return args, {"norm": norm, "gate_tanh": norm == "rms"} | more
+
+    return Case(
+        name=f"gate_residual_norm {norm}",
+        op="gate_residual_norm",
+        inputs=inputs,
+        ours=ours,
+        eager=eager,
+        values=lambda out: out,
+    )
+
+
+def _rms_norm() -> Case:
+    """Of heads, as attention norms q and k: 128 channels, or 64 where those do not divide."""
+
+    def inputs(shape: Shape, device: torch.device) -> Inputs:
+        D = 128 if shape.D % 128 == 0 else 64
+        return {"x": _hidden(shape, device, 1)[0].unflatten(-1, (-1, D)), "weight": _weight(shape, device, D)}
+
+    return Case(
+        name="rms_norm heads",
+        op="rms_norm",
+        inputs=inputs,
+        ours=lambda i: ((i["x"], i["weight"]), {}),
+        eager=lambda i: (F.rms_norm(i["x"], i["weight"].shape, i["weight"], eps=1e-6),),
+        values=lambda out: (out,),
+    )
+
+
 CASES: dict[str, Case] = {
     case.name: case
     for case in (
@@ -171,6 +255,11 @@ CASES: dict[str, Case] = {
         _modulated_relative_l1("rms"),
         _linear_forecast(0),
         _linear_forecast(1),
+        _ada_layer_norm("layer"),
+        _ada_layer_norm("rms"),
+        _gate_residual_norm("layer"),
+        _gate_residual_norm("rms"),
+        _rms_norm(),
     )
 }
 
