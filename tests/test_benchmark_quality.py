@@ -76,6 +76,34 @@ def test_a_pair_holds_where_ours_is_as_good_and_as_fast():
     assert not slower_here["as_fast"]
 
 
+def test_aims_are_held_against_plain_sampling_and_the_nearest_caches_of_blocks_with_no_fewer_forwards():
+    def run(name, backend, method, nfe, *psnr):
+        cells = [{"psnr": p} for p in psnr]
+        return {"name": name, "cache_backend": backend, "method": method, "nfe": {"mean": nfe}, "cells": cells}
+
+    document = {
+        "runs": [
+            run("25 steps", None, "fewer steps", 50, 40.0, 41.0),
+            run("velocity 25", "velocity_cache", "velocity cache", 50, 48.0, 50.0),
+            run("easy", "easy_cache", "EasyCache", 60, 90.0, 90.0),
+            run("fewer forwards", "tea_cache", "TeaCache", 49, 80.0, 80.0),
+            run("nearest", "tea_cache", "TeaCache", 51, 47.0, 47.0),
+            run("many more", "tea_cache", "TeaCache", 70, 80.0, 80.0),
+            run("a library", "cache-dit 1", "DBCache", 55, 40.0, 48.0),
+            run("10 steps", None, "fewer steps", 20, 30.0, 32.0),
+            run("velocity 10", "velocity_cache", "velocity cache", 20, 30.0, None),
+        ]
+    }
+    told = [(one["what"], one["figure"], one["at_least"], one["met"]) for one in quality.aims(document)]
+    assert told == [
+        ("velocity 25 above 25 steps, mean", 8.5, 8.0, True),
+        ("velocity 25 above 25 steps, 5th percentile", 8.05, 0.0, True),
+        ("velocity 25 above nearest, mean", 2.0, 3.0, False),
+        ("velocity 25 above nearest, 5th percentile", 1.1, 0.0, True),
+        ("velocity 10 above 10 steps, mean", 34.0, 0.0, True),
+    ]
+
+
 def test_every_method_and_forecaster_is_in_the_contest():
     contest = quality.contest_of([1.0] * quality.STEPS, quick=False)
     assert {run.backend for run in contest.runs if run.install is None} - {None} == set(METHODS)
