@@ -40,6 +40,7 @@ class Case:
         ours: inputs → the arguments of the op.
         eager: the form that other projects run, on the inputs.
         values: what the op returned → what `eager` returns.
+        written: names of the inputs that an op without a result writes to, and that stand for it.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Case:
     ours: Callable[[Inputs], tuple[tuple[Any, ...], dict[str, Any]]]
     eager: Callable[[Inputs], Values]
     values: Callable[[Any], Values]
+    written: tuple[str, ...] = ()
 
     def bytes_moved(self, inputs: Inputs) -> int:
         """The op's own count."""
@@ -246,6 +248,132 @@ def _rms_norm() -> Case:
     )
 
 
+HEAD = 128
+
+
+def _qk_norm_rope(across_heads: bool) -> Case:
+    """The image's q, k and v into a sequence that has the text's already: one of 32 tokens is of the prompt.
+
+    Per head with the complex rotation of Qwen-Image and Z-Image, or across heads with the real one of Wan.
+    """
+
+    def inputs(shape: Shape, device: torch.device) -> Inputs:
+        B, S, D = shape.size
+        head = HEAD if D % HEAD == 0 else D // 4
+        text = -(-S // 32)
+        angle = torch.rand(S, head // 2, device=device)
+        made = {"packed": torch.randn(B, S, 3 * D, device=device).to(shape.dtype)}
+        for name in "qkv":
+            made[name] = torch.randn(B, text + S, D // head, head, device=device).to(shape.dtype)
+            made[f"text {name}"] = made[name][:, :text].clone()
+            if name != "v":
+                made[f"{name} weight"] = (1 + 0.2 * torch.randn(D if across_heads else head, device=device)).to(
+                    shape.dtype
+                )
+        return made | {"freqs": torch.stack((angle.cos(), angle.sin()), -1)}
+
+    def thirds(i: Inputs) -> list[torch.Tensor]:
+        return [t.unflatten(-1, i["q"].shape[2:]) for t in i["packed"].chunk(3, -1)]
+
+    def rotate(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
+        if not across_heads:
+            numbers = torch.view_as_complex(x.to(freqs.dtype).unflatten(-1, (-1, 2)))
+            return torch.view_as_real(numbers * torch.view_as_complex(freqs).unsqueeze(1)).flatten(3).to(x.dtype)
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = freqs.unsqueeze(1).unbind(-1)
+        out = torch.empty_like(x)
+        out[..., 0::2] = a * cos - b * sin
+        out[..., 1::2] = a * sin + b * cos
+        return out
+
+    def eager(i: Inputs) -> Values:
+        q, k, v = thirds(i)
+        image = [v]
+        for x, weight in ((k, i["k weight"]), (q, i["q weight"])):
+            normed = F.rms_norm(x.flatten(2) if across_heads else x, weight.shape, weight, eps=1e-6)
+            image.insert(0, rotate(normed.view(x.shape), i["freqs"]))
+        return tuple(torch.cat((i[f"text {name}"], x), 1) for name, x in zip("qkv", image, strict=True))
+
+    def ours(i: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        outputs = [i[name][:, i[f"text {name}"].shape[1] :] for name in "qkv"]
+        weights = {f"{name}_weight": i[f"{name} weight"] for name in "qk"}
+        return (*thirds(i), *outputs), {**weights, "freqs": i["freqs"], "across_heads": across_heads}
+
+    return Case(
+        name="qk_norm_rope" + (" across heads" if across_heads else ""),
+        op="qk_norm_rope",
+        inputs=inputs,
+        ours=ours,
+        eager=eager,
+        values=lambda out: out,
+        written=("q", "k", "v"),
+    )
+
+
+def _gelu() -> Case:
+    return Case(
+        name="gelu",
+        op="gelu",
+        inputs=lambda shape, device: {"x": _hidden(shape, device, 1)[0]},
+        ours=lambda i: ((i["x"],), {}),
+        eager=lambda i: (F.gelu(i["x"], approximate="tanh"),),
+        values=lambda out: (out,),
+    )
+
+
+def _swiglu() -> Case:
+    """Of the halves of one projection."""
+    return Case(
+        name="swiglu",
+        op="swiglu",
+        inputs=lambda shape, device: {"packed": torch.cat(_hidden(shape, device, 2), -1)},
+        ours=lambda i: (i["packed"].chunk(2, -1), {}),
+        eager=lambda i: (F.silu(i["packed"].chunk(2, -1)[0]) * i["packed"].chunk(2, -1)[1],),
+        values=lambda out: (out,),
+    )
+
+
+def _cfg_combine(rescale: str | None) -> Case:
+    """As Qwen-Image's pipeline writes it; without the rescaling, as most do."""
+
+    def eager(i: Inputs) -> Values:
+        combined = i["uncond"] + 4.0 * (i["cond"] - i["uncond"])
+        if rescale is None:
+            return (combined,)
+        norms = (torch.norm(t, dim=-1, keepdim=True) for t in (i["cond"], combined))
+        return (combined * torch.div(*norms),)
+
+    return Case(
+        name="cfg_combine" + (f" {rescale}" if rescale else ""),
+        op="cfg_combine",
+        inputs=lambda shape, device: dict(zip(("cond", "uncond"), _hidden(shape, device, 2), strict=True)),
+        ours=lambda i: ((i["cond"], i["uncond"], 4.0), {"rescale": rescale}),
+        eager=eager,
+        values=lambda out: (out,),
+    )
+
+
+def _euler_step() -> Case:
+    """As FlowMatchEulerDiscreteScheduler writes it, with σ on the device."""
+
+    def inputs(shape: Shape, device: torch.device) -> Inputs:
+        sample, velocity = _hidden(shape, device, 2)
+        return {"sample": sample, "velocity": velocity, "dt": torch.tensor(-0.04, device=device)}
+
+    def eager(i: Inputs) -> Values:
+        sample = i["sample"] if i["sample"].dtype == torch.float64 else i["sample"].float()
+        return ((sample + i["dt"] * i["velocity"]).to(i["velocity"].dtype),)
+
+    return Case(
+        name="euler_step",
+        op="euler_step",
+        inputs=inputs,
+        ours=lambda i: ((i["sample"], i["velocity"], i["dt"]), {}),
+        eager=eager,
+        values=lambda out: (out,),
+    )
+
+
 CASES: dict[str, Case] = {
     case.name: case
     for case in (
@@ -255,6 +383,13 @@ CASES: dict[str, Case] = {
         _modulated_relative_l1("rms"),
         _linear_forecast(0),
         _linear_forecast(1),
+        _qk_norm_rope(across_heads=False),
+        _qk_norm_rope(across_heads=True),
+        _gelu(),
+        _swiglu(),
+        _cfg_combine(None),
+        _cfg_combine("token"),
+        _euler_step(),
         _ada_layer_norm("layer"),
         _ada_layer_norm("rms"),
         _gate_residual_norm("layer"),
@@ -269,7 +404,8 @@ def _ours(case: Case) -> Callable[[Inputs], Any]:
 
     def run(inputs: Inputs) -> Any:
         args, kwargs = case.ours(inputs)
-        return function(*args, **kwargs)
+        result = function(*args, **kwargs)
+        return tuple(inputs[name] for name in case.written) if case.written else result
 
     return run
 

@@ -49,7 +49,7 @@ def test_a_case_moves_what_it_reads_and_returns(name):
     args, kwargs = case.ours(inputs)
     flat = [t for a in (*args, *kwargs.values()) for t in (a if isinstance(a, (list, tuple)) else [a])]
     out = PROVIDERS["ours"](case)(inputs)
-    out = out if isinstance(out, tuple) else (out,)
+    out = () if case.written else out if isinstance(out, tuple) else (out,)
     weights = 4 * len(args[2]) if case.op == "linear_forecast" else 0
     assert case.bytes_moved(inputs) == 4 * numel_of([*flat, *out]) + weights
 

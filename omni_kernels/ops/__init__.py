@@ -12,23 +12,34 @@ from types import SimpleNamespace
 import torch
 
 from omni_kernels.ops.ada_layer_norm import ada_layer_norm
+from omni_kernels.ops.cfg_combine import cfg_combine
+from omni_kernels.ops.euler_step import euler_step
 from omni_kernels.ops.gate_residual_norm import gate_residual_norm
+from omni_kernels.ops.gelu import gelu
 from omni_kernels.ops.linear_forecast import linear_forecast
 from omni_kernels.ops.modulated_relative_l1 import modulated_relative_l1
+from omni_kernels.ops.qk_norm_rope import qk_norm_rope, rotary_table
 from omni_kernels.ops.relative_l1 import relative_l1
 from omni_kernels.ops.residual_relative_l1 import residual_relative_l1
 from omni_kernels.ops.rms_norm import rms_norm
+from omni_kernels.ops.swiglu import swiglu
 from omni_kernels.registration import Op, eager_on_cpu
 
 __all__ = [
     "OPS",
     "ada_layer_norm",
+    "cfg_combine",
+    "euler_step",
     "gate_residual_norm",
+    "gelu",
     "linear_forecast",
     "modulated_relative_l1",
+    "qk_norm_rope",
     "relative_l1",
     "residual_relative_l1",
     "rms_norm",
+    "rotary_table",
+    "swiglu",
     "trusted",
 ]
 
@@ -49,6 +60,11 @@ OPS = {
         "ada_layer_norm",
         "gate_residual_norm",
         "rms_norm",
+        "qk_norm_rope",
+        "gelu",
+        "swiglu",
+        "cfg_combine",
+        "euler_step",
     )
 }
 

@@ -1,5 +1,7 @@
 """Shapes, dtypes and views that every op is tested with."""
 
+import mmap
+
 import torch
 
 # fp32, fp16, bf16, and inputs that differ.
@@ -45,3 +47,18 @@ def one_for_all(t: torch.Tensor) -> torch.Tensor:
 
 
 VIEWS = [transposed, first_tokens, channels, every_other, offset, one_for_all]
+
+
+def far_apart(t: torch.Tensor) -> torch.Tensor:
+    """The same numbers, each sample 2³⁰ elements from the one before: the distance fits 32 bits, twice it does not.
+
+    Of these gigabytes of addresses a few KB are used.
+    """
+    distance = 2**30
+    size = (t.shape[0] - 1) * distance + t[0].numel()
+    if t.is_cpu:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        memory = torch.frombuffer(mmap.mmap(-1, t.element_size() * size, flags=flags), dtype=t.dtype)
+    else:
+        memory = torch.empty(size, dtype=t.dtype, device=t.device)
+    return memory.as_strided(t.shape, (distance, *t[0].contiguous().stride())).copy_(t)

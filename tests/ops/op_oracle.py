@@ -79,3 +79,57 @@ def linear_forecast(
     if base is not None:
         terms.insert(0, base.double())
     return sum(terms[1:], terms[0]), sum((t.abs() for t in terms[1:]), terms[0].abs())
+
+
+def rotated(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    freqs: torch.Tensor | None = None,
+    layout: str = "interleaved",
+    across_heads: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q or k [B, S, H, Dh], normed and rotated, and the magnitude of the terms that it is the sum of."""
+    x = x.double()
+    B, S, H, D = x.shape
+    if weight is not None:
+        mean = (x * x).sum((2, 3) if across_heads else 3, keepdim=True) / (H * D if across_heads else D)
+        x = x / torch.sqrt(mean + eps) * weight.double().view(H if across_heads else 1, D)
+    if freqs is None:
+        return x, x.abs()
+    turned, terms = torch.empty_like(x), torch.empty_like(x)
+    angles = freqs.double().expand(B, S, D // 2, 2)
+    for i in range(D // 2):
+        one, other = (2 * i, 2 * i + 1) if layout == "interleaved" else (i, i + D // 2)
+        cos, sin = angles[:, :, i, 0, None], angles[:, :, i, 1, None]
+        turned[..., one] = x[..., one] * cos - x[..., other] * sin
+        turned[..., other] = x[..., one] * sin + x[..., other] * cos
+        terms[..., one] = (x[..., one] * cos).abs() + (x[..., other] * sin).abs()
+        terms[..., other] = (x[..., one] * sin).abs() + (x[..., other] * cos).abs()
+    return turned, terms
+
+
+def gelu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The activation, and the magnitude of the terms that it is the sum of."""
+    x = x.double()
+    return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))), x.abs()
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return gate.double() / (1 + torch.exp(-gate.double())) * up.double()
+
+
+def cfg_combine(
+    cond: torch.Tensor, uncond: torch.Tensor, scale: float, rescale: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The combination, and the magnitude of the terms that it is the sum of."""
+    c, u = cond.double(), uncond.double()
+    out = u + scale * (c - u)
+    terms = u.abs() + abs(scale) * (c.abs() + u.abs())
+    if rescale == "token":
+        size = (out * out).sum(-1, keepdim=True).sqrt()
+        factor = (c * c).sum(-1, keepdim=True).sqrt() / size
+        # What is lost on the terms shows in the norm as well.
+        terms = factor * (terms + out.abs() * (terms * terms).sum(-1, keepdim=True).sqrt() / size)
+        out = out * factor
+    return out, terms

@@ -5,12 +5,16 @@ import torch
 
 from omni_kernels.ops import (
     ada_layer_norm,
+    cfg_combine,
+    euler_step,
     gate_residual_norm,
+    gelu,
     linear_forecast,
     modulated_relative_l1,
     relative_l1,
     residual_relative_l1,
     rms_norm,
+    swiglu,
 )
 
 h, other_shape, integers = torch.ones(2, 5, 24), torch.ones(2, 4, 24), torch.ones(2, 5, 24, dtype=torch.int32)
@@ -45,6 +49,21 @@ CASES = [
     (lambda: linear_forecast(h, [h], []), "weights has 0 numbers; it must have 1, one per snapshot"),
     (lambda: linear_forecast(h, [h], torch.ones(2)), r"weights has shape \[2\]; it must be \[1\], one per snapshot"),
     (lambda: linear_forecast(h, [h], torch.ones(1, device="meta")), "weights is on meta; it must be on cpu"),
+    (lambda: gelu(integers), "gelu: x has dtype int32"),
+    (lambda: gelu(scalar), "gelu: x has no dimensions"),
+    (lambda: swiglu(h, other_shape), r"swiglu: up has shape \[2, 4, 24\]; it must be \[2, 5, 24\], as gate's is"),
+    (lambda: swiglu(h, meta), "swiglu: up is on meta; it must be on cpu, as gate is"),
+    (lambda: cfg_combine(h, other_shape, 4.0), r"cfg_combine: uncond has shape \[2, 4, 24\]"),
+    (lambda: cfg_combine(double, h, 4.0), "cfg_combine: cond has dtype float64"),
+    (lambda: cfg_combine(h, h, 4.0, rescale="image"), "rescale is 'image'; allowed are None and 'token'"),
+    (lambda: euler_step(h, other_shape, 0.1), r"euler_step: velocity has shape \[2, 4, 24\]"),
+    (lambda: euler_step(h, integers, 0.1), "euler_step: velocity has dtype int32"),
+    (
+        lambda: euler_step(h, h, torch.ones(2)),
+        r"euler_step: dt has shape \[2\]; it must be \[\], as a number of sample's",
+    ),
+    (lambda: euler_step(h, h, scalar.double()), "euler_step: dt has dtype float64"),
+    (lambda: euler_step(h, h, scalar.to("meta")), "euler_step: dt is on meta; it must be on cpu"),
     (lambda: linear_forecast(h, [h], torch.ones(1).int()), "weights has dtype int32"),
     (lambda: linear_forecast(h, [h] * 17, [1.0] * 17), "history has 17 tensors; allowed are 0 to 16"),
     (lambda: linear_forecast(h, [h, other_shape], [1.0, 1.0]), r"history\[1\] has shape \[2, 4, 24\]"),

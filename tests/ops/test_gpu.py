@@ -35,26 +35,56 @@ def arguments(name, shape, device=DEVICE):
         "ada_layer_norm": (h[0], row, row),
         "gate_residual_norm": (h[0], h[1], row, row, row),
         "rms_norm": (h[0], row[0]),
+        "gelu": (h[0],),
+        "swiglu": (h[0], h[1]),
+        "cfg_combine": (h[0], h[1], 4.0),
+        "euler_step": (h[0].float(), h[1], -0.25),
+        "qk_norm_rope": attention(h),
     }[name]
 
 
-def results(name, *inputs):
-    result = OPS[name].function(*inputs)
+def attention(h):
+    """q, k and v as heads, their places behind 7 other tokens, a weight and angles."""
+    D = 128 if h[0].shape[2] % 128 == 0 else 78
+    heads = [t[..., : t.shape[2] // D * D].unflatten(-1, (-1, D)) for t in h]
+    B, S, H, _ = heads[0].shape
+    places = (t.new_zeros(B, 7 + S, H, D)[:, 7:] for t in heads)
+    angle = torch.randn(S, D // 2).to(h[0].device)
+    return (*heads, *places, torch.randn(D).to(h[0]), torch.stack((angle.cos(), angle.sin()), -1))
+
+
+def rope(q, k, v, q_out, k_out, v_out, weight, freqs):
+    OPS["qk_norm_rope"].function(q, k, v, q_out, k_out, v_out, q_weight=weight, k_weight=weight, freqs=freqs)
+
+
+FUNCTIONS = {name: op.function for name, op in OPS.items()} | {"qk_norm_rope": rope}
+
+
+def run(function, inputs):
+    """What a function returns or, where that is nothing, what it wrote."""
+    result = function(*inputs)
+    if result is None:
+        return tuple(t.clone() for t in inputs[3:6])
     return result if isinstance(result, tuple) else (result,)
+
+
+def results(name, *inputs):
+    return run(FUNCTIONS[name], inputs)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_dispatcher_runs_the_kernel_and_it_is_right(name, shape, monkeypatch):
-    file = importlib.import_module(f"omni_kernels.ops.{name}")
-    kernel, launched = getattr(file, f"{name}_kernel"), []
+    launches = "linear_forecast" if name == "euler_step" else name
+    file = importlib.import_module(f"omni_kernels.ops.{launches}")
+    kernel, launched = getattr(file, f"{launches}_kernel"), []
 
     class Recorded:
         def __getitem__(self, grid):
             launched.append(grid)
             return kernel[grid]
 
-    monkeypatch.setattr(file, f"{name}_kernel", Recorded())
+    monkeypatch.setattr(file, f"{launches}_kernel", Recorded())
     inputs = arguments(name, shape)
     got = results(name, *inputs)
     assert len(launched) == 1
@@ -62,6 +92,17 @@ def test_the_dispatcher_runs_the_kernel_and_it_is_right(name, shape, monkeypatch
         assert_near(got[0], op_oracle.relative_l1(*inputs))
     elif name == "linear_forecast":
         assert_near(got[0], *op_oracle.linear_forecast(*inputs))
+    elif name == "euler_step":
+        assert_near(got[0], *op_oracle.linear_forecast(inputs[0], [inputs[1]], [inputs[2]]))
+    elif name in ("gelu", "cfg_combine"):
+        assert_near(got[0], *getattr(op_oracle, name)(*inputs))
+    elif name == "swiglu":
+        assert_near(got[0], op_oracle.swiglu(*inputs))
+    elif name == "qk_norm_rope":
+        q, k, v, *_, weight, freqs = inputs
+        assert_near(got[0], *op_oracle.rotated(q, weight, freqs=freqs))
+        assert_near(got[1], *op_oracle.rotated(k, weight, freqs=freqs))
+        assert torch.equal(got[2], v)
     elif name == "ada_layer_norm":
         assert_near(got[0], *op_oracle.modulated(*inputs))
     elif name == "gate_residual_norm":
@@ -90,6 +131,7 @@ def test_more_than_2_to_the_31_elements():
     x[0, -1], x[0, 2**31], x[0, 0] = 3.0, 2.0, 1.0
     y = torch.zeros_like(x)
     assert ops.relative_l1(x, y).tolist() == [[6.0, 0.0]]
+    assert ops.cfg_combine(x, y, 2.0)[0, [-1, 2**31, 0]].tolist() == [6.0, 4.0, 2.0]
     residual, _ = ops.residual_relative_l1(x, y, None)
     assert torch.equal(residual, x)
     assert ops.linear_forecast(None, [x, residual], [1.0, 2.0], out=y) is y
@@ -113,9 +155,8 @@ def test_a_graph_replays_the_ops(name):
 def test_torch_compile_takes_the_function_whole(name):
     torch._dynamo.reset()
     inputs = arguments(name, SHAPES[1])
-    got = torch.compile(OPS[name].function, fullgraph=True)(*inputs)
-    expected = results(name, *inputs)
-    assert all(torch.equal(a, b) for a, b in zip(got if isinstance(got, tuple) else (got,), expected, strict=True))
+    got = run(torch.compile(FUNCTIONS[name], fullgraph=True), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(got, results(name, *inputs), strict=True))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,11 +1,11 @@
 """How the ops that sum cut a sample into programs and add the pieces."""
 
 import importlib
-import mmap
 
 import op_oracle
 import pytest
 import torch
+from op_inputs import far_apart
 from tolerances import assert_near
 
 from omni_kernels.ops import _samples
@@ -76,16 +76,8 @@ def test_a_sample_has_the_same_bits_alone_and_in_a_batch(triton_launch, small_bl
 
 @pytest.mark.parametrize("op", [*SUMMING, "linear_forecast", "ada_layer_norm", "gate_residual_norm", "rms_norm"])
 def test_samples_that_lie_more_than_2_to_the_31_elements_apart(triton_launch, op):
-    # The distance fits 32 bits, three times the distance does not. Of these 4 GB of addresses a few KB are used.
-    distance, (B, S, D) = 2**30, (3, 5, 48)
-    size = (B - 1) * distance + S * D
-    if triton_launch.device == "cpu":
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-        memory = torch.frombuffer(mmap.mmap(-1, 2 * size, flags=flags), dtype=torch.bfloat16)
-    else:
-        memory = torch.empty(size, dtype=torch.bfloat16, device=triton_launch.device)
-    near, other, third = (triton_launch.randn(B, S, D, dtype=torch.bfloat16) for _ in range(3))
-    far = memory.as_strided((B, S, D), (distance, D, 1)).copy_(near)
+    near, other, third = (triton_launch.randn(3, 5, 48, dtype=torch.bfloat16) for _ in range(3))
+    far = far_apart(near)
     run = triton_launch[op]
     if op == "linear_forecast":
         assert torch.equal(run(far, [other], [0.5]), run(near, [other], [0.5]))

@@ -11,15 +11,22 @@ from torch.library import opcheck
 from omni_kernels import ops, registration
 from omni_kernels.ops import OPS
 
+# Those that return what they compute; qk_norm_rope, which writes it where it is told to, has the same tests of its own.
 NAMES = [
     "ada_layer_norm",
+    "cfg_combine",
+    "euler_step",
     "gate_residual_norm",
+    "gelu",
     "linear_forecast",
     "modulated_relative_l1",
     "relative_l1",
     "residual_relative_l1",
     "rms_norm",
+    "swiglu",
 ]
+# Calls of other ops.
+COMPOSED = {"euler_step"}
 
 
 def tensors(count, *shape, dtype=torch.float32, device="cpu"):
@@ -31,6 +38,10 @@ def arguments(name, dtype=torch.float32, device="cpu"):
     h = tensors(3, 2, 5, 24, dtype=dtype, device=device)
     rows = tensors(2, 2, 24, device=device)
     return {
+        "gelu": (h[0],),
+        "swiglu": (h[0], h[1]),
+        "cfg_combine": (h[0], h[1], 4.0),
+        "euler_step": (h[0].float(), h[1], -0.25),
         "relative_l1": (h[0], h[1]),
         "residual_relative_l1": (h[0], h[1], h[2]),
         "modulated_relative_l1": (h[0], rows[0], rows[1], h[1]),
@@ -91,6 +102,12 @@ OVERLOADS = {
     "linear_forecast_into": [
         ("default", (*arguments("linear_forecast"), torch.empty(2, 5, 24))),
         ("tensor", (None, tensors(2, 3, 4), torch.tensor([0.5, 2.0]), torch.empty(3, 4, dtype=torch.bfloat16))),
+    ],
+    "gelu": [("default", arguments("gelu"))],
+    "swiglu": [("default", arguments("swiglu", torch.bfloat16))],
+    "cfg_combine": [
+        ("default", (*arguments("cfg_combine"), None)),
+        ("default", (*arguments("cfg_combine", torch.float16), "token")),
     ],
 }
 
@@ -168,7 +185,8 @@ def test_plain_torch_stays_on_the_device(name):
 
 
 @pytest.mark.parametrize(
-    "name", [*NAMES, "linear_forecast_into", "linear_forecast.tensor", "gate_residual_norm.without_norm"]
+    "name",
+    sorted({*OPS, "linear_forecast_into", "linear_forecast.tensor", "gate_residual_norm.without_norm"} - COMPOSED),
 )
 @pytest.mark.parametrize("key", ["CPU", "CUDA", "PrivateUse1", "CompositeExplicitAutograd"])
 def test_every_device_has_an_implementation(name, key):
@@ -176,8 +194,8 @@ def test_every_device_has_an_implementation(name, key):
 
 
 def test_table_and_exports_agree():
-    assert ops.__all__ == ["OPS", *NAMES, "trusted"]
-    assert sorted(OPS) == NAMES
+    assert ops.__all__ == sorted(["OPS", *OPS, "rotary_table", "trusted"])
+    assert sorted(OPS) == sorted([*NAMES, "qk_norm_rope"])
     assert all(getattr(ops, name) is op.function for name, op in OPS.items())
     assert registration.NAMESPACE == "omni_kernels"
 
@@ -201,6 +219,10 @@ def test_trusted_ops_are_plain_where_nobody_watches_and_the_public_ones_elsewher
         ("ada_layer_norm", 2, 2 * 2 * 24 * 4),
         ("gate_residual_norm", 4, 3 * 2 * 24 * 4),
         ("rms_norm", 2, 24 * 4),
+        ("gelu", 2, 0),
+        ("swiglu", 3, 0),
+        ("cfg_combine", 3, 0),
+        ("euler_step", 4, 4),
     ],
 )
 def test_bytes_moved_counts_every_tensor_once(name, elements, rest):

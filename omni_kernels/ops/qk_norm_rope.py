@@ -1,0 +1,391 @@
+"""qk_norm_rope: everything between the projections and attention, written where attention reads it, in one pass.
+
+    q_out = rotate(rms(q)·q_weight)        rms(x) = x / √(mean(x²) + eps)        q, k, v, *_out: [B, S, H, Dh]
+    k_out = rotate(rms(k)·k_weight)        over a head, or over all heads of a token
+    v_out = v
+    rotate: (a, b) ← (a·cos − b·sin, a·sin + b·cos)        (cos, sin): freqs[s, i], fp32 [S, Dh/2, 2]
+
+The pairs (a, b) are elements 2i and 2i + 1 of a head ("interleaved") or i and i + Dh/2 ("half"). RMSNorm: Zhang and
+Sennrich 2019, arXiv:1910.07467; rotary embedding: Su et al. 2021, arXiv:2104.09864. What the attention processors of
+diffusers compute for Qwen-Image, Z-Image, FLUX and Wan (this over all heads), where every step rounds to the tensors'
+dtype; here nothing is rounded before the end. The outputs are places in given buffers, so that text and image, one call
+each, meet in one sequence without being concatenated. Moves the bytes of q, k, v and of the outputs, once, and those of
+freqs and the weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.compiler import is_dynamo_compiling
+
+from omni_kernels.ops import _samples
+from omni_kernels.ops._checks import DTYPES, alike, unlike
+from omni_kernels.ops._triton import tl, triton
+from omni_kernels.registration import define, eager_on_cpu, nbytes
+
+LAYOUTS = ("interleaved", "half")
+MAX_HEAD_SIZE = 256
+
+# A tile is as many heads of q as fill it. A thread takes 8 elements of each tensor, and with "half", whose pairs lie
+# apart, 8 of each half: on sm_90 40 and 66 registers, and 72 KB of loads under way per multiprocessor.
+TILE = 2048
+# Normed over all heads, a tile is a token, and a thread takes 16 elements of each: on sm_90 at most 79 registers. With
+# tokens twice as long it would spill.
+MAX_TRITON_TOKEN = 8192
+
+
+def qk_norm_rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_out: torch.Tensor,
+    k_out: torch.Tensor,
+    v_out: torch.Tensor,
+    *,
+    q_weight: torch.Tensor | None = None,
+    k_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    freqs: torch.Tensor | None = None,
+    layout: str = "interleaved",
+    across_heads: bool = False,
+) -> None:
+    """Norm and rotate q and k, copy v, and write all three into given buffers, in fp32 from load to store.
+
+    Args:
+        q: [B, S, H, Dh] with an even Dh up to 256, fp32, fp16 or bf16; the last dimension contiguous, any other
+            strides: a view of a projection [B, S, H·Dh], or of a third of [B, S, 3·H·Dh].
+        k: as q; the dtype may differ.
+        v: as k.
+        q_out: where to write, as k. Usually a stretch of a longer sequence, buffer[:, start : start + S].
+        k_out: as q_out.
+        v_out: as q_out.
+        q_weight: the norm's weight, [Dh] or, across heads, [H·Dh]; None: q is not normed.
+        k_weight: as q_weight, for k.
+        eps: added to the mean square.
+        freqs: fp32 [S, Dh/2, 2] or [B or 1, S, Dh/2, 2], the cosine and sine of every angle: `torch.view_as_real` of a
+            complex table, or `rotary_table` of two real ones. None: nothing is rotated.
+        layout: "interleaved" rotates elements 2i and 2i + 1 of a head, "half" elements i and i + Dh/2.
+        across_heads: whether the mean square is that of a whole token.
+
+    Raises:
+        ValueError: a shape, stride, device or dtype does not fit, the layout is unknown, or an output overlaps an input
+            or another output. Views that interleave in memory count as overlapping.
+    """
+    if q.dim() != 4 or q.shape[3] % 2 or q.shape[3] > MAX_HEAD_SIZE:
+        raise ValueError(
+            f"qk_norm_rope: q has shape {[*q.shape]}; it must be [B, S, H, Dh] with an even Dh up to {MAX_HEAD_SIZE}"
+        )
+    if not alike(q, k, v, q_out, k_out, v_out):
+        raise unlike("qk_norm_rope", q=q, k=k, v=v, q_out=q_out, k_out=k_out, v_out=v_out)
+    if layout not in LAYOUTS:
+        raise ValueError(f"qk_norm_rope: layout is {layout!r}; allowed are 'interleaved' and 'half'")
+    for name, t in (("q", q), ("k", k), ("v", v), ("q_out", q_out), ("k_out", k_out), ("v_out", v_out)):
+        if t.stride(3) != 1:
+            raise ValueError(f"qk_norm_rope: {name} has strides {[*t.stride()]}; the last one must be 1")
+    channels = q.shape[3] * (q.shape[2] if across_heads else 1)
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is not None and (
+            weight.shape != (channels,) or weight.device != q.device or weight.dtype not in DTYPES
+        ):
+            like = "all heads of q" if across_heads else "a head of q"
+            raise unlike("qk_norm_rope", **{like: q.new_empty(channels), name: weight})
+    if freqs is not None:
+        _check_freqs(freqs, q)
+    if type(q) is torch.Tensor and not q.is_meta and not is_dynamo_compiling():
+        _check_memory({"q": q, "k": k, "v": v}, {"q_out": q_out, "k_out": k_out, "v_out": v_out})
+    (reference if eager_on_cpu(q) else _op)(
+        q, k, v, q_out, k_out, v_out, q_weight, k_weight, eps, freqs, layout, across_heads
+    )
+
+
+def _check_freqs(freqs: torch.Tensor, q: torch.Tensor) -> None:
+    B, S, _, Dh = q.shape
+    if freqs.dtype != torch.float32:
+        complex_ = "; torch.view_as_real makes it that" if freqs.dtype == torch.complex64 else ""
+        raise ValueError(f"qk_norm_rope: freqs has dtype {str(freqs.dtype)[6:]}; it must be float32{complex_}")
+    if freqs.shape not in ((S, Dh // 2, 2), (B, S, Dh // 2, 2), (1, S, Dh // 2, 2)):
+        raise ValueError(
+            f"qk_norm_rope: freqs has shape {[*freqs.shape]}; allowed are "
+            f"[S, Dh/2, 2] and [B, S, Dh/2, 2] with B = {B} or 1, S = {S}, Dh/2 = {Dh // 2}"
+        )
+    if freqs.device != q.device:
+        raise ValueError(f"qk_norm_rope: freqs is on {freqs.device}; it must be on {q.device}, as q is")
+
+
+def _check_memory(read: dict[str, torch.Tensor], written: dict[str, torch.Tensor]) -> None:
+    others = {name: _stretch(t) for name, t in read.items()}
+    for name, t in written.items():
+        first, end = stretch = _stretch(t)
+        for other, (start, stop) in others.items():
+            if first < stop and start < end:
+                raise ValueError(f"qk_norm_rope: {name} overlaps {other} in memory")
+        if 0 in t.stride() and end > first and any(n > 1 and not s for n, s in zip(t.shape, t.stride(), strict=True)):
+            raise ValueError(f"qk_norm_rope: {name} is expanded; several of its elements are one in memory")
+        others[name] = stretch
+
+
+def _stretch(t: torch.Tensor) -> tuple[int, int]:
+    """Addresses of the first element and behind the last one."""
+    first, (B, S, H, Dh), strides = t.data_ptr(), t.shape, t.stride()
+    if not (B and S and H and Dh):
+        return first, first
+    last = (B - 1) * strides[0] + (S - 1) * strides[1] + (H - 1) * strides[2] + Dh
+    return first, first + last * t.element_size()
+
+
+def rotary_table(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """`freqs` from two tables that hold each value twice in a row, as those of FLUX and Wan in diffusers do.
+
+    Args:
+        cos: [S, Dh], or [1, S, 1, Dh].
+        sin: as cos.
+
+    Returns:
+        fp32 [S, Dh/2, 2]. It is worth keeping: the tables are the same at every block and step.
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
+    if cos.dim() not in (2, 4) or cos.shape[-1] % 2 or (cos.dim() == 4 and cos.shape[0] * cos.shape[2] != 1):
+        raise ValueError(f"rotary_table: cos has shape {[*cos.shape]}; allowed are [S, Dh] and [1, S, 1, Dh], Dh even")
+    if sin.shape != cos.shape:
+        raise ValueError(f"rotary_table: sin has shape {[*sin.shape]}; it must be {[*cos.shape]}, as cos's is")
+    pairs = torch.stack((cos[..., 0::2], sin[..., 1::2]), -1).float()
+    return pairs if cos.dim() == 2 else pairs[0, :, 0]
+
+
+def bytes_moved(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_out: torch.Tensor,
+    k_out: torch.Tensor,
+    v_out: torch.Tensor,
+    *,
+    q_weight: torch.Tensor | None = None,
+    k_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    freqs: torch.Tensor | None = None,
+    layout: str = "interleaved",
+    across_heads: bool = False,
+) -> int:
+    """Bytes read and written."""
+    return nbytes((q, k, v, q_out, k_out, v_out, q_weight, k_weight, freqs))
+
+
+def _complex(t: torch.Tensor) -> torch.Tensor:
+    """The last dimension's pairs as numbers; what starts or lies at odd elements cannot be seen so and is copied."""
+    odd = t.storage_offset() % 2 or t.stride(-1) != 1 or any(s % 2 for s in t.stride()[:-1])
+    return torch.view_as_complex(t.clone(memory_format=torch.contiguous_format) if odd else t)
+
+
+def reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_out: torch.Tensor,
+    k_out: torch.Tensor,
+    v_out: torch.Tensor,
+    q_weight: torch.Tensor | None = None,
+    k_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    freqs: torch.Tensor | None = None,
+    layout: str = "interleaved",
+    across_heads: bool = False,
+) -> None:
+    """In plain torch."""
+    for x, weight, out in ((q, q_weight, q_out), (k, k_weight, k_out)):
+        y = x.float()
+        if weight is not None:
+            y = torch.rms_norm(y.flatten(2) if across_heads else y, weight.shape, weight.float(), eps).view(x.shape)
+        if freqs is None:
+            out.copy_(y)
+            continue
+        if layout == "interleaved":
+            # Two operators where real arithmetic takes six: at 16 tokens of 4 heads of 48, 45 µs against 112 in all.
+            rotated = _complex(y.unflatten(-1, (-1, 2))) * _complex(freqs).unsqueeze(-2)
+            out.copy_(torch.view_as_real(rotated).flatten(-2))
+            continue
+        cos, sin = freqs.unsqueeze(-3).unbind(-1)
+        a, b = y.unflatten(-1, (2, -1)).unbind(-2)
+        a_out, b_out = out.unflatten(-1, (2, -1)).unbind(-2)
+        a_out.copy_((a * cos).addcmul_(b, sin, value=-1))
+        b_out.copy_((a * sin).addcmul_(b, cos))
+    v_out.copy_(v)
+
+
+@triton.jit
+def load_pairs(  # type: ignore[no-untyped-def]
+    p, o_row, m_row, D: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The two elements of every pair of ROWS rows of D, each [ROWS, BLOCK / 2], in fp32."""
+    if INTERLEAVED:
+        # As they lie, and then apart: loads with a stride of 2 would be of 16 bits.
+        o_d = tl.arange(0, BLOCK)[None, :]
+        x = tl.load(p + o_row + o_d, mask=m_row & (o_d < D), other=0.0).to(tl.float32)
+        a, b = tl.split(tl.reshape(x, (ROWS, BLOCK // 2, 2)))
+    else:
+        o_d = tl.arange(0, BLOCK // 2)[None, :]
+        m = m_row & (o_d < D // 2)
+        a = tl.load(p + o_row + o_d, mask=m, other=0.0).to(tl.float32)
+        b = tl.load(p + o_row + D // 2 + o_d, mask=m, other=0.0).to(tl.float32)
+    return a, b
+
+
+@triton.jit
+def store_pairs(  # type: ignore[no-untyped-def]
+    p, a, b, o_row, m_row, D: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """What `load_pairs` would load."""
+    if INTERLEAVED:
+        o_d = tl.arange(0, BLOCK)[None, :]
+        x = tl.reshape(tl.join(a, b), (ROWS, BLOCK))
+        tl.store(p + o_row + o_d, x.to(p.dtype.element_ty), mask=m_row & (o_d < D))
+    else:
+        o_d = tl.arange(0, BLOCK // 2)[None, :]
+        m = m_row & (o_d < D // 2)
+        tl.store(p + o_row + o_d, a.to(p.dtype.element_ty), mask=m)
+        tl.store(p + o_row + D // 2 + o_d, b.to(p.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def reciprocal_rms(a, b, eps, N: tl.constexpr, ACROSS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """1 / √(mean square + eps) of every row, or of all rows together, which have N elements."""
+    squares = tl.sum(a * a + b * b, axis=1, keep_dims=True)
+    if ACROSS:
+        squares = tl.sum(squares, axis=0, keep_dims=True)
+    return tl.rsqrt(squares / N + eps)
+
+
+@triton.jit(do_not_specialize=["tokens", "programs", "eps"])
+def qk_norm_rope_kernel(  # type: ignore[no-untyped-def]
+    p_q, p_k, p_v, p_q_out, p_k_out, p_v_out, p_q_weight, p_k_weight, p_freqs, tokens, programs, eps, q_strides,
+    k_strides, v_strides, q_out_strides, k_out_strides, v_out_strides, freqs_strides,
+    H: tl.constexpr, D: tl.constexpr, INTERLEAVED: tl.constexpr, ACROSS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program takes ROWS heads of one sample, or with ACROSS those of one token. Strides: sample, token, head."""
+    pid = tl.program_id(0)
+    sample = (pid // programs).to(tl.int64)
+    part = (pid % programs).to(tl.int64)
+    N: tl.constexpr = H * D if ACROSS else D
+    if ACROSS:
+        o_h = tl.arange(0, ROWS)[:, None].to(tl.int64)
+        o_s = tl.zeros((ROWS, 1), tl.int64) + part
+        m = o_h < H
+        o_weight = o_h * D
+    else:
+        # Heads are counted through the tokens, so that no number of them leaves lanes idle.
+        o_r = part * ROWS + tl.arange(0, ROWS)[:, None]
+        o_s = o_r // H
+        o_h = o_r % H
+        m = o_s < tokens
+        o_weight = tl.zeros((ROWS, 1), tl.int64)
+    o_q = sample * q_strides[0] + o_s * q_strides[1] + o_h * q_strides[2]
+    o_k = sample * k_strides[0] + o_s * k_strides[1] + o_h * k_strides[2]
+    q_a, q_b = load_pairs(p_q, o_q, m, D, INTERLEAVED, ROWS, BLOCK)
+    k_a, k_b = load_pairs(p_k, o_k, m, D, INTERLEAVED, ROWS, BLOCK)
+    o_d = tl.arange(0, BLOCK)[None, :]
+    m_v = m & (o_d < D)
+    p_v += sample * v_strides[0]
+    b_v = tl.load(p_v + o_s * v_strides[1] + o_h * v_strides[2] + o_d, mask=m_v, other=0.0)
+    p_v_out += sample * v_out_strides[0]
+    tl.store(
+        p_v_out + o_s * v_out_strides[1] + o_h * v_out_strides[2] + o_d, b_v.to(p_v_out.dtype.element_ty), mask=m_v
+    )
+    if p_q_weight is not None:
+        w_a, w_b = load_pairs(p_q_weight, o_weight, m, D, INTERLEAVED, ROWS, BLOCK)
+        scale = reciprocal_rms(q_a, q_b, eps, N, ACROSS)
+        q_a *= scale * w_a
+        q_b *= scale * w_b
+    if p_k_weight is not None:
+        w_a, w_b = load_pairs(p_k_weight, o_weight, m, D, INTERLEAVED, ROWS, BLOCK)
+        scale = reciprocal_rms(k_a, k_b, eps, N, ACROSS)
+        k_a *= scale * w_a
+        k_b *= scale * w_b
+    if p_freqs is not None:
+        # 4 bytes an element where q has 2, but the same for all heads of a token: read from memory once.
+        o_freqs = sample * freqs_strides[0] + o_s * freqs_strides[1]
+        cos, sin = load_pairs(p_freqs, o_freqs, m, D, True, ROWS, BLOCK)
+        q_a, q_b = q_a * cos - q_b * sin, q_a * sin + q_b * cos
+        k_a, k_b = k_a * cos - k_b * sin, k_a * sin + k_b * cos
+    o_q = sample * q_out_strides[0] + o_s * q_out_strides[1] + o_h * q_out_strides[2]
+    o_k = sample * k_out_strides[0] + o_s * k_out_strides[1] + o_h * k_out_strides[2]
+    store_pairs(p_q_out, q_a, q_b, o_q, m, D, INTERLEAVED, ROWS, BLOCK)
+    store_pairs(p_k_out, k_a, k_b, o_k, m, D, INTERLEAVED, ROWS, BLOCK)
+
+
+def _strides(t: torch.Tensor) -> tuple[int, ...]:
+    """Of samples, tokens and heads; 0 where there is one, which is known to divide by 16."""
+    return tuple(0 if n == 1 else s for n, s in zip(t.shape[:3], t.stride(), strict=False))
+
+
+def launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_out: torch.Tensor,
+    k_out: torch.Tensor,
+    v_out: torch.Tensor,
+    q_weight: torch.Tensor | None = None,
+    k_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    freqs: torch.Tensor | None = None,
+    layout: str = "interleaved",
+    across_heads: bool = False,
+) -> None:
+    """With the Triton kernel; tokens too long for a norm across heads take the plain-torch implementation."""
+    B, S, H, Dh = q.shape
+    if q.numel() == 0:
+        return
+    across = across_heads and not (q_weight is None and k_weight is None)
+    block = triton.next_power_of_2(Dh)
+    token = triton.next_power_of_2(H) * block
+    if across and token > MAX_TRITON_TOKEN:
+        reference(q, k, v, q_out, k_out, v_out, q_weight, k_weight, eps, freqs, layout, across_heads)
+        return
+    interleaved = layout == "interleaved"
+    if across:
+        rows, programs, threads = token // block, S, max(_samples.WARP_SIZE, token // 16)
+    else:
+        rows = max(1, min(TILE * (1 if interleaved else 2) // block, triton.next_power_of_2(S * H)))
+        programs, threads = -(-S * H // rows), _samples.THREADS
+    if freqs is not None and freqs.stride()[-2:] != (2, 1):
+        freqs = freqs.contiguous()
+    of_freqs = (0, 0)
+    if freqs is not None:
+        of_freqs = (0 if freqs.dim() == 3 or freqs.shape[0] == 1 else freqs.stride(0), freqs.stride(-3))
+    q_weight, k_weight = (None if weight is None else weight.contiguous() for weight in (q_weight, k_weight))
+    with _samples.on_device_of(q):
+        qk_norm_rope_kernel[(B * programs,)](
+            q, k, v, q_out, k_out, v_out, q_weight, k_weight, freqs, S, programs, eps, _strides(q), _strides(k),
+            _strides(v), _strides(q_out), _strides(k_out), _strides(v_out), of_freqs,
+            H=H, D=Dh, INTERLEAVED=interleaved, ACROSS=across, ROWS=rows, BLOCK=block,
+            num_warps=threads // _samples.WARP_SIZE, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def _nothing(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_out: torch.Tensor,
+    k_out: torch.Tensor,
+    v_out: torch.Tensor,
+    q_weight: torch.Tensor | None = None,
+    k_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    freqs: torch.Tensor | None = None,
+    layout: str = "interleaved",
+    across_heads: bool = False,
+) -> None:
+    pass
+
+
+_op = define(
+    "qk_norm_rope(Tensor q, Tensor k, Tensor v, Tensor(a!) q_out, Tensor(b!) k_out, Tensor(c!) v_out, Tensor? q_weight,"
+    " Tensor? k_weight, float eps, Tensor? freqs, str layout, bool across_heads) -> ()",
+    reference=reference,
+    triton=launch,
+    fake=_nothing,
+)

@@ -1,0 +1,82 @@
+"""gelu and swiglu."""
+
+import op_oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from op_inputs import DTYPES, EMPTY, SHAPES, VIEWS, far_apart
+from tolerances import assert_near
+
+OPS = ["gelu", "swiglu"]
+ORACLES = {"gelu": op_oracle.gelu, "swiglu": lambda gate, up: (op_oracle.swiglu(gate, up), None)}
+
+
+def check(implementation, op, *inputs):
+    inputs = inputs[: 1 + (op == "swiglu")]
+    result = implementation[op](*inputs)
+    assert result.dtype == inputs[0].dtype
+    assert result.is_contiguous()
+    assert_near(result, *ORACLES[op](*inputs))
+
+
+every_op = pytest.mark.parametrize("op", OPS)
+
+
+@every_op
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_activation_is_that_of_fp64(implementation, op, shape, dtypes):
+    check(implementation, op, *(implementation.randn(*shape, dtype=dtype).mul_(2) for dtype in dtypes[:2]))
+
+
+@every_op
+@pytest.mark.parametrize("dtypes", DTYPES[1:4], ids=str)
+def test_large_odd_input(implementation, large_blocks, op, dtypes):
+    check(implementation, op, *(implementation.randn(1, 1823, 781, dtype=dtype) for dtype in dtypes[:2]))
+
+
+@every_op
+@pytest.mark.parametrize("shape", EMPTY, ids=str)
+def test_nothing_gives_nothing(implementation, op, shape):
+    inputs = (implementation.randn(*shape) for _ in range(1 + (op == "swiglu")))
+    assert implementation[op](*inputs).shape == shape
+
+
+@every_op
+@pytest.mark.parametrize("view", VIEWS, ids=lambda view: view.__name__)
+def test_views_give_what_their_elements_give(implementation, op, view):
+    gate, up = (implementation.randn(2, 5, 48, dtype=torch.bfloat16) for _ in range(2))
+    check(implementation, op, view(gate), up)
+    check(implementation, op, view(gate), view(up))
+
+
+@pytest.mark.parametrize("D", [48, 2055])
+def test_halves_of_a_packed_projection_are_not_copied(implementation, monkeypatch, D):
+    packed = implementation.randn(2, 5, 2 * D, dtype=torch.bfloat16)
+    copied, contiguous = [], torch.Tensor.contiguous
+    monkeypatch.setattr(
+        torch.Tensor, "contiguous", lambda t: contiguous(t) if t.is_contiguous() else copied.append(t) or contiguous(t)
+    )
+    check(implementation, "swiglu", *packed.chunk(2, -1))
+    assert not copied
+
+
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # the interpreter computes with numpy
+@every_op
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_infinities_nan_and_large_numbers_are_carried(implementation, op, dtype):
+    x = implementation.randn(2, 9, 100, dtype=dtype)
+    x[0, 0, :5] = torch.tensor([float("inf"), float("-inf"), float("nan"), 6e4, -6e4], dtype=dtype)
+    up = torch.ones_like(x)
+    up[1, 2, 3] = float("-inf")
+    check(implementation, op, x, up)
+    expected = F.gelu(x.float(), approximate="tanh") if op == "gelu" else F.silu(x.float()) * up
+    got = implementation[op](*(x, up)[: 1 + (op == "swiglu")]).float()
+    assert torch.equal(got.isnan(), expected.isnan())
+
+
+@every_op
+def test_samples_far_apart(triton_launch, op):
+    gate, up = (triton_launch.randn(3, 5, 48, dtype=torch.bfloat16) for _ in range(2))
+    inputs = (gate, up)[: 1 + (op == "swiglu")]
+    assert torch.equal(triton_launch[op](*map(far_apart, inputs)), triton_launch[op](*inputs))
