@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import math
 import time
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
 from omni_kernels.patching import Patch
 from omni_runtime import quality
@@ -29,11 +31,13 @@ from omni_runtime.cache.output import OutputSite
 from omni_runtime.omni import Omni
 from omni_runtime.request import GenerationRequest
 from omni_runtime.result import jsonable
-from omni_runtime.schedule_search import IDENTICAL, SENSITIVITIES, Gram, Tried, analytic, score, search
+from omni_runtime.schedule_search import IDENTICAL, SENSITIVITIES, Gram, Tried, analytic, hopeless, score, search
 
-TRIES, PATIENCE, BATCH = 200, 60, 8
+TRIES, PATIENCE, BATCH = 60, 40, 8
 #: Arguments that a batch takes one of per image; all others are shared.
 _EACH = ("prompt", "negative_prompt")
+#: How a pipeline is asked for several images of one prompt and one picture to start from, which it takes one of.
+_COPIES = "num_images_per_prompt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +152,7 @@ class Images:
         try:
             session.install(patch)
             while True:
-                self._batches, session.grams, self._references = _batches(self.requests, self._batch), [], []
+                self._batches, session.grams, self._references = _batches(self.pipe, self.requests, self._batch), [], []
                 try:
                     for batch in self._batches:
                         self._references.append(self._images(batch))
@@ -168,8 +172,8 @@ class Images:
         height, width = self._references[0].shape[-2:]
         return height, width
 
-    def sample(self, computed: Sequence[int]) -> Tried:
-        """Run all with a schedule; PSNR of each image against its full run."""
+    def sample(self, computed: Sequence[int], best: Tried | None = None) -> Tried:
+        """Run all with a schedule; PSNR of each image against its full run. Beside `best`, what is hopeless ends."""
         psnr: list[float] = []
         config = VELOCITY_CACHE.check({"schedule": list(computed), **dataclasses.asdict(self._settings)})
         patch = Patch()
@@ -178,6 +182,8 @@ class Images:
             for batch, reference in zip(self._batches, self._references, strict=True):
                 psnr += self._psnr(batch, reference)
                 self.forwards += session.report.forwards if session.report else 0
+                if best is not None and hopeless(psnr, best):
+                    break
         finally:
             patch.undo()
             session.close()
@@ -198,22 +204,26 @@ class Images:
         """Float images [B, F, 3, H, W] of one call; F is 1 for pictures."""
         calls = [request.call() for request in batch]
         arguments = calls[0] | {"output_type": "pt", "return_dict": False} | changed
-        if len(calls) > 1:
+        if len(calls) > 1 and "image" in arguments:
+            arguments[_COPIES] = len(calls)
+        elif len(calls) > 1:
             for name in _EACH:
                 if name in arguments:
                     arguments[name] = [call[name] for call in calls]
+        if len(calls) > 1:
             arguments["generator"] = [call["generator"] for call in calls]
         with torch.no_grad():
             (made,) = self.pipe(**arguments)
         return made if made.dim() == 5 else made[:, None]
 
 
-def _batches(requests: Sequence[GenerationRequest], size: int) -> list[list[GenerationRequest]]:
-    """Requests that differ in prompt and seed alone, together; a pipeline that edits takes one picture a call."""
+def _batches(pipe: Any, requests: Sequence[GenerationRequest], size: int) -> list[list[GenerationRequest]]:
+    """Requests that differ in prompt and seed alone, together; those that start from a picture, in the seed alone."""
+    copies = _COPIES in inspect.signature(type(pipe).__call__).parameters
     batches: list[list[GenerationRequest]] = []
     for request in requests:
         last = batches[-1] if batches else None
-        alone = "image" in request.arguments or request.prompt is None or request.seed is None
+        alone = request.prompt is None or request.seed is None or ("image" in request.arguments and not copies)
         if last is None or alone or len(last) >= size or _shared(request) != _shared(last[0]):
             batches.append([request])
         else:
@@ -222,7 +232,16 @@ def _batches(requests: Sequence[GenerationRequest], size: int) -> list[list[Gene
 
 
 def _shared(request: GenerationRequest) -> dict[str, Any]:
+    if "image" in request.arguments:
+        return request.arguments | {"prompt": request.prompt, "image": _pixels(request.arguments["image"])}
     return {name: value for name, value in request.arguments.items() if name not in _EACH}
+
+
+def _pixels(picture: Any) -> Any:
+    """What two pictures that are the same have in common."""
+    if isinstance(picture, list | tuple):
+        return [_pixels(one) for one in picture]
+    return (picture.size, picture.tobytes()) if isinstance(picture, Image.Image) else id(picture)
 
 
 class Event(NamedTuple):
@@ -232,7 +251,7 @@ class Event(NamedTuple):
         budget: computed steps.
         number, tries: which sampled schedule it is, and how many there will be at most.
         tried, best: it, and the best so far.
-        seconds_left: of all budgets' searches, at most.
+        seconds_left: of all budgets' searches, if none ends before.
     """
 
     budget: int
@@ -252,12 +271,14 @@ class Found:
         held_out: the same on the others.
         plain: plain sampling with as many steps, on the others.
         start: the best schedule before any move, on the searched images.
+        even: evenly spread steps, on the others.
         trail: score of the best after each sampled schedule.
     """
 
     best: Tried
     held_out: Tried
     plain: Tried
+    even: Tried
     start: Tried
     trail: list[float]
 
@@ -319,11 +340,11 @@ def find(
     for place, budget in enumerate(budgets):
         begun = starts(recorded, steps, budget, settings, type(omni.pipe.transformer).__name__)
 
-        def sample(computed: tuple[int, ...]) -> Tried:
+        def sample(computed: tuple[int, ...], best: Tried | None) -> Tried:
             known = kept.get(computed)
             if known is None:
                 start = time.perf_counter()
-                known = images.sample(computed)
+                known = images.sample(computed, best)
                 spent.append((time.perf_counter() - start) / len(computed))
                 kept.keep(known)
             return known
@@ -338,6 +359,7 @@ def find(
             best=result.best,
             held_out=others.sample(result.best.computed),
             plain=others.plain(budget),
+            even=others.sample(schedules.even(steps, budget).computed),
             start=result.start,
             trail=[one.score for one in result.trail],
         )
@@ -378,6 +400,7 @@ def _row(steps: int, sigmas: Sequence[float], budget: int, found: Found) -> dict
         "sigmas": [round(sigma, 6) for sigma in sigmas],
         "psnr": statistics(found.held_out),
         "plain_sampling": statistics(found.plain),
+        "evenly_spread": statistics(found.even),
         "searched": statistics(found.best),
         "start": {"computed": list(found.start.computed), **statistics(found.start)},
         "tries": len(found.trail),
@@ -387,11 +410,12 @@ def _row(steps: int, sigmas: Sequence[float], budget: int, found: Found) -> dict
 def words(found: Mapping[int, Found]) -> Iterator[str]:
     """A line for each budget."""
     for budget, one in found.items():
-        now, plain = statistics(one.held_out), statistics(one.plain)
+        now, plain, even = statistics(one.held_out), statistics(one.plain), statistics(one.even)
         yield (
             f"{budget} computed steps: {now['mean']:.1f} ± {now['std']:.1f} dB, 5th percentile {now['p5']:.1f}, on "
-            f"{now['images']} images that were not searched on; plain sampling with {budget} steps has "
-            f"{plain['mean']:.1f} dB, 5th percentile {plain['p5']:.1f}. On the searched images "
+            f"{now['images']} images that were not searched on; evenly spread steps have {even['mean']:.1f} dB, 5th "
+            f"percentile {even['p5']:.1f}, plain sampling with {budget} steps {plain['mean']:.1f} and "
+            f"{plain['p5']:.1f}. On the searched images "
             f"{score(one.start.psnr):.1f} at the start, {one.best.score:.1f} after {len(one.trail)} schedules."
         )
 

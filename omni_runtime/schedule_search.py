@@ -5,17 +5,23 @@ recorded outputs predict of a schedule is not what it does (see `analytic`). So 
 with each candidate the same prompts and seeds as the full runs, and measures the images' PSNR against theirs.
 
 1. Full runs are recorded: their images, and how the model outputs of their steps relate (`Gram`).
-2. Starting points: evenly spread steps, the published schedules, and `analytic` ones. The best goes on.
+2. Starting points: evenly spread steps, then the published schedules and `analytic` ones.
 3. Local moves (`neighbour`): one computed step to an adjacent place, one to any free place, a stretch of them by one
-   place. A move that does better is kept.
+   place.
 
-What is maximised is `score`, the mean of mean and 5th percentile over the images. Given the same inputs and seed, the
-search takes the same way; sampled schedules are written down as they are measured, so that a search that was
-interrupted, or is given more time, goes on where it was.
+A schedule replaces the best so far if its `score`, the mean of mean and 5th percentile over the images, is higher, and
+if its gain, image by image, is larger than chance would make it (`better`). Where the images are few, their percentile
+is the worst image alone, and the best of many tries is mostly the luckiest: a search that goes by the score alone ends
+behind evenly spread steps on other images. For the same reason evenly spread steps come first, and hold until
+something is better. What does clearly worse on the first images is not sampled on the others (`hopeless`).
+
+Given the same inputs and seed, the search takes the same way; sampled schedules are written down as they are measured,
+so that a search that was interrupted, or is given more time, goes on where it was.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +35,11 @@ from omni_runtime.cache.output import reached
 #: What an image that is identical to its reference counts with, in dB.
 IDENTICAL = 100.0
 #: Weights of early errors that are tried: each squared error counts with σ to this power.
-SENSITIVITIES = (0.0, 2.0, 4.0)
+SENSITIVITIES = (0.0, 1.0, 2.0)
+#: How many standard errors a gain must have: with 1, chance makes a schedule that is no better pass in 1 of 6 tries.
+MARGIN = 1.0
+#: On how many images a schedule is sampled at least before it is given up.
+FEWEST = 6
 #: How far apart computed steps may lie in an analytic schedule.
 LONGEST_GAP = 16
 
@@ -142,7 +152,7 @@ def neighbour(computed: Sequence[int], steps: int, rng: random.Random) -> tuple[
 
 @dataclass(frozen=True)
 class Tried:
-    """A schedule that was sampled, and the PSNR of each of its images in dB."""
+    """A schedule that was sampled, and the PSNR of each of its images in dB: of the first ones, if it was given up."""
 
     computed: tuple[int, ...]
     psnr: tuple[float, ...]
@@ -153,12 +163,31 @@ class Tried:
         return score(self.psnr)
 
 
+def gain(psnr: Sequence[float], best: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard error of what images gain over their own PSNR in `best`, of which there may be more; in dB."""
+    gains = np.asarray(psnr, np.float64) - np.asarray(best[: len(psnr)], np.float64)
+    error = gains.std(ddof=1) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
+    return float(gains.mean()), float(error)
+
+
+def better(tried: Tried, best: Tried) -> bool:
+    """Whether the score is higher, and the mean gain more than `MARGIN` standard errors."""
+    mean, error = gain(tried.psnr, best.psnr)
+    return len(tried.psnr) == len(best.psnr) and tried.score > best.score and mean > MARGIN * error
+
+
+def hopeless(psnr: Sequence[float], best: Tried) -> bool:
+    """Whether the first images lose so much that the others need not be sampled."""
+    mean, error = gain(psnr, best.psnr)
+    return len(psnr) >= FEWEST and mean < -MARGIN * error
+
+
 @dataclass
 class Search:
     """One budget's search.
 
     Attributes:
-        start: the best of the starting points.
+        start: what was best before any move.
         trail: the best schedule after each sampled one.
     """
 
@@ -170,17 +199,17 @@ class Search:
 def search(
     starts: Iterable[Sequence[int]],
     steps: int,
-    sample: Callable[[tuple[int, ...]], Tried],
+    sample: Callable[[tuple[int, ...], Tried | None], Tried],
     tries: int,
     patience: int,
     seed: int = 0,
     on_try: Callable[[int, Tried, Tried], None] = lambda number, tried, best: None,
 ) -> Search:
-    """Climb from the best of `starts` by random local moves, each kept if it does better.
+    """Climb from the best of `starts` by random local moves, each kept if it is `better`.
 
     Args:
-        starts: schedules of one budget; the first and the last step computed.
-        sample: samples with a schedule and measures it.
+        starts: schedules of one budget; the first and the last step computed. The first one holds until one is better.
+        sample: samples with a schedule and measures it, given the best so far; may give up what is `hopeless`.
         tries: how many schedules are sampled at most.
         patience: after so many moves in a row that were no better, it ends.
         on_try: told of each sampled schedule: its number from 1, itself, and the best so far.
@@ -193,15 +222,14 @@ def search(
         nonlocal found
         if computed in seen:
             return False
-        tried = seen[computed] = sample(computed)
-        better = found is None or tried.score > found.best.score
+        tried = seen[computed] = sample(computed, None if found is None else found.best)
         if found is None:
             found = Search(tried, tried)
-        elif better:
+        elif better(tried, found.best):
             found.best = tried
         found.trail.append(found.best)
         on_try(len(seen), tried, found.best)
-        return better
+        return found.best is tried
 
     for start in starts:
         meet(tuple(start))
@@ -221,4 +249,5 @@ def search(
 
 def most_steps(budgets: Sequence[int], tries: int, images: int, held_out: int, steps: int) -> int:
     """Computed steps of all images of a whole search, at most. Each is one transformer call, or two with guidance."""
-    return (images + held_out) * steps + sum(budgets) * (tries * images + 2 * held_out)
+    # Held-out images: in full, then with the schedule found, evenly spread steps, and plain sampling.
+    return (images + held_out) * steps + sum(budgets) * (tries * images + 3 * held_out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 import omni_kernels
 from omni_runtime import Omni, cli, quality
-from omni_runtime.cache import calibration
+from omni_runtime.cache import calibration, schedules
 from omni_runtime.calibrate_schedule import Images, Journal, Settings, find, plot, words
 from omni_runtime.schedule_search import Tried, most_steps
 
@@ -85,18 +86,45 @@ def test_memory_that_is_too_small_for_a_batch_halves_it(omni, monkeypatch):
     assert made == [4, 2, 1, 1, 1, 1]
 
 
-def test_an_edit_takes_one_picture_a_call():
+def test_an_edit_takes_one_picture_a_call(monkeypatch):
+    """The seeds of one edit go together; other words or another picture do not."""
     pipe = tiny.qwen_image_edit()
     pipe.set_progress_bar_config(disable=True)
+    calls, call = [], type(pipe).__call__
+
+    @functools.wraps(call)
+    def counted(self, *args, **kwargs):
+        calls.append(kwargs.get("num_images_per_prompt", 1))
+        return call(self, *args, **kwargs)
+
+    picture = tiny.reference_image()
+    edits = [("make it red", picture), ("make it red", picture.rotate(90)), ("make it blue", picture)]
     with Omni(pipe, cache_backend=None) as omni, tiny.small_references():
         requests = [
             one
+            for prompt, image in edits
             for seed in (0, 1)
-            for one in omni.prepare("make it red", seed=seed, image=tiny.reference_image(), **ARGUMENTS)
+            for one in omni.prepare(prompt, seed=seed, image=image.copy(), **ARGUMENTS)
         ]
-        images = Images(omni.pipe, requests, Settings(), 8)
-        assert len(images.record().grams) == 2
-        assert len(images.sample((0, 3, 7)).psnr) == 2
+        monkeypatch.setattr(type(pipe), "__call__", counted)
+        found = []
+        for batch in (1, 8):
+            images = Images(omni.pipe, requests, Settings(), batch)
+            recorded = images.record()
+            found.append((images.sample((0, 3, 7)).psnr, np.stack(recorded.grams)))
+    assert calls == [1] * 12 + [2] * 6
+    np.testing.assert_allclose(found[1][0], found[0][0], atol=0.05)
+    np.testing.assert_allclose(found[1][1], found[0][1], rtol=1e-4)
+
+
+def test_a_hopeless_schedule_is_not_sampled_on_all_images(omni):
+    images = Images(omni.pipe, requests_of(omni, ("a cat", "a dog"), range(6)), Settings(), 6)
+    images.record()
+    tried = images.sample((0, 3, 7))
+    assert len(tried.psnr) == 12
+    far = Tried((0, 1, 7), tuple(one + 10 + 0.1 * n for n, one in enumerate(tried.psnr)))
+    assert images.sample((0, 3, 7), far).psnr == tried.psnr[:6]
+    assert images.sample((0, 3, 7), tried).psnr == tried.psnr
 
 
 def test_find_searches_and_measures_on_other_images(omni, tmp_path):
@@ -114,7 +142,8 @@ def test_find_searches_and_measures_on_other_images(omni, tmp_path):
     for budget, one in found.items():
         assert len(one.best.computed) == budget
         assert one.best.score == max(one.trail) == one.trail[-1] >= one.start.score
-        assert (len(one.best.psnr), len(one.held_out.psnr), len(one.plain.psnr)) == (4, 1, 1)
+        assert one.even.computed == schedules.even(STEPS, budget).computed
+        assert [len(tried.psnr) for tried in (one.best, one.held_out, one.plain, one.even)] == [4, 1, 1, 1]
         assert one.held_out.computed == one.best.computed
     assert [event.budget for event in events] == sorted((e.budget for e in events), reverse=True)
     assert events[-1].seconds_left >= 0
@@ -155,8 +184,8 @@ def test_budgets_that_are_none_are_named(omni, budgets):
 
 
 def test_most_steps_counts_every_run():
-    # 8 searched and 16 other images in full; 200 schedules of 17; the best schedule and plain sampling on the others.
-    assert most_steps([17], 200, 8, 16, 50) == 24 * 50 + 17 * (200 * 8 + 2 * 16)
+    # 8 searched and 16 other images in full; 60 schedules of 17; the best, evenly spread and fewer steps on the others.
+    assert most_steps([17], 60, 8, 16, 50) == 24 * 50 + 17 * (60 * 8 + 3 * 16)
 
 
 def test_command_writes_a_file_that_the_cache_takes(tmp_path, saved, capsys):

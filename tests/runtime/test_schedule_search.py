@@ -11,7 +11,7 @@ import torch
 
 from omni_runtime.cache.forecasters import make_forecaster
 from omni_runtime.cache.output import reached
-from omni_runtime.schedule_search import Gram, Tried, analytic, neighbour, score, search
+from omni_runtime.schedule_search import Gram, Tried, analytic, better, gain, hopeless, neighbour, score, search
 
 STEPS = 12
 SIGMAS = [1 - i / STEPS for i in range(STEPS + 1)]
@@ -88,7 +88,7 @@ def test_moves_keep_the_ends_and_the_budget() -> None:
 def _sampler(counted: list[tuple[int, ...]]):
     """Schedules are the better the nearer their steps are to the squares."""
 
-    def sample(computed: tuple[int, ...]) -> Tried:
+    def sample(computed: tuple[int, ...], best: Tried | None) -> Tried:
         counted.append(computed)
         off = sum(abs(step - square) for step, square in zip(computed, (0, 1, 4, 9, 16, 19), strict=True))
         return Tried(computed, (40.0 - off, 38.0 - off))
@@ -126,7 +126,7 @@ def test_search_takes_the_same_way_again() -> None:
 def test_search_without_freedom_samples_once() -> None:
     counted: list[tuple[int, ...]] = []
 
-    def sample(computed: tuple[int, ...]) -> Tried:
+    def sample(computed: tuple[int, ...], best: Tried | None) -> Tried:
         counted.append(computed)
         return Tried(computed, (30.0,))
 
@@ -141,3 +141,45 @@ def test_score_weighs_the_worst_images() -> None:
     assert score([40.0] * 10) == pytest.approx(40.0)
     assert score([45.0] * 9 + [25.0]) < score([42.0] * 10)
     assert np.isfinite(score([float("inf"), 40.0]))
+
+
+def _tried(*psnr: float) -> Tried:
+    return Tried((0, 1), psnr)
+
+
+def test_a_gain_is_taken_image_by_image() -> None:
+    mean, error = gain([41.0, 33.0], [40.0, 30.0, 99.0])
+    assert (mean, error) == (pytest.approx(2.0), pytest.approx(1.0))
+    assert gain([41.0], [40.0]) == (1.0, 0.0)
+
+
+def test_one_lucky_image_does_not_make_a_schedule_better() -> None:
+    best = _tried(30.0, 40.0, 41.0, 42.0, 43.0, 44.0)
+    lucky = _tried(42.0, 39.0, 40.0, 41.0, 42.0, 43.0)
+    assert lucky.score > best.score
+    assert not better(lucky, best)
+    assert better(_tried(30.5, 40.5, 41.5, 42.5, 43.4, 44.4), best)
+
+
+def test_a_gain_in_the_mean_that_costs_the_worst_images_is_not_better() -> None:
+    best = _tried(30.0, 40.0, 41.0, 42.0, 43.0, 44.0)
+    assert not better(_tried(28.0, 41.0, 42.0, 43.0, 44.0, 45.0), best)
+
+
+def test_what_loses_on_the_first_images_is_hopeless_and_never_better() -> None:
+    best = _tried(*[40.0] * 20)
+    losing = [39.0, 39.5] * 5
+    assert hopeless(losing, best)
+    assert not hopeless(losing[:2], best), "too few images to tell"
+    assert not hopeless([41.0, 38.5] * 5, best), "chance could have made it"
+    assert not better(_tried(*[41.0] * 10), best), "it was not sampled on all"
+
+
+def test_the_first_start_holds_until_one_is_better() -> None:
+    psnr = {(0, 2, 5): (40.0, 40.0, 40.0), (0, 3, 5): (46.0, 38.0, 40.2), (0, 4, 5): (41.0, 40.5, 41.2)}
+
+    def run(starts: list[tuple[int, ...]]) -> tuple[int, ...]:
+        return search(starts, 6, lambda computed, best: Tried(computed, psnr[computed]), 1, 1).start.computed
+
+    assert run([(0, 2, 5), (0, 3, 5)]) == (0, 2, 5)
+    assert run([(0, 2, 5), (0, 3, 5), (0, 4, 5)]) == (0, 4, 5)
