@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import json
 import math
@@ -111,12 +112,14 @@ class Journal:
         first, *lines = path.read_text(encoding="utf-8").splitlines()
         if first != header:
             raise ValueError(f"{path} holds another search (other model, prompts, seeds or settings): --fresh drops it")
+        whole = [header]
         for line in lines:
             with contextlib.suppress(ValueError):
                 row = json.loads(line)
                 self._known[tuple(row["computed"])] = Tried(tuple(row["computed"]), tuple(row["psnr"]))
-        if len(self._known) < len(lines):  # the last line of a search that was killed while it wrote
-            path.write_text("\n".join([header, *lines[: len(self._known)]]) + "\n", encoding="utf-8")
+                whole.append(line)
+        if len(whole) <= len(lines):  # the last line of a search that was killed while it wrote
+            path.write_text("\n".join(whole) + "\n", encoding="utf-8")
 
     def keep(self, tried: Tried) -> None:
         """Add a sampled schedule."""
@@ -129,12 +132,21 @@ class Journal:
         """A schedule that was sampled before."""
         return self._known.get(computed)
 
+    def sample(self, images: Images, computed: tuple[int, ...], best: Tried | None = None) -> Tried:
+        """As `Images.sample`, unless that was done."""
+        known = self.get(computed)
+        if known is None or (best is None and len(known.psnr) < len(images.requests)):
+            known = images.sample(computed, best)
+            self.keep(known)
+        return known
+
 
 class Images:
     """Some requests of one model, run in full once, and then with any schedule.
 
     Attributes:
         forwards: transformer calls of all runs under a schedule so far, each of a batch.
+        spent: seconds of a computed step of all images, at each schedule so far.
     """
 
     def __init__(self, pipe: Any, requests: Sequence[GenerationRequest], settings: Settings, batch: int) -> None:
@@ -145,6 +157,7 @@ class Images:
         self._batches: list[list[GenerationRequest]] = []
         self._references: list[torch.Tensor] = []
         self.forwards = 0
+        self.spent: list[float] = []
 
     def record(self) -> Recording:
         """Run all in full, in batches as large as fit into memory."""
@@ -175,6 +188,7 @@ class Images:
     def sample(self, computed: Sequence[int], best: Tried | None = None) -> Tried:
         """Run all with a schedule; PSNR of each image against its full run. Beside `best`, what is hopeless ends."""
         psnr: list[float] = []
+        start = time.perf_counter()
         config = VELOCITY_CACHE.check({"schedule": list(computed), **dataclasses.asdict(self._settings)})
         patch = Patch()
         session = VELOCITY_CACHE.install(self.pipe, config, patch)
@@ -187,6 +201,7 @@ class Images:
         finally:
             patch.undo()
             session.close()
+        self.spent.append((time.perf_counter() - start) / len(computed))
         return Tried(tuple(computed), tuple(psnr))
 
     def plain(self, steps: int) -> Tried:
@@ -332,29 +347,19 @@ def find(
         if not 2 <= budget <= steps:
             raise ValueError(f"a budget must be from 2 to the {steps} steps of a request, not {budget}")
     images, others = (Images(omni.pipe, some, settings, batch) for some in (requests, held_out))
-    kept = Journal(journal, _about(omni, requests, settings))
+    kept = Journal(journal, about(omni, requests, settings))
     recorded = images.record()
     others.record()
     found: dict[int, Found] = {}
-    spent: list[float] = []
     for place, budget in enumerate(budgets):
         begun = starts(recorded, steps, budget, settings, type(omni.pipe.transformer).__name__)
 
-        def sample(computed: tuple[int, ...], best: Tried | None) -> Tried:
-            known = kept.get(computed)
-            if known is None:
-                start = time.perf_counter()
-                known = images.sample(computed, best)
-                spent.append((time.perf_counter() - start) / len(computed))
-                kept.keep(known)
-            return known
-
         def on_try(number: int, one: Tried, best: Tried, budget: int = budget, place: int = place) -> None:
-            each = float(np.mean(spent)) if spent else 0.0
+            each = float(np.mean(images.spent)) if images.spent else 0.0
             left = each * ((tries - number) * budget + tries * sum(budgets[place + 1 :]))
             listener(Event(budget, number, tries, one, best, left))
 
-        result = search(begun, steps, sample, tries, patience, on_try=on_try)
+        result = search(begun, steps, functools.partial(kept.sample, images), tries, patience, on_try=on_try)
         found[budget] = Found(
             best=result.best,
             held_out=others.sample(result.best.computed),
@@ -375,7 +380,8 @@ def find(
     return found, document
 
 
-def _about(omni: Omni, requests: Sequence[GenerationRequest], settings: Settings) -> dict[str, Any]:
+def about(omni: Omni, requests: Sequence[GenerationRequest], settings: Settings) -> dict[str, Any]:
+    """What a journal is of."""
     return {
         "model": str(omni.name),
         "settings": dataclasses.asdict(settings),

@@ -39,7 +39,7 @@ SENSITIVITIES = (0.0, 1.0, 2.0)
 #: How many standard errors a gain must have: with 1, chance makes a schedule that is no better pass in 1 of 6 tries.
 MARGIN = 1.0
 #: On how many images a schedule is sampled at least before it is given up.
-FEWEST = 6
+FEWEST = 4
 #: How far apart computed steps may lie in an analytic schedule.
 LONGEST_GAP = 16
 

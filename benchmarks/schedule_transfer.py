@@ -1,0 +1,190 @@
+"""What does a schedule lose on many images that was calibrated on few others?
+
+    python -m benchmarks.schedule_transfer [--model emoji-qwen-image] [--budgets 25,17] [--tries 60] [--check]
+
+For each number of computed steps two schedules are searched, as `omni calibrate schedule` does: on its 4 prompts × 2
+seeds, and on 32 other prompts (or edits) of the embedded model × 3 other seeds. Both are measured on the latter, and so
+are evenly spread steps and plain sampling. The second is measured where it was searched, and its search also starts
+from the first: the loss is, if anything, too large. `--check` exits 1 where the mean PSNR loses 1 dB or more.
+
+What is sampled is kept in `--work`; after Ctrl-C, or with more `--tries`, the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.results import RESULTS, machine, write
+from omni_runtime import Omni
+from omni_runtime.cache import schedules
+from omni_runtime.calibrate_schedule import Images, Journal, Settings, about, starts, statistics
+from omni_runtime.cli import DEFAULT_MODEL
+from omni_runtime.commands import SCHEDULE_PROMPTS
+from omni_runtime.compare import prompts_of
+from omni_runtime.request import GenerationRequest
+from omni_runtime.schedule_search import Tried, gain, search
+
+FEW_SEEDS, MANY_SEEDS = (0, 1), (1000, 1001, 1002)
+MANY_PROMPTS = 32
+#: What a schedule may lose at most, in dB of the mean PSNR.
+ALLOWED = 1.0
+
+
+def prompts(model: str, few: int, many: int) -> tuple[list[tuple[str, Path | None]], list[tuple[str, Path | None]]]:
+    """The prompts of both searches, each with the picture that it edits, if any; none is in both.
+
+    Raises:
+        ValueError: the model brings fewer.
+    """
+    first = prompts_of(model, few)
+    others = [one for one in prompts_of(model, None) if one not in first]
+    if len(first) < few or len(others) < many:
+        raise ValueError(f"{model} brings {len(first) + len(others)} prompts: {few} and {many} others are wanted")
+    return first, [others[i * len(others) // many] for i in range(many)]
+
+
+def requests(
+    omni: Omni, prompts: Sequence[tuple[str, Path | None]], seeds: Sequence[int], **arguments: Any
+) -> list[GenerationRequest]:
+    """Every prompt with every seed."""
+    return [
+        one
+        for text, image in prompts
+        for seed in seeds
+        for one in omni.prepare(text, seed=seed, **arguments, **({} if image is None else {"image": image}))
+    ]
+
+
+class Calibration:
+    """A search on some images, whose samples are kept.
+
+    Attributes:
+        images: run in full.
+    """
+
+    def __init__(self, omni: Omni, some: Sequence[GenerationRequest], batch: int, journal: Path) -> None:
+        self.images = Images(omni.pipe, some, Settings(), batch)
+        self._journal = Journal(journal, about(omni, some, Settings()))
+        self._recorded = self.images.record()
+        self._transformer = type(omni.pipe.transformer).__name__
+        self._name = f"{omni.name}, {len(some)} images"
+
+    def search(self, budget: int, tries: int, patience: int, also: Sequence[Tried] = ()) -> dict[str, Any]:
+        """The best schedule, how many were sampled, and in how many seconds; what was kept took none."""
+        steps = len(self._recorded.sigmas) - 1
+        begun = starts(self._recorded, steps, budget, Settings(), self._transformer)
+        begun += [one.computed for one in also]
+        start = time.perf_counter()
+
+        def on_try(number: int, tried: Tried, best: Tried) -> None:
+            told = f"{self._name}, {budget} steps: {number} of {tries} schedules"
+            left = (time.perf_counter() - start) / number * (tries - number) / 60
+            print(f"\r\033[K{told}, {left:.0f} min left at most, best {best.score:.2f} dB", end="", file=sys.stderr)
+
+        sample = functools.partial(self._journal.sample, self.images)
+        found = search(begun, steps, sample, tries, patience, on_try=on_try)
+        print(file=sys.stderr)
+        return {"best": found.best, "tries": len(found.trail), "seconds": round(time.perf_counter() - start, 1)}
+
+    def measure(self, computed: tuple[int, ...]) -> Tried:
+        """A schedule, on all images."""
+        return self._journal.sample(self.images, computed)
+
+
+def compare(few: Calibration, many: Calibration, budget: int, tries: int, patience: int, steps: int) -> dict[str, Any]:
+    """Both searches of one number of computed steps, measured on the many images."""
+    small = few.search(budget, tries, patience)
+    large = many.search(budget, tries, patience, also=[small["best"]])
+    measured = {
+        "few": many.measure(small["best"].computed),
+        "many": many.measure(large["best"].computed),
+        "even": many.measure(schedules.even(steps, budget).computed),
+        "plain": many.images.plain(budget),
+    }
+    loss, error = gain(measured["many"].psnr, measured["few"].psnr)
+    return {
+        "budget": budget,
+        "loss": round(loss, 2),
+        "loss_error": round(error, 2),
+        "loss_of_p5": round(statistics(measured["many"])["p5"] - statistics(measured["few"])["p5"], 2),
+        "searches": {
+            name: {"tries": one["tries"], "seconds": one["seconds"], "searched": statistics(one["best"])}
+            for name, one in (("few", small), ("many", large))
+        },
+        "computed": {name: list(measured[name].computed) for name in ("few", "many", "even")},
+        "psnr": {name: statistics(one) for name, one in measured.items()},
+    }
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Mean ± standard deviation and 5th percentile on the many images; last, the mean loss ± its standard error."""
+    names = {"few": "calibrated on few", "many": "on many", "even": "evenly spread", "plain": "plain sampling"}
+    lines = [f"| computed steps | {' | '.join(names.values())} | loss |", "|---" * (len(names) + 2) + "|"]
+    for row in rows:
+        cells = [f"{one['mean']:.1f} ± {one['std']:.1f}, p5 {one['p5']:.1f}" for one in map(row["psnr"].get, names)]
+        lines.append(f"| {row['budget']} | {' | '.join(cells)} | {row['loss']:.2f} ± {row['loss_error']:.2f} |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Search, measure, write the numbers after each budget, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="an embedded model (default: %(default)s)")
+    parser.add_argument("--budgets", default="25,17", metavar="N,N", help="computed steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=50, metavar="N", help="default: %(default)s")
+    parser.add_argument("--tries", type=int, default=60, metavar="N", help="schedules of a search (default: 60)")
+    parser.add_argument("--patience", type=int, default=40, metavar="N", help="end after N that were no better")
+    parser.add_argument("--prompts", type=int, default=MANY_PROMPTS, metavar="N", help="the many (default: 32)")
+    parser.add_argument("--batch", type=int, default=16, metavar="N", help="images at once (default: %(default)s)")
+    parser.add_argument("--work", type=Path, default=Path("out/schedule-transfer"), metavar="DIR")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
+    parser.add_argument("--check", action="store_true", help=f"exit 1 where {ALLOWED:g} dB or more are lost")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    omni = Omni(options.model, cache_backend=None, device="cpu")
+    omni.pipe.set_progress_bar_config(disable=True)
+    try:
+        few_prompts, many_prompts = prompts(options.model, SCHEDULE_PROMPTS, options.prompts)
+    except ValueError as error:
+        parser.error(str(error))
+    few, many = (
+        Calibration(
+            omni,
+            requests(omni, some, seeds, num_inference_steps=options.steps),
+            options.batch,
+            options.work / f"{options.model}-{name}.jsonl",
+        )
+        for name, some, seeds in (("few", few_prompts, FEW_SEEDS), ("many", many_prompts, MANY_SEEDS))
+    )
+    rows: list[dict[str, Any]] = []
+    path = options.out / f"schedule-transfer-{options.model}.json"
+    made = {
+        "model": options.model,
+        "steps": options.steps,
+        "tries": options.tries,
+        "patience": options.patience,
+        "few": {"prompts": [text for text, _ in few_prompts], "seeds": list(FEW_SEEDS)},
+        "many": {"prompts": len(many_prompts), "seeds": list(MANY_SEEDS)},
+        "machine": machine(torch.device("cpu")),
+    }
+    for budget in map(int, options.budgets.split(",")):
+        rows.append(compare(few, many, budget, options.tries, options.patience, options.steps))
+        write(path, made | {"rows": rows})
+    print(table(rows))
+    print(path)
+    failed = [row["budget"] for row in rows if row["loss"] >= ALLOWED]
+    if failed:
+        print(f"{ALLOWED:g} dB or more are lost at {', '.join(map(str, failed))} computed steps", file=sys.stderr)
+    return int(options.check and bool(failed))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
