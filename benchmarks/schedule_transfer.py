@@ -166,7 +166,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     rows: list[dict[str, Any]] = []
     path = options.out / f"schedule-transfer-{options.model}.json"
+    given = sys.argv[1:] if arguments is None else arguments
     made = {
+        "command": " ".join(["python -m benchmarks.schedule_transfer", *given]),
         "model": options.model,
         "steps": options.steps,
         "tries": options.tries,
