@@ -1,13 +1,14 @@
 """What does a schedule lose on many images that was calibrated on few others?
 
-    python -m benchmarks.schedule_transfer [--model emoji-qwen-image] [--budgets 25,17] [--tries 60] [--check]
+    python -m benchmarks.schedule_transfer [--model emoji-qwen-image] [--budgets 25,17] [--check]
 
 For each number of computed steps two schedules are searched, as `omni calibrate schedule` does: on its 4 prompts × 2
 seeds, and on 32 other prompts (or edits) of the embedded model × 3 other seeds. Both are measured on the latter, and so
-are evenly spread steps and plain sampling. The second is measured where it was searched, and its search also starts
-from the first: the loss is, if anything, too large. `--check` exits 1 where the mean PSNR loses 1 dB or more.
+are evenly spread steps and plain sampling. The second is measured where it was searched, and its search goes on from
+the first (with `--many-tries`): for as many tries the loss is, if anything, too large. `--check` exits 1 where the mean
+PSNR loses 1 dB or more.
 
-What is sampled is kept in `--work`; after Ctrl-C, or with more `--tries`, the same command goes on from there.
+What is sampled is kept in `--work`; after Ctrl-C, or with more tries, the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from benchmarks.results import RESULTS, machine, write
 from omni_runtime import Omni
 from omni_runtime.cache import schedules
-from omni_runtime.calibrate_schedule import Images, Journal, Settings, about, starts, statistics
+from omni_runtime.calibrate_schedule import PATIENCE, TRIES, Images, Journal, Settings, about, starts, statistics
 from omni_runtime.cli import DEFAULT_MODEL
 from omni_runtime.commands import SCHEDULE_PROMPTS
 from omni_runtime.compare import prompts_of
@@ -78,10 +79,10 @@ class Calibration:
         self._name = f"{omni.name}, {len(some)} images"
 
     def search(self, budget: int, tries: int, patience: int, also: Sequence[Tried] = ()) -> dict[str, Any]:
-        """The best schedule, how many were sampled, and in how many seconds; what was kept took none."""
+        """The best schedule, and how many were sampled."""
         steps = len(self._recorded.sigmas) - 1
-        begun = starts(self._recorded, steps, budget, Settings(), self._transformer)
-        begun += [one.computed for one in also]
+        begun = [one.computed for one in also]
+        begun += starts(self._recorded, steps, budget, Settings(), self._transformer)
         start = time.perf_counter()
 
         def on_try(number: int, tried: Tried, best: Tried) -> None:
@@ -92,17 +93,19 @@ class Calibration:
         sample = functools.partial(self._journal.sample, self.images)
         found = search(begun, steps, sample, tries, patience, on_try=on_try)
         print(file=sys.stderr)
-        return {"best": found.best, "tries": len(found.trail), "seconds": round(time.perf_counter() - start, 1)}
+        return {"best": found.best, "tries": len(found.trail)}
 
     def measure(self, computed: tuple[int, ...]) -> Tried:
         """A schedule, on all images."""
         return self._journal.sample(self.images, computed)
 
 
-def compare(few: Calibration, many: Calibration, budget: int, tries: int, patience: int, steps: int) -> dict[str, Any]:
+def compare(
+    few: Calibration, many: Calibration, budget: int, tries: tuple[int, int], patience: int, steps: int
+) -> dict[str, Any]:
     """Both searches of one number of computed steps, measured on the many images."""
-    small = few.search(budget, tries, patience)
-    large = many.search(budget, tries, patience, also=[small["best"]])
+    small = few.search(budget, tries[0], patience)
+    large = many.search(budget, tries[1], patience, also=[small["best"]])
     measured = {
         "few": many.measure(small["best"].computed),
         "many": many.measure(large["best"].computed),
@@ -116,7 +119,7 @@ def compare(few: Calibration, many: Calibration, budget: int, tries: int, patien
         "loss_error": round(error, 2),
         "loss_of_p5": round(statistics(measured["many"])["p5"] - statistics(measured["few"])["p5"], 2),
         "searches": {
-            name: {"tries": one["tries"], "seconds": one["seconds"], "searched": statistics(one["best"])}
+            name: {"tries": one["tries"], "searched": statistics(one["best"])}
             for name, one in (("few", small), ("many", large))
         },
         "computed": {name: list(measured[name].computed) for name in ("few", "many", "even")},
@@ -140,8 +143,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default=DEFAULT_MODEL, help="an embedded model (default: %(default)s)")
     parser.add_argument("--budgets", default="25,17", metavar="N,N", help="computed steps (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="default: %(default)s")
-    parser.add_argument("--tries", type=int, default=60, metavar="N", help="schedules of a search (default: 60)")
-    parser.add_argument("--patience", type=int, default=40, metavar="N", help="end after N that were no better")
+    parser.add_argument("--tries", type=int, default=TRIES, metavar="N", help="schedules on few (default: %(default)s)")
+    parser.add_argument(
+        "--many-tries", type=int, default=30, metavar="N", help="schedules on many (default: %(default)s)"
+    )
+    parser.add_argument("--patience", type=int, default=PATIENCE, metavar="N", help="end after N that were no better")
     parser.add_argument("--prompts", type=int, default=MANY_PROMPTS, metavar="N", help="the many (default: 32)")
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="images at once (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("out/schedule-transfer"), metavar="DIR")
@@ -171,14 +177,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "command": " ".join(["python -m benchmarks.schedule_transfer", *given]),
         "model": options.model,
         "steps": options.steps,
-        "tries": options.tries,
         "patience": options.patience,
         "few": {"prompts": [text for text, _ in few_prompts], "seeds": list(FEW_SEEDS)},
         "many": {"prompts": len(many_prompts), "seeds": list(MANY_SEEDS)},
         "machine": machine(torch.device("cpu")),
     }
     for budget in map(int, options.budgets.split(",")):
-        rows.append(compare(few, many, budget, options.tries, options.patience, options.steps))
+        tries = options.tries, options.many_tries
+        rows.append(compare(few, many, budget, tries, options.patience, options.steps))
         write(path, made | {"rows": rows})
     print(table(rows))
     print(path)
