@@ -172,9 +172,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     rows: list[dict[str, Any]] = []
     path = options.out / f"schedule-transfer-{options.model}.json"
-    given = sys.argv[1:] if arguments is None else arguments
     made = {
-        "command": " ".join(["python -m benchmarks.schedule_transfer", *given]),
+        "command": f"python -m benchmarks.schedule_transfer --model {options.model} --budgets {options.budgets} "
+        f"--tries {options.tries} --many-tries {options.many_tries}",
         "model": options.model,
         "steps": options.steps,
         "patience": options.patience,
