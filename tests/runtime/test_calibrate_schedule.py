@@ -177,6 +177,23 @@ def test_a_journal_that_was_cut_off_is_read_and_another_searchs_is_refused(tmp_p
         Journal(path, {"model": "b"})
 
 
+def test_a_schedule_that_was_given_up_is_sampled_on_all_images_when_it_is_measured(tmp_path):
+    class Sampled:
+        requests = (1, 2, 3)
+        calls = 0
+
+        def sample(self, computed, best=None):
+            self.calls += 1
+            return Tried(computed, (30.0, 31.0, 32.0)[: 1 if best else 3])
+
+    path, images = tmp_path / "search.jsonl", Sampled()
+    kept, best = Journal(path, {}), Tried((0, 2), (40.0, 40.0, 40.0))
+    assert [len(kept.sample(images, (0, 3), one).psnr) for one in (best, best, None, best)] == [1, 1, 3, 3]
+    assert images.calls == 2
+    assert Journal(path, {}).get((0, 3)).psnr == (30.0, 31.0, 32.0)
+    assert len(path.read_text().splitlines()) == 3
+
+
 @pytest.mark.parametrize("budgets", [[1], [9]])
 def test_budgets_that_are_none_are_named(omni, budgets):
     with pytest.raises(ValueError, match=f"from 2 to the 8 steps of a request, not {budgets[0]}"):
