@@ -5,8 +5,8 @@
 For each number of computed steps two schedules are searched, as `omni calibrate schedule` does: on its 4 prompts × 2
 seeds, and on 32 other prompts (or edits) of the embedded model × 3 other seeds. Both are measured on the latter, and so
 are evenly spread steps and plain sampling. The second is measured where it was searched, and its search goes on from
-the first (with `--many-tries`): for as many tries the loss is, if anything, too large. `--check` exits 1 where the mean
-PSNR loses 1 dB or more.
+the first and from all that the first started from (with `--many-tries`): for as many tries the loss is, if anything,
+too large. `--check` exits 1 where the mean PSNR loses 1 dB or more.
 
 What is sampled is kept in `--work`; after Ctrl-C, or with more tries, the same command goes on from there.
 """
@@ -75,14 +75,17 @@ class Calibration:
         self.images = Images(omni.pipe, some, Settings(), batch)
         self._journal = Journal(journal, about(omni, some, Settings()))
         self._recorded = self.images.record()
+        self._steps = len(self._recorded.sigmas) - 1
         self._transformer = type(omni.pipe.transformer).__name__
         self._name = f"{omni.name}, {len(some)} images"
 
-    def search(self, budget: int, tries: int, patience: int, also: Sequence[Tried] = ()) -> dict[str, Any]:
+    def starts(self, budget: int) -> list[tuple[int, ...]]:
+        """What a search starts from."""
+        return starts(self._recorded, self._steps, budget, Settings(), self._transformer)
+
+    def search(self, budget: int, tries: int, patience: int, also: Sequence[tuple[int, ...]] = ()) -> dict[str, Any]:
         """The best schedule, and how many were sampled."""
-        steps = len(self._recorded.sigmas) - 1
-        begun = [one.computed for one in also]
-        begun += starts(self._recorded, steps, budget, Settings(), self._transformer)
+        begun = [*also, *self.starts(budget)]
         start = time.perf_counter()
 
         def on_try(number: int, tried: Tried, best: Tried) -> None:
@@ -91,7 +94,7 @@ class Calibration:
             print(f"\r\033[K{told}, {left:.0f} min left at most, best {best.score:.2f} dB", end="", file=sys.stderr)
 
         sample = functools.partial(self._journal.sample, self.images)
-        found = search(begun, steps, sample, tries, patience, on_try=on_try)
+        found = search(begun, self._steps, sample, tries, patience, on_try=on_try)
         print(file=sys.stderr)
         return {"best": found.best, "tries": len(found.trail)}
 
@@ -105,7 +108,7 @@ def compare(
 ) -> dict[str, Any]:
     """Both searches of one number of computed steps, measured on the many images."""
     small = few.search(budget, tries[0], patience)
-    large = many.search(budget, tries[1], patience, also=[small["best"]])
+    large = many.search(budget, tries[1], patience, also=[small["best"].computed, *few.starts(budget)])
     measured = {
         "few": many.measure(small["best"].computed),
         "many": many.measure(large["best"].computed),
