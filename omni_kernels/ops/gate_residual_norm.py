@@ -55,7 +55,7 @@ def gate_residual_norm(
         shift: as gate, or None: nothing is added.
         index: [B, S], bool or an integer: gate, scale and shift are [2B, D], and token (b, s) takes row b where index
             is 0 and row B + b elsewhere.
-        gate_tanh: whether the gate is tanh(gate).
+        gate_tanh: whether the gate, if there is one, is tanh(gate).
         x_weight: [D]: x is normed before the gate, x / √(mean(x²) + x_eps) · x_weight. None: it is taken as it is.
         x_eps: added to that mean square.
         norm: "layer" (subtract the mean, divide by the standard deviation), "rms" (divide by the root mean square) or

@@ -216,7 +216,7 @@ class CacheSession:
         _refuse_cached(self.transformer)
         self._output = output
         if output is not None:
-            check_scheduler(pipe.scheduler)
+            check_scheduler(pipe.scheduler, output.residual)
         if parts is not None:
             _refuse_for_blocks(self.transformer)
         # A pipeline may change to a second transformer for the last steps (Wan 2.2): whole steps are skipped of both.
@@ -380,8 +380,8 @@ class CacheSession:
         try:
             steps = request.outputs
             if steps is None:
-                check_scheduler(self._lifecycle.scheduler)
                 assert self._output is not None
+                check_scheduler(self._lifecycle.scheduler, self._output.residual)
                 gate = self._output.gate(request, _name(self.transformer))
                 if self._output.drift_tolerance is not None and self.replays is not None:
                     gate = self.replays.gate(gate, request, "")
@@ -390,11 +390,12 @@ class CacheSession:
             made = request.decisions.get(name)
             if made and made[-1].step == request.step:
                 name = f"{name}#{request.calls}"
-            verdict = steps.verdict()
-            answer = None if verdict.computed else steps.stand_in(name)
+            batch = _batch_of(*args, *kwargs.values())
+            verdict = steps.verdict(name, batch)
+            answer = None if verdict.computed else steps.stand_in(name, batch)
             if answer is None:
                 answer = call(*args, **kwargs)
-                steps.remember(name, answer)
+                steps.remember(name, batch, answer)
                 if self.parts is not None:  # `call` has counted itself and told what it decided
                     return answer
                 request.blocks_run += self.blocks
@@ -424,6 +425,11 @@ class CacheSession:
                 self._context = outer
 
         return cache_context
+
+
+def _batch_of(*arguments: Any) -> int | None:
+    """Of how many samples a transformer call is: its first argument is a tensor or a list of them."""
+    return len(arguments[0]) if arguments and isinstance(arguments[0], (torch.Tensor, list, tuple)) else None
 
 
 def _name(transformer: torch.nn.Module) -> str:

@@ -36,10 +36,22 @@ SCHEDULERS: dict[str, str] = {
 }
 
 
-def check_scheduler(scheduler: Any) -> None:
-    """Raise ValueError for a scheduler that whole steps cannot be skipped of, by name."""
+def check_scheduler(scheduler: Any, residual: bool = False) -> None:
+    """Raise ValueError for a scheduler that whole steps cannot be skipped of, by name.
+
+    Args:
+        scheduler: the pipeline's.
+        residual: whether what is cached is the model output less the latents (`OutputSite.residual`): that is near to
+            constant where the model predicts a flow, and not where it predicts the noise.
+    """
     name = type(scheduler).__name__
     if name in SCHEDULERS:
+        predicts = getattr(scheduler.config, "prediction_type", None)
+        if residual and not name.startswith("FlowMatch") and predicts != "flow_prediction":
+            raise ValueError(
+                f"{name} with prediction_type {predicts!r}: what a model adds to the latents can be reused where it "
+                "predicts a flow alone. velocity_cache works with it"
+            )
         return
     if getattr(scheduler, "order", 1) != 1:
         raise ValueError(
@@ -93,22 +105,33 @@ class OutputSteps:
         self._by_step = site.forecaster.axis == "step"
         self._reach = site.reach
         self._history = history_of(site.forecaster)
+        self._new_signal = site.signal
         self._signal = None if site.signal is None else site.signal()
         self._residual = site.residual
-        self._returned: dict[str, Any] = {}
+        self._returned: dict[str, tuple[int | None, Any]] = {}
         self._step = -1
         self._verdict = Verdict(True, "")
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that is held between steps."""
         watched = [] if self._signal is None else self._signal.tensors()
-        return self._history.tensors() + watched + self.gate.tensors() + _tensors_of(self._returned)
+        return (
+            self._history.tensors()
+            + watched
+            + self.gate.tensors()
+            + _tensors_of([returned for _, returned in self._returned.values()])
+        )
 
-    def verdict(self) -> Verdict:
-        """Whether the step under way is computed; settled at its first transformer call."""
+    def verdict(self, name: str, batch: int | None) -> Verdict:
+        """Whether the step under way is computed; settled at its first transformer call, `name` of so many samples."""
         if self._step != self._request.step:
             self._step = self._request.step
-            if self._history.shape is not None:
+            if self._returned.get(name, (batch,))[0] != batch:
+                # Guidance has ended, or begun (Z-Image's cfg_truncation): what was guided otherwise is no guide.
+                self._history.clear()
+                self._signal = None if self._new_signal is None else self._new_signal()
+                self._verdict = Verdict(True, "another batch")
+            elif self._history.shape is not None:
                 self.gate.enters(self._history.shape)
                 plan, reason = self.gate.plan(self._step)
                 self._verdict = self._judged() if plan is Plan.MEASURE else Verdict(plan is Plan.COMPUTE, reason)
@@ -129,13 +152,14 @@ class OutputSteps:
                 return self.gate.keep(sums, latents.numel(), self._request.images)
         return Verdict(True, "nothing to compare with")
 
-    def remember(self, name: str, returned: Any) -> None:
-        """What a transformer call of this step returned."""
-        self._returned[name] = returned
+    def remember(self, name: str, batch: int | None, returned: Any) -> None:
+        """What a transformer call of this step, of so many samples, returned."""
+        self._returned[name] = batch, returned
 
-    def stand_in(self, name: str) -> Any:
-        """What that call returned last; None where it was never made."""
-        return self._returned.get(name)
+    def stand_in(self, name: str, batch: int | None) -> Any:
+        """What that call returned last; None where it was never made, or of other samples."""
+        before, returned = self._returned.get(name, (batch, None))
+        return returned if before == batch else None
 
     def output(self, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         """What the scheduler steps with: `output` at a computed step, at a skipped one its forecast."""

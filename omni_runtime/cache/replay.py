@@ -93,16 +93,16 @@ class ReplayGate(Gate):
                 self._schedule = self._schedules.get(self._kind, {})
             self._now.kind = self._kind
             self.reads = step not in self._schedule
-            if self.reads:
-                self._schedule = {}
-                if kept := self.kept():
-                    self.read(iter(torch.cat(kept).tolist()))
-                    self._gate = self._judged_again()[0]
-                    self._gate.plan(step)
         return planned
 
     def judge(self, sums: Sequence[Sequence[float]], elements: int) -> Verdict:
-        """See `Gate.judge`."""
+        """See `Gate.judge`. The schedule lacks this step: it is not followed any further."""
+        self._schedule = {}
+        if kept := self.kept():
+            assert self._now.step is not None  # it was planned for
+            self.read(iter(torch.cat(kept).tolist()))
+            self._gate = self._judged_again()[0]
+            self._gate.plan(self._now.step)
         self._now.sums, self._now.elements = sums, elements
         return self._gate.judge(sums, elements)
 

@@ -202,10 +202,21 @@ def test_multistep_schedulers(scheduler):
     assert_as_written_out(pipe, {"thresh": 0.25, "ret_steps": 2}, expected, told)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_every_scheduler_of_the_table(qwen_pipe, name):
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {}),
+        ("FlowMatchLCMScheduler", {}),
+        ("UniPCMultistepScheduler", FLOW),
+        ("DPMSolverMultistepScheduler", FLOW),
+    ],
+)
+def test_every_scheduler_of_flows(qwen_pipe, name, config):
     """A skipped step's output is x + (out − x) of the last computed one, whatever the scheduler makes of it."""
-    scheduler = qwen_pipe.scheduler = getattr(diffusers, name)()
+    scheduler = qwen_pipe.scheduler = getattr(diffusers, name)(**config)
     seen = steps_of(qwen_pipe)
     x = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(0))
     with omni_kernels.patched(qwen_pipe, "easy_cache", {"thresh": 1.0, "ret_steps": 2}) as handle, torch.no_grad():
@@ -223,6 +234,34 @@ def test_every_scheduler_of_the_table(qwen_pipe, name):
         assert handle.report.complete
     assert 2 < len(computed) < STEPS
     assert_skipped_steps_add_the_last_difference(seen, computed)
+
+
+@pytest.mark.parametrize("name", sorted(set(SCHEDULERS) - {"FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler"}))
+def test_schedulers_of_noise_are_refused_by_name(qwen_pipe, name):
+    """What a model of noise adds to the latents is as large as they are, and changes as they do."""
+    qwen_pipe.scheduler = getattr(diffusers, name)()
+    with pytest.raises(ValueError, match=f"{name} with prediction_type 'epsilon'.*velocity_cache works with it"):
+        omni_kernels.patch(qwen_pipe, "easy_cache")
+
+
+@pytest.mark.parametrize("truncation", [0.2, 0.3, 0.4, 0.5, 0.7])
+@pytest.mark.parametrize("images", [1, 2])
+def test_guidance_that_ends_within_a_run_of_skipped_steps(z_pipe, truncation, images):
+    arguments = {"cfg_truncation": truncation, "num_inference_steps": 16, "num_images_per_prompt": images}
+    batches = []
+    hook = z_pipe.transformer.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
+    tiny.generate(z_pipe, **arguments)
+    hook.remove()
+    ends = batches.index(images)
+    for backend, config in (("easy_cache", {"thresh": 0.3, "ret_steps": 2}), ("velocity_cache", {"budget": 5})):
+        with omni_kernels.patched(z_pipe, backend, config) as handle:
+            tiny.generate(z_pipe, **arguments)
+            report = handle.report
+        (branch,) = report.branches.values()
+        assert report.complete
+        assert branch.decisions[ends].computed
+        assert branch.skipped
+        assert branch.decisions[ends].reason == "another batch"
 
 
 def assert_skipped_steps_add_the_last_difference(seen, computed):

@@ -152,6 +152,16 @@ def test_reference_of_another_shape_is_the_same_kind():
     assert handle.report.drift >= 0.0
 
 
+@pytest.mark.parametrize("warmup", [0, 1, 2, 5])
+def test_steps_that_had_nothing_to_compare_with_do_not_end_a_replay(qwen_pipe, warmup):
+    handle = omni_kernels.patch(qwen_pipe, "easy_cache", replaying("easy_cache", ret_steps=warmup))
+    first, asked = latents(qwen_pipe), measured(handle.report)
+    assert torch.equal(latents(qwen_pipe), first)
+    assert handle.report.drift == 0.0
+    assert replayed(handle.report) == asked
+    assert all(asked.values())
+
+
 # The host
 
 

@@ -196,6 +196,12 @@ def test_requests_that_cannot_be_compared_are_refused(
         compare.compare([Run("a")], pipe, [dataclasses.replace(request, **arguments)], tmp_path)
     with pytest.raises(ValueError, match="two runs are called 'a'"):
         compare.compare([Run("a"), Run("a", "tea_cache")], pipe, [request], tmp_path)
+    for run in (
+        Run("a", "tea_cache", {"decision": "replay"}, 4),
+        Run("a", "combined", {"blocks": {"cache_config": {"decision": "replay"}}}, 4),
+    ):
+        with pytest.raises(ValueError, match="a: a comparison makes each image by itself"):
+            cells.complete_config(run, pipe)
     with pytest.raises(ValueError, match="steps_computation_mask has 2 entries"):
         compare.compare([Run("a", "cache_dit", {"steps_computation_mask": "10"}, 4)], pipe, [request], tmp_path)
     with pytest.raises(ValueError, match="nothing to compare"):
