@@ -3,12 +3,16 @@
 A `Patch` writes into instance dictionaries only (an object's `__dict__`, a module's `_modules`), never into a class,
 and remembers each slot's former content. Undoing is all or nothing: when another party has since replaced something
 that the patch installed, nothing is touched and the conflict is named.
+
+A module's forward is special, because the hooks of accelerate and of diffusers take its place and keep what they found
+there: what stands innermost is exchanged, wherever a hook that comes or goes has put it.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, MutableMapping
+import types
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +55,70 @@ def _same(value: Any) -> Any:
     return value
 
 
+class Forward(functools.partial[Any]):
+    """A function in the place of one module's forward, called with the module first. A copy of the module is plain.
+
+    Without a closure, so that compiled blocks of one class, with one such forward each, share one graph.
+    """
+
+    def __new__(cls, module: torch.nn.Module, function: Callable[..., Any]) -> Forward:
+        """`function` in the place of `module`'s forward, whose signature it shows."""
+        self = super().__new__(cls, function, module)
+        functools.update_wrapper(self, own_forward(module))
+        return self
+
+    def __reduce__(self) -> Any:
+        return own_forward, self.args
+
+
+def own_forward(module: torch.nn.Module) -> Callable[..., Any]:
+    """The forward that `module` has from its class."""
+    return types.MethodType(type(module).forward, module)
+
+
+def _forwards(module: torch.nn.Module) -> Iterator[tuple[MutableMapping[str, Any], str]]:
+    """Every place where a forward of this module may stand: its own slot, and where hooks keep what they replaced."""
+    yield vars(module), "forward"
+    yield vars(module), "_old_forward"  # accelerate
+    for reference in getattr(vars(module).get("_diffusers_hook"), "_fn_refs", ()):
+        yield vars(reference), "forward"
+        yield vars(reference), "original_forward"
+
+
+@dataclass(eq=False)
+class _ForwardSlot:
+    owner: torch.nn.Module
+    installed: Forward
+    bare: bool  # nothing stood on the instance
+
+    def _places(self) -> list[tuple[MutableMapping[str, Any], str]]:
+        return [(mapping, key) for mapping, key in _forwards(self.owner) if mapping.get(key) is self.installed]
+
+    @property
+    def held(self) -> bool:
+        return bool(self._places())
+
+    def conflict(self) -> str:
+        holder = describe(vars(self.owner)["forward"]) if "forward" in vars(self.owner) else "gone"
+        return f"{type(self.owner).__name__}.forward is now {holder}"
+
+    def restore(self) -> None:
+        own = own_forward(self.owner)
+        for mapping, key in self._places():
+            if self.bare and mapping is vars(self.owner) and key == "forward":
+                del mapping[key]
+            else:
+                mapping[key] = own
+        # What a hook has wrapped it also names, for its signature.
+        outer = vars(self.owner).get("forward")
+        while outer is not None:
+            inner = getattr(outer, "__wrapped__", None)
+            if inner is self.installed:
+                outer.__wrapped__ = own
+                inner = None
+            outer = inner
+
+
 @dataclass(eq=False)
 class _Slot:
     owner: object
@@ -60,11 +128,12 @@ class _Slot:
     former: Any
 
     @property
-    def current(self) -> Any:
-        return self.mapping.get(self.key, _ABSENT)
+    def held(self) -> bool:
+        return self.mapping.get(self.key, _ABSENT) is self.installed
 
     def conflict(self) -> str:
-        holder = "gone" if self.current is _ABSENT else describe(self.current)
+        current = self.mapping.get(self.key, _ABSENT)
+        holder = "gone" if current is _ABSENT else describe(current)
         return f"{type(self.owner).__name__}.{self.key} is now {holder}"
 
     def restore(self) -> None:
@@ -78,7 +147,7 @@ class Patch:
     """A record of changes to instances, made through it and undone by it."""
 
     def __init__(self) -> None:
-        self._slots: list[_Slot] = []
+        self._slots: list[_Slot | _ForwardSlot] = []
 
     def set_method(self, owner: object, name: str, function: Callable[..., Any]) -> None:
         """Shadow the method `name` of this one instance by `function`, which is called without the instance."""
@@ -87,6 +156,33 @@ class Patch:
     def set_module(self, owner: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
         """Replace the registered child `name`; `module` must keep the child's state-dict keys."""
         self._fill(owner, owner._modules, name, module)
+
+    def set_forward(self, module: torch.nn.Module, function: Callable[..., Any]) -> None:
+        """Shadow the forward of this one module by `function`, which is called with the module first.
+
+        It takes the place of the forward that the module has from its class, beneath every hook.
+
+        Raises:
+            PatchConflictError: somebody else's forward stands there.
+        """
+        places = []
+        for mapping, key in _forwards(module):
+            found = mapping.get(key)
+            if isinstance(found, types.MethodType) and found == own_forward(module):
+                places.append((mapping, key))
+        bare = "forward" not in vars(module)
+        if bare:
+            places = [(vars(module), "forward")]
+        if not places:
+            # The wrappers that hooks put around a forward name it; who is wrapped by none of them stands innermost.
+            found = [mapping[key] for mapping, key in _forwards(module) if mapping.get(key) is not None]
+            holder = next((forward for forward in found if not hasattr(forward, "__wrapped__")), found[-1])
+            patched = any(isinstance(forward, Forward) for forward in found)
+            raise PatchConflictError("patched already" if patched else f"its forward is {describe(holder)}")
+        installed = Forward(module, function)
+        for mapping, key in places:
+            mapping[key] = installed
+        self._slots.append(_ForwardSlot(module, installed, bare))
 
     def _fill(self, owner: object, mapping: MutableMapping[str, Any], key: str, value: Any) -> None:
         self._slots.append(_Slot(owner, mapping, key, value, mapping.get(key, _ABSENT)))
@@ -99,7 +195,7 @@ class Patch:
             PatchConflictError: somebody else replaced what was installed; nothing is changed then.
         """
         slots = [slot for slot in self._slots if owner is None or slot.owner is owner]
-        conflicts = [slot.conflict() for slot in slots if slot.current is not slot.installed]
+        conflicts = [slot.conflict() for slot in slots if not slot.held]
         if conflicts:
             raise PatchConflictError(
                 f"cannot undo the patch, because it was patched over: {'; '.join(conflicts)}. "
