@@ -1,7 +1,8 @@
 """Triton kernels for diffusion transformers, and the patching of pipelines that uses them.
 
-`ops` holds the kernels; `patch`, `unpatch` and `patched` install a cache backend on one diffusers pipeline and take it
-out again. Importing this package probes no device, patches nothing and loads neither diffusers nor transformers.
+`ops` holds the kernels; `patch`, `unpatch` and `patched` fuse the blocks of one diffusers pipeline, install a cache
+backend on it, and take both out again. Importing this package probes no device, patches nothing and loads neither
+diffusers nor transformers.
 """
 
 from omni_kernels import ops

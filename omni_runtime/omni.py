@@ -126,7 +126,9 @@ class Omni:
         if self._pipe is None:
             pipe = self._load()
             before = handle_of(pipe)
-            self._handle = patch(pipe, self.cache_backend, self.cache_config)
+            # Blocks stay as they are found: a result without a cache is what the pipeline itself returns.
+            fuse = before is not None and before.fuse
+            self._handle = patch(pipe, self.cache_backend, self.cache_config, fuse=fuse)
             self._patched_here = self._handle is not before
             self._pipe = pipe
         return self._pipe

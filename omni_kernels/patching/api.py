@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from omni_kernels.patching import backends
+from omni_kernels.patching import backends, rules
 from omni_kernels.patching.engine import Patch, PatchConflictError
 
 _ATTRIBUTE = "_omni_kernels_handle"
@@ -18,18 +18,25 @@ class PatchHandle:
     Attributes:
         cache_backend: the backend's name, None without a cache.
         cache_config: its complete configuration, defaults filled in.
+        fuse: whether blocks were to be fused.
+        fused: which blocks were replaced, and which were left alone and why; prints as lines.
     """
 
-    def __init__(self, pipe: Any, cache_backend: str | None, cache_config: dict[str, Any]) -> None:
+    def __init__(self, pipe: Any, cache_backend: str | None, cache_config: dict[str, Any], fuse: bool) -> None:
         self.cache_backend = cache_backend
         self.cache_config = cache_config
+        self.fuse = fuse
+        self.fused = rules.Fusion()
         self._pipe = pipe
         self._patch = Patch()
         self._installed: backends.InstalledBackend | None = None
 
     def __repr__(self) -> str:
         state = "active" if self.active else "undone"
-        return f"PatchHandle(cache_backend={self.cache_backend!r}, cache_config={self.cache_config!r}, {state})"
+        blocks = f"{len(self.fused.replaced)} blocks fused" if self.fuse else "blocks not fused"
+        return (
+            f"PatchHandle(cache_backend={self.cache_backend!r}, cache_config={self.cache_config!r}, {blocks}, {state})"
+        )
 
     def __reduce__(self) -> Any:
         # A copied or pickled pipeline is not patched, so it has no handle.
@@ -68,26 +75,40 @@ class PatchHandle:
             self._installed.close()
         del vars(self._pipe)[_ATTRIBUTE]
 
-    def _install(self, backend: backends.CacheBackend) -> None:
+    def _install(self, backend: backends.CacheBackend | None) -> None:
         try:
-            self._installed = backend.install(self._pipe, self.cache_config, self._patch)
+            if self.fuse:
+                self.fused = rules.fuse(self._pipe, self._patch)
+            if backend is not None:
+                self._installed = backend.install(self._pipe, self.cache_config, self._patch)
         except BaseException:
             self._patch.undo()
             raise
 
 
-def patch(pipe: Any, cache_backend: str | None = None, cache_config: Mapping[str, Any] | None = None) -> PatchHandle:
-    """Install a cache on one diffusers pipeline; other pipelines, of the same class too, are left alone.
+def patch(
+    pipe: Any,
+    cache_backend: str | None = None,
+    cache_config: Mapping[str, Any] | None = None,
+    *,
+    fuse: bool | None = None,
+) -> PatchHandle:
+    """Fuse the blocks of one diffusers pipeline, or install a cache, or both; other pipelines are left alone.
+
+    Fused blocks compute what the model's own do, up to rounding. Which blocks there is a fused forward for, and what
+    was left alone and why, is in `.fused` of what is returned; where nothing fits, nothing is changed.
 
     Args:
         pipe: a loaded diffusers pipeline.
         cache_backend: a registered backend's name ("tea_cache", "cache_dit", ...); None and "none" mean no cache.
         cache_config: the backend's keys; what is left out takes its default, or what a calibration has left for it in
             the directory that the pipeline was loaded from.
+        fuse: whether to fuse blocks. None: without a backend yes, with one no, so that a cache alone changes no bit of
+            a computed step.
 
     Returns:
-        The handle: `.report` tells what the last request did, `.undo()` takes the patch out. Patching again with the
-        same backend and configuration returns the handle that is there.
+        The handle: `.fused` tells which blocks were replaced, `.report` what the last request did, `.undo()` takes the
+        patch out. Patching again in the same way returns the handle that is there.
 
     Raises:
         ValueError, TypeError: unknown backend or key, value out of range, a pipeline that the backend cannot serve.
@@ -101,17 +122,17 @@ def patch(pipe: Any, cache_backend: str | None = None, cache_config: Mapping[str
     if backend is not None:
         backend.check(cache_config)
         config = backend.check(backends.with_own(backend, cache_config, getattr(pipe, "name_or_path", None)))
+    fuse = name is None if fuse is None else bool(fuse)
     present = handle_of(pipe)
     if present is not None:
-        if (present.cache_backend, present.cache_config) == (name, config):
+        if (present.cache_backend, present.cache_config, present.fuse) == (name, config, fuse):
             return present
         raise PatchConflictError(
             f"this {type(pipe).__name__} is already patched with {present.cache_backend or 'no cache'} "
-            f"{present.cache_config}: unpatch(pipe) first"
+            f"{present.cache_config} and fuse={present.fuse}: unpatch(pipe) first"
         )
-    handle = PatchHandle(pipe, name, config)
-    if backend is not None:
-        handle._install(backend)
+    handle = PatchHandle(pipe, name, config, fuse)
+    handle._install(backend)
     vars(pipe)[_ATTRIBUTE] = handle
     return handle
 
@@ -130,11 +151,15 @@ def unpatch(pipe: Any) -> None:
 
 @contextlib.contextmanager
 def patched(
-    pipe: Any, cache_backend: str | None = None, cache_config: Mapping[str, Any] | None = None
+    pipe: Any,
+    cache_backend: str | None = None,
+    cache_config: Mapping[str, Any] | None = None,
+    *,
+    fuse: bool | None = None,
 ) -> Iterator[PatchHandle]:
     """`patch` for the length of a with-block. Inside a like block, the outer one keeps the patch."""
     outer = handle_of(pipe)
-    handle = patch(pipe, cache_backend, cache_config)
+    handle = patch(pipe, cache_backend, cache_config, fuse=fuse)
     try:
         yield handle
     finally:

@@ -1,0 +1,86 @@
+"""What a fused forward may take for granted: which modules it stands in for, and that nobody else wants them called.
+
+A fused forward computes what some modules of its block would, norms and activations above all, and calls the others.
+Whoever hooks or replaces one of the former has to be heard, so that each forward asks again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from omni_kernels.ops._checks import DTYPES
+from omni_kernels.patching.engine import describe
+
+
+def part(block: torch.nn.Module, path: str) -> Any:
+    """The module at a dotted path, None where there is none; "" is the block."""
+    found: Any = block
+    for name in path.split(".") if path else ():
+        found = getattr(found, name, None)
+    return found
+
+
+def hooked(module: torch.nn.Module) -> bool:
+    """Whether calling `module` comes to more than the forward of its class."""
+    return (
+        "forward" in module.__dict__
+        or len(module._forward_hooks) > 0
+        or len(module._forward_pre_hooks) > 0
+        or module._compiled_call_impl is not None
+    )
+
+
+def stands(block: torch.nn.Module, parts: Mapping[str, str]) -> bool:
+    """Whether the modules that a fused forward stands in for, class names by path, are still there and not hooked."""
+    for path, name in parts.items():
+        module = part(block, path)
+        if type(module).__name__ != name or hooked(module):
+            return False
+    return True
+
+
+def computes(*states: torch.Tensor) -> bool:
+    """Whether the ops take these states, and no gradient is asked for, which they have none of."""
+    return not torch.is_grad_enabled() and all(t.dtype in DTYPES for t in states)
+
+
+def dispatcher(processor: Any) -> Any:
+    """The `dispatch_attention_fn` that an attention processor calls; None where it knows none."""
+    return type(processor).__call__.__globals__.get("dispatch_attention_fn")
+
+
+def unlike(block: torch.nn.Module, parts: Mapping[str, str]) -> str | None:
+    """How a block differs from the modules, class names by path, that a fused forward stands in for."""
+    for path, name in parts.items():
+        module = part(block, path)
+        if type(module).__name__ != name:
+            return f"{path} is {describe(module) if module is not None else None}, not {name}"
+        if hooked(module):
+            holder = vars(module).get("forward")
+            return f"{path} is hooked" + (f" by {describe(holder)}" if holder is not None else "")
+    return None
+
+
+def not_plain_layer_norm(block: torch.nn.Module, *paths: str) -> str | None:
+    """Which of the LayerNorms has weights, or norms more than the last dimension."""
+    for path in paths:
+        norm = part(block, path)
+        if norm.weight is not None or norm.bias is not None or len(norm.normalized_shape) != 1:
+            return f"{path} has weights or norms several dimensions"
+    return None
+
+
+def not_plain_rms_norm(block: torch.nn.Module, size: int, *paths: str) -> str | None:
+    """Which of the RMSNorms, all over `size` channels with one eps, is not like that."""
+    eps = part(block, paths[0]).eps
+    for path in paths:
+        norm = part(block, path)
+        weight = norm.weight
+        if weight is None or weight.shape != (size,) or getattr(norm, "bias", None) is not None:
+            return f"{path} does not weight {size} channels and nothing else"
+        if norm.eps != eps or eps is None:
+            return f"{path} has eps {norm.eps}; {paths[0]} has {eps}"
+    return None
