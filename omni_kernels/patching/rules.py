@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from omni_kernels.patching import qwen_image
+from omni_kernels.patching import qwen_image, z_image
 from omni_kernels.patching.engine import Patch, PatchConflictError
 
 
@@ -30,6 +30,7 @@ class BlockRule:
 
 RULES = {
     "QwenImageTransformerBlock": BlockRule(qwen_image.forward, qwen_image.unfit),
+    "ZImageTransformerBlock": BlockRule(z_image.forward, z_image.unfit),
 }
 
 

@@ -1,0 +1,177 @@
+"""Z-Image's fused blocks: the same result up to rounding, refiners included."""
+
+import contextlib
+import copy
+from unittest import mock
+
+import pytest
+import tiny
+import torch
+from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
+from test_fusion import off
+
+import omni_kernels
+from omni_kernels.patching import rules
+from omni_kernels.patching.engine import Patch
+
+B, S, D = 2, 9, 64
+RULE = rules.RULES["ZImageTransformerBlock"]
+
+
+@contextlib.contextmanager
+def all_blocks_fused():
+    """While open, a block's own forward fails."""
+    with mock.patch.object(ZImageTransformerBlock, "forward", side_effect=AssertionError("ran unfused")):
+        yield
+
+
+def made(dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    block = ZImageTransformerBlock(0, D, 2, 2, norm_eps=1e-5, qk_norm=True, **options).eval()
+    for name, parameter in block.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(parameter)
+    return block.to(dtype)
+
+
+def arguments(form, seed=0):
+    """Those of one call: x, mask, freqs, the timestep's embedding, and which tokens are noise with both embeddings."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(B, S, D, generator=generator)
+    mask = torch.arange(S) < torch.tensor([[S], [5]])
+    freqs = torch.polar(torch.ones(B, S, 16), torch.randn(B, S, 16, generator=generator))
+    first, second = torch.randn(2, B, D, generator=generator)
+    if form == "plain":
+        return x, mask, freqs
+    if form == "modulated":
+        return x, mask, freqs, first
+    return x, None, freqs, None, (torch.arange(B * S) % 3 == 0).int().reshape(B, S), first, second
+
+
+def cast(given, dtype):
+    return [t.to(dtype) if t is not None and t.is_floating_point() else t for t in given]
+
+
+FORMS = ["plain", "modulated", "noise mask"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_fp32_agrees_by_the_block(form):
+    block, given = made(modulation=form != "plain"), arguments(form)
+    expected = block(*given)
+    assert RULE.unfit(block) is None
+    patch = Patch()
+    patch.set_forward(block, RULE.forward)
+    with all_blocks_fused():
+        assert off(block(*given), expected) < 1e-5
+    patch.undo()
+    assert torch.equal(block(*given), expected)
+
+
+@torch.no_grad()
+def test_bf16_is_no_farther_from_fp64_than_the_unpatched():
+    plain, fused = [], []
+    for form in FORMS:
+        block = made(torch.bfloat16, modulation=form != "plain")
+        exact = copy.deepcopy(block).double()
+        for seed in range(8):
+            given = cast(arguments(form, seed), torch.bfloat16)
+            truth = exact(*cast(given, torch.float64))
+            plain.append(off(block(*given), truth))
+            patch = Patch()
+            patch.set_forward(block, RULE.forward)
+            with all_blocks_fused():
+                fused.append(off(block(*given), truth))
+            patch.undo()
+    assert 0 < sum(fused) / len(fused) <= sum(plain) / len(plain)
+
+
+@pytest.mark.parametrize("guidance", [5.0, 0.0])
+def test_fp32_requests_agree(z_pipe, guidance):
+    def latents():
+        return tiny.generate(z_pipe, output_type="latent", num_inference_steps=3, guidance_scale=guidance)
+
+    expected = latents()
+    handle = omni_kernels.patch(z_pipe)
+    assert sorted(name.split(".")[1] for name in handle.fused.replaced) == (
+        ["context_refiner"] + 4 * ["layers"] + ["noise_refiner"]
+    )
+    assert handle.fused.left_alone == {}
+    with all_blocks_fused():
+        assert off(latents(), expected) < 1e-5
+    handle.undo()
+    assert torch.equal(latents(), expected)
+
+
+def test_cache_over_fused_blocks_decides_and_returns_the_same(z_pipe):
+    def latents():
+        return tiny.generate(z_pipe, output_type="latent", num_inference_steps=6)
+
+    config = {"threshold": 0.4}
+    with omni_kernels.patched(z_pipe, "first_block_cache", config) as handle:
+        expected, report = latents(), handle.report
+    assert report.forwards_saved > 0
+    with omni_kernels.patched(z_pipe, "first_block_cache", config, fuse=True) as handle, all_blocks_fused():
+        assert off(latents(), expected) < 1e-5
+        for name, branch in report.branches.items():
+            assert handle.report.branches[name].skipped == branch.skipped
+
+
+def no_qk_norm(block):
+    block.attention.norm_q = None
+
+
+def another_eps(block):
+    block.attention.norm_k.eps = 1e-3
+
+
+def hook_on_norm(block):
+    block.ffn_norm2.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+ODD = {
+    no_qk_norm: "attention.norm_q is None, not RMSNorm",
+    another_eps: "attention.norm_k has eps 0.001; attention.norm_q has 1e-05",
+    hook_on_norm: "ffn_norm2 is hooked",
+}
+
+
+@pytest.mark.parametrize("change", ODD)
+@torch.no_grad()
+def test_block_that_does_not_fit_is_left_alone_and_said_why(change):
+    block = made()
+    change(block)
+    assert RULE.unfit(block) == ODD[change]
+
+
+@torch.no_grad()
+def test_hook_that_comes_later_counts():
+    block, other, given = made(), made(), arguments("modulated")
+    before = other(*given)
+    hook_on_norm(other)
+    expected = other(*given)
+    assert off(expected, before) > 1e-2
+    Patch().set_forward(block, RULE.forward)
+    hook_on_norm(block)
+    assert torch.equal(block(*given), expected)
+
+
+@torch.no_grad()
+def test_compiled_blocks_are_one_graph():
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    given, blocks = arguments("modulated"), [made(), made(), made()]
+    expected = blocks[0](*given)
+    for block in blocks:
+        Patch().set_forward(block, RULE.forward)
+        block.compile(fullgraph=True, backend=backend)
+        assert off(block(*given), expected) < 1e-5
+    assert len(graphs) == 1
+    called = [str(node.target) for node in graphs[0].graph.nodes if "omni_kernels" in str(node.target)]
+    assert len(called) == 5
