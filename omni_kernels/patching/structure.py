@@ -19,7 +19,7 @@ def part(block: torch.nn.Module, path: str) -> Any:
     """The module at a dotted path, None where there is none."""
     found: Any = block
     for name in path.split("."):
-        # As attributes, 13 modules would be 23 µs a forward; so they are 7.
+        # Not as attributes, which torch looks up in Python: every forward of a block comes here for each of its parts.
         found = None if found is None else found._modules.get(name)
     return found
 

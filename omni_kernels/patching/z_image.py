@@ -1,8 +1,8 @@
 """Z-Image's blocks, fused: 5 launches beside the GEMMs and attention, where diffusers' takes 66.
 
 One stream, RMSNorms before and after both parts, scale and tanh of a gate, no shift. The refiners' blocks are of the
-same class, the context's without modulation. Projections and modulation are called as
-the modules that they are, so that adapters, quantised layers and hooks on them count.
+same class, the context's without modulation. Projections and modulation are called as the modules that they are, so
+that adapters, quantised layers and hooks on them count.
 """
 
 from __future__ import annotations
