@@ -87,7 +87,7 @@ class ResidualPassage(Passage):
         assert parts is not None  # there are passages only where a method has choices for the blocks
         super().__init__(session.calls, parts.first, parts.last)
         assert session.row is not None
-        self._count_noise = session.row.noise_tokens
+        self._count_noise = session.row.noise_tokens if parts.signal.noise_only else None
         self._signal = parts.signal
         self._every_step = parts.signal.every_step
         self._by_step = parts.forecaster.axis == "step"
@@ -105,7 +105,7 @@ class ResidualPassage(Passage):
         """A forward of this step of the request begins, with these arguments of the transformer."""
         self.ran = 0
         self.stepwise = stepwise
-        self._noise_tokens = self._count_noise(arguments)
+        self._noise_tokens = None if self._count_noise is None else self._count_noise(arguments)
         self.step = request.step
         self._images = request.images
         self._position = float(request.step) if self._by_step else request.sigma

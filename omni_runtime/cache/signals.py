@@ -2,7 +2,9 @@
 
 A signal turns the input of the first skippable block into one tensor to remember, and, given the remembered one, into
 each sample's [Σ|now − then|, Σ|then|]. `every_step` says when the new tensor replaces the remembered one: at every step
-(distances run from step to step) or only at computed steps (distances run to the last computed step).
+(distances run from step to step) or only at computed steps (distances run to the last computed step). `noise_only` says
+whose hidden states are watched where reference images stand behind the noise: the noise's alone, or all. DBCache and
+first-block cache go by all of them, as the libraries that their thresholds come from do.
 
 Where whole steps are skipped there is no block to watch: `ExpectedChange` goes by what scheduler and model exchange.
 """
@@ -24,6 +26,7 @@ class Signal(Protocol):
     """See the module's docstring."""
 
     every_step: bool
+    noise_only: bool
 
     def observe(
         self,
@@ -39,7 +42,7 @@ class Signal(Protocol):
         Args:
             block: the first skippable block, whose call is under way.
             arguments: its arguments by name.
-            hidden: the noise among its hidden states, [B, S', D].
+            hidden: what is watched of its hidden states, [B, S', D].
             entered: the same of the hidden states that entered block 0; the same tensor where block 0 is this block.
             remembered: the tensor of an earlier step, or None.
             using: the ops for such tensors, by name.
@@ -61,6 +64,7 @@ class FirstBlocksResidual:
     """What the first Fn blocks add to the hidden states (DBCache; with Fn = 1, first-block cache)."""
 
     every_step = False
+    noise_only = False
 
     def observe(
         self,
@@ -79,6 +83,7 @@ class ModulatedInput:
     """Block 0's normed and modulated input (TeaCache)."""
 
     every_step = True
+    noise_only = True
 
     def __init__(self, modulation: Callable[[torch.nn.Module, Arguments], Modulation]) -> None:
         self._modulation = modulation
@@ -109,6 +114,7 @@ class FilteredModulatedInput:
     """
 
     every_step = True
+    noise_only = True
 
     def __init__(
         self,
@@ -170,6 +176,7 @@ class Nothing:
     """For gates that measure nothing."""
 
     every_step = False
+    noise_only = True
 
     def observe(
         self,

@@ -47,6 +47,7 @@ SETTINGS = {
 CASES = {
     "Qwen-Image with CFG": (functools.partial(tiny.qwen_image, layers=LAYERS), {}),
     "Qwen-Image without CFG": (functools.partial(tiny.qwen_image, layers=LAYERS), {"negative_prompt": None}),
+    "Qwen-Image-Edit with CFG": (functools.partial(tiny.qwen_image_edit, layers=LAYERS), {}),
     "Z-Image with CFG": (functools.partial(tiny.z_image, layers=LAYERS), {"guidance_scale": 5.0}),
     "Z-Image without CFG": (functools.partial(tiny.z_image, layers=LAYERS), {"guidance_scale": 0.0}),
 }

@@ -119,7 +119,7 @@ def test_sea_cache_holds_one_residual_and_one_filtered_input_per_branch(pipe):
 
 def test_signal_of_an_edit_is_no_larger_than_its_noise():
     pipe = tiny.qwen_image_edit(num_attention_heads=3)
-    told, _, _ = counted(pipe, "first_block_cache", {"threshold": 0.2}, negative_prompt=None)
+    told, _, _ = counted(pipe, "tea_cache", {"rel_l1_thresh": 0.2}, negative_prompt=None)
     signal, residual = told[2]
     assert signal == HIDDEN
     assert residual[1] > HIDDEN[1]

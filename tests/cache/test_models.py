@@ -61,7 +61,7 @@ def test_row_whose_block_list_is_missing_is_named(qwen_pipe, monkeypatch):
         omni_kernels.patch(qwen_pipe, "first_block_cache")
 
 
-# Edit pipelines: reference images never change, and would dilute every distance
+# Edit pipelines: reference images never change, and dilute every distance that they are counted in
 
 
 @pytest.fixture(params=[(plus, zero) for plus in (False, True) for zero in (False, True)], ids=str)
@@ -82,15 +82,15 @@ def recorded(pipe, module, get, backend, config):
     return seen[::2], handle.report.branches["cond"].decisions
 
 
-def assert_distances_of(seen, decisions):
+def assert_distances_of(seen, decisions, tokens):
     assert len(seen) == len(decisions) == 5
     for (then, now), decision in zip(itertools.pairwise(seen), decisions[1:], strict=True):
-        expected = distance(now[:, :NOISE_TOKENS], then[:, :NOISE_TOKENS])
-        assert decision.distance == pytest.approx(expected, rel=1e-4)
-        assert distance(now, then) != pytest.approx(expected, rel=1e-2), "the references would have diluted it"
+        over_all, over_noise = distance(now, then), distance(now[:, :NOISE_TOKENS], then[:, :NOISE_TOKENS])
+        assert over_all != pytest.approx(over_noise, rel=1e-2), "the references dilute it"
+        assert decision.distance == pytest.approx(distance(now[:, :tokens], then[:, :tokens]), rel=1e-4)
 
 
-def test_edits_first_block_distance_is_over_the_noise_alone(edit_pipe):
+def test_edits_first_block_distance_is_over_all_tokens_as_the_libraries_is(edit_pipe):
     block = edit_pipe.transformer.transformer_blocks[0]
     seen, decisions = recorded(
         edit_pipe,
@@ -100,7 +100,7 @@ def test_edits_first_block_distance_is_over_the_noise_alone(edit_pipe):
         {"threshold": 1e-9},
     )
     assert seen[0].shape[1] > NOISE_TOKENS
-    assert_distances_of(seen, decisions)
+    assert_distances_of(seen, decisions, None)
 
 
 def test_edits_modulated_distance_is_over_the_noise_alone(edit_pipe):
@@ -112,7 +112,7 @@ def test_edits_modulated_distance_is_over_the_noise_alone(edit_pipe):
         "tea_cache",
         {"rel_l1_thresh": 1e-9},
     )
-    assert_distances_of(seen, decisions)
+    assert_distances_of(seen, decisions, NOISE_TOKENS)
 
 
 @pytest.mark.parametrize(
@@ -133,11 +133,12 @@ def test_layered_distance_is_over_all_layers():
     pipe = tiny.qwen_image(use_additional_t_cond=True, use_layer3d_rope=True)
     generator = torch.Generator().manual_seed(0)
     noise, reference = torch.randn(2, 1, 48, 64, generator=generator), torch.randn(1, 4, 64, generator=generator)
-    residuals = []
-    hook = pipe.transformer.transformer_blocks[0].register_forward_hook(
-        lambda _, args, kwargs, output: residuals.append(output[1] - kwargs["hidden_states"]), with_kwargs=True
+    inputs = []
+    hook = pipe.transformer.transformer_blocks[0].attn.register_forward_hook(
+        lambda _, args, kwargs, output: inputs.append(kwargs["hidden_states"]), with_kwargs=True
     )
-    with omni_kernels.patched(pipe, "first_block_cache", {"threshold": 1e-9}) as handle, torch.no_grad():
+    config = {"rel_l1_thresh": 1e-9, "coefficients": [0, 0, 0, 1, 0]}
+    with omni_kernels.patched(pipe, "tea_cache", config) as handle, torch.no_grad():
         pipe.scheduler.set_timesteps(3, mu=0.5)
         for step in range(2):
             pipe.transformer(
@@ -150,7 +151,7 @@ def test_layered_distance_is_over_all_layers():
             pipe.scheduler.step(torch.ones(1), pipe.scheduler.timesteps[step], torch.ones(1))
         measured = handle.report.branches["0"].decisions[1].distance
     hook.remove()
-    then, now = residuals
+    then, now = inputs
     assert measured == pytest.approx(distance(now[:, :48], then[:, :48]), rel=1e-4)
 
 

@@ -138,9 +138,9 @@ def test_where_the_prompt_is_watched_too_its_length_is_of_the_kind(z_pipe):
 
 
 def test_reference_of_another_shape_is_the_same_kind():
-    """An edit's distances are taken over its noise: what they are decided by has the same shape."""
+    """TeaCache takes an edit's distances over its noise: what they are decided by has the same shape."""
     pipe = tiny.qwen_image_edit()
-    handle = omni_kernels.patch(pipe, "first_block_cache", replaying("first_block_cache", tolerance=1e9))
+    handle = omni_kernels.patch(pipe, "tea_cache", replaying("tea_cache", tolerance=1e9))
     lengths = []
     hidden = pipe.transformer.img_in.register_forward_hook(lambda module, args, output: lengths.append(output.shape[1]))
     latents(pipe)
