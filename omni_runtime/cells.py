@@ -333,7 +333,8 @@ def fingerprint_of(pipe: Any) -> str:
         config = {key: value for key, value in config.items() if not key.startswith("_")}  # where it was loaded from
         digest.update(json.dumps([name, type(component).__name__, config], sort_keys=True, default=str).encode())
         if isinstance(component, torch.nn.Module):
-            for weight_name, weight in component.state_dict().items():
+            # By name: a library that takes a module's place and gives it back leaves it last among its siblings.
+            for weight_name, weight in sorted(component.state_dict().items()):
                 digest.update(f"{weight_name} {tuple(weight.shape)} {weight.dtype}".encode())
                 digest.update(_some_values(weight))
     return digest.hexdigest()

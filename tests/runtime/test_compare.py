@@ -327,6 +327,8 @@ def test_another_calibration_in_the_models_directory_is_another_cell(saved: dict
 def test_other_weights_configs_and_adapters_have_other_fingerprints(pipe: Any) -> None:
     prints = [cells.fingerprint_of(pipe)]
     assert prints == [cells.fingerprint_of(tiny.z_image())], "the same weights, built again"
+    pipe.transformer.layers = pipe.transformer._modules.pop("layers")
+    assert prints == [cells.fingerprint_of(pipe)], "the same weights, registered in another order"
     with torch.no_grad():
         pipe.transformer.layers[2].attention.to_q.weight.mul_(1.001)
     prints.append(cells.fingerprint_of(pipe))
