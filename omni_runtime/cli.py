@@ -128,6 +128,8 @@ def _add_generate(commands: Any, shared: argparse.ArgumentParser) -> None:
         help="see `omni backends`; none for no cache (default: $DIFFUSION_CACHE_BACKEND, else none)",
     )
     command.add_argument("--cache-config", metavar="JSON", help='such as {"rel_l1_thresh": 0.2}')
+    command.add_argument("--fuse", action="store_true", help="run transformer blocks fused")
+    command.add_argument("--compile", choices=["regional"], help="compile each transformer block by itself")
     command.add_argument(
         "--out", type=Path, default=Path("out"), metavar="PATH", help="a directory, or a .png file (default: out)"
     )

@@ -53,9 +53,11 @@ def generate(options: argparse.Namespace) -> None:
     if to_file and len(options.prompt) > 1:
         raise UsageError(f"--out {options.out} is one file, for {len(options.prompt)} prompts: give a directory")
     _settle(options)
-    cache: dict[str, Any] = {} if options.cache_backend is None else {"cache_backend": options.cache_backend}
+    how: dict[str, Any] = {"fuse": options.fuse or None, "compile": options.compile}
+    if options.cache_backend is not None:
+        how["cache_backend"] = options.cache_backend
     with wrong_input():
-        omni = _omni(options, cache_config=options.cache_config, **cache)
+        omni = _omni(options, cache_config=options.cache_config, **how)
         prompts = options.prompt[0] if len(options.prompt) == 1 else options.prompt
         requests = omni.prepare(prompts, seed=options.seed, **_request_arguments(options))
         _make_directory(options.out.parent if to_file else options.out)
@@ -308,14 +310,14 @@ def _settle(options: argparse.Namespace) -> None:
         torch.set_num_threads(1)
 
 
-def _omni(options: argparse.Namespace, **cache: Any) -> Omni:
+def _omni(options: argparse.Namespace, **how: Any) -> Omni:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     given = {name: getattr(options, name) for name in ("revision", "variant") if getattr(options, name) is not None}
-    return Omni(options.model, dtype=options.dtype, device=options.device, **cache, **given)
+    return Omni(options.model, dtype=options.dtype, device=options.device, **how, **given)
 
 
 def _request_arguments(options: argparse.Namespace) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from omni_kernels.patching import PatchHandle, backends, handle_of, patch
+from omni_kernels.patching.compiling import options_of
 from omni_runtime import loading, request
 from omni_runtime.cache import models
 from omni_runtime.cache.report import StepEvent
@@ -38,7 +39,7 @@ FROM_ENVIRONMENT: Any = _FromEnvironment()
 
 
 class Omni:
-    """A diffusers pipeline with a step cache.
+    """A diffusers pipeline with a step cache, fused blocks, compiled blocks, or all of them.
 
     Args:
         model: an embedded model's name, a directory written by `save_pretrained`, a hub id, or a loaded pipeline.
@@ -51,6 +52,9 @@ class Omni:
         cache_config: the backend's keys, as a dict or as JSON text; what is left out takes its default. A model's
             directory may bring some: a `tea_cache.json` in it holds the `coefficients` of tea_cache, a `mag_cache.json`
             the `mag_ratios` of mag_cache.
+        fuse: whether transformer blocks run fused (`omni_kernels.patch`). Left out, they stay as they are found: what a
+            cache computes is then what the pipeline itself does, bit for bit.
+        compile: "regional" compiles each transformer block by itself, or a dict of arguments of torch.compile does.
         from_pretrained: what `DiffusionPipeline.from_pretrained` takes (variant, revision, token, components, ...).
 
     Attributes:
@@ -71,9 +75,13 @@ class Omni:
         device: str | torch.device = "auto",
         cache_backend: str | None = FROM_ENVIRONMENT,
         cache_config: Mapping[str, Any] | str | None = None,
+        fuse: bool | None = None,
+        compile: str | Mapping[str, Any] | None = None,
         **from_pretrained: Any,
     ) -> None:
         backend, config = resolve_cache(cache_backend, cache_config)
+        options_of(compile)
+        self._fuse, self._compile = fuse, compile
         dtype = _one_dtype(dtype, from_pretrained)
         if isinstance(model, str | os.PathLike):
             source = loading.find(os.fspath(model), from_pretrained)
@@ -126,9 +134,12 @@ class Omni:
         if self._pipe is None:
             pipe = self._load()
             before = handle_of(pipe)
-            # Blocks stay as they are found: a result without a cache is what the pipeline itself returns.
-            fuse = before is not None and before.fuse
-            self._handle = patch(pipe, self.cache_backend, self.cache_config, fuse=fuse)
+            fuse, compile = self._fuse, self._compile
+            if fuse is None:
+                fuse = before is not None and before.fuse
+            if compile is None and before is not None:
+                compile = before.compile
+            self._handle = patch(pipe, self.cache_backend, self.cache_config, fuse=fuse, compile=compile)
             self._patched_here = self._handle is not before
             self._pipe = pipe
         return self._pipe
@@ -246,6 +257,8 @@ class Omni:
             **jsonable(one.arguments),
             "cache_backend": self.cache_backend,
             "cache_config": jsonable(self.cache_config),
+            "fused_blocks": len(self._handle.fused.replaced) if self._handle else 0,
+            "compiled_blocks": len(self._handle.compiled) if self._handle else 0,
             "dtype": str(self.pipe.dtype).removeprefix("torch."),
             "device": self.pipe._execution_device.type,
             "versions": {

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from omni_kernels.patching import backends, rules
+from omni_kernels.patching import backends, compiling, rules
 from omni_kernels.patching.engine import Patch, PatchConflictError
 
 _ATTRIBUTE = "_omni_kernels_handle"
@@ -19,14 +19,25 @@ class PatchHandle:
         cache_backend: the backend's name, None without a cache.
         cache_config: its complete configuration, defaults filled in.
         fuse: whether blocks were to be fused.
+        compile: what torch.compile was told for the blocks; None where they were not to be compiled.
         fused: which blocks were replaced, and which were left alone and why; prints as lines.
+        compiled: the names of the blocks that were compiled.
     """
 
-    def __init__(self, pipe: Any, cache_backend: str | None, cache_config: dict[str, Any], fuse: bool) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        cache_backend: str | None,
+        cache_config: dict[str, Any],
+        fuse: bool,
+        compile: dict[str, Any] | None = None,
+    ) -> None:
         self.cache_backend = cache_backend
         self.cache_config = cache_config
         self.fuse = fuse
+        self.compile = compile
         self.fused = rules.Fusion()
+        self.compiled: list[str] = []
         self._pipe = pipe
         self._patch = Patch()
         self._installed: backends.InstalledBackend | None = None
@@ -34,6 +45,7 @@ class PatchHandle:
     def __repr__(self) -> str:
         state = "active" if self.active else "undone"
         blocks = f"{len(self.fused.replaced)} blocks fused" if self.fuse else "blocks not fused"
+        blocks += f", {len(self.compiled)} compiled" if self.compiled else ""
         return (
             f"PatchHandle(cache_backend={self.cache_backend!r}, cache_config={self.cache_config!r}, {blocks}, {state})"
         )
@@ -79,6 +91,8 @@ class PatchHandle:
         try:
             if self.fuse:
                 self.fused = rules.fuse(self._pipe, self._patch)
+            if self.compile is not None:
+                self.compiled = compiling.compile_blocks(self._pipe, self.compile, self._patch)
             if backend is not None:
                 self._installed = backend.install(self._pipe, self.cache_config, self._patch)
         except BaseException:
@@ -92,8 +106,9 @@ def patch(
     cache_config: Mapping[str, Any] | None = None,
     *,
     fuse: bool | None = None,
+    compile: str | Mapping[str, Any] | None = None,
 ) -> PatchHandle:
-    """Fuse the blocks of one diffusers pipeline, or install a cache, or both; other pipelines are left alone.
+    """Fuse or compile the blocks of one diffusers pipeline, install a cache, or all; other pipelines are left alone.
 
     Fused blocks compute what the model's own do, up to rounding. Which blocks there is a fused forward for, and what
     was left alone and why, is in `.fused` of what is returned; where nothing fits, nothing is changed.
@@ -105,6 +120,8 @@ def patch(
             the directory that the pipeline was loaded from.
         fuse: whether to fuse blocks. None: without a backend yes, with one no, so that a cache alone changes no bit of
             a computed step.
+        compile: "regional" compiles each block by itself, without breaks in its graph, fused or not, under any cache;
+            a dict does so with these arguments of torch.compile. Compiled blocks compute the same up to rounding.
 
     Returns:
         The handle: `.fused` tells which blocks were replaced, `.report` what the last request did, `.undo()` takes the
@@ -123,15 +140,17 @@ def patch(
         backend.check(cache_config)
         config = backend.check(backends.with_own(backend, cache_config, getattr(pipe, "name_or_path", None)))
     fuse = name is None if fuse is None else bool(fuse)
+    options = compiling.options_of(compile)
     present = handle_of(pipe)
     if present is not None:
-        if (present.cache_backend, present.cache_config, present.fuse) == (name, config, fuse):
+        asked = (name, config, fuse, options)
+        if (present.cache_backend, present.cache_config, present.fuse, present.compile) == asked:
             return present
         raise PatchConflictError(
             f"this {type(pipe).__name__} is already patched with {present.cache_backend or 'no cache'} "
-            f"{present.cache_config} and fuse={present.fuse}: unpatch(pipe) first"
+            f"{present.cache_config}, fuse={present.fuse} and compile={present.compile}: unpatch(pipe) first"
         )
-    handle = PatchHandle(pipe, name, config, fuse)
+    handle = PatchHandle(pipe, name, config, fuse, options)
     handle._install(backend)
     vars(pipe)[_ATTRIBUTE] = handle
     return handle
@@ -156,10 +175,11 @@ def patched(
     cache_config: Mapping[str, Any] | None = None,
     *,
     fuse: bool | None = None,
+    compile: str | Mapping[str, Any] | None = None,
 ) -> Iterator[PatchHandle]:
     """`patch` for the length of a with-block. Inside a like block, the outer one keeps the patch."""
     outer = handle_of(pipe)
-    handle = patch(pipe, cache_backend, cache_config, fuse=fuse)
+    handle = patch(pipe, cache_backend, cache_config, fuse=fuse, compile=compile)
     try:
         yield handle
     finally:

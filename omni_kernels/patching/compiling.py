@@ -1,0 +1,72 @@
+"""Regional compilation: each transformer block a graph of its own, shared by all blocks of a class.
+
+What runs between the blocks, caches above all, stays as it is: which blocks run is decided outside the graphs. A block
+whose forward is fused is compiled with it, our kernels as operators in its graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from omni_kernels.patching.engine import Patch, PatchConflictError, describe
+
+REGIONAL = "regional"
+#: What torch.compile is told where the caller says nothing else: a break in a graph is an error, not a slow block.
+OPTIONS = {"fullgraph": True}
+
+
+def options_of(compile: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What torch.compile is to be told; None where nothing is to be compiled.
+
+    Raises:
+        ValueError, TypeError: neither "regional", nor arguments of torch.compile, nor None.
+    """
+    if compile is None:
+        return None
+    if isinstance(compile, Mapping):
+        return OPTIONS | dict(compile)
+    if not isinstance(compile, str):
+        raise TypeError(f'compile must be "{REGIONAL}", a dict of arguments of torch.compile or None, not {compile!r}')
+    if compile != REGIONAL:
+        raise ValueError(f'compile={compile!r}: "{REGIONAL}", a dict of arguments of torch.compile or None is allowed')
+    return dict(OPTIONS)
+
+
+def compile_blocks(pipe: Any, options: Mapping[str, Any], patch: Patch) -> list[str]:
+    """Compile the repeated blocks of the pipeline's transformers through `patch`; the names of those that were.
+
+    Blocks that somebody has compiled already are left as they are.
+
+    Raises:
+        ValueError: the pipeline has no blocks of which diffusers knows that they repeat.
+        PatchConflictError: a transformer is compiled as a whole.
+    """
+    compiled = []
+    found = False
+    for name, block in _repeated_blocks(pipe):
+        found = True
+        if block._compiled_call_impl is None:
+            call: Callable[..., Any] = torch.compile(block._call_impl, **options)
+            patch.set_method(block, "_compiled_call_impl", call)
+            compiled.append(name)
+    if not found:
+        raise ValueError(f"{type(pipe).__name__} has no transformer with blocks that repeat: nothing can be compiled")
+    return compiled
+
+
+def _repeated_blocks(pipe: Any) -> Iterator[tuple[str, torch.nn.Module]]:
+    seen: set[int] = set()
+    for component, model in (getattr(pipe, "components", None) or vars(pipe)).items():
+        kinds = getattr(model, "_repeated_blocks", None)
+        if not (component.startswith("transformer") and isinstance(model, torch.nn.Module) and kinds):
+            continue
+        whole = getattr(model, "_orig_mod", None) or model._compiled_call_impl
+        if whole is not None:
+            raise PatchConflictError(f"{component} is compiled as a whole ({describe(whole)}): its blocks need not be")
+        for name, module in model.named_modules():
+            if type(module).__name__ in kinds and id(module) not in seen:
+                seen.add(id(module))
+                yield f"{component}.{name}", module
