@@ -2,7 +2,7 @@
 # make test  an environment, then lint, types and all tests
 # make quality  the caches beside other libraries' on the embedded models, a few settings of each
 # make train MODEL=emoji-z-image  one of the embedded models, from nothing, in out/
-# make gpu   kernel tests and microbenchmarks on an NVIDIA GPU, written to benchmarks/results/<device>.json
+# make gpu   kernel tests and microbenchmarks on an NVIDIA GPU, then blocks and forwards, written to benchmarks/results
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -37,6 +37,7 @@ quality: $(VENV)/.installed
 
 gpu: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.gpu
+	$(BIN)/python -m benchmarks.bench_block
 
 train: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.train_emoji --model $(MODEL) --out out/$(MODEL)

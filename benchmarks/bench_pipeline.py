@@ -1,0 +1,306 @@
+"""Whole requests on the full-size Qwen-Image transformer with random weights: caches, schedules, fused blocks.
+
+    python -m benchmarks.bench_pipeline [--layers N] [--side 1024] [--steps 50] [--compile] [--small] [--check]
+
+20 billion random weights in bf16 (41 GB), a VAE of the released size, prompt embeddings of the right shape, guidance
+with two forwards a step: what takes the time of a request is there, and no text encoder. What a cache computes depends
+on weights that mean something, so each is told which steps: tea_cache every other one (a polynomial that is constant),
+cache_dit 27 of 50 by a mask, as the published times imply of them (10.47 s and 10.8 s against 20.0 s, vLLM-Omni,
+1024², 50 steps, one H200); velocity_cache 25 and 17, evenly spread. Each run without and with fused blocks, after one
+that warms up; with `--compile` blocks are compiled too.
+
+The table has the seconds of a request, and, of its steps' medians, the time of a computed and of a skipped forward
+(half a step, with guidance). *Of roof*: the forward's floating-point operations at the rate at which this device
+multiplies large bf16 matrices, over the time of a computed forward.
+
+`--check` exits with 1 where 25 computed steps of 50 with fused blocks take 6 s or more. On a GPU results go to
+results/pipeline-<device>.json. `--small` makes everything tiny, to try it anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+import omni_kernels
+from benchmarks.full_size import MODELS, SMALL_SIDE, build, inputs
+from benchmarks.measure import device_here
+from benchmarks.results import RESULTS, device_name, machine, slug, write
+from benchmarks.timing import median_seconds
+from omni_runtime.cache.schedules import even
+
+MODEL = "qwen-image"
+#: Tokens of the prompt and of the negative prompt.
+TEXT, NEGATIVE_TEXT = 64, 8
+LIMIT_RUN, LIMIT_SECONDS = "velocity_cache 25, fused", 6.0
+MATRIX = {"cpu": 1024, "cuda": 8192}
+
+
+def runs(steps: int) -> dict[str, tuple[str | None, dict[str, Any]]]:
+    """name → (backend, config)."""
+    half, third, mask = round(steps / 2), round(steps * 0.34), [0] * steps
+    for step in even(steps, round(steps * 27 / 50)).computed:
+        mask[step] = 1
+    return {
+        "no cache": (None, {}),
+        "tea_cache": ("tea_cache", {"coefficients": [0, 0, 0, 0, 1], "rel_l1_thresh": 1.5}),
+        "cache_dit": (
+            "cache_dit",
+            {
+                "steps_computation_mask": mask,
+                "scm_steps_policy": "static",
+                "max_warmup_steps": 1,
+                "max_continuous_cached_steps": -1,
+                "enable_taylorseer": True,
+            },
+        ),
+        f"velocity_cache {half}": ("velocity_cache", {"schedule": list(even(steps, half).computed)}),
+        f"velocity_cache {third}": ("velocity_cache", {"schedule": list(even(steps, third).computed)}),
+    }
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run.
+
+    Attributes:
+        seconds: of a request, with the VAE's decoding.
+        computed: steps in which the transformer ran, of `steps`.
+        computed_ms, skipped_ms: of one forward, the median over such steps; None where there are none.
+        of_roof: what a computed forward's operations would take at the rate of large products, over what it took.
+    """
+
+    run: str
+    fused: bool
+    compiled: bool
+    seconds: float
+    steps: int
+    computed: int
+    computed_ms: float | None
+    skipped_ms: float | None
+    of_roof: float | None
+
+
+class Marks:
+    """The times at which steps end: device events on a GPU, the host's clock elsewhere."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events = device.type == "cuda"
+        self._marks: list[Any] = []
+
+    def __call__(self, *of_the_step: Any) -> dict[str, Any]:
+        """Mark now; a pipeline's `callback_on_step_end`."""
+        if self._events:
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        else:
+            mark = time.perf_counter()
+        self._marks.append(mark)
+        return {}
+
+    def spans(self) -> list[float]:
+        """Seconds between one mark and the next."""
+        pairs = zip(self._marks, self._marks[1:], strict=False)
+        return [a.elapsed_time(b) / 1000 if self._events else b - a for a, b in pairs]
+
+
+def pipeline(device: torch.device, dtype: torch.dtype, small: bool, layers: int | None) -> Any:
+    """Qwen-Image without text encoder."""
+    transformer = build(MODELS[MODEL], device, dtype, small, layers)
+    narrow = {"base_dim": 8, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1} if small else {}
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+    )
+    pipe = diffusers.QwenImagePipeline(
+        transformer=transformer,
+        vae=diffusers.AutoencoderKLQwenImage(**narrow).to(device, dtype).eval(),
+        scheduler=scheduler,
+        text_encoder=None,
+        tokenizer=None,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def request(pipe: Any, side: int, steps: int) -> dict[str, Any]:
+    """A request's arguments."""
+    device, dtype = pipe.transformer.device, pipe.transformer.dtype
+    channels = pipe.transformer.config.joint_attention_dim
+    generator = torch.Generator(device).manual_seed(0)
+
+    def text(tokens: int) -> torch.Tensor:
+        return torch.randn(1, tokens, channels, device=device, dtype=dtype, generator=generator)
+
+    return {
+        "prompt_embeds": text(TEXT),
+        "prompt_embeds_mask": torch.ones(1, TEXT, device=device, dtype=torch.long),
+        "negative_prompt_embeds": text(NEGATIVE_TEXT),
+        "negative_prompt_embeds_mask": torch.ones(1, NEGATIVE_TEXT, device=device, dtype=torch.long),
+        "true_cfg_scale": 4.0,
+        "height": side,
+        "width": side,
+        "num_inference_steps": steps,
+        "generator": torch.Generator(device).manual_seed(0),
+        "output_type": "pt",
+    }
+
+
+@torch.no_grad()
+def forward_flops(pipe: Any, side: int) -> int:
+    """Floating-point operations of one forward."""
+    arguments = inputs(MODELS[MODEL], pipe.transformer, side, pipe.transformer.dtype)
+
+    def attention(query: Any, key: Any, value: Any, *settings: Any, **more: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    on_cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}  # torch counts the GPUs' only
+    with FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
+        pipe.transformer(**arguments)
+    return counter.get_total_flops()
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a large square product."""
+    n = MATRIX.get(device.type, 4096)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / median_seconds([lambda: a @ b], device, 10)
+
+
+def measure(
+    name: str, pipe: Any, side: int, steps: int, fuse: bool, compile: str | None, floor: float, rounds: int
+) -> Row:
+    """One run, the median of `rounds` requests after one that warms up.
+
+    Raises:
+        AssertionError: blocks were left unfused, or the result is not finite.
+    """
+    device = pipe.transformer.device
+    backend, config = runs(steps)[name]
+    seconds: list[float] = []
+    spans: list[list[float]] = []
+    with omni_kernels.patched(pipe, backend, config, fuse=fuse, compile=compile) as handle:
+        assert not (fuse and handle.fused.left_alone), handle.fused
+        for _ in range(1 + rounds):
+            marks = Marks(device)
+            _synchronise(device)
+            start = time.perf_counter()
+            made = pipe(**request(pipe, side, steps), callback_on_step_end=marks).images
+            _synchronise(device)
+            seconds.append(time.perf_counter() - start)
+            spans.append(marks.spans())
+            assert torch.isfinite(made).all(), f"{name}: the images are not finite"
+        report = handle.report
+    ran = [True] * steps
+    if report is not None:
+        (branch, *_) = report.branches.values()
+        ran = [decision.computed for decision in branch.decisions]
+    by_step = list(zip(ran[1:], map(statistics.median, zip(*spans[1:], strict=True)), strict=True))
+
+    def forward_ms(computed: bool) -> float | None:
+        times = [span for did, span in by_step if did is computed]
+        return round(statistics.median(times) / 2 * 1000, 3) if times else None
+
+    computed_ms = forward_ms(True)
+    return Row(
+        run=name + (", fused" if fuse else "") + (", compiled" if compile else ""),
+        fused=fuse,
+        compiled=compile is not None,
+        seconds=round(statistics.median(seconds[1:]), 4),
+        steps=steps,
+        computed=sum(ran),
+        computed_ms=computed_ms,
+        skipped_ms=forward_ms(False),
+        of_roof=None if computed_ms is None else round(floor * 1000 / computed_ms, 3),
+    )
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows, for reading."""
+    first = rows[0].seconds
+    lines = [
+        f"{'run':36} {'seconds':>8} {'speedup':>8} {'steps':>9} {'computed':>12} {'skipped':>12} {'of roof':>8}",
+        f"{'':36} {'':8} {'':8} {'computed':>9} {'ms a forward':>12} {'ms a forward':>12}",
+    ]
+    for r in rows:
+        times = f"{_or_none(r.computed_ms, '12.2f')} {_or_none(r.skipped_ms, '12.2f')} {_or_none(r.of_roof, '8.0%')}"
+        lines.append(f"{r.run:36} {r.seconds:8.2f} {first / r.seconds:7.2f}× {f'{r.computed}/{r.steps}':>9} {times}")
+    return "\n".join(lines)
+
+
+def _or_none(value: float | None, form: str) -> str:
+    return f"{value:{form}}" if value is not None else " " * int(form.partition(".")[0])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_pipeline", description=__doc__.split("\n")[0])
+    parser.add_argument("--layers", type=int, metavar="N", help="blocks (default: the model's 60)")
+    parser.add_argument("--side", type=int, metavar="N", help="pixels (default: 1024)")
+    parser.add_argument("--steps", type=int, default=50, metavar="N", help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=2, metavar="N", help="requests after the first, of each run")
+    parser.add_argument("--runs", metavar="NAME,NAME", help="default: all")
+    parser.add_argument("--compile", action="store_true", help="with compiled blocks too")
+    parser.add_argument("--small", action="store_true", help="a few channels and 64² pixels, fp32 on a CPU")
+    parser.add_argument("--out", type=Path, help="where to write; by default results/pipeline-<device>.json, on a GPU")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where the target is missed")
+    options = parser.parse_args(argv)
+    names = list(runs(options.steps)) if options.runs is None else options.runs.split(",")
+    unknown = [name for name in names if name not in runs(options.steps)]
+    if unknown:
+        parser.error(f"unknown run {unknown[0]!r}; there are {', '.join(runs(options.steps))}")
+    device = device_here()
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    side = options.side or (SMALL_SIDE if options.small else 1024)
+    pipe = pipeline(device, dtype, options.small, options.layers)
+    flops, rate = forward_flops(pipe, side), matrix_rate(device, dtype)
+    ways: list[dict[str, Any]] = [{"fuse": False, "compile": None}, {"fuse": True, "compile": None}]
+    if options.compile:
+        ways += [{"fuse": fuse, "compile": "regional"} for fuse in (False, True)]
+    rows = []
+    for how in ways:
+        for name in names:
+            row = measure(name, pipe, side, options.steps, floor=flops / rate, rounds=options.rounds, **how)
+            rows.append(row)
+            print(table(rows[:1] if len(rows) == 1 else [rows[0], row]).splitlines()[-1], file=sys.stderr, flush=True)
+    print(table(rows))
+    print(f"one forward: {flops / 1e12:.2f} TFLOP; large products: {rate / 1e12:.1f} TFLOP/s")
+    full = not options.small and options.layers is None and (side, options.steps) == (1024, 50)
+    goal = [row for row in rows if full and row.run == LIMIT_RUN]
+    for row in goal:
+        met = row.seconds < LIMIT_SECONDS
+        print(f"{'reached' if met else 'MISSED '}  {row.run}: {row.seconds:.2f} s, under {LIMIT_SECONDS:g} s")
+    path = options.out or (RESULTS / f"pipeline-{slug(device_name(device))}.json" if device.type != "cpu" else None)
+    if path is not None:
+        report: Mapping[str, Any] = {
+            "command": " ".join(["python -m benchmarks.bench_pipeline", *(sys.argv[1:] if argv is None else argv)]),
+            "machine": machine(device),
+            "small": options.small,
+            "layers": pipe.transformer.config.num_layers,
+            "side": side,
+            "dtype": str(dtype).removeprefix("torch."),
+            "forward_tflop": flops / 1e12,
+            "matrix_tflop_per_s": rate / 1e12,
+            "rows": [vars(row) for row in rows],
+        }
+        write(path, dict(report))
+        print(path)
+    return int(options.check and not (goal and all(row.seconds < LIMIT_SECONDS for row in goal)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

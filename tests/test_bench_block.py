@@ -1,0 +1,111 @@
+"""benchmarks.bench_block and the models at their real size: everything but the numbers."""
+
+import dataclasses
+import json
+
+import diffusers
+import pytest
+import torch
+from accelerate import init_empty_weights
+
+from benchmarks import bench_block
+from benchmarks.bench_block import Row
+from benchmarks.full_size import MODELS, SMALL_SIDE, build, inputs
+from omni_kernels.patching import rules
+
+FUSED = [name for name in MODELS if name in ("qwen-image", "qwen-image-edit", "z-image")]
+
+
+def row(provider, us, **changes):
+    made = Row("qwen-image", "1024²", "forward", provider, us, 1, None)
+    return dataclasses.replace(made, **changes)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_small_models_run_and_are_the_same_each_time(name):
+    results = []
+    for _ in range(2):
+        transformer = build(MODELS[name], torch.device("cpu"), torch.float32, small=True)
+        with torch.no_grad():
+            (made,) = transformer(**inputs(MODELS[name], transformer, SMALL_SIDE, torch.float32))
+        results.append(torch.stack(made) if isinstance(made, list) else made)
+    assert torch.isfinite(results[0]).all()
+    assert results[0].std() > 0.01
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(("name", "billions"), [("qwen-image", 20.4), ("z-image", 6.15), ("flux", 11.9), ("wan", 14.3)])
+def test_full_size_is_the_released_models(name, billions):
+    """As the models' cards have it: 20, 6, 12 and 14 billion."""
+    with init_empty_weights():
+        transformer = getattr(diffusers, MODELS[name].transformer)(**MODELS[name].config)
+    assert sum(p.numel() for p in transformer.parameters()) / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+def test_layers_and_dtypes_are_as_asked():
+    transformer = build(MODELS["wan"], torch.device("cpu"), torch.bfloat16, small=True, layers=1)
+    assert len(transformer.blocks) == 1
+    assert transformer.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
+    assert transformer.blocks[0].scale_shift_table.dtype == torch.float32, "diffusers keeps it in fp32"
+
+
+def test_everything_is_measured_and_written(tmp_path):
+    path = tmp_path / "blocks.json"
+    arguments = ["--small", "--compiler", "eager", "--models", ",".join(FUSED), "--out", str(path)]
+    assert bench_block.main(arguments) == 0
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert len(written["rows"]) == len(FUSED) * 2 * len(bench_block.PROVIDERS)
+    for one in written["rows"]:
+        assert one["us"] > 0
+        assert one["error"] is None or one["error"] < 1e-5
+    operators = {(r["model"], r["part"], r["provider"]): r["operators"] for r in written["rows"]}
+    for model in FUSED:
+        assert operators[model, "forward", "fused"] < operators[model, "forward", "eager"]
+        assert operators[model, "forward", "compiled"] is None
+    assert operators["qwen-image", "QwenImageTransformerBlock", "fused"] == 27, "as in tests/patching/test_traffic.py"
+    assert written["targets"] == [], "there are none for small models"
+
+
+def test_nothing_is_timed_on_a_wrong_block(monkeypatch):
+    right = rules.RULES["QwenImageTransformerBlock"]
+
+    def wrong(block, *args, **kwargs):
+        encoder, hidden = right.forward(block, *args, **kwargs)
+        return encoder, hidden * 1.001
+
+    monkeypatch.setitem(rules.RULES, "QwenImageTransformerBlock", dataclasses.replace(right, forward=wrong))
+    with pytest.raises(AssertionError, match=r"qwen-image QwenImageTransformerBlock, fused: off by"):
+        bench_block.main(["--small", "--compiler", "eager", "--models", "qwen-image"])
+
+
+def test_a_block_that_is_not_fused_is_an_error(monkeypatch):
+    right = rules.RULES["QwenImageTransformerBlock"]
+    monkeypatch.setitem(
+        rules.RULES, "QwenImageTransformerBlock", dataclasses.replace(right, unfit=lambda block: "not today")
+    )
+    with pytest.raises(AssertionError, match=r"fused: not all blocks are fused: .*not today"):
+        bench_block.main(["--small", "--compiler", "eager", "--models", "qwen-image"])
+
+
+@pytest.mark.parametrize(
+    ("us", "met"),
+    [
+        ((115.0, 100.0, 100.0, 90.0), [True, True, True]),
+        ((115.0, 100.0, 101.0, 90.0), [False, True, True]),
+        ((120.0, 80.0, 100.0, 90.0), [True, True, False]),
+    ],
+)
+def test_targets(us, met):
+    rows = [row(provider, one) for provider, one in zip(bench_block.PROVIDERS, us, strict=True)]
+    assert [times >= least for _, times, least in bench_block.targets(rows)] == met
+
+
+def test_check_fails_where_nothing_was_measured_that_has_a_target():
+    arguments = ["--small", "--compiler", "eager", "--models", "qwen-image", "--check"]
+    assert bench_block.main(arguments) == 1
+
+
+def test_unknown_model_is_named(capsys):
+    with pytest.raises(SystemExit):
+        bench_block.main(["--models", "qwen"])
+    assert "unknown model 'qwen'" in capsys.readouterr().err

@@ -1,0 +1,65 @@
+"""benchmarks.bench_pipeline: everything but the numbers."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import bench_pipeline
+from benchmarks.bench_pipeline import forward_flops, matrix_rate, pipeline, runs
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pipeline") / "pipeline.json"
+    assert bench_pipeline.main(["--small", "--steps", "10", "--rounds", "1", "--out", str(path)]) == 0
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_every_run_with_and_without_fused_blocks(written):
+    assert [row["run"] for row in written["rows"]] == [*runs(10), *(f"{name}, fused" for name in runs(10))]
+    for row in written["rows"]:
+        assert row["seconds"] > 0
+        assert row["computed_ms"] > 0
+        assert 0 < row["of_roof"] < 1
+        assert (row["skipped_ms"] is None) == (row["computed"] == row["steps"])
+
+
+def test_runs_compute_the_steps_that_they_are_told_to(written):
+    computed = {row["run"]: row["computed"] for row in written["rows"]}
+    assert computed["no cache"] == 10
+    assert computed["tea_cache"] == computed["velocity_cache 5"] == computed["cache_dit"] == 5
+    assert computed["velocity_cache 3"] == 3
+    assert {run.partition(",")[0]: count for run, count in computed.items() if ", fused" in run} == {
+        run: count for run, count in computed.items() if ", fused" not in run
+    }
+
+
+def test_of_50_steps_as_the_published_times_imply():
+    """10.8 s of 20.0 s are 27 of 50 steps; 25 and 17 are the schedules that are asked for."""
+    assert sum(runs(50)["cache_dit"][1]["steps_computation_mask"]) == 27
+    assert {"velocity_cache 25", "velocity_cache 17"} < set(runs(50))
+    assert bench_pipeline.LIMIT_RUN.partition(",")[0] in runs(50)
+
+
+def test_operations_are_those_of_the_gemms_and_attention():
+    pipe = pipeline(torch.device("cpu"), torch.float32, small=True, layers=1)
+    one = forward_flops(pipe, 64)
+    two = forward_flops(pipeline(torch.device("cpu"), torch.float32, small=True, layers=2), 64)
+    D, image, text = 64, 16, 16
+    tokens = image + text
+    # q, k, v, out and an MLP of 4 D: 12 D² a token; modulation: 6 D² a stream; scores and values: 2 tokens² D.
+    block = 2 * (12 * D * D * tokens + 2 * 6 * D * D + 2 * tokens * tokens * D)
+    assert two - one == pytest.approx(block, rel=0.01)
+
+
+def test_rate_is_positive():
+    assert matrix_rate(torch.device("cpu"), torch.float32) > 1e8
+
+
+def test_unknown_run_is_named_and_the_target_needs_the_full_size(capsys):
+    with pytest.raises(SystemExit):
+        bench_pipeline.main(["--small", "--runs", "velocity"])
+    assert "unknown run 'velocity'" in capsys.readouterr().err
+    arguments = ["--small", "--steps", "4", "--rounds", "1", "--runs", "velocity_cache 2", "--check"]
+    assert bench_pipeline.main(arguments) == 1
