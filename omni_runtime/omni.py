@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from omni_kernels.patching import PatchHandle, backends, handle_of, patch
-from omni_kernels.patching.compiling import options_of
+from omni_kernels.patching.calls import options_of
 from omni_runtime import loading, request
 from omni_runtime.cache import models
 from omni_runtime.cache.report import StepEvent
@@ -55,6 +55,7 @@ class Omni:
         fuse: whether transformer blocks run fused (`omni_kernels.patch`). Left out, they stay as they are found: what a
             cache computes is then what the pipeline itself does, bit for bit.
         compile: "regional" compiles each transformer block by itself, or a dict of arguments of torch.compile does.
+        graphs: whether transformer blocks are recorded as CUDA graphs and replayed.
         from_pretrained: what `DiffusionPipeline.from_pretrained` takes (variant, revision, token, components, ...).
 
     Attributes:
@@ -77,11 +78,12 @@ class Omni:
         cache_config: Mapping[str, Any] | str | None = None,
         fuse: bool | None = None,
         compile: str | Mapping[str, Any] | None = None,
+        graphs: bool = False,
         **from_pretrained: Any,
     ) -> None:
         backend, config = resolve_cache(cache_backend, cache_config)
         options_of(compile)
-        self._fuse, self._compile = fuse, compile
+        self._fuse, self._compile, self._graphs = fuse, compile, graphs
         dtype = _one_dtype(dtype, from_pretrained)
         if isinstance(model, str | os.PathLike):
             source = loading.find(os.fspath(model), from_pretrained)
@@ -134,12 +136,13 @@ class Omni:
         if self._pipe is None:
             pipe = self._load()
             before = handle_of(pipe)
-            fuse, compile = self._fuse, self._compile
-            if fuse is None:
-                fuse = before is not None and before.fuse
-            if compile is None and before is not None:
-                compile = before.compile
-            self._handle = patch(pipe, self.cache_backend, self.cache_config, fuse=fuse, compile=compile)
+            # What is left open stays as it is found.
+            fuse, compile, graphs = self._fuse or False, self._compile, self._graphs
+            if before is not None:
+                fuse = before.fuse if self._fuse is None else self._fuse
+                compile = before.compile if compile is None else compile
+                graphs = graphs or before.graphs is not None
+            self._handle = patch(pipe, self.cache_backend, self.cache_config, fuse=fuse, compile=compile, graphs=graphs)
             self._patched_here = self._handle is not before
             self._pipe = pipe
         return self._pipe
@@ -259,6 +262,7 @@ class Omni:
             "cache_config": jsonable(self.cache_config),
             "fused_blocks": len(self._handle.fused.replaced) if self._handle else 0,
             "compiled_blocks": len(self._handle.compiled) if self._handle else 0,
+            "graphs": str(self._handle.graphs) if self._handle and self._handle.graphs is not None else None,
             "dtype": str(self.pipe.dtype).removeprefix("torch."),
             "device": self.pipe._execution_device.type,
             "versions": {

@@ -6,8 +6,9 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from omni_kernels.patching import backends, compiling, rules
+from omni_kernels.patching import backends, calls, rules
 from omni_kernels.patching.engine import Patch, PatchConflictError
+from omni_kernels.patching.graphs import Graphs
 
 _ATTRIBUTE = "_omni_kernels_handle"
 
@@ -22,6 +23,8 @@ class PatchHandle:
         compile: what torch.compile was told for the blocks; None where they were not to be compiled.
         fused: which blocks were replaced, and which were left alone and why; prints as lines.
         compiled: the names of the blocks that were compiled.
+        graphs: which blocks were recorded as CUDA graphs, what they hold, and why others were not; prints as lines.
+            None where none were to be.
     """
 
     def __init__(
@@ -31,6 +34,7 @@ class PatchHandle:
         cache_config: dict[str, Any],
         fuse: bool,
         compile: dict[str, Any] | None = None,
+        graphs: Graphs | None = None,
     ) -> None:
         self.cache_backend = cache_backend
         self.cache_config = cache_config
@@ -38,6 +42,7 @@ class PatchHandle:
         self.compile = compile
         self.fused = rules.Fusion()
         self.compiled: list[str] = []
+        self.graphs = graphs
         self._pipe = pipe
         self._patch = Patch()
         self._installed: backends.InstalledBackend | None = None
@@ -46,6 +51,7 @@ class PatchHandle:
         state = "active" if self.active else "undone"
         blocks = f"{len(self.fused.replaced)} blocks fused" if self.fuse else "blocks not fused"
         blocks += f", {len(self.compiled)} compiled" if self.compiled else ""
+        blocks += f", {len(self.graphs.recorded)} recorded" if self.graphs is not None else ""
         return (
             f"PatchHandle(cache_backend={self.cache_backend!r}, cache_config={self.cache_config!r}, {blocks}, {state})"
         )
@@ -91,8 +97,8 @@ class PatchHandle:
         try:
             if self.fuse:
                 self.fused = rules.fuse(self._pipe, self._patch)
-            if self.compile is not None:
-                self.compiled = compiling.compile_blocks(self._pipe, self.compile, self._patch)
+            if self.compile is not None or self.graphs is not None:
+                self.compiled = calls.replace_calls(self._pipe, self.compile, self.graphs, self._patch)
             if backend is not None:
                 self._installed = backend.install(self._pipe, self.cache_config, self._patch)
         except BaseException:
@@ -107,8 +113,9 @@ def patch(
     *,
     fuse: bool | None = None,
     compile: str | Mapping[str, Any] | None = None,
+    graphs: bool | Graphs = False,
 ) -> PatchHandle:
-    """Fuse or compile the blocks of one diffusers pipeline, install a cache, or all; other pipelines are left alone.
+    """Fuse, compile or record the blocks of one diffusers pipeline, install a cache, or all; others are left alone.
 
     Fused blocks compute what the model's own do, up to rounding. Which blocks there is a fused forward for, and what
     was left alone and why, is in `.fused` of what is returned; where nothing fits, nothing is changed.
@@ -122,6 +129,8 @@ def patch(
             a computed step.
         compile: "regional" compiles each block by itself, without breaks in its graph, fused or not, under any cache;
             a dict does so with these arguments of torch.compile. Compiled blocks compute the same up to rounding.
+        graphs: whether blocks are recorded as CUDA graphs, once per shape, and replayed. What cannot be recorded runs
+            as ever; `.graphs` says why. See `omni_kernels.patching.graphs`.
 
     Returns:
         The handle: `.fused` tells which blocks were replaced, `.report` what the last request did, `.undo()` takes the
@@ -140,17 +149,19 @@ def patch(
         backend.check(cache_config)
         config = backend.check(backends.with_own(backend, cache_config, getattr(pipe, "name_or_path", None)))
     fuse = name is None if fuse is None else bool(fuse)
-    options = compiling.options_of(compile)
+    options = calls.options_of(compile)
     present = handle_of(pipe)
     if present is not None:
-        asked = (name, config, fuse, options)
-        if (present.cache_backend, present.cache_config, present.fuse, present.compile) == asked:
+        asked = (name, config, fuse, options, bool(graphs))
+        there = (present.cache_backend, present.cache_config, present.fuse, present.compile, present.graphs is not None)
+        if there == asked:
             return present
         raise PatchConflictError(
             f"this {type(pipe).__name__} is already patched with {present.cache_backend or 'no cache'} "
-            f"{present.cache_config}, fuse={present.fuse} and compile={present.compile}: unpatch(pipe) first"
+            f"{present.cache_config}, fuse={present.fuse}, compile={present.compile} and "
+            f"graphs={present.graphs is not None}: unpatch(pipe) first"
         )
-    handle = PatchHandle(pipe, name, config, fuse, options)
+    handle = PatchHandle(pipe, name, config, fuse, options, Graphs() if graphs is True else graphs or None)
     handle._install(backend)
     vars(pipe)[_ATTRIBUTE] = handle
     return handle
@@ -176,10 +187,11 @@ def patched(
     *,
     fuse: bool | None = None,
     compile: str | Mapping[str, Any] | None = None,
+    graphs: bool | Graphs = False,
 ) -> Iterator[PatchHandle]:
     """`patch` for the length of a with-block. Inside a like block, the outer one keeps the patch."""
     outer = handle_of(pipe)
-    handle = patch(pipe, cache_backend, cache_config, fuse=fuse, compile=compile)
+    handle = patch(pipe, cache_backend, cache_config, fuse=fuse, compile=compile, graphs=graphs)
     try:
         yield handle
     finally:

@@ -1,7 +1,7 @@
-"""Regional compilation: each transformer block a graph of its own, shared by all blocks of a class.
+"""Block by block: regional compilation, one graph shared by all blocks of a class, and recording (`graphs`).
 
-What runs between the blocks, caches above all, stays as it is: which blocks run is decided outside the graphs. A block
-whose forward is fused is compiled with it, our kernels as operators in its graph.
+What runs between the blocks, caches above all, stays as it is: which blocks run is decided outside. A block whose
+forward is fused is compiled with it, our kernels as operators in its graph; a compiled block is recorded as it runs.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from omni_kernels.patching.engine import Patch, PatchConflictError, describe
+from omni_kernels.patching.graphs import Graphs
 
 REGIONAL = "regional"
 #: What torch.compile is told where the caller says nothing else: a break in a graph is an error, not a slow block.
@@ -35,25 +36,35 @@ def options_of(compile: str | Mapping[str, Any] | None) -> dict[str, Any] | None
     return dict(OPTIONS)
 
 
-def compile_blocks(pipe: Any, options: Mapping[str, Any], patch: Patch) -> list[str]:
-    """Compile the repeated blocks of the pipeline's transformers through `patch`; the names of those that were.
+def replace_calls(pipe: Any, options: Mapping[str, Any] | None, graphs: Graphs | None, patch: Patch) -> list[str]:
+    """Compile the repeated blocks of the pipeline's transformers, or record them, or both, through `patch`.
 
-    Blocks that somebody has compiled already are left as they are.
+    Blocks that somebody has compiled already are not compiled again.
+
+    Args:
+        options: what torch.compile is told; None compiles nothing.
+        graphs: what records; None for nothing.
+
+    Returns:
+        The names of the blocks that were compiled; which were recorded, `graphs` will tell.
 
     Raises:
         ValueError: the pipeline has no blocks of which diffusers knows that they repeat.
         PatchConflictError: a transformer is compiled as a whole.
     """
-    compiled = []
-    found = False
+    compiled, found = [], False
     for name, block in _repeated_blocks(pipe):
         found = True
-        if block._compiled_call_impl is None:
-            call: Callable[..., Any] = torch.compile(block._call_impl, **options)
-            patch.set_method(block, "_compiled_call_impl", call)
+        call: Callable[..., Any] | None = block._compiled_call_impl
+        if options is not None and call is None:
+            call = torch.compile(block._call_impl, **options)
             compiled.append(name)
+        if graphs is not None:
+            call = graphs.call_of(name, block, call or block._call_impl)
+        if call is not None and call is not block._compiled_call_impl:
+            patch.set_method(block, "_compiled_call_impl", call)
     if not found:
-        raise ValueError(f"{type(pipe).__name__} has no transformer with blocks that repeat: nothing can be compiled")
+        raise ValueError(f"{type(pipe).__name__} has no transformer with blocks that repeat: nothing to work on")
     return compiled
 
 
