@@ -8,12 +8,14 @@ Each model at its real size with random weights in bf16 (`full_size.py`), at sev
 - *compiled*: its `compile_repeated_blocks(fullgraph=True)`.
 - *fused*: `omni_kernels.patch(pipe)`.
 - *fused, compiled*: `omni_kernels.patch(pipe, compile="regional")`.
+- *fused, graphs*: `omni_kernels.patch(pipe, graphs=True)`, the forward alone, on a GPU.
 
 A *block* is the first of each class that has a fused forward, with the arguments of its call in a forward. First its
 result is compared with the eager block's in fp32: a provider may be off by half more than eager is, rounding in another
 order; farther off is an error, and nothing is timed. A block's time is the device's, from a replayed graph. A
 *forward*'s is from one end to the other, the host's launches included, as it is in use. Both are counted in operators
-that torch dispatches (one of ours is one, views are none; of compiled ones none are seen) and, on a GPU, in kernels.
+that torch dispatches (one of ours is one, views are none; of what is compiled or recorded none are seen) and, on a GPU,
+in launches by the host (a recorded graph is one).
 
 `--check` exits with 1 where a fused forward of Qwen-Image at 1024² is less than 1.15 times as fast as eager, or slower
 than compiled. On a GPU results go to results/blocks-<device>.json. `--small` makes everything tiny, to try it anywhere.
@@ -48,7 +50,13 @@ PROVIDERS: dict[str, dict[str, Any]] = {
     "compiled": {"fuse": False, "compile": "regional"},
     "fused": {"fuse": True},
     "fused, compiled": {"fuse": True, "compile": "regional"},
+    "fused, graphs": {"fuse": True, "graphs": True},
 }
+#: What the host calls to launch a kernel or a graph, by how the names begin.
+LAUNCHES = (
+    *("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch"),
+    *("hipLaunchKernel", "hipExtLaunch", "hipModuleLaunch", "hipExtModuleLaunch", "hipGraphLaunch"),
+)
 ROUNDS, WARMUP = 10, 3
 #: How much farther from fp32 than eager a provider may be, and from where on that counts: two roundings of bf16.
 FARTHER, ROUNDING = 1.5, 2**-7
@@ -62,8 +70,8 @@ class Row:
     Attributes:
         part: a block's class, or "forward".
         us: of one call; None where it was not timed.
-        operators: dispatched, views apart; None of what is compiled.
-        kernels: launched on a GPU; None elsewhere.
+        operators: dispatched, views apart; None of what is compiled or recorded.
+        launches: by the host on a GPU; None elsewhere.
         error: ‖result − fp32‖ / ‖fp32‖ of a block.
     """
 
@@ -73,8 +81,13 @@ class Row:
     provider: str
     us: float
     operators: int | None
-    kernels: int | None
+    launches: int | None
     error: float | None = None
+
+
+def providers_on(device: torch.device) -> list[str]:
+    """The providers that there are on a device."""
+    return [name for name, how in PROVIDERS.items() if device.type == "cuda" or "graphs" not in how]
 
 
 @contextlib.contextmanager
@@ -91,6 +104,8 @@ def provided(transformer: Any, provider: str, compiler: str) -> Iterator[None]:
         left = handle.fused.left_alone
         assert not left, f"{provider}: not all blocks are fused: {left}"
         yield
+        if handle.graphs is not None:
+            assert not handle.graphs.reasons, f"{provider}: {handle.graphs}"
 
 
 class _Operators(TorchDispatchMode):
@@ -111,16 +126,16 @@ def operators_of(call: Call) -> int:
     return mode.count
 
 
-def kernels_of(call: Call, device: torch.device) -> int | None:
-    """How many kernels a call launches on a GPU; None elsewhere."""
+def launches_of(call: Call, device: torch.device) -> int | None:
+    """How many kernels and graphs a call launches on a GPU; None elsewhere."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
         call()
         torch.cuda.synchronize()
-    kinds = (torch.autograd.DeviceType.CUDA,)
-    return sum(event.device_type in kinds and not event.name.startswith("Mem") for event in profile.events())
+    return sum(event.name.startswith(LAUNCHES) for event in profile.events())
 
 
 def seconds_of(call: Call, device: torch.device) -> float:
@@ -202,11 +217,11 @@ def measure(
     exact = {kind: in_fp32(*one) for kind, one in blocks.items()}
     errors: dict[str, float] = {}
     rows = []
-    for provider in PROVIDERS:
-        compiled = "compile" in PROVIDERS[provider]
+    for provider in providers_on(device):
+        hidden, recorded = not {"compile", "graphs"}.isdisjoint(PROVIDERS[provider]), "graphs" in PROVIDERS[provider]
         with provided(transformer, provider, compiler):
             parts: dict[str, tuple[Call, Callable[[Call], float]]] = {}
-            for kind, (block, args, kwargs) in blocks.items():
+            for kind, (block, args, kwargs) in () if recorded else blocks.items():
 
                 def call(block: Any = block, args: Any = args, kwargs: Any = kwargs) -> Any:
                     return block(*args, **kwargs)
@@ -225,8 +240,8 @@ def measure(
                         part=part,
                         provider=provider,
                         us=round(clock(one) * 1e6, 1),
-                        operators=None if compiled else operators_of(one),
-                        kernels=kernels_of(one, device),
+                        operators=None if hidden else operators_of(one),
+                        launches=launches_of(one, device),
                         error=None if part == "forward" else float(f"{off(one(), exact[part]):.3g}"),
                     )
                 )
@@ -235,12 +250,12 @@ def measure(
 
 def table(rows: Sequence[Row]) -> str:
     """The rows, for reading."""
-    counts = f"{'operators':>9} {'kernels':>8}"
+    counts = f"{'operators':>9} {'launches':>8}"
     lines = [f"{'model':18} {'size':15} {'part':27} {'provider':16} {'µs':>10} {'of eager':>9} {counts}"]
     eager = {(r.model, r.size, r.part): r.us for r in rows if r.provider == "eager"}
     for r in rows:
         share = f"{eager[r.model, r.size, r.part] / r.us:.2f}×"
-        counts = f"{'' if r.operators is None else r.operators:>9} {'' if r.kernels is None else r.kernels:>8}"
+        counts = f"{'' if r.operators is None else r.operators:>9} {'' if r.launches is None else r.launches:>8}"
         lines.append(f"{r.model:18} {r.size:15} {r.part:27} {r.provider:16} {r.us:10.1f} {share:>9} {counts}")
     return "\n".join(lines)
 
