@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from omni_kernels.ops._checks import DTYPES
+from omni_kernels.ops.qk_norm_rope import MAX_HEAD_SIZE
 from omni_kernels.patching.engine import describe
 
 
@@ -84,4 +85,25 @@ def not_plain_rms_norm(block: torch.nn.Module, size: int, *paths: str) -> str | 
             return f"{path} does not weight {size} channels and nothing else"
         if norm.eps != eps or eps is None:
             return f"{path} has eps {norm.eps}; {paths[0]} has {eps}"
+    return None
+
+
+def not_plain_attention(block: torch.nn.Module, path: str, processor: str) -> str | None:
+    """What of an attention module is not as the op needs it, or not done by a processor of the class named."""
+    attn = part(block, path)
+    if type(attn.processor).__name__ != processor:
+        return f"{path}.processor is {type(attn.processor).__name__}, not {processor}"
+    if dispatcher(attn.processor) is None:
+        return f"{processor} does not call dispatch_attention_fn"
+    size = attn.inner_dim // attn.heads
+    if size % 2 or size > MAX_HEAD_SIZE:
+        return f"heads have {size} channels; an even number up to {MAX_HEAD_SIZE} is needed"
+    return None
+
+
+def not_tanh_gelu(block: torch.nn.Module, *paths: str) -> str | None:
+    """Which of the activations is not GELU's tanh approximation."""
+    for path in paths:
+        if part(block, path).approximate != "tanh":
+            return f"{path} has approximate={part(block, path).approximate!r}, not 'tanh'"
     return None

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from omni_kernels import ops
-from omni_kernels.ops.qk_norm_rope import MAX_HEAD_SIZE
-from omni_kernels.patching.structure import computes, dispatcher, not_plain_rms_norm, part, stands, unlike
+from omni_kernels.patching.layers import self_attention, through
+from omni_kernels.patching.structure import computes, not_plain_attention, not_plain_rms_norm, part, stands, unlike
 
 #: The modules that are not called, by path, and their classes.
 STANDS_FOR = {
@@ -34,20 +34,14 @@ def unfit(block: torch.nn.Module) -> str | None:
     reason = unlike(block, STANDS_FOR)
     if reason is not None:
         return reason
-    attn = part(block, "attention")
-    if type(attn.processor).__name__ != PROCESSOR:
-        return f"attention.processor is {type(attn.processor).__name__}, not {PROCESSOR}"
-    if dispatcher(attn.processor) is None:
-        return f"{PROCESSOR} does not call dispatch_attention_fn"
     for path in ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"):
         if part(block, path) is None:
             return f"there is no {path}"
-    size = attn.inner_dim // attn.heads
-    if size % 2 or size > MAX_HEAD_SIZE:
-        return f"heads have {size} channels; an even number up to {MAX_HEAD_SIZE} is needed"
+    attn = part(block, "attention")
+    reason = not_plain_attention(block, "attention", PROCESSOR)
     for path in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"):
         reason = reason or not_plain_rms_norm(block, attn.query_dim, path)
-    return reason or not_plain_rms_norm(block, size, "attention.norm_q", "attention.norm_k")
+    return reason or not_plain_rms_norm(block, attn.inner_dim // attn.heads, "attention.norm_q", "attention.norm_k")
 
 
 def forward(
@@ -74,7 +68,9 @@ def forward(
     norm1, norm2, norm3, norm4 = block.attention_norm1, block.attention_norm2, block.ffn_norm1, block.ffn_norm2
 
     y = ops.ada_layer_norm(x, scale1, index=index, norm="rms", weight=norm1.weight, eps=norm1.eps)
-    attended = _attention(block.attention, y, attn_mask, freqs_cis)
+    freqs = None if freqs_cis is None else torch.view_as_real(freqs_cis)
+    mask = attn_mask[:, None, None, :] if attn_mask is not None and attn_mask.ndim == 2 else attn_mask
+    attended = through(block.attention.to_out, self_attention(block.attention, y, freqs, mask))
     h, fed = ops.gate_residual_norm(
         x, attended, gate1, scale2, x_weight=norm2.weight, x_eps=norm2.eps,
         norm="rms", weight=norm3.weight, eps=norm3.eps, gate_tanh=tanh, index=index,
@@ -85,29 +81,3 @@ def forward(
         h, fed, gate2, x_weight=norm4.weight, x_eps=norm4.eps, norm=None, gate_tanh=tanh, index=index
     )
     return h
-
-
-def _attention(attn: Any, x: torch.Tensor, mask: torch.Tensor | None, freqs: torch.Tensor | None) -> torch.Tensor:
-    """Attention through the dispatcher that the processor calls and with its own settings."""
-    q, k, v = (projection(x).unflatten(-1, (attn.heads, -1)) for projection in (attn.to_q, attn.to_k, attn.to_v))
-    q_out, k_out, v_out = (t.new_empty(t.shape) for t in (q, k, v))
-    ops.qk_norm_rope(
-        q, k, v, q_out, k_out, v_out, freqs=None if freqs is None else torch.view_as_real(freqs),
-        q_weight=attn.norm_q.weight, k_weight=attn.norm_k.weight, eps=attn.norm_q.eps,
-    )  # fmt: skip
-    if mask is not None and mask.ndim == 2:
-        mask = mask[:, None, None, :]
-    x = dispatcher(attn.processor)(
-        q_out,
-        k_out,
-        v_out,
-        attn_mask=mask,
-        dropout_p=0.0,
-        is_causal=False,
-        backend=attn.processor._attention_backend,
-        parallel_config=attn.processor._parallel_config,
-    )
-    x = x.flatten(2, 3).to(q.dtype)
-    for module in attn.to_out:
-        x = module(x)
-    return x
