@@ -18,7 +18,7 @@ from omni_kernels.ops.gate_residual_norm import gate_residual_norm
 from omni_kernels.ops.gelu import gelu
 from omni_kernels.ops.linear_forecast import linear_forecast
 from omni_kernels.ops.modulated_relative_l1 import modulated_relative_l1
-from omni_kernels.ops.qk_norm_rope import qk_norm_rope, rotary_table
+from omni_kernels.ops.qk_norm_rope import qk_norm_rope
 from omni_kernels.ops.relative_l1 import relative_l1
 from omni_kernels.ops.residual_relative_l1 import residual_relative_l1
 from omni_kernels.ops.rms_norm import rms_norm
@@ -38,7 +38,6 @@ __all__ = [
     "relative_l1",
     "residual_relative_l1",
     "rms_norm",
-    "rotary_table",
     "swiglu",
     "trusted",
 ]

@@ -3,7 +3,7 @@
     q_out = rotate(rms(q)·q_weight)        rms(x) = x / √(mean(x²) + eps)        q, k, v, *_out: [B, S, H, Dh]
     k_out = rotate(rms(k)·k_weight)        over a head, or over all heads of a token
     v_out = v
-    rotate: (a, b) ← (a·cos − b·sin, a·sin + b·cos)        (cos, sin): freqs[s, i], fp32 [S, Dh/2, 2]
+    rotate: (a, b) ← (a·cos − b·sin, a·sin + b·cos)        (cos, sin): freqs[s, i], fp32 [S, Dh/2, 2], or of two tables
 
 The pairs (a, b) are elements 2i and 2i + 1 of a head ("interleaved") or i and i + Dh/2 ("half"). RMSNorm: Zhang and
 Sennrich 2019, arXiv:1910.07467; rotary embedding: Su et al. 2021, arXiv:2104.09864. What the attention processors of
@@ -27,9 +27,9 @@ LAYOUTS = ("interleaved", "half")
 MAX_HEAD_SIZE = 256
 
 # A tile is as many heads of q as fill it. A thread takes 8 elements of each tensor, and with "half", whose pairs lie
-# apart, 8 of each half: on sm_90 40 and 66 registers, and 72 KB of loads under way per multiprocessor.
+# apart, 8 of each half: on sm_90 40 and 61 registers, and 72 and 96 KB of loads under way per multiprocessor.
 TILE = 2048
-# Normed over all heads, a tile is a token, and a thread takes 16 elements of each: on sm_90 at most 79 registers. With
+# Normed over all heads, a tile is a token, and a thread takes 16 elements of each: on sm_90 at most 77 registers. With
 # tokens twice as long it would spill.
 MAX_TRITON_TOKEN = 8192
 
@@ -48,6 +48,8 @@ def qk_norm_rope(
     freqs: torch.Tensor | None = None,
     layout: str = "interleaved",
     across_heads: bool = False,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
 ) -> None:
     """Norm and rotate q and k, copy v, and write all three into given buffers, in fp32 from load to store.
 
@@ -63,13 +65,17 @@ def qk_norm_rope(
         k_weight: as q_weight, for k.
         eps: added to the mean square.
         freqs: fp32 [S, Dh/2, 2] or [B or 1, S, Dh/2, 2], the cosine and sine of every angle: `torch.view_as_real` of a
-            complex table, or `rotary_table` of two real ones. None: nothing is rotated.
+            complex table. None: nothing is rotated, or by cos and sin.
         layout: "interleaved" rotates elements 2i and 2i + 1 of a head, "half" elements i and i + Dh/2.
         across_heads: whether the mean square is that of a whole token.
+        cos: in place of freqs, and with sin: [S, Dh], fp32, fp16 or bf16, the cosine of the angle that each element of
+            a head is rotated by, so that both of a pair have the same, as in the tables of FLUX and Wan in diffusers.
+        sin: as cos.
 
     Raises:
-        ValueError: a shape, stride, device or dtype does not fit, the layout is unknown, or an output overlaps an input
-            or another output. Views that interleave in memory count as overlapping.
+        ValueError: a shape, stride, device or dtype does not fit, the layout is unknown, there is only one of cos and
+            sin or freqs besides, or an output overlaps an input or another output. Views that interleave in memory
+            count as overlapping.
     """
     if q.dim() != 4 or q.shape[3] % 2 or q.shape[3] > MAX_HEAD_SIZE:
         raise ValueError(
@@ -91,10 +97,12 @@ def qk_norm_rope(
             raise unlike("qk_norm_rope", **{like: q.new_empty(channels), name: weight})
     if freqs is not None:
         _check_freqs(freqs, q)
+    if cos is not None or sin is not None:
+        _check_tables(cos, sin, freqs, q)
     if type(q) is torch.Tensor and not q.is_meta and not is_dynamo_compiling():
         _check_memory({"q": q, "k": k, "v": v}, {"q_out": q_out, "k_out": k_out, "v_out": v_out})
     (reference if eager_on_cpu(q) else _op)(
-        q, k, v, q_out, k_out, v_out, q_weight, k_weight, eps, freqs, layout, across_heads
+        q, k, v, q_out, k_out, v_out, q_weight, k_weight, eps, freqs, layout, across_heads, cos, sin
     )
 
 
@@ -110,6 +118,17 @@ def _check_freqs(freqs: torch.Tensor, q: torch.Tensor) -> None:
         )
     if freqs.device != q.device:
         raise ValueError(f"qk_norm_rope: freqs is on {freqs.device}; it must be on {q.device}, as q is")
+
+
+def _check_tables(
+    cos: torch.Tensor | None, sin: torch.Tensor | None, freqs: torch.Tensor | None, q: torch.Tensor
+) -> None:
+    if cos is None or sin is None or freqs is not None:
+        raise ValueError("qk_norm_rope: cos and sin are given together, and without freqs")
+    if cos.shape != (q.shape[1], q.shape[3]):
+        raise ValueError(f"qk_norm_rope: cos has shape {[*cos.shape]}; it must be [S, Dh] = {[q.shape[1], q.shape[3]]}")
+    if not alike(cos, sin) or cos.device != q.device:
+        raise unlike("qk_norm_rope", **{"a token's head": q.new_empty(cos.shape), "cos": cos, "sin": sin})
 
 
 def _check_memory(read: dict[str, torch.Tensor], written: dict[str, torch.Tensor]) -> None:
@@ -133,27 +152,6 @@ def _stretch(t: torch.Tensor) -> tuple[int, int]:
     return first, first + last * t.element_size()
 
 
-def rotary_table(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """`freqs` from two tables that hold each value twice in a row, as those of FLUX and Wan in diffusers do.
-
-    Args:
-        cos: [S, Dh], or [1, S, 1, Dh].
-        sin: as cos.
-
-    Returns:
-        fp32 [S, Dh/2, 2]. It is worth keeping: the tables are the same at every block and step.
-
-    Raises:
-        ValueError: a shape does not fit.
-    """
-    if cos.dim() not in (2, 4) or cos.shape[-1] % 2 or (cos.dim() == 4 and cos.shape[0] * cos.shape[2] != 1):
-        raise ValueError(f"rotary_table: cos has shape {[*cos.shape]}; allowed are [S, Dh] and [1, S, 1, Dh], Dh even")
-    if sin.shape != cos.shape:
-        raise ValueError(f"rotary_table: sin has shape {[*sin.shape]}; it must be {[*cos.shape]}, as cos's is")
-    pairs = torch.stack((cos[..., 0::2], sin[..., 1::2]), -1).float()
-    return pairs if cos.dim() == 2 else pairs[0, :, 0]
-
-
 def bytes_moved(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -168,9 +166,11 @@ def bytes_moved(
     freqs: torch.Tensor | None = None,
     layout: str = "interleaved",
     across_heads: bool = False,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
 ) -> int:
     """Bytes read and written."""
-    return nbytes((q, k, v, q_out, k_out, v_out, q_weight, k_weight, freqs))
+    return nbytes((q, k, v, q_out, k_out, v_out, q_weight, k_weight, freqs, cos, sin))
 
 
 def _complex(t: torch.Tensor) -> torch.Tensor:
@@ -192,8 +192,16 @@ def reference(
     freqs: torch.Tensor | None = None,
     layout: str = "interleaved",
     across_heads: bool = False,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
 ) -> None:
     """In plain torch."""
+    if cos is not None and sin is not None:
+        # Of each pair one cosine and the other's sine, as they are read by the kernel.
+        apart = (-1, 2) if layout == "interleaved" else (2, -1)
+        pair = -1 if layout == "interleaved" else -2
+        first, other = cos.unflatten(1, apart).select(pair, 0), sin.unflatten(1, apart).select(pair, 1)
+        freqs = torch.stack((first, other), -1).float()
     for x, weight, out in ((q, q_weight, q_out), (k, k_weight, k_out)):
         y = x.float()
         if weight is not None:
@@ -259,12 +267,15 @@ def reciprocal_rms(a, b, eps, N: tl.constexpr, ACROSS: tl.constexpr):  # type: i
 
 @triton.jit(do_not_specialize=["tokens", "programs", "eps"])
 def qk_norm_rope_kernel(  # type: ignore[no-untyped-def]
-    p_q, p_k, p_v, p_q_out, p_k_out, p_v_out, p_q_weight, p_k_weight, p_freqs, tokens, programs, eps, q_strides,
-    k_strides, v_strides, q_out_strides, k_out_strides, v_out_strides, freqs_strides,
+    p_q, p_k, p_v, p_q_out, p_k_out, p_v_out, p_q_weight, p_k_weight, p_freqs, p_sin, tokens, programs, eps, q_strides,
+    k_strides, v_strides, q_out_strides, k_out_strides, v_out_strides, freqs_strides, sin_stride,
     H: tl.constexpr, D: tl.constexpr, INTERLEAVED: tl.constexpr, ACROSS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program takes ROWS heads of one sample, or with ACROSS those of one token. Strides: sample, token, head."""
+    """A program takes ROWS heads of one sample, or with ACROSS those of one token. Strides: sample, token, head.
+
+    With p_sin, p_freqs are the cosines.
+    """
     pid = tl.program_id(0)
     sample = (pid // programs).to(tl.int64)
     part = (pid % programs).to(tl.int64)
@@ -293,25 +304,32 @@ def qk_norm_rope_kernel(  # type: ignore[no-untyped-def]
     tl.store(
         p_v_out + o_s * v_out_strides[1] + o_h * v_out_strides[2] + o_d, b_v.to(p_v_out.dtype.element_ty), mask=m_v
     )
+    if p_freqs is not None:
+        # 4 bytes an element where q has 2, but the same for all heads of a token: read from memory once.
+        o_freqs = sample * freqs_strides[0] + o_s * freqs_strides[1]
+        if p_sin is None:
+            cos, sin = load_pairs(p_freqs, o_freqs, m, D, True, ROWS, BLOCK)
+        else:
+            cos, _ = load_pairs(p_freqs, o_freqs, m, D, INTERLEAVED, ROWS, BLOCK)
+            _, sin = load_pairs(p_sin, o_s * sin_stride, m, D, INTERLEAVED, ROWS, BLOCK)
+    # q is done with before k is begun: a program would need more registers for both at a time.
     if p_q_weight is not None:
         w_a, w_b = load_pairs(p_q_weight, o_weight, m, D, INTERLEAVED, ROWS, BLOCK)
         scale = reciprocal_rms(q_a, q_b, eps, N, ACROSS)
         q_a *= scale * w_a
         q_b *= scale * w_b
+    if p_freqs is not None:
+        q_a, q_b = q_a * cos - q_b * sin, q_a * sin + q_b * cos
+    o_q = sample * q_out_strides[0] + o_s * q_out_strides[1] + o_h * q_out_strides[2]
+    store_pairs(p_q_out, q_a, q_b, o_q, m, D, INTERLEAVED, ROWS, BLOCK)
     if p_k_weight is not None:
         w_a, w_b = load_pairs(p_k_weight, o_weight, m, D, INTERLEAVED, ROWS, BLOCK)
         scale = reciprocal_rms(k_a, k_b, eps, N, ACROSS)
         k_a *= scale * w_a
         k_b *= scale * w_b
     if p_freqs is not None:
-        # 4 bytes an element where q has 2, but the same for all heads of a token: read from memory once.
-        o_freqs = sample * freqs_strides[0] + o_s * freqs_strides[1]
-        cos, sin = load_pairs(p_freqs, o_freqs, m, D, True, ROWS, BLOCK)
-        q_a, q_b = q_a * cos - q_b * sin, q_a * sin + q_b * cos
         k_a, k_b = k_a * cos - k_b * sin, k_a * sin + k_b * cos
-    o_q = sample * q_out_strides[0] + o_s * q_out_strides[1] + o_h * q_out_strides[2]
     o_k = sample * k_out_strides[0] + o_s * k_out_strides[1] + o_h * k_out_strides[2]
-    store_pairs(p_q_out, q_a, q_b, o_q, m, D, INTERLEAVED, ROWS, BLOCK)
     store_pairs(p_k_out, k_a, k_b, o_k, m, D, INTERLEAVED, ROWS, BLOCK)
 
 
@@ -333,6 +351,8 @@ def launch(
     freqs: torch.Tensor | None = None,
     layout: str = "interleaved",
     across_heads: bool = False,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
 ) -> None:
     """With the Triton kernel; tokens too long for a norm across heads take the plain-torch implementation."""
     B, S, H, Dh = q.shape
@@ -342,7 +362,7 @@ def launch(
     block = triton.next_power_of_2(Dh)
     token = triton.next_power_of_2(H) * block
     if across and token > MAX_TRITON_TOKEN:
-        reference(q, k, v, q_out, k_out, v_out, q_weight, k_weight, eps, freqs, layout, across_heads)
+        reference(q, k, v, q_out, k_out, v_out, q_weight, k_weight, eps, freqs, layout, across_heads, cos, sin)
         return
     interleaved = layout == "interleaved"
     if across:
@@ -352,14 +372,17 @@ def launch(
         programs, threads = -(-S * H // rows), _samples.THREADS
     if freqs is not None and freqs.stride()[-2:] != (2, 1):
         freqs = freqs.contiguous()
-    of_freqs = (0, 0)
-    if freqs is not None:
+    of_freqs, of_sin = (0, 0), 0
+    if cos is not None and sin is not None:
+        freqs, sin = (t if t.stride(1) == 1 else t.contiguous() for t in (cos, sin))
+        of_freqs, of_sin = (0, freqs.stride(0)), sin.stride(0)
+    elif freqs is not None:
         of_freqs = (0 if freqs.dim() == 3 or freqs.shape[0] == 1 else freqs.stride(0), freqs.stride(-3))
     q_weight, k_weight = (None if weight is None else weight.contiguous() for weight in (q_weight, k_weight))
     with _samples.on_device_of(q):
         qk_norm_rope_kernel[(B * programs,)](
-            q, k, v, q_out, k_out, v_out, q_weight, k_weight, freqs, S, programs, eps, _strides(q), _strides(k),
-            _strides(v), _strides(q_out), _strides(k_out), _strides(v_out), of_freqs,
+            q, k, v, q_out, k_out, v_out, q_weight, k_weight, freqs, sin, S, programs, eps, _strides(q),
+            _strides(k), _strides(v), _strides(q_out), _strides(k_out), _strides(v_out), of_freqs, of_sin,
             H=H, D=Dh, INTERLEAVED=interleaved, ACROSS=across, ROWS=rows, BLOCK=block,
             num_warps=threads // _samples.WARP_SIZE, enable_fp_fusion=True,
         )  # fmt: skip
@@ -378,13 +401,16 @@ def _nothing(
     freqs: torch.Tensor | None = None,
     layout: str = "interleaved",
     across_heads: bool = False,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
 ) -> None:
     pass
 
 
 _op = define(
     "qk_norm_rope(Tensor q, Tensor k, Tensor v, Tensor(a!) q_out, Tensor(b!) k_out, Tensor(c!) v_out, Tensor? q_weight,"
-    " Tensor? k_weight, float eps, Tensor? freqs, str layout, bool across_heads) -> ()",
+    " Tensor? k_weight, float eps, Tensor? freqs, str layout, bool across_heads,"
+    " Tensor? cos=None, Tensor? sin=None) -> ()",
     reference=reference,
     triton=launch,
     fake=_nothing,

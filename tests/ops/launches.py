@@ -41,12 +41,29 @@ qk_norm_rope, gelu, swiglu, cfg_combine, euler_step = (
 h = tensor(1, TOKENS - 1, CHANNELS)
 
 
-def attention(B: int, S: int, H: int, D: int, text: int, weighted: int = 0, rotated: bool = True, **options: object):
-    """A launch on the thirds of a packed projection, into the places of the image behind `text` tokens."""
+def attention(
+    B: int,
+    S: int,
+    H: int,
+    D: int,
+    text: int,
+    weighted: int = 0,
+    rotated: bool = True,
+    tables: bool = False,
+    **options: object,
+):
+    """A launch on the thirds of a packed projection, into the places of the image behind `text` tokens.
+
+    Rotated by freqs, or by tables of cosines and sines.
+    """
     inputs = tensor(B, S, 3, H, D).unbind(2)
     outputs = [tensor(B, text + S, H, D)[:, text:] for _ in range(3)]
     options |= {name: tensor(weighted) for name in ("q_weight", "k_weight") if weighted}
-    return partial(qk_norm_rope, *inputs, *outputs, freqs=torch.empty(S, D // 2, 2) if rotated else None, **options)
+    if rotated:
+        options |= (
+            {name: torch.empty(S, D) for name in ("cos", "sin")} if tables else {"freqs": torch.empty(S, D // 2, 2)}
+        )
+    return partial(qk_norm_rope, *inputs, *outputs, **options)
 
 
 def chunks(B: int) -> tuple[torch.Tensor, ...]:
@@ -122,7 +139,7 @@ LAUNCHES = {
     "linear_forecast 8": partial(linear_forecast, odd(), [odd() for _ in range(8)], [0.5] * 8),
     "linear_forecast 16": partial(linear_forecast, odd(), [odd() for _ in range(16)], [0.5] * 16),
     "linear_forecast tensor": partial(linear_forecast, odd(), [odd(), odd()], torch.empty(2)),
-    # Qwen-Image, Z-Image, Wan, and what none of them is.
+    # Qwen-Image, Z-Image, FLUX, Wan, and what none of them is.
     "qk_norm_rope joint": attention(1, TOKENS - 1, 24, 128, 37, weighted=128),
     "qk_norm_rope batch": attention(2, 1023, 30, 128, 0, weighted=128),
     "qk_norm_rope across": attention(1, 33, 40, 128, 0, weighted=40 * 128, across_heads=True),
@@ -132,6 +149,12 @@ LAUNCHES = {
     "qk_norm_rope heads of 64": attention(1, TOKENS - 1, 24, 64, 37, weighted=64),
     "qk_norm_rope heads of 96": attention(1, TOKENS - 1, 24, 96, 37, weighted=96),
     "qk_norm_rope heads of 256": attention(1, TOKENS - 1, 24, 256, 37, weighted=256),
+    "qk_norm_rope cos and sin": attention(1, TOKENS - 1, 24, 128, 37, weighted=128, tables=True),
+    "qk_norm_rope cos and sin, half": attention(1, TOKENS - 1, 24, 128, 37, weighted=128, tables=True, layout="half"),
+    "qk_norm_rope cos and sin, across": attention(1, 33, 40, 128, 0, weighted=40 * 128, tables=True, across_heads=True),
+    "qk_norm_rope cos and sin, across, largest": attention(
+        1, 9, 64, 128, 0, weighted=64 * 128, tables=True, across_heads=True
+    ),
     "qk_norm_rope no norm": attention(1, TOKENS - 1, 24, 128, 37),
     "qk_norm_rope no rotation": attention(1, TOKENS - 1, 24, 128, 37, weighted=128, rotated=False),
     "gelu odd": partial(gelu, odd()),

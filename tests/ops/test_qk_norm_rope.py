@@ -6,7 +6,7 @@ from op_inputs import DTYPES, far_apart
 from tolerances import assert_near
 from torch.library import opcheck
 
-from omni_kernels.ops import OPS, qk_norm_rope, rotary_table
+from omni_kernels.ops import OPS, qk_norm_rope
 
 LAYOUTS = ["interleaved", "half"]
 # B, S, H, Dh: sizes of one, sizes that divide by nothing, the heads of models.
@@ -20,6 +20,12 @@ def angles(implementation, *shape):
     """Cosines and sines [*shape, 2]."""
     angle = implementation.randn(*shape)
     return torch.stack((angle.cos(), angle.sin()), -1)
+
+
+def tables(freqs, layout="interleaved"):
+    """Cosines and sines [S, Dh] of freqs [S, Dh/2, 2], each twice."""
+    repeat = {"interleaved": lambda t: t.repeat_interleave(2, -1), "half": lambda t: torch.cat((t, t), -1)}[layout]
+    return {"cos": repeat(freqs[..., 0]), "sin": repeat(freqs[..., 1])}
 
 
 def weights(implementation, n, dtype=torch.float32):
@@ -36,11 +42,13 @@ def place(buffers):
     return [t[:, BEFORE:-BEHIND] for t in buffers]
 
 
-def check(implementation, q, k, v, dtypes=None, **options):
+def check(implementation, q, k, v, dtypes=None, truth=None, **options):
+    """Against freqs, or those that the tables in the options are of."""
     buffers = joint(q, dtypes or [q.dtype, k.dtype, v.dtype])
     assert implementation["qk_norm_rope"](q, k, v, *place(buffers), **options) is None
     q_out, k_out, v_out = place(buffers)
     shared = {name: options[name] for name in ("eps", "freqs", "layout", "across_heads") if name in options}
+    shared |= {} if truth is None else {"freqs": truth}
     assert_near(q_out, *op_oracle.rotated(q, options.get("q_weight"), **shared))
     assert_near(k_out, *op_oracle.rotated(k, options.get("k_weight"), **shared))
     assert_near(v_out, v.double())
@@ -94,6 +102,26 @@ def test_forms_of_freqs(implementation, form, layout):
         ),
     }[form]()
     check(implementation, q, k, v, freqs=freqs, layout=layout)
+
+
+@every_layout
+@pytest.mark.parametrize("across_heads", [False, True])
+@pytest.mark.parametrize("form", ["plain", "fp16 and bf16", "a stretch", "transposed", "one for all"])
+def test_forms_of_cos_and_sin(implementation, form, across_heads, layout):
+    B, S, H, D = 2, 5, 3, 24
+    q, k, v = (implementation.randn(B, S, H, D) for _ in range(3))
+    made = tables(angles(implementation, 1 if form == "one for all" else 2 * S, D // 2), layout)
+    cos, sin = (t.expand(S, D) if form == "one for all" else t[:S] for t in made.values())
+    if form == "fp16 and bf16":
+        cos, sin = cos.half(), sin.bfloat16()
+    elif form == "a stretch":
+        cos, sin = (t[S - 2 : 2 * S - 2] for t in made.values())
+    elif form == "transposed":
+        cos, sin = (t.t().contiguous().t() for t in (cos, sin))
+    first = slice(0, None, 2) if layout == "interleaved" else slice(None, D // 2)
+    truth = torch.stack((cos[:, first].float(), sin[:, first].float()), -1)
+    options = weights(implementation, H * D if across_heads else D) | {"cos": cos, "sin": sin}
+    check(implementation, q, k, v, truth=truth, layout=layout, across_heads=across_heads, **options)
 
 
 @every_layout
@@ -304,11 +332,15 @@ def test_what_z_images_processor_computes(on_cpu, monkeypatch, dtype):
     one_stream(on_cpu, x, H, norms, theirs, freqs=torch.view_as_real(table), eps=1e-5)
 
 
-def one_stream(run, x, H, norms, theirs, **options):
+def one_stream(run, x, H, norms, theirs, tables=None, **options):
+    """With freqs among the options, or the tables of cosines and sines."""
     parts = thirds(x, H)
     ours = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in parts]
     w = [norms[name].weight.detach() for name in ("norm_q", "norm_k")]
-    run(*parts, *ours, q_weight=w[0], k_weight=w[1], **options)
+    rotation = {} if tables is None else dict(zip(("cos", "sin"), tables, strict=True))
+    run(*parts, *ours, q_weight=w[0], k_weight=w[1], **rotation, **options)
+    if tables is not None:
+        options["freqs"] = torch.stack([t[:, ::2] for t in tables], -1)
     exact = [op_oracle.rotated(t, weight, **options) for t, weight in zip(parts, w, strict=False)]
     is_theirs(ours[:2], theirs[:2], exact)
     assert torch.equal(ours[2], theirs[2])
@@ -322,9 +354,7 @@ def test_what_fluxs_processor_computes(on_cpu, monkeypatch, dtype):
     table = transformer_flux.FluxPosEmbed(10000, [4, 6, 6])(torch.randint(0, 9, (S, 3)))
     processor = transformer_flux.FluxAttnProcessor()
     theirs = attended(monkeypatch, transformer_flux, processor, Projected(norms, H, D), x, image_rotary_emb=table)
-    freqs = rotary_table(*table)
-    assert freqs.shape == (S, D // 2, 2)
-    one_stream(on_cpu, x, H, norms, theirs, freqs=freqs)
+    one_stream(on_cpu, x, H, norms, theirs, tables=table)
 
 
 @every_precision
@@ -332,15 +362,13 @@ def test_what_wans_processor_computes(on_cpu, monkeypatch, dtype):
     B, H, D = 2, 3, 24
     norms = {n: norm(torch.nn.RMSNorm, H * D, 1e-6, dtype) for n in ("norm_q", "norm_k")}
     table = transformer_wan.WanRotaryPosEmbed(D, (1, 2, 2), 32)(torch.empty(B, 4, 2, 4, 6))
-    freqs = rotary_table(*table)
     S = 2 * 2 * 3
-    assert freqs.shape == (S, D // 2, 2)
     x = torch.randn(B, S, 3 * H * D).to(dtype)
     attention = Projected(norms, H, D)
     attention.add_k_proj = None
     processor = transformer_wan.WanAttnProcessor()
     theirs = attended(monkeypatch, transformer_wan, processor, attention, x, rotary_emb=table)
-    one_stream(on_cpu, x, H, norms, theirs, freqs=freqs, across_heads=True)
+    one_stream(on_cpu, x, H, norms, theirs, tables=[t[0, :, 0] for t in table], across_heads=True)
 
 
 # In torch's dispatcher.
@@ -360,6 +388,7 @@ def test_opcheck():
     op = torch.ops.omni_kernels.qk_norm_rope.default
     opcheck(op, (*tensors, options["q_weight"], None, 1e-6, options["freqs"], "half", False))
     opcheck(op, (*arguments(torch.bfloat16)[0], None, None, 1e-6, None, "interleaved", True))
+    opcheck(op, (*tensors, None, None, 1e-6, None, "half", False, *tables(options["freqs"], "half").values()))
 
 
 def test_torch_compile_takes_two_streams_into_one_sequence():
@@ -402,6 +431,7 @@ def test_nothing_is_read_to_the_host(run, layout):
     """Where there are no numbers, reading one or mixing devices would raise."""
     tensors, options = arguments(torch.bfloat16, device="meta")
     run(*tensors, layout=layout, **options)
+    run(*tensors, layout=layout, **tables(options["freqs"]))
     assert all(t.is_meta for t in tensors)
 
 
@@ -410,6 +440,7 @@ def test_bytes_moved_counts_every_tensor_once():
     size = 2 * 5 * 3 * 16 * 2
     assert OPS["qk_norm_rope"].bytes_moved(*tensors) == 6 * size
     assert OPS["qk_norm_rope"].bytes_moved(*tensors, **options) == 6 * size + 16 * 4 + 5 * 16 * 4
+    assert OPS["qk_norm_rope"].bytes_moved(*tensors, **tables(options["freqs"])) == 6 * size + 2 * 5 * 16 * 4
 
 
 # What is refused.
@@ -468,14 +499,14 @@ def test_refused_by_name():
     refused("freqs is on meta", q, k, v, *outs, freqs=empty(5, 8, 2, device="meta"))
 
 
-@pytest.mark.parametrize(
-    ("cos", "sin", "message"),
-    [
-        ((5, 7), (5, 7), r"cos has shape \[5, 7\]; allowed are \[S, Dh\] and \[1, S, 1, Dh\], Dh even"),
-        ((2, 5, 1, 8), (2, 5, 1, 8), r"cos has shape \[2, 5, 1, 8\]"),
-        ((5, 8), (4, 8), r"sin has shape \[4, 8\]; it must be \[5, 8\], as cos's is"),
-    ],
-)
-def test_tables_that_do_not_fit_are_refused(cos, sin, message):
-    with pytest.raises(ValueError, match=message):
-        rotary_table(torch.empty(cos), torch.empty(sin))
+def test_tables_that_do_not_fit_are_refused():
+    tensors, options = arguments()
+    made = tables(options["freqs"])
+    cos, sin = made.values()
+    refused("cos and sin are given together, and without freqs", *tensors, cos=cos)
+    refused("cos and sin are given together, and without freqs", *tensors, **made, freqs=options["freqs"])
+    refused(r"cos has shape \[5, 8\]; it must be \[S, Dh\] = \[5, 16\]", *tensors, cos=cos[:, :8], sin=sin)
+    refused(r"sin has shape \[4, 16\]; it must be \[5, 16\]", *tensors, cos=cos, sin=sin[:4])
+    refused("cos has dtype float64", *tensors, cos=cos.double(), sin=sin)
+    refused("sin is on meta; it must be on cpu", *tensors, cos=cos, sin=sin.to("meta"))
+    refused("cos is on meta; it must be on cpu", *tensors, cos=cos.to("meta"), sin=sin.to("meta"))

@@ -194,7 +194,7 @@ def test_every_device_has_an_implementation(name, key):
 
 
 def test_table_and_exports_agree():
-    assert ops.__all__ == sorted(["OPS", *OPS, "rotary_table", "trusted"])
+    assert ops.__all__ == sorted(["OPS", *OPS, "trusted"])
     assert sorted(OPS) == sorted([*NAMES, "qk_norm_rope"])
     assert all(getattr(ops, name) is op.function for name, op in OPS.items())
     assert registration.NAMESPACE == "omni_kernels"
