@@ -8,6 +8,8 @@ in fp32 from load to store. Moves the bytes of x and of out, once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -20,31 +22,39 @@ from omni_kernels.registration import define, eager_on_cpu, nbytes
 BLOCK = 4096
 
 
-def gelu(x: torch.Tensor) -> torch.Tensor:
+def gelu(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """½·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))).
 
     Args:
         x: [...], fp32, fp16 or bf16, any strides. A slice of a packed projection is read where it lies.
+        out: where to write, as x, or None for a new tensor. A slice of a packed input is written where it lies; it may
+            be x itself, and no other part of x's memory.
 
     Returns:
-        A new contiguous tensor in x's shape and dtype. −∞ gives NaN, as it does in torch.
+        `out`, or a new contiguous tensor in x's shape and dtype. −∞ gives NaN, as it does in torch.
 
     Raises:
-        ValueError: the dtype is not allowed, or x has no dimensions.
+        ValueError: shapes or devices differ, a dtype is not allowed, or x has no dimensions.
     """
-    if not alike(x):
-        raise unlike("gelu", x=x)
-    return reference(x) if eager_on_cpu(x) else _op(x)
+    if not alike(x, out):
+        raise unlike("gelu", x=x, out=out)
+    if eager_on_cpu(x):
+        return reference(x, out)
+    if out is None:
+        return _op(x)
+    _op_into(x, out)
+    return out
 
 
-def bytes_moved(x: torch.Tensor) -> int:
+def bytes_moved(x: torch.Tensor, out: torch.Tensor | None = None) -> int:
     """Bytes read and written."""
-    return nbytes((x, x))
+    return nbytes((x, x if out is None else out))
 
 
-def reference(x: torch.Tensor) -> torch.Tensor:
+def reference(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """In plain torch."""
-    return F.gelu(x, approximate="tanh").contiguous()
+    y = F.gelu(x, approximate="tanh")
+    return y.contiguous() if out is None else out.copy_(y)
 
 
 @triton.jit
@@ -71,9 +81,10 @@ def gelu_kernel(p_x, p_out, n, x_stride, out_stride, blocks, BLOCK: tl.constexpr
         tl.store(p_out + o, gelu_of(x).to(p_out.dtype.element_ty), mask=m)
 
 
-def launch(x: torch.Tensor) -> torch.Tensor:
+def launch(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """With the Triton kernel."""
-    out = x.new_empty(x.shape)
+    if out is None:
+        out = x.new_empty(x.shape)
     if out.numel() == 0:
         return out
     (x, target), strides, R, n = _rows.by_row(x, out)
@@ -83,7 +94,19 @@ def launch(x: torch.Tensor) -> torch.Tensor:
             x, target, n, *strides, blocks,
             BLOCK=BLOCK, num_warps=_samples.THREADS // _samples.WARP_SIZE, enable_fp_fusion=True,
         )  # fmt: skip
-    return out
+    # What has no rows at one distance was copied.
+    return out if target.data_ptr() == out.data_ptr() else out.copy_(target.view(out.shape))
+
+
+def _into(implementation: Callable[..., torch.Tensor]) -> Callable[..., None]:
+    def run(x: torch.Tensor, out: torch.Tensor) -> None:
+        implementation(x, out)
+
+    return run
+
+
+def _nothing(x: torch.Tensor, out: torch.Tensor) -> None:
+    pass
 
 
 def fake(x: torch.Tensor) -> torch.Tensor:
@@ -92,3 +115,7 @@ def fake(x: torch.Tensor) -> torch.Tensor:
 
 
 _op = define("gelu(Tensor x) -> Tensor", reference=reference, triton=launch, fake=fake)
+# An op that writes to an argument must return nothing for torch.compile to take it.
+_op_into = define(
+    "gelu_into(Tensor x, Tensor(a!) out) -> ()", reference=_into(reference), triton=_into(launch), fake=_nothing
+)

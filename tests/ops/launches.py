@@ -159,6 +159,7 @@ LAUNCHES = {
     "qk_norm_rope no rotation": attention(1, TOKENS - 1, 24, 128, 37, weighted=128, rotated=False),
     "gelu odd": partial(gelu, odd()),
     "gelu batch": partial(gelu, batch()),
+    "gelu behind": partial(gelu, tensor(1, TOKENS, 4 * CHANNELS), tensor(1, TOKENS, 5 * CHANNELS)[..., CHANNELS:]),
     "swiglu odd": partial(swiglu, odd(), odd()),
     "swiglu packed": partial(swiglu, *tensor(1, TOKENS, 2 * 10240).chunk(2, -1)),
     "cfg_combine odd": partial(cfg_combine, odd(), odd(), 4.0),

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from op_inputs import DTYPES, EMPTY, SHAPES, VIEWS, far_apart
 from tolerances import assert_near
 
+from omni_kernels.ops import gelu
+
 OPS = ["gelu", "swiglu"]
 ORACLES = {"gelu": op_oracle.gelu, "swiglu": lambda gate, up: (op_oracle.swiglu(gate, up), None)}
 
@@ -80,3 +82,44 @@ def test_samples_far_apart(triton_launch, op):
     gate, up = (triton_launch.randn(3, 5, 48, dtype=torch.bfloat16) for _ in range(2))
     inputs = (gate, up)[: 1 + (op == "swiglu")]
     assert torch.equal(triton_launch[op](*map(far_apart, inputs)), triton_launch[op](*inputs))
+
+
+@pytest.mark.parametrize("view", [lambda t: t, *VIEWS[:-1]], ids=lambda view: view.__name__)
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float16)], ids=str)
+def test_output_is_written_where_it_is_to_be(implementation, view, dtypes):
+    x = implementation.randn(2, 5, 48, dtype=dtypes[0])
+    out = view(torch.full_like(x, 42.0, dtype=dtypes[1]))
+    around = out.untyped_storage().nbytes() // out.element_size()
+    memory = torch.as_strided(out, (around,), (1,), 0)
+    others = torch.ones(around, dtype=torch.bool, device=x.device)
+    others.as_strided(out.shape, out.stride(), out.storage_offset()).fill_(False)
+    before = memory[others].clone()
+    assert implementation["gelu"](x, out=out) is out
+    assert_near(out, *op_oracle.gelu(x))
+    assert torch.equal(memory[others], before)
+
+
+def test_output_may_be_the_input(implementation):
+    x = implementation.randn(2, 5, 48, dtype=torch.float16)
+    expected = implementation["gelu"](x)
+    assert torch.equal(implementation["gelu"](x, out=x), expected)
+
+
+def test_behind_other_channels_nothing_is_copied(implementation, no_copies):
+    packed = implementation.randn(2, 5, 60)
+    first = packed[..., :12].clone()
+    x = implementation.randn(2, 5, 48)
+    assert_near(implementation["gelu"](x, out=packed[..., 12:]), *op_oracle.gelu(x))
+    assert torch.equal(packed[..., :12], first)
+
+
+def test_torch_compile_writes_behind_other_channels():
+    torch._dynamo.reset()
+
+    def fill(x):
+        packed = x.new_zeros(2, 5, 60)
+        gelu(x, out=packed[..., 12:])
+        return packed + 1
+
+    x = torch.randn(2, 5, 48)
+    assert torch.equal(torch.compile(fill, fullgraph=True, backend="aot_eager")(x), fill(x))

@@ -55,6 +55,8 @@ def test_every_bf16_tensor_is_accessed_in_128_bits(costs, launch, target):
     given = [t for t in tree_leaves((run.args, run.keywords)) if isinstance(t, torch.Tensor)]
     if op == "qk_norm_rope":  # what it writes is given, too
         given = [*given[:3], *given[6:]]
+    elif op == "gelu":  # perhaps
+        given = given[:1]
     # Of a vector once is enough.
     inputs = sum((times if t.dim() > 1 or len(t) > 1024 else 1) for t in given if t.dtype == torch.bfloat16)
     assert wide(first.loads, target) >= inputs, first

@@ -51,6 +51,8 @@ CASES = [
     (lambda: linear_forecast(h, [h], torch.ones(1, device="meta")), "weights is on meta; it must be on cpu"),
     (lambda: gelu(integers), "gelu: x has dtype int32"),
     (lambda: gelu(scalar), "gelu: x has no dimensions"),
+    (lambda: gelu(h, out=other_shape), r"gelu: out has shape \[2, 4, 24\]"),
+    (lambda: gelu(h, out=integers), "gelu: out has dtype int32"),
     (lambda: swiglu(h, other_shape), r"swiglu: up has shape \[2, 4, 24\]; it must be \[2, 5, 24\], as gate's is"),
     (lambda: swiglu(h, meta), "swiglu: up is on meta; it must be on cpu, as gate is"),
     (lambda: cfg_combine(h, other_shape, 4.0), r"cfg_combine: uncond has shape \[2, 4, 24\]"),

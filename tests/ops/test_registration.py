@@ -104,6 +104,7 @@ OVERLOADS = {
         ("tensor", (None, tensors(2, 3, 4), torch.tensor([0.5, 2.0]), torch.empty(3, 4, dtype=torch.bfloat16))),
     ],
     "gelu": [("default", arguments("gelu"))],
+    "gelu_into": [("default", (*arguments("gelu"), torch.zeros(2, 5, 30)[..., 6:]))],
     "swiglu": [("default", arguments("swiglu", torch.bfloat16))],
     "cfg_combine": [
         ("default", (*arguments("cfg_combine"), None)),
@@ -186,7 +187,10 @@ def test_plain_torch_stays_on_the_device(name):
 
 @pytest.mark.parametrize(
     "name",
-    sorted({*OPS, "linear_forecast_into", "linear_forecast.tensor", "gate_residual_norm.without_norm"} - COMPOSED),
+    sorted(
+        {*OPS, "gelu_into", "linear_forecast_into", "linear_forecast.tensor", "gate_residual_norm.without_norm"}
+        - COMPOSED
+    ),
 )
 @pytest.mark.parametrize("key", ["CPU", "CUDA", "PrivateUse1", "CompositeExplicitAutograd"])
 def test_every_device_has_an_implementation(name, key):
