@@ -6,13 +6,26 @@ through the dispatcher that the block's processor calls, with that processor's b
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
 from omni_kernels import ops
 from omni_kernels.patching.structure import dispatcher
+
+#: How `qk_norm_rope` is told to rotate: by `freqs`, by `cos` and `sin`, or not at all.
+Rotation = Mapping[str, Any]
+
+
+def complex_rotation(table: torch.Tensor | None) -> Rotation:
+    """By a complex64 table [S, Dh/2] or [B, S, Dh/2]."""
+    return {} if table is None else {"freqs": torch.view_as_real(table)}
+
+
+def real_rotation(tables: tuple[torch.Tensor, torch.Tensor] | None, start: int = 0, end: int | None = None) -> Rotation:
+    """By tables of cosines and sines [S, Dh], for the tokens from `start` to `end`."""
+    return {} if tables is None else {name: t[start:end] for name, t in zip(("cos", "sin"), tables, strict=True)}
 
 
 def attend(
@@ -46,16 +59,16 @@ def attend(
 def self_attention(
     attn: Any,
     x: torch.Tensor,
-    freqs: torch.Tensor | None,
+    rotation: Rotation,
     mask: torch.Tensor | None = None,
     *,
     across_heads: bool = False,
 ) -> torch.Tensor:
-    """Attention within x [B, S, D], before its output layers; freqs and across_heads are those of `qk_norm_rope`."""
+    """Attention within x [B, S, D], before its output layers; with `across_heads`, q and k are normed so."""
     q, k, v = _heads(attn, x, attn.to_q, attn.to_k, attn.to_v)
     out = [t.new_empty(t.shape) for t in (q, k, v)]
     ops.qk_norm_rope(
-        q, k, v, *out, freqs=freqs, across_heads=across_heads,
+        q, k, v, *out, **rotation, across_heads=across_heads,
         q_weight=attn.norm_q.weight, k_weight=attn.norm_k.weight, eps=attn.norm_q.eps,
     )  # fmt: skip
     return attend(attn.processor, *out, mask=mask)
@@ -65,8 +78,8 @@ def joint_attention(
     attn: Any,
     x: torch.Tensor,
     text: torch.Tensor,
-    freqs: torch.Tensor | None,
-    text_freqs: torch.Tensor | None,
+    rotation: Rotation,
+    text_rotation: Rotation,
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(text, image) of the attention of both streams, text first, to each other, with their output layers."""
@@ -75,11 +88,11 @@ def joint_attention(
     t_q, t_k, t_v = _heads(attn, text, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
     joint = [t.new_empty((t.shape[0], T + t.shape[1], *t.shape[2:])) for t in (q, k, v)]
     ops.qk_norm_rope(
-        t_q, t_k, t_v, *(t[:, :T] for t in joint), freqs=text_freqs,
+        t_q, t_k, t_v, *(t[:, :T] for t in joint), **text_rotation,
         q_weight=attn.norm_added_q.weight, k_weight=attn.norm_added_k.weight, eps=attn.norm_added_q.eps,
     )  # fmt: skip
     ops.qk_norm_rope(
-        q, k, v, *(t[:, T:] for t in joint), freqs=freqs,
+        q, k, v, *(t[:, T:] for t in joint), **rotation,
         q_weight=attn.norm_q.weight, k_weight=attn.norm_k.weight, eps=attn.norm_q.eps,
     )  # fmt: skip
     attended = attend(attn.processor, *joint, mask=mask)

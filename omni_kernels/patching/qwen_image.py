@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from omni_kernels import ops
-from omni_kernels.patching.layers import clipped, feed_forward, joint_attention
+from omni_kernels.patching.layers import clipped, complex_rotation, feed_forward, joint_attention
 from omni_kernels.patching.structure import (
     computes,
     not_plain_attention,
@@ -88,13 +88,13 @@ def forward(
     mask = encoder_hidden_states_mask
     if mask is not None:
         mask = torch.cat([mask, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)], 1)[:, None, None, :]
-    freqs, t_freqs = (None, None) if image_rotary_emb is None else map(torch.view_as_real, image_rotary_emb)
+    freqs, t_freqs = image_rotary_emb or (None, None)
     attended_text, attended = joint_attention(
         block.attn,
         ops.ada_layer_norm(x, scale1, shift1, index=index, eps=block.img_norm1.eps),
         ops.ada_layer_norm(text, t_scale1, t_shift1, eps=block.txt_norm1.eps),
-        freqs,
-        t_freqs,
+        complex_rotation(freqs),
+        complex_rotation(t_freqs),
         mask,
     )
     h, y = ops.gate_residual_norm(x, attended, gate1, scale2, shift2, index=index, eps=block.img_norm2.eps)

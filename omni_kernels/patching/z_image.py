@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from omni_kernels import ops
-from omni_kernels.patching.layers import self_attention, through
+from omni_kernels.patching.layers import complex_rotation, self_attention, through
 from omni_kernels.patching.structure import computes, not_plain_attention, not_plain_rms_norm, part, stands, unlike
 
 #: The modules that are not called, by path, and their classes.
@@ -68,9 +68,9 @@ def forward(
     norm1, norm2, norm3, norm4 = block.attention_norm1, block.attention_norm2, block.ffn_norm1, block.ffn_norm2
 
     y = ops.ada_layer_norm(x, scale1, index=index, norm="rms", weight=norm1.weight, eps=norm1.eps)
-    freqs = None if freqs_cis is None else torch.view_as_real(freqs_cis)
     mask = attn_mask[:, None, None, :] if attn_mask is not None and attn_mask.ndim == 2 else attn_mask
-    attended = through(block.attention.to_out, self_attention(block.attention, y, freqs, mask))
+    attended = self_attention(block.attention, y, complex_rotation(freqs_cis), mask)
+    attended = through(block.attention.to_out, attended)
     h, fed = ops.gate_residual_norm(
         x, attended, gate1, scale2, x_weight=norm2.weight, x_eps=norm2.eps,
         norm="rms", weight=norm3.weight, eps=norm3.eps, gate_tanh=tanh, index=index,

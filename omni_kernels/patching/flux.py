@@ -1,0 +1,157 @@
+"""FLUX's blocks, fused: 12 launches (double) and 7 (single) beside the GEMMs and attention; diffusers' take 82 and 44.
+
+Double blocks have a stream each for text and image, which meet in attention; single blocks have one for both, and the
+feed-forward beside attention. Everything between two GEMMs is one op. Projections, modulation and output layers are
+called as the modules that they are, so that adapters, quantised layers and hooks on them count.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from omni_kernels import ops
+from omni_kernels.patching.layers import clipped, feed_forward, joint_attention, real_rotation, self_attention
+from omni_kernels.patching.structure import (
+    computes,
+    not_plain_attention,
+    not_plain_layer_norm,
+    not_plain_rms_norm,
+    not_tanh_gelu,
+    part,
+    stands,
+    unlike,
+)
+
+#: The modules that are not called, by path, and their classes.
+DOUBLE_STANDS_FOR = {
+    "norm1": "AdaLayerNormZero",
+    "norm1.norm": "LayerNorm",
+    "norm1_context": "AdaLayerNormZero",
+    "norm1_context.norm": "LayerNorm",
+    "norm2": "LayerNorm",
+    "norm2_context": "LayerNorm",
+    "attn": "FluxAttention",
+    "attn.norm_q": "RMSNorm",
+    "attn.norm_k": "RMSNorm",
+    "attn.norm_added_q": "RMSNorm",
+    "attn.norm_added_k": "RMSNorm",
+    "ff": "FeedForward",
+    "ff.net.0": "GELU",
+    "ff_context": "FeedForward",
+    "ff_context.net.0": "GELU",
+}
+SINGLE_STANDS_FOR = {
+    "norm": "AdaLayerNormZeroSingle",
+    "norm.norm": "LayerNorm",
+    "attn": "FluxAttention",
+    "attn.norm_q": "RMSNorm",
+    "attn.norm_k": "RMSNorm",
+    "act_mlp": "GELU",
+}
+PROCESSOR = "FluxAttnProcessor"
+
+#: Cosines and sines [S, Dh] of the text's tokens and the image's.
+Tables = tuple[torch.Tensor, torch.Tensor]
+
+
+def double_unfit(block: torch.nn.Module) -> str | None:
+    """Why `double_forward` cannot stand in for this block's own; None where it can."""
+    reason = unlike(block, DOUBLE_STANDS_FOR) or not_plain_layer_norm(
+        block, "norm1.norm", "norm1_context.norm", "norm2", "norm2_context"
+    )
+    if reason is not None:
+        return reason
+    for path in ("norm1", "norm1_context"):
+        if part(block, path).emb is not None:
+            return f"{path} embeds timesteps and labels"
+    return (
+        _unfit_attention(block, "attn.norm_q", "attn.norm_k")
+        or not_plain_rms_norm(block, part(block, "attn").head_dim, "attn.norm_added_q", "attn.norm_added_k")
+        or not_tanh_gelu(block, "ff.net.0", "ff_context.net.0")
+    )
+
+
+def single_unfit(block: torch.nn.Module) -> str | None:
+    """Why `single_forward` cannot stand in for this block's own; None where it can."""
+    return (
+        unlike(block, SINGLE_STANDS_FOR)
+        or not_plain_layer_norm(block, "norm.norm")
+        or _unfit_attention(block, "attn.norm_q", "attn.norm_k")
+        or not_tanh_gelu(block, "act_mlp")
+    )
+
+
+def _unfit_attention(block: torch.nn.Module, *norms: str) -> str | None:
+    reason = not_plain_attention(block, "attn", PROCESSOR)
+    if reason is None and part(block, "attn").fused_projections:
+        return "attn has fused projections"
+    return reason or not_plain_rms_norm(block, part(block, "attn").head_dim, *norms)
+
+
+def double_forward(
+    block: Any,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    temb: torch.Tensor,
+    image_rotary_emb: Tables | None = None,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(text, image), as the block's own forward returns them; where that differs, that is what runs."""
+    x, text = hidden_states, encoder_hidden_states
+    if joint_attention_kwargs or not _serves(block, DOUBLE_STANDS_FOR, x, text, temb, *image_rotary_emb or ()):
+        return type(block).forward(block, x, text, temb, image_rotary_emb, joint_attention_kwargs)
+    norm1, t_norm1 = block.norm1, block.norm1_context
+    shift1, scale1, gate1, shift2, scale2, gate2 = norm1.linear(norm1.silu(temb)).chunk(6, 1)
+    t_shift1, t_scale1, t_gate1, t_shift2, t_scale2, t_gate2 = t_norm1.linear(t_norm1.silu(temb)).chunk(6, 1)
+
+    T = text.shape[1]
+    attended_text, attended = joint_attention(
+        block.attn,
+        ops.ada_layer_norm(x, scale1, shift1, eps=norm1.norm.eps),
+        ops.ada_layer_norm(text, t_scale1, t_shift1, eps=t_norm1.norm.eps),
+        real_rotation(image_rotary_emb, T),
+        real_rotation(image_rotary_emb, 0, T),
+    )
+    h, y = ops.gate_residual_norm(x, attended, gate1, scale2, shift2, eps=block.norm2.eps)
+    t_h, t_y = ops.gate_residual_norm(text, attended_text, t_gate1, t_scale2, t_shift2, eps=block.norm2_context.eps)
+    h, _ = ops.gate_residual_norm(h, feed_forward(block.ff, y), gate2, norm=None)
+    t_h, _ = ops.gate_residual_norm(t_h, feed_forward(block.ff_context, t_y), t_gate2, norm=None)
+    return clipped(t_h), h
+
+
+def single_forward(
+    block: Any,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    temb: torch.Tensor,
+    image_rotary_emb: Tables | None = None,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(text, image), as the block's own forward returns them; where that differs, that is what runs."""
+    x, text = hidden_states, encoder_hidden_states
+    if joint_attention_kwargs or not _serves(block, SINGLE_STANDS_FOR, x, text, temb, *image_rotary_emb or ()):
+        return type(block).forward(block, x, text, temb, image_rotary_emb, joint_attention_kwargs)
+    norm, T = block.norm, text.shape[1]
+    shift, scale, gate = norm.linear(norm.silu(temb)).chunk(3, 1)
+    joint = torch.cat([text, x], 1)
+    y = ops.ada_layer_norm(joint, scale, shift, eps=norm.norm.eps)
+    attended = self_attention(block.attn, y, real_rotation(image_rotary_emb))
+    fed, D = block.proj_mlp(y), attended.shape[2]
+    both = fed.new_empty((*fed.shape[:2], D + fed.shape[2]))
+    both[..., :D].copy_(attended)
+    ops.gelu(fed, out=both[..., D:])
+    h, _ = ops.gate_residual_norm(joint, block.proj_out(both), gate, norm=None)
+    h = clipped(h)
+    return h[:, :T], h[:, T:]
+
+
+def _serves(block: Any, parts: dict[str, str], *states: torch.Tensor) -> bool:
+    attn = block.attn
+    return (
+        computes(*states)
+        and type(attn.processor).__name__ == PROCESSOR
+        and not attn.fused_projections
+        and stands(block, parts)
+    )
