@@ -1,4 +1,4 @@
-"""FLUX's blocks, fused: 12 launches (double) and 7 (single) beside the GEMMs and attention; diffusers' take 82 and 44.
+"""FLUX's blocks, fused: 12 launches (double) and 7 (single) beside the GEMMs and attention; diffusers' take 80 and 42.
 
 Double blocks have a stream each for text and image, which meet in attention; single blocks have one for both, and the
 feed-forward beside attention. Everything between two GEMMs is one op. Projections, modulation and output layers are

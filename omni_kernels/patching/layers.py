@@ -6,7 +6,7 @@ through the dispatcher that the block's processor calls, with that processor's b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ def complex_rotation(table: torch.Tensor | None) -> Rotation:
     return {} if table is None else {"freqs": torch.view_as_real(table)}
 
 
-def real_rotation(tables: tuple[torch.Tensor, torch.Tensor] | None, start: int = 0, end: int | None = None) -> Rotation:
+def real_rotation(tables: Sequence[torch.Tensor] | None, start: int = 0, end: int | None = None) -> Rotation:
     """By tables of cosines and sines [S, Dh], for the tokens from `start` to `end`."""
     return {} if tables is None else {name: t[start:end] for name, t in zip(("cos", "sin"), tables, strict=True)}
 

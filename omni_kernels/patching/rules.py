@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from omni_kernels.patching import flux, qwen_image, z_image
+from omni_kernels.patching import flux, qwen_image, wan, z_image
 from omni_kernels.patching.engine import Patch, PatchConflictError
 
 
@@ -32,6 +32,7 @@ RULES = {
     "FluxSingleTransformerBlock": BlockRule(flux.single_forward, flux.single_unfit),
     "FluxTransformerBlock": BlockRule(flux.double_forward, flux.double_unfit),
     "QwenImageTransformerBlock": BlockRule(qwen_image.forward, qwen_image.unfit),
+    "WanTransformerBlock": BlockRule(wan.forward, wan.unfit),
     "ZImageTransformerBlock": BlockRule(z_image.forward, z_image.unfit),
 }
 

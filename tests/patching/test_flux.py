@@ -2,9 +2,9 @@
 
 import contextlib
 import copy
+import functools
 import inspect
 from types import SimpleNamespace
-from unittest import mock
 
 import diffusers
 import peft
@@ -14,7 +14,8 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers.models.transformers import transformer_flux
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
-from test_fusion import BACKENDS, off, wide
+from fused import boxed, off, unfused_fails, wide
+from test_fusion import BACKENDS
 
 import omni_kernels
 from omni_kernels.patching import rules
@@ -24,13 +25,7 @@ IMAGE, TEXT = 16, 7
 CLASSES = (FluxTransformerBlock, FluxSingleTransformerBlock)
 
 
-@contextlib.contextmanager
-def all_blocks_fused():
-    """While open, a block's own forward fails."""
-    with contextlib.ExitStack() as stack:
-        for cls in CLASSES:
-            stack.enter_context(mock.patch.object(cls, "forward", side_effect=AssertionError("ran unfused")))
-        yield
+all_blocks_fused = functools.partial(unfused_fails, *CLASSES)
 
 
 @pytest.fixture
@@ -308,27 +303,13 @@ def test_what_the_ops_do_not_do_runs_unfused(flux_pipe):
 
 
 def test_projection_of_any_class_is_called(flux_pipe):
-    class BlackBox(torch.nn.Module):
-        def __init__(self, linear):
-            super().__init__()
-            self.inner, self.calls = [linear], 0
-
-        def forward(self, x):
-            self.calls += 1
-            return self.inner[0](x)
-
     expected = output(flux_pipe.transformer)
     double, _, single, _ = blocks(flux_pipe)
-    paths = {
-        double: ["norm1.linear", "norm1_context.silu", "attn.to_q", "attn.add_v_proj", "attn.to_out.0",
-                 "attn.to_add_out", "ff.net.0.proj", "ff_context.net.2"],
-        single: ["norm.linear", "attn.to_k", "proj_mlp", "proj_out"],
-    }  # fmt: skip
-    boxes = []
-    for block, named in paths.items():
-        for path in named:
-            boxes.append(BlackBox(block.get_submodule(path)))
-            block.set_submodule(path, boxes[-1])
+    boxes = boxed(
+        double, "norm1.linear", "norm1_context.silu", "attn.to_q", "attn.add_v_proj", "attn.to_out.0",
+        "attn.to_add_out", "ff.net.0.proj", "ff_context.net.2",
+    )  # fmt: skip
+    boxes += boxed(single, "norm.linear", "attn.to_k", "proj_mlp", "proj_out")
     omni_kernels.patch(flux_pipe)
     with all_blocks_fused():
         assert off(output(flux_pipe.transformer), expected) < 1e-5

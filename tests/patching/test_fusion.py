@@ -2,11 +2,11 @@
 
 import contextlib
 import copy
+import functools
 import inspect
 import pickle
 import re
 from types import SimpleNamespace
-from unittest import mock
 
 import accelerate
 import diffusers
@@ -18,6 +18,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from diffusers.hooks import HookRegistry
 from diffusers.models.transformers import transformer_qwenimage
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
+from fused import boxed, off, unfused_fails, wide
 
 import omni_kernels
 from omni_kernels.patching.engine import Forward, Patch
@@ -26,21 +27,11 @@ CPU = torch.device("cpu")
 TEXT = 7
 
 
-@contextlib.contextmanager
-def all_blocks_fused():
-    """While open, a block's own forward fails."""
-    with mock.patch.object(QwenImageTransformerBlock, "forward", side_effect=AssertionError("ran unfused")):
-        yield
+all_blocks_fused = functools.partial(unfused_fails, QwenImageTransformerBlock)
 
 
 def latents(pipe, **arguments):
     return tiny.generate(pipe, output_type="latent", **{"num_inference_steps": 3} | arguments)
-
-
-def off(result, expected):
-    """Relative error in the Frobenius norm."""
-    result, expected = result.double(), expected.double()
-    return ((result - expected).norm() / expected.norm()).item()
 
 
 def arguments(transformer, seed=0, batch=1, masked=False, references=0, controlled=False):
@@ -128,12 +119,6 @@ def test_bf16_is_no_farther_from_fp64_than_the_unpatched(qwen_pipe):
                 with omni_kernels.patched(qwen_pipe), all_blocks_fused():
                     fused.append(off(transformer(**given)[0], truth))
     assert 0 < sum(fused) / len(fused) <= sum(plain) / len(plain)
-
-
-def wide(value):
-    if isinstance(value, list) and isinstance(value[0], torch.Tensor):
-        return [wide(t) for t in value]
-    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def test_fp16_is_clipped_as_ever():
@@ -336,22 +321,12 @@ def test_what_the_ops_do_not_do_runs_unfused(qwen_pipe):
 
 
 def test_projection_of_any_class_is_called(qwen_pipe):
-    class BlackBox(torch.nn.Module):
-        def __init__(self, linear):
-            super().__init__()
-            self.inner, self.calls = [linear], 0
-
-        def forward(self, x):
-            self.calls += 1
-            return self.inner[0](x)
-
     expected = output(qwen_pipe.transformer)
     block = qwen_pipe.transformer.transformer_blocks[1]
-    boxes = []
-    for path in ("attn.to_q", "attn.add_v_proj", "attn.to_out.0", "attn.to_add_out", "img_mod.1", "img_mlp.net.0.proj",
-                 "txt_mlp.net.2"):  # fmt: skip
-        boxes.append(BlackBox(block.get_submodule(path)))
-        block.set_submodule(path, boxes[-1])
+    boxes = boxed(
+        block, "attn.to_q", "attn.add_v_proj", "attn.to_out.0", "attn.to_add_out", "img_mod.1", "img_mlp.net.0.proj",
+        "txt_mlp.net.2",
+    )  # fmt: skip
     omni_kernels.patch(qwen_pipe)
     with all_blocks_fused():
         assert off(output(qwen_pipe.transformer), expected) < 1e-5

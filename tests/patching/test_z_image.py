@@ -1,14 +1,13 @@
 """Z-Image's fused blocks: the same result up to rounding, refiners included."""
 
-import contextlib
 import copy
-from unittest import mock
+import functools
 
 import pytest
 import tiny
 import torch
 from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
-from test_fusion import off
+from fused import off, unfused_fails
 
 import omni_kernels
 from omni_kernels.patching import rules
@@ -18,11 +17,7 @@ B, S, D = 2, 9, 64
 RULE = rules.RULES["ZImageTransformerBlock"]
 
 
-@contextlib.contextmanager
-def all_blocks_fused():
-    """While open, a block's own forward fails."""
-    with mock.patch.object(ZImageTransformerBlock, "forward", side_effect=AssertionError("ran unfused")):
-        yield
+all_blocks_fused = functools.partial(unfused_fails, ZImageTransformerBlock)
 
 
 def made(dtype=torch.float32, **options):

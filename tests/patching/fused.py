@@ -1,0 +1,50 @@
+"""What the tests of fused blocks have in common, whatever the model."""
+
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
+import torch
+
+
+@contextlib.contextmanager
+def unfused_fails(*classes: type[torch.nn.Module]) -> Iterator[None]:
+    """While open, the own forward of these classes of blocks fails."""
+    with contextlib.ExitStack() as stack:
+        for cls in classes:
+            stack.enter_context(mock.patch.object(cls, "forward", side_effect=AssertionError("ran unfused")))
+        yield
+
+
+def off(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative error in the Frobenius norm."""
+    result, expected = result.double(), expected.double()
+    return ((result - expected).norm() / expected.norm()).item()
+
+
+def wide(value):
+    """In fp64, whatever of it is floating-point."""
+    if isinstance(value, list) and isinstance(value[0], torch.Tensor):
+        return [wide(t) for t in value]
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+class BlackBox(torch.nn.Module):
+    """A layer of a class that nobody knows, with no weights to be seen; counts its calls."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner, self.calls = [layer], 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.inner[0](x)
+
+
+def boxed(block: torch.nn.Module, *paths: str) -> list[BlackBox]:
+    """Black boxes in the place of a block's layers."""
+    boxes = []
+    for path in paths:
+        boxes.append(BlackBox(block.get_submodule(path)))
+        block.set_submodule(path, boxes[-1])
+    return boxes
