@@ -34,8 +34,8 @@ def flux_pipe():
     return tiny.flux()
 
 
-def arguments(transformer, seed=0, batch=1, controlled=False):
-    """Those of one call of a tiny FLUX transformer."""
+def arguments(transformer, seed=0, batch=1, controlled=False, side=4):
+    """Those of one call of a tiny FLUX transformer, side² tokens an image."""
     generator = torch.Generator().manual_seed(seed)
     dtype = transformer.x_embedder.weight.dtype
 
@@ -43,18 +43,18 @@ def arguments(transformer, seed=0, batch=1, controlled=False):
         return torch.randn(shape, generator=generator).to(dtype)
 
     given = {
-        "hidden_states": randn(batch, IMAGE, 64),
+        "hidden_states": randn(batch, side * side, 64),
         "encoder_hidden_states": randn(batch, TEXT, 32),
         "pooled_projections": randn(batch, 32),
         "timestep": torch.tensor([0.25, 0.5][:batch]).to(dtype),  # a thousand times these is exact in bf16
         "guidance": torch.full((batch,), 4.0).to(dtype),
-        "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0)),
+        "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(1.0 * side), torch.arange(1.0 * side)),
         "txt_ids": torch.zeros(TEXT, 3),
         "return_dict": False,
     }
     if controlled:
-        given["controlnet_block_samples"] = [0.5 * randn(batch, IMAGE, 64) for _ in range(2)]
-        given["controlnet_single_block_samples"] = [0.5 * randn(batch, IMAGE, 64)]
+        given["controlnet_block_samples"] = [0.5 * randn(batch, side * side, 64) for _ in range(2)]
+        given["controlnet_single_block_samples"] = [0.5 * randn(batch, side * side, 64)]
     return given
 
 
@@ -100,14 +100,14 @@ def test_fp32_requests_agree(flux_pipe):
 
 
 def test_bf16_is_no_farther_from_fp64_than_the_unpatched(flux_pipe):
-    """In the mean over all cases and seeds. Over 40 seeds 0.586% against 0.591% plain, 0.587 against 0.590 as a batch,
-    0.528 against 0.532 with ControlNets."""
+    """In the mean over all cases and seeds. By the case 0.591% against 0.599% plain, 0.590 against 0.597 as a batch,
+    0.535 against 0.536 with ControlNets, each ± 0.002."""
     transformer = flux_pipe.transformer.to(torch.bfloat16)
     exact = copy.deepcopy(transformer).double()
     plain, fused = [], []
     for seed in range(16):
         for case in CASES.values():
-            given = arguments(transformer, seed, **case)
+            given = arguments(transformer, seed, side=8, **case)
             with torch.no_grad():
                 truth = exact(**{name: wide(value) for name, value in given.items()})[0]
                 plain.append(off(transformer(**given)[0], truth))
