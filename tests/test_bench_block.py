@@ -13,8 +13,6 @@ from benchmarks.bench_block import Row
 from benchmarks.full_size import MODELS, SMALL_SIDE, build, inputs
 from omni_kernels.patching import rules
 
-FUSED = [name for name in MODELS if name in ("qwen-image", "qwen-image-edit", "z-image")]
-
 
 def row(provider, us, **changes):
     made = Row("qwen-image", "1024²", "forward", provider, us, 1, None)
@@ -51,15 +49,15 @@ def test_layers_and_dtypes_are_as_asked():
 
 def test_everything_is_measured_and_written(tmp_path):
     path = tmp_path / "blocks.json"
-    arguments = ["--small", "--compiler", "eager", "--models", ",".join(FUSED), "--out", str(path)]
-    assert bench_block.main(arguments) == 0
+    assert bench_block.main(["--small", "--compiler", "eager", "--out", str(path)]) == 0
     written = json.loads(path.read_text(encoding="utf-8"))
-    assert len(written["rows"]) == len(FUSED) * 2 * len(bench_block.providers_on(torch.device("cpu")))
+    parts = len(MODELS) * 2 + 1  # a block and a forward each, and FLUX's other block
+    assert len(written["rows"]) == parts * len(bench_block.providers_on(torch.device("cpu")))
     for one in written["rows"]:
         assert one["us"] > 0
         assert one["error"] is None or one["error"] < 1e-5
     operators = {(r["model"], r["part"], r["provider"]): r["operators"] for r in written["rows"]}
-    for model in FUSED:
+    for model in MODELS:
         assert operators[model, "forward", "fused"] < operators[model, "forward", "eager"]
         assert operators[model, "forward", "compiled"] is None
     assert operators["qwen-image", "QwenImageTransformerBlock", "fused"] == 27, "as in tests/patching/test_traffic.py"
