@@ -1,6 +1,7 @@
-"""Patching of pipeline instances: what is installed is recorded, and undone exactly."""
+"""Patching of pipeline instances, and of the cache-dit library: what is installed is recorded, and undone exactly."""
 
 from omni_kernels.patching.api import PatchHandle, handle_of, patch, patched, unpatch
+from omni_kernels.patching.cache_dit import LibraryHandle
 from omni_kernels.patching.engine import Patch, PatchConflictError
 
-__all__ = ["Patch", "PatchConflictError", "PatchHandle", "handle_of", "patch", "patched", "unpatch"]
+__all__ = ["LibraryHandle", "Patch", "PatchConflictError", "PatchHandle", "handle_of", "patch", "patched", "unpatch"]

@@ -1,16 +1,16 @@
-"""`patch`, `unpatch` and `patched`: one pipeline instance, patched and put back."""
+"""`patch`, `unpatch` and `patched`: one pipeline instance, or the cache-dit library, patched and put back."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from types import ModuleType
+from typing import Any, overload
 
 from omni_kernels.patching import backends, calls, rules
-from omni_kernels.patching.engine import Patch, PatchConflictError
+from omni_kernels.patching.cache_dit import LibraryHandle
+from omni_kernels.patching.engine import HANDLE, Patch, PatchConflictError
 from omni_kernels.patching.graphs import Graphs
-
-_ATTRIBUTE = "_omni_kernels_handle"
 
 
 class PatchHandle:
@@ -63,7 +63,7 @@ class PatchHandle:
     @property
     def active(self) -> bool:
         """Whether the pipeline still runs under this patch."""
-        return vars(self._pipe).get(_ATTRIBUTE) is self
+        return vars(self._pipe).get(HANDLE) is self
 
     @property
     def report(self) -> Any:
@@ -91,7 +91,7 @@ class PatchHandle:
         self._patch.undo()
         if self._installed is not None:
             self._installed.close()
-        del vars(self._pipe)[_ATTRIBUTE]
+        del vars(self._pipe)[HANDLE]
 
     def _install(self, backend: backends.CacheBackend | None) -> None:
         try:
@@ -106,6 +106,11 @@ class PatchHandle:
             raise
 
 
+@overload
+def patch(pipe: ModuleType) -> LibraryHandle: ...
+
+
+@overload
 def patch(
     pipe: Any,
     cache_backend: str | None = None,
@@ -114,14 +119,28 @@ def patch(
     fuse: bool | None = None,
     compile: str | Mapping[str, Any] | None = None,
     graphs: bool | Graphs = False,
-) -> PatchHandle:
+) -> PatchHandle: ...
+
+
+def patch(
+    pipe: Any,
+    cache_backend: str | None = None,
+    cache_config: Mapping[str, Any] | None = None,
+    *,
+    fuse: bool | None = None,
+    compile: str | Mapping[str, Any] | None = None,
+    graphs: bool | Graphs = False,
+) -> PatchHandle | LibraryHandle:
     """Fuse, compile or record the blocks of one diffusers pipeline, install a cache, or all; others are left alone.
 
     Fused blocks compute what the model's own do, up to rounding. Which blocks there is a fused forward for, and what
     was left alone and why, is in `.fused` of what is returned; where nothing fits, nothing is changed.
 
+    `patch(cache_dit)` takes that library's module instead: what it decides and forecasts is then computed by our
+    kernels, for every pipeline that it caches (`omni_kernels.patching.cache_dit`).
+
     Args:
-        pipe: a loaded diffusers pipeline.
+        pipe: a loaded diffusers pipeline; or the module `cache_dit`, with nothing else.
         cache_backend: a registered backend's name ("tea_cache", "cache_dit", ...); None and "none" mean no cache.
         cache_config: the backend's keys; what is left out takes its default, or what a calibration has left for it in
             the directory that the pipeline was loaded from.
@@ -137,9 +156,14 @@ def patch(
         patch out. Patching again in the same way returns the handle that is there.
 
     Raises:
-        ValueError, TypeError: unknown backend or key, value out of range, a pipeline that the backend cannot serve.
+        ValueError, TypeError: unknown backend or key, value out of range, a pipeline that the backend cannot serve; a
+            version of the library that the kernels do not fit, another module.
         PatchConflictError: the pipeline is patched otherwise already, or somebody else holds a slot that is needed.
     """
+    if isinstance(pipe, ModuleType):
+        if cache_backend is not None or cache_config is not None or fuse is not None:
+            raise TypeError(f"patch({pipe.__name__}) takes nothing else: a cache is installed on a pipeline")
+        return handle_of(pipe) or LibraryHandle(pipe)
     name = None if cache_backend in (None, "none") else cache_backend
     if name is None and cache_config:
         raise ValueError(f"cache_config {dict(cache_config)!r} was given without a cache_backend")
@@ -163,20 +187,45 @@ def patch(
         )
     handle = PatchHandle(pipe, name, config, fuse, options, Graphs() if graphs is True else graphs or None)
     handle._install(backend)
-    vars(pipe)[_ATTRIBUTE] = handle
+    vars(pipe)[HANDLE] = handle
     return handle
 
 
-def handle_of(pipe: Any) -> PatchHandle | None:
+@overload
+def handle_of(pipe: ModuleType) -> LibraryHandle | None: ...
+
+
+@overload
+def handle_of(pipe: Any) -> PatchHandle | None: ...
+
+
+def handle_of(pipe: Any) -> PatchHandle | LibraryHandle | None:
     """The patch that `pipe` runs under, if any."""
-    return getattr(pipe, "__dict__", {}).get(_ATTRIBUTE)
+    return getattr(pipe, "__dict__", {}).get(HANDLE)
 
 
 def unpatch(pipe: Any) -> None:
-    """Undo the patch of `pipe`; does nothing where there is none. Raises what `PatchHandle.undo` raises."""
+    """Undo the patch of `pipe`; does nothing where there is none. Raises what the handle's `undo` raises.
+
+    `unpatch(cache_dit)` puts the library's functions back, where no pipeline is patched that runs on them.
+    """
     handle = handle_of(pipe)
     if handle is not None:
         handle.undo()
+
+
+@overload
+def patched(pipe: ModuleType) -> contextlib.AbstractContextManager[LibraryHandle]: ...
+
+
+@overload
+def patched(
+    pipe: Any,
+    cache_backend: str | None = None,
+    cache_config: Mapping[str, Any] | None = None,
+    *,
+    fuse: bool | None = None,
+) -> contextlib.AbstractContextManager[PatchHandle]: ...
 
 
 @contextlib.contextmanager
@@ -188,7 +237,7 @@ def patched(
     fuse: bool | None = None,
     compile: str | Mapping[str, Any] | None = None,
     graphs: bool | Graphs = False,
-) -> Iterator[PatchHandle]:
+) -> Iterator[Any]:
     """`patch` for the length of a with-block. Inside a like block, the outer one keeps the patch."""
     outer = handle_of(pipe)
     handle = patch(pipe, cache_backend, cache_config, fuse=fuse, compile=compile, graphs=graphs)

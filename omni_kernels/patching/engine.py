@@ -1,8 +1,9 @@
 """What a patch changed on which instance, and how to put it back.
 
-A `Patch` writes into instance dictionaries only (an object's `__dict__`, a module's `_modules`), never into a class,
-and remembers each slot's former content. Undoing is all or nothing: when another party has since replaced something
-that the patch installed, nothing is touched and the conflict is named.
+A `Patch` of a pipeline writes into instance dictionaries only (an object's `__dict__`, a module's `_modules`), never
+into a class, and remembers each slot's former content. Undoing is all or nothing: when another party has since replaced
+something that the patch installed, nothing is touched and the conflict is named. A library that is patched as such has
+methods of its classes replaced (`Patch.set_function`), by the same rules.
 
 A module's forward is special, because the hooks of accelerate and of diffusers take its place and keep what they found
 there: what stands innermost is exchanged, wherever a hook that comes or goes has put it.
@@ -12,12 +13,14 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+#: Under which a patched instance, or library, keeps the handle of its patch.
+HANDLE = "_omni_kernels_handle"
 _ABSENT: Any = object()
 
 
@@ -85,6 +88,46 @@ def _forwards(module: torch.nn.Module) -> Iterator[tuple[MutableMapping[str, Any
         yield vars(reference), "original_forward"
 
 
+class Slot(Protocol):
+    """One change that a `Patch` has made."""
+
+    @property
+    def owner(self) -> object:
+        """What was changed."""
+
+    @property
+    def held(self) -> bool:
+        """Whether what was installed is still there."""
+
+    def conflict(self) -> str:
+        """Who holds the slot instead."""
+
+    def restore(self) -> None:
+        """Put back what stood there before."""
+
+
+class _ClassNamespace(MutableMapping[str, Any]):
+    """The attributes of a class itself, to be written like an instance's."""
+
+    def __init__(self, owner: type) -> None:
+        self._owner = owner
+
+    def __getitem__(self, key: str) -> Any:
+        return vars(self._owner)[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        setattr(self._owner, key, value)
+
+    def __delitem__(self, key: str) -> None:
+        delattr(self._owner, key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(vars(self._owner))
+
+    def __len__(self) -> int:
+        return len(vars(self._owner))
+
+
 @dataclass(eq=False)
 class _ForwardSlot:
     owner: torch.nn.Module
@@ -134,7 +177,8 @@ class _Slot:
     def conflict(self) -> str:
         current = self.mapping.get(self.key, _ABSENT)
         holder = "gone" if current is _ABSENT else describe(current)
-        return f"{type(self.owner).__name__}.{self.key} is now {holder}"
+        owner = self.owner if isinstance(self.owner, type) else type(self.owner)
+        return f"{owner.__name__}.{self.key} is now {holder}"
 
     def restore(self) -> None:
         if self.former is _ABSENT:
@@ -144,10 +188,18 @@ class _Slot:
 
 
 class Patch:
-    """A record of changes to instances, made through it and undone by it."""
+    """A record of changes, made through it and undone by it."""
 
     def __init__(self) -> None:
-        self._slots: list[_Slot | _ForwardSlot] = []
+        self._slots: list[Slot] = []
+
+    def add(self, slot: Slot) -> None:
+        """Take up a change of another kind, which is undone with the rest."""
+        self._slots.append(slot)
+
+    def set_function(self, owner: type, name: str, function: Callable[..., Any]) -> None:
+        """Replace the method `name` of a library's class, for all its instances."""
+        self._fill(owner, _ClassNamespace(owner), name, function)
 
     def set_method(self, owner: object, name: str, function: Callable[..., Any]) -> None:
         """Shadow the method `name` of this one instance by `function`, which is called without the instance."""
@@ -184,9 +236,21 @@ class Patch:
             mapping[key] = installed
         self._slots.append(_ForwardSlot(module, installed, bare))
 
+    def record(self, owner: object, mapping: MutableMapping[str, Any], former: Mapping[str, Any]) -> None:
+        """Take up what somebody else has just written into `mapping`, which held `former` before."""
+        for key in {**former, **mapping}:
+            then, now = former.get(key, _ABSENT), mapping.get(key, _ABSENT)
+            if now is not then:
+                self._slots.append(_Slot(owner, mapping, key, now, then))
+
     def _fill(self, owner: object, mapping: MutableMapping[str, Any], key: str, value: Any) -> None:
         self._slots.append(_Slot(owner, mapping, key, value, mapping.get(key, _ABSENT)))
         mapping[key] = value
+
+    def conflicts(self, owner: object = None) -> list[str]:
+        """Who holds the slots that are no longer as they were filled; with `owner`, those of that one instance."""
+        slots = [slot for slot in self._slots if owner is None or slot.owner is owner]
+        return [slot.conflict() for slot in slots if not slot.held]
 
     def undo(self, owner: object = None) -> None:
         """Put every slot back as it was; with `owner`, only the slots of that one instance.
@@ -195,7 +259,7 @@ class Patch:
             PatchConflictError: somebody else replaced what was installed; nothing is changed then.
         """
         slots = [slot for slot in self._slots if owner is None or slot.owner is owner]
-        conflicts = [slot.conflict() for slot in slots if not slot.held]
+        conflicts = self.conflicts(owner)
         if conflicts:
             raise PatchConflictError(
                 f"cannot undo the patch, because it was patched over: {'; '.join(conflicts)}. "
