@@ -1,5 +1,5 @@
 """Tiny random-weight pipelines that run end to end on the CPU, offline: Qwen-Image, its edit pipelines, Z-Image,
-FLUX, Wan.
+FLUX, Wan, Chroma.
 
 Everything is the real class of diffusers or transformers, built from a config; nothing is downloaded. `generate` runs
 8 steps of 64×64 pixels with a fixed seed in 0.1–0.3 s on one thread. Weights are the same at every build.
@@ -143,6 +143,30 @@ def wan(layers: int = 2, two_stages: bool = False) -> diffusers.WanPipeline:
         )
 
 
+def chroma(layers: int = 2, single_layers: int = 2) -> diffusers.ChromaPipeline:
+    """Text to image, two transformer calls a step with guidance; block caches have no row for its transformer."""
+    with _fixed_weights():
+        model = diffusers.ChromaTransformer2DModel(
+            in_channels=64,
+            num_layers=layers,
+            num_single_layers=single_layers,
+            attention_head_dim=32,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            axes_dims_rope=(8, 12, 12),
+            approximator_num_channels=16,
+            approximator_hidden_dim=32,
+            approximator_layers=1,
+        )
+        return diffusers.ChromaPipeline(
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=1.15),
+            vae=_kl_vae(),
+            text_encoder=_t5_text_encoder(),
+            tokenizer=_t5_tokenizer(),
+            transformer=model.eval(),
+        )
+
+
 PIPELINES: dict[str, Callable[..., Any]] = {
     "qwen_image": qwen_image,
     "qwen_image_edit": qwen_image_edit,
@@ -171,6 +195,7 @@ def default_arguments(pipe: Any) -> dict[str, Any]:
         "QwenImageEditPlusPipeline": guidance | {"image": [reference_image(), reference_image(seed=1)]},
         "ZImagePipeline": {"guidance_scale": 5.0},
         "FluxPipeline": {"guidance_scale": 3.5, "max_sequence_length": 64},
+        "ChromaPipeline": {"negative_prompt": " ", "guidance_scale": 5.0, "max_sequence_length": 64},
         "WanPipeline": {"guidance_scale": 5.0, "num_frames": 5, "max_sequence_length": 64},
     }[type(pipe).__name__]
 

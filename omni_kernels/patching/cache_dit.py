@@ -21,6 +21,7 @@ import inspect
 import itertools
 import math
 import struct
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -277,11 +278,20 @@ class Library:
 
 @dataclass(eq=False)
 class _Functions:
-    """The replaced functions of one library, and who wants them replaced."""
+    """The replaced functions of one library, and who wants them replaced: not for longer than those live."""
 
     patch: Patch
     names: tuple[str, ...]
-    users: list[_Use] = field(default_factory=list)
+    users: weakref.WeakSet[_Use] = field(default_factory=weakref.WeakSet)
+
+    def put_back(self, module: ModuleType) -> None:
+        self.patch.undo()
+        del vars(module)[_RECORD]
+
+    def abandoned(self, module: ModuleType) -> None:
+        """A user is gone that was never undone."""
+        if vars(module).get(_RECORD) is self and not list(self.users) and not self.patch.conflicts():
+            self.put_back(module)
 
 
 @dataclass(eq=False)
@@ -293,16 +303,15 @@ class _Use:
 
     @property
     def held(self) -> bool:
-        return len(self.functions.users) > 1 or not self.functions.patch.conflicts()
+        return list(self.functions.users) != [self] or not self.functions.patch.conflicts()
 
     def conflict(self) -> str:
         return "; ".join(self.functions.patch.conflicts())
 
     def restore(self) -> None:
-        if len(self.functions.users) == 1:
-            self.functions.patch.undo()
-            del vars(self.owner)[_RECORD]
-        self.functions.users.remove(self)
+        if list(self.functions.users) == [self]:
+            self.functions.put_back(self.owner)
+        self.functions.users.discard(self)
 
 
 def use_kernels(module: ModuleType, patch: Patch) -> tuple[str, ...]:
@@ -320,7 +329,8 @@ def use_kernels(module: ModuleType, patch: Patch) -> tuple[str, ...]:
     if functions is None:
         functions = vars(module)[_RECORD] = _replace(Library(module))
     use = _Use(module, functions)
-    functions.users.append(use)
+    functions.users.add(use)
+    weakref.finalize(use, functions.abandoned, module).atexit = False
     patch.add(use)
     return functions.names
 

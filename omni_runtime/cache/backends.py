@@ -10,12 +10,13 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from omni_kernels.patching import Patch
 from omni_kernels.patching.backends import nearest
-from omni_runtime.cache import calibration, magnitudes, polynomial, schedules
+from omni_runtime.cache import calibration, library, magnitudes, polynomial, schedules
 from omni_runtime.cache import config as keys
 from omni_runtime.cache.engine import CacheSession, Parts
 from omni_runtime.cache.forecasters import FORECASTERS, make_forecaster
@@ -86,7 +87,8 @@ class Method:
             TypeError: a value of the wrong type.
         """
         resolved = keys.resolve(self.keys, config, self.name)
-        row = None if transformer is None or self.parts is None else row_of(transformer.class_name)
+        rowless = transformer is None or self.parts is None or _on_library(resolved)
+        row = None if transformer is None or rowless else row_of(transformer.class_name)
         self.relations(resolved, None if transformer is None else transformer.blocks, steps)
         if self.parts is not None and row is not None and transformer is not None and transformer.blocks is not None:
             self.parts(resolved, row, transformer.blocks)
@@ -107,6 +109,10 @@ class Method:
 
     def install(self, pipe: Any, config: Config, patch: Patch) -> CacheSession:
         """Install on `pipe`; `config` is complete."""
+        if _on_library(config):
+            session: CacheSession = library.LibrarySession(self.name, pipe, config, partial(_request_mask, config))
+            session.install(patch)
+            return session
         choose = self.parts
 
         def parts(row: ModelRow, blocks: int) -> Parts:
@@ -118,6 +124,10 @@ class Method:
         session = CacheSession(self.name, pipe, None if choose is None else parts, output)
         session.install(patch)
         return session
+
+
+def _on_library(config: Config) -> bool:
+    return config.get("engine") == "library"
 
 
 _FORECASTER_KEYS = (
@@ -264,18 +274,22 @@ def _dbcache_mask(config: Config, steps: int) -> tuple[int, ...] | None:
     return mask
 
 
+def _request_mask(config: Config, request: Request) -> tuple[int, ...] | None:
+    told = config["num_inference_steps"]
+    if told is not None and told != request.steps:
+        warnings.warn(
+            f"cache_config says num_inference_steps={told}; the request has {request.steps} steps, which counts",
+            stacklevel=3,
+        )
+    return _dbcache_mask(config, request.steps)
+
+
 def _dbcache_gate(config: Config) -> Callable[[Request], ThresholdGate]:
     def gate(request: Request) -> ThresholdGate:
-        told = config["num_inference_steps"]
-        if told is not None and told != request.steps:
-            warnings.warn(
-                f"cache_config says num_inference_steps={told}; the request has {request.steps} steps, which counts",
-                stacklevel=2,
-            )
         limits = Limits(
             warmup=config["max_warmup_steps"],
             warmup_interval=config["warmup_interval"],
-            mask=_dbcache_mask(config, request.steps),
+            mask=_request_mask(config, request),
             static=config["scm_steps_policy"] == "static",
             most_skips=config["max_cached_steps"],
             longest_run=config["max_continuous_cached_steps"],
@@ -313,6 +327,8 @@ def _dbcache_relations(config: Config, blocks: int | None, steps: int | None) ->
     told = config["num_inference_steps"] if steps is None else steps
     if told is not None:
         _dbcache_mask(config, told)
+    if _on_library(config):
+        library.check(config)
 
 
 CACHE_DIT = Method(
@@ -334,6 +350,7 @@ CACHE_DIT = Method(
             "scm_steps_policy", "dynamic", ("dynamic", "static"), "the mask's zeros: ask the gate, or skip at once"
         ),
         keys.integer("num_inference_steps", None, 1, None, "not needed: a request's steps are read from its scheduler"),
+        keys.choice("engine", "own", ("own", "library"), "who runs the blocks: we, or the installed cache-dit library"),
         *_DECISION_KEYS,
         *_FORECASTER_KEYS,
     ),
@@ -598,7 +615,10 @@ def _blocks(value: Mapping[str, Any]) -> Config:
     if unknown:
         raise ValueError(f"no key {min(unknown)!r}: there are cache_backend and cache_config")
     method = _block_method(value)
-    return {"cache_backend": method.name, "cache_config": method.check(value.get("cache_config"))}
+    config = method.check(value.get("cache_config"))
+    if _on_library(config):
+        raise ValueError("engine 'library' cannot be combined: the library keeps the steps itself")
+    return {"cache_backend": method.name, "cache_config": config}
 
 
 def _combined_own(config: Mapping[str, Any], directory: str) -> Mapping[str, Any]:

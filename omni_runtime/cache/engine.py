@@ -218,7 +218,7 @@ class CacheSession:
         if output is not None:
             check_scheduler(pipe.scheduler, output.residual)
         if parts is not None:
-            _refuse_for_blocks(self.transformer)
+            refuse_for_blocks(self.transformer)
         # A pipeline may change to a second transformer for the last steps (Wan 2.2): whole steps are skipped of both.
         second = getattr(pipe, "transformer_2", None) if parts is None else None
         self._transformers = [self.transformer] if second is None else [self.transformer, second]
@@ -459,7 +459,7 @@ def _refuse_cached(transformer: torch.nn.Module) -> None:
         )
 
 
-def _refuse_for_blocks(transformer: torch.nn.Module) -> None:
+def refuse_for_blocks(transformer: torch.nn.Module) -> None:
     """Raise for what a block cache cannot live with, by name."""
     kind = _name(transformer)
     compiled = getattr(transformer, "_compiled_call_impl", None)

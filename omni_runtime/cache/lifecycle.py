@@ -34,6 +34,7 @@ class Request:
         outputs: the cache of whole steps, where there is one; dropped like the state.
         sample: what the last step left, the latents that the step under way begins with; None before the first.
         images, latents: how many the latents are of, and the shape of one's; 0 and () until the first step closes.
+        on_end: called once, when the request ends; for what is kept of it elsewhere.
         notes: what the report says of the request besides its decisions.
         drift: how far a replayed schedule has drifted; None where none was.
     """
@@ -54,6 +55,7 @@ class Request:
         self.sample: torch.Tensor | None = None
         self.images = 0
         self.latents: tuple[int, ...] = ()
+        self.on_end: Callable[[], None] | None = None
         self.notes: list[str] = []
         self.drift: float | None = None
         self._scheduled = steps
@@ -83,6 +85,9 @@ class Request:
         self.ended = True
         self.outputs = self.sample = None
         self.state.clear()
+        on_end, self.on_end = self.on_end, None
+        if on_end is not None:
+            on_end()
 
 
 class Lifecycle:

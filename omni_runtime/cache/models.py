@@ -7,6 +7,7 @@ of the model's `forward` is repeated here.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -228,8 +229,13 @@ def row_of(class_name: str) -> ModelRow:
     """
     row = MODELS.get(class_name)
     if row is None:
+        library = (
+            "The installed cache-dit library may know it: cache_backend='cache_dit' with engine='library'. "
+            if importlib.util.find_spec("cache_dit") is not None
+            else ""
+        )
         raise ValueError(
-            f"no cache knows the transformer class {class_name!r} yet: {nearest(class_name, MODELS)}. "
+            f"no cache knows the transformer class {class_name!r} yet: {nearest(class_name, MODELS)}. {library}"
             "To add it, give omni_runtime.cache.models.MODELS a ModelRow under that name: its block lists, the names "
             "of a block's hidden-state arguments, what a block returns, and, for tea_cache, how block 0 modulates its "
             "input"

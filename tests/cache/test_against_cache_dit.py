@@ -60,8 +60,8 @@ def quiet_library():
     logging.disable(logging.NOTSET)
 
 
-def run_library(build, setting, guidance):
-    """(skipped steps by branch, latents) of the cache-dit library."""
+def run_library(build, setting, guidance, order=None):
+    """(skipped steps by branch, latents) of the cache-dit library; with TaylorSeer, of this order."""
     ours = {"max_warmup_steps": 4, "max_continuous_cached_steps": 3, "residual_diff_threshold": 0.24} | setting
     mask = ours.pop("steps_computation_mask", None)
     policy = ours.pop("scm_steps_mask_policy", None)
@@ -76,7 +76,8 @@ def run_library(build, setting, guidance):
         **ours,
     )
     pipe = build()
-    cache_dit.enable_cache(pipe, cache_config=config)
+    calibrator = None if order is None else cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=order)
+    cache_dit.enable_cache(pipe, cache_config=config, calibrator_config=calibrator)
     latents = tiny.generate(pipe, num_inference_steps=STEPS, output_type="latent", **guidance)
     transformer = pipe.transformer
     return [transformer._cached_steps, *([transformer._cfg_cached_steps] if guidance == {} else [])], latents
@@ -95,6 +96,27 @@ def test_computed_steps_and_images_are_the_librarys(case, setting):
     build, guidance = CASES[case]
     theirs, their_latents = run_library(build, SETTINGS[setting], guidance)
     ours, our_latents = run_ours(build, SETTINGS[setting], guidance)
+    assert ours == theirs
+    torch.testing.assert_close(our_latents, their_latents, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("setting", ["F1B0", "F2B1", "limits", "warmup interval", "SCM slow, dynamic", "SCM explicit"])
+@pytest.mark.parametrize("case", sorted(CASES))
+def test_engine_library_is_the_library_as_it_is_told_by_hand_of_the_branches(case, setting):
+    build, guidance = CASES[case]
+    theirs, their_latents = run_library(build, SETTINGS[setting], guidance)
+    ours, our_latents = run_ours(build, SETTINGS[setting] | {"engine": "library"}, guidance)
+    assert ours == theirs
+    torch.testing.assert_close(our_latents, their_latents, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("case", ["Qwen-Image with CFG", "Z-Image with CFG"])
+def test_engine_library_forecasts_as_the_library(case, order):
+    build, guidance = CASES[case]
+    theirs, their_latents = run_library(build, SETTINGS["F2B1"], guidance, order)
+    taylorseer = {"enable_taylorseer": True, "taylorseer_order": order, "engine": "library"}
+    ours, our_latents = run_ours(build, SETTINGS["F2B1"] | taylorseer, guidance)
     assert ours == theirs
     torch.testing.assert_close(our_latents, their_latents, rtol=1e-5, atol=1e-5)
 

@@ -37,6 +37,7 @@ DEFAULTS = {
         "steps_computation_mask": None,
         "scm_steps_policy": "dynamic",
         "num_inference_steps": None,
+        "engine": "own",
         **FORECASTER,
         **DECISION,
     },

@@ -1,0 +1,381 @@
+"""The cache_dit backend on the installed cache-dit library: its blocks, its decisions, its models; our kernels inside.
+
+The library is enabled on the pipeline's transformers, through its own adapter for the pipeline's class, and so serves
+models that have no row in `omni_runtime.cache.models`. What it does not know it is told by the scheduler seam: when a
+request begins and ends, how many steps it has, and which transformer calls belong to one step. It counts calls by
+parity, the second of a step being the other guidance branch; where a step has one call only, its count is moved on.
+
+All that the library writes into the pipeline is recorded and put back. Its contexts live as long as a request; without
+one, it computes every block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import importlib
+import importlib.util
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from omni_kernels.patching import Patch
+from omni_kernels.patching.backends import nearest
+from omni_kernels.patching.cache_dit import NAME, Library, use_kernels
+from omni_runtime.cache.engine import CacheSession, refuse_for_blocks
+from omni_runtime.cache.lifecycle import Request
+from omni_runtime.cache.report import Decision
+
+#: our forecasters that the library has, and the configuration of its calibrator; None: it reuses
+CALIBRATORS = {
+    None: None,
+    "reuse": None,
+    "taylorseer": "TaylorSeerCalibratorConfig",
+    "foca": "FoCaCalibratorConfig",
+    "dmd": "DMDCalibratorConfig",
+}
+_ADAPTER = "caching.cache_adapters.CachedAdapter"
+_MANAGER = "caching.cache_contexts.CachedContextManager"
+_CONTEXT = "caching.cache_contexts.CachedContext"
+
+#: What is asked of the library's objects, by class.
+_USED = {
+    _ADAPTER: ("apply",),
+    _MANAGER: ("reset_context", "get_context", "clear_contexts"),
+    _CONTEXT: (
+        "executed_steps",
+        "transformer_executed_steps",
+        "is_separate_cfg_step",
+        "get_current_step",
+        "get_cached_steps",
+        "get_cfg_cached_steps",
+        "get_residual_diffs",
+        "get_cfg_residual_diffs",
+        "get_calibrators",
+        "get_cfg_calibrators",
+    ),
+}
+
+
+def installed() -> bool:
+    """Whether the library is there; it is not imported."""
+    return importlib.util.find_spec(NAME) is not None
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Whether the library is there and can serve these keys of the cache_dit backend.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+        ValueError: a key that it cannot serve.
+    """
+    if not installed():
+        raise ModuleNotFoundError(
+            "engine 'library' runs on the cache-dit library, which is not installed: "
+            "pip install omni-kernels[cache-dit]"
+        )
+    if config["decision"] != "measure":
+        raise ValueError("engine 'library' measures in each request: decision must be 'measure'")
+    if config["forecaster"] not in CALIBRATORS:
+        known = ", ".join(repr(name) for name in CALIBRATORS)
+        raise ValueError(f"engine 'library' has no forecaster {config['forecaster']!r}: it has {known}")
+
+
+def _load() -> Library:
+    """The installed library.
+
+    Raises:
+        ValueError: a version in which something that is used here is missing.
+    """
+    with _quiet():
+        library = Library(importlib.import_module(NAME))
+    for path, names in _USED.items():
+        owner = library.find(path)
+        for name in names:
+            if not hasattr(owner, name):
+                raise library.lacking(f"no {owner.__name__}.{name}")
+    return library
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the library's messages, which it prints to the standard output."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _configurations(module: ModuleType, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Our keys as the library's configurations."""
+    forecaster, order = config["forecaster"], config["forecaster_order"]
+    if config["enable_taylorseer"]:
+        forecaster, order = "taylorseer", config["taylorseer_order"]
+    calibrator = CALIBRATORS[forecaster]
+    if forecaster == "taylorseer":
+        made = module.TaylorSeerCalibratorConfig(taylorseer_order=order) if order else None
+    else:
+        made = None if calibrator is None else getattr(module, calibrator)()
+    same = (
+        "Fn_compute_blocks",
+        "Bn_compute_blocks",
+        "residual_diff_threshold",
+        "max_warmup_steps",
+        "warmup_interval",
+        "max_cached_steps",
+        "max_continuous_cached_steps",
+    )
+    cache = module.DBCacheConfig(
+        **{key: config[key] for key in same},
+        steps_computation_policy=config["scm_steps_policy"],
+        enable_separate_cfg=True,
+    )
+    return {"cache_config": cache} | ({} if made is None else {"calibrator_config": made})
+
+
+class _Order:
+    """The order of a module's children, which the library changes whenever it exchanges one for a forward."""
+
+    held = True
+
+    def __init__(self, owner: torch.nn.Module) -> None:
+        self.owner = owner
+        self._names = tuple(owner._modules)
+
+    def conflict(self) -> str:
+        return ""
+
+    def restore(self) -> None:
+        children = self.owner._modules
+        for name in (*self._names, *(name for name in children if name not in self._names)):
+            if name in children:
+                children[name] = children.pop(name)
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """A block list as the library caches it.
+
+    Attributes:
+        context: under which the library keeps its state.
+        count: how many blocks there are.
+        settings: what a fresh context is made from.
+    """
+
+    context: str
+    count: int
+    settings: dict[str, Any]
+
+
+class LibrarySession(CacheSession):
+    """The library's DBCache, installed on one pipeline.
+
+    Args:
+        name: the backend's.
+        config: its keys, complete.
+        mask: a request → its steps computation mask, if any; raises ValueError for one that fits no mask.
+
+    Raises:
+        ValueError, PatchConflictError: a pipeline that the library cannot serve, by name.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pipe: Any,
+        config: Mapping[str, Any],
+        mask: Callable[[Request], tuple[int, ...] | None],
+    ) -> None:
+        super().__init__(name, pipe, None)
+        for transformer in self._transformers:
+            refuse_for_blocks(transformer)
+        self._pipe = pipe
+        self._config = config
+        self._mask = mask
+        self._manager: Any = None
+        self._blocks: dict[torch.nn.Module, list[_Blocks]] = {}
+        self._serving: Request | None = None
+        self._notes: list[str] = []
+
+    def install(self, patch: Patch) -> None:
+        """Enable the library on the pipeline's transformers, and take the scheduler's seam."""
+        library = _load()
+        use_kernels(library.module, patch)
+        self._lifecycle.install(patch)
+        for transformer in self._transformers:
+            patch.add(_Order(transformer))
+        self._enable(library, patch)
+        for transformer in self._transformers:
+            patch.set_method(transformer, "_compiled_call_impl", functools.partial(self._run, transformer))
+            if hasattr(transformer, "cache_context"):
+                original: Any = transformer.cache_context
+                patch.set_method(transformer, "cache_context", self._cache_context(original))
+
+    def _enable(self, library: Library, patch: Patch) -> None:
+        kind, module = type(self._pipe).__name__, library.module
+        adapter_class = library.find(_ADAPTER)
+        # The library makes a pipeline's class its own. This one stands for ours, and is nobody else's.
+        seat = type(kind, (), {"__call__": lambda self: None, "transformer": self.transformer})()
+        before = [(owner, mapping, dict(mapping)) for owner, mapping in self._namespaces()]
+        try:
+            with _quiet():
+                adapter = module.get_adapter(self._pipe)
+                if adapter is None:
+                    _, known = module.supported_pipelines()
+                    raise ValueError(f"{NAME} {library.version} knows no {kind}: {nearest(kind, known)}")
+                adapter.pipe = seat
+                adapter = adapter_class.apply(adapter, **_configurations(module, self._config))
+        except AssertionError as error:
+            raise ValueError(f"{NAME} {library.version} cannot serve this {kind}: {error}") from error
+        finally:
+            for owner, mapping, former in before:
+                patch.record(owner, mapping, former)
+        self._manager = seat._context_manager
+        self._transformers = list(adapter.transformer)
+        lists = zip(adapter.transformer, adapter.unique_blocks_name, adapter.blocks, strict=True)
+        for transformer, contexts, blocks in lists:
+            self._blocks[transformer] = [
+                _Blocks(context, len(one), one._context_kwargs)
+                for context, one in zip(contexts, blocks, strict=True)
+            ]  # fmt: skip
+        self.blocks = sum(one.count for one in self._blocks[self.transformer])
+        self._check_blocks(adapter.blocks_name[0])
+        self._notes = [f"decided by {NAME} {library.version}"]
+        if len(adapter.blocks_name[0]) > 1:
+            self._notes.append(
+                f"{' and '.join(adapter.blocks_name[0])} were decided each by itself: a step counts as computed where "
+                "one of them ran, with the largest distance"
+            )
+
+    def _namespaces(self) -> Iterator[tuple[object, MutableMapping[str, Any]]]:
+        """Where the library may write."""
+        yield self._pipe, vars(self._pipe)
+        for transformer in self._transformers:
+            for module in transformer.modules():
+                yield module, vars(module)
+                yield module, module._modules
+
+    def _check_blocks(self, names: list[str]) -> None:
+        first, last = self._config["Fn_compute_blocks"], self._config["Bn_compute_blocks"]
+        for name, one in zip(names, self._blocks[self.transformer], strict=True):
+            if first + last >= one.count:
+                raise ValueError(
+                    f"Fn_compute_blocks + Bn_compute_blocks is {first} + {last}: of the {one.count} blocks in {name} "
+                    "at least one must be left to skip"
+                )
+        masked = self._config["steps_computation_mask"] or self._config["scm_steps_mask_policy"]
+        if masked and len(self._blocks) > 1:
+            raise ValueError(
+                f"{type(self._pipe).__name__} has {len(self._blocks)} transformers, each of which the library gives "
+                "steps of its own: a steps computation mask would be misplaced"
+            )
+
+    def held_tensors(self) -> list[torch.Tensor]:
+        """Every tensor that the request under way holds in the library's contexts."""
+        held: list[torch.Tensor] = []
+        for context in self._contexts() if self._serving is not None else ():
+            held += [value for value in context.buffers.values() if isinstance(value, torch.Tensor)]
+            for calibrator in (*context.get_calibrators(), *context.get_cfg_calibrators()):
+                for state in getattr(calibrator, "states", {}).values():
+                    held += [
+                        value for rungs in getattr(state, "state", {}).values() for value in rungs if value is not None
+                    ]
+        return held
+
+    def _contexts(self) -> list[Any]:
+        return [self._manager.get_context(one.context) for lists in self._blocks.values() for one in lists]
+
+    def _opened(self, request: Request) -> None:
+        super()._opened(request)
+        request.notes += self._notes
+
+    def _begin(self, request: Request) -> None:
+        """Fresh contexts for the request."""
+        mask = self._mask(request)
+        for lists in self._blocks.values():
+            for one in lists:
+                settings = copy.deepcopy(one.settings)
+                settings["cache_config"].steps_computation_mask = None if mask is None else list(mask)
+                self._manager.reset_context(one.context, **settings)
+        self._serving = request
+        request.on_end = functools.partial(self._end, request)
+
+    def _end(self, request: Request) -> None:
+        """Free what the contexts hold: without them, the library computes every block."""
+        if self._serving is not request:
+            return
+        self._serving = None
+        for context in self._contexts():
+            # The manager keeps the one that it used last.
+            for calibrator in (*context.get_calibrators(), *context.get_cfg_calibrators()):
+                if calibrator is not None:
+                    calibrator.reset_cache()
+        self._manager.clear_contexts()
+
+    def _run(self, transformer: Any, *args: Any, **kwargs: Any) -> Any:
+        """A transformer's call."""
+        request = self._lifecycle.current()
+        if request is None or request.ended:
+            with _quiet():  # it says of every list of blocks that it has no context
+                return transformer._call_impl(*args, **kwargs)
+        try:
+            if request is not self._serving:
+                self._begin(request)
+            if request.calls > 1:
+                raise ValueError(
+                    f"{type(self._pipe).__name__} calls its transformer more than twice in a step: the library knows "
+                    "two guidance branches"
+                )
+            name = self._context or str(request.calls)
+            made = request.decisions.get(name)
+            if made and made[-1].step == request.step:
+                name = f"{name}#{request.calls}"
+            contexts = [self._manager.get_context(one.context) for one in self._blocks[transformer]]
+            if not request.calls:
+                for context in contexts:
+                    context.transformer_executed_steps = 2 * context.executed_steps
+            output = transformer._call_impl(*args, **kwargs)
+        except BaseException:
+            self._lifecycle.end()
+            raise
+        request.calls += 1
+        computed, distances = False, []
+        for one, context in zip(self._blocks[transformer], contexts, strict=True):
+            skipped, distance = _decided(context)
+            computed |= not skipped
+            always = self._config["Fn_compute_blocks"] + self._config["Bn_compute_blocks"]
+            request.blocks_run += always if skipped else one.count
+            request.blocks_total += one.count
+            if distance is not None:
+                distances.append(distance)
+        distance = max(distances, default=None)
+        reason = self._reason(computed, distance)
+        request.decisions.setdefault(name, []).append(Decision(request.step, computed, reason, distance))
+        return output
+
+    def _reason(self, computed: bool, distance: float | None) -> str:
+        """What the distance says; the library does not tell of its limits."""
+        if distance is None or computed == (distance < self._config["residual_diff_threshold"]):
+            return "the library's decision"
+        return "above threshold" if computed else "below threshold"
+
+
+def _decided(context: Any) -> tuple[bool, float | None]:
+    """Whether the library skipped in the call that was just made, and the distance that it measured, if any."""
+    step = context.get_current_step()
+    if context.is_separate_cfg_step():
+        steps, distances = context.get_cfg_cached_steps(), context.get_cfg_residual_diffs()
+    else:
+        steps, distances = context.get_cached_steps(), context.get_residual_diffs()
+    distance = distances.get(str(step))
+    if distance is None or math.copysign(1.0, distance) < 0:  # its signs for "not measured"
+        return step in steps, None
+    return step in steps, distance

@@ -1,0 +1,472 @@
+"""`cache_config={"engine": "library"}`: the cache_dit backend on the installed cache-dit library.
+
+That its steps and images are the library's on Qwen-Image and Z-Image is shown in `test_against_cache_dit.py`.
+"""
+
+import functools
+import gc
+import json
+import logging
+
+import cache_dit
+import pytest
+import tiny
+import torch
+from cache_dit.caching.cache_contexts.cache_manager import CachedContextManager
+
+import omni_kernels
+from omni_kernels import PatchConflictError
+from omni_runtime import Omni
+from omni_runtime.cache import library, models
+from omni_runtime.cache.backends import METHODS
+from omni_runtime.cli import main
+
+STEPS = 12
+CONFIG = {"engine": "library", "residual_diff_threshold": 0.5, "max_warmup_steps": 3}
+TAYLORSEER = CONFIG | {"enable_taylorseer": True, "taylorseer_order": 1}
+OWN_SIMILARITY = CachedContextManager.similarity
+
+#: models that have no row in the table of transformer classes
+ROWLESS = {
+    "Wan": tiny.wan,
+    "Wan, two transformers": functools.partial(tiny.wan, two_stages=True),
+    "Chroma": tiny.chroma,
+}
+
+
+@pytest.fixture(autouse=True)
+def quiet_library():
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.fixture(autouse=True)
+def the_library_is_left_as_it_was():
+    yield
+    gc.collect()
+    assert CachedContextManager.similarity is OWN_SIMILARITY
+    assert not {name for name in vars(cache_dit) if name.startswith("_omni")}
+
+
+def run(pipe, steps=STEPS, **arguments):
+    return tiny.generate(pipe, num_inference_steps=steps, output_type="latent", **arguments)
+
+
+def skipped(handle):
+    return [branch.skipped for branch in handle.report.branches.values()]
+
+
+def namespaces(pipe):
+    """All attributes of a pipeline's class and of its transformers' modules, in order; names of what requests set."""
+    transformers = [pipe.transformer, getattr(pipe, "transformer_2", None)]
+    parts = [module for one in transformers if one is not None for module in one.modules()]
+    owners = [type(pipe), *parts]
+    names = [dict.fromkeys(vars(pipe)), dict.fromkeys(vars(pipe.scheduler))]
+    return names + [dict(vars(owner)) for owner in owners] + [dict(enumerate(part._modules.items())) for part in parts]
+
+
+def assert_same(now, before):
+    assert len(now) == len(before)
+    for one, other in zip(now, before, strict=True):
+        assert one.keys() == other.keys()
+        assert [key for key in one if one[key] is not other[key] and one[key] != other[key]] == []
+
+
+# Models without a row
+
+
+@pytest.mark.parametrize("model", sorted(ROWLESS))
+def test_model_without_a_row_runs_as_under_the_library(model):
+    theirs = ROWLESS[model]()
+    config = cache_dit.DBCacheConfig(
+        Fn_compute_blocks=1, Bn_compute_blocks=0, residual_diff_threshold=0.5, max_warmup_steps=3,
+        max_continuous_cached_steps=3,
+    )  # fmt: skip
+    calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1)
+    cache_dit.enable_cache(theirs, cache_config=config, calibrator_config=calibrator)
+    their_latents = run(theirs)
+    their_steps = [theirs.transformer._cached_steps, theirs.transformer._cfg_cached_steps]
+    cache_dit.disable_cache(theirs)
+
+    ours = ROWLESS[model]()
+    with pytest.raises(ValueError, match=r"engine='library'"):
+        omni_kernels.patch(ours, "cache_dit", {})
+    with omni_kernels.patched(ours, "cache_dit", TAYLORSEER) as handle:
+        latents = run(ours)
+        steps = skipped(handle)
+    torch.testing.assert_close(latents, their_latents, rtol=1e-5, atol=1e-5)
+    if model == "Wan":
+        assert steps == their_steps
+        assert steps[0]
+
+
+@pytest.mark.parametrize("model", [*sorted(ROWLESS), "FLUX"])
+def test_it_is_undone_to_the_last_attribute(model):
+    pipe = ROWLESS.get(model, tiny.flux)()
+    plain, before = run(pipe), namespaces(pipe)
+    handle = omni_kernels.patch(pipe, "cache_dit", CONFIG)
+    assert omni_kernels.patch(pipe, "cache_dit", CONFIG) is handle
+    assert not torch.equal(run(pipe), plain)
+    handle.undo()
+    assert_same(namespaces(pipe), before)
+    assert torch.equal(run(pipe), plain)
+
+
+def test_with_two_lists_of_blocks_a_step_is_computed_where_one_of_them_ran():
+    pipe = tiny.chroma(layers=2, single_layers=3)
+    with omni_kernels.patched(pipe, "cache_dit", CONFIG) as handle:
+        run(pipe)
+        report = handle.report
+    assert "transformer_blocks and single_transformer_blocks were decided each by itself" in report.notes[1]
+    assert report.blocks_total == 2 * STEPS * 5
+    assert 2 * STEPS * 2 < report.blocks_run < report.blocks_total
+    assert any(branch.skipped for branch in report.branches.values())
+
+
+def test_a_mask_for_two_transformers_is_refused():
+    pipe = tiny.wan(two_stages=True)
+    before = namespaces(pipe)
+    with pytest.raises(ValueError, match=r"WanPipeline has 2 transformers.*mask would be misplaced"):
+        omni_kernels.patch(pipe, "cache_dit", CONFIG | {"scm_steps_mask_policy": "fast"})
+    assert_same(namespaces(pipe), before)
+
+
+def test_a_pipeline_that_the_library_does_not_know_is_named(qwen_pipe):
+    stranger = type("StrangePipeline", (type(qwen_pipe),), {})(**qwen_pipe.components)
+    before = namespaces(stranger)
+    with pytest.raises(ValueError, match=r"cache_dit .* knows no StrangePipeline: .*QwenImage"):
+        omni_kernels.patch(stranger, "cache_dit", CONFIG)
+    assert_same(namespaces(stranger), before)
+
+
+def test_a_transformer_that_the_library_does_not_expect_is_named(qwen_pipe):
+    qwen_pipe.transformer = tiny.flux().transformer
+    before = namespaces(qwen_pipe)
+    with pytest.raises(ValueError, match=r"cache_dit .* cannot serve this QwenImagePipeline"):
+        omni_kernels.patch(qwen_pipe, "cache_dit", CONFIG)
+    assert_same(namespaces(qwen_pipe), before)
+
+
+def test_every_list_must_leave_a_block_to_skip():
+    pipe = tiny.chroma(layers=2, single_layers=3)
+    before = namespaces(pipe)
+    with pytest.raises(ValueError, match=r"2 \+ 0: of the 2 blocks in transformer_blocks at least one"):
+        omni_kernels.patch(pipe, "cache_dit", CONFIG | {"Fn_compute_blocks": 2})
+    assert_same(namespaces(pipe), before)
+
+
+# Requests
+
+
+@pytest.fixture
+def fresh():
+    """What a freshly patched pipeline makes, and the steps that it skips."""
+    pipe = tiny.qwen_image()
+    with omni_kernels.patched(pipe, "cache_dit", TAYLORSEER) as handle:
+        return run(pipe), skipped(handle)
+
+
+class StopError(Exception):
+    pass
+
+
+def stop_at(step):
+    def on_step_end(pipe, index, timestep, tensors):
+        if index == step:
+            raise StopError
+        return tensors
+
+    return on_step_end
+
+
+def test_no_request_leaves_a_trace_in_the_next(fresh, qwen_pipe):
+    latents, steps = fresh
+    with omni_kernels.patched(qwen_pipe, "cache_dit", TAYLORSEER) as handle:
+        for other in (
+            {},
+            {"steps": 7},
+            {"height": 96},
+            {"negative_prompt": None},
+            {"prompt": ["a dog", "a red cat on a blue chair"], "negative_prompt": [" ", " "]},
+        ):
+            run(qwen_pipe, **other)
+            assert torch.equal(run(qwen_pipe), latents)
+            assert skipped(handle) == steps
+            assert handle.report.complete
+
+
+@pytest.mark.parametrize("step", [0, 4, 9])
+def test_a_request_that_dies_leaves_nothing(fresh, qwen_pipe, step):
+    latents, steps = fresh
+    with omni_kernels.patched(qwen_pipe, "cache_dit", TAYLORSEER) as handle:
+        with pytest.raises(StopError):
+            run(qwen_pipe, callback_on_step_end=stop_at(step))
+        assert not handle.report.complete
+        assert handle._installed.held_tensors() == []
+        assert torch.equal(run(qwen_pipe), latents)
+        assert skipped(handle) == steps
+
+
+def test_a_request_that_dies_within_the_transformer_leaves_nothing(fresh, qwen_pipe):
+    latents, _ = fresh
+    with omni_kernels.patched(qwen_pipe, "cache_dit", TAYLORSEER):
+        calls = []
+
+        def fail(*_):
+            calls.append(1)
+            if len(calls) == 10:
+                raise StopError
+
+        hook = qwen_pipe.transformer.transformer_blocks[2].register_forward_pre_hook(fail)
+        with pytest.raises(StopError):
+            run(qwen_pipe)
+        hook.remove()
+        assert torch.equal(run(qwen_pipe), latents)
+
+
+def test_what_a_request_holds_is_freed_with_it(qwen_pipe):
+    with omni_kernels.patched(qwen_pipe, "cache_dit", TAYLORSEER) as handle:
+        session, held = handle._installed, []
+        handle.on_step = lambda event: held.append(len(session.held_tensors()))
+        run(qwen_pipe)
+        assert max(held) > 8
+        assert session.held_tensors() == []
+        last = session._manager.current_context
+        assert last.buffers == {}
+        for calibrator in (*last.get_calibrators(), *last.get_cfg_calibrators()):
+            for state in calibrator.states.values():
+                assert {rung for rungs in state.state.values() for rung in rungs} == {None}
+
+
+def test_outside_a_request_every_block_runs(qwen_pipe):
+    calls = []
+    hook = qwen_pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True
+    )
+    run(qwen_pipe, steps=3)
+    hook.remove()
+    with torch.no_grad():
+        plain = qwen_pipe.transformer(**calls[0])[0]
+        with omni_kernels.patched(qwen_pipe, "cache_dit", CONFIG):
+            run(qwen_pipe)
+            with pytest.warns(UserWarning, match="outside a pipeline's denoising loop"):
+                outside = qwen_pipe.transformer(**calls[0])[0]
+    assert torch.equal(outside, plain)
+
+
+def test_a_third_call_in_a_step_is_refused(qwen_pipe):
+    calls = []
+    hook = qwen_pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True
+    )
+
+    def call_again(pipe, index, timestep, tensors):
+        pipe.transformer(**calls[-1])
+        return tensors
+
+    with omni_kernels.patched(qwen_pipe, "cache_dit", CONFIG):
+        with pytest.raises(ValueError, match="more than twice in a step"):
+            run(qwen_pipe, callback_on_step_end=call_again)
+        hook.remove()
+        run(qwen_pipe)
+
+
+def test_a_branch_that_stops_early_does_not_swap_the_branches(qwen_pipe):
+    """The library counts calls by parity."""
+
+    pipe = tiny.wan()
+    with omni_kernels.patched(pipe, "cache_dit", CONFIG) as handle:
+
+        def cut(pipe, index, timestep, tensors):
+            pipe._guidance_scale = 5.0 if index < 5 else 1.0
+            return tensors
+
+        run(pipe, callback_on_step_end=cut)
+        cond, uncond = handle.report.branches.values()
+    assert [decision.step for decision in cond.decisions] == list(range(STEPS))
+    assert [decision.step for decision in uncond.decisions] == list(range(6))
+    assert max(cond.skipped) > 6
+
+
+# Reports
+
+
+def test_the_report_says_what_the_library_says(qwen_pipe):
+    config = CONFIG | {"residual_diff_threshold": 0.2}
+    with omni_kernels.patched(qwen_pipe, "cache_dit", config) as handle:
+        run(qwen_pipe)
+        report = handle.report
+    assert report.backend == "cache_dit"
+    assert report.steps == STEPS
+    assert list(report.branches) == ["cond", "uncond"]
+    assert report.notes == [f"decided by cache_dit {cache_dit.__version__}"]
+    assert report.blocks_total == 2 * STEPS * 4
+    assert report.blocks_run == report.forwards * 4 + report.forwards_saved
+    for branch in report.branches.values():
+        assert branch.computed[:3] == [0, 1, 2]
+        for decision in branch.decisions:
+            if decision.distance is None:
+                assert decision.reason == "the library's decision"
+            elif decision.computed and decision.distance >= 0.2:
+                assert decision.reason == "above threshold"
+            else:
+                assert decision.reason == "below threshold"
+                assert decision.distance < 0.2
+    json.dumps(report.to_dict())
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_where_nothing_is_measured_no_distance_is_told(qwen_pipe, threshold):
+    with omni_kernels.patched(qwen_pipe, "cache_dit", CONFIG | {"residual_diff_threshold": threshold}) as handle:
+        run(qwen_pipe)
+        decisions = handle.report.branches["cond"].decisions
+    assert {decision.distance for decision in decisions} == {None}
+    assert any(not decision.computed for decision in decisions) == bool(threshold)
+
+
+def test_omni_runs_it(saved):
+    with Omni(str(saved["qwen_image"]), cache_backend="cache_dit", cache_config=CONFIG) as omni:
+        (result,) = omni.generate("a cat", num_inference_steps=6, height=64, width=64, negative_prompt=" ", seed=0)
+    assert result.cache.forwards_saved > 0
+    assert result.settings["cache_config"]["engine"] == "library"
+
+
+def test_the_command_line_runs_it(tmp_path, capsys):
+    arguments = ["generate", "--prompt", "a red heart", "--steps", "8", "--quiet", "--json", "--out", str(tmp_path)]
+    assert main([*arguments, "--cache-backend", "cache_dit", "--cache-config", '{"engine": "library"}']) == 0
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    assert result["cache"]["forwards_saved"] > 0
+
+
+def test_a_pipeline_that_is_dropped_needs_the_replaced_functions_no_more():
+    omni_kernels.patch(tiny.qwen_image(), "cache_dit", CONFIG)
+    assert CachedContextManager.similarity is not OWN_SIMILARITY
+    gc.collect()
+    assert CachedContextManager.similarity is OWN_SIMILARITY
+
+
+def test_fused_blocks_run_under_the_library(qwen_pipe):
+    with omni_kernels.patched(qwen_pipe, "cache_dit", TAYLORSEER) as handle:
+        plain, steps = run(qwen_pipe), skipped(handle)
+    with omni_kernels.patched(qwen_pipe, "cache_dit", TAYLORSEER, fuse=True) as handle:
+        assert len(handle.fused.replaced) == 4
+        torch.testing.assert_close(run(qwen_pipe), plain, rtol=1e-4, atol=1e-4)
+        assert skipped(handle) == steps
+
+
+# In and out
+
+
+def test_the_librarys_functions_are_replaced_while_a_pipeline_needs_them(qwen_pipe, z_pipe):
+    omni_kernels.patch(qwen_pipe, "cache_dit", CONFIG)
+    omni_kernels.patch(z_pipe, "cache_dit", CONFIG)
+    omni_kernels.patch(cache_dit)
+    replaced = CachedContextManager.similarity
+    assert replaced is not OWN_SIMILARITY
+    omni_kernels.unpatch(qwen_pipe)
+    omni_kernels.unpatch(cache_dit)
+    assert CachedContextManager.similarity is replaced
+    run(z_pipe)
+    omni_kernels.unpatch(z_pipe)
+    assert CachedContextManager.similarity is OWN_SIMILARITY
+
+
+def test_two_pipelines_of_one_class_do_not_know_of_each_other(fresh, qwen_pipe):
+    latents, _ = fresh
+    other = tiny.qwen_image()
+    plain = run(other)
+    omni_kernels.patch(qwen_pipe, "cache_dit", TAYLORSEER)
+    assert torch.equal(run(other), plain)
+    omni_kernels.patch(other, "cache_dit", CONFIG | {"residual_diff_threshold": 0.0})
+    assert torch.equal(run(qwen_pipe), latents)
+    assert torch.equal(run(other), plain)
+    omni_kernels.unpatch(qwen_pipe)
+    assert torch.equal(run(other), plain)
+    omni_kernels.unpatch(other)
+
+
+def test_who_patches_over_it_is_named(qwen_pipe):
+    handle = omni_kernels.patch(qwen_pipe, "cache_dit", CONFIG)
+    library_forward = qwen_pipe.transformer.forward
+
+    def theirs(*args, **kwargs):
+        return library_forward(*args, **kwargs)
+
+    qwen_pipe.transformer.forward = theirs
+    with pytest.raises(PatchConflictError, match=r"QwenImageTransformer2DModel\.forward is now .*theirs"):
+        handle.undo()
+    assert handle.active
+    qwen_pipe.transformer.forward = library_forward
+    handle.undo()
+
+
+def test_a_pipeline_that_the_library_caches_already_is_refused(qwen_pipe):
+    cache_dit.enable_cache(qwen_pipe, cache_config=cache_dit.DBCacheConfig(Fn_compute_blocks=1))
+    with pytest.raises(PatchConflictError, match=r"cache_dit\.disable_cache\(pipe\) first"):
+        omni_kernels.patch(qwen_pipe, "cache_dit", CONFIG)
+    cache_dit.disable_cache(qwen_pipe)
+
+
+# Configurations
+
+CHECK = METHODS["cache_dit"].check
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"decision": "replay"}, "decision must be 'measure'"),
+        ({"forecaster": "newton"}, "no forecaster 'newton': it has None, 'reuse', 'taylorseer', 'foca', 'dmd'"),
+        ({"forecaster": "hermite"}, "no forecaster 'hermite'"),
+    ],
+)
+def test_keys_that_the_library_cannot_serve_are_named(config, named):
+    with pytest.raises(ValueError, match=named):
+        CHECK(config | {"engine": "library"})
+    CHECK(config)
+
+
+@pytest.mark.parametrize("forecaster", ["reuse", "taylorseer", "foca", "dmd"])
+def test_the_librarys_forecasters_run(qwen_pipe, forecaster):
+    with omni_kernels.patched(qwen_pipe, "cache_dit", CONFIG | {"forecaster": forecaster}) as handle:
+        assert torch.isfinite(run(qwen_pipe)).all()
+        assert all(skipped(handle))
+
+
+def test_it_cannot_be_combined():
+    with pytest.raises(ValueError, match="engine 'library' cannot be combined"):
+        METHODS["combined"].check({"blocks": {"cache_config": {"engine": "library"}}})
+
+
+def test_without_the_library_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(library, "installed", lambda: False)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install omni-kernels\[cache-dit\]"):
+        CHECK({"engine": "library"})
+    CHECK({})
+
+
+def test_a_model_without_a_row_is_told_of_the_library_where_it_is_installed(monkeypatch):
+    with pytest.raises(ValueError, match="cache_backend='cache_dit' with engine='library'"):
+        models.row_of("StrangeTransformer")
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"ZImageTransformer2DModel\. To add it"):
+        models.row_of("StrangeTransformer")
+
+
+def test_what_is_known_before_the_weights_are_loaded_is_checked():
+    stranger = models.TransformerFacts("StrangeTransformer", None)
+    assert CHECK({"engine": "library"}, stranger)["engine"] == "library"
+    with pytest.raises(ValueError, match="no cache knows"):
+        CHECK({}, stranger)
+    with pytest.raises(ValueError, match="at least one must be left to skip"):
+        CHECK({"engine": "library", "Fn_compute_blocks": 4}, models.TransformerFacts("QwenImageTransformer2DModel", 4))
+
+
+def test_a_version_without_what_is_used_is_refused(monkeypatch, qwen_pipe):
+    before = namespaces(qwen_pipe)
+    with monkeypatch.context() as patching:
+        patching.delattr(CachedContextManager, "clear_contexts")
+        with pytest.raises(ValueError, match=r"cache_dit .* has no CachedContextManager\.clear_contexts"):
+            omni_kernels.patch(qwen_pipe, "cache_dit", CONFIG)
+    assert_same(namespaces(qwen_pipe), before)
