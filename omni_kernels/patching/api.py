@@ -161,7 +161,7 @@ def patch(
         PatchConflictError: the pipeline is patched otherwise already, or somebody else holds a slot that is needed.
     """
     if isinstance(pipe, ModuleType):
-        if cache_backend is not None or cache_config is not None or fuse is not None:
+        if cache_backend is not None or cache_config is not None or fuse is not None or compile is not None or graphs:
             raise TypeError(f"patch({pipe.__name__}) takes nothing else: a cache is installed on a pipeline")
         return handle_of(pipe) or LibraryHandle(pipe)
     name = None if cache_backend in (None, "none") else cache_backend

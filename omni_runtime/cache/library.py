@@ -141,6 +141,13 @@ def _configurations(module: ModuleType, config: Mapping[str, Any]) -> dict[str, 
     return {"cache_config": cache} | ({} if made is None else {"calibrator_config": made})
 
 
+class _NotCopied:
+    """On a transformer that the library works on: a copy would go on with the blocks of the original."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("the cache-dit library is enabled on this transformer: omni_kernels.unpatch(pipe) to copy it")
+
+
 class _Order:
     """The order of a module's children, which the library changes whenever it exchanges one for a forward."""
 
@@ -233,6 +240,8 @@ class LibrarySession(CacheSession):
                     raise ValueError(f"{NAME} {library.version} knows no {kind}: {nearest(kind, known)}")
                 adapter.pipe = seat
                 adapter = adapter_class.apply(adapter, **_configurations(module, self._config))
+            for transformer in self._transformers:
+                vars(transformer)["_omni_kernels_library"] = _NotCopied()
         except AssertionError as error:
             raise ValueError(f"{NAME} {library.version} cannot serve this {kind}: {error}") from error
         finally:

@@ -3,6 +3,7 @@
 That its steps and images are the library's on Qwen-Image and Z-Image is shown in `test_against_cache_dit.py`.
 """
 
+import copy
 import functools
 import gc
 import json
@@ -399,6 +400,15 @@ def test_who_patches_over_it_is_named(qwen_pipe):
     assert handle.active
     qwen_pipe.transformer.forward = library_forward
     handle.undo()
+
+
+def test_it_must_be_undone_to_copy_the_transformer(qwen_pipe):
+    with (
+        omni_kernels.patched(qwen_pipe, "cache_dit", CONFIG),
+        pytest.raises(TypeError, match=r"omni_kernels\.unpatch\(pipe\) to copy it"),
+    ):
+        copy.deepcopy(qwen_pipe.transformer)
+    copy.deepcopy(qwen_pipe.transformer)
 
 
 def test_a_pipeline_that_the_library_caches_already_is_refused(qwen_pipe):
