@@ -30,6 +30,8 @@ class PatchConflictError(RuntimeError):
 
 def describe(value: object) -> str:
     """Where a value comes from, for messages: `module.qualname` of a function, else of its type."""
+    while isinstance(value, functools.partial):  # which may bear the name of what it wraps
+        value = value.func
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{getattr(named, '__module__', '?')}.{getattr(named, '__qualname__', '?')}"
 

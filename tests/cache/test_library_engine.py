@@ -9,6 +9,7 @@ import gc
 import json
 import logging
 
+import accelerate
 import cache_dit
 import pytest
 import tiny
@@ -399,6 +400,37 @@ def test_who_patches_over_it_is_named(qwen_pipe):
         handle.undo()
     assert handle.active
     qwen_pipe.transformer.forward = library_forward
+    handle.undo()
+
+
+def test_a_hook_of_accelerate_that_was_there_stays_and_runs(fresh, qwen_pipe):
+    latents, _ = fresh
+    calls = []
+
+    class Hook(accelerate.hooks.ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            calls.append(module)
+            return args, kwargs
+
+    run(qwen_pipe)
+    accelerate.hooks.add_hook_to_module(qwen_pipe.transformer, Hook())
+    before = namespaces(qwen_pipe)
+    with omni_kernels.patched(qwen_pipe, "cache_dit", TAYLORSEER):
+        assert torch.equal(run(qwen_pipe), latents)
+        assert len(calls) == 2 * STEPS
+    assert_same(namespaces(qwen_pipe), before)
+    run(qwen_pipe)
+    assert len(calls) == 4 * STEPS
+
+
+def test_a_hook_of_accelerate_that_came_later_is_named_and_can_be_removed(fresh, qwen_pipe):
+    latents, _ = fresh
+    handle = omni_kernels.patch(qwen_pipe, "cache_dit", TAYLORSEER)
+    accelerate.hooks.add_hook_to_module(qwen_pipe.transformer, accelerate.hooks.ModelHook())
+    assert torch.equal(run(qwen_pipe), latents)
+    with pytest.raises(PatchConflictError, match=r"forward is now accelerate\.hooks"):
+        handle.undo()
+    accelerate.hooks.remove_hook_from_module(qwen_pipe.transformer)
     handle.undo()
 
 

