@@ -207,6 +207,10 @@ class Patch:
         """Shadow the method `name` of this one instance by `function`, which is called without the instance."""
         self._fill(owner, vars(owner), name, InstanceMethod(owner, name, function))
 
+    def set_attribute(self, owner: object, name: str, value: Any) -> None:
+        """Put a value of our own into this one instance."""
+        self._fill(owner, vars(owner), name, value)
+
     def set_module(self, owner: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
         """Replace the registered child `name`; `module` must keep the child's state-dict keys."""
         self._fill(owner, owner._modules, name, module)

@@ -1,17 +1,20 @@
-"""Qwen-Image's blocks, fused: 12 launches beside the GEMMs and attention, where diffusers' takes 75.
+"""Qwen-Image's blocks, fused: 10 launches beside the GEMMs and attention, where diffusers' takes 75.
 
-Text and image have a stream each, and meet in attention. Everything between two GEMMs is one op; queries, keys and
-values are written straight into the joint sequence. Projections, modulation and the feed-forward's output layer are
+Text and image have a stream each, and meet in attention. Everything between two GEMMs is one op, the end of a block and
+the beginning of the next too (`ahead`; the first block takes 2 launches more); queries, keys and values are written
+straight into the joint sequence. Projections, modulation and the feed-forward's output layer are
 called as the modules that they are, so that adapters, quantised layers and hooks on them count.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from omni_kernels import ops
+from omni_kernels.patching import ahead
 from omni_kernels.patching.layers import clipped, complex_rotation, feed_forward, joint_attention
 from omni_kernels.patching.structure import (
     computes,
@@ -80,25 +83,59 @@ def forward(
         return type(block).forward(
             block, x, text, encoder_hidden_states_mask, temb, image_rotary_emb, joint_attention_kwargs, index
         )
-    shift1, scale1, gate1, shift2, scale2, gate2 = block.img_mod(temb).chunk(6, -1)
-    if block.zero_cond_t:
-        temb = temb.chunk(2, 0)[0]
-    t_shift1, t_scale1, t_gate1, t_shift2, t_scale2, t_gate2 = block.txt_mod(temb).chunk(6, -1)
+    (_, _, gate1, shift2, scale2, gate2), y = _begin(block, "img", x, temb, index)
+    (_, _, t_gate1, t_shift2, t_scale2, t_gate2), t_y = _begin(block, "txt", text, temb)
 
     mask = encoder_hidden_states_mask
     if mask is not None:
         mask = torch.cat([mask, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)], 1)[:, None, None, :]
     freqs, t_freqs = image_rotary_emb or (None, None)
     attended_text, attended = joint_attention(
-        block.attn,
-        ops.ada_layer_norm(x, scale1, shift1, index=index, eps=block.img_norm1.eps),
-        ops.ada_layer_norm(text, t_scale1, t_shift1, eps=block.txt_norm1.eps),
-        complex_rotation(freqs),
-        complex_rotation(t_freqs),
-        mask,
+        block.attn, y, t_y, complex_rotation(freqs), complex_rotation(t_freqs), mask
     )
-    h, y = ops.gate_residual_norm(x, attended, gate1, scale2, shift2, index=index, eps=block.img_norm2.eps)
-    t_h, t_y = ops.gate_residual_norm(text, attended_text, t_gate1, t_scale2, t_shift2, eps=block.txt_norm2.eps)
-    h, _ = ops.gate_residual_norm(h, feed_forward(block.img_mlp, y), gate2, index=index, norm=None)
-    t_h, _ = ops.gate_residual_norm(t_h, feed_forward(block.txt_mlp, t_y), t_gate2, norm=None)
-    return clipped(t_h), clipped(h)
+    h, z = ops.gate_residual_norm(x, attended, gate1, scale2, shift2, index=index, eps=block.img_norm2.eps)
+    t_h, t_z = ops.gate_residual_norm(text, attended_text, t_gate1, t_scale2, t_shift2, eps=block.txt_norm2.eps)
+    h = _end(block, "img", h, feed_forward(block.img_mlp, z), gate2, temb, index)
+    t_h = _end(block, "txt", t_h, feed_forward(block.txt_mlp, t_z), t_gate2, temb)
+    return t_h, h
+
+
+def _begin(
+    block: Any, stream: str, x: torch.Tensor, temb: torch.Tensor, index: torch.Tensor | None = None
+) -> tuple[Sequence[torch.Tensor], torch.Tensor]:
+    """A stream's modulation (shift, scale and gate, of attention and of the feed-forward), and its first norm."""
+    made = ahead.take(x, block, (temb, index))
+    if made is not None:
+        return made
+    modulation = _modulation(block, stream, temb)
+    shift, scale, *_ = modulation
+    norm = getattr(block, f"{stream}_norm1")
+    return modulation, ops.ada_layer_norm(x, scale, shift, index=index, eps=norm.eps)
+
+
+def _end(
+    block: Any,
+    stream: str,
+    x: torch.Tensor,
+    fed: torch.Tensor,
+    gate: torch.Tensor,
+    temb: torch.Tensor,
+    index: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What a stream leaves the block as, and with it, where it can be told, what the next block begins with."""
+    following = None if x.dtype == torch.float16 else ahead.next_of(block, f"{stream}_mod")
+    if following is None:
+        h, _ = ops.gate_residual_norm(x, fed, gate, index=index, norm=None)
+        return clipped(h)
+    modulation = _modulation(following, stream, temb)
+    shift, scale, *_ = modulation
+    norm = getattr(following, f"{stream}_norm1")
+    h, y = ops.gate_residual_norm(x, fed, gate, scale, shift, index=index, eps=norm.eps)
+    ahead.leave(h, following, (temb, index), (modulation, y))
+    return h
+
+
+def _modulation(block: Any, stream: str, temb: torch.Tensor) -> Sequence[torch.Tensor]:
+    if stream == "txt" and block.zero_cond_t:
+        temb = temb.chunk(2, 0)[0]
+    return getattr(block, f"{stream}_mod")(temb).chunk(6, -1)

@@ -5,13 +5,14 @@ No model's library is imported. A block that is not built as its row expects is 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from omni_kernels.patching import flux, qwen_image, wan, z_image
+from omni_kernels.patching import ahead, flux, qwen_image, wan, z_image
 from omni_kernels.patching.engine import Patch, PatchConflictError
 
 
@@ -22,16 +23,18 @@ class BlockRule:
     Attributes:
         forward: the fused forward, called with the block first and then as the block's own.
         unfit: why it cannot stand in for a block's own; None where it can.
+        ahead: whether it begins the next block (`omni_kernels.patching.ahead`).
     """
 
     forward: Callable[..., Any]
     unfit: Callable[[torch.nn.Module], str | None]
+    ahead: bool = False
 
 
 RULES = {
     "FluxSingleTransformerBlock": BlockRule(flux.single_forward, flux.single_unfit),
     "FluxTransformerBlock": BlockRule(flux.double_forward, flux.double_unfit),
-    "QwenImageTransformerBlock": BlockRule(qwen_image.forward, qwen_image.unfit),
+    "QwenImageTransformerBlock": BlockRule(qwen_image.forward, qwen_image.unfit, ahead=True),
     "WanTransformerBlock": BlockRule(wan.forward, wan.unfit),
     "ZImageTransformerBlock": BlockRule(z_image.forward, z_image.unfit),
 }
@@ -80,7 +83,19 @@ class Fusion(tuple[BlockFusion, ...]):
 
 def fuse(pipe: Any, patch: Patch) -> Fusion:
     """Give every block of the pipeline that fits its fused forward, through `patch`."""
-    return Fusion(BlockFusion(name, type(block).__name__, _fuse(block, patch)) for name, block in _blocks(pipe))
+    blocks = list(_blocks(pipe))
+    made = Fusion(BlockFusion(name, type(block).__name__, _fuse(block, patch)) for name, block in blocks)
+
+    def stretch(one: tuple[BlockFusion, torch.nn.Module]) -> tuple[str, str] | None:
+        """Blocks that are alike here run one after the other, if they are neighbours."""
+        entry = one[0]
+        follows = entry.reason is None and RULES[entry.block].ahead
+        return (entry.name.rpartition(".")[0], entry.block) if follows else None
+
+    for alike, neighbours in itertools.groupby(zip(made, (block for _, block in blocks), strict=True), stretch):
+        if alike is not None:
+            ahead.link([block for _, block in neighbours], patch)
+    return made
 
 
 def _fuse(block: torch.nn.Module, patch: Patch) -> str | None:

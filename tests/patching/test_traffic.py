@@ -4,6 +4,7 @@ Tensors on the meta device have shapes and no elements: nothing is computed, and
 """
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -109,6 +110,32 @@ def test_qwen_image_block_moves_a_quarter_in_a_sixth_of_the_launches():
     # Of diffusers 0.42: 75 launches and 88.4.
     assert plain.launches >= 6 * fused.launches
     assert plain.bytes > 3.8 * fused.bytes
+
+
+@torch.no_grad()
+def test_qwen_image_blocks_in_a_row_save_one_reading_of_the_states_each():
+    with torch.device("meta"):
+        blocks = torch.nn.ModuleList(transformer_qwenimage.QwenImageTransformerBlock(D, HEADS, HEAD) for _ in range(5))
+    blocks = blocks.to(torch.bfloat16).eval()
+    transformer = torch.nn.Module()
+    transformer.transformer_blocks = blocks
+    assert len(rules.fuse(SimpleNamespace(transformer=transformer), Patch()).replaced) == 5
+    rotary = [meta(tokens, HEAD // 2, dtype=torch.complex64) for tokens in (IMAGE, TEXT)]
+    x, text, temb = meta(1, IMAGE, D), meta(1, TEXT, D), meta(1, D)
+    each = []
+    for block in blocks:
+        with Traffic() as traffic:
+            text, x = block(x, text, None, temb, rotary)
+        each.append(traffic)
+    H = (IMAGE + TEXT) * D * 2
+    for traffic in each[1:-1]:
+        assert traffic.ops == {"qk_norm_rope": 2, "gate_residual_norm": 4, "gelu": 2}
+        assert traffic.launches + traffic.gemms + 1 == 25
+        assert 22.0 < traffic.bytes / H < 22.1  # 22, and rotary tables and modulation
+    assert each[0].ops == each[1].ops + Counter(ada_layer_norm=2)
+    assert each[-1].ops == each[1].ops
+    # SiLU of the timestep twice a block, for its own modulation or the next one's.
+    assert sum(traffic.launches for traffic in each) == 5 * 10 + 2
 
 
 def test_z_image_block_moves_a_sixth_in_a_twelfth_of_the_launches():

@@ -1,0 +1,76 @@
+"""The first norm of the next block, in the pass that ends a block: one reading of the hidden states less.
+
+A block that ends with gate, residual and no norm, and a next one that begins with a norm of the same states, are two
+passes that could be one. What is made ahead hangs on the very tensor that the block returns, and is taken by the next
+block only where it is called with that tensor, unchanged, and with the same modulation: whoever works between the
+blocks, or passes the next one over, gets what he would have had, and nothing is kept beyond the tensor.
+
+It is left to the blocks themselves where their calls are compiled or recorded one by one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from omni_kernels.patching.engine import Forward, Patch
+from omni_kernels.patching.structure import hooked
+
+_NEXT, _MADE = "_omni_kernels_next", "_omni_kernels_ahead"
+
+
+class _Next(tuple[torch.nn.Module, ...]):
+    """The next block, in a tuple, for a module would become a child; a copied block, which is plain, has none."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> Any:
+        return tuple, ()
+
+
+class _Made(NamedTuple):
+    block: torch.nn.Module
+    given: tuple[Any, ...]
+    version: int
+    result: Any
+
+
+def link(blocks: Sequence[torch.nn.Module], patch: Patch) -> None:
+    """Tell each of these blocks, which run one after the other, of the next; undone with `patch`."""
+    for block, following in itertools.pairwise(blocks):
+        patch.set_attribute(block, _NEXT, _Next((following,)))
+
+
+def next_of(block: torch.nn.Module, *called: str) -> Any:
+    """The block that is likely to be called next, fused; None where nothing can be made ahead for it.
+
+    Args:
+        called: the names of its modules that would be called ahead; they must not be hooked.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    (following,) = vars(block).get(_NEXT) or (None,)
+    if following is None or following._forward_hooks or following._forward_pre_hooks:
+        return None
+    if following._compiled_call_impl is not None or not isinstance(vars(following).get("forward"), Forward):
+        return None
+    parts = (part for name in called for part in following._modules[name].modules())
+    return None if any(map(hooked, parts)) else following
+
+
+def leave(states: torch.Tensor, block: torch.nn.Module, given: tuple[Any, ...], result: Any) -> None:
+    """Keep with `states` what `block` would make of them and of `given`."""
+    if not states.is_inference():  # whose changes in place nobody counts
+        setattr(states, _MADE, _Made(block, given, states._version, result))
+
+
+def take(states: torch.Tensor, block: torch.nn.Module, given: tuple[Any, ...]) -> Any:
+    """What was made ahead for `block` of these very states and `given`; None if nothing was."""
+    made: _Made | None = None if torch.compiler.is_compiling() else getattr(states, _MADE, None)
+    if made is None or made.block is not block or made.version != states._version:
+        return None
+    same = len(made.given) == len(given) and all(a is b for a, b in zip(made.given, given, strict=True))
+    return made.result if same else None
