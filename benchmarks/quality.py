@@ -40,7 +40,7 @@ from omni_runtime.progress import Progress
 from omni_runtime.request import GenerationRequest
 
 STEPS = 50
-PROMPTS, SEEDS = 32, 3
+PROMPTS, SEEDS = compare.COMPARED, 3
 QUICK_PROMPTS = 2
 PSNR_SLACK, TIME_SLACK = 0.1, 0.98
 #: Computed steps → what a calibrated schedule's mean PSNR is to be above plain sampling's with as many, in dB.

@@ -203,9 +203,9 @@ def _add_calibrate(commands: Any, shared: argparse.ArgumentParser) -> None:
         action="append",
         metavar="TEXT|FILE",
         help="a prompt, a file with one per line, or a set: @model (all that the embedded model brings), @general, "
-        "@edit; repeatable (default: 24 of @model; for a schedule, 4)",
+        "@edit; repeatable (default: 24 of @model; for a schedule, 4 that benchmarks.quality does not compare on)",
     )
-    command.add_argument("--seeds", type=_seeds, metavar="N,N", help="default: 0; for a schedule, 0,1")
+    command.add_argument("--seeds", type=_seeds, metavar="N,N", help="default: 0; for a schedule, 1000,1001")
     command.add_argument("--steps", type=_whole, metavar="N", help="denoising steps (default: the model's own)")
     command.add_argument("--out", type=Path, metavar="FILE", help="default: out/METHOD.json")
     schedule = command.add_argument_group("schedule")

@@ -30,6 +30,8 @@ from omni_runtime.result import OmniResult
 CALIBRATION_PROMPTS = 24
 #: How many a schedule is searched on, and how many others it is measured on.
 SCHEDULE_PROMPTS, HELD_OUT_PROMPTS = 4, 8
+#: Seeds that a schedule is searched on where none are given: other ones than comparisons take.
+SCHEDULE_SEEDS = (1000, 1001)
 #: Seconds that a forward of a large model takes, to say what a search will cost: Qwen-Image's at 1024² on an H200.
 LARGE_FORWARD = 0.2
 
@@ -168,7 +170,7 @@ def _calibrate_schedule(options: argparse.Namespace) -> None:
     from omni_runtime.schedule_search import most_steps
 
     method = finding.VELOCITY_CACHE.name
-    options.seeds = options.seeds or [0, 1]
+    options.seeds = options.seeds or list(SCHEDULE_SEEDS)
     out = Path("out", calibration.file_name(method)) if options.out is None else options.out
     _settle(options)
     with wrong_input():
@@ -177,7 +179,7 @@ def _calibrate_schedule(options: argparse.Namespace) -> None:
             raise UsageError(f"--out {out} is a directory: give a file, like {out / calibration.file_name(method)}")
         _make_directory(out.parent)
         omni = _omni(options, cache_backend=None)
-        requests = _requests(options, omni, SCHEDULE_PROMPTS)
+        requests = _with_seeds(options, omni, _searched_prompts(options), options.seeds)
         held_out = _held_out(options, omni, requests)
         steps = requests[0].arguments["num_inference_steps"]
         budgets = options.budgets or sorted({max(2, round(steps / part)) for part in (2, 3, 4, 5)}, reverse=True)
@@ -222,6 +224,15 @@ def _calibrate_schedule(options: argparse.Namespace) -> None:
     print(*finding.words(found), out, picture, sep="\n")
     config = json.dumps({"calibration": str(out), "budget": budgets[0]})
     print(f"omni generate --model {options.model} --cache-backend {method} --cache-config '{config}'")
+
+
+def _searched_prompts(options: argparse.Namespace) -> list[tuple[str, Path | None]]:
+    """What a schedule is searched on: of an embedded model's own prompts, those that no comparison of it is made on."""
+    from omni_runtime import compare as comparison
+
+    if options.prompts:
+        return _prompts_and_images(options, SCHEDULE_PROMPTS, options.prompts)
+    return _own_prompts(options, comparison.prompts_left(options.model, SCHEDULE_PROMPTS))
 
 
 def _held_out(
@@ -370,11 +381,7 @@ def _prompts_and_images(
     from omni_runtime import compare as comparison
 
     if not given:
-        found = comparison.prompts_of(options.model, count)
-        if not found:
-            sets = " or ".join(f"@{name}" for name in comparison.PROMPT_SETS)
-            raise UsageError(f"{options.model} has no prompts of its own: give --prompts, such as {sets}")
-        return [(prompt, None if options.image else image) for prompt, image in found]
+        return _own_prompts(options, comparison.prompts_of(options.model, count))
     prompts: list[tuple[str, Path | None]] = []
     for one in given:
         if one == "@model":
@@ -388,6 +395,18 @@ def _prompts_and_images(
         else:
             prompts += [(text, None) for text in _prompts([one])]
     return prompts
+
+
+def _own_prompts(
+    options: argparse.Namespace, found: Sequence[tuple[str, Path | None]]
+) -> list[tuple[str, Path | None]]:
+    """Those that the model brings, with the picture that is given instead of theirs, if any."""
+    from omni_runtime import compare as comparison
+
+    if not found:
+        sets = " or ".join(f"@{name}" for name in comparison.PROMPT_SETS)
+        raise UsageError(f"{options.model} has no prompts of its own: give --prompts, such as {sets}")
+    return [(prompt, None if options.image else image) for prompt, image in found]
 
 
 def _make_directory(path: Path) -> None:

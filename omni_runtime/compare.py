@@ -59,6 +59,9 @@ PLAIN = "fewer steps"
 #: TeaCache with the distance itself, not a polynomial that was fitted to another checkpoint.
 IDENTITY = [0.0, 0.0, 0.0, 1.0, 0.0]
 
+#: How many of an embedded model's prompts `benchmarks.quality` compares caches on; schedules are searched on others.
+COMPARED = 32
+
 PIXELS = 1 << 20  # measured at once
 SHEET_ROWS = 24  # of the contact sheet; of more prompts and seeds it shows so many, spread over all
 
@@ -221,6 +224,16 @@ def prompts_of(model: str, count: int | None = 6) -> list[tuple[str, Path | None
         if isinstance(one.get("prompt"), str)
     ]
     return found if count is None else _spread_over(found, count)
+
+
+def prompts_left(model: str, count: int, compared: int = COMPARED) -> list[tuple[str, Path | None]]:
+    """As `prompts_of`, of those alone that a comparison of `compared` prompts leaves out.
+
+    Of all, where it leaves none.
+    """
+    taken = prompts_of(model, compared)
+    everything = prompts_of(model, None)
+    return _spread_over([one for one in everything if one not in taken] or everything, count)
 
 
 def _spread_over(entries: list[Any], count: int) -> list[Any]:
