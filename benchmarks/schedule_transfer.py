@@ -3,10 +3,11 @@
     python -m benchmarks.schedule_transfer [--model emoji-qwen-image] [--budgets 25,17] [--check]
 
 For each number of computed steps two schedules are searched, as `omni calibrate schedule` does: on its 4 prompts × 2
-seeds, and on 32 other prompts (or edits) of the embedded model × 3 other seeds. Both are measured on the latter, and so
-are evenly spread steps and plain sampling. The second is measured where it was searched, and its search goes on from
-the first and from all that the first started from (with `--many-tries`): for as many tries the loss is, if anything,
-too large. `--check` exits 1 where the mean PSNR loses 1 dB or more.
+seeds, and on the 32 prompts (or edits) of the embedded model × 3 seeds that `benchmarks.quality` compares on, none of
+which is among the former. Both are measured on the latter, and so are evenly spread steps and plain sampling. The
+second is measured where it was searched, and its search goes on from the first, from what the first started from, and
+from what its own responses favour, measured on one seed of each prompt: for as many tries the loss is, if anything, too
+large. `--check` exits 1 where the mean PSNR loses 1 dB or more.
 
 What is sampled is kept in `--work`; after Ctrl-C, or with more tries, the same command goes on from there.
 """
@@ -28,13 +29,12 @@ from omni_runtime import Omni
 from omni_runtime.cache import schedules
 from omni_runtime.calibrate_schedule import PATIENCE, TRIES, Images, Journal, Settings, about, starts, statistics
 from omni_runtime.cli import DEFAULT_MODEL
-from omni_runtime.commands import SCHEDULE_PROMPTS
-from omni_runtime.compare import prompts_of
+from omni_runtime.commands import SCHEDULE_PROMPTS, SCHEDULE_SEEDS
+from omni_runtime.compare import COMPARED, prompts_left, prompts_of
 from omni_runtime.request import GenerationRequest
 from omni_runtime.schedule_search import Tried, gain, search
 
-FEW_SEEDS, MANY_SEEDS = (0, 1), (1000, 1001, 1002)
-MANY_PROMPTS = 32
+MANY_SEEDS = (0, 1, 2)
 #: What a schedule may lose at most, in dB of the mean PSNR.
 ALLOWED = 1.0
 
@@ -45,11 +45,10 @@ def prompts(model: str, few: int, many: int) -> tuple[list[tuple[str, Path | Non
     Raises:
         ValueError: the model brings fewer.
     """
-    first = prompts_of(model, few)
-    others = [one for one in prompts_of(model, None) if one not in first]
-    if len(first) < few or len(others) < many:
-        raise ValueError(f"{model} brings {len(first) + len(others)} prompts: {few} and {many} others are wanted")
-    return first, [others[i * len(others) // many] for i in range(many)]
+    first, others = prompts_left(model, few, many), prompts_of(model, many)
+    if len(first) < few or len(others) < many or set(first) & set(others):
+        raise ValueError(f"{model} brings {len(prompts_of(model, None))} prompts: {few} and {many} others are wanted")
+    return first, others
 
 
 def requests(
@@ -69,23 +68,35 @@ class Calibration:
 
     Attributes:
         images: run in full.
+
+    Args:
+        responding: of `some`, those whose responses are measured.
     """
 
-    def __init__(self, omni: Omni, some: Sequence[GenerationRequest], batch: int, journal: Path) -> None:
+    def __init__(
+        self,
+        omni: Omni,
+        some: Sequence[GenerationRequest],
+        responding: Sequence[GenerationRequest],
+        batch: int,
+        journal: Path,
+    ) -> None:
         self.images = Images(omni.pipe, some, Settings(), batch)
         self._journal = Journal(journal, about(omni, some, Settings()))
-        self._recorded = self.images.record()
-        self._steps = len(self._recorded.sigmas) - 1
+        self._sigmas = self.images.record().sigmas
+        measured = Images(omni.pipe, responding, Settings(), batch)
+        measured.record()
+        self._responses = measured.responses(self._sigmas)
         self._transformer = type(omni.pipe.transformer).__name__
         self._name = f"{omni.name}, {len(some)} images"
 
     def starts(self, budget: int) -> list[tuple[int, ...]]:
         """What a search starts from."""
-        return starts(self._recorded, self._steps, budget, Settings(), self._transformer)
+        return starts(self._responses, self._sigmas, budget, self._transformer)[0]
 
     def search(self, budget: int, tries: int, patience: int, also: Sequence[tuple[int, ...]] = ()) -> dict[str, Any]:
         """The best schedule, and how many were sampled."""
-        begun = [*also, *self.starts(budget)]
+        own, cost = starts(self._responses, self._sigmas, budget, self._transformer)
         start = time.perf_counter()
 
         def on_try(number: int, tried: Tried, best: Tried) -> None:
@@ -94,7 +105,8 @@ class Calibration:
             print(f"\r\033[K{told}, {left:.0f} min left at most, best {best.score:.2f} dB", end="", file=sys.stderr)
 
         sample = functools.partial(self._journal.sample, self.images)
-        found = search(begun, self._steps, sample, tries, patience, on_try=on_try)
+        steps = len(self._sigmas) - 1
+        found = search([*also, *own], steps, sample, tries, patience, cost=cost, on_try=on_try)
         print(file=sys.stderr)
         return {"best": found.best, "tries": len(found.trail)}
 
@@ -148,10 +160,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="default: %(default)s")
     parser.add_argument("--tries", type=int, default=TRIES, metavar="N", help="schedules on few (default: %(default)s)")
     parser.add_argument(
-        "--many-tries", type=int, default=30, metavar="N", help="schedules on many (default: %(default)s)"
+        "--many-tries", type=int, default=TRIES, metavar="N", help="schedules on many (default: %(default)s)"
     )
     parser.add_argument("--patience", type=int, default=PATIENCE, metavar="N", help="end after N that were no better")
-    parser.add_argument("--prompts", type=int, default=MANY_PROMPTS, metavar="N", help="the many (default: 32)")
+    parser.add_argument("--prompts", type=int, default=COMPARED, metavar="N", help="the many (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="images at once (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("out/schedule-transfer"), metavar="DIR")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
@@ -168,10 +180,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Calibration(
             omni,
             requests(omni, some, seeds, num_inference_steps=options.steps),
+            requests(omni, some, responding, num_inference_steps=options.steps),
             options.batch,
             options.work / f"{options.model}-{name}.jsonl",
         )
-        for name, some, seeds in (("few", few_prompts, FEW_SEEDS), ("many", many_prompts, MANY_SEEDS))
+        for name, some, seeds, responding in (
+            ("few", few_prompts, SCHEDULE_SEEDS, SCHEDULE_SEEDS),
+            ("many", many_prompts, MANY_SEEDS, MANY_SEEDS[:1]),
+        )
     )
     rows: list[dict[str, Any]] = []
     path = options.out / f"schedule-transfer-{options.model}.json"
@@ -181,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "model": options.model,
         "steps": options.steps,
         "patience": options.patience,
-        "few": {"prompts": [text for text, _ in few_prompts], "seeds": list(FEW_SEEDS)},
+        "few": {"prompts": [text for text, _ in few_prompts], "seeds": list(SCHEDULE_SEEDS)},
         "many": {"prompts": len(many_prompts), "seeds": list(MANY_SEEDS)},
         "machine": machine(torch.device("cpu")),
     }

@@ -32,9 +32,9 @@ from omni_runtime.cache.output import OutputSite
 from omni_runtime.omni import Omni
 from omni_runtime.request import GenerationRequest
 from omni_runtime.result import jsonable
-from omni_runtime.schedule_search import IDENTICAL, SENSITIVITIES, Gram, Tried, analytic, hopeless, score, search
+from omni_runtime.schedule_search import IDENTICAL, Responses, Tried, descend, hopeless, score, search
 
-TRIES, PATIENCE, BATCH = 60, 40, 8
+TRIES, PATIENCE, BATCH = 30, 20, 8
 #: Arguments that a batch takes one of per image; all others are shared.
 _EACH = ("prompt", "negative_prompt")
 #: How a pipeline is asked for several images of one prompt and one picture to start from, which it takes one of.
@@ -55,30 +55,26 @@ class Settings:
 
 
 class Recording(CacheSession):
-    """Requests run in full, and leave the inner products of their model outputs.
+    """Requests run in full, and leave the model outputs of the last one.
 
     Attributes:
-        grams: one per image.
+        outputs: of each step.
         sigmas: the noise levels of a request's steps, and of its end.
     """
 
     def __init__(self, pipe: Any) -> None:
         everything = OutputSite(lambda request, _: ScheduleGate([1] * request.steps), make_forecaster("reuse"), 1.0)
         super().__init__("calibration", pipe, None, everything)
-        self.grams: list[np.ndarray] = []
+        self.outputs: list[torch.Tensor] = []
         self.sigmas: list[float] = []
-        self._open: list[Gram] = []
 
     def stepped_with(self, request: Request, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         """See `CacheSession.stepped_with`."""
         if request.step == 0:
-            self._open = [Gram() for _ in output]
+            self.outputs = []
             levels = request.sigmas[request.begin :]
             self.sigmas = levels if len(levels) > request.steps else [*levels, 0.0]
-        for gram, one in zip(self._open, output, strict=True):
-            gram.add(one)
-        if request.step == request.steps - 1:
-            self.grams += [gram.matrix() for gram in self._open]
+        self.outputs.append(output)
         return output
 
     def run(self) -> dict[str, Any]:
@@ -86,6 +82,36 @@ class Recording(CacheSession):
         if self._last is None or not self._last.step:
             raise RuntimeError("nothing was recorded: the pipeline has taken no step")
         return self.describe(self._last)
+
+
+class Replaying(CacheSession):
+    """A recorded request again, with one step skipped: those before it have their outputs, those after it respond.
+
+    Attributes:
+        error: squared norm of the forecast's error, of each image.
+
+    Args:
+        outputs: of the full run's steps.
+        skipped: a step; neither the first nor the last.
+    """
+
+    def __init__(self, pipe: Any, outputs: Sequence[torch.Tensor], skipped: int, settings: Settings) -> None:
+        forecaster = settings.made()
+        self._first = max(1, skipped - forecaster.snapshots)  # the first one that is computed again
+
+        def gate(request: Request, _: str) -> ScheduleGate:
+            return ScheduleGate([int(step == 0 or self._first <= step != skipped) for step in range(request.steps)])
+
+        super().__init__("calibration", pipe, None, OutputSite(gate, forecaster, settings.reach))
+        self._recorded, self._skipped = outputs, skipped
+        self.error = np.zeros(0)
+
+    def stepped_with(self, request: Request, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        """See `CacheSession.stepped_with`."""
+        made = super().stepped_with(request, output, sample)
+        if request.step == self._skipped:
+            self.error = _flat(made - self._recorded[request.step]).square().sum(1).numpy()
+        return self._recorded[request.step] if request.step < self._first else made
 
 
 class Journal:
@@ -165,7 +191,7 @@ class Images:
         try:
             session.install(patch)
             while True:
-                self._batches, session.grams, self._references = _batches(self.pipe, self.requests, self._batch), [], []
+                self._batches, self._references = _batches(self.pipe, self.requests, self._batch), []
                 try:
                     for batch in self._batches:
                         self._references.append(self._images(batch))
@@ -178,6 +204,35 @@ class Images:
             patch.undo()
             session.close()
         return session
+
+    def responses(self, sigmas: Sequence[float]) -> Responses:
+        """How the final latents of all respond to each step's forecast error; after `record`."""
+        changes, errors = [], []
+        for batch in self._batches:
+            recording = Recording(self.pipe)
+            full = self._latents(batch, recording)
+            changed: list[torch.Tensor] = []
+            error: list[np.ndarray] = []
+            for step in range(1, len(sigmas) - 2):
+                replaying = Replaying(self.pipe, recording.outputs, step, self._settings)
+                changed.append(self._latents(batch, replaying) - full)
+                error.append(replaying.error)
+            stacked = torch.stack(changed, 1)
+            changes.append((stacked @ stacked.mT).numpy())
+            errors.append(np.stack(error, 1))
+        return Responses(
+            np.concatenate(changes), np.concatenate(errors), sigmas, self._settings.made(), self._settings.reach
+        )
+
+    def _latents(self, batch: Sequence[GenerationRequest], session: CacheSession) -> torch.Tensor:
+        """Final latents [B, elements] of one call under a session, in float64 on the CPU."""
+        patch = Patch()
+        try:
+            session.install(patch)
+            return _flat(self._call(batch, output_type="latent"))
+        finally:
+            patch.undo()
+            session.close()
 
     @property
     def size(self) -> tuple[int, int]:
@@ -217,6 +272,10 @@ class Images:
 
     def _images(self, batch: Sequence[GenerationRequest], **changed: Any) -> torch.Tensor:
         """Float images [B, F, 3, H, W] of one call; F is 1 for pictures."""
+        made = self._call(batch, **changed)
+        return made if made.dim() == 5 else made[:, None]
+
+    def _call(self, batch: Sequence[GenerationRequest], **changed: Any) -> torch.Tensor:
         calls = [request.call() for request in batch]
         arguments = calls[0] | {"output_type": "pt", "return_dict": False} | changed
         if len(calls) > 1 and "image" in arguments:
@@ -229,7 +288,12 @@ class Images:
             arguments["generator"] = [call["generator"] for call in calls]
         with torch.no_grad():
             (made,) = self.pipe(**arguments)
-        return made if made.dim() == 5 else made[:, None]
+        return made
+
+
+def _flat(batch: torch.Tensor) -> torch.Tensor:
+    """[B, elements] in float64 on the CPU."""
+    return batch.detach().flatten(1).double().cpu()
 
 
 def _batches(pipe: Any, requests: Sequence[GenerationRequest], size: int) -> list[list[GenerationRequest]]:
@@ -298,16 +362,22 @@ class Found:
     trail: list[float]
 
 
-def starts(recorded: Recording, steps: int, budget: int, settings: Settings, transformer: str) -> list[tuple[int, ...]]:
-    """What a search starts from: evenly spread steps, the published schedules for the class, and analytic ones."""
-    sigmas, found = recorded.sigmas, [schedules.even(steps, budget).computed]
+def starts(
+    responses: Responses, sigmas: Sequence[float], budget: int, transformer: str
+) -> tuple[list[tuple[int, ...]], Callable[[Sequence[int]], float]]:
+    """What a search starts from, and the cost that it goes by.
+
+    The schedules are the one that the responses favour, evenly spread steps, and the published one for the class.
+    """
+    steps = len(sigmas) - 1
+    spread = schedules.even(steps, budget).computed
+    cost = responses.cost(budget)
+    found = [descend(cost, spread, steps), spread]
     published = [one for one in schedules.PUBLISHED.values() if one.transformer == transformer]
     near = schedules.nearest(published, steps, budget)
     if near is not None:
         found.append(schedules.fitted(near, steps, sigmas[:steps], budget).computed)
-    forecaster = settings.made()
-    found += [analytic(recorded.grams, sigmas, budget, forecaster, settings.reach, power) for power in SENSITIVITIES]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found)), cost
 
 
 def find(
@@ -343,6 +413,8 @@ def find(
     if omni.cache_backend is not None or not requests or not held_out:
         raise ValueError("calibration needs an Omni without a cache, and at least one request of each kind")
     steps = requests[0].arguments["num_inference_steps"]
+    if steps < 3:
+        raise ValueError(f"there is nothing to search in {steps} steps")
     for budget in budgets:
         if not 2 <= budget <= steps:
             raise ValueError(f"a budget must be from 2 to the {steps} steps of a request, not {budget}")
@@ -350,16 +422,18 @@ def find(
     kept = Journal(journal, about(omni, requests, settings))
     recorded = images.record()
     others.record()
+    responses = images.responses(recorded.sigmas)
     found: dict[int, Found] = {}
     for place, budget in enumerate(budgets):
-        begun = starts(recorded, steps, budget, settings, type(omni.pipe.transformer).__name__)
+        begun, cost = starts(responses, recorded.sigmas, budget, type(omni.pipe.transformer).__name__)
 
         def on_try(number: int, one: Tried, best: Tried, budget: int = budget, place: int = place) -> None:
             each = float(np.mean(images.spent)) if images.spent else 0.0
             left = each * ((tries - number) * budget + tries * sum(budgets[place + 1 :]))
             listener(Event(budget, number, tries, one, best, left))
 
-        result = search(begun, steps, functools.partial(kept.sample, images), tries, patience, on_try=on_try)
+        sample = functools.partial(kept.sample, images)
+        result = search(begun, steps, sample, tries, patience, cost=cost, on_try=on_try)
         found[budget] = Found(
             best=result.best,
             held_out=others.sample(result.best.computed),

@@ -223,7 +223,7 @@ def _add_calibrate(commands: Any, shared: argparse.ArgumentParser) -> None:
         "--prompts); their seeds are --seeds plus 1000",
     )
     schedule.add_argument(
-        "--tries", type=_whole, metavar="N", help="schedules sampled per budget at most (default: 60)"
+        "--tries", type=_whole, metavar="N", help="schedules sampled per budget at most (default: 30)"
     )
     schedule.add_argument("--batch", type=_whole, metavar="N", help="images sampled at once at most (default: 8)")
     schedule.add_argument("--fresh", action="store_true", help="forget what an interrupted search has sampled")

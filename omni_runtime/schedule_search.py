@@ -1,18 +1,20 @@
 """The search for a schedule: which steps to compute, so that the images stay nearest to those of full runs.
 
-How well a schedule does is only seen by sampling with it: errors of the forecast change every later step, and what
-recorded outputs predict of a schedule is not what it does (see `analytic`). So the search is closed-loop. It samples
-with each candidate the same prompts and seeds as the full runs, and measures the images' PSNR against theirs.
+How well a schedule does is only seen by sampling with it: errors of the forecast change every later step. But what one
+error does to the final latents can be measured, and to first order the errors of many add up. So the search has two
+parts:
 
-1. Full runs are recorded: their images, and how the model outputs of their steps relate (`Gram`).
-2. Starting points: evenly spread steps, then the published schedules and `analytic` ones.
-3. Local moves (`neighbour`): one computed step to an adjacent place, one to any free place, a stretch of them by one
-   place.
+1. Full runs are recorded, and run again with one step forecast, for each step in turn: `Responses`. They predict what a
+   schedule does without sampling with it, and `descend` finds the one that they favour.
+2. Closed-loop, it samples with each candidate the same prompts and seeds as the full runs, and measures the images'
+   PSNR against theirs. It starts from that schedule, evenly spread steps and the published schedules, and goes on by
+   local moves (`neighbour`): one computed step to an adjacent place, one to any free place, a stretch of them by one
+   place; of several that are drawn, the one with the smallest predicted error.
 
 A schedule replaces the best so far if its `score`, the mean of mean and 5th percentile over the images, is higher, and
 if its gain, image by image, is larger than chance would make it (`better`). Where the images are few, their percentile
 is the worst image alone, and the best of many tries is mostly the luckiest: a search that goes by the score alone ends
-behind evenly spread steps on other images. For the same reason evenly spread steps come first, and hold until
+behind evenly spread steps on other images. For the same reason the predicted schedule comes first, and holds until
 something is better. What does clearly worse on the first images is not sampled on the others (`hopeless`).
 
 Given the same inputs and seed, the search takes the same way; sampled schedules are written down as they are measured,
@@ -21,107 +23,130 @@ so that a search that was interrupted, or is given more time, goes on where it w
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from omni_runtime.cache.forecasters import Forecaster
 from omni_runtime.cache.output import reached
+from omni_runtime.cache.schedules import even
 
 #: What an image that is identical to its reference counts with, in dB.
 IDENTICAL = 100.0
-#: Weights of early errors that are tried: each squared error counts with σ to this power.
-SENSITIVITIES = (0.0, 1.0, 2.0)
 #: How many standard errors a gain must have: with 1, chance makes a schedule that is no better pass in 1 of 6 tries.
 MARGIN = 1.0
 #: On how many images a schedule is sampled at least before it is given up.
 FEWEST = 4
-#: How far apart computed steps may lie in an analytic schedule.
-LONGEST_GAP = 16
+#: How many local moves are drawn for each that is sampled.
+DRAWS = 8
+#: Degree of the polynomial in the step that an error's growth in dB is smoothed by.
+DEGREE = 3
 
 
-class Gram:
-    """Inner products of the model outputs of a request's steps, of one sample: all that `analytic` needs of them.
+class Responses:
+    """What forecast errors do to the final latents, and from it the error of a schedule, to first order.
 
-    Add the outputs in order; [N, N] in float64.
-    """
-
-    def __init__(self) -> None:
-        self._outputs: list[torch.Tensor] = []
-
-    def add(self, output: torch.Tensor) -> None:
-        """The model output of the next step, [...]."""
-        self._outputs.append(output.detach().flatten().double())
-
-    def matrix(self) -> np.ndarray:
-        """The inner products; the outputs are dropped."""
-        stacked = torch.stack(self._outputs)
-        self._outputs = []
-        return (stacked @ stacked.T).cpu().numpy()
-
-
-def analytic(
-    grams: Sequence[np.ndarray],
-    sigmas: Sequence[float],
-    budget: int,
-    forecaster: Forecaster,
-    reach: float,
-    sensitivity: float = 0.0,
-) -> tuple[int, ...]:
-    """The schedule with the smallest integrated error of the recorded model outputs, by dynamic programming.
-
-    Where steps a < b < c are computed and none between b and c, an Euler sampler arrives at c with the error
-    Σ_i (σ_{i+1} − σ_i)·(v_i − forecast_i) over the skipped steps i, where the forecast is that from the outputs v_b and
-    v_a. The cost of a schedule is the sum of these errors' squared norms, each times σ_b^sensitivity, averaged over the
-    samples. The path of lowest cost through the states (a, b), with `budget` computed steps, is found exactly. It knows
-    nothing of how an early error changes later outputs; `sensitivity` stands in for that.
+    Let e_j = v_j − forecast_j be the error of the model output at step j where step j alone is skipped. Every output is
+    a sum of these and of v_0, whose share cancels in an error. Between computed steps b and c an Euler sampler picks up
+    Σ_i (σ_{i+1} − σ_i)·(v_i − forecast_i) over the skipped steps i: a sum of the e_j, too. If r_j is what a unit of e_j
+    changes in the final latents, which a run with only step j skipped shows, the schedule changes them by Σ_j κ_j·r_j,
+    with the κ_j of all its gaps added up. Errors of one gap may cancel another's, so that the sum of their squares does
+    not tell what a schedule does. What is made of e_j later than at step j grows less than r_j says: κ_j is multiplied
+    by the ratio of both steps' growth |r_j| / |e_j|, its mean in dB over the images, smoothed by a polynomial.
 
     Args:
-        grams: one per sample, see `Gram`.
-        sigmas: noise levels of the steps and of the end, N + 1 of them.
+        changes: [images, steps − 2, steps − 2], inner products of what skipping step 1, 2, … changes in the final
+            latents.
+        errors: [images, steps − 2], squared norms of e_1, e_2, ….
+        sigmas: noise levels of the steps, 3 at least, and of the end.
+        forecaster, reach: as in `omni_runtime.cache.output.OutputSite`.
     """
-    steps = len(sigmas) - 1
-    gram = np.mean(np.stack(grams), axis=0)
-    costs: dict[tuple[int | None, int, int], float] = {}
 
-    def cost(a: int | None, b: int, c: int) -> float:
-        if (a, b, c) not in costs:
-            costs[a, b, c] = gap(a, b, c)
-        return costs[a, b, c]
+    def __init__(
+        self, changes: np.ndarray, errors: np.ndarray, sigmas: Sequence[float], forecaster: Forecaster, reach: float
+    ) -> None:
+        self._sigmas, self._forecaster, self._reach = sigmas, forecaster, reach
+        self._steps = len(sigmas) - 1
+        self._lengths = np.diff(sigmas)
+        lengths = self._lengths[1:-1]
+        self._products = changes / np.outer(lengths, lengths)
+        # Row j: v_j as a sum of the errors, and in column 0 of v_0.
+        self._outputs = np.eye(self._steps)
+        for step in range(1, self._steps):
+            for kept, weight in self._weights(range(step), step):
+                self._outputs[step] += weight * self._outputs[kept]
+        growth = np.einsum("njj->nj", self._products) / np.maximum(errors, np.finfo(float).tiny)
+        decibels = 10 * np.log10(np.maximum(growth, np.finfo(float).tiny)).mean(0)
+        at = np.arange(1, self._steps - 1)
+        self._growth = np.poly1d(np.polyfit(at, decibels, min(DEGREE, len(at) - 1)))
+        self._known: dict[tuple[int, ...], np.ndarray] = {}
 
-    def gap(a: int | None, b: int, c: int) -> float:
-        error = np.zeros(steps)
-        kept = [b] if a is None else [b, a][: forecaster.snapshots]
-        positions = [_position(forecaster, sigmas, step) for step in kept]
-        for i in range(b + 1, c):
-            length = sigmas[i + 1] - sigmas[i]
-            error[i] += length
-            place = reached(positions, _position(forecaster, sigmas, i), reach)
-            for step, weight in zip(kept, forecaster.weights(positions, place), strict=True):
-                error[step] -= length * weight
-        return float(error @ gram @ error) * sigmas[b] ** sensitivity
+    def _weights(self, computed: Sequence[int], step: int) -> list[tuple[int, float]]:
+        """The forecast of a step's output: computed steps and the weights of theirs."""
+        kept = list(computed[::-1][: self._forecaster.snapshots])
+        by_step = self._forecaster.axis == "step"
+        positions = [float(one) if by_step else self._sigmas[one] for one in kept]
+        place = reached(positions, float(step) if by_step else self._sigmas[step], self._reach)
+        return list(zip(kept, self._forecaster.weights(positions, place), strict=True))
 
-    best: dict[tuple[int | None, int], tuple[float, tuple[int, ...]]] = {(None, 0): (0.0, (0,))}
-    for count in range(2, budget + 1):
-        reached_now: dict[tuple[int | None, int], tuple[float, tuple[int, ...]]] = {}
-        for (a, b), (so_far, path) in best.items():
-            last = min(steps - 1, b + max(LONGEST_GAP, -(-steps // budget) + 1))
-            for c in range(b + 1, last + 1):
-                if steps - 1 - c < budget - count or (count == budget and c != steps - 1):
-                    continue
-                total = so_far + cost(a, b, c)
-                if (b, c) not in reached_now or total < reached_now[b, c][0]:
-                    reached_now[b, c] = total, (*path, c)
-        best = reached_now
-    return min(best.values())[1]
+    def _gap(self, computed: tuple[int, ...], c: int) -> np.ndarray:
+        """κ of the steps that are skipped between the last of `computed`, the newest that are remembered, and c."""
+        key = (*computed, c)
+        if key not in self._known:
+            error = np.zeros(self._steps)
+            for step in range(computed[-1] + 1, c):
+                error[step] += self._lengths[step]
+                for kept, weight in self._weights(computed, step):
+                    error[kept] -= self._lengths[step] * weight
+            middle, at = min((computed[-1] + c) / 2, self._steps - 2), np.arange(1, self._steps - 1)
+            later = 10 ** ((self._growth(middle) - self._growth(at)) / 20)
+            self._known[key] = (error @ self._outputs)[1:-1] * later
+        return self._known[key]
+
+    def _squared(self, computed: Sequence[int], products: np.ndarray) -> np.ndarray:
+        total = np.zeros(self._steps - 2)
+        for place, (b, c) in enumerate(itertools.pairwise(computed)):
+            if c > b + 1:
+                total += self._gap(tuple(computed[max(0, place + 1 - self._forecaster.snapshots) : place + 1]), c)
+        return products @ total @ total
+
+    def predict(self, computed: Sequence[int]) -> np.ndarray:
+        """Squared error of the final latents, of each image."""
+        return self._squared(computed, self._products)
+
+    def cost(self, budget: int) -> Callable[[Sequence[int]], float]:
+        """A schedule's squared error in units of that of evenly spread steps, averaged over the images."""
+        spread = np.maximum(self.predict(even(self._steps, budget).computed), np.finfo(float).tiny)
+        products = (self._products / spread[:, None, None]).mean(0)
+        return lambda computed: float(self._squared(computed, products))
 
 
-def _position(forecaster: Forecaster, sigmas: Sequence[float], step: int) -> float:
-    return float(step) if forecaster.axis == "step" else sigmas[step]
+def descend(cost: Callable[[Sequence[int]], float], start: Sequence[int], steps: int) -> tuple[int, ...]:
+    """The schedule at the end of the steepest way down, by moves as `neighbour` makes them, but all of them."""
+    best = tuple(start)
+    lowest = cost(best)
+    while True:
+        found = min(((cost(one), one) for one in _moves(best, steps)), default=(lowest, best))
+        if found[0] >= lowest:
+            return best
+        lowest, best = found
+
+
+def _moves(computed: tuple[int, ...], steps: int) -> Iterator[tuple[int, ...]]:
+    inner = computed[1:-1]
+    for place in range(len(inner)):
+        for free in sorted(set(range(1, steps - 1)) - set(inner)):
+            yield (0, *sorted((*inner[:place], free, *inner[place + 1 :])), steps - 1)
+    for first in range(len(inner)):
+        for last in range(first + 2, len(inner) + 1):
+            for by in (-1, 1):
+                found = (0, *inner[:first], *(step + by for step in inner[first:last]), *inner[last:], steps - 1)
+                if all(b < c for b, c in itertools.pairwise(found)):
+                    yield found
 
 
 def score(psnr: Sequence[float]) -> float:
@@ -203,6 +228,7 @@ def search(
     tries: int,
     patience: int,
     seed: int = 0,
+    cost: Callable[[Sequence[int]], float] = lambda computed: 0.0,
     on_try: Callable[[int, Tried, Tried], None] = lambda number, tried, best: None,
 ) -> Search:
     """Climb from the best of `starts` by random local moves, each kept if it is `better`.
@@ -212,6 +238,7 @@ def search(
         sample: samples with a schedule and measures it, given the best so far; may give up what is `hopeless`.
         tries: how many schedules are sampled at most.
         patience: after so many moves in a row that were no better, it ends.
+        cost: what is predicted of a schedule; of the moves that are drawn, the one with the lowest is sampled.
         on_try: told of each sampled schedule: its number from 1, itself, and the best so far.
     """
     seen: dict[tuple[int, ...], Tried] = {}
@@ -240,14 +267,17 @@ def search(
     if 2 < budget < steps:
         rng, failed, stuck = random.Random(seed), 0, 0
         while len(seen) < tries and failed < patience and stuck < 1000:
-            candidate = neighbour(found.best.computed, steps, rng)
-            stuck = stuck + 1 if candidate in seen else 0
-            if candidate not in seen:
-                failed = 0 if meet(candidate) else failed + 1
+            drawn = [neighbour(found.best.computed, steps, rng) for _ in range(DRAWS)]
+            fresh = [one for one in drawn if one not in seen]
+            stuck = 0 if fresh else stuck + 1
+            if fresh:
+                failed = 0 if meet(min(fresh, key=cost)) else failed + 1
     return found
 
 
 def most_steps(budgets: Sequence[int], tries: int, images: int, held_out: int, steps: int) -> int:
     """Computed steps of all images of a whole search, at most. Each is one transformer call, or two with guidance."""
+    # Searched images: in full twice, and again from each skipped step's snapshots on.
+    responses = steps + sum(steps - step + 2 for step in range(1, steps - 1))
     # Held-out images: in full, then with the schedule found, evenly spread steps, and plain sampling.
-    return (images + held_out) * steps + sum(budgets) * (tries * images + 3 * held_out)
+    return images * (steps + responses) + held_out * steps + sum(budgets) * (tries * images + 3 * held_out)

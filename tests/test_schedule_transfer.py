@@ -7,6 +7,7 @@ import json
 import pytest
 
 from benchmarks import schedule_transfer as bench
+from omni_runtime.compare import prompts_of
 from omni_runtime.loading import embedded_models
 
 MODEL = "emoji-qwen-image"
@@ -33,11 +34,12 @@ def test_no_prompt_is_in_both_searches(model: str) -> None:
     few, many = bench.prompts(model, 4, 32)
     assert (len(few), len(many)) == (4, 32)
     assert len(set(few + many)) == 36
+    assert many == prompts_of(model, 32)
 
 
 def test_too_few_prompts_are_named() -> None:
-    with pytest.raises(ValueError, match=r"brings 64 prompts: 4 and 61 others are wanted"):
-        bench.prompts(MODEL, 4, 61)
+    with pytest.raises(ValueError, match=r"brings 64 prompts: 4 and 65 others are wanted"):
+        bench.prompts(MODEL, 4, 65)
 
 
 def test_both_schedules_are_measured_on_the_many_images(tmp_path, capsys) -> None:

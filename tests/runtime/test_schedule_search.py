@@ -7,61 +7,92 @@ import random
 
 import numpy as np
 import pytest
-import torch
 
 from omni_runtime.cache.forecasters import make_forecaster
 from omni_runtime.cache.output import reached
-from omni_runtime.schedule_search import Gram, Tried, analytic, better, gain, hopeless, neighbour, score, search
+from omni_runtime.cache.schedules import even
+from omni_runtime.schedule_search import Responses, Tried, better, descend, gain, hopeless, neighbour, score, search
 
 STEPS = 12
 SIGMAS = [1 - i / STEPS for i in range(STEPS + 1)]
 
 
-def _outputs(samples: int = 3, size: int = 5) -> torch.Tensor:
-    """[samples, STEPS, size], smooth in the step, in float64."""
-    random = torch.Generator().manual_seed(0)
-    powers = torch.tensor(SIGMAS[:-1], dtype=torch.float64)[:, None] ** torch.arange(4)
-    factors = torch.randn(samples, 4, size, generator=random, dtype=torch.float64)
-    return powers @ factors
+def _outputs(samples: int = 3, size: int = 5) -> np.ndarray:
+    """[samples, STEPS, size], smooth in the step but for a little noise."""
+    random = np.random.default_rng(0)
+    powers = np.array(SIGMAS[:-1])[:, None] ** np.arange(4)
+    return powers @ random.normal(size=(samples, 4, size)) + 0.01 * random.normal(size=(samples, STEPS, size))
 
 
-def _grams(outputs: torch.Tensor) -> list[np.ndarray]:
-    grams = []
-    for sample in outputs:
-        gram = Gram()
-        for output in sample:
-            gram.add(output)
-        grams.append(gram.matrix())
-    return grams
+def _arrived(outputs: np.ndarray, computed: tuple[int, ...], order: int, reach: float) -> np.ndarray:
+    """[samples, gaps, size], what each gap of a schedule adds to the latents, with forecasts written out."""
+    found = []
+    for n, (b, c) in enumerate(itertools.pairwise(computed)):
+        error = np.zeros_like(outputs[:, 0])
+        for i in range(b + 1, c):
+            forecast = outputs[:, b]
+            if order and n:
+                a = computed[n - 1]
+                x = SIGMAS[b] - min(SIGMAS[b] - SIGMAS[i], reach * (SIGMAS[a] - SIGMAS[b]))
+                forecast = forecast + (outputs[:, b] - outputs[:, a]) * (x - SIGMAS[b]) / (SIGMAS[b] - SIGMAS[a])
+            error += (SIGMAS[i + 1] - SIGMAS[i]) * (outputs[:, i] - forecast)
+        found.append(error)
+    return np.stack(found, 1)
 
 
-def _integrated(outputs: torch.Tensor, computed: tuple[int, ...], order: int, reach: float, power: float) -> float:
-    """The cost of a schedule, written out: forecasts of real tensors, summed gap by gap."""
-    total = 0.0
-    for sample in outputs:
-        for n, (b, c) in enumerate(itertools.pairwise(computed)):
-            error = torch.zeros_like(sample[0])
-            for i in range(b + 1, c):
-                forecast = sample[b]
-                if order and n:
-                    a = computed[n - 1]
-                    x = SIGMAS[b] - min(SIGMAS[b] - SIGMAS[i], reach * (SIGMAS[a] - SIGMAS[b]))
-                    forecast = forecast + (sample[b] - sample[a]) * (x - SIGMAS[b]) / (SIGMAS[b] - SIGMAS[a])
-                error += (SIGMAS[i + 1] - SIGMAS[i]) * (sample[i] - forecast)
-            total += float(error.square().sum()) * SIGMAS[b] ** power / len(outputs)
-    return total
+def _responses(outputs: np.ndarray, order: int, reach: float, decibels: float = 0.0) -> Responses:
+    """Of a model whose outputs do not depend on the latents; an error grows by so many dB less at each later step."""
+    changes, errors = [], []
+    for step in range(1, STEPS - 1):
+        computed = tuple(one for one in range(STEPS) if one != step)
+        arrived = _arrived(outputs, computed, order, reach).sum(1)
+        changes.append(arrived * 10 ** (-decibels * step / 20))
+        errors.append(((arrived * STEPS) ** 2).sum(1))
+    stacked = np.stack(changes, 1)
+    forecaster = make_forecaster("newton", order)
+    return Responses(stacked @ stacked.swapaxes(1, 2), np.stack(errors, 1), SIGMAS, forecaster, reach)
+
+
+SCHEDULES = [(0, 2, 5, 6, 9, 11), (0, 1, 2, 3, 11), (0, 7, 11), (0, 11), tuple(range(STEPS)), even(STEPS, 6).computed]
 
 
 @pytest.mark.parametrize("order", [0, 1])
-@pytest.mark.parametrize(("reach", "power"), [(1.0, 0.0), (0.5, 2.0)])
-@pytest.mark.parametrize("budget", [2, 4, 7, STEPS])
-def test_analytic_finds_the_cheapest_of_all_schedules(order: int, reach: float, power: float, budget: int) -> None:
+@pytest.mark.parametrize("reach", [1.0, 0.5])
+@pytest.mark.parametrize("computed", SCHEDULES)
+def test_errors_are_predicted_where_they_add_up(order: int, reach: float, computed: tuple[int, ...]) -> None:
     outputs = _outputs()
-    forecaster = make_forecaster("newton", order)
-    found = analytic(_grams(outputs), SIGMAS, budget, forecaster, reach, power)
-    everything = ((0, *inner, STEPS - 1) for inner in itertools.combinations(range(1, STEPS - 1), budget - 2))
-    costs = {one: _integrated(outputs, one, order, reach, power) for one in everything}
-    assert costs[found] == pytest.approx(min(costs.values()), rel=1e-6, abs=1e-12)
+    arrived = (_arrived(outputs, computed, order, reach).sum(1) ** 2).sum(1)
+    np.testing.assert_allclose(_responses(outputs, order, reach).predict(computed), arrived, rtol=1e-6, atol=1e-15)
+
+
+def test_an_error_counts_as_it_grows_at_its_gap() -> None:
+    """Two gaps, in a model where an error grows by 2 dB less at each later step."""
+    outputs = _outputs()
+    parts = _arrived(outputs, (0, 3, 4, 5, 6, 7, 8, 11), 0, 1.0)
+    grown = parts[:, 0] * 10 ** (-2 * 1.5 / 20) + parts[:, -1] * 10 ** (-2 * 9.5 / 20)
+    predicted = _responses(outputs, 0, 1.0, decibels=2.0).predict((0, 3, 4, 5, 6, 7, 8, 11))
+    np.testing.assert_allclose(predicted, (grown**2).sum(1), rtol=1e-6)
+
+
+def test_cost_is_in_units_of_evenly_spread_steps() -> None:
+    responses = _responses(_outputs(), 1, 1.0)
+    cost = responses.cost(6)
+    assert cost(even(STEPS, 6).computed) == pytest.approx(1.0)
+    ratio = responses.predict(SCHEDULES[0]) / responses.predict(even(STEPS, 6).computed)
+    assert cost(SCHEDULES[0]) == pytest.approx(ratio.mean())
+
+
+@pytest.mark.parametrize("budget", [2, 4, 7, STEPS])
+def test_descend_ends_where_no_move_helps(budget: int) -> None:
+    cost = _responses(_outputs(), 1, 1.0).cost(budget)
+    spread = even(STEPS, budget).computed
+    found = descend(cost, spread, STEPS)
+    assert len(found) == budget
+    assert (found[0], found[-1]) == (0, STEPS - 1)
+    assert cost(found) <= cost(spread)
+    rng = random.Random(0)
+    if 2 < budget < STEPS:
+        assert all(cost(neighbour(found, STEPS, rng)) >= cost(found) for _ in range(300))
 
 
 def test_reach_ends_an_extrapolation() -> None:
@@ -121,6 +152,17 @@ def test_search_takes_the_same_way_again() -> None:
     for way in ways:
         search([(0, 4, 8, 12, 16, 19)], 20, _sampler(way), tries=40, patience=40, seed=3)
     assert ways[0] == ways[1]
+
+
+def test_search_samples_the_move_that_promises_most() -> None:
+    def off(computed: tuple[int, ...]) -> float:
+        return sum(abs(step - square) for step, square in zip(computed, (0, 1, 4, 9, 16, 19), strict=True))
+
+    ways: list[list[tuple[int, ...]]] = [[], []]
+    blind = search([(0, 4, 8, 12, 16, 19)], 20, _sampler(ways[0]), tries=20, patience=20)
+    guided = search([(0, 4, 8, 12, 16, 19)], 20, _sampler(ways[1]), tries=20, patience=20, cost=off)
+    assert guided.best.score > blind.best.score
+    assert guided.best.computed == (0, 1, 4, 9, 16, 19)
 
 
 def test_search_without_freedom_samples_once() -> None:
