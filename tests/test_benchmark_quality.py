@@ -9,9 +9,12 @@ import torch
 pytest.importorskip("cache_dit")
 
 from benchmarks import libraries, quality
+from omni_runtime import Omni
 from omni_runtime.cache.backends import METHODS
 from omni_runtime.cache.forecasters import FORECASTERS
 from omni_runtime.cells import Run
+from omni_runtime.loading import embedded_models
+from omni_runtime.result import identified
 
 STEPS = 8
 RUNS = [
@@ -153,3 +156,18 @@ def test_the_command_measures_and_writes(tmp_path, monkeypatch, capsys):
     assert all(pair["as_good"] and pair["nfe"] == pair["their_nfe"] for pair in same)
     assert (tmp_path / "quality-emoji-qwen-image.svg").read_text().startswith("<svg")
     assert "no cache" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", sorted(embedded_models()))
+def test_shipped_schedules_were_searched_on_other_images(model):
+    """Neither a prompt that is compared on (of an edit: its picture) nor a seed, and no held-out seed either."""
+    provenance = json.loads((embedded_models()[model] / "velocity_cache.json").read_text())["provenance"]
+    with Omni(model, device="cpu", cache_backend=None) as omni:
+        compared = quality.requests_of(omni, model, quality.PROMPTS, quality.SEEDS)
+    assert not {request.seed for request in compared} & {*provenance["seeds"], *provenance["held_out"]["seeds"]}
+    pictures = [identified(request.arguments["image"]) for request in compared if "image" in request.arguments]
+    if pictures:
+        assert provenance["references"]
+        assert not [one for one in provenance["references"] if one in pictures]
+    else:
+        assert not {request.prompt for request in compared} & set(provenance["prompts"])
