@@ -10,7 +10,7 @@ Each model at its real size with random weights in bf16 (`full_size.py`), at sev
 - *fused, compiled*: `omni_kernels.patch(pipe, compile="regional")`.
 - *fused, graphs*: `omni_kernels.patch(pipe, graphs=True)`, the forward alone, on a GPU.
 
-A *block* is the first of each class that has a fused forward, with the arguments of its call in a forward. First its
+A *block* is the last of each class that has a fused forward, with the arguments of its call in a forward. First its
 result is compared with the eager block's in fp32: a provider may be off by half more than eager is, rounding in another
 order; farther off is an error, and nothing is timed. A block's time is the device's, from a replayed graph. A
 *forward*'s is from one end to the other, the host's launches included, as it is in use. Both are counted in operators
@@ -158,11 +158,11 @@ def _synchronise(device: torch.device) -> None:
 
 
 def calls_of_blocks(transformer: Any, arguments: Mapping[str, Any]) -> dict[str, tuple[Any, tuple[Any, ...], Any]]:
-    """The first block of each class that can be fused: (block, args, kwargs) of its call in a forward."""
+    """The last block of each class that can be fused, which begins no other: (block, args, kwargs) of its call."""
     found: dict[str, tuple[Any, tuple[Any, ...], Any]] = {}
 
     def note(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.setdefault(type(block).__name__, (block, args, kwargs))
+        found[type(block).__name__] = block, args, kwargs
 
     blocks = [module for module in transformer.modules() if type(module).__name__ in RULES]
     hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]

@@ -40,8 +40,6 @@ from benchmarks.timing import median_seconds
 from omni_runtime.cache.schedules import even
 
 MODEL = "qwen-image"
-#: Tokens of the prompt and of the negative prompt.
-TEXT, NEGATIVE_TEXT = 64, 8
 LIMIT_RUN, LIMIT_SECONDS = "velocity_cache 25, fused", 6.0
 MATRIX = {"cpu": 1024, "cuda": 8192}
 
@@ -138,14 +136,16 @@ def request(pipe: Any, side: int, steps: int) -> dict[str, Any]:
     channels = pipe.transformer.config.joint_attention_dim
     generator = torch.Generator(device).manual_seed(0)
 
-    def text(tokens: int) -> torch.Tensor:
+    tokens = inputs(MODELS[MODEL], pipe.transformer, side, dtype)["encoder_hidden_states"].shape[1]
+
+    def text() -> torch.Tensor:
         return torch.randn(1, tokens, channels, device=device, dtype=dtype, generator=generator)
 
     return {
-        "prompt_embeds": text(TEXT),
-        "prompt_embeds_mask": torch.ones(1, TEXT, device=device, dtype=torch.long),
-        "negative_prompt_embeds": text(NEGATIVE_TEXT),
-        "negative_prompt_embeds_mask": torch.ones(1, NEGATIVE_TEXT, device=device, dtype=torch.long),
+        "prompt_embeds": text(),
+        "prompt_embeds_mask": torch.ones(1, tokens, device=device, dtype=torch.long),
+        "negative_prompt_embeds": text(),
+        "negative_prompt_embeds_mask": torch.ones(1, tokens, device=device, dtype=torch.long),
         "true_cfg_scale": 4.0,
         "height": side,
         "width": side,

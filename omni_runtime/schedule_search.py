@@ -131,7 +131,7 @@ def descend(cost: Callable[[Sequence[int]], float], start: Sequence[int], steps:
     lowest = cost(best)
     while True:
         found = min(((cost(one), one) for one in _moves(best, steps)), default=(lowest, best))
-        if found[0] >= lowest:
+        if not found[0] < lowest:
             return best
         lowest, best = found
 

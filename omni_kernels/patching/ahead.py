@@ -44,13 +44,14 @@ def link(blocks: Sequence[torch.nn.Module], patch: Patch) -> None:
         patch.set_attribute(block, _NEXT, _Next((following,)))
 
 
-def next_of(block: torch.nn.Module, *called: str) -> Any:
+def next_of(block: torch.nn.Module, states: torch.Tensor, *called: str) -> Any:
     """The block that is likely to be called next, fused; None where nothing can be made ahead for it.
 
     Args:
+        states: such as the block will return.
         called: the names of its modules that would be called ahead; they must not be hooked.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or states.is_inference():  # whose changes in place nobody counts
         return None
     (following,) = vars(block).get(_NEXT) or (None,)
     if following is None or following._forward_hooks or following._forward_pre_hooks:
@@ -63,8 +64,7 @@ def next_of(block: torch.nn.Module, *called: str) -> Any:
 
 def leave(states: torch.Tensor, block: torch.nn.Module, given: tuple[Any, ...], result: Any) -> None:
     """Keep with `states` what `block` would make of them and of `given`."""
-    if not states.is_inference():  # whose changes in place nobody counts
-        setattr(states, _MADE, _Made(block, given, states._version, result))
+    setattr(states, _MADE, _Made(block, given, states._version, result))
 
 
 def take(states: torch.Tensor, block: torch.nn.Module, given: tuple[Any, ...]) -> Any:

@@ -174,6 +174,8 @@ def patch(
         config = backend.check(backends.with_own(backend, cache_config, getattr(pipe, "name_or_path", None)))
     fuse = name is None if fuse is None else bool(fuse)
     options = calls.options_of(compile)
+    if graphs and options is not None and ("mode" in options or "options" in options):
+        raise ValueError(f"graphs=True with compile={compile!r}: a mode of torch.compile may record graphs of its own")
     present = handle_of(pipe)
     if present is not None:
         asked = (name, config, fuse, options, bool(graphs))
@@ -225,6 +227,8 @@ def patched(
     cache_config: Mapping[str, Any] | None = None,
     *,
     fuse: bool | None = None,
+    compile: str | Mapping[str, Any] | None = None,
+    graphs: bool | Graphs = False,
 ) -> contextlib.AbstractContextManager[PatchHandle]: ...
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from omni_kernels.patching.engine import Patch, PatchConflictError, describe
+from omni_kernels.patching.engine import InstanceMethod, Patch, PatchConflictError, describe
 from omni_kernels.patching.graphs import Graphs
 
 REGIONAL = "regional"
@@ -50,12 +50,14 @@ def replace_calls(pipe: Any, options: Mapping[str, Any] | None, graphs: Graphs |
 
     Raises:
         ValueError: the pipeline has no blocks of which diffusers knows that they repeat.
-        PatchConflictError: a transformer is compiled as a whole.
+        PatchConflictError: a transformer is compiled as a whole, or its blocks are patched so already.
     """
     compiled, found = [], False
     for name, block in _repeated_blocks(pipe):
         found = True
         call: Callable[..., Any] | None = block._compiled_call_impl
+        if isinstance(call, InstanceMethod):
+            raise PatchConflictError(f"{name} is compiled or recorded already, through another pipeline that shares it")
         if options is not None and call is None:
             call = torch.compile(block._call_impl, **options)
             compiled.append(name)

@@ -123,7 +123,8 @@ def _end(
     index: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What a stream leaves the block as, and with it, where it can be told, what the next block begins with."""
-    following = None if x.dtype == torch.float16 else ahead.next_of(block, f"{stream}_mod")
+    # Of fp16 the states have to be clipped first.
+    following = None if x.dtype == torch.float16 else ahead.next_of(block, x, f"{stream}_mod")
     if following is None:
         h, _ = ops.gate_residual_norm(x, fed, gate, index=index, norm=None)
         return clipped(h)

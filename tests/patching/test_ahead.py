@@ -137,5 +137,5 @@ def test_copies_are_plain_and_undoing_leaves_nothing(qwen_pipe):
     with omni_kernels.patched(qwen_pipe):
         copied = copy.deepcopy(qwen_pipe.transformer)
         with torch.no_grad():
-            assert all(ahead.next_of(block) is None for block in copied.transformer_blocks)
+            assert all(ahead.next_of(block, torch.ones(1)) is None for block in copied.transformer_blocks)
     assert [set(vars(block)) for block in qwen_pipe.transformer.transformer_blocks] == before

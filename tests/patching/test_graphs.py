@@ -33,10 +33,12 @@ class Tape:
     """Stands for CUDA graphs on the CPU: fixed inputs, fixed outputs, and 1000 bytes each."""
 
     def __init__(self):
-        self.records = self.replays = 0
+        self.attempts = self.records = self.replays = 0
         self.failure = None
 
-    def record(self, call):
+    def record(self, call, device):
+        assert device.type == "cpu"
+        self.attempts += 1
         if self.failure is not None:
             raise self.failure
         self.records += 1
@@ -45,11 +47,14 @@ class Tape:
         def replay():
             self.replays += 1
             for fixed, new in zip(pytree.tree_leaves(returned), pytree.tree_leaves(call()), strict=True):
-                fixed.copy_(new)
+                fixed.data.copy_(new)  # a graph writes where no version counter sees it
 
         for fixed in pytree.tree_leaves(returned):
             fixed.fill_(float("nan"))  # a graph that was only recorded has computed nothing
         return replay, returned
+
+    def busy(self):
+        return None
 
     def memory(self):
         return 1000 * self.records
@@ -197,7 +202,81 @@ def test_hooks_are_called(qwen_pipe, graphs):
         assert name in graphs.recorded
 
 
+def test_states_that_a_graph_has_returned_are_read_anew(tape, graphs):
+    """They are the same tensor each time, whose version no replay counts."""
+    pipe = tiny.flux(layers=1, single_layers=3)
+    expected = latents(pipe)
+    with omni_kernels.patched(pipe, fuse=False, graphs=graphs):
+        hook = pipe.transformer.single_transformer_blocks[0].register_forward_hook(lambda *of_the_call: None)
+        assert torch.equal(latents(pipe), expected)
+        hook.remove()
+        assert torch.equal(latents(pipe), expected)
+    assert not graphs.reasons
+
+
+def test_training_mode_counts(tape, graphs):
+    block = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(1.0)).eval()
+    call = graphs.call_of("block", block, block._call_impl)
+    with torch.no_grad():
+        x = torch.randn(2, 4)
+        assert call(x).any()
+        block.train()
+        assert not call(x).any()
+
+
+def test_the_default_attention_backend_counts(qwen_pipe, tape, graphs):
+    from diffusers.models.attention_dispatch import attention_backend
+
+    with omni_kernels.patched(qwen_pipe, graphs=graphs, fuse=False):
+        latents(qwen_pipe)
+        records = tape.records
+        with attention_backend("_native_math"):
+            found = latents(qwen_pipe)
+        assert tape.records == 2 * records
+    with attention_backend("_native_math"):
+        assert torch.equal(found, latents(qwen_pipe))
+
+
 # Where nothing is recorded
+
+
+def test_processors_with_numbers_of_their_own_run_as_ever(graphs):
+    class Processor(torch.nn.Module):
+        scale = 0.5
+
+    block = torch.nn.Linear(4, 4)
+    block.attn = torch.nn.Module()
+    block.attn.processor = Processor()
+    call = graphs.call_of("block", block, torch.nn.Linear(4, 4)._call_impl)
+    with torch.no_grad():
+        call(torch.randn(2, 4))
+    assert graphs.reasons == {"block": "attn.processor is Processor, whose scale is a number in Python"}
+
+
+def test_weights_that_cannot_be_watched_run_as_ever(graphs):
+    class Quantised(torch.nn.Parameter):
+        pass
+
+    block = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    block[0].weight = Quantised(torch.randn(4, 4))
+    call = graphs.call_of("block", block, block._call_impl)
+    with torch.no_grad():
+        call(torch.randn(2, 4))
+    assert graphs.reasons == {"block": "0.weight is Quantised, whose memory cannot be watched"}
+
+
+def test_a_shared_transformer_is_recorded_once(qwen_pipe):
+    other = type(qwen_pipe)(**qwen_pipe.components)
+    with omni_kernels.patched(qwen_pipe, fuse=False, graphs=True):
+        for how in ({"graphs": True}, {"compile": "regional"}):
+            with pytest.raises(omni_kernels.PatchConflictError, match="already, through another pipeline"):
+                omni_kernels.patch(other, fuse=False, **how)
+    omni_kernels.patch(other, fuse=False, graphs=True)
+
+
+def test_compile_modes_that_record_themselves_are_refused(qwen_pipe):
+    with pytest.raises(ValueError, match="may record graphs of its own"):
+        omni_kernels.patch(qwen_pipe, compile={"mode": "reduce-overhead"}, graphs=True)
 
 
 def test_adapters_run_as_ever_and_count(qwen_pipe, graphs):
@@ -226,20 +305,26 @@ def test_a_recording_that_fails_says_so(qwen_pipe, tape, graphs):
     expected = latents(qwen_pipe)
     with omni_kernels.patched(qwen_pipe, graphs=graphs, fuse=False):
         assert torch.equal(latents(qwen_pipe), expected)
-    assert set(graphs.reasons.values()) == {
-        "recording failed: RuntimeError: operation not permitted when stream is capturing"
-    }
+    reason = "recording failed: RuntimeError: operation not permitted when stream is capturing"
+    assert set(graphs.reasons.values()) == {reason}
+    assert len(graphs.reasons) == 4
+    assert tape.attempts == 1, "what fails once is not tried for every block"
 
 
-def test_shapes_are_limited(tape, graphs):
+def test_the_shape_used_longest_ago_makes_room(tape, graphs):
     block = torch.nn.Linear(4, 4)
     call = graphs.call_of("block", block, block._call_impl)
+    kept = graphs.memory
     with torch.no_grad():
-        for rows in range(1, MOST_SHAPES + 3):
+        for rows in (*range(1, MOST_SHAPES + 1), 1, MOST_SHAPES + 1, 1, MOST_SHAPES + 2):
             x = torch.randn(rows, 4)
             assert torch.equal(call(x), block(x))
+        assert tape.records == MOST_SHAPES + 2, "the first one was used in between"
+        call(torch.randn(2, 4))
+    assert tape.records == MOST_SHAPES + 3
     assert graphs.recorded == {"block": MOST_SHAPES}
-    assert graphs.reasons == {"block": f"it was called with more than {MOST_SHAPES} shapes"}
+    rows = [1, *range(5, MOST_SHAPES + 3), 2]
+    assert graphs.memory - kept - 1000 * tape.records == sum(rows) * 4 * 4, "what nobody reads is freed"
 
 
 @pytest.mark.parametrize(

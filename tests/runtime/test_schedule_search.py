@@ -225,3 +225,8 @@ def test_the_first_start_holds_until_one_is_better() -> None:
 
     assert run([(0, 2, 5), (0, 3, 5)]) == (0, 2, 5)
     assert run([(0, 2, 5), (0, 3, 5), (0, 4, 5)]) == (0, 4, 5)
+
+
+def test_descent_ends_where_nothing_can_be_compared():
+    assert descend(lambda computed: float("nan"), (0, 1, 2, 3), 4) == (0, 1, 2, 3)
+    assert descend(lambda computed: float("nan"), (0, 2, 4), 5) == (0, 2, 4)
