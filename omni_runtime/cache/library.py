@@ -18,6 +18,7 @@ import importlib
 import importlib.util
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -28,6 +29,7 @@ import torch
 from omni_kernels.patching import Patch
 from omni_kernels.patching.backends import nearest
 from omni_kernels.patching.cache_dit import NAME, Library, use_kernels
+from omni_kernels.patching.engine import describe
 from omni_runtime.cache.engine import CacheSession, refuse_for_blocks
 from omni_runtime.cache.lifecycle import Request
 from omni_runtime.cache.report import Decision
@@ -351,10 +353,13 @@ class LibrarySession(CacheSession):
             if not request.calls:
                 for context in contexts:
                     context.transformer_executed_steps = 2 * context.executed_steps
+            taken = [context.transformer_executed_steps for context in contexts]
             output = transformer._call_impl(*args, **kwargs)
         except BaseException:
             self._lifecycle.end()
             raise
+        if taken == [context.transformer_executed_steps for context in contexts]:
+            self._lost(transformer, request)
         request.calls += 1
         computed, distances = False, []
         for one, context in zip(self._blocks[transformer], contexts, strict=True):
@@ -369,6 +374,17 @@ class LibrarySession(CacheSession):
         reason = self._reason(computed, distance)
         request.decisions.setdefault(name, []).append(Decision(request.step, computed, reason, distance))
         return output
+
+    def _lost(self, transformer: torch.nn.Module, request: Request) -> None:
+        """Say once a request that the library was passed by in a call."""
+        holder = describe(vars(transformer).get("forward", type(transformer).forward))
+        note = (
+            f"{NAME} is no longer called: the transformer's forward is {holder}. Hooks that come and go, as those of "
+            "enable_model_cpu_offload, take the library out; nothing is cached"
+        )
+        if note not in request.notes:
+            request.notes.append(note)
+            warnings.warn(note, stacklevel=4)
 
     def _reason(self, computed: bool, distance: float | None) -> str:
         """What the distance says; the library does not tell of its limits."""

@@ -434,6 +434,22 @@ def test_a_hook_of_accelerate_that_came_later_is_named_and_can_be_removed(fresh,
     handle.undo()
 
 
+def test_a_library_that_is_taken_out_is_told_of(qwen_pipe):
+    """As the hooks of `enable_model_cpu_offload`, which go and come after each request, take it out."""
+    transformer = qwen_pipe.transformer
+    handle = omni_kernels.patch(qwen_pipe, "cache_dit", TAYLORSEER)
+    run(qwen_pipe)
+    assert handle.report.forwards_saved > 0
+    theirs = vars(transformer)["forward"]
+    vars(transformer)["forward"] = functools.partial(type(transformer).forward, transformer)
+    with pytest.warns(UserWarning, match=r"is no longer called: .*nothing is cached"):
+        run(qwen_pipe)
+    assert handle.report.forwards_saved == 0
+    assert sum("no longer called" in note for note in handle.report.notes) == 1
+    vars(transformer)["forward"] = theirs
+    handle.undo()
+
+
 def test_it_must_be_undone_to_copy_the_transformer(qwen_pipe):
     with (
         omni_kernels.patched(qwen_pipe, "cache_dit", CONFIG),
