@@ -183,22 +183,22 @@ def test_foca_with_all_snapshots_is_the_recursion_and_the_librarys(computed):
         torch.testing.assert_close(ours, library.approximate(), rtol=1e-9, atol=1e-9)
 
 
-def test_foca_of_four_snapshots_differs_from_the_recursion_by_the_stated_bound():
-    """By some factor of how far the last forecast before the third newest computed step was from the fourth newest."""
-    kept = make_forecaster("foca").snapshots
-    assert kept == 4
+@pytest.mark.parametrize(("kept", "choices"), [(4, (1, 2, 4, 5)), (6, (2, 5))])
+def test_foca_of_few_snapshots_differs_from_the_recursion_by_the_stated_bound(kept, choices):
+    """By some factor of how far the last forecast before the second oldest kept step was from the oldest."""
     largest = 0.0
-    for gaps in itertools.product((1, 2, 4, 5), repeat=5):
+    for gaps in itertools.product(choices, repeat=kept + 1):
         positions = [float(p) for p in itertools.accumulate((0, *gaps))][::-1]
-        replaced = np.array([0.0] * 3 + foca(positions[3:], positions[2] - 1))
-        replaced[3] -= 1.0
+        replaced = np.array([0.0] * (kept - 1) + foca(positions[kept - 1 :], positions[kept - 2] - 1))
+        replaced[kept - 1] -= 1.0
         for ahead in (1, 2, 4):
             x = positions[0] + ahead
             difference = np.array(foca(positions, x)) - np.array(foca(positions[:kept], x) + [0.0] * 2)
             factor = difference @ replaced / max(replaced @ replaced, 1e-30)
             np.testing.assert_allclose(difference, factor * replaced, atol=1e-12)
             largest = max(largest, abs(factor))
-    assert largest == pytest.approx(0.5625**3)
+    assert largest == pytest.approx(0.5625 ** (kept - 1))
+    assert 0.5625 ** (make_forecaster("foca").snapshots - 1) < 0.002
 
 
 # Exponential modes

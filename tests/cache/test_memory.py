@@ -70,7 +70,7 @@ def test_without_a_cache_nothing_is_held(pipe):
         ("newton", 2, 3),
         ("taylorseer", 3, 4),
         ("hermite", 2, 3),
-        ("foca", 1, 4),
+        ("foca", 1, 12),
         ("dmd", 1, 6),
     ],
 )
