@@ -8,7 +8,8 @@ import pytest
 import torch
 from implementations import INTERPRETED, Implementation
 
-GUARD = 64
+from omni_kernels.validation.memory import poisoned_outputs
+
 ON_GPU = () if INTERPRETED else pytest.mark.gpu
 
 if INTERPRETED:
@@ -25,25 +26,11 @@ if INTERPRETED:
 
 
 @pytest.fixture
-def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """New buffers hold NaN, lie between guards, and the guards are looked at afterwards.
-
-    So an element that a kernel does not write fails the comparison, and one that it should not write is seen.
-    """
-    guards = []
-    unguarded = torch.Tensor.new_empty
-
-    def new_empty(self: torch.Tensor, *size: Any, dtype: torch.dtype | None = None, **where: Any) -> torch.Tensor:
-        if where:  # the interpreter's own
-            return unguarded(self, *size, dtype=dtype, **where)
-        shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
-        buffer = torch.full((shape.numel() + 2 * GUARD,), 42.0, dtype=dtype or self.dtype, device=self.device)
-        guards.extend((buffer[:GUARD], buffer[GUARD + shape.numel() :]))
-        return buffer[GUARD : GUARD + shape.numel()].fill_(float("nan")).view(shape)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-    yield
-    assert all((guard == 42).all() for guard in guards), "a kernel wrote outside its buffers"
+def guarded() -> Iterator[None]:
+    """Outputs hold NaN and lie between guards, and the guards are looked at afterwards."""
+    with poisoned_outputs() as intact:
+        yield
+        assert intact(), "a kernel wrote outside its buffers"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Shapes, dtypes and views that every op is tested with."""
+"""Shapes and dtypes that every op is tested with."""
 
 import mmap
 
@@ -14,39 +14,6 @@ DTYPES = [
 ]
 SHAPES = [(1,), (7,), (1, 7), (3, 5, 17), (2, 33, 129), (2, 3, 4, 5, 6)]
 EMPTY = [(0, 4, 8), (2, 0, 8), (2, 3, 0), (0,)]
-
-
-def transposed(t: torch.Tensor) -> torch.Tensor:
-    """The same numbers, of which the last two dimensions lie the other way round in memory."""
-    return t.transpose(-1, -2).contiguous().transpose(-1, -2)
-
-
-def first_tokens(t: torch.Tensor) -> torch.Tensor:
-    """The same numbers, cut from a longer sequence."""
-    return torch.cat((t, torch.full_like(t, 99.0)), 1)[:, : t.shape[1]]
-
-
-def channels(t: torch.Tensor) -> torch.Tensor:
-    """The same numbers, cut from wider tokens."""
-    return torch.cat((torch.full_like(t, 99.0), t, torch.full_like(t, 99.0)), -1)[..., t.shape[-1] : 2 * t.shape[-1]]
-
-
-def every_other(t: torch.Tensor) -> torch.Tensor:
-    """The same numbers, with a gap after each."""
-    return t.repeat_interleave(2, -1)[..., ::2]
-
-
-def offset(t: torch.Tensor) -> torch.Tensor:
-    """The same numbers, one element away from an aligned address."""
-    return torch.cat((t.new_full((1,), 99.0), t.flatten()))[1:].view(t.shape)
-
-
-def one_for_all(t: torch.Tensor) -> torch.Tensor:
-    """The first sample's numbers for every sample, at a distance of 0."""
-    return t[:1].expand(t.shape)
-
-
-VIEWS = [transposed, first_tokens, channels, every_other, offset, one_for_all]
 
 
 def far_apart(t: torch.Tensor) -> torch.Tensor:

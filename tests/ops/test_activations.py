@@ -1,16 +1,17 @@
 """gelu and swiglu."""
 
-import op_oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from op_inputs import DTYPES, EMPTY, SHAPES, VIEWS, far_apart
-from tolerances import assert_near
+from op_inputs import DTYPES, EMPTY, SHAPES, far_apart
 
 from omni_kernels.ops import gelu
+from omni_kernels.validation import oracle
+from omni_kernels.validation.layouts import VIEWS
+from omni_kernels.validation.tolerances import assert_near
 
 OPS = ["gelu", "swiglu"]
-ORACLES = {"gelu": op_oracle.gelu, "swiglu": lambda gate, up: (op_oracle.swiglu(gate, up), None)}
+ORACLES = {"gelu": oracle.gelu, "swiglu": lambda gate, up: (oracle.swiglu(gate, up), None)}
 
 
 def check(implementation, op, *inputs):
@@ -95,7 +96,7 @@ def test_output_is_written_where_it_is_to_be(implementation, view, dtypes):
     others.as_strided(out.shape, out.stride(), out.storage_offset()).fill_(False)
     before = memory[others].clone()
     assert implementation["gelu"](x, out=out) is out
-    assert_near(out, *op_oracle.gelu(x))
+    assert_near(out, *oracle.gelu(x))
     assert torch.equal(memory[others], before)
 
 
@@ -109,7 +110,7 @@ def test_behind_other_channels_nothing_is_copied(implementation, no_copies):
     packed = implementation.randn(2, 5, 60)
     first = packed[..., :12].clone()
     x = implementation.randn(2, 5, 48)
-    assert_near(implementation["gelu"](x, out=packed[..., 12:]), *op_oracle.gelu(x))
+    assert_near(implementation["gelu"](x, out=packed[..., 12:]), *oracle.gelu(x))
     assert torch.equal(packed[..., :12], first)
 
 

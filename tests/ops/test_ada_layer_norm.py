@@ -1,10 +1,11 @@
-import op_oracle
 import pytest
 import torch
-from op_inputs import DTYPES, VIEWS, channels, first_tokens, offset
-from tolerances import assert_near
+from op_inputs import DTYPES
 
 from omni_kernels.ops import OPS
+from omni_kernels.validation import oracle
+from omni_kernels.validation.layouts import VIEWS, channels, first_tokens, offset
+from omni_kernels.validation.tolerances import assert_near
 
 SHAPES = [(1, 1, 1), (1, 7, 1), (1, 1, 7), (3, 5, 17), (2, 33, 129), (2, 3, 3072)]
 
@@ -13,7 +14,7 @@ def check(implementation, x, scale, shift=None, **options):
     y = implementation["ada_layer_norm"](x, scale, shift, **options)
     assert y.dtype == x.dtype
     assert y.is_contiguous()
-    assert_near(y, *op_oracle.modulated(x, scale, shift, **options))
+    assert_near(y, *oracle.modulated(x, scale, shift, **options))
 
 
 def inputs(implementation, shape, dtypes=DTYPES[0], rows=None):

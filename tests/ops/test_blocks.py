@@ -4,14 +4,15 @@ Each block runs with a stand-in for both, which keeps what it was given and retu
 given the block's own modulation, have to come to the same.
 """
 
-import op_oracle
 import pytest
 import torch
 from diffusers.models.transformers.transformer_flux import FluxTransformerBlock
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
-from tolerances import assert_near
+
+from omni_kernels.validation import oracle
+from omni_kernels.validation.tolerances import assert_near
 
 B, S, D = 2, 7, 24
 SIZES = {"num_attention_heads": 2, "attention_head_dim": 12}
@@ -69,7 +70,7 @@ def assert_same(ours, block, magnitude):
 
 
 def assert_normed(ours, block, h, scale, shift=None, **options):
-    assert_same(ours, block, op_oracle.modulated(h, scale, shift, **options)[1])
+    assert_same(ours, block, oracle.modulated(h, scale, shift, **options)[1])
 
 
 @pytest.mark.parametrize("with_index", [True, False], ids=["zero_cond_t", "plain"])

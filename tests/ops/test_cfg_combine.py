@@ -1,8 +1,10 @@
-import op_oracle
 import pytest
 import torch
-from op_inputs import DTYPES, EMPTY, SHAPES, VIEWS, far_apart
-from tolerances import assert_near
+from op_inputs import DTYPES, EMPTY, SHAPES, far_apart
+
+from omni_kernels.validation import oracle
+from omni_kernels.validation.layouts import VIEWS
+from omni_kernels.validation.tolerances import assert_near
 
 # The interpreter computes with numpy; lanes outside of a tile hold 0 / 0.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
@@ -15,7 +17,7 @@ def check(implementation, cond, uncond, scale=4.0, rescale=None):
     result = implementation["cfg_combine"](cond, uncond, scale, rescale=rescale)
     assert result.dtype == cond.dtype
     assert result.is_contiguous()
-    assert_near(result, *op_oracle.cfg_combine(cond, uncond, scale, rescale))
+    assert_near(result, *oracle.cfg_combine(cond, uncond, scale, rescale))
 
 
 @every_rescaling
@@ -79,7 +81,7 @@ def test_what_qwen_images_pipeline_computes(implementation, dtype):
     comb_pred = neg_noise_pred + 4.0 * (noise_pred - neg_noise_pred)
     theirs = comb_pred * (torch.norm(noise_pred, dim=-1, keepdim=True) / torch.norm(comb_pred, dim=-1, keepdim=True))
     ours = implementation["cfg_combine"](noise_pred, neg_noise_pred, 4.0, rescale="token")
-    exact, _ = op_oracle.cfg_combine(noise_pred, neg_noise_pred, 4.0, "token")
+    exact, _ = oracle.cfg_combine(noise_pred, neg_noise_pred, 4.0, "token")
     if dtype == torch.float32:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     else:  # theirs rounds six times, ours once

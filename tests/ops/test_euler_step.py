@@ -1,9 +1,11 @@
-import op_oracle
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from op_inputs import DTYPES, EMPTY, VIEWS
-from tolerances import assert_near
+from op_inputs import DTYPES, EMPTY
+
+from omni_kernels.validation import oracle
+from omni_kernels.validation.layouts import VIEWS
+from omni_kernels.validation.tolerances import assert_near
 
 every_dtype = pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 
@@ -12,7 +14,7 @@ def check(implementation, sample, velocity, dt):
     result = implementation["euler_step"](sample, velocity, dt)
     assert result.dtype == velocity.dtype
     assert result.is_contiguous()
-    assert_near(result, *op_oracle.linear_forecast(sample, [velocity], [float(dt)]))
+    assert_near(result, *oracle.linear_forecast(sample, [velocity], [float(dt)]))
 
 
 @pytest.mark.parametrize("kind", ["number", "tensor"])
@@ -54,5 +56,5 @@ def test_what_the_scheduler_computes(implementation, dtype):
     if dtype == torch.float32:
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
     else:  # theirs rounds the change before it is added
-        exact, _ = op_oracle.linear_forecast(sample, [velocity], [float(dt)])
+        exact, _ = oracle.linear_forecast(sample, [velocity], [float(dt)])
         assert (ours.double() - exact).norm() <= (theirs.double() - exact).norm()

@@ -1,10 +1,11 @@
-import op_oracle
 import pytest
 import torch
-from op_inputs import DTYPES, VIEWS, channels, offset
-from tolerances import assert_near
+from op_inputs import DTYPES
 
 from omni_kernels.ops import OPS
+from omni_kernels.validation import oracle
+from omni_kernels.validation.layouts import VIEWS, channels, offset
+from omni_kernels.validation.tolerances import assert_near
 
 SHAPES = [(1, 1, 1), (1, 7, 1), (1, 1, 7), (3, 5, 17), (2, 33, 129), (2, 3, 3072)]
 NORM = ("norm", "weight", "bias", "eps")
@@ -16,7 +17,7 @@ def check(implementation, residual, x, gate=None, scale=None, shift=None, index=
     assert h.dtype == residual.dtype
     assert h.is_contiguous()
     gated = {name: options[name] for name in GATE if name in options}
-    assert_near(h, *op_oracle.gated_residual(residual, x, gate, index, **gated))
+    assert_near(h, *oracle.gated_residual(residual, x, gate, index, **gated))
     if options.get("norm", "layer") is None:
         assert y is None
         return
@@ -24,7 +25,7 @@ def check(implementation, residual, x, gate=None, scale=None, shift=None, index=
     assert y.is_contiguous()
     # y is of h as it was rounded.
     normed = {name: options[name] for name in NORM if name in options}
-    assert_near(y, *op_oracle.modulated(h, scale, shift, index=index, **normed))
+    assert_near(y, *oracle.modulated(h, scale, shift, index=index, **normed))
 
 
 def inputs(implementation, shape, dtypes=DTYPES[0], rows=None):

@@ -2,14 +2,14 @@
 
 import importlib
 
-import op_oracle
 import pytest
 import torch
 from implementations import INTERPRETED
-from tolerances import assert_near
 
 from omni_kernels import ops
 from omni_kernels.ops import OPS
+from omni_kernels.validation import oracle
+from omni_kernels.validation.tolerances import assert_near
 
 pytestmark = [
     pytest.mark.gpu,
@@ -88,33 +88,12 @@ def test_the_dispatcher_runs_the_kernel_and_it_is_right(name, shape, monkeypatch
     inputs = arguments(name, shape)
     got = results(name, *inputs)
     assert len(launched) == 1
-    if name == "relative_l1":
-        assert_near(got[0], op_oracle.relative_l1(*inputs))
-    elif name == "linear_forecast":
-        assert_near(got[0], *op_oracle.linear_forecast(*inputs))
-    elif name == "euler_step":
-        assert_near(got[0], *op_oracle.linear_forecast(inputs[0], [inputs[1]], [inputs[2]]))
-    elif name in ("gelu", "cfg_combine"):
-        assert_near(got[0], *getattr(op_oracle, name)(*inputs))
-    elif name == "swiglu":
-        assert_near(got[0], op_oracle.swiglu(*inputs))
-    elif name == "qk_norm_rope":
-        q, k, v, *_, weight, freqs = inputs
-        assert_near(got[0], *op_oracle.rotated(q, weight, freqs=freqs))
-        assert_near(got[1], *op_oracle.rotated(k, weight, freqs=freqs))
-        assert torch.equal(got[2], v)
-    elif name == "ada_layer_norm":
-        assert_near(got[0], *op_oracle.modulated(*inputs))
-    elif name == "gate_residual_norm":
-        assert_near(got[0], *op_oracle.gated_residual(*inputs[:3]))
-        assert_near(got[1], *op_oracle.modulated(got[0], *inputs[3:]))
-    elif name == "rms_norm":
-        assert_near(got[0], *op_oracle.modulated(inputs[0], None, None, "rms", inputs[1]))
-    else:
-        h, other, third = inputs[:3]
-        is_residual = name == "residual_relative_l1"
-        assert_near(got[0], *([h.double() - other.double()] if is_residual else op_oracle.modulated(h, other, third)))
-        assert_near(got[1], op_oracle.sums(got[0].double() - inputs[-1].double(), inputs[-1]))
+    args, options = inputs, {}
+    if name == "qk_norm_rope":
+        *args, weight, freqs = inputs
+        options = {"q_weight": weight, "k_weight": weight, "freqs": freqs}
+    for value, (_, *near) in zip(got, oracle.expected(name, got, *args, **options), strict=True):
+        assert_near(value, *near)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,14 +1,16 @@
-import op_oracle
 import pytest
 import torch
-from op_inputs import DTYPES, EMPTY, SHAPES, VIEWS
-from tolerances import assert_near
+from op_inputs import DTYPES, EMPTY, SHAPES
+
+from omni_kernels.validation import oracle
+from omni_kernels.validation.layouts import VIEWS
+from omni_kernels.validation.tolerances import assert_near
 
 WEIGHTS = [0.5, -1.75, 3.0, 0.1, -0.3, 2.5, 1.0, -0.7]
 
 
 def check(implementation, base, history, weights, dtype=None, out=None):
-    expected, terms = op_oracle.linear_forecast(base, history, weights)
+    expected, terms = oracle.linear_forecast(base, history, weights)
     result = implementation["linear_forecast"](base, history, weights, out=out)
     assert result.dtype == (dtype or (base if base is not None else history[0]).dtype)
     if out is None:
@@ -105,7 +107,7 @@ def test_out_may_be_any_of_the_inputs(implementation, place, dtype):
 def test_out_may_overlap_an_input_in_part(implementation, dtype):
     memory = implementation.randn(5001, dtype=dtype)
     other = implementation.randn(1, 5000, dtype=dtype)
-    expected, terms = op_oracle.linear_forecast(None, [other, memory[None, :5000].clone()], WEIGHTS[:2])
+    expected, terms = oracle.linear_forecast(None, [other, memory[None, :5000].clone()], WEIGHTS[:2])
     out = memory[None, 1:]
     implementation["linear_forecast"](None, [other, memory[None, :5000]], WEIGHTS[:2], out=out)
     assert_near(out, expected, terms)

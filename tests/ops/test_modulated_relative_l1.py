@@ -1,10 +1,11 @@
-import op_oracle
 import pytest
 import torch
-from op_inputs import DTYPES, VIEWS, channels, offset
-from tolerances import assert_near
+from op_inputs import DTYPES
 
 from omni_kernels.ops import OPS
+from omni_kernels.validation import oracle
+from omni_kernels.validation.layouts import VIEWS, channels, offset
+from omni_kernels.validation.tolerances import assert_near
 
 SHAPES = [(1, 1, 1), (1, 7, 1), (1, 1, 7), (3, 5, 17), (2, 33, 129), (2, 10, 3072)]
 
@@ -14,13 +15,13 @@ def check(implementation, h, scale, shift, m_prev, **options):
     assert m.dtype == h.dtype
     assert m.is_contiguous()
     assert sums.dtype == torch.float32
-    expected, terms = op_oracle.modulated(h, scale, shift, **options)
+    expected, terms = oracle.modulated(h, scale, shift, **options)
     assert_near(m, expected, terms)
     # The sums are of m as it was rounded.
     if m_prev is None:
         assert torch.equal(sums.cpu(), torch.zeros(h.shape[0], 2))
     else:
-        assert_near(sums, op_oracle.sums(m.double() - m_prev.double(), m_prev))
+        assert_near(sums, oracle.sums(m.double() - m_prev.double(), m_prev))
 
 
 def inputs(implementation, shape, dtypes=DTYPES[0]):
@@ -79,7 +80,7 @@ def test_no_eps_and_constant_rows(implementation):
         (1 + scale.double() + shift.double())[:, None].expand(h.shape),
         2 + scale[:, None].abs() + shift.abs()[:, None],
     )
-    assert_near(sums, op_oracle.sums(m.double() - m_prev.double(), m_prev))
+    assert_near(sums, oracle.sums(m.double() - m_prev.double(), m_prev))
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8), (2, 3, 0)], ids=str)

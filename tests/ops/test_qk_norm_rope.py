@@ -1,12 +1,12 @@
-import op_oracle
 import pytest
 import torch
 from diffusers.models.transformers import transformer_flux, transformer_qwenimage, transformer_wan, transformer_z_image
 from op_inputs import DTYPES, far_apart
-from tolerances import assert_near
 from torch.library import opcheck
 
 from omni_kernels.ops import OPS, qk_norm_rope
+from omni_kernels.validation import oracle
+from omni_kernels.validation.tolerances import assert_near
 
 LAYOUTS = ["interleaved", "half"]
 # B, S, H, Dh: sizes of one, sizes that divide by nothing, the heads of models.
@@ -49,8 +49,8 @@ def check(implementation, q, k, v, dtypes=None, truth=None, **options):
     q_out, k_out, v_out = place(buffers)
     shared = {name: options[name] for name in ("eps", "freqs", "layout", "across_heads") if name in options}
     shared |= {} if truth is None else {"freqs": truth}
-    assert_near(q_out, *op_oracle.rotated(q, options.get("q_weight"), **shared))
-    assert_near(k_out, *op_oracle.rotated(k, options.get("k_weight"), **shared))
+    assert_near(q_out, *oracle.rotated(q, options.get("q_weight"), **shared))
+    assert_near(k_out, *oracle.rotated(k, options.get("k_weight"), **shared))
     assert_near(v_out, v.double())
     for t in buffers:
         assert (t[:, :BEFORE] == 42).all()
@@ -167,7 +167,7 @@ def test_two_streams_fill_one_sequence(implementation):
     run(*image, *(t[:, 4:] for t in buffers), freqs=freqs[4:], **norms[1])
     for j, name in enumerate(("q_weight", "k_weight")):
         pairs = [
-            op_oracle.rotated(part[j], norm[name], freqs=table)
+            oracle.rotated(part[j], norm[name], freqs=table)
             for part, norm, table in zip((text, image), norms, freqs.split((4, 9)), strict=True)
         ]
         assert_near(buffers[j], *(torch.cat(both, 1) for both in zip(*pairs, strict=True)))
@@ -314,9 +314,7 @@ def test_what_qwen_images_processor_computes(on_cpu, monkeypatch, dtype):
         w = [norms[prefix + which].weight.detach() for which in "qk"]
         parts = thirds(stream, H)
         on_cpu(*parts, *(t[:, tokens] for t in ours), q_weight=w[0], k_weight=w[1], freqs=freqs[tokens])
-        exact.append(
-            [op_oracle.rotated(t, weight, freqs=freqs[tokens])[0] for t, weight in zip(parts, w, strict=False)]
-        )
+        exact.append([oracle.rotated(t, weight, freqs=freqs[tokens])[0] for t, weight in zip(parts, w, strict=False)])
     is_theirs(ours[:2], theirs[:2], [(torch.cat(both, 1), None) for both in zip(*exact, strict=True)])
     assert torch.equal(ours[2], theirs[2])
 
@@ -341,7 +339,7 @@ def one_stream(run, x, H, norms, theirs, tables=None, **options):
     run(*parts, *ours, q_weight=w[0], k_weight=w[1], **rotation, **options)
     if tables is not None:
         options["freqs"] = torch.stack([t[:, ::2] for t in tables], -1)
-    exact = [op_oracle.rotated(t, weight, **options) for t, weight in zip(parts, w, strict=False)]
+    exact = [oracle.rotated(t, weight, **options) for t, weight in zip(parts, w, strict=False)]
     is_theirs(ours[:2], theirs[:2], exact)
     assert torch.equal(ours[2], theirs[2])
 

@@ -2,13 +2,13 @@
 
 import importlib
 
-import op_oracle
 import pytest
 import torch
 from op_inputs import far_apart
-from tolerances import assert_near
 
 from omni_kernels.ops import _samples
+from omni_kernels.validation import oracle
+from omni_kernels.validation.tolerances import assert_near
 
 SUMMING = ["relative_l1", "residual_relative_l1", "modulated_relative_l1"]
 
@@ -45,10 +45,10 @@ def test_programs_of_several_blocks(triton_launch, small_blocks, op, tokens):
     inputs = arguments(triton_launch, op, 3, tokens)
     got = sums(triton_launch, op, inputs)
     if op == "relative_l1":
-        expected = op_oracle.relative_l1(*inputs)
+        expected = oracle.relative_l1(*inputs)
     else:
         new = triton_launch[op](*inputs)[0]
-        expected = op_oracle.sums(new.double() - inputs[-1].double(), inputs[-1])
+        expected = oracle.sums(new.double() - inputs[-1].double(), inputs[-1])
     assert_near(got, expected)
 
 

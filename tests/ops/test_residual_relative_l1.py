@@ -1,8 +1,10 @@
-import op_oracle
 import pytest
 import torch
-from op_inputs import DTYPES, EMPTY, SHAPES, VIEWS
-from tolerances import assert_near
+from op_inputs import DTYPES, EMPTY, SHAPES
+
+from omni_kernels.validation import oracle
+from omni_kernels.validation.layouts import VIEWS
+from omni_kernels.validation.tolerances import assert_near
 
 
 def check(implementation, h_out, h_in, r_prev):
@@ -12,7 +14,7 @@ def check(implementation, h_out, h_in, r_prev):
     assert sums.dtype == torch.float32
     assert_near(residual, h_out.double() - h_in.double())
     # The sums are of the residual as it was rounded.
-    assert_near(sums, op_oracle.sums(r_prev.double() - residual.double(), r_prev))
+    assert_near(sums, oracle.sums(r_prev.double() - residual.double(), r_prev))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

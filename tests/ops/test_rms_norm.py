@@ -1,17 +1,18 @@
-import op_oracle
 import pytest
 import torch
-from op_inputs import DTYPES, EMPTY, SHAPES, VIEWS, offset
-from tolerances import assert_near
+from op_inputs import DTYPES, EMPTY, SHAPES
 
 from omni_kernels.ops import OPS
+from omni_kernels.validation import oracle
+from omni_kernels.validation.layouts import VIEWS, offset
+from omni_kernels.validation.tolerances import assert_near
 
 
 def check(implementation, x, weight=None, **options):
     y = implementation["rms_norm"](x, weight, **options)
     assert y.dtype == x.dtype
     assert y.is_contiguous()
-    assert_near(y, *op_oracle.modulated(x, None, None, "rms", weight, **options))
+    assert_near(y, *oracle.modulated(x, None, None, "rms", weight, **options))
 
 
 @pytest.mark.parametrize("with_weight", [True, False], ids=["weight", "no weight"])

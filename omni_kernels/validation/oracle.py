@@ -1,0 +1,287 @@
+"""The ops in fp64, written from their formulas and sharing nothing with the implementations.
+
+`expected` says for each op what its results should be. The functions compute where their inputs are, which has to be a
+device with fp64: the CPU or a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+
+def sums(difference: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+    """Per sample, Σ|difference| and Σ|magnitude|."""
+    rows = (t.double().abs().reshape(len(t), -1 if t.numel() else 0) for t in (difference, magnitude))
+    return torch.stack([t.sum(1) for t in rows], 1)
+
+
+def relative_l1(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Per sample, Σ|x − y| and Σ|y|."""
+    return sums(x.double() - y.double(), y)
+
+
+def tokens(t: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
+    """A modulation as every token takes it."""
+    if index is not None:
+        B = len(t) // 2
+        return t.double()[torch.arange(B, device=t.device)[:, None] + B * (index != 0)]
+    return (t[:, None, :] if t.dim() == 2 else t).double()
+
+
+def modulated(
+    h: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    norm: str = "layer",
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    bias: torch.Tensor | None = None,
+    index: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """m, and the magnitude of the terms that it is the sum of."""
+    x = h.double()
+    mean = x.mean(-1, keepdim=True) if norm == "layer" else x.new_zeros(())
+    centred = x - mean
+    deviation = torch.sqrt((centred * centred).mean(-1, keepdim=True) + eps)
+    m, terms = centred / deviation, (x.abs() + mean.abs()) / deviation
+    if weight is not None:
+        m, terms = m * weight.double(), terms * weight.double().abs()
+    if bias is not None:
+        m, terms = m + bias.double(), terms + bias.double().abs()
+    if scale is not None:
+        gain = tokens(scale, index).double()
+        m, terms = m * (1 + gain), terms * (1 + gain.abs())
+    if shift is not None:
+        m, terms = m + tokens(shift, index), terms + tokens(shift, index).abs()
+    return m, terms
+
+
+def gated_residual(
+    residual: torch.Tensor,
+    x: torch.Tensor,
+    gate: torch.Tensor | None,
+    index: torch.Tensor | None = None,
+    gate_tanh: bool = False,
+    x_weight: torch.Tensor | None = None,
+    x_eps: float = 1e-6,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """h, and the magnitude of the terms that it is the sum of."""
+    added = x.double()
+    if x_weight is not None:
+        added = added / torch.sqrt((added * added).mean(-1, keepdim=True) + x_eps) * x_weight.double()
+    if gate is not None:
+        g = tokens(gate, index).double()
+        added = added * (torch.tanh(g) if gate_tanh else g)
+    return residual.double() + added, residual.double().abs() + added.abs()
+
+
+def linear_forecast(
+    base: torch.Tensor | None, history: Sequence[torch.Tensor], weights: Sequence[float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The forecast, and the magnitude of the terms that it is the sum of."""
+    # The weights are fp32 numbers.
+    terms = [float(torch.tensor(w, dtype=torch.float32)) * t.double() for w, t in zip(weights, history, strict=True)]
+    if base is not None:
+        terms.insert(0, base.double())
+    return sum(terms[1:], terms[0]), sum((t.abs() for t in terms[1:]), terms[0].abs())
+
+
+def rotated(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    freqs: torch.Tensor | None = None,
+    layout: str = "interleaved",
+    across_heads: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q or k [B, S, H, Dh], normed and rotated, and the magnitude of the terms that it is the sum of."""
+    x = x.double()
+    B, S, H, D = x.shape
+    if weight is not None:
+        mean = (x * x).sum((2, 3) if across_heads else 3, keepdim=True) / (H * D if across_heads else D)
+        x = x / torch.sqrt(mean + eps) * weight.double().view(H if across_heads else 1, D)
+    if freqs is None:
+        return x, x.abs()
+    turned, terms = torch.empty_like(x), torch.empty_like(x)
+    angles = freqs.double().expand(B, S, D // 2, 2)
+    one = torch.arange(D // 2, device=x.device) * (2 if layout == "interleaved" else 1)
+    other = one + (1 if layout == "interleaved" else D // 2)
+    a, b = x[..., one], x[..., other]
+    cos, sin = angles[:, :, None, :, 0], angles[:, :, None, :, 1]
+    turned[..., one], turned[..., other] = a * cos - b * sin, a * sin + b * cos
+    terms[..., one], terms[..., other] = (a * cos).abs() + (b * sin).abs(), (a * sin).abs() + (b * cos).abs()
+    return turned, terms
+
+
+def gelu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The activation, and the magnitude of the terms that it is the sum of."""
+    x = x.double()
+    return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))), x.abs()
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """The activation of the gate, times up."""
+    return gate.double() / (1 + torch.exp(-gate.double())) * up.double()
+
+
+def cfg_combine(
+    cond: torch.Tensor, uncond: torch.Tensor, scale: float, rescale: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The combination, and the magnitude of the terms that it is the sum of."""
+    c, u = cond.double(), uncond.double()
+    out = u + scale * (c - u)
+    terms = u.abs() + abs(scale) * (c.abs() + u.abs())
+    if rescale == "token":
+        size = (out * out).sum(-1, keepdim=True).sqrt()
+        factor = (c * c).sum(-1, keepdim=True).sqrt() / size
+        # What is lost on the terms shows in the norm as well.
+        terms = factor * (terms + out.abs() * (terms * terms).sum(-1, keepdim=True).sqrt() / size)
+        out = out * factor
+    return out, terms
+
+
+#: The name of a result, what it should be, and the magnitude of the terms that it is the sum of (None: its own).
+Expected = tuple[str, torch.Tensor, torch.Tensor | None]
+
+
+def _relative_l1(got: Sequence[torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> list[Expected]:
+    return [("sums", relative_l1(x, y), None)]
+
+
+def _sums_of(new: torch.Tensor, previous: torch.Tensor | None) -> Expected:
+    """Of a tensor as it was rounded, against the one before."""
+    if previous is None:
+        return "sums", new.new_zeros((new.shape[0], 2)), None
+    return "sums", sums(new.double() - previous.double(), previous), None
+
+
+def _residual_relative_l1(
+    got: Sequence[torch.Tensor], h_out: torch.Tensor, h_in: torch.Tensor, r_prev: torch.Tensor | None
+) -> list[Expected]:
+    return [("residual", h_out.double() - h_in.double(), None), _sums_of(got[0], r_prev)]
+
+
+def _modulated_relative_l1(
+    got: Sequence[torch.Tensor],
+    h: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor | None,
+    m_prev: torch.Tensor | None,
+    **options: Any,
+) -> list[Expected]:
+    return [("m", *modulated(h, scale, shift, **options)), _sums_of(got[0], m_prev)]
+
+
+def _linear_forecast(
+    got: Sequence[torch.Tensor],
+    base: torch.Tensor | None,
+    history: Sequence[torch.Tensor],
+    weights: Sequence[float] | torch.Tensor,
+    out: torch.Tensor | None = None,
+) -> list[Expected]:
+    numbers = weights.tolist() if isinstance(weights, torch.Tensor) else weights
+    return [("out", *linear_forecast(base, history, numbers))]
+
+
+def _euler_step(
+    got: Sequence[torch.Tensor], sample: torch.Tensor, velocity: torch.Tensor, dt: float | torch.Tensor
+) -> list[Expected]:
+    return [("out", *linear_forecast(sample, [velocity], [float(dt)]))]
+
+
+def _ada_layer_norm(
+    got: Sequence[torch.Tensor],
+    x: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None = None,
+    **options: Any,
+) -> list[Expected]:
+    return [("y", *modulated(x, scale, shift, **options))]
+
+
+def _gate_residual_norm(
+    got: Sequence[torch.Tensor],
+    residual: torch.Tensor,
+    x: torch.Tensor,
+    gate: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    *,
+    index: torch.Tensor | None = None,
+    gate_tanh: bool = False,
+    x_weight: torch.Tensor | None = None,
+    x_eps: float = 1e-6,
+    norm: str | None = "layer",
+    **options: Any,
+) -> list[Expected]:
+    h: Expected = ("h", *gated_residual(residual, x, gate, index, gate_tanh, x_weight, x_eps))
+    if norm is None:
+        return [h]
+    # y is of h as it was rounded.
+    return [h, ("y", *modulated(got[0], scale, shift, norm, index=index, **options))]
+
+
+def _rms_norm(
+    got: Sequence[torch.Tensor], x: torch.Tensor, weight: torch.Tensor | None = None, *, eps: float = 1e-6
+) -> list[Expected]:
+    return [("y", *modulated(x, None, None, "rms", weight, eps))]
+
+
+def _qk_norm_rope(
+    got: Sequence[torch.Tensor],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *places: torch.Tensor,
+    q_weight: torch.Tensor | None = None,
+    k_weight: torch.Tensor | None = None,
+    **options: Any,
+) -> list[Expected]:
+    return [
+        ("q_out", *rotated(q, q_weight, **options)),
+        ("k_out", *rotated(k, k_weight, **options)),
+        ("v_out", v.double(), None),
+    ]
+
+
+def _gelu(got: Sequence[torch.Tensor], x: torch.Tensor) -> list[Expected]:
+    return [("out", *gelu(x))]
+
+
+def _swiglu(got: Sequence[torch.Tensor], gate: torch.Tensor, up: torch.Tensor) -> list[Expected]:
+    return [("out", swiglu(gate, up), None)]
+
+
+def _cfg_combine(
+    got: Sequence[torch.Tensor], cond: torch.Tensor, uncond: torch.Tensor, scale: float, *, rescale: str | None = None
+) -> list[Expected]:
+    return [("out", *cfg_combine(cond, uncond, scale, rescale))]
+
+
+ORACLES: dict[str, Callable[..., list[Expected]]] = {
+    "relative_l1": _relative_l1,
+    "residual_relative_l1": _residual_relative_l1,
+    "modulated_relative_l1": _modulated_relative_l1,
+    "linear_forecast": _linear_forecast,
+    "ada_layer_norm": _ada_layer_norm,
+    "gate_residual_norm": _gate_residual_norm,
+    "rms_norm": _rms_norm,
+    "qk_norm_rope": _qk_norm_rope,
+    "gelu": _gelu,
+    "swiglu": _swiglu,
+    "cfg_combine": _cfg_combine,
+    "euler_step": _euler_step,
+}
+
+
+def expected(op: str, got: Sequence[torch.Tensor], *args: Any, **kwargs: Any) -> list[Expected]:
+    """What `op`, called with `args` and `kwargs`, should have resulted in.
+
+    Args:
+        op: key of `omni_kernels.ops.OPS`.
+        got: its results; where an op computes one of them from another as it was rounded, so does the oracle.
+    """
+    return ORACLES[op](got, *args, **kwargs)

@@ -1,0 +1,80 @@
+"""How far a result may be from the fp64 oracle: one table, by dtype.
+
+A result that is computed in fp32 and rounded once is off by at most one unit in the last place of its dtype (Triton's
+interpreter truncates fp32 to bf16 where devices round, hence a whole unit), plus what fp32 arithmetic loses on the
+terms that went into it. A sum of fp32 numbers, added pairwise, loses a few units however long it is.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+# One unit in the last place, relative, and the smallest step near zero.
+UNIT = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+SMALLEST = {torch.float32: 2.0**-126, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126}
+# fp32 arithmetic on the way, relative to the magnitude of the terms: 8 units.
+ARITHMETIC = 2.0**-20
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A result that is not what it should be, by the element that is farthest off.
+
+    `index`, `got` and `expected` are that element's; all three are None where already the shape is wrong. `times` is
+    its error over the error that is allowed, infinite for NaN and infinities in the wrong places.
+    """
+
+    reason: str
+    index: tuple[int, ...] | None = None
+    got: float | None = None
+    expected: float | None = None
+    times: float | None = None
+
+    def __str__(self) -> str:
+        if self.index is None:
+            return self.reason
+        return f"{self.reason}; worst at {[*self.index]}: got {self.got!r}, expected {self.expected!r}"
+
+
+def mismatch(actual: torch.Tensor, expected: torch.Tensor, magnitude: torch.Tensor | None = None) -> Mismatch | None:
+    """What is wrong with `actual`, which should be the fp64 `expected`, rounded; None where nothing is.
+
+    Args:
+        actual: fp32, fp16 or bf16, on any device.
+        expected: fp64 in the same shape. It is compared where this one is.
+        magnitude: of the terms, where they cancel in `expected`; None: that of `expected`.
+
+    Infinities and NaN must be where they are expected.
+    """
+    expected = expected.double()
+    if actual.shape != expected.shape:
+        return Mismatch(f"shape {[*actual.shape]}, expected {[*expected.shape]}")
+    if not actual.numel():
+        return None
+    got = actual.to(expected.device).double()
+    terms = expected.abs() if magnitude is None else magnitude.to(expected.device).double()
+    allowed = UNIT[actual.dtype] * expected.abs() + SMALLEST[actual.dtype] + ARITHMETIC * terms
+    times = ((got - expected).abs() / allowed).nan_to_num_(nan=0.0, posinf=math.inf)
+    times = torch.where(expected.isfinite(), times, 0.0)
+    misplaced = (got.isnan() != expected.isnan()) | (expected.isinf() & (got != expected))
+    worst = torch.where(misplaced, math.inf, times).flatten().argmax()
+    index = tuple(int(i) for i in torch.unravel_index(worst, expected.shape))
+    found = math.inf if misplaced[index] else float(times[index])
+    if found <= 1:
+        return None
+    if got[index].isnan() or expected[index].isnan():
+        reason = "NaN in other places than expected"
+    elif math.isinf(found):
+        reason = "infinities in other places than expected"
+    else:
+        reason = f"off by up to {found:.3g} times what is allowed"
+    return Mismatch(reason, index, float(got[index]), float(expected[index]), found)
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, magnitude: torch.Tensor | None = None) -> None:
+    """Raises AssertionError with the `mismatch`, if there is one."""
+    problem = mismatch(actual, expected, magnitude)
+    assert problem is None, str(problem)
