@@ -40,9 +40,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import omni_kernels
 from benchmarks.full_size import MODELS, SMALL_SIDE, Model, build, inputs
 from benchmarks.measure import device_here
-from benchmarks.results import RESULTS, device_name, machine, slug, write
-from benchmarks.timing import Call, median_seconds
+from benchmarks.results import RESULTS
 from omni_kernels.patching.rules import RULES
+from omni_kernels.validation.record import device_name, machine, slug, write
+from omni_kernels.validation.timing import Call, median_seconds
 
 #: provider → how a pipeline is patched for it; eager is not.
 PROVIDERS: dict[str, dict[str, Any]] = {

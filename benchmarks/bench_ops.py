@@ -13,10 +13,12 @@ import time
 import pytest
 import torch
 
-from benchmarks.measure import calls_for, combinations, device_here, row
-from benchmarks.providers import Case, unavailable
-from benchmarks.shapes import Shape
-from benchmarks.timing import median_seconds
+from benchmarks.measure import combinations, device_here
+from benchmarks.providers import PROVIDERS, unavailable
+from omni_kernels.validation.cases import Case
+from omni_kernels.validation.measurement import calls_for, row
+from omni_kernels.validation.shapes import Shape
+from omni_kernels.validation.timing import median_seconds
 
 DEVICE = device_here()
 
@@ -37,7 +39,7 @@ def test_op_by_provider(case: Case, shape: Shape, provider: str, benchmark, reco
     if reason is not None:
         pytest.skip(reason)
     with torch.no_grad():
-        calls, nbytes = calls_for(case, shape, provider, DEVICE)
+        calls, nbytes = calls_for(case, shape, provider, PROVIDERS[provider](case), DEVICE)
 
         def run() -> None:
             for call in calls:

@@ -44,8 +44,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.contenders import ALWAYS_SMALL, CONTENDERS, NEVER_SMALL, STEPS, Contender
 from benchmarks.measure import device_here
-from benchmarks.results import RESULTS, device_name, machine, slug, write
+from benchmarks.results import RESULTS
 from omni_kernels.registration import NAMESPACE
+from omni_kernels.validation.record import device_name, machine, slug, write
 
 BLOCKS = 60
 CHANNELS = 64

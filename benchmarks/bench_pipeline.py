@@ -35,8 +35,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 import omni_kernels
 from benchmarks.full_size import MODELS, SMALL_SIDE, build, inputs
 from benchmarks.measure import device_here
-from benchmarks.results import RESULTS, device_name, machine, slug, write
-from benchmarks.timing import median_seconds
+from benchmarks.results import RESULTS
+from omni_kernels.validation.record import device_name, machine, slug, write
+from omni_kernels.validation.timing import median_seconds
 from omni_runtime.cache.schedules import even
 
 MODEL = "qwen-image"

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.measure import Row, device_here, table
-from benchmarks.roof import copy_bandwidth
+from benchmarks.measure import device_here
+from omni_kernels.validation.measurement import Row, table
+from omni_kernels.validation.roof import copy_bandwidth
 
 torch.set_num_threads(1)  # the same work for every provider, and steady times
 

@@ -28,12 +28,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import TARGET_BYTES, TARGET_SHARE, Row, as_json, combinations, measure, table
-from benchmarks.providers import CASES, Inputs
-from benchmarks.results import RESULTS, device_name, machine, slug, write
-from benchmarks.roof import copy_bandwidth
-from benchmarks.shapes import FULL
+from benchmarks.measure import combinations, measure
+from benchmarks.results import RESULTS
 from omni_kernels.ops import OPS
+from omni_kernels.validation import aot
+from omni_kernels.validation.cases import CASES, Inputs
+from omni_kernels.validation.measurement import TARGET_BYTES, TARGET_SHARE, Row, as_json, table
+from omni_kernels.validation.record import device_name, machine, slug, write
+from omni_kernels.validation.roof import copy_bandwidth
+from omni_kernels.validation.shapes import FULL
 
 ROOT = Path(__file__).parents[1]
 COMMAND = "python -m benchmarks.gpu"
@@ -47,11 +50,6 @@ def kernels(target: str) -> list[str]:
     A shape's tokens are cut to 64 and its samples to 2: what a kernel is specialised on, dtypes, channels and
     alignment, stays.
     """
-    sys.path.insert(0, str(ROOT / "tests"))
-    try:
-        import aot
-    finally:
-        sys.path.pop(0)
     names: list[str] = []
     for case in CASES.values():
         for shape in FULL:

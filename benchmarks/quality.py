@@ -30,7 +30,8 @@ import numpy as np
 import torch
 
 from benchmarks import libraries
-from benchmarks.results import RESULTS, machine, write
+from benchmarks.results import RESULTS
+from omni_kernels.validation.record import machine, write
 from omni_runtime import Omni, compare, report_html
 from omni_runtime.cache.schedules import even
 from omni_runtime.cells import Run

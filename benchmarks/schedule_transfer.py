@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.results import RESULTS, machine, write
+from benchmarks.results import RESULTS
+from omni_kernels.validation.record import machine, write
 from omni_runtime import Omni
 from omni_runtime.cache import schedules
 from omni_runtime.calibrate_schedule import PATIENCE, TRIES, Images, Journal, Settings, about, starts, statistics

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.results import RESULTS, machine, versions
+from benchmarks.results import RESULTS
+from omni_kernels.validation.record import machine, versions
 from omni_runtime import Omni
 from omni_runtime.cache import calibration
 from omni_runtime.cache.gates import AccumulatedPolynomialGate, Limits

@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_overhead, measure, results, roof
-from benchmarks.providers import CASES, PROVIDERS, wrong
-from benchmarks.shapes import FULL, ON_CPU, TINY
+from benchmarks import bench_overhead
+from benchmarks.providers import PROVIDERS
+from omni_kernels.validation import measurement, record, roof
+from omni_kernels.validation.cases import CASES, wrong
+from omni_kernels.validation.shapes import FULL, ON_CPU, TINY
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -38,7 +40,7 @@ def test_a_shapes_bytes_are_its_tensors(shape):
 
 def test_the_large_shape_moves_enough_for_the_target_in_every_case():
     large = next(s for s in FULL if s.name == "large")
-    assert 2 * large.nbytes >= measure.TARGET_BYTES  # every op reads two at least
+    assert 2 * large.nbytes >= measurement.TARGET_BYTES  # every op reads two at least
     assert "large" not in {s.name for s in ON_CPU}
 
 
@@ -67,23 +69,22 @@ def test_providers_agree_in_fp64_terms_and_a_wrong_result_is_noticed(name, provi
 
 
 def test_nothing_is_timed_on_a_wrong_result(monkeypatch):
-    monkeypatch.setitem(PROVIDERS, "ours", lambda case: lambda inputs: torch.zeros(1, 2))
-    monkeypatch.setattr(measure, "median_seconds", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(measurement, "median_seconds", lambda *_: pytest.fail("timed"))
     with pytest.raises(AssertionError, match=r"relative_l1 at tiny.* ours is off by"):
-        measure.measure(CASES["relative_l1"], TINY, "ours", CPU)
+        measurement.measure(CASES["relative_l1"], TINY, "ours", lambda inputs: torch.zeros(1, 2), CPU)
 
 
 def test_rows_say_speed_share_and_target(monkeypatch):
-    monkeypatch.setattr(measure, "copy_bandwidth", lambda device: 4e12)
+    monkeypatch.setattr(measurement, "copy_bandwidth", lambda device: 4e12)
     case = CASES["relative_l1"]
-    fast = measure.row(case, TINY, "ours", CPU, 200_000_000, 200e6 / 3.6e12)
-    slow = measure.row(case, TINY, "ours", CPU, 200_000_000, 200e6 / 3.2e12)
-    small = measure.row(case, TINY, "ours", CPU, 1_000, 1e-6)
-    peer = measure.row(case, TINY, "eager", CPU, 200_000_000, 1e-3)
+    fast = measurement.row(case, TINY, "ours", CPU, 200_000_000, 200e6 / 3.6e12)
+    slow = measurement.row(case, TINY, "ours", CPU, 200_000_000, 200e6 / 3.2e12)
+    small = measurement.row(case, TINY, "ours", CPU, 1_000, 1e-6)
+    peer = measurement.row(case, TINY, "eager", CPU, 200_000_000, 1e-3)
     assert (fast.share, slow.share) == (0.9, 0.8)
     assert [r.misses for r in (fast, slow, small, peer)] == [False, True, False, False]
     assert fast.gb_per_s == 3600
-    assert len(measure.table([fast, peer]).splitlines()) == 3
+    assert len(measurement.table([fast, peer]).splitlines()) == 3
 
 
 def test_copy_bandwidth_counts_reading_and_writing(monkeypatch):
@@ -139,15 +140,15 @@ def test_of_several_processes_each_figure_is_the_median():
 
 def test_results_are_readable_by_the_line(tmp_path):
     content = {"machine": {"name": "x", "versions": {"a": "1"}}, "rows": [{"op": "µ", "us": 1.5}, {"op": "b", "us": 2}]}
-    results.write(tmp_path / "deep" / "x.json", content)
+    record.write(tmp_path / "deep" / "x.json", content)
     text = (tmp_path / "deep" / "x.json").read_text(encoding="utf-8")
     assert json.loads(text) == content
     assert '{ "op": "µ", "us": 1.5 }' in text
 
 
 def test_device_slugs():
-    assert results.slug("NVIDIA H200") == "nvidia-h200"
-    assert results.slug("Intel(R) Xeon(R) Platinum 8480+") == "intel-xeon-platinum-8480"
+    assert record.slug("NVIDIA H200") == "nvidia-h200"
+    assert record.slug("Intel(R) Xeon(R) Platinum 8480+") == "intel-xeon-platinum-8480"
 
 
 def test_the_gpu_run_goes_up_to_the_first_launch_without_a_gpu():

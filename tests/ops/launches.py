@@ -1,82 +1,10 @@
-"""Launches of every kernel, at the sizes of a large model, for tests/aot.py to compile: no element is looked at."""
-
-from functools import partial
+"""The package's launches, and one of a kernel that does what none of the package's does."""
 
 import torch
 import triton
 import triton.language as tl
 
-from omni_kernels.ops import OPS
-
-TOKENS, CHANNELS = 4096, 3072
-
-
-def tensor(*shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch.bfloat16)
-
-
-def odd() -> torch.Tensor:
-    """One element more than divides by 16."""
-    return tensor(1, TOKENS * CHANNELS + 1)
-
-
-def batch() -> torch.Tensor:
-    """Samples that start at multiples of 16, as those of a model do, and lie apart."""
-    return tensor(2, TOKENS + 1, CHANNELS)[:, :TOKENS]
-
-
-def row() -> torch.Tensor:
-    return tensor(1, CHANNELS)
-
-
-relative_l1, residual_relative_l1, modulated_relative_l1, linear_forecast = (
-    OPS[name].launcher for name in ("relative_l1", "residual_relative_l1", "modulated_relative_l1", "linear_forecast")
-)
-ada_layer_norm, gate_residual_norm, rms_norm = (
-    OPS[name].launcher for name in ("ada_layer_norm", "gate_residual_norm", "rms_norm")
-)
-qk_norm_rope, gelu, swiglu, cfg_combine, euler_step = (
-    OPS[name].launcher for name in ("qk_norm_rope", "gelu", "swiglu", "cfg_combine", "euler_step")
-)
-h = tensor(1, TOKENS - 1, CHANNELS)
-
-
-def attention(
-    B: int,
-    S: int,
-    H: int,
-    D: int,
-    text: int,
-    weighted: int = 0,
-    rotated: bool = True,
-    tables: bool = False,
-    **options: object,
-):
-    """A launch on the thirds of a packed projection, into the places of the image behind `text` tokens.
-
-    Rotated by freqs, or by tables of cosines and sines.
-    """
-    inputs = tensor(B, S, 3, H, D).unbind(2)
-    outputs = [tensor(B, text + S, H, D)[:, text:] for _ in range(3)]
-    options |= {name: tensor(weighted) for name in ("q_weight", "k_weight") if weighted}
-    if rotated:
-        options |= (
-            {name: torch.empty(S, D) for name in ("cos", "sin")} if tables else {"freqs": torch.empty(S, D // 2, 2)}
-        )
-    return partial(qk_norm_rope, *inputs, *outputs, **options)
-
-
-def chunks(B: int) -> tuple[torch.Tensor, ...]:
-    """Scale, shift and gate as views of one projection."""
-    return tensor(B, 6 * CHANNELS).chunk(6, 1)[:3]
-
-
-# fp32, one for every token, as views of one projection.
-timesteps = torch.empty(1, TOKENS - 1, 6, CHANNELS).chunk(6, 2)
-per_token = [t.squeeze(2) for t in timesteps[:3]]
-# Which of two modulations a token takes.
-index = torch.empty(2, TOKENS, dtype=torch.int32)
-z_image = tensor(2, 129, 3840)
+from omni_kernels.validation import launches
 
 
 @triton.jit
@@ -87,82 +15,9 @@ def control_kernel(p_x, p_out, n, stride, BLOCK: tl.constexpr):
 
 
 def control() -> None:
-    x = odd()
+    x = torch.empty(1, 4096 * 3072 + 1, dtype=torch.bfloat16)
     control_kernel[(1,)](x, torch.empty(1), x.numel(), 4096, BLOCK=4096, enable_fp_fusion=True)
 
 
-# The first word is the op.
-LAUNCHES = {
-    "control": control,
-    "relative_l1 odd": partial(relative_l1, odd(), odd()),
-    "relative_l1 batch": partial(relative_l1, batch(), batch()),
-    "residual_relative_l1 odd": partial(residual_relative_l1, odd(), odd(), odd()),
-    "residual_relative_l1 batch": partial(residual_relative_l1, batch(), batch(), batch()),
-    "residual_relative_l1 first": partial(residual_relative_l1, odd(), odd(), None),
-    "modulated_relative_l1 layer": partial(modulated_relative_l1, h, row(), row(), h),
-    "modulated_relative_l1 rms": partial(modulated_relative_l1, h, row(), None, h, norm="rms", weight=row()[0]),
-    "modulated_relative_l1 per token": partial(modulated_relative_l1, h, h, h, h),
-    "modulated_relative_l1 batch": partial(modulated_relative_l1, batch(), tensor(2, CHANNELS), None, batch()),
-    "ada_layer_norm layer": partial(ada_layer_norm, h, *chunks(1)[:2]),
-    "ada_layer_norm index": partial(ada_layer_norm, batch(), *chunks(4)[:2], index),
-    "ada_layer_norm rms": partial(ada_layer_norm, z_image, tensor(2, 1, 3840), norm="rms", weight=tensor(3840)),
-    "ada_layer_norm affine": partial(ada_layer_norm, h, None, weight=row()[0], bias=row()[0]),
-    "ada_layer_norm per token": partial(ada_layer_norm, h, *per_token[:2]),
-    "gate_residual_norm layer": partial(gate_residual_norm, h, h, *chunks(1)),
-    "gate_residual_norm index": partial(gate_residual_norm, batch(), batch(), *chunks(4), index),
-    "gate_residual_norm rms": partial(
-        gate_residual_norm,
-        z_image,
-        z_image,
-        tensor(2, 1, 3840),
-        tensor(2, 1, 3840),
-        gate_tanh=True,
-        x_weight=tensor(3840),
-        norm="rms",
-        weight=tensor(3840),
-    ),
-    "gate_residual_norm per token": partial(gate_residual_norm, h, h, *per_token),
-    "gate_residual_norm h alone": partial(gate_residual_norm, h, h, chunks(1)[0], norm=None),
-    "gate_residual_norm wide": partial(
-        gate_residual_norm,
-        *(torch.empty(1, 9, 8192) for _ in range(5)),
-        gate_tanh=True,
-        x_weight=torch.empty(8192),
-        weight=torch.empty(8192),
-        bias=torch.empty(8192),
-    ),
-    "rms_norm tokens": partial(rms_norm, h, row()[0]),
-    "rms_norm heads": partial(rms_norm, tensor(2, TOKENS, 3, 24, 128)[:, :, 1], tensor(128)),
-    "linear_forecast reuse": partial(linear_forecast, odd(), [odd()], [1.0]),
-    "linear_forecast 3": partial(linear_forecast, odd(), [odd(), odd(), odd()], [1.0, -2.0, 0.5]),
-    "linear_forecast batch": partial(linear_forecast, None, [batch(), batch()], [1.0, -2.0]),
-    "linear_forecast 8": partial(linear_forecast, odd(), [odd() for _ in range(8)], [0.5] * 8),
-    "linear_forecast 16": partial(linear_forecast, odd(), [odd() for _ in range(16)], [0.5] * 16),
-    "linear_forecast tensor": partial(linear_forecast, odd(), [odd(), odd()], torch.empty(2)),
-    # Qwen-Image, Z-Image, FLUX, Wan, and what none of them is.
-    "qk_norm_rope joint": attention(1, TOKENS - 1, 24, 128, 37, weighted=128),
-    "qk_norm_rope batch": attention(2, 1023, 30, 128, 0, weighted=128),
-    "qk_norm_rope across": attention(1, 33, 40, 128, 0, weighted=40 * 128, across_heads=True),
-    "qk_norm_rope across, small": attention(1, 33, 12, 128, 0, weighted=12 * 128, across_heads=True),
-    "qk_norm_rope across, largest": attention(1, 9, 64, 128, 0, weighted=64 * 128, across_heads=True),
-    "qk_norm_rope half": attention(1, TOKENS - 1, 24, 128, 37, weighted=128, layout="half"),
-    "qk_norm_rope heads of 64": attention(1, TOKENS - 1, 24, 64, 37, weighted=64),
-    "qk_norm_rope heads of 96": attention(1, TOKENS - 1, 24, 96, 37, weighted=96),
-    "qk_norm_rope heads of 256": attention(1, TOKENS - 1, 24, 256, 37, weighted=256),
-    "qk_norm_rope cos and sin": attention(1, TOKENS - 1, 24, 128, 37, weighted=128, tables=True),
-    "qk_norm_rope cos and sin, half": attention(1, TOKENS - 1, 24, 128, 37, weighted=128, tables=True, layout="half"),
-    "qk_norm_rope cos and sin, across": attention(1, 33, 40, 128, 0, weighted=40 * 128, tables=True, across_heads=True),
-    "qk_norm_rope cos and sin, across, largest": attention(
-        1, 9, 64, 128, 0, weighted=64 * 128, tables=True, across_heads=True
-    ),
-    "qk_norm_rope no norm": attention(1, TOKENS - 1, 24, 128, 37),
-    "qk_norm_rope no rotation": attention(1, TOKENS - 1, 24, 128, 37, weighted=128, rotated=False),
-    "gelu odd": partial(gelu, odd()),
-    "gelu batch": partial(gelu, batch()),
-    "gelu behind": partial(gelu, tensor(1, TOKENS, 4 * CHANNELS), tensor(1, TOKENS, 5 * CHANNELS)[..., CHANNELS:]),
-    "swiglu odd": partial(swiglu, odd(), odd()),
-    "swiglu packed": partial(swiglu, *tensor(1, TOKENS, 2 * 10240).chunk(2, -1)),
-    "cfg_combine odd": partial(cfg_combine, odd(), odd(), 4.0),
-    "cfg_combine token": partial(cfg_combine, tensor(1, TOKENS - 1, 64), tensor(1, TOKENS - 1, 64), 4.0, "token"),
-    "linear_forecast euler_step": partial(euler_step, torch.empty(1, TOKENS * CHANNELS + 1), odd(), -0.05),
-}
+def table() -> dict:
+    return {"control": control, **launches.table()}

@@ -2,15 +2,16 @@
 
 import importlib
 
-import aot
 import launches
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
 from omni_kernels.ops import _samples
+from omni_kernels.validation import aot
 
-LAUNCHES = {name: launch for name, launch in launches.LAUNCHES.items() if name != "control"}
+LAUNCHES = {name: launch for name, launch in launches.table().items() if name != "control"}
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Tensors of the inputs' size that an op writes, or a launch; one where nothing else is said.
 OUTPUTS = {"relative_l1": 0, "gate_residual_norm": 2, "gate_residual_norm h alone": 1, "qk_norm_rope": 3}
 # 128 bits, in each vendor's instructions.
@@ -20,7 +21,7 @@ WIDE = {"sm": ".v4.b32", "gf": "_dwordx4"}
 @pytest.fixture(scope="module")
 def costs():
     """Of every launch on every target: its kernels' costs."""
-    return aot.costs("launches", list(aot.TARGETS))
+    return aot.costs("launches:table", TARGETS)
 
 
 def wide(accesses, target):
@@ -38,7 +39,7 @@ def pieces(launch):
 
 
 every_launch = pytest.mark.parametrize("launch", LAUNCHES)
-every_target = pytest.mark.parametrize("target", aot.TARGETS)
+every_target = pytest.mark.parametrize("target", TARGETS)
 
 
 @every_launch

@@ -1,6 +1,7 @@
 """The roof: the bandwidth at which this device copies memory, measured. No op can be expected to move bytes faster.
 
-Bytes read plus bytes written, over the median time of a copy of `COPY_BYTES` to another place.
+Bytes read plus bytes written, over the median time of a copy of `COPY_BYTES` to another place, or of an
+eighth of a smaller device's memory.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import functools
 
 import torch
 
-from benchmarks.timing import median_seconds
+from omni_kernels.device import describe
+from omni_kernels.validation.timing import median_seconds
 
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 
@@ -17,7 +19,9 @@ COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 @functools.cache
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes per second, measured at the first call."""
-    source = torch.empty(COPY_BYTES.get(device.type, 1 << 30), dtype=torch.uint8, device=device).random_()
+    memory = describe(device).memory
+    wanted = COPY_BYTES.get(device.type, 1 << 30)
+    source = torch.empty(min(wanted, memory // 8) if memory else wanted, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     seconds = median_seconds([lambda: target.copy_(source)], device)
     return 2 * source.numel() / seconds

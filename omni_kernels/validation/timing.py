@@ -1,8 +1,9 @@
-"""How a call is timed: with device events on a GPU, with the host's clock on the CPU; the median counts.
+"""How a call is timed: with device events on a device, with the host's clock on the CPU; the median counts.
 
 On a GPU the calls are captured in a graph and the graph is replayed, so that the host's time to launch, which at these
 sizes can exceed the kernel's, stays out of the numbers. Each call has inputs and outputs of its own, as many sets as
 together exceed the device's cache, so that what is read comes from memory.
+On other devices the events stand around the launches themselves, whose time, where it is the longer, is what is seen.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -18,6 +20,8 @@ Call = Callable[[], object]
 # Larger than the last-level cache of any GPU meant here (H200: 50 MB; MI300X: 256 MB).
 COLD_BYTES = 512 << 20
 MOST_SETS = 32
+# On the host, after so many seconds and three rounds there are no more: the slower, the less a round more would tell.
+HOST_SECONDS = 2.0
 
 
 def sets_for(device: torch.device, nbytes: int) -> int:
@@ -29,15 +33,16 @@ def sets_for(device: torch.device, nbytes: int) -> int:
 
 def median_seconds(calls: Sequence[Call], device: torch.device, rounds: int = 20) -> float:
     """Seconds of one of `calls`, which do the same on different data: the median over `rounds` of their mean."""
-    times = _on_host(calls, rounds) if device.type == "cpu" else _on_device(calls, rounds)
+    on = {"cpu": _on_host, "cuda": _in_graph}.get(device.type, _on_stream)
+    times = on(calls, rounds)
     return statistics.median(times) / len(calls)
 
 
 def _on_host(calls: Sequence[Call], rounds: int) -> list[float]:
     for call in calls:
         call()
-    times = []
-    for _ in range(rounds):
+    times: list[float] = []
+    while len(times) < rounds and (len(times) < 3 or sum(times) < HOST_SECONDS):
         start = time.perf_counter()
         for call in calls:
             call()
@@ -45,17 +50,32 @@ def _on_host(calls: Sequence[Call], rounds: int) -> list[float]:
     return times
 
 
-def _on_device(calls: Sequence[Call], rounds: int) -> list[float]:
+def _in_graph(calls: Sequence[Call], rounds: int) -> list[float]:
     graph, outputs = _captured(calls)
+    times = _between_events(graph.replay, torch.cuda, rounds)
+    del outputs
+    return times
+
+
+def _on_stream(calls: Sequence[Call], rounds: int) -> list[float]:
+    def run() -> None:
+        for call in calls:
+            call()
+
+    accelerator = torch.accelerator.current_accelerator()
+    return _between_events(run, getattr(torch, accelerator.type if accelerator else "cpu"), rounds)
+
+
+def _between_events(run: Call, api: Any, rounds: int) -> list[float]:
+    """Seconds of `run`; `api` is the device type's own part of torch (torch.cuda, torch.npu)."""
     for _ in range(3):
-        graph.replay()
-    spans = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
+        run()
+    spans = [(api.Event(enable_timing=True), api.Event(enable_timing=True)) for _ in range(rounds)]
     for start, end in spans:
         start.record()
-        graph.replay()
+        run()
         end.record()
-    torch.cuda.synchronize()
-    del outputs
+    api.synchronize()
     return [start.elapsed_time(end) / 1000 for start, end in spans]
 
 

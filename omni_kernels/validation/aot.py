@@ -2,8 +2,10 @@
 
 `launches(target, run)` calls `run` with Triton's driver replaced by one that only knows `target`: every kernel that
 `run` launches is specialised and compiled as Triton would for these arguments, and is not run. It needs a process
-without TRITON_INTERPRET, hence `python aot.py MODULE TARGET...`, which prints what all launches of MODULE cost as JSON.
+without TRITON_INTERPRET: `compiled` starts one.
 """
+
+from __future__ import annotations
 
 import contextlib
 import dataclasses
@@ -14,16 +16,22 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-TARGETS = {
+#: Architecture → Triton's target: its backend, its name there, threads of a warp.
+TARGETS: dict[str, tuple[str, int | str, int]] = {
     "sm_80": ("cuda", 80, 32),
+    "sm_86": ("cuda", 86, 32),
+    "sm_89": ("cuda", 89, 32),
     "sm_90": ("cuda", 90, 32),
     "sm_100": ("cuda", 100, 32),
+    "sm_120": ("cuda", 120, 32),
     "gfx942": ("hip", "gfx942", 64),
+    "gfx950": ("hip", "gfx950", 64),
+    "gfx1100": ("hip", "gfx1100", 32),
 }
 
 
@@ -93,10 +101,10 @@ def _pretending(target: str, compiled: list[Any]) -> Iterator[None]:
 
 def launches(target: str, run: Callable[[], object]) -> list[Any]:
     """The kernels that `run` launches, compiled for `target`, in order."""
-    compiled: list[Any] = []
-    with _pretending(target, compiled):
+    kernels: list[Any] = []
+    with _pretending(target, kernels):
         run()
-    return compiled
+    return kernels
 
 
 def cost(compiled: Any) -> Cost:
@@ -146,29 +154,78 @@ def _amd(compiled: Any) -> dict[str, Any]:
     }
 
 
-def costs(module: str, targets: list[str]) -> dict[str, dict[str, list[Cost]]]:
-    """What every launch of `module` costs on every target: a launch's name → a target → its kernels, in order.
+@dataclasses.dataclass
+class Result:
+    """What came of compiling a launch for a target: its kernels' costs, in order, or why there are none."""
 
-    `module` has a table LAUNCHES of names and functions of no arguments that launch. The work is done in a process of
-    its own, without the interpreter.
+    launch: str
+    target: str
+    kernels: list[Cost]
+    error: str | None = None
+
+    @property
+    def spills(self) -> int:
+        """Bytes, of all kernels."""
+        return sum(kernel.spills for kernel in self.kernels)
+
+
+def compiled(
+    targets: Sequence[str], names: Sequence[str] | None = None, table: str = "omni_kernels.validation.launches:table"
+) -> Iterator[Result]:
+    """What the launches of a table come to on `targets`, each as soon as it is compiled.
+
+    Args:
+        targets: keys of `TARGETS`.
+        names: keys of the table; None: all.
+        table: "module:function", a function of no arguments that returns names and functions that launch. The work is
+            done in a process of its own, without the interpreter.
+
+    Raises:
+        RuntimeError: the process ended early; with what it wrote.
     """
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, __file__, module, *targets]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        raise RuntimeError(f"ahead-of-time compilation failed:\n{done.stderr[-4000:]}")
-    found = json.loads(done.stdout)
-    return {n: {t: [Cost(**c) for c in kernels] for t, kernels in of.items()} for n, of in found.items()}
+    wanted = json.dumps({"targets": [*targets], "names": None if names is None else [*names], "table": table})
+    with tempfile.TemporaryFile("w+") as log:
+        command = [sys.executable, "-m", __name__, wanted]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment) as process:
+            assert process.stdout is not None
+            try:
+                for line in process.stdout:
+                    found = json.loads(line)
+                    yield Result(**found | {"kernels": [Cost(**kernel) for kernel in found["kernels"]]})
+            except GeneratorExit:  # the rest is not wanted
+                process.kill()
+                raise
+        if process.returncode:
+            log.seek(0)
+            raise RuntimeError(f"ahead-of-time compilation failed:\n{log.read()[-4000:]}")
 
 
-def _main() -> None:
-    table = importlib.import_module(sys.argv[1]).LAUNCHES
-    results = {
-        name: {t: [dataclasses.asdict(cost(kernel)) for kernel in launches(t, run)] for t in sys.argv[2:]}
-        for name, run in table.items()
-    }
-    json.dump(results, sys.stdout)
+def costs(table: str, targets: Sequence[str]) -> dict[str, dict[str, list[Cost]]]:
+    """What every launch of a table costs on every target: a launch's name → a target → its kernels, in order.
+
+    Raises:
+        RuntimeError: one of them cannot be compiled.
+    """
+    found: dict[str, dict[str, list[Cost]]] = {}
+    for result in compiled(targets, table=table):
+        if result.error is not None:
+            raise RuntimeError(f"{result.launch} cannot be compiled for {result.target}: {result.error}")
+        found.setdefault(result.launch, {})[result.target] = result.kernels
+    return found
+
+
+def _main(wanted: dict[str, Any]) -> None:
+    module, _, function = wanted["table"].partition(":")
+    table = getattr(importlib.import_module(module), function)()
+    for target in wanted["targets"]:
+        for name in table if wanted["names"] is None else wanted["names"]:
+            try:
+                result = Result(name, target, [cost(kernel) for kernel in launches(target, table[name])])
+            except Exception as error:  # whatever a compiler raises is what there is to tell
+                result = Result(name, target, [], f"{type(error).__name__}: {error}"[:2000])
+            print(json.dumps(dataclasses.asdict(result)), flush=True)
 
 
 if __name__ == "__main__":
-    _main()
+    _main(json.loads(sys.argv[1]))

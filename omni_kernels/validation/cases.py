@@ -1,0 +1,577 @@
+"""What is checked and timed: each op as a model uses it, beside the form that other projects write in eager torch.
+
+A `Case` is one use of one op. It makes inputs, runs the op, runs the eager form, and brings both to the same values,
+which are compared with the same in fp64 before anything is timed. An eager form that carries other state (TaylorSeer's
+ladder of derivatives where ours has snapshots) gets that state ready-made.
+
+Both are charged the bytes that the op itself has to move (`bytes_moved`): what the other moves on top of that shows as
+lost bandwidth.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from omni_kernels.ops import OPS
+from omni_kernels.validation.shapes import Shape
+
+Inputs = dict[str, Any]
+Values = tuple[torch.Tensor, ...]
+
+#: ‖value − fp64‖ / ‖fp64‖ that a provider may be off. bf16 has 8 bits; eager rounds after each operation.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    """One use of one op.
+
+    Attributes:
+        name: the op's name, and the variant where there are several.
+        op: key of `omni_kernels.ops.OPS`.
+        inputs: (shape, device) → tensors by name.
+        ours: inputs → the arguments of the op.
+        places: positions of the arguments that the op writes to.
+        fits: whether there can be inputs of a shape.
+    """
+
+    name: str
+    op: str
+    inputs: Callable[[Shape, torch.device], Inputs]
+    ours: Callable[[Inputs], tuple[tuple[Any, ...], dict[str, Any]]]
+    places: tuple[int, ...] = ()
+    fits: Callable[[Shape], bool] = lambda shape: True
+
+    def bytes_moved(self, inputs: Inputs) -> int:
+        """The op's own count."""
+        args, kwargs = self.ours(inputs)
+        return OPS[self.op].bytes_moved(*args, **kwargs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case(Use):
+    """A use that others have a form of, too.
+
+    Attributes:
+        eager: the form that other projects run, on the inputs.
+        values: what the op returned → what `eager` returns.
+        written: names of the inputs that an op without a result writes to, and that stand for it.
+    """
+
+    eager: Callable[[Inputs], Values]
+    values: Callable[[Any], Values]
+    written: tuple[str, ...] = ()
+
+    def run(self, inputs: Inputs) -> Any:
+        """What the op returns or, where that is nothing, what it wrote."""
+        args, kwargs = self.ours(inputs)
+        result = OPS[self.op].function(*args, **kwargs)
+        return tuple(inputs[name] for name in self.written) if self.written else result
+
+
+def _hidden(shape: Shape, device: torch.device, count: int) -> list[torch.Tensor]:
+    # Each is near the one before, as the states of successive steps are; none holds a value twice.
+    first = torch.randn(shape.size, device=device)
+    return [(first + 0.1 * j * torch.randn_like(first)).to(shape.dtype) for j in range(count)]
+
+
+def _ratio(difference: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """The relative L1 distance as TeaCache, cache-dit and diffusers' first-block cache write it."""
+    return difference.abs().mean() / before.abs().mean()
+
+
+def _ratio_of_sums(sums: torch.Tensor) -> torch.Tensor:
+    numerator, denominator = sums.sum(0)
+    return numerator / denominator
+
+
+def _relative_l1() -> Case:
+    return Case(
+        name="relative_l1",
+        op="relative_l1",
+        inputs=lambda shape, device: dict(zip("xy", _hidden(shape, device, 2), strict=True)),
+        ours=lambda i: ((i["x"], i["y"]), {}),
+        eager=lambda i: (_ratio(i["x"] - i["y"], i["y"]),),
+        values=lambda sums: (_ratio_of_sums(sums),),
+    )
+
+
+def _residual_relative_l1() -> Case:
+    def inputs(shape: Shape, device: torch.device) -> Inputs:
+        h_in, added, r_prev = _hidden(shape, device, 3)
+        return {"h_out": h_in + added, "h_in": h_in, "r_prev": r_prev}
+
+    def eager(i: Inputs) -> Values:
+        residual = i["h_out"] - i["h_in"]
+        return residual, _ratio(i["r_prev"] - residual, i["r_prev"])
+
+    return Case(
+        name="residual_relative_l1",
+        op="residual_relative_l1",
+        inputs=inputs,
+        ours=lambda i: ((i["h_out"], i["h_in"], i["r_prev"]), {}),
+        eager=eager,
+        values=lambda out: (out[0], _ratio_of_sums(out[1])),
+    )
+
+
+def _modulated_relative_l1(norm: str) -> Case:
+    def inputs(shape: Shape, device: torch.device) -> Inputs:
+        h, m_prev = _hidden(shape, device, 2)
+        vectors = torch.randn(3, shape.B, shape.D, device=device).mul_(0.2).to(shape.dtype)
+        made = {"h": h, "m_prev": m_prev, "scale": vectors[0]}
+        return made | ({"shift": vectors[1]} if norm == "layer" else {"weight": 1 + vectors[2, 0]})
+
+    def eager(i: Inputs) -> Values:
+        D = i["h"].shape[-1]
+        if norm == "layer":
+            m = F.layer_norm(i["h"], (D,), eps=1e-6) * (1 + i["scale"].unsqueeze(1)) + i["shift"].unsqueeze(1)
+        else:
+            m = F.rms_norm(i["h"], (D,), i["weight"], eps=1e-6) * (1 + i["scale"].unsqueeze(1))
+        return m, _ratio(m - i["m_prev"], i["m_prev"])
+
+    def ours(i: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (i["h"], i["scale"], i.get("shift"), i["m_prev"]), {"norm": norm, "weight": i.get("weight")}
+
+    return Case(
+        name=f"modulated_relative_l1 {norm}",
+        op="modulated_relative_l1",
+        inputs=inputs,
+        ours=ours,
+        eager=eager,
+        values=lambda out: (out[0], _ratio_of_sums(out[1])),
+    )
+
+
+def _linear_forecast(order: int) -> Case:
+    """Residual reuse (order 0) or TaylorSeer, two steps after the last of computed steps that lie two apart."""
+    gap, k = 2.0, 2.0
+
+    def inputs(shape: Shape, device: torch.device) -> Inputs:
+        base, *history = _hidden(shape, device, order + 2)
+        ladder, level = [history[0]], history
+        while len(level) > 1:
+            level = [(a - b) / gap for a, b in itertools.pairwise(level)]
+            ladder.append(level[0])
+        return {"base": base, "history": history, "ladder": ladder}
+
+    def weights() -> list[float]:
+        return {0: [1.0], 1: [1 + k / gap, -k / gap]}[order]
+
+    def eager(i: Inputs) -> Values:
+        if order == 0:
+            return (i["history"][0] + i["base"],)
+        output = 0
+        for degree, derivative in enumerate(i["ladder"]):
+            output = output + derivative * k**degree
+        return (output + i["base"],)
+
+    return Case(
+        name="linear_forecast " + ("reuse" if order == 0 else f"order {order}"),
+        op="linear_forecast",
+        inputs=inputs,
+        ours=lambda i: ((i["base"], i["history"], weights()), {}),
+        eager=eager,
+        values=lambda out: (out,),
+    )
+
+
+def _modulation(shape: Shape, device: torch.device) -> list[torch.Tensor]:
+    """Shift, scale and gate as blocks have them, chunks of one projection."""
+    return list(torch.randn(shape.B, 6 * shape.D, device=device).mul_(0.2).to(shape.dtype).chunk(6, 1)[:3])
+
+
+def _weight(shape: Shape, device: torch.device, D: int | None = None) -> torch.Tensor:
+    return (1 + 0.2 * torch.randn(D or shape.D, device=device)).to(shape.dtype)
+
+
+def _ada_layer_norm(norm: str) -> Case:
+    """As Qwen-Image and FLUX write it, or Z-Image."""
+
+    def inputs(shape: Shape, device: torch.device) -> Inputs:
+        shift, scale, _ = _modulation(shape, device)
+        made = {"x": _hidden(shape, device, 1)[0], "scale": scale}
+        return made | ({"shift": shift} if norm == "layer" else {"weight": _weight(shape, device)})
+
+    def eager(i: Inputs) -> Values:
+        D, scale = i["x"].shape[-1], i["scale"].unsqueeze(1)
+        if norm == "layer":
+            return (F.layer_norm(i["x"], (D,), eps=1e-6) * (1 + scale) + i["shift"].unsqueeze(1),)
+        return (F.rms_norm(i["x"], (D,), i["weight"], eps=1e-6) * (1 + scale),)
+
+    return Case(
+        name=f"ada_layer_norm {norm}",
+        op="ada_layer_norm",
+        inputs=inputs,
+        ours=lambda i: ((i["x"], i["scale"], i.get("shift")), {"norm": norm, "weight": i.get("weight")}),
+        eager=eager,
+        values=lambda out: (out,),
+    )
+
+
+def _gate_residual_norm(norm: str) -> Case:
+    """As Qwen-Image and FLUX write it, or Z-Image."""
+
+    def inputs(shape: Shape, device: torch.device) -> Inputs:
+        shift, scale, gate = _modulation(shape, device)
+        residual, x = _hidden(shape, device, 2)
+        made = {"residual": residual, "x": x, "gate": gate, "scale": scale}
+        if norm == "layer":
+            return made | {"shift": shift}
+        return made | {"x_weight": _weight(shape, device), "weight": _weight(shape, device)}
+
+    def eager(i: Inputs) -> Values:
+        D, gate, scale = i["x"].shape[-1], i["gate"].unsqueeze(1), i["scale"].unsqueeze(1)
+        if norm == "layer":
+            h = i["residual"] + gate * i["x"]
+            return h, F.layer_norm(h, (D,), eps=1e-6) * (1 + scale) + i["shift"].unsqueeze(1)
+        h = i["residual"] + gate.tanh() * F.rms_norm(i["x"], (D,), i["x_weight"], eps=1e-6)
+        return h, F.rms_norm(h, (D,), i["weight"], eps=1e-6) * (1 + scale)
+
+    def ours(i: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        more = {name: i.get(name) for name in ("x_weight", "weight")}
+        args = (i["residual"], i["x"], i["gate"], i["scale"], i.get("shift"))
+        return args, {"norm": norm, "gate_tanh": norm == "rms"} | more
+
+    return Case(
+        name=f"gate_residual_norm {norm}",
+        op="gate_residual_norm",
+        inputs=inputs,
+        ours=ours,
+        eager=eager,
+        values=lambda out: out,
+    )
+
+
+def _rms_norm() -> Case:
+    """Of heads, as attention norms q and k: 128 channels, or 64 where those do not divide, or all."""
+
+    def inputs(shape: Shape, device: torch.device) -> Inputs:
+        D = next(n for n in (128, 64, shape.D) if shape.D % n == 0)
+        return {"x": _hidden(shape, device, 1)[0].unflatten(-1, (-1, D)), "weight": _weight(shape, device, D)}
+
+    return Case(
+        name="rms_norm heads",
+        op="rms_norm",
+        inputs=inputs,
+        ours=lambda i: ((i["x"], i["weight"]), {}),
+        eager=lambda i: (F.rms_norm(i["x"], i["weight"].shape, i["weight"], eps=1e-6),),
+        values=lambda out: (out,),
+    )
+
+
+HEAD = 128
+
+
+def _has_heads(shape: Shape) -> bool:
+    """Whether its channels are those of several heads, each of an even number."""
+    return shape.D % 8 == 0
+
+
+def _qk_norm_rope(across_heads: bool) -> Case:
+    """The image's q, k and v into a sequence that has the text's already: one of 32 tokens is of the prompt.
+
+    Per head with the complex rotation of Qwen-Image and Z-Image, or across heads with the real one of Wan.
+    """
+
+    def inputs(shape: Shape, device: torch.device) -> Inputs:
+        B, S, D = shape.size
+        head = HEAD if D % HEAD == 0 else D // 4
+        text = -(-S // 32)
+        angle = torch.rand(S, head // 2, device=device)
+        made = {"packed": torch.randn(B, S, 3 * D, device=device).to(shape.dtype)}
+        for name in "qkv":
+            made[name] = torch.randn(B, text + S, D // head, head, device=device).to(shape.dtype)
+            made[f"text {name}"] = made[name][:, :text].clone()
+            if name != "v":
+                made[f"{name} weight"] = (1 + 0.2 * torch.randn(D if across_heads else head, device=device)).to(
+                    shape.dtype
+                )
+        return made | {"freqs": torch.stack((angle.cos(), angle.sin()), -1)}
+
+    def thirds(i: Inputs) -> list[torch.Tensor]:
+        return [t.unflatten(-1, i["q"].shape[2:]) for t in i["packed"].chunk(3, -1)]
+
+    def rotate(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
+        if not across_heads:
+            numbers = torch.view_as_complex(x.to(freqs.dtype).unflatten(-1, (-1, 2)))
+            return torch.view_as_real(numbers * torch.view_as_complex(freqs).unsqueeze(1)).flatten(3).to(x.dtype)
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = freqs.unsqueeze(1).unbind(-1)
+        out = torch.empty_like(x)
+        out[..., 0::2] = a * cos - b * sin
+        out[..., 1::2] = a * sin + b * cos
+        return out
+
+    def eager(i: Inputs) -> Values:
+        q, k, v = thirds(i)
+        image = [v]
+        for x, weight in ((k, i["k weight"]), (q, i["q weight"])):
+            normed = F.rms_norm(x.flatten(2) if across_heads else x, weight.shape, weight, eps=1e-6)
+            image.insert(0, rotate(normed.view(x.shape), i["freqs"]))
+        return tuple(torch.cat((i[f"text {name}"], x), 1) for name, x in zip("qkv", image, strict=True))
+
+    def ours(i: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        outputs = [i[name][:, i[f"text {name}"].shape[1] :] for name in "qkv"]
+        weights = {f"{name}_weight": i[f"{name} weight"] for name in "qk"}
+        return (*thirds(i), *outputs), {**weights, "freqs": i["freqs"], "across_heads": across_heads}
+
+    return Case(
+        name="qk_norm_rope" + (" across heads" if across_heads else ""),
+        op="qk_norm_rope",
+        inputs=inputs,
+        ours=ours,
+        eager=eager,
+        values=lambda out: out,
+        written=("q", "k", "v"),
+        places=(3, 4, 5),
+        fits=_has_heads,
+    )
+
+
+def _gelu() -> Case:
+    return Case(
+        name="gelu",
+        op="gelu",
+        inputs=lambda shape, device: {"x": _hidden(shape, device, 1)[0]},
+        ours=lambda i: ((i["x"],), {}),
+        eager=lambda i: (F.gelu(i["x"], approximate="tanh"),),
+        values=lambda out: (out,),
+    )
+
+
+def _swiglu() -> Case:
+    """Of the halves of one projection."""
+    return Case(
+        name="swiglu",
+        op="swiglu",
+        inputs=lambda shape, device: {"packed": torch.cat(_hidden(shape, device, 2), -1)},
+        ours=lambda i: (i["packed"].chunk(2, -1), {}),
+        eager=lambda i: (F.silu(i["packed"].chunk(2, -1)[0]) * i["packed"].chunk(2, -1)[1],),
+        values=lambda out: (out,),
+    )
+
+
+def _cfg_combine(rescale: str | None) -> Case:
+    """As Qwen-Image's pipeline writes it; without the rescaling, as most do."""
+
+    def eager(i: Inputs) -> Values:
+        combined = i["uncond"] + 4.0 * (i["cond"] - i["uncond"])
+        if rescale is None:
+            return (combined,)
+        norms = (torch.norm(t, dim=-1, keepdim=True) for t in (i["cond"], combined))
+        return (combined * torch.div(*norms),)
+
+    return Case(
+        name="cfg_combine" + (f" {rescale}" if rescale else ""),
+        op="cfg_combine",
+        inputs=lambda shape, device: dict(zip(("cond", "uncond"), _hidden(shape, device, 2), strict=True)),
+        ours=lambda i: ((i["cond"], i["uncond"], 4.0), {"rescale": rescale}),
+        eager=eager,
+        values=lambda out: (out,),
+    )
+
+
+def _euler_step() -> Case:
+    """As FlowMatchEulerDiscreteScheduler writes it, with σ on the device."""
+
+    def inputs(shape: Shape, device: torch.device) -> Inputs:
+        sample, velocity = _hidden(shape, device, 2)
+        return {"sample": sample, "velocity": velocity, "dt": torch.tensor(-0.04, device=device)}
+
+    def eager(i: Inputs) -> Values:
+        sample = i["sample"] if i["sample"].dtype == torch.float64 else i["sample"].float()
+        return ((sample + i["dt"] * i["velocity"]).to(i["velocity"].dtype),)
+
+    return Case(
+        name="euler_step",
+        op="euler_step",
+        inputs=inputs,
+        ours=lambda i: ((i["sample"], i["velocity"], i["dt"]), {}),
+        eager=eager,
+        values=lambda out: (out,),
+    )
+
+
+CASES: dict[str, Case] = {
+    case.name: case
+    for case in (
+        _relative_l1(),
+        _residual_relative_l1(),
+        _modulated_relative_l1("layer"),
+        _modulated_relative_l1("rms"),
+        _linear_forecast(0),
+        _linear_forecast(1),
+        _qk_norm_rope(across_heads=False),
+        _qk_norm_rope(across_heads=True),
+        _gelu(),
+        _swiglu(),
+        _cfg_combine(None),
+        _cfg_combine("token"),
+        _euler_step(),
+        _ada_layer_norm("layer"),
+        _ada_layer_norm("rms"),
+        _gate_residual_norm("layer"),
+        _gate_residual_norm("rms"),
+        _rms_norm(),
+    )
+}
+
+
+def _index(shape: Shape, device: torch.device) -> torch.Tensor:
+    """Which of two modulations a token takes: the second for the last half, as a reference image's tokens do."""
+    return (torch.arange(shape.S, device=device) >= shape.S // 2).int().expand(shape.B, -1).contiguous()
+
+
+def _two_rows(shape: Shape, device: torch.device) -> list[torch.Tensor]:
+    """Shift, scale and gate, two rows for each sample."""
+    return list(torch.randn(2 * shape.B, 6 * shape.D, device=device).mul_(0.2).to(shape.dtype).chunk(6, 1)[:3])
+
+
+def _first_residual() -> Use:
+    """The first step's, which has none before it."""
+    return Use(
+        name="residual_relative_l1 first",
+        op="residual_relative_l1",
+        inputs=lambda shape, device: dict(zip(("h_out", "h_in"), _hidden(shape, device, 2), strict=True)),
+        ours=lambda i: ((i["h_out"], i["h_in"], None), {}),
+    )
+
+
+def _forecast_into() -> Use:
+    """Into a given tensor, by weights that are on the device."""
+
+    def inputs(shape: Shape, device: torch.device) -> Inputs:
+        made = dict(zip(("base", "last", "before", "out"), _hidden(shape, device, 4), strict=True))
+        return made | {"weights": torch.tensor([1.5, -0.5], device=device)}
+
+    return Use(
+        name="linear_forecast into",
+        op="linear_forecast",
+        inputs=inputs,
+        ours=lambda i: ((i["base"], [i["last"], i["before"]], i["weights"], i["out"]), {}),
+        places=(3,),
+    )
+
+
+def _ada_layer_norm_index() -> Use:
+    """As Qwen-Image-Edit-2511 has it."""
+
+    def inputs(shape: Shape, device: torch.device) -> Inputs:
+        shift, scale, _ = _two_rows(shape, device)
+        return {
+            "x": _hidden(shape, device, 1)[0],
+            "scale": scale,
+            "shift": shift,
+            "index": _index(shape, device),
+        }
+
+    return Use(
+        name="ada_layer_norm index",
+        op="ada_layer_norm",
+        inputs=inputs,
+        ours=lambda i: ((i["x"], i["scale"], i["shift"]), {"index": i["index"]}),
+    )
+
+
+def _gate_residual_norm_index() -> Use:
+    """As Qwen-Image-Edit-2511 has it."""
+
+    def inputs(shape: Shape, device: torch.device) -> Inputs:
+        shift, scale, gate = _two_rows(shape, device)
+        residual, x = _hidden(shape, device, 2)
+        return {
+            "residual": residual,
+            "x": x,
+            "gate": gate,
+            "scale": scale,
+            "shift": shift,
+            "index": _index(shape, device),
+        }
+
+    return Use(
+        name="gate_residual_norm index",
+        op="gate_residual_norm",
+        inputs=inputs,
+        ours=lambda i: (
+            (i["residual"], i["x"], i["gate"], i["scale"], i["shift"]),
+            {"index": i["index"]},
+        ),
+    )
+
+
+def _gated_residual() -> Use:
+    """A block's last, behind which no norm stands."""
+
+    def inputs(shape: Shape, device: torch.device) -> Inputs:
+        residual, x = _hidden(shape, device, 2)
+        return {"residual": residual, "x": x, "gate": _modulation(shape, device)[2]}
+
+    return Use(
+        name="gate_residual_norm h alone",
+        op="gate_residual_norm",
+        inputs=inputs,
+        ours=lambda i: ((i["residual"], i["x"], i["gate"]), {"norm": None}),
+    )
+
+
+def _rotated_halves() -> Use:
+    """Pairs of a head's two halves, without a norm."""
+    case = _qk_norm_rope(across_heads=False)
+
+    def ours(i: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = case.ours(i)
+        return args, {"freqs": kwargs["freqs"], "layout": "half"}
+
+    return Use(
+        name="qk_norm_rope half",
+        op="qk_norm_rope",
+        inputs=case.inputs,
+        ours=ours,
+        places=case.places,
+        fits=case.fits,
+    )
+
+
+#: What is checked: the cases, and uses that are not timed.
+USES: dict[str, Use] = CASES | {
+    use.name: use
+    for use in (
+        _first_residual(),
+        _forecast_into(),
+        _rotated_halves(),
+        _ada_layer_norm_index(),
+        _gate_residual_norm_index(),
+        _gated_residual(),
+    )
+}
+
+#: name → (case → what runs on its inputs). What ours returned still has to go through `Case.values`.
+PROVIDERS: dict[str, Callable[[Case], Callable[[Inputs], Any]]] = {
+    "ours": lambda case: case.run,
+    "eager": lambda case: case.eager,
+}
+
+
+def wrong(case: Case, provider: str, output: Any, inputs: Inputs, dtype: torch.dtype) -> str | None:
+    """What is wrong with a provider's output, against the eager form in fp64; None where nothing is."""
+    values = case.values(output) if provider == "ours" else output
+    doubled = {name: _double(value) for name, value in inputs.items()}
+    for index, (value, truth) in enumerate(zip(values, case.eager(doubled), strict=True)):
+        error = float((_double(value) - truth).norm() / truth.norm())
+        if not error <= TOLERANCE[dtype]:  # NaN is wrong as well
+            return f"{provider} is off by {error:.1e} in output {index}; allowed is {TOLERANCE[dtype]:.0e}"
+    return None
+
+
+def _double(value: Any) -> Any:
+    """In fp64, on the same device where that has fp64."""
+    if isinstance(value, list):
+        return [_double(t) for t in value]
+    return (value if value.device.type in ("cpu", "cuda") else value.cpu()).double()
