@@ -129,7 +129,7 @@ def _nvidia(compiled: Any) -> dict[str, Any]:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         tool = Path(backend.__file__).parent / "bin" / "cuobjdump"
-        command = [tool, "--dump-resource-usage", cubin.name]
+        command = [str(tool), "--dump-resource-usage", cubin.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     return {

@@ -1,0 +1,376 @@
+"""`python -m omni_kernels.validate`: whether every op is right on a device, and how near to its roof it runs.
+
+    python -m omni_kernels.validate [--device cuda|npu|cpu] [--quick] [--ops a,b] [--out DIR]
+    python -m omni_kernels.validate --case gelu/3x37x200/bfloat16/offset [--seed N]
+    python -m omni_kernels.validate --compile-only [--targets sm_90,gfx942]
+
+1. Every op is run over the models' shapes and odd ones, in fp32, fp16 and bf16 and in several layouts, against fp64,
+   between guards and twice (`validation.checks`). On a CPU the models' tokens are reduced, and the ops are plain torch;
+   with TRITON_INTERPRET=1 they are the kernels, interpreted.
+2. The bandwidth at which the device copies memory is measured, then every op and the same in plain torch.
+3. Tables are printed; `validation.json` and `validation.html` have all of it, with device, driver and versions.
+
+`--compile-only` needs no device: it compiles the kernels for GPUs and reports registers, shared memory and spills.
+
+Exit codes: 0 all that was run is right; 1 something is not, or an op was never run; 2 wrong usage; 3 nothing to run on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import difflib
+import importlib
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from omni_kernels.ops import OPS
+from omni_kernels.validation import aot, checks, launches, record, report
+from omni_kernels.validation.cases import CASES, PROVIDERS
+from omni_kernels.validation.checks import Check, Implementation
+from omni_kernels.validation.measurement import Row, measure
+from omni_kernels.validation.roof import copy_bandwidth
+from omni_kernels.validation.shapes import CPU_DIVISOR, Shape
+
+#: NVIDIA and AMD, Ascend, CPU: the best first.
+KINDS = ("cuda", "npu", "cpu")
+
+PASSED, FAILED, WRONG_USAGE, NO_DEVICE = range(4)
+COMMAND = "python -m omni_kernels.validate"
+
+#: Seconds after which nothing new is begun: checks, and all. What starting takes comes on top.
+LIMITS = {"quick": (25.0, 40.0), "whole": (300.0, 440.0)}
+QUICK_TARGETS = ("sm_90", "gfx942")
+
+TIMING = {
+    "cpu": "Times are medians on the host's clock, of work that is small enough to lie in its caches.",
+    "cuda": "Times are medians of the device's own, of replayed graphs on data that no cache holds.",
+}
+OTHER_TIMING = "Times are medians between two events around the launches."
+
+
+def find_device(wanted: str | None) -> torch.device | None:
+    """The device that is asked for, or the best that there is; None where that is not there.
+
+    Raises:
+        ValueError: it is none of `KINDS`.
+    """
+    for name in [wanted] if wanted else KINDS:
+        kind, _, index = name.partition(":")
+        if kind not in KINDS or (index and not index.isdigit()):
+            raise ValueError(f"--device: {name!r} is none of {', '.join(KINDS)}, nor one with an index, as in cuda:1")
+        if _is_there(kind, int(index or 0)):
+            return torch.device(name)
+    return None
+
+
+def _is_there(kind: str, index: int) -> bool:
+    if kind == "cpu":
+        return index == 0
+    if kind == "npu" and not hasattr(torch, "npu") and find_spec("torch_npu"):
+        importlib.import_module("torch_npu")
+    api: Any = getattr(torch, kind, None)
+    return bool(api is not None and api.is_available() and index < api.device_count())
+
+
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
+
+
+def implementation_on(device: torch.device) -> tuple[str, Implementation]:
+    """What the ops are on a device, in words, and how they are found."""
+    if interpreted():
+        return "Triton kernels, interpreted on the CPU", lambda op: OPS[op].launcher
+    kernels = device.type == "cuda" and find_spec("triton") is not None
+    return "Triton kernels" if kernels else "plain torch", lambda op: OPS[op].function
+
+
+class Progress:
+    """One line about how far a phase is, now and then; `limit` is when it ends at the latest, on time.monotonic."""
+
+    def __init__(self, phase: str, total: int, limit: float) -> None:
+        self.phase, self.total, self.limit = phase, total, limit
+        self.began = self.told = time.monotonic()
+        self.done = 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is no time left."""
+        return time.monotonic() >= self.limit
+
+    def step(self, told: str = "") -> None:
+        """One more is done."""
+        self.done += 1
+        now = time.monotonic()
+        terminal = sys.stderr.isatty()
+        if now - self.told < (0.5 if terminal else 10) and self.done < self.total:
+            return
+        self.told = now
+        left = min((now - self.began) / self.done * (self.total - self.done), max(0.0, self.limit - now))
+        line = f"{self.phase} {self.done}/{self.total}{told}, about {left:.0f} s left"
+        end = "\n" if self.done == self.total or not terminal else ""
+        print(f"\r\033[K{line}" if terminal else line, end=end, file=sys.stderr, flush=True)
+
+
+def repeat(check: Check, device: torch.device, seed: int) -> str:
+    """The command that runs one check again."""
+    words = [*COMMAND.split(), "--device", str(device), "--case", check.id, "--seed", str(seed)]
+    return ("TRITON_INTERPRET=1 " if interpreted() else "") + shlex.join(words)
+
+
+def check_all(wanted: Sequence[Check], device: torch.device, seed: int, limit: float) -> list[dict[str, Any]]:
+    """Every check's outcome, in order; those that time, memory or a lost device left no room for are "not run"."""
+    implementation = implementation_on(device)[1]
+    progress = Progress("checks", len(wanted), limit)
+    outcomes: list[dict[str, Any]] = []
+    lost: str | None = None
+    for check in wanted:
+        outcome = {
+            "id": check.id,
+            "op": check.use.op,
+            "case": check.use.name,
+            "shape": f"{check.shape.name} {'×'.join(map(str, check.shape.size))}",
+            "dtype": check.dtype,
+            "layout": check.layout,
+        }
+        if lost is None and progress.is_over:
+            outcome |= {"status": "not run", "problem": "there was no time left"}
+        elif lost is not None:
+            outcome |= {"status": "not run", "problem": lost}
+        else:
+            outcome |= _checked(check, implementation, device, seed)
+            lost = _lost(device) if outcome["status"] == "failed" else None
+        outcomes.append(outcome)
+        progress.step(f", {sum(o['status'] == 'failed' for o in outcomes)} failed")
+    return outcomes
+
+
+def _checked(check: Check, implementation: Implementation, device: torch.device, seed: int) -> dict[str, Any]:
+    """What came of one check."""
+    worst = None
+    try:
+        problems = checks.run(check, implementation, device, seed)
+    except torch.OutOfMemoryError:
+        return {"status": "not run", "problem": "the device has not enough memory"}
+    except Exception as error:  # a kernel that cannot be compiled or launched is a finding like any other
+        problem = f"{type(error).__name__}: {error}"[:2000]
+    else:
+        if not problems:
+            return {"status": "passed"}
+        problem, worst = "; ".join(map(str, problems)), dataclasses.asdict(problems[0])
+    command = repeat(check, device, seed)
+    return {"status": "failed", "problem": problem, "worst": worst, "seed": seed, "repeat": command}
+
+
+def _lost(device: torch.device) -> str | None:
+    """Why nothing more can be run: an access to memory that is not there ends a device's context."""
+    if device.type == "cpu":
+        return None
+    try:
+        torch.ones(1, device=device).item()
+    except Exception as error:
+        return f"the device was lost: {error}"[:500]
+    return None
+
+
+def measure_all(
+    ops: Sequence[str], shapes: Sequence[Shape], device: torch.device, limit: float, wrong: set[str]
+) -> tuple[list[Row], list[str]]:
+    """Ours and plain torch for every case and shape, and what was left out, and why."""
+    cases = [case for case in CASES.values() if case.op in ops]
+    wanted = [(case, shape, p) for shape in shapes for case in cases if case.fits(shape) for p in PROVIDERS]
+    progress = Progress("times", len(wanted), limit)
+    rows: list[Row] = []
+    left_out: list[str] = []
+    for j, (case, shape, provider) in enumerate(wanted):
+        if progress.is_over:
+            left_out.append(f"{len(wanted) - j} of {len(wanted)} times, for want of time")
+            break
+        try:
+            if case.op not in wrong:
+                rows.append(measure(case, shape, provider, PROVIDERS[provider](case), device, rounds=10))
+            elif provider == "ours":
+                left_out.append(f"{case.name} at {shape.name}, whose results are wrong")
+        except Exception as error:
+            left_out.append(f"{case.name} at {shape.name} ({provider}): {error}"[:500])
+            if _lost(device):
+                break
+        progress.step()
+    return rows, left_out
+
+
+def compile_all(ops: Sequence[str], targets: Sequence[str], limit: float) -> tuple[list[dict[str, Any]], int]:
+    """What the launches of `ops` come to on `targets`, and how many were left for want of time."""
+    names = [name for name in launches.table() if set(name.split()) & set(ops)]
+    progress = Progress("compiled", len(names) * len(targets), limit)
+    found: list[dict[str, Any]] = []
+    for result in aot.compiled(targets, names):
+        found.append(
+            {
+                "launch": result.launch,
+                "target": result.target,
+                "registers": max((kernel.registers for kernel in result.kernels), default=None),
+                "shared": max((kernel.shared for kernel in result.kernels), default=None),
+                "spills": result.spills,
+                "kernels": [kernel.kernel for kernel in result.kernels],
+                "error": result.error,
+            }
+        )
+        progress.step()
+        if progress.is_over:
+            break
+    return found, progress.total - progress.done
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=COMMAND, description=(__doc__ or "").split("\n")[0].partition(": ")[2])
+    parser.add_argument(
+        "--device", help="cuda (NVIDIA, AMD), npu (Ascend), cpu, or cuda:1; default: the first there is"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="in less than a minute: every op in every dtype, one model"
+    )
+    parser.add_argument("--ops", metavar="A,B", help=f"of {', '.join(OPS)}; default: all")
+    parser.add_argument("--case", action="append", metavar="ID", help="this check alone, and no times; may be repeated")
+    parser.add_argument("--seed", type=int, default=0, help="of the inputs' numbers (default 0)")
+    parser.add_argument("--minutes", type=float, help="begin nothing new after so many")
+    parser.add_argument("--compile-only", action="store_true", help="compile the kernels; needs no device")
+    parser.add_argument("--targets", metavar="A,B", help=f"to compile for: {', '.join(aot.TARGETS)}; default: all")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the files go (default: here; --case: nowhere)")
+    return parser
+
+
+def _chosen(parser: argparse.ArgumentParser, option: str, text: str | None, allowed: Sequence[str]) -> list[str]:
+    """The names in a list with commas."""
+    if text is None:
+        return [*allowed]
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in allowed:
+            near = difflib.get_close_matches(name, allowed, 1)
+            parser.error(f"{option}: {name!r} is unknown; {f'did you mean {near[0]}?' if near else ', '.join(allowed)}")
+    if not names:
+        parser.error(f"{option}: nothing is named; there are {', '.join(allowed)}")
+    return names
+
+
+@torch.no_grad()
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code, or raises SystemExit(2) where it is used wrongly."""
+    began = time.monotonic()
+    parser = _arguments()
+    options = parser.parse_args(argv)
+    ops = _chosen(parser, "--ops", options.ops, [*OPS])
+    to_checks, to_end = LIMITS["quick" if options.quick else "whole"]
+    if options.minutes is not None:
+        to_checks, to_end = options.minutes * 60 * to_checks / to_end, options.minutes * 60
+    document: dict[str, Any] = {
+        "command": shlex.join([*COMMAND.split(), *(sys.argv[1:] if argv is None else argv)]),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "seconds": 0.0,
+        "verdict": "failed",
+        "seed": options.seed,
+        "implementation": "nothing was run",
+        "machine": record.machine(torch.device("cpu")),
+        "copy_gb_per_s": None,
+        "timing": "",
+        "not_measured": "",
+        "unchecked": [],
+        "checks": [],
+        "measurements": [],
+        "compiled": [],
+        "not_compiled": 0,
+    }
+    if options.compile_only:
+        targets = _chosen(parser, "--targets", options.targets, [*aot.TARGETS])
+        if find_spec("triton") is None:
+            print("Triton is not installed: there are no kernels to compile", file=sys.stderr)
+            return NO_DEVICE
+        if options.quick and options.targets is None:
+            targets = [*QUICK_TARGETS]
+        print(f"compiling for {', '.join(targets)}; nothing is run")
+        found, left = compile_all(ops, targets, began + to_end)
+        document |= {"compiled": found, "not_compiled": left, "not_measured": "the kernels were compiled, not run"}
+        return _finish(document, options.out or Path(), began)
+    if options.targets is not None:
+        parser.error("--targets goes with --compile-only")
+    try:
+        device = find_device(options.device)
+        only = [checks.parse(text) for text in options.case or ()]
+    except ValueError as error:
+        parser.error(str(error))
+    if device is None:
+        print(f"there is no device {options.device!r} here", file=sys.stderr)
+        return NO_DEVICE
+    document |= {"machine": record.machine(device), "implementation": implementation_on(device)[0]}
+    print(_found(document, device))
+    if only:
+        document |= {"checks": check_all(only, device, options.seed, float("inf")), "not_measured": "as --case says"}
+        return _finish(document, options.out, began)
+    divisor = 1
+    if device.type == "cpu":
+        divisor = CPU_DIVISOR * (16 if interpreted() else 4 if options.quick else 1)
+    wanted = checks.plan(ops, divisor=divisor, quick=options.quick)
+    document["checks"] = check_all(wanted, device, options.seed, began + (to_end if interpreted() else to_checks))
+    done = {c["op"] for c in document["checks"] if c["status"] != "not run"}
+    document["unchecked"] = [op for op in ops if op not in done]
+    if interpreted():
+        document["not_measured"] = "interpreted kernels have no speed"
+    elif _lost(device):
+        document["not_measured"] = "the device was lost"
+    else:
+        wrong = {c["op"] for c in document["checks"] if c["status"] == "failed"}
+        document["copy_gb_per_s"] = round(copy_bandwidth(device) / 1e9, 1)
+        document["timing"] = TIMING.get(device.type, OTHER_TIMING)
+        models = [checks.reduced(s, divisor) for s in (checks.MODELS[:1] if options.quick else checks.MODELS)]
+        rows, left_out = measure_all(ops, models, device, began + to_end, wrong)
+        document["measurements"] = [
+            {key: value for key, value in vars(r).items() if key != "skipped"} | {"op": CASES[r.case].op} for r in rows
+        ]
+        document["not_measured"] = "; ".join(left_out)
+    return _finish(document, options.out or Path(), began)
+
+
+def _found(document: dict[str, Any], device: torch.device) -> str:
+    """The device, for the first line."""
+    about = document["machine"]
+    facts = [about["vendor"], about["arch"]]
+    if about.get("memory"):
+        facts += [f"{about['multiprocessors']} multiprocessors", f"{about['memory'] / 2**30:.0f} GiB"]
+    if about.get("driver"):
+        facts.append(f"driver {about['driver']}")
+    if about.get("runtime"):
+        facts.append(about["runtime"])
+    versions = [f"{name} {about['versions'][name] or 'not installed'}" for name in ("torch", "triton")]
+    return (
+        f"{device}: {about['name']} ({', '.join(facts)}); {', '.join(versions)}\n"
+        f"the ops run as {document['implementation']}"
+    )
+
+
+def _finish(document: dict[str, Any], out: Path | None, began: float) -> int:
+    """Say and write what was found."""
+    wrong = any(c["status"] == "failed" for c in document["checks"]) or document["unchecked"]
+    wrong = wrong or any(c["error"] or c["spills"] for c in document["compiled"])
+    document["verdict"] = "failed" if wrong else "passed"
+    document["seconds"] = round(time.monotonic() - began, 1)
+    print(report.text(document))
+    if out is not None:
+        record.write(out / "validation.json", document)
+        (out / "validation.html").write_text(report.page(document), encoding="utf-8")
+        print(f"written to {out / 'validation.json'} and {out / 'validation.html'}")
+    return FAILED if wrong else PASSED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

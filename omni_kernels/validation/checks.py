@@ -1,0 +1,200 @@
+"""One check: an op on one shape, dtype and layout, against fp64, between guards, twice.
+
+Its inputs and the buffers that it writes lie between sentinels (`memory`): what is read outside of an input is NaN,
+what is written outside of an output or into an input is seen, and what is not written is NaN. The results of two runs
+must be the same bits. A check is named by its `id`, use/shape/dtype/layout; with the seed, it is made again from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from omni_kernels.validation import layouts, oracle
+from omni_kernels.validation.cases import USES, Use
+from omni_kernels.validation.memory import Placed, poisoned_outputs, same_bits
+from omni_kernels.validation.shapes import FLUX, QWEN_IMAGE, QWEN_IMAGE_EDIT, TINY, Z_IMAGE, Shape
+from omni_kernels.validation.tolerances import Mismatch, mismatch
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+#: "model" is how the inputs lie where a model calls the op: chunks of projections, places in a joint sequence.
+LAYOUTS: dict[str, layouts.Layout] = {
+    "model": lambda t: t,
+    "contiguous": layouts.contiguous,
+    "transposed": lambda t: layouts.heads_first(t) if t.dim() == 4 else layouts.transposed(t),
+    "tokens": layouts.first_tokens,
+    "channels": layouts.channels,
+    "offset": layouts.offset,
+}
+MOVED = ("offset", "tokens", "transposed", "channels")
+
+MODELS = (QWEN_IMAGE, QWEN_IMAGE_EDIT, Z_IMAGE, FLUX)
+# Sizes that 16 does not divide; several samples; a model's width with a remainder of tokens; the least there can be.
+ODD = Shape("odd", 3, 37, 200, torch.bfloat16)
+SMALL = (ODD, Shape("odd-129", 2, 33, 129, torch.bfloat16), TINY, Shape("one", 1, 1, 8, torch.bfloat16))
+
+#: Finds an op's implementation by its name.
+Implementation = Callable[[str], Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """`shape` has the dtype."""
+
+    use: Use
+    shape: Shape
+    layout: str
+
+    @property
+    def dtype(self) -> str:
+        """Of the tensors, but for freqs and indices."""
+        return str(self.shape.dtype).removeprefix("torch.")
+
+    @property
+    def id(self) -> str:
+        """use/BxSxD/dtype/layout."""
+        B, S, D = self.shape.size
+        return f"{self.use.name.replace(' ', '-')}/{B}x{S}x{D}/{self.dtype}/{self.layout}"
+
+
+def parse(text: str) -> Check:
+    """The check of an id; of any shape, also one that no model has.
+
+    Raises:
+        ValueError: it names no check.
+    """
+    parts = text.split("/")
+    uses = {name.replace(" ", "-"): use for name, use in USES.items()}
+    if len(parts) != 4 or not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", parts[1]):
+        raise ValueError(f"{text!r} is no check; one is use/BxSxD/dtype/layout, as in {example().id}")
+    name, size, dtype, layout = parts
+    for value, allowed in ((name, uses), (dtype, DTYPES), (layout, LAYOUTS)):
+        if value not in allowed:
+            raise ValueError(f"{text!r} is no check: {value!r} is none of {', '.join(allowed)}")
+    B, S, D = (int(n) for n in size.split("x"))
+    shape = Shape("given", B, S, D, DTYPES[dtype])
+    if not uses[name].fits(shape):
+        raise ValueError(f"{text!r} is no check: {name} has no inputs of {shape.D} channels")
+    return Check(uses[name], shape, layout)
+
+
+def example() -> Check:
+    """One of all."""
+    return Check(USES["gelu"], ODD, "offset")
+
+
+def reduced(shape: Shape, divisor: int) -> Shape:
+    """The same with fewer tokens."""
+    return dataclasses.replace(shape, S=max(1, shape.S // divisor))
+
+
+def plan(ops: Iterable[str], *, divisor: int, quick: bool) -> list[Check]:
+    """What is checked of `ops`, from what each op needs at least to what is good to know as well.
+
+    Args:
+        ops: keys of `omni_kernels.ops.OPS`.
+        divisor: by how much the models' tokens are reduced: 1 where a device is to be tried at its real work.
+        quick: every op in every dtype, and one model.
+    """
+    uses = [use for use in USES.values() if use.op in set(ops)]
+    first, *others = [reduced(shape, divisor) for shape in MODELS]
+    wanted: list[tuple[Sequence[Shape], Sequence[str], Sequence[str]]] = [
+        ([ODD], [*DTYPES], ["contiguous"]),
+        ([first], ["bfloat16"], ["model"]),
+        ([ODD], ["bfloat16"] if quick else [*DTYPES], MOVED),
+    ]
+    if not quick:
+        wanted += [
+            (others, ["bfloat16"], ["model"]),
+            ([first, *others], ["float16", "float32"], ["model"]),
+            (SMALL[1:], [*DTYPES], ["contiguous"]),
+            ([first], ["bfloat16"], MOVED),
+        ]
+    return [
+        Check(use, dataclasses.replace(shape, dtype=DTYPES[dtype]), layout)
+        for shapes, dtypes, lays in wanted
+        for shape in shapes
+        for dtype in dtypes
+        for layout in lays
+        for use in uses
+        if use.fits(shape)
+    ]
+
+
+def has_fp64(device: torch.device) -> bool:
+    """Whether the oracle may compute there; elsewhere it does on the CPU."""
+    return device.type in ("cpu", "cuda")
+
+
+def run(check: Check, implementation: Implementation, device: torch.device, seed: int) -> list[Mismatch]:
+    """Everything that is wrong with an implementation; nothing where it is right.
+
+    Raises:
+        Exception: whatever the implementation raises.
+    """
+    torch.manual_seed(seed)
+    given, options = check.use.ours(check.use.inputs(check.shape, device))
+    placed: list[Placed] = []
+
+    def place(t: torch.Tensor, written: bool = False) -> torch.Tensor:
+        # A vector is a row of its own in every layout, but it can be out of alignment.
+        moved = t.dim() > 1 or (t.dim() == 1 and check.layout == "offset")
+        placed.append(Placed(LAYOUTS[check.layout](t) if moved else t, written=written))
+        return placed[-1].view
+
+    args = [
+        tree_map_only(torch.Tensor, functools.partial(place, written=j in check.use.places), argument)
+        for j, argument in enumerate(given)
+    ]
+    kwargs = tree_map_only(torch.Tensor, place, options)
+    places = [args[j] for j in check.use.places]
+    function = implementation(check.use.op)
+    problems: list[Mismatch] = []
+
+    def results() -> list[torch.Tensor]:
+        for t in places:
+            t.fill_(float("nan"))
+        with poisoned_outputs() as intact:
+            returned = function(*args, **kwargs)
+            if places:
+                returned = places
+            made = [
+                t.clone() for t in ([returned] if isinstance(returned, torch.Tensor) else returned) if t is not None
+            ]
+            outside = not intact()
+        if outside or not all(p.untouched() for p in placed):
+            problems.append(Mismatch("wrote outside of its outputs"))
+        return made
+
+    first, second = results(), results()
+    wrong = _wrong(check.use.op, first, args, kwargs, device)
+    # Once is enough to tell of what both runs did.
+    del problems[1:]
+    problems[:0] = [wrong] if wrong else []
+    if any(a.shape != b.shape or not same_bits(a, b) for a, b in zip(first, second, strict=True)):
+        problems.append(Mismatch("two runs on the same inputs differ in their bits"))
+    return problems
+
+
+def _wrong(
+    op: str, got: Sequence[torch.Tensor], args: Sequence[Any], kwargs: dict[str, Any], device: torch.device
+) -> Mismatch | None:
+    """The first result that is not the oracle's."""
+    if not has_fp64(device):
+        got, args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.cpu, (got, args, kwargs))
+    expected = oracle.expected(op, got, *args, **kwargs)
+    if len(got) != len(expected):
+        return Mismatch(f"{len(got)} results, expected {len(expected)}")
+    for value, (name, exact, magnitude) in zip(got, expected, strict=True):
+        found = mismatch(value, exact, magnitude)
+        if found is not None:
+            return dataclasses.replace(found, reason=f"{name}: {found.reason}")
+    return None
