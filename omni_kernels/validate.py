@@ -280,6 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seconds": 0.0,
         "verdict": "failed",
         "seed": options.seed,
+        "device": "none: nothing was run",
         "implementation": "nothing was run",
         "machine": record.machine(torch.device("cpu")),
         "copy_gb_per_s": None,
@@ -312,7 +313,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device is None:
         print(f"there is no device {options.device!r} here", file=sys.stderr)
         return NO_DEVICE
-    document |= {"machine": record.machine(device), "implementation": implementation_on(device)[0]}
+    document |= {
+        "device": str(device),
+        "machine": record.machine(device),
+        "implementation": implementation_on(device)[0],
+    }
     print(_found(document, device))
     if only:
         document |= {"checks": check_all(only, device, options.seed, float("inf")), "not_measured": "as --case says"}

@@ -61,8 +61,8 @@ def _rows(document: Document) -> list[tuple[str, ...]]:
             count = dtypes.get(dtype, Counter[str]())
             done = count["passed"] + count["failed"]
             cells.append(f"{count['passed']}/{done}" if done else "not run")
-        of_roof = shares.get(op)
-        cells.append(f"{min(of_roof):.0%} to {max(of_roof):.0%}" if of_roof else NOT_MEASURED)
+        ends = dict.fromkeys(f"{share:.0%}" for share in sorted(shares.get(op, ())))
+        cells.append(" to ".join([*ends][:: max(1, len(ends) - 1)]) or NOT_MEASURED)
         rows.append((op, *cells))
     return rows
 
@@ -183,6 +183,7 @@ def _facts(document: Document) -> str:
     about = dict(document["machine"])
     versions = about.pop("versions")
     facts = {
+        "device": document["device"],
         "ops run as": document["implementation"],
         **{key.replace("_", " "): "not known" if value is None else value for key, value in about.items()},
         **{name: value or "not installed" for name, value in versions.items()},
