@@ -46,7 +46,10 @@ def modulated(
     mean = x.mean(-1, keepdim=True) if norm == "layer" else x.new_zeros(())
     centred = x - mean
     deviation = torch.sqrt((centred * centred).mean(-1, keepdim=True) + eps)
-    m, terms = centred / deviation, (x.abs() + mean.abs()) / deviation
+    # The mean is a sum, too: near zero it is off by up to a unit of what was added, an eighth of what is allowed for
+    # arithmetic.
+    lost = x.abs().mean(-1, keepdim=True) / 8 if norm == "layer" else mean
+    m, terms = centred / deviation, (x.abs() + mean.abs() + lost) / deviation
     if weight is not None:
         m, terms = m * weight.double(), terms * weight.double().abs()
     if bias is not None:
