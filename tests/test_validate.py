@@ -32,10 +32,15 @@ def small_and_plain(monkeypatch):
 
 @pytest.fixture
 def replace(monkeypatch):
-    """Puts something else in an op's place."""
+    """Puts something else in an op's place, but where it is to write into a given one."""
 
     def put(op, function):
-        monkeypatch.setitem(OPS, op, dataclasses.replace(OPS[op], function=function, launcher=function))
+        right = OPS[op].function
+
+        def either(x, out=None):
+            return function(x) if out is None else right(x, out)
+
+        monkeypatch.setitem(OPS, op, dataclasses.replace(OPS[op], function=either, launcher=either))
 
     return put
 
@@ -66,7 +71,7 @@ def test_all_right_is_code_0_with_both_files(tmp_path, capsys):
     assert found["implementation"] == "plain torch"
     told = capsys.readouterr().out
     assert told.startswith("cpu: ")
-    assert "PASSED: 16 passed; copy bandwidth" in told
+    assert "PASSED: 24 passed; copy bandwidth" in told
 
 
 def test_the_kernels_run_in_the_interpreter_and_have_no_speed(monkeypatch, tmp_path):
@@ -191,6 +196,17 @@ def test_one_wrong_element_of_any_result_is_noticed(name):
         assert "off by up to" in problem.reason
 
 
+@pytest.mark.parametrize("layout", ["interleaved", "half"])
+def test_tables_rotate_as_the_angles_that_they_are_of(layout):
+    q, k, v = torch.randn(3, 2, 5, 3, 8).unbind()
+    freqs = torch.randn(5, 4, 2)
+    cos, sin = (t.repeat_interleave(2, -1) if layout == "interleaved" else t.repeat(1, 2) for t in freqs.unbind(-1))
+    by_tables = oracle.expected("qk_norm_rope", [], q, k, v, layout=layout, cos=cos, sin=sin)
+    by_angles = oracle.expected("qk_norm_rope", [], q, k, v, layout=layout, freqs=freqs)
+    for one, other in zip(by_tables, by_angles, strict=True):
+        assert torch.equal(one[1], other[1])
+
+
 def test_nothing_is_timed_where_results_are_wrong(replace, tmp_path, monkeypatch):
     replace("gelu", wrong_number)
     monkeypatch.setattr(measurement, "median_seconds", lambda *_: pytest.fail("timed"))
@@ -205,7 +221,7 @@ def test_after_a_lost_device_nothing_is_run(replace, tmp_path, monkeypatch):
     monkeypatch.setattr(validate, "_lost", lambda device: "the device was lost: gone")
     assert run("--quick", "--ops", "gelu", out=tmp_path) == 1
     found = document(tmp_path)
-    assert [c["status"] for c in found["checks"]] == ["failed"] + ["not run"] * 7
+    assert [c["status"] for c in found["checks"]] == ["failed"] + ["not run"] * 15
     assert found["copy_gb_per_s"] is None
 
 

@@ -539,6 +539,45 @@ def _rotated_halves() -> Use:
     )
 
 
+def _rotated_by_tables(across_heads: bool) -> Use:
+    """By a cosine and a sine for each element, as FLUX has them, or Wan."""
+    case = _qk_norm_rope(across_heads)
+
+    def inputs(shape: Shape, device: torch.device) -> Inputs:
+        made = case.inputs(shape, device)
+        cos, sin = (t.repeat_interleave(2, -1) for t in made["freqs"].unbind(-1))
+        return made | {"cos": cos, "sin": sin}
+
+    def ours(i: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = case.ours(i)
+        return args, kwargs | {"freqs": None, "cos": i["cos"], "sin": i["sin"]}
+
+    return Use(
+        name="qk_norm_rope cos and sin" + (" across heads" if across_heads else ""),
+        op="qk_norm_rope",
+        inputs=inputs,
+        ours=ours,
+        places=case.places,
+        fits=case.fits,
+    )
+
+
+def _gelu_behind() -> Use:
+    """Behind other channels, as FLUX's blocks of one stream have it."""
+
+    def inputs(shape: Shape, device: torch.device) -> Inputs:
+        x, others = _hidden(shape, device, 2)
+        return {"x": x, "packed": torch.cat((others, others), -1)}
+
+    return Use(
+        name="gelu behind",
+        op="gelu",
+        inputs=inputs,
+        ours=lambda i: ((i["x"], i["packed"][..., i["x"].shape[-1] :]), {}),
+        places=(1,),
+    )
+
+
 #: What is checked: the cases, and uses that are not timed.
 USES: dict[str, Use] = CASES | {
     use.name: use
@@ -546,6 +585,9 @@ USES: dict[str, Use] = CASES | {
         _first_residual(),
         _forecast_into(),
         _rotated_halves(),
+        _rotated_by_tables(across_heads=False),
+        _rotated_by_tables(across_heads=True),
+        _gelu_behind(),
         _ada_layer_norm_index(),
         _gate_residual_norm_index(),
         _gated_residual(),

@@ -55,7 +55,7 @@ class Check:
 
     @property
     def dtype(self) -> str:
-        """Of the tensors, but for freqs and indices."""
+        """Of the tensors, but for angles and indices."""
         return str(self.shape.dtype).removeprefix("torch.")
 
     @property

@@ -241,8 +241,15 @@ def _qk_norm_rope(
     *places: torch.Tensor,
     q_weight: torch.Tensor | None = None,
     k_weight: torch.Tensor | None = None,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
     **options: Any,
 ) -> list[Expected]:
+    if cos is not None and sin is not None:
+        # Both of a pair have the same.
+        D = q.shape[-1]
+        first = slice(0, None, 2) if options.get("layout", "interleaved") == "interleaved" else slice(0, D // 2)
+        options["freqs"] = torch.stack((cos[:, first].double(), sin[:, first].double()), -1)
     return [
         ("q_out", *rotated(q, q_weight, **options)),
         ("k_out", *rotated(k, k_weight, **options)),
@@ -250,7 +257,7 @@ def _qk_norm_rope(
     ]
 
 
-def _gelu(got: Sequence[torch.Tensor], x: torch.Tensor) -> list[Expected]:
+def _gelu(got: Sequence[torch.Tensor], x: torch.Tensor, out: torch.Tensor | None = None) -> list[Expected]:
     return [("out", *gelu(x))]
 
 
