@@ -6,7 +6,7 @@
 - Z-Image at 1024²: 3840 channels (Tongyi-MAI/Z-Image), 4096 image tokens and the prompt's, padded to a multiple of 32,
   here 128, in one sequence; guidance is a batch of 2.
 - FLUX at 1024²: 3072 channels (black-forest-labs/FLUX.1-dev); in the single blocks, the 4096 image tokens stand behind
-  the prompt's 512. It is checked and not timed: to a kernel it is hardly another shape than Qwen-Image's.
+  the prompt's 512. The benchmarks leave it out: to a kernel it is hardly another shape than Qwen-Image's.
 - tiny: a model of 192 channels at 64 × 64 pixels, 4 × 4 tokens, in fp32: nothing but overhead.
 - large: no model; four of the edit's samples, so that every op moves far more than the 100 MB from which an op has to
   reach its share of the copy bandwidth, and far more than any cache holds.
