@@ -13,12 +13,12 @@ import functools
 import inspect
 import itertools
 import operator
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Protocol
 
 import torch
 
-from omni_runtime.cache.models import ModelRow
+from omni_runtime.cache.models import Arguments, ModelRow
 
 #: The (hidden, encoder) states, [B, S, D] and [B, T, D]; no encoder states where there is a single stream.
 States = tuple[torch.Tensor, torch.Tensor | None]
@@ -77,7 +77,7 @@ class BlockCalls:
         self.forward_names = tuple(parameters)
         self._between = [(name, parameters.index(name)) for name in row.between if name in parameters]
 
-    def inputs(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> States:
+    def inputs(self, index: int, args: tuple[Any, ...], kwargs: Arguments) -> States:
         """The (hidden, encoder) states among the arguments of block `index`."""
         place, encoder_place = self._places[index]
         given, encoder = len(args), self._encoder
@@ -86,11 +86,11 @@ class BlockCalls:
             return hidden, None
         return hidden, args[encoder_place] if encoder_place < given else kwargs[encoder]
 
-    def arguments(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    def arguments(self, index: int, args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
         """All arguments of block `index` by name."""
         return {**dict(zip(self.names[index], args, strict=False)), **kwargs} if args else kwargs
 
-    def works_between(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    def works_between(self, args: tuple[Any, ...], kwargs: Arguments) -> bool:
         """Whether this forward of the transformer does anything between its blocks."""
         for name, place in self._between:  # noqa: SIM110 -- on the path of every forward, where a generator costs more
             if kwargs.get(name) is not None or len(args) > place:
@@ -115,13 +115,13 @@ class Slot(functools.partial[Any]):
 class Passage:
     """Forwards over the blocks, of which [first, last) may be skipped, one after the other.
 
-    Subclasses' hooks: `enter` sees the call of block `first` and says whether to compute; `leave` sees what the last
+    Subclasses' hooks: `enter` sees what enters block `first` and says whether to compute; `leave` sees what the last
     skippable block returned; `forecast` gives what it would have returned. No state of a forward outlives it.
 
     Attributes:
         ran: how many blocks ran, to be set to 0 before each forward.
-        stepwise: whether the forward works between its blocks. With nothing to do there, a skipped stretch is left at
-            once, not block by block.
+        stepwise: whether the forward works between its blocks. With nothing to do there, what the block before `first`
+            returns is what enters `first`: it is decided there, and a skipped stretch is left at once.
         entered: the hidden states that entered block 0, where that is not block `first`.
     """
 
@@ -136,8 +136,14 @@ class Passage:
         self.entered: torch.Tensor | None = None
         self._base: States | None = None
 
-    def enter(self, block: torch.nn.Module, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the blocks [first, last) run in this forward, from `base`, a pair (hidden, encoder)."""
+    def enter(self, block: torch.nn.Module, base: Any, arguments: Arguments) -> bool:
+        """Whether the blocks [first, last) run in this forward.
+
+        Args:
+            block: whose call is under way: `first`, or the one before it.
+            base: what enters block `first`, a pair (hidden, encoder).
+            arguments: those of the call under way, by name.
+        """
         raise NotImplementedError
 
     def leave(self, hidden: torch.Tensor, encoder: torch.Tensor | None, base: Any) -> None:
@@ -150,19 +156,20 @@ class Passage:
 
     def slots(self, blocks: Collection[torch.nn.Module], start: int) -> Iterator[Callable[..., Any]]:
         """What is called in place of each of `blocks`, the first of which is block `start` of the model."""
-        first, last = self.first, self.last
+        first, last, end = self.first, self.last, start + len(blocks)
+        decided = first if self.stepwise or not start < first < end else first - 1
         numbered = enumerate(blocks, start)
         for index, block in numbered:
-            if index == first:
-                yield Slot(self._first, block)
+            if index == decided:
+                yield Slot(self._first if index == first else self._before, block)
                 if not self.computing and not self.stepwise:
-                    if last >= start + len(blocks):
+                    if last >= end:
                         return
-                    skipped = last - first - 1
+                    skipped = last - index - 1
                     next(itertools.islice(numbered, skipped, skipped), None)
             elif index == 0:
                 yield Slot(self._zeroth, block)
-            elif not first < index < last or (self.computing and index != last - 1):
+            elif not first <= index < last or (self.computing and index != last - 1):
                 self.ran += 1
                 yield block
             elif index == last - 1:
@@ -178,10 +185,24 @@ class Passage:
         self.ran += 1
         return block(*args, **kwargs)
 
+    def _before(self, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Block first − 1 runs, and what it returns is all that is to be known of what enters block `first`."""
+        calls, index = self.calls, self.first - 1
+        if index == 0:
+            self.entered, _ = calls.inputs(0, args, kwargs)
+        output = self._run(block, args, kwargs)
+        base = calls.streams(output)
+        self.computing = self.enter(block, base, calls.arguments(index, args, kwargs) if args else kwargs)
+        self.entered = None
+        if not self.computing:
+            return calls.output(self.forecast(base))
+        self._base = base
+        return output
+
     def _first(self, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         calls, index = self.calls, self.first
         base = calls.inputs(index, args, kwargs)
-        self.computing = self.enter(block, base, args, kwargs)
+        self.computing = self.enter(block, base, calls.arguments(index, args, kwargs) if args else kwargs)
         self.entered = None
         if not self.computing and not (self.stepwise and self.last - index > 1):
             return calls.output(self.forecast(base))

@@ -26,7 +26,7 @@ from omni_runtime.cache.forecasters import Forecaster
 from omni_runtime.cache.gates import Gate, Plan, Verdict, by_image
 from omni_runtime.cache.history import history_of
 from omni_runtime.cache.lifecycle import Lifecycle, Request
-from omni_runtime.cache.models import MODELS, ModelRow, block_lists, row_of
+from omni_runtime.cache.models import MODELS, Arguments, ModelRow, block_lists, row_of
 from omni_runtime.cache.output import OutputSite, OutputSteps, check_scheduler
 from omni_runtime.cache.replay import ReplayGate, Replays
 from omni_runtime.cache.report import BranchReport, CacheReport, Decision, StepEvent
@@ -101,7 +101,7 @@ class ResidualPassage(Passage):
         # The text stream matters only to blocks that still run: with none behind the site, it is left alone.
         self.encoder = None if parts.last == session.blocks else history_of(parts.forecaster)
 
-    def begin(self, request: Request, arguments: Mapping[str, Any], stepwise: bool) -> None:
+    def begin(self, request: Request, arguments: Arguments, stepwise: bool) -> None:
         """A forward of this step of the request begins, with these arguments of the transformer."""
         self.ran = 0
         self.stepwise = stepwise
@@ -124,7 +124,7 @@ class ResidualPassage(Passage):
         if self.encoder is not None:
             self.encoder.clear()
 
-    def enter(self, block: torch.nn.Module, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def enter(self, block: torch.nn.Module, base: Any, arguments: Arguments) -> bool:
         """See `Passage.enter`."""
         hidden, encoder = base
         gate, history = self.gate, self.encoder
@@ -142,7 +142,6 @@ class ResidualPassage(Passage):
             if self._noise_tokens is not None:
                 hidden, entered = hidden[:, : self._noise_tokens], entered[:, : self._noise_tokens]
             then = self.remembered if verdict is None else None
-            arguments = self.calls.arguments(self.first, args, kwargs) if args else kwargs
             now, sums = self._signal.observe(block, arguments, hidden, entered, then, using)
             if verdict is None and then is None:
                 verdict = Verdict(True, "nothing to compare with")
@@ -182,7 +181,7 @@ class SituatedPassage(ResidualPassage):
         super().__init__(session, request, name)
         self._signal = self._situated = cast(SituatedSignal, self._signal).fresh()
 
-    def begin(self, request: Request, arguments: Mapping[str, Any], stepwise: bool) -> None:
+    def begin(self, request: Request, arguments: Arguments, stepwise: bool) -> None:
         """See `ResidualPassage.begin`."""
         super().begin(request, arguments, stepwise)
         self._situated.situate(request.sigma, arguments)
