@@ -206,7 +206,7 @@ def compared(pair: Pair, document: Mapping[str, Any]) -> dict[str, Any]:
     """
     runs = {run["name"]: run for run in document["runs"]}
     ours, theirs = runs[pair.ours], runs[pair.theirs]
-    ratio = statistics.median(b["seconds"] / a["seconds"] for a, b in zip(ours["cells"], theirs["cells"], strict=True))
+    ratio = statistics.median(a["speedup"] / b["speedup"] for a, b in zip(ours["cells"], theirs["cells"], strict=True))
     psnr, their_psnr = _mean_psnr(ours), _mean_psnr(theirs)
     return {
         "ours": pair.ours,

@@ -70,13 +70,7 @@ def eager_on_cpu(t: torch.Tensor) -> bool:
     a small input.
     Whoever watches or transforms operators (compilation, dispatch modes, tensor subclasses, autograd) sees the op.
     """
-    return not (
-        is_dynamo_compiling()
-        or not t.is_cpu
-        or type(t) is not _Tensor
-        or _grad_enabled()
-        or _dispatch_modes()
-    )
+    return not (is_dynamo_compiling() or not t.is_cpu or type(t) is not _Tensor or _grad_enabled() or _dispatch_modes())
 
 
 def nbytes(tensors: Sequence[torch.Tensor | None]) -> int:

@@ -38,7 +38,7 @@ from omni_runtime.cache.models import MODELS
 from omni_runtime.cache.report import CacheReport
 from omni_runtime.omni import Omni
 from omni_runtime.request import GenerationRequest
-from omni_runtime.result import identified, jsonable, write_png
+from omni_runtime.result import OmniResult, identified, jsonable, write_png
 
 PACKAGES = ("omni-kernels", "diffusers", "transformers", "torch")
 
@@ -170,8 +170,12 @@ def make(
     path: Path,
     sitting: Mapping[str, Any],
     on_step: Any = None,
+    reference_seconds: float | None = None,
 ) -> Cell:
     """Make the image of `request` under `run`, and keep it at `path`.
+
+    `reference_seconds` is what the reference of the same prompt and seed takes in this sitting, where it was made in
+    another.
 
     Its record:
         prompt, seed, steps
@@ -180,13 +184,9 @@ def make(
         branches: name → {"computed": "1101...", one character per step; "measured": per step, what was held against the
             threshold, or None}
         notes: what the cache had to say; latents: whether there are any; sitting: when and where it was made
+        reference_seconds: as given
     """
-    watch = _Watch(pipe, request.arguments)
-    arguments = request.arguments | {"num_inference_steps": run.steps} | watch.arguments
-    backend, config = (None, None) if run.install is not None else (run.backend, run.config)
-    foreign = contextlib.nullcontext() if run.install is None else run.install(pipe)
-    with watch, foreign, Omni(pipe, cache_backend=backend, cache_config=config) as omni:
-        result = omni.run(GenerationRequest(request.prompt, request.seed, arguments), on_step)
+    result, watch = _generated(run, pipe, request, on_step)
     if len(result.images) != 1:
         raise ValueError(f"a comparison is of single images; the pipeline returned {len(result.images)}")
     (image,) = result.images
@@ -204,6 +204,7 @@ def make(
         "notes": [] if result.cache is None else list(result.cache.notes),
         "latents": watch.latents is not None,
         "sitting": dict(sitting),
+        "reference_seconds": reference_seconds,
     }
     settings = {key: value for key, value in result.settings.items() if key not in watch.arguments}
     settings |= {"run": run.name, "cache_backend": run.backend}
@@ -216,6 +217,21 @@ def make(
     text = json.dumps(record)
     _write(path.with_suffix(".json"), lambda part: part.write_text(text, encoding="utf-8"))
     return Cell(path, record, made_now=True)
+
+
+def seconds_of(run: Run, pipe: Any, request: GenerationRequest) -> float:
+    """How long the image of `request` takes under `run`; nothing is kept."""
+    result, _ = _generated(run, pipe, request, None)
+    return result.timings.total
+
+
+def _generated(run: Run, pipe: Any, request: GenerationRequest, on_step: Any) -> tuple[OmniResult, _Watch]:
+    watch = _Watch(pipe, request.arguments)
+    arguments = request.arguments | {"num_inference_steps": run.steps} | watch.arguments
+    backend, config = (None, None) if run.install is not None else (run.backend, run.config)
+    foreign = contextlib.nullcontext() if run.install is None else run.install(pipe)
+    with watch, foreign, Omni(pipe, cache_backend=backend, cache_config=config) as omni:
+        return omni.run(GenerationRequest(request.prompt, request.seed, arguments), on_step), watch
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:

@@ -25,9 +25,9 @@ open; NFE and blocks are counted at the model itself, for every run alike:
     Run("DBCache", "cache-dit", {"version": "1.5.3", "threshold": 0.12}, steps=50, install=dbcache)
 
 Measures of a run are the mean, sample standard deviation, smallest value and 5th percentile over prompts × seeds, each
-seed with its own reference; a speedup is the time of the reference's image over that of the same prompt and seed. An
-image identical to its reference has an infinite PSNR, null in JSON: it counts in the percentile, and not in mean and
-deviation, which are those of the others.
+seed with its own reference; a speedup is the time of the reference's image over that of the same prompt and seed, both
+in one sitting: images that are added later have their reference timed again. An image identical to its reference has an
+infinite PSNR, null in JSON: it counts in the percentile, and not in mean and deviation, which are those of the others.
 """
 
 from __future__ import annotations
@@ -290,12 +290,18 @@ def compare(
         with Omni(pipe, cache_backend=None) as omni:
             omni.run(GenerationRequest(requests[0].prompt, 0, requests[0].arguments | {"num_inference_steps": 2}))
     taken: dict[str, list[float]] = {}
+    reference: Cell | None = None
+    seconds: float | None = None  # of the reference, in this sitting, where that is another than its own
     total = len(to_make)
     for run, request, path in plan:
+        if run is runs[0]:
+            reference, seconds = there[path], None
         if there[path] is None:
+            if reference is not None and seconds is None:
+                seconds = cells.seconds_of(runs[0], pipe, request)
             progress = Progress(total - len(to_make) + 1, total, seconds_left(to_make.values(), taken))
             with listener(run, request, progress) as on_step:
-                there[path] = made = cells.make(run, pipe, request, path, sitting, on_step)
+                there[path] = made = cells.make(run, pipe, request, path, sitting, on_step, seconds)
             taken.setdefault(run.name, []).append(made.record["seconds"])
             del to_make[path]
     by_run: dict[str, list[Cell]] = {run.name: [] for run in runs}
@@ -358,6 +364,7 @@ def evaluate(results: Sequence[RunResult], about: Mapping[str, Any] | None = Non
                     **{name: _finite(values[name]) for name in names},
                     "branches": cell.record["branches"],
                     "sitting": sittings.index(cell.record["sitting"]),
+                    "reference_seconds": cell.record.get("reference_seconds"),
                 }
             )
         runs.append(
@@ -403,7 +410,8 @@ def _measured(row: Sequence[Cell], with_lpips: bool) -> list[dict[str, float]]:
         for number, cell in enumerate(part):
             values = {name: float(numbers[number]) for name, numbers in of_images.items()}
             values |= {"nfe": cell.record["forwards"], "seconds": cell.record["seconds"]}
-            values["speedup"] = reference.record["seconds"] / cell.record["seconds"]
+            seconds = cell.record.get("reference_seconds") or reference.record["seconds"]
+            values["speedup"] = seconds / cell.record["seconds"]
             if cell.record["blocks"] and reference.record["blocks"]:
                 values["blocks"] = 100 * cell.record["blocks"] / reference.record["blocks"]
             if final is not None and cell.latents is not None:

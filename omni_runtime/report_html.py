@@ -581,15 +581,15 @@ def _provenance(document: Document) -> str:
         which = f"sitting {number}" if len(document["sittings"]) > 1 else "made"
         listed += f"<dt>{which}</dt><dd>{_text(_sitting(sitting))}</dd>"
     reference = document["runs"][0]["cells"]
-    pairs = [
-        (base["sitting"], cell["sitting"])
+    others = [
+        base["sitting"] != cell["sitting"] and not cell.get("reference_seconds")
         for run in document["runs"][1:]
         for base, cell in zip(reference, run["cells"], strict=True)
     ]
-    apart = sum(base != cell for base, cell in pairs)
+    apart = sum(others)
     warning = (
-        f'<p class="warning">{apart} of {len(pairs)} images were made in another sitting than their reference: their '
-        "speedups compare times of different sittings.</p>"
+        f'<p class="warning">{apart} of {len(others)} images were made in another sitting than their reference, '
+        "which was not timed again: their speedups compare times of different sittings.</p>"
         if apart
         else ""
     )

@@ -215,7 +215,8 @@ def test_requests_that_cannot_be_compared_are_refused(
 def without_times(value: Any) -> Any:
     """A document less what says when and how fast."""
     if isinstance(value, dict):
-        return {k: without_times(v) for k, v in value.items() if k not in ("seconds", "speedup", "sittings", "sitting")}
+        times = ("seconds", "speedup", "reference_seconds", "sittings", "sitting")
+        return {k: without_times(v) for k, v in value.items() if k not in times}
     return [without_times(entry) for entry in value] if isinstance(value, list) else value
 
 
@@ -247,6 +248,35 @@ def test_an_interrupted_comparison_goes_on_and_ends_with_the_same_results(pipe: 
     again = compare.compare(runs, pipe, requests, tmp_path / "parts", note)
     assert len(made) == 4, "nothing was left to make"
     assert compare.evaluate(again) == document
+
+
+def test_what_is_added_in_another_sitting_has_its_reference_timed_again(
+    pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [Run("no cache", steps=3), Run("2 steps", steps=2)]
+    requests = requests_of(pipe)
+    compare.compare(runs, pipe, requests, tmp_path)
+    timed: list[float] = []
+    seconds_of = cells.seconds_of
+
+    def noted(run: Run, *rest: Any) -> float:
+        assert run is runs[0]
+        timed.append(seconds_of(run, *rest))
+        return timed[-1]
+
+    monkeypatch.setattr(cells, "seconds_of", noted)
+    runs += [Run("skip", "cache_dit", SKIP, 3), Run("1 step", steps=1)]
+    results = compare.compare(runs, pipe, requests, tmp_path)
+    assert len(timed) == len(requests), "once for both that were added"
+    document = compare.evaluate(results)
+    for result, run in zip(results[1:], document["runs"][1:], strict=True):
+        added = result.run in runs[2:]
+        for cell, row, again, base in zip(result.cells, run["cells"], timed, results[0].cells, strict=True):
+            seconds = again if added else base.record["seconds"]
+            assert row["speedup"] == seconds / cell.record["seconds"]
+            assert row["reference_seconds"] == (again if added else None)
+    compare.compare(runs, pipe, requests, tmp_path)
+    assert len(timed) == len(requests), "nothing was made, and so nothing timed"
 
 
 def test_what_changes_an_image_makes_another_cell(pipe: Any, tmp_path: Path) -> None:
