@@ -28,7 +28,7 @@ from omni_runtime.cache.engine import CacheSession
 from omni_runtime.cache.forecasters import Forecaster, make_forecaster
 from omni_runtime.cache.gates import ScheduleGate
 from omni_runtime.cache.lifecycle import Request
-from omni_runtime.cache.output import OutputSite
+from omni_runtime.cache.output import OutputSite, steps_along
 from omni_runtime.omni import Omni
 from omni_runtime.request import GenerationRequest
 from omni_runtime.result import jsonable
@@ -48,6 +48,7 @@ class Settings:
     forecaster: str = "newton"
     forecaster_order: int = 1
     reach: float = 1.0
+    corrector_order: int = 2
 
     def made(self) -> Forecaster:
         """The forecaster."""
@@ -221,7 +222,12 @@ class Images:
             changes.append((stacked @ stacked.mT).numpy())
             errors.append(np.stack(error, 1))
         return Responses(
-            np.concatenate(changes), np.concatenate(errors), sigmas, self._settings.made(), self._settings.reach
+            np.concatenate(changes),
+            np.concatenate(errors),
+            sigmas,
+            self._settings.made(),
+            self._settings.reach,
+            self._settings.corrector_order if steps_along(self.pipe.scheduler) else 0,
         )
 
     def _latents(self, batch: Sequence[GenerationRequest], session: CacheSession) -> torch.Tensor:

@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from omni_runtime.cache.forecasters import Forecaster
+from omni_runtime.cache.forecasters import Forecaster, newton
 from omni_runtime.cache.output import reached
 from omni_runtime.cache.schedules import even
 
@@ -52,7 +52,8 @@ class Responses:
 
     Let e_j = v_j − forecast_j be the error of the model output at step j where step j alone is skipped. Every output is
     a sum of these and of v_0, whose share cancels in an error. Between computed steps b and c an Euler sampler picks up
-    Σ_i (σ_{i+1} − σ_i)·(v_i − forecast_i) over the skipped steps i: a sum of the e_j, too. If r_j is what a unit of e_j
+    Σ_i (σ_{i+1} − σ_i)·(v_i − forecast_i) over the skipped steps i: a sum of the e_j, too; with a corrector, what it
+    interpolates between b and c is what counts in the forecast's place. If r_j is what a unit of e_j
     changes in the final latents, which a run with only step j skipped shows, the schedule changes them by Σ_j κ_j·r_j,
     with the κ_j of all its gaps added up. Errors of one gap may cancel another's, so that the sum of their squares does
     not tell what a schedule does. What is made of e_j later than at step j grows less than r_j says: κ_j is multiplied
@@ -63,13 +64,21 @@ class Responses:
             latents.
         errors: [images, steps − 2], squared norms of e_1, e_2, ….
         sigmas: noise levels of the steps, 3 at least, and of the end.
-        forecaster, reach: as in `omni_runtime.cache.output.OutputSite`.
+        forecaster, reach, corrector_order: as in `omni_runtime.cache.output.OutputSite`.
     """
 
     def __init__(
-        self, changes: np.ndarray, errors: np.ndarray, sigmas: Sequence[float], forecaster: Forecaster, reach: float
+        self,
+        changes: np.ndarray,
+        errors: np.ndarray,
+        sigmas: Sequence[float],
+        forecaster: Forecaster,
+        reach: float,
+        corrector_order: int = 0,
     ) -> None:
         self._sigmas, self._forecaster, self._reach = sigmas, forecaster, reach
+        self._corrector_order = corrector_order
+        self._remembered = max(forecaster.snapshots, corrector_order)
         self._steps = len(sigmas) - 1
         self._lengths = np.diff(sigmas)
         lengths = self._lengths[1:-1]
@@ -93,6 +102,13 @@ class Responses:
         place = reached(positions, float(step) if by_step else self._sigmas[step], self._reach)
         return list(zip(kept, self._forecaster.weights(positions, place), strict=True))
 
+    def _stands_in(self, computed: Sequence[int], c: int, step: int) -> list[tuple[int, float]]:
+        """What a skipped step has moved the latents by, once the next computed step, c, has corrected it."""
+        if not self._corrector_order:
+            return self._weights(computed, step)
+        kept = [c, *computed[::-1][: self._corrector_order]]
+        return list(zip(kept, newton([self._sigmas[one] for one in kept], self._sigmas[step]), strict=True))
+
     def _gap(self, computed: tuple[int, ...], c: int) -> np.ndarray:
         """κ of the steps that are skipped between the last of `computed`, the newest that are remembered, and c."""
         key = (*computed, c)
@@ -100,7 +116,7 @@ class Responses:
             error = np.zeros(self._steps)
             for step in range(computed[-1] + 1, c):
                 error[step] += self._lengths[step]
-                for kept, weight in self._weights(computed, step):
+                for kept, weight in self._stands_in(computed, c, step):
                     error[kept] -= self._lengths[step] * weight
             middle, at = min((computed[-1] + c) / 2, self._steps - 2), np.arange(1, self._steps - 1)
             later = 10 ** ((self._growth(middle) - self._growth(at)) / 20)
@@ -111,7 +127,7 @@ class Responses:
         total = np.zeros(self._steps - 2)
         for place, (b, c) in enumerate(itertools.pairwise(computed)):
             if c > b + 1:
-                total += self._gap(tuple(computed[max(0, place + 1 - self._forecaster.snapshots) : place + 1]), c)
+                total += self._gap(tuple(computed[max(0, place + 1 - self._remembered) : place + 1]), c)
         return products @ total @ total
 
     def predict(self, computed: Sequence[int]) -> np.ndarray:

@@ -509,6 +509,7 @@ def _velocity_cache(config: Config) -> OutputSite:
         gate=gate,
         forecaster=make_forecaster(config["forecaster"], config["forecaster_order"]),
         reach=config["reach"],
+        corrector_order=config["corrector_order"],
         fitted_for=None if given is None or config["schedule"] is not None else given["calibrated_for"],
     )
 
@@ -544,6 +545,7 @@ VELOCITY_CACHE = Method(
         keys.choice("forecaster", "newton", tuple(FORECASTERS), "what stands in for a skipped step's model output"),
         keys.integer("forecaster_order", 1, 0, 2, "order of the forecaster, where it has one"),
         _REACH_KEY,
+        keys.integer("corrector_order", 2, 0, 3, "order of what corrects skipped steps behind them; 0: nothing"),
     ),
     parts=None,
     relations=_velocity_relations,

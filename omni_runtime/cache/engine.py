@@ -384,7 +384,7 @@ class CacheSession:
                 gate = self._output.gate(request, _name(self.transformer))
                 if self._output.drift_tolerance is not None and self.replays is not None:
                     gate = self.replays.gate(gate, request, "")
-                steps = request.outputs = OutputSteps(self._output, request, gate)
+                steps = request.outputs = OutputSteps(self._output, request, gate, self._lifecycle.scheduler)
             name = self._context or str(request.calls)
             made = request.decisions.get(name)
             if made and made[-1].step == request.step:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,15 +18,20 @@ PIECE = 1 << 20
 class History:
     """One value of a request, as it was at computed steps, and where those steps lie: a stream's residual, as a rule.
 
+    Args:
+        forecaster: what it is for.
+        keep: how many snapshots; None for as many as the forecaster takes.
+
     Attributes:
         positions: of the snapshots, newest first.
         shape: of what the snapshots can be added to; None, which no tensor has, while there are none.
     """
 
-    __slots__ = ("_forecaster", "_snapshots", "positions", "shape")
+    __slots__ = ("_forecaster", "_keep", "_snapshots", "positions", "shape")
 
-    def __init__(self, forecaster: Forecaster) -> None:
+    def __init__(self, forecaster: Forecaster, keep: int | None = None) -> None:
         self._forecaster = forecaster
+        self._keep = keep or forecaster.snapshots
         self.shape: torch.Size | None = None
         self.positions: list[float] = []
         self._snapshots: list[torch.Tensor] = []
@@ -51,7 +57,7 @@ class History:
         if self.positions and self.positions[0] == position:
             self.positions.pop(0)
             replaced = self._snapshots.pop(0)
-        elif len(self._snapshots) == self._forecaster.snapshots:
+        elif len(self._snapshots) == self._keep:
             self.positions.pop()
             replaced = self._snapshots.pop()
         if before is None:
@@ -62,8 +68,19 @@ class History:
         self._snapshots.insert(0, residual)
 
     def forecast(self, base: torch.Tensor | None, position: float, using: Any = ops) -> torch.Tensor:
-        """`base`, which the snapshots fit, plus the value expected at `position`; `using` the ops of that name."""
+        """`base`, which the snapshots fit, plus the value expected at `position`; `using` the ops of that name.
+
+        For a history that keeps no more than the forecaster takes.
+        """
         return using.linear_forecast(base, self._snapshots, self._forecaster.weights(self.positions, position))
+
+    def weights(self, position: float) -> list[float] | None:
+        """Those of the value expected at `position`, for the newest snapshots; None where each sample has its own."""
+        return self._forecaster.weights(self.positions[: self._forecaster.snapshots], position)
+
+    def combined(self, weights: Sequence[float]) -> torch.Tensor:
+        """The sum of the newest snapshots with these weights."""
+        return ops.linear_forecast(None, self._snapshots[: len(weights)], weights)
 
     def tensors(self) -> list[torch.Tensor]:
         """The stored snapshots, newest first."""
@@ -110,6 +127,10 @@ class FittedHistory(History):
             )
         return out
 
+    def weights(self, position: float) -> list[float] | None:
+        """See `History.weights`."""
+        return None
+
     def _fitted(self) -> list[Weights]:
         """The weights of each sample; none where the positions do not allow a fit."""
         fit, count = self._forecaster.fit, evenly_spaced(self.positions)
@@ -134,6 +155,6 @@ def inner_products(snapshots: list[torch.Tensor]) -> np.ndarray:
     return total.cpu().double().numpy()
 
 
-def history_of(forecaster: Forecaster) -> History:
-    """An empty history for a forecaster."""
-    return History(forecaster) if forecaster.fit is None else FittedHistory(forecaster)
+def history_of(forecaster: Forecaster, keep: int | None = None) -> History:
+    """An empty history for a forecaster; `keep` as in `History`, for one that nothing is fitted to."""
+    return History(forecaster, keep) if forecaster.fit is None else FittedHistory(forecaster)

@@ -3,7 +3,8 @@
 What is cached is the guided model output, the tensor that a pipeline hands to `scheduler.step`: a few latents. At a
 skipped step no transformer runs, in no CFG branch; each of its calls is answered with what the same call returned last,
 so that the pipeline's guidance has something to work on, and the scheduler steps with the forecast instead. For flow
-matching the output is a velocity (MeanCache, Gao et al. 2026, arXiv:2601.19961, caches it on a schedule, too).
+matching the output is a velocity (MeanCache, Gao et al. 2026, arXiv:2601.19961, caches it on a schedule, too). The
+next computed output tells how far off the forecasts were, and a `Corrector` makes up for it.
 
 Which steps those are is a schedule's to say, or a gate's that is shown how much the output is expected to have changed
 (`omni_runtime.cache.signals.ExpectedChange`): one decision a step, for all CFG branches.
@@ -19,13 +20,14 @@ from typing import Any
 import torch
 
 from omni_kernels.patching.backends import nearest
-from omni_runtime.cache.forecasters import Forecaster
+from omni_runtime.cache.forecasters import Forecaster, newton
 from omni_runtime.cache.gates import Gate, Plan, Verdict
 from omni_runtime.cache.history import history_of
 from omni_runtime.cache.lifecycle import Request
 from omni_runtime.cache.signals import ExpectedChange
 
 #: Schedulers that evaluate the model once a step, on the latents that they gave out: class → what `σ` is measured by.
+#: (`steps_along` says which of them a `Corrector` works with.)
 SCHEDULERS: dict[str, str] = {
     "FlowMatchEulerDiscreteScheduler": "sigmas",
     "FlowMatchLCMScheduler": "sigmas",
@@ -64,6 +66,56 @@ def check_scheduler(scheduler: Any, residual: bool = False) -> None:
     )
 
 
+def steps_along(scheduler: Any) -> bool:
+    """Whether a step moves the latents by (σ_{i+1} − σ_i)·v_i, with v_i the model output and nothing else."""
+    return type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler" and not getattr(
+        scheduler.config, "stochastic_sampling", False
+    )
+
+
+class Corrector:
+    """Makes up, at a computed step, for how far off the forecasts of the skipped steps before it were.
+
+    These steps have moved the latents by Σ (σ_{i+1} − σ_i)·forecast_i. Forecasts extrapolate; once the next output is
+    there, each v_i can be interpolated between outputs on both sides, which is several times as near. The difference of
+    both sums is added to the move of the step under way, through what the scheduler is given for its output: no forward
+    more, and one launch. To correct without another forward is UniPC's idea (UniC: Zhao et al. 2023, arXiv:2302.04867);
+    there it is for the integral, here for the sum that the full run's own steps make.
+
+    Args:
+        order: of the interpolation by Newton's divided differences in σ, which takes order + 1 outputs.
+    """
+
+    def __init__(self, order: int) -> None:
+        self._order = order
+        self._levels: list[float] = []
+        self._moves: list[tuple[float, float, Sequence[float]]] = []
+
+    def clear(self) -> None:
+        """Forget all outputs."""
+        self._levels.clear()
+        self._moves.clear()
+
+    def skipped(self, level: float, length: float, weights: Sequence[float]) -> None:
+        """A step at this σ, this much long, has moved the latents by its length times the newest outputs, weighed."""
+        self._moves.append((level, length, weights))
+
+    def computed(self, level: float, length: float) -> list[float]:
+        """A step at this σ is computed: the weights, of its output and those before it, of what it is to step with."""
+        self._levels = [level, *self._levels[: self._order]]
+        if not self._moves or not length:
+            self._moves.clear()
+            return [1.0]
+        found = [length] + [0.0] * max(self._order, *(len(weights) for _, _, weights in self._moves))
+        for at, moved, weights in self._moves:
+            for place, weight in enumerate(newton(self._levels, at)):
+                found[place] += moved * weight
+            for place, weight in enumerate(weights, 1):  # when these were the newest, this output was not there
+                found[place] -= moved * weight
+        self._moves.clear()
+        return [weight / length for weight in found]
+
+
 @dataclass(frozen=True)
 class OutputSite:
     """A method's choices at the output site.
@@ -76,6 +128,7 @@ class OutputSite:
             out it stays what it is there. Extrapolation over a long gap is worse than none.
         fitted_for: as `Parts.fitted_for`.
         signal: what is watched, fresh for each request; None for a gate that measures nothing.
+        corrector_order: of the `Corrector`, where the scheduler allows one; 0 for none. With `residual` there is none.
         residual: whether what is remembered and forecast is the model output less the latents that the step begins
             with, to which it is added again, and not the output itself.
         drift_tolerance: as `Parts.drift_tolerance`.
@@ -86,6 +139,7 @@ class OutputSite:
     reach: float
     fitted_for: Mapping[str, Any] | None = None
     signal: Callable[[], ExpectedChange] | None = None
+    corrector_order: int = 0
     residual: bool = False
     drift_tolerance: float | None = None
 
@@ -97,14 +151,18 @@ class OutputSteps:
         site: the method's choices.
         request: the request.
         gate: the site's, for this request.
+        scheduler: what steps.
     """
 
-    def __init__(self, site: OutputSite, request: Request, gate: Gate) -> None:
+    def __init__(self, site: OutputSite, request: Request, gate: Gate, scheduler: Any) -> None:
         self._request = request
         self.gate = gate
         self._by_step = site.forecaster.axis == "step"
         self._reach = site.reach
-        self._history = history_of(site.forecaster)
+        order = 0 if site.residual else site.corrector_order
+        self._corrector = Corrector(order) if order and steps_along(scheduler) else None
+        keep = None if self._corrector is None else max(site.forecaster.snapshots, order) + 1
+        self._history = history_of(site.forecaster, keep)
         self._new_signal = site.signal
         self._signal = None if site.signal is None else site.signal()
         self._residual = site.residual
@@ -129,6 +187,8 @@ class OutputSteps:
             if self._returned.get(name, (batch,))[0] != batch:
                 # Guidance has ended, or begun (Z-Image's cfg_truncation): what was guided otherwise is no guide.
                 self._history.clear()
+                if self._corrector is not None:
+                    self._corrector.clear()
                 self._signal = None if self._new_signal is None else self._new_signal()
                 self._verdict = Verdict(True, "another batch")
             elif self._history.shape is not None:
@@ -178,14 +238,30 @@ class OutputSteps:
         base = sample.to(torch.promote_types(sample.dtype, output.dtype)) if self._residual else None
         if computed:
             self._history.record(output if base is None else output.to(base.dtype), base, position)
-            return output
+            return output if self._corrector is None else self._corrected(output, self._corrector)
         if self._history.shape != output.shape:
             raise RuntimeError(
                 f"the model output has the shape {tuple(output.shape)} in a skipped step, {self._history.shape} in the "
                 "last computed one: whole steps of this pipeline cannot be skipped"
             )
-        forecast = self._history.forecast(base, reached(self._history.positions, position, self._reach))
+        position = reached(self._history.positions, position, self._reach)
+        weights = None if self._corrector is None else self._history.weights(position)
+        if weights is not None and self._corrector is not None:
+            self._corrector.skipped(*self._step_along(), weights)
+            return self._history.combined(weights)
+        forecast = self._history.forecast(base, position)
         return forecast if base is None else forecast.to(output.dtype)
+
+    def _corrected(self, output: torch.Tensor, corrector: Corrector) -> torch.Tensor:
+        """What a computed step is stepped with: its output, and what the skipped steps before it are short of."""
+        weights = corrector.computed(*self._step_along())
+        return output if len(weights) == 1 else self._history.combined(weights[: len(self._history)])
+
+    def _step_along(self) -> tuple[float, float]:
+        """σ of the step under way, and how far it goes in σ."""
+        request = self._request
+        place = request.begin + request.step
+        return request.sigma, request.sigmas[place + 1] - request.sigma
 
 
 def reached(positions: Sequence[float], x: float, reach: float) -> float:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import omni_kernels
 from omni_runtime.cache.backends import METHODS
+from omni_runtime.cache.engine import CacheSession
 
 SCHEDULE = (0, 1, 3, 6, 7)
 STEPS = 8
@@ -45,30 +46,62 @@ def outputs_of(pipe):
     return seen
 
 
-def written_out(seen, computed, order, reach):
+@pytest.fixture
+def given(monkeypatch):
+    """What the pipeline has for the scheduler at each step, and the noise levels there and behind the step."""
+    given = []
+    original = CacheSession.stepped_with
+
+    def spy(session, request, output, sample):
+        place = request.begin + request.step
+        given.append((*request.sigmas[place : place + 2], output.clone()))
+        return original(session, request, output, sample)
+
+    monkeypatch.setattr(CacheSession, "stepped_with", spy)
+    return given
+
+
+def on_a_polynomial(points, x):
+    """Lagrange's form of the polynomial that Newton's differences give, through points (x, value)."""
+    total = 0.0
+    for j, (a, value) in enumerate(points):
+        weight = 1.0
+        for k, (b, _) in enumerate(points):
+            weight *= (x - b) / (a - b) if k != j else 1.0
+        total = total + weight * value
+    return total
+
+
+def written_out(given, computed, order=1, reach=1.0, corrector=2):
     """What the scheduler should have stepped with: the rule on the computed steps' outputs, in float64."""
-    expected = []
-    for i, (sigma, output) in enumerate(seen):
-        kept = [seen[j] for j in range(i + 1) if j in computed][::-1][: order + 1]
-        if i in computed or len(kept) == 1:
-            expected.append(kept[0][1].double())
+    expected, kept, forecasts = [], [], []
+    for i, (sigma, following, output) in enumerate(given):
+        if i not in computed:
+            x = sigma
+            if len(kept) > 1:
+                x = kept[0][0] - min(kept[0][0] - sigma, reach * (kept[1][0] - kept[0][0]))
+            forecasts.append((sigma, following, on_a_polynomial(kept[: order + 1], x)))
+            expected.append(forecasts[-1][2])
             continue
-        x0, x1 = kept[0][0], kept[1][0]
-        x = x0 - min(x0 - sigma, reach * (x1 - x0))
-        total = torch.zeros_like(output, dtype=torch.float64)
-        for j, (a, value) in enumerate(kept):  # Lagrange's form of the polynomial that Newton's differences give
-            weight = 1.0
-            for k, (b, _) in enumerate(kept):
-                weight *= (x - b) / (a - b) if k != j else 1.0
-            total += weight * value.double()
-        expected.append(total)
+        kept.insert(0, (sigma, output.double()))
+        expected.append(kept[0][1])
+        if corrector:
+            for at, behind, forecast in forecasts:
+                short = (behind - at) * (on_a_polynomial(kept[: corrector + 1], at) - forecast)
+                expected[-1] = expected[-1] + short / (following - sigma)
+        forecasts = []
     return expected
+
+
+def assert_stepped_with(seen, expected, tolerance=1e-5):
+    for (_, output), wanted in zip(seen, expected, strict=True):
+        torch.testing.assert_close(output.double(), wanted, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", BUILDERS)
 @pytest.mark.parametrize("guided", [True, False])
-def test_every_pipeline_follows_the_schedule(name, guided):
-    """The forecast at each skipped step is the written-out rule's, and no transformer runs there."""
+def test_every_pipeline_follows_the_schedule(name, guided, given):
+    """Forecasts and corrections are the written-out rule's, and no transformer runs in a skipped step."""
     pipe = BUILDERS[name]()
     off = {} if guided else {"qwen": {"negative_prompt": None}}.get(name[:4], {"guidance_scale": 0.0})
     calls, seen = counted(pipe), outputs_of(pipe)
@@ -77,14 +110,14 @@ def test_every_pipeline_follows_the_schedule(name, guided):
     assert rest == 0
     calls.clear()
     seen.clear()
+    given.clear()
     with omni_kernels.patched(pipe, "velocity_cache", {"schedule": SCHEDULE}) as handle:
         made = latents(pipe, **off)
         assert len(calls) == per_step * len(SCHEDULE) == handle.report.forwards
         assert handle.report.forwards_saved == per_step * (STEPS - len(SCHEDULE))
         for branch in handle.report.branches.values():
             assert branch.computed == list(SCHEDULE)
-    for (_, output), expected in zip(seen, written_out(seen, SCHEDULE, 1, 1.0), strict=True):
-        torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
+    assert_stepped_with(seen, written_out(given, SCHEDULE))
     assert not torch.equal(made, plain)
     assert torch.equal(latents(pipe, **off), plain)
 
@@ -98,13 +131,64 @@ def test_all_steps_computed_change_no_bit(name):
 
 
 @pytest.mark.parametrize(("order", "reach"), [(0, 1.0), (1, 0.5), (1, 1.0), (1, 10.0), (2, 1.0), (2, 2.0)])
-def test_order_and_reach(qwen_pipe, order, reach):
-    seen = outputs_of(qwen_pipe)
-    config = {"schedule": [0, 1, 2, 9], "forecaster_order": order, "reach": reach}
+@pytest.mark.parametrize("corrector", [0, 1, 2, 3])
+def test_orders_and_reach(qwen_pipe, given, order, reach, corrector):
+    seen, computed = outputs_of(qwen_pipe), (0, 1, 2, 5, 6, 9)
+    config = {"schedule": computed, "forecaster_order": order, "reach": reach, "corrector_order": corrector}
     with omni_kernels.patched(qwen_pipe, "velocity_cache", config):
         latents(qwen_pipe, num_inference_steps=10)
-    for (_, output), expected in zip(seen, written_out(seen, (0, 1, 2, 9), order, reach), strict=True):
-        torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-4)
+    assert_stepped_with(seen, written_out(given, computed, order, reach, corrector), 1e-4)
+
+
+@pytest.mark.parametrize("forecaster", ["taylorseer", "reuse", "foca"])
+def test_corrector_takes_any_forecast_that_is_one_for_all_samples(qwen_pipe, forecaster):
+    """With the model's outputs on a parabola in σ, the latents are those of full runs behind each computed step."""
+    whole = []
+    for config in ({"budget": STEPS}, {"schedule": SCHEDULE, "forecaster": forecaster}):
+        on_a_parabola(qwen_pipe, whole, config)
+    full, cached = whole
+    for step in SCHEDULE[2:]:
+        torch.testing.assert_close(cached[step], full[step], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(cached[2], full[2]), "a forecast before is off"
+
+
+def on_a_parabola(pipe, whole, config):
+    """Adds the latents behind each step of a request whose model outputs are those of a parabola."""
+    behind = []
+
+    def keep(pipe, index, timestep, tensors):
+        behind.append(tensors["latents"].clone())
+        return {}
+
+    with omni_kernels.patched(pipe, "velocity_cache", config):
+        step = pipe.scheduler.step
+
+        def on_parabola(output, t, sample, **rest):
+            sigma = float(t) / 1000
+            return step(torch.full_like(output, 3 * sigma**2 - sigma + 0.5), t, sample, **rest)
+
+        vars(pipe.scheduler)["step"] = on_parabola
+        try:
+            latents(pipe, callback_on_step_end=keep)
+        finally:
+            vars(pipe.scheduler)["step"] = step
+    whole.append(behind)
+
+
+def test_corrector_is_left_out_where_the_step_is_no_straight_one(qwen_pipe, given):
+    """Stochastic sampling draws other noise at each step; and dmd weighs each sample by itself."""
+    made = []
+    for corrector in (0, 2):
+        config = {"schedule": SCHEDULE, "forecaster": "dmd", "corrector_order": corrector}
+        with omni_kernels.patched(qwen_pipe, "velocity_cache", config):
+            made.append(latents(qwen_pipe))
+    assert torch.equal(*made)
+    qwen_pipe.scheduler.register_to_config(stochastic_sampling=True)
+    seen = outputs_of(qwen_pipe)
+    given.clear()
+    with omni_kernels.patched(qwen_pipe, "velocity_cache", {"schedule": SCHEDULE}):
+        latents(qwen_pipe)
+    assert_stepped_with(seen, written_out(given, SCHEDULE, corrector=0))
 
 
 def test_order_0_is_reuse(qwen_pipe):
@@ -148,12 +232,13 @@ class _NoSync(TorchDispatchMode):
 
 
 def test_a_skipped_step_is_one_small_launch_without_synchronisation(qwen_pipe):
+    """And a computed step one, to keep its output, or behind a skipped one two, to correct as well."""
     modes = {}
 
     def at_step_end(pipe, index, timestep, tensors):
         if modes:
             modes[max(modes)].__exit__(None, None, None)
-        if index + 1 in (2, 4, 5):  # the steps that follow are skipped
+        if index + 1 in range(1, 7):
             modes[index + 1] = _NoSync()
             modes[index + 1].__enter__()
         elif modes:
@@ -169,7 +254,9 @@ def test_a_skipped_step_is_one_small_launch_without_synchronisation(qwen_pipe):
     with omni_kernels.patched(qwen_pipe, "velocity_cache", {"schedule": SCHEDULE}) as handle:
         latents(qwen_pipe, callback_on_step_end=at_step_end)
         assert handle.report.branches["cond"].skipped == [2, 4, 5]
-    assert [modes[step].ours for step in (2, 4, 5)] == [["omni_kernels.linear_forecast.default"]] * 3
+    launches = [modes[step].ours for step in range(1, 7)]
+    assert [len(ours) for ours in launches] == [1, 1, 2, 1, 1, 2]
+    assert all(name.startswith("omni_kernels.linear_forecast") for ours in launches for name in ours)
 
 
 def test_the_synchronisation_test_would_see_one():
@@ -178,7 +265,7 @@ def test_the_synchronisation_test_would_see_one():
 
 
 def test_memory_is_a_few_latents(qwen_pipe):
-    """Two snapshots of the guided output, and what each branch's call returned last."""
+    """Three snapshots of the guided output, and what each branch's call returned last."""
     held = []
     with omni_kernels.patched(qwen_pipe, "velocity_cache", {"schedule": SCHEDULE}) as handle:
         session = handle._installed
@@ -188,11 +275,11 @@ def test_memory_is_a_few_latents(qwen_pipe):
             return {}
 
         made = latents(qwen_pipe, callback_on_step_end=look)
-        assert held[-2] == [tuple(made.shape)] * 4
+        assert held[-2] == [tuple(made.shape)] * 5
         assert held[-1] == []
 
 
-def test_new_call_in_a_skipped_step_runs(qwen_pipe):
+def test_new_call_in_a_skipped_step_runs(qwen_pipe, given):
     """A branch that begins in a skipped step has nothing to stand in; the step itself is forecast all the same."""
     calls = counted(qwen_pipe)
     seen = outputs_of(qwen_pipe)
@@ -213,7 +300,7 @@ def test_new_call_in_a_skipped_step_runs(qwen_pipe):
         (late,) = handle.report.branches["late"].decisions
     assert (late.step, late.computed, late.reason) == (2, True, "no stand-in for this call")
     assert len(calls) == 2 * len(SCHEDULE) + 1
-    expected = written_out(seen, SCHEDULE, 1, 1.0)
+    expected = written_out(given, SCHEDULE)
     torch.testing.assert_close(seen[2][1].double(), expected[2], rtol=1e-5, atol=1e-5)
 
 
@@ -255,8 +342,8 @@ def test_unfit_scheduler_put_in_later_is_refused_too(qwen_pipe):
         assert torch.equal(latents(qwen_pipe), expected)
 
 
-def test_multistep_scheduler(qwen_pipe):
-    """Wan's usual scheduler keeps outputs of its own: it is given the forecasts like any other."""
+def test_multistep_scheduler(qwen_pipe, given):
+    """Wan's usual scheduler keeps outputs of its own, by which it corrects itself: it is given the forecasts alone."""
     pipe = tiny.wan()
     pipe.scheduler = diffusers.UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
@@ -266,11 +353,11 @@ def test_multistep_scheduler(qwen_pipe):
     with omni_kernels.patched(pipe, "velocity_cache", {"budget": STEPS}):
         assert torch.equal(latents(pipe), plain)
     seen.clear()
+    given.clear()
     with omni_kernels.patched(pipe, "velocity_cache", {"schedule": SCHEDULE}) as handle:
         latents(pipe)
         assert handle.report.branches["cond"].computed == list(SCHEDULE)
-    for (_, output), expected in zip(seen, written_out(seen, SCHEDULE, 1, 1.0), strict=True):
-        torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
+    assert_stepped_with(seen, written_out(given, SCHEDULE, corrector=0))
 
 
 # Beneath it
@@ -294,7 +381,7 @@ def test_compiled_transformer(qwen_pipe, monkeypatch):
     assert torch.equal(latents(qwen_pipe), plain)
 
 
-def test_controlnet_pipeline(qwen_pipe):
+def test_controlnet_pipeline(qwen_pipe, given):
     with tiny.torch.no_grad():
         controlnet = diffusers.QwenImageControlNetModel.from_transformer(
             qwen_pipe.transformer, num_layers=2, attention_head_dim=32, num_attention_heads=2
@@ -316,8 +403,7 @@ def test_controlnet_pipeline(qwen_pipe):
     with omni_kernels.patched(pipe, "velocity_cache", {"schedule": SCHEDULE}):
         pipe(**arguments, generator=torch.Generator().manual_seed(0))
     assert len(calls) == 2 * len(SCHEDULE)
-    for (_, output), expected in zip(seen, written_out(seen, SCHEDULE, 1, 1.0), strict=True):
-        torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
+    assert_stepped_with(seen, written_out(given, SCHEDULE))
 
 
 # Configuration
