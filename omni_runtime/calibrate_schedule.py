@@ -32,7 +32,7 @@ from omni_runtime.cache.output import OutputSite, steps_along
 from omni_runtime.omni import Omni
 from omni_runtime.request import GenerationRequest
 from omni_runtime.result import jsonable
-from omni_runtime.schedule_search import IDENTICAL, Responses, Tried, descend, hopeless, score, search
+from omni_runtime.schedule_search import IDENTICAL, Responses, Tried, hopeless, score, search, shape
 
 TRIES, PATIENCE, BATCH = 30, 20, 8
 #: Arguments that a batch takes one of per image; all others are shared.
@@ -378,7 +378,7 @@ def starts(
     steps = len(sigmas) - 1
     spread = schedules.even(steps, budget).computed
     cost = responses.cost(budget)
-    found = [descend(cost, spread, steps), spread]
+    found = [shape(cost, steps, budget), spread]
     published = [one for one in schedules.PUBLISHED.values() if one.transformer == transformer]
     near = schedules.nearest(published, steps, budget)
     if near is not None:

@@ -5,7 +5,7 @@ error does to the final latents can be measured, and to first order the errors o
 parts:
 
 1. Full runs are recorded, and run again with one step forecast, for each step in turn: `Responses`. They predict what a
-   schedule does without sampling with it, and `descend` finds the one that they favour.
+   schedule does without sampling with it, and `shape` finds the one of a smooth density that they favour.
 2. Closed-loop, it samples with each candidate the same prompts and seeds as the full runs, and measures the images'
    PSNR against theirs. It starts from that schedule, evenly spread steps and the published schedules, and goes on by
    local moves (`neighbour`): one computed step to an adjacent place, one to any free place, a stretch of them by one
@@ -26,7 +26,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -43,6 +43,8 @@ MARGIN = 1.0
 FEWEST = 4
 #: How many local moves are drawn for each that is sampled.
 DRAWS = 8
+#: A density of computed steps has so many numbers, and they are moved by so much, in turn, in its logarithm.
+KNOTS, STRIDES = 7, (0.8, 0.4, 0.2, 0.1)
 #: Degree of the polynomial in the step that an error's growth in dB is smoothed by.
 DEGREE = 3
 
@@ -123,46 +125,57 @@ class Responses:
             self._known[key] = (error @ self._outputs)[1:-1] * later
         return self._known[key]
 
-    def _squared(self, computed: Sequence[int], products: np.ndarray) -> np.ndarray:
+    def predict(self, computed: Sequence[int]) -> np.ndarray:
+        """Squared error of the final latents, of each image."""
         total = np.zeros(self._steps - 2)
         for place, (b, c) in enumerate(itertools.pairwise(computed)):
             if c > b + 1:
                 total += self._gap(tuple(computed[max(0, place + 1 - self._remembered) : place + 1]), c)
-        return products @ total @ total
-
-    def predict(self, computed: Sequence[int]) -> np.ndarray:
-        """Squared error of the final latents, of each image."""
-        return self._squared(computed, self._products)
+        return self._products @ total @ total
 
     def cost(self, budget: int) -> Callable[[Sequence[int]], float]:
-        """A schedule's squared error in units of that of evenly spread steps, averaged over the images."""
-        spread = np.maximum(self.predict(even(self._steps, budget).computed), np.finfo(float).tiny)
-        products = (self._products / spread[:, None, None]).mean(0)
-        return lambda computed: float(self._squared(computed, products))
+        """How far a schedule's error is above that of evenly spread steps, in dB, on average over the images."""
+        tiny = np.finfo(float).tiny
+        spread = np.maximum(self.predict(even(self._steps, budget).computed), tiny)
+        return lambda computed: float(10 * np.log10(np.maximum(self.predict(computed), tiny) / spread).mean())
 
 
-def descend(cost: Callable[[Sequence[int]], float], start: Sequence[int], steps: int) -> tuple[int, ...]:
-    """The schedule at the end of the steepest way down, by moves as `neighbour` makes them, but all of them."""
-    best = tuple(start)
+def spaced(density: Sequence[float], steps: int, budget: int) -> tuple[int, ...]:
+    """Computed steps with equal shares of a density between them; the first and the last are computed.
+
+    Args:
+        density: its logarithm at places that are evenly spread over the steps, and linear in between.
+    """
+    places = np.linspace(0.0, 1.0, 8 * steps)
+    heights = np.exp(np.interp(places, np.linspace(0.0, 1.0, len(density)), density))
+    shares = np.concatenate(([0.0], np.cumsum(heights[1:] + heights[:-1])))
+    wanted = np.interp(np.linspace(0.0, 1.0, budget), shares / shares[-1], places) * (steps - 1)
+    found = [0]
+    for place, step in enumerate(wanted[1:-1], 1):
+        found.append(min(max(round(float(step)), found[-1] + 1), steps - (budget - place)))
+    return (*found, steps - 1)
+
+
+def shape(cost: Callable[[Sequence[int]], float], steps: int, budget: int) -> tuple[int, ...]:
+    """The schedule with the lowest cost among those of a smooth density, from evenly spread steps downhill.
+
+    A density of `KNOTS` numbers cannot learn a few images by heart, as the places of all computed steps do: on other
+    images those that a descent by single steps ends at are behind evenly spread ones.
+    """
+    density = [0.0] * KNOTS
+    best = spaced(density, steps, budget)
     lowest = cost(best)
-    while True:
-        found = min(((cost(one), one) for one in _moves(best, steps)), default=(lowest, best))
-        if not found[0] < lowest:
-            return best
-        lowest, best = found
-
-
-def _moves(computed: tuple[int, ...], steps: int) -> Iterator[tuple[int, ...]]:
-    inner = computed[1:-1]
-    for place in range(len(inner)):
-        for free in sorted(set(range(1, steps - 1)) - set(inner)):
-            yield (0, *sorted((*inner[:place], free, *inner[place + 1 :])), steps - 1)
-    for first in range(len(inner)):
-        for last in range(first + 2, len(inner) + 1):
-            for by in (-1, 1):
-                found = (0, *inner[:first], *(step + by for step in inner[first:last]), *inner[last:], steps - 1)
-                if all(b < c for b, c in itertools.pairwise(found)):
-                    yield found
+    for by in STRIDES:
+        stuck = False
+        while not stuck:
+            stuck = True
+            for knot, sign in itertools.product(range(KNOTS), (by, -by)):
+                moved = [*density[:knot], density[knot] + sign, *density[knot + 1 :]]
+                found = spaced(moved, steps, budget)
+                value = cost(found)
+                if value < lowest:
+                    density, best, lowest, stuck = moved, found, value, False
+    return best
 
 
 def score(psnr: Sequence[float]) -> float:

@@ -11,7 +11,18 @@ import pytest
 from omni_runtime.cache.forecasters import make_forecaster
 from omni_runtime.cache.output import reached
 from omni_runtime.cache.schedules import even
-from omni_runtime.schedule_search import Responses, Tried, better, descend, gain, hopeless, neighbour, score, search
+from omni_runtime.schedule_search import (
+    Responses,
+    Tried,
+    better,
+    gain,
+    hopeless,
+    neighbour,
+    score,
+    search,
+    shape,
+    spaced,
+)
 
 STEPS = 12
 SIGMAS = [1 - i / STEPS for i in range(STEPS + 1)]
@@ -77,22 +88,38 @@ def test_an_error_counts_as_it_grows_at_its_gap() -> None:
 def test_cost_is_in_units_of_evenly_spread_steps() -> None:
     responses = _responses(_outputs(), 1, 1.0)
     cost = responses.cost(6)
-    assert cost(even(STEPS, 6).computed) == pytest.approx(1.0)
+    assert cost(even(STEPS, 6).computed) == pytest.approx(0.0)
     ratio = responses.predict(SCHEDULES[0]) / responses.predict(even(STEPS, 6).computed)
-    assert cost(SCHEDULES[0]) == pytest.approx(ratio.mean())
+    assert cost(SCHEDULES[0]) == pytest.approx(10 * np.log10(ratio).mean())
 
 
-@pytest.mark.parametrize("budget", [2, 4, 7, STEPS])
-def test_descend_ends_where_no_move_helps(budget: int) -> None:
+@pytest.mark.parametrize("budget", [2, 3, 4, 7, STEPS])
+def test_shape_is_no_worse_than_evenly_spread_steps(budget: int) -> None:
     cost = _responses(_outputs(), 1, 1.0).cost(budget)
-    spread = even(STEPS, budget).computed
-    found = descend(cost, spread, STEPS)
+    found = shape(cost, STEPS, budget)
     assert len(found) == budget
     assert (found[0], found[-1]) == (0, STEPS - 1)
-    assert cost(found) <= cost(spread)
-    rng = random.Random(0)
-    if 2 < budget < STEPS:
-        assert all(cost(neighbour(found, STEPS, rng)) >= cost(found) for _ in range(300))
+    assert list(found) == sorted(set(found))
+    assert cost(found) <= cost(even(STEPS, budget).computed) + 1e-9
+
+
+def test_shape_finds_where_the_steps_count() -> None:
+    """Of 49 steps, those of the first half are asked for: there they are dense."""
+    found = shape(lambda computed: -sum(step < 25 for step in computed), 50, 20)
+    assert sum(step < 25 for step in found) > 14, "10 of them are evenly spread"
+
+
+@pytest.mark.parametrize("density", [(0.0, 0.0), (0.0, 3.0, 0.0), (9.0, -9.0), (-20.0, 0.0, 20.0), (30.0, -30.0, 30.0)])
+@pytest.mark.parametrize("budget", [2, 3, 9, 19, 20])
+def test_spaced_steps_have_equal_shares_of_the_density(density: tuple[float, ...], budget: int) -> None:
+    found = spaced(density, 20, budget)
+    assert len(set(found)) == len(found) == budget
+    assert list(found) == sorted(found)
+    assert (found[0], found[-1]) == (0, 19)
+    if density == (0.0, 0.0):
+        assert max(abs(a - b) for a, b in zip(found, even(20, budget).computed, strict=True)) <= 1
+    if density == (9.0, -9.0):
+        assert np.mean(found) <= np.mean(even(20, budget).computed)
 
 
 def test_reach_ends_an_extrapolation() -> None:
@@ -227,6 +254,5 @@ def test_the_first_start_holds_until_one_is_better() -> None:
     assert run([(0, 2, 5), (0, 3, 5), (0, 4, 5)]) == (0, 4, 5)
 
 
-def test_descent_ends_where_nothing_can_be_compared():
-    assert descend(lambda computed: float("nan"), (0, 1, 2, 3), 4) == (0, 1, 2, 3)
-    assert descend(lambda computed: float("nan"), (0, 2, 4), 5) == (0, 2, 4)
+def test_shape_stays_where_nothing_can_be_compared() -> None:
+    assert shape(lambda computed: float("nan"), 5, 3) == (0, 2, 4)
