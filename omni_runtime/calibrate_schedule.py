@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import itertools
 import json
 import math
 import time
@@ -27,6 +28,7 @@ from omni_runtime.cache.backends import VELOCITY_CACHE
 from omni_runtime.cache.engine import CacheSession
 from omni_runtime.cache.forecasters import Forecaster, make_forecaster
 from omni_runtime.cache.gates import ScheduleGate
+from omni_runtime.cache.history import inner_products
 from omni_runtime.cache.lifecycle import Request
 from omni_runtime.cache.output import OutputSite, steps_along
 from omni_runtime.omni import Omni
@@ -111,7 +113,7 @@ class Replaying(CacheSession):
         """See `CacheSession.stepped_with`."""
         made = super().stepped_with(request, output, sample)
         if request.step == self._skipped:
-            self.error = _flat(made - self._recorded[request.step]).square().sum(1).numpy()
+            self.error = _flat(made - self._recorded[request.step]).double().square().sum(1).numpy()
         return self._recorded[request.step] if request.step < self._first else made
 
 
@@ -206,24 +208,42 @@ class Images:
             session.close()
         return session
 
-    def responses(self, sigmas: Sequence[float]) -> Responses:
-        """How the final latents of all respond to each step's forecast error; after `record`."""
-        changes, errors = [], []
-        for batch in self._batches:
+    def responses(
+        self, sigmas: Sequence[float], kept: Path | None = None, on_step: Callable[[int, int], Any] = lambda i, n: None
+    ) -> Responses:
+        """How the final latents of all respond to each step's forecast error; after `record`.
+
+        Args:
+            sigmas: noise levels of the steps, and of the end.
+            kept: a file that has what was found of each batch; so far, if it is there already. None keeps nothing.
+            on_step: told after each run how many there were, and how many there are to be.
+        """
+        steps = range(1, len(sigmas) - 2)
+        known = dict(np.load(kept)) if kept is not None and kept.is_file() else {}
+        runs = len(self._batches) * len(steps)
+        ends = list(itertools.accumulate(len(batch) for batch in self._batches))
+        names = [f"{end - len(batch)}-{end}" for end, batch in zip(ends, self._batches, strict=True)]
+        for number, (name, batch) in enumerate(zip(names, self._batches, strict=True)):
+            if f"changes {name}" in known:
+                continue
             recording = Recording(self.pipe)
             full = self._latents(batch, recording)
             changed: list[torch.Tensor] = []
             error: list[np.ndarray] = []
-            for step in range(1, len(sigmas) - 2):
+            for step in steps:
                 replaying = Replaying(self.pipe, recording.outputs, step, self._settings)
                 changed.append(self._latents(batch, replaying) - full)
                 error.append(replaying.error)
-            stacked = torch.stack(changed, 1)
-            changes.append((stacked @ stacked.mT).numpy())
-            errors.append(np.stack(error, 1))
+                on_step(number * len(steps) + step, runs)
+            known[f"changes {name}"], known[f"errors {name}"] = inner_products(changed), np.stack(error, 1)
+            if kept is not None:
+                part = kept.with_name(f".{kept.name}")
+                with part.open("wb") as file:
+                    np.savez(file, **known)
+                part.replace(kept)
         return Responses(
-            np.concatenate(changes),
-            np.concatenate(errors),
+            np.concatenate([known[f"changes {name}"] for name in names]),
+            np.concatenate([known[f"errors {name}"] for name in names]),
             sigmas,
             self._settings.made(),
             self._settings.reach,
@@ -231,7 +251,7 @@ class Images:
         )
 
     def _latents(self, batch: Sequence[GenerationRequest], session: CacheSession) -> torch.Tensor:
-        """Final latents [B, elements] of one call under a session, in float64 on the CPU."""
+        """Final latents [B, elements] of one call under a session, in float32 on the CPU."""
         patch = Patch()
         try:
             session.install(patch)
@@ -298,8 +318,8 @@ class Images:
 
 
 def _flat(batch: torch.Tensor) -> torch.Tensor:
-    """[B, elements] in float64 on the CPU."""
-    return batch.detach().flatten(1).double().cpu()
+    """[B, elements] in float32 on the CPU."""
+    return batch.detach().flatten(1).float().cpu()
 
 
 def _batches(pipe: Any, requests: Sequence[GenerationRequest], size: int) -> list[list[GenerationRequest]]:
@@ -397,6 +417,7 @@ def find(
     batch: int = BATCH,
     journal: Path | None = None,
     listener: Callable[[Event], Any] = lambda event: None,
+    on_step: Callable[[int, int], Any] = lambda i, n: None,
 ) -> tuple[dict[int, Found], dict[str, Any]]:
     """Search a schedule for each budget on `requests`, and measure it on `held_out`.
 
@@ -406,8 +427,9 @@ def find(
         budgets: numbers of computed steps.
         tries, patience: see `schedule_search.search`.
         batch: most images of one call.
-        journal: a file of what was sampled already.
+        journal: a file of what was sampled already; beside it, one of the responses.
         listener: told of each sampled schedule.
+        on_step: as in `Images.responses`.
 
     Returns:
         budget → what was found, and the document to write, without its provenance.
@@ -425,10 +447,13 @@ def find(
         if not 2 <= budget <= steps:
             raise ValueError(f"a budget must be from 2 to the {steps} steps of a request, not {budget}")
     images, others = (Images(omni.pipe, some, settings, batch) for some in (requests, held_out))
+    responded = None if journal is None else journal.with_suffix(".responses.npz")
+    if journal is not None and responded is not None and not journal.is_file():
+        responded.unlink(missing_ok=True)  # of another search
     kept = Journal(journal, about(omni, requests, settings))
     recorded = images.record()
     others.record()
-    responses = images.responses(recorded.sigmas)
+    responses = images.responses(recorded.sigmas, responded, on_step)
     found: dict[int, Found] = {}
     for place, budget in enumerate(budgets):
         begun, cost = starts(responses, recorded.sigmas, budget, type(omni.pipe.transformer).__name__)

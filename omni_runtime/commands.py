@@ -202,11 +202,22 @@ def _calibrate_schedule(options: argparse.Namespace) -> None:
             told = f"{event.budget} steps: {event.number} of {event.tries} schedules, {left}"
             print(f"\r\033[K{told}, best {event.best.score:.2f} dB", end="", file=sys.stderr, flush=True)
 
+    begun = []
+
+    def on_step(number: int, count: int) -> None:
+        if options.quiet:
+            return
+        begun.append(time.perf_counter())
+        each = (begun[-1] - begun[0]) / max(1, len(begun) - 1)
+        left = f", {duration(each * (count - number))} left" if len(begun) > 1 else ""
+        told = f"how the latents respond to each step: {number} of {count} runs{left}"
+        print(f"\r\033[K{told}", end="", file=sys.stderr, flush=True)
+
     try:
         with wrong_input():
             found, document = finding.find(
                 omni, requests, held_out, budgets, tries=tries, batch=options.batch or finding.BATCH, journal=journal,
-                listener=listener,
+                listener=listener, on_step=on_step,
             )  # fmt: skip
     except KeyboardInterrupt:
         raise KeyboardInterrupt(

@@ -11,7 +11,7 @@ import tiny
 import torch
 
 import omni_kernels
-from omni_runtime import Omni, cli, quality
+from omni_runtime import Omni, calibrate_schedule, cli, quality
 from omni_runtime.cache import calibration, schedules
 from omni_runtime.calibrate_schedule import Images, Journal, Settings, find, plot, words
 from omni_runtime.schedule_search import Tried, most_steps
@@ -78,6 +78,31 @@ def test_responses_are_what_skipping_one_step_does(omni, skipped):
     np.testing.assert_allclose(responses.predict(computed), changed, rtol=1e-3)
 
 
+def test_responses_that_were_interrupted_go_on(omni, tmp_path):
+    kept, runs = tmp_path / "responses.npz", []
+
+    def responses(on_step, batch=2):
+        images = Images(omni.pipe, requests_of(omni), Settings(), batch)
+        return images.responses(images.record().sigmas, kept, on_step).predict((0, 3, 7))
+
+    def stop(number, count):
+        if number == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        responses(stop)
+    first = kept.stat().st_mtime_ns
+    whole = responses(lambda number, count: runs.append((number, count)))
+    assert runs == [(number, 12) for number in range(7, 13)], "the first batch of two was there"
+    assert kept.stat().st_mtime_ns > first
+    assert [path.name for path in tmp_path.iterdir()] == [kept.name]
+    runs.clear()
+    np.testing.assert_array_equal(responses(lambda *run: runs.append(run)), whole)
+    assert not runs
+    np.testing.assert_allclose(responses(lambda *run: runs.append(run), batch=1), whole, rtol=1e-3)
+    assert len(runs) == 24, "other batches are others"
+
+
 def test_memory_that_is_too_small_for_a_batch_halves_it(omni, monkeypatch):
     made, requests = [], requests_of(omni)
     call = type(omni.pipe).__call__
@@ -135,7 +160,7 @@ def test_a_hopeless_schedule_is_not_sampled_on_all_images(omni):
     assert images.sample((0, 3, 7), tried).psnr == tried.psnr
 
 
-def test_find_searches_and_measures_on_other_images(omni, tmp_path):
+def test_find_searches_and_measures_on_other_images(omni, tmp_path, monkeypatch):
     events = []
     journal = tmp_path / "search.jsonl"
 
@@ -163,6 +188,7 @@ def test_find_searches_and_measures_on_other_images(omni, tmp_path):
     assert plot(found).count("<polyline") == 2
 
     lines = journal.read_text().splitlines()
+    monkeypatch.setattr(calibrate_schedule, "Replaying", None)  # nothing responds a second time
     again, _ = run(8)
     assert journal.read_text().splitlines() == lines, "what was sampled is not sampled again"
     assert {b: one.best for b, one in again.items()} == {b: one.best for b, one in found.items()}
