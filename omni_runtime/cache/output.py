@@ -102,8 +102,9 @@ class Corrector:
 
     def computed(self, level: float, length: float) -> list[float]:
         """A step at this σ is computed: the weights, of its output and those before it, of what it is to step with."""
-        self._levels = [level, *self._levels[: self._order]]
-        if not self._moves or not length:
+        repeated = level in self._levels[:1]  # of two outputs at one σ, the later one counts
+        self._levels = [level] if repeated else [level, *self._levels[: self._order]]
+        if not self._moves or not length or repeated:
             self._moves.clear()
             return [1.0]
         found = [length] + [0.0] * max(self._order, *(len(weights) for _, _, weights in self._moves))
@@ -187,8 +188,6 @@ class OutputSteps:
             if self._returned.get(name, (batch,))[0] != batch:
                 # Guidance has ended, or begun (Z-Image's cfg_truncation): what was guided otherwise is no guide.
                 self._history.clear()
-                if self._corrector is not None:
-                    self._corrector.clear()
                 self._signal = None if self._new_signal is None else self._new_signal()
                 self._verdict = Verdict(True, "another batch")
             elif self._history.shape is not None:
@@ -237,6 +236,8 @@ class OutputSteps:
         # In the wider of the two dtypes: pipelines may keep latents in fp32 beside a model in bf16.
         base = sample.to(torch.promote_types(sample.dtype, output.dtype)) if self._residual else None
         if computed:
+            if self._corrector is not None and self._history.shape != output.shape:
+                self._corrector.clear()
             self._history.record(output if base is None else output.to(base.dtype), base, position)
             return output if self._corrector is None else self._corrected(output, self._corrector)
         if self._history.shape != output.shape:

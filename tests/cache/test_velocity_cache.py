@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import omni_kernels
 from omni_runtime.cache.backends import METHODS
 from omni_runtime.cache.engine import CacheSession
+from omni_runtime.cache.output import Corrector
 
 SCHEDULE = (0, 1, 3, 6, 7)
 STEPS = 8
@@ -189,6 +190,27 @@ def test_corrector_is_left_out_where_the_step_is_no_straight_one(qwen_pipe, give
     with omni_kernels.patched(qwen_pipe, "velocity_cache", {"schedule": SCHEDULE}):
         latents(qwen_pipe)
     assert_stepped_with(seen, written_out(given, SCHEDULE, corrector=0))
+
+
+def test_corrector_makes_up_for_what_the_forecast_is_short_of():
+    """By hand: steps at 1, 0.75, 0.5 and 0.25, of which the third was forecast as 2·v₁ − v₀."""
+    corrector = Corrector(1)
+    assert corrector.computed(1.0, -0.25) == [1.0]
+    assert corrector.computed(0.75, -0.25) == [1.0]
+    corrector.skipped(0.5, -0.25, [2.0, -1.0])
+    # between: (v₃ + v₁) / 2, and stepped with was 2·v₁ − v₀
+    assert corrector.computed(0.25, -0.25) == pytest.approx([1.5, -1.5, 1.0])
+    assert corrector.computed(0.0, -0.25) == [1.0]
+
+
+def test_corrector_lets_a_repeated_level_and_a_step_of_no_length_pass():
+    corrector = Corrector(2)
+    for level, length in ((1.0, -0.5), (0.5, 0.0), (0.5, -0.25)):
+        assert corrector.computed(level, length) == [1.0]
+    corrector.skipped(0.25, -0.25, [1.0])
+    assert corrector.computed(0.0, -0.25) == pytest.approx([1.5, -0.5, 0.0])
+    corrector.skipped(-0.25, -0.25, [1.0])
+    assert corrector.computed(-0.5, 0.0) == [1.0]
 
 
 def test_order_0_is_reuse(qwen_pipe):
