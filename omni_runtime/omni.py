@@ -82,7 +82,7 @@ class Omni:
         **from_pretrained: Any,
     ) -> None:
         backend, config = resolve_cache(cache_backend, cache_config)
-        options_of(compile)
+        options_of(compile, graphs)
         self._fuse, self._compile, self._graphs = fuse, compile, graphs
         dtype = _one_dtype(dtype, from_pretrained)
         if isinstance(model, str | os.PathLike):

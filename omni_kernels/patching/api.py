@@ -173,9 +173,7 @@ def patch(
         backend.check(cache_config)
         config = backend.check(backends.with_own(backend, cache_config, getattr(pipe, "name_or_path", None)))
     fuse = name is None if fuse is None else bool(fuse)
-    options = calls.options_of(compile)
-    if graphs and options is not None and ("mode" in options or "options" in options):
-        raise ValueError(f"graphs=True with compile={compile!r}: a mode of torch.compile may record graphs of its own")
+    options = calls.options_of(compile, bool(graphs))
     present = handle_of(pipe)
     if present is not None:
         asked = (name, config, fuse, options, bool(graphs))

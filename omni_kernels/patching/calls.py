@@ -19,14 +19,17 @@ REGIONAL = "regional"
 OPTIONS = {"fullgraph": True}
 
 
-def options_of(compile: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
+def options_of(compile: str | Mapping[str, Any] | None, graphs: bool) -> dict[str, Any] | None:
     """What torch.compile is to be told; None where nothing is to be compiled.
 
     Raises:
-        ValueError, TypeError: neither "regional", nor arguments of torch.compile, nor None.
+        ValueError, TypeError: neither "regional", nor arguments of torch.compile, nor None; or arguments that do not go
+            with `graphs`, the recording of CUDA graphs.
     """
     if compile is None:
         return None
+    if graphs and isinstance(compile, Mapping) and not {"mode", "options"}.isdisjoint(compile):
+        raise ValueError(f"graphs=True with compile={compile!r}: a mode of torch.compile may record graphs of its own")
     if isinstance(compile, Mapping):
         return OPTIONS | dict(compile)
     if not isinstance(compile, str):

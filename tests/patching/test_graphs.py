@@ -277,6 +277,8 @@ def test_a_shared_transformer_is_recorded_once(qwen_pipe):
 def test_compile_modes_that_record_themselves_are_refused(qwen_pipe):
     with pytest.raises(ValueError, match="may record graphs of its own"):
         omni_kernels.patch(qwen_pipe, compile={"mode": "reduce-overhead"}, graphs=True)
+    with pytest.raises(ValueError, match="may record graphs of its own"):  # before a model is looked for, and loaded
+        Omni("there/is-no-such-model", compile={"mode": "reduce-overhead"}, graphs=True)
 
 
 def test_adapters_run_as_ever_and_count(qwen_pipe, graphs):
