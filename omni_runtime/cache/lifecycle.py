@@ -33,6 +33,7 @@ class Request:
         calls: transformer calls in the step under way.
         outputs: the cache of whole steps, where there is one; dropped like the state.
         sample: what the last step left, the latents that the step under way begins with; None before the first.
+        by_token: whether the scheduler is told of a noise level of each token, by which it steps then.
         images, latents: how many the latents are of, and the shape of one's; 0 and () until the first step closes.
         on_end: called once, when the request ends; for what is kept of it elsewhere.
         notes: what the report says of the request besides its decisions.
@@ -53,6 +54,7 @@ class Request:
         self.ended = False
         self.outputs: Any = None
         self.sample: torch.Tensor | None = None
+        self.by_token = False
         self.images = 0
         self.latents: tuple[int, ...] = ()
         self.on_end: Callable[[], None] | None = None
@@ -202,6 +204,7 @@ class Lifecycle:
                 if request is not None and self._on_output is not None:
                     given = bind(scheduler, *args, **kwargs)
                     output, sample = given.arguments["model_output"], given.arguments["sample"]
+                    request.by_token = given.arguments.get("per_token_timesteps") is not None
                     given.arguments["model_output"] = self._on_output(request, output, sample)
                     args, kwargs = given.args[1:], given.kwargs
                 result = step(*args, **kwargs)

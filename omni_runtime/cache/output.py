@@ -236,7 +236,7 @@ class OutputSteps:
         # In the wider of the two dtypes: pipelines may keep latents in fp32 beside a model in bf16.
         base = sample.to(torch.promote_types(sample.dtype, output.dtype)) if self._residual else None
         if computed:
-            if self._corrector is not None and self._history.shape != output.shape:
+            if self._corrector is not None and (self._history.shape != output.shape or self._request.by_token):
                 self._corrector.clear()
             self._history.record(output if base is None else output.to(base.dtype), base, position)
             return output if self._corrector is None else self._corrected(output, self._corrector)

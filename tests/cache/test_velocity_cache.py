@@ -192,6 +192,23 @@ def test_corrector_is_left_out_where_the_step_is_no_straight_one(qwen_pipe, give
     assert_stepped_with(seen, written_out(given, SCHEDULE, corrector=0))
 
 
+def test_tokens_with_levels_of_their_own_are_not_corrected(qwen_pipe, given):
+    """Image-to-video pipelines hold some tokens at other noise levels: the scheduler's own σ is not theirs."""
+    seen = outputs_of(qwen_pipe)
+    with omni_kernels.patched(qwen_pipe, "velocity_cache", {"schedule": SCHEDULE}):
+        step = qwen_pipe.scheduler.step
+
+        def by_token(output, t, sample, **rest):
+            return step(output, t, sample, per_token_timesteps=t.expand(sample.shape[:2]), **rest)
+
+        vars(qwen_pipe.scheduler)["step"] = by_token
+        try:
+            latents(qwen_pipe)
+        finally:
+            vars(qwen_pipe.scheduler)["step"] = step
+    assert_stepped_with(seen, written_out(given, SCHEDULE, corrector=0))
+
+
 def test_corrector_makes_up_for_what_the_forecast_is_short_of():
     """By hand: steps at 1, 0.75, 0.5 and 0.25, of which the third was forecast as 2·v₁ − v₀."""
     corrector = Corrector(1)
