@@ -50,6 +50,7 @@ DEFAULTS = {
         "forecaster": "newton",
         "forecaster_order": 1,
         "reach": 1.0,
+        "corrector_order": 2,
     },
     "easy_cache": {"thresh": 0.05, "ret_steps": 10, **FORECASTER, **DECISION, "reach": 1.0},
 }
