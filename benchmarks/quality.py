@@ -9,7 +9,7 @@ turns on each prompt and seed, and every image is measured against the full run 
 `omni_runtime.compare`, which makes, keeps and measures the cells, so that an interrupted run goes on where it was.
 
 Runs of the same method and settings are pairs, ours and theirs. `--check` exits with 1 where ours is not at least as
-good in mean PSNR (to 0.1 dB) and as fast (the median over images of their time over ours at least 0.98, which leaves
+good in mean PSNR (to 0.1 dB) and as fast (the median over images of our speedup over theirs at least 0.98, which leaves
 2% to the noise), or a calibrated schedule misses what it is to reach (`aims`).
 
 Writes results/quality-<model>.json and .svg, and under --work a report.html with all pictures.
