@@ -9,8 +9,9 @@ caches, a line of the cache engine, is another cell.
 Pictures are what the pipeline returns to its user, 8 bits a channel, and PNG keeps them exactly: what is measured of a
 cell that was found on disk is what was measured when it was made.
 
-Every run is watched in the same way, whoever installed its cache: a hook on the attention of each block counts the
-blocks that really ran, and a transformer forward counts as computed where all of them did.
+Every run is watched in the same way, whoever installed its cache: a hook on a projection of each block counts the blocks
+that really ran, under caches that skip whole blocks and under those that skip within them, and a transformer forward
+counts as computed where all of them did.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ PACKAGES = ("omni-kernels", "diffusers", "transformers", "torch")
 #: The sources that an image of our caches depends on; the rest of the package only shows and measures it.
 ENGINE = ("omni_kernels", "omni_runtime/cache")
 
-#: What a block calls its attention.
-ATTENTION = ("attn", "attn1", "attention")
+#: What runs where a block does, by where it lies in the block: the projection of its (self-)attention's output.
+PROJECTIONS = ("attn.to_out.0", "attention.to_out.0", "proj_out")
 
 SAMPLES = 32  # values that the fingerprint reads of each weight
 
@@ -265,13 +266,13 @@ class _Watch:
             self.arguments["callback_on_step_end"] = self._step_ended
             self.arguments["callback_on_step_end_tensor_inputs"] = ["latents"]
         self._transformer = getattr(pipe, "transformer", None)
-        self._attentions = attentions(self._transformer)
+        self._projections = projections(self._transformer)
         self._hooks: list[Any] = []
 
     def __enter__(self) -> _Watch:
         if self._transformer is not None:
             self._hooks.append(self._transformer.register_forward_pre_hook(self._called))
-        self._hooks += [attention.register_forward_pre_hook(self._block_runs) for attention in self._attentions]
+        self._hooks += [one.register_forward_pre_hook(self._block_runs) for one in self._projections]
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -281,7 +282,7 @@ class _Watch:
     @property
     def blocks(self) -> int | None:
         """Blocks run in the whole request."""
-        return sum(map(sum, self.calls)) if self._attentions else None
+        return sum(map(sum, self.calls)) if self._projections else None
 
     @property
     def forwards(self) -> int:
@@ -300,7 +301,7 @@ class _Watch:
         return {str(call): {"computed": mask, "measured": [None] * len(mask)} for call, mask in enumerate(masks)}
 
     def _computed(self, blocks: int) -> bool:
-        return blocks >= len(self._attentions)
+        return blocks >= len(self._projections)
 
     def _called(self, module: Any, arguments: Any) -> None:
         self.calls[-1].append(0)
@@ -315,14 +316,14 @@ class _Watch:
         return {}
 
 
-def attentions(transformer: Any) -> list[torch.nn.Module]:
-    """The attention of every block; none of a transformer whose blocks are not known."""
+def projections(transformer: Any) -> list[torch.nn.Module]:
+    """The projection that tells of every block whether it runs; none of a transformer whose blocks are not known."""
     row = MODELS.get(type(transformer).__name__)
     if row is None:
         return []
-    blocks = [block for name in row.block_lists for block in getattr(transformer, name)]
-    found = [getattr(block, name) for block in blocks for name in ATTENTION if hasattr(block, name)]
-    return found if len(found) == len(blocks) else []
+    blocks = [dict(block.named_modules()) for name in row.block_lists for block in getattr(transformer, name)]
+    found = [next((block[name] for name in PROJECTIONS if name in block), None) for block in blocks]
+    return [] if None in found else found
 
 
 def _branches(report: CacheReport) -> dict[str, dict[str, Any]]:

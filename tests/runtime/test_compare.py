@@ -19,6 +19,7 @@ from omni_kernels.patching import Patch
 from omni_runtime import Omni, cells, cli, compare, contact_sheet, quality
 from omni_runtime.cache import calibration
 from omni_runtime.cache.backends import CACHE_DIT
+from omni_runtime.cache.models import MODELS
 from omni_runtime.cells import Run
 from omni_runtime.progress import Progress
 from omni_runtime.result import read_settings
@@ -408,6 +409,35 @@ def test_a_cache_of_another_library_is_counted_at_the_model(qwen_pipe: Any, tmp_
     assert cell["psnr"] < 80
     assert (foreign["method"], foreign["cache_config"], foreign["threshold"]) == ("first-block cache", config, None)
     assert read_settings(tmp_path / cell["image"])["cache_config"] == config
+
+
+def test_a_cache_within_the_blocks_is_counted_by_what_they_compute(qwen_pipe: Any, tmp_path: Path) -> None:
+    """diffusers' TaylorSeer: every block and its attention are called, and what the attention would give is forecast."""
+    qwen_pipe.set_progress_bar_config(disable=True)
+    config = diffusers.TaylorSeerCacheConfig(cache_interval=3, max_order=1, taylor_factors_dtype=torch.float32)
+
+    @contextlib.contextmanager
+    def theirs(pipe: Any) -> Any:
+        pipe.transformer.enable_cache(config)
+        yield
+        pipe.transformer.disable_cache()
+
+    with Omni(qwen_pipe, cache_backend=None) as omni:
+        requests = omni.prepare("a cat", negative_prompt=" ", seed=0, height=64, width=64)
+    runs = [Run("no cache", steps=8), Run("theirs", "TaylorSeer", {}, 8, install=theirs)]
+    _, foreign = compare.evaluate(compare.compare(runs, qwen_pipe, requests, tmp_path))["runs"]
+    (cell,) = foreign["cells"]
+    mask = "".join("1" if step < 3 or (step - 4) % 3 == 0 else "0" for step in range(8))
+    assert {name: branch["computed"] for name, branch in cell["branches"].items()} == {"0": mask, "1": mask}
+    assert cell["nfe"] == 2 * mask.count("1") == 10
+    assert cell["blocks"] == pytest.approx(100 * 10 / 16)
+
+
+@pytest.mark.parametrize("make", [tiny.qwen_image, tiny.z_image, tiny.flux, tiny.qwen_image_edit])
+def test_every_block_of_a_known_model_can_be_counted(make: Any) -> None:
+    transformer = make().transformer
+    lists = MODELS[type(transformer).__name__].block_lists
+    assert len(cells.projections(transformer)) == sum(len(getattr(transformer, name)) for name in lists) > 0
 
 
 def test_what_is_counted_at_the_model_is_what_our_caches_report(pipe: Any, tmp_path: Path) -> None:
