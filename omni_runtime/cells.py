@@ -9,9 +9,9 @@ caches, a line of the cache engine, is another cell.
 Pictures are what the pipeline returns to its user, 8 bits a channel, and PNG keeps them exactly: what is measured of a
 cell that was found on disk is what was measured when it was made.
 
-Every run is watched in the same way, whoever installed its cache: a hook on a projection of each block counts the blocks
-that really ran, under caches that skip whole blocks and under those that skip within them, and a transformer forward
-counts as computed where all of them did.
+Every run is watched in the same way, whoever installed its cache: a hook on a projection of each block counts the
+blocks that really ran, under caches that skip whole blocks and under those that skip within them, and a transformer
+forward counts as computed where all of them did.
 """
 
 from __future__ import annotations
@@ -322,8 +322,8 @@ def projections(transformer: Any) -> list[torch.nn.Module]:
     if row is None:
         return []
     blocks = [dict(block.named_modules()) for name in row.block_lists for block in getattr(transformer, name)]
-    found = [next((block[name] for name in PROJECTIONS if name in block), None) for block in blocks]
-    return [] if None in found else found
+    found = [block[name] for block in blocks for name in PROJECTIONS if name in block]
+    return found if len(found) == len(blocks) else []
 
 
 def _branches(report: CacheReport) -> dict[str, dict[str, Any]]:

@@ -131,6 +131,7 @@ def _add_generate(commands: Any, shared: argparse.ArgumentParser) -> None:
     command.add_argument("--fuse", action="store_true", help="run transformer blocks fused")
     command.add_argument("--compile", choices=["regional"], help="compile each transformer block by itself")
     command.add_argument("--graphs", action="store_true", help="record transformer blocks as CUDA graphs")
+    command.add_argument("--reuse", action="store_true", help="keep what is computed again of the same input")
     command.add_argument(
         "--out", type=Path, default=Path("out"), metavar="PATH", help="a directory, or a .png file (default: out)"
     )

@@ -56,6 +56,7 @@ def generate(options: argparse.Namespace) -> None:
         raise UsageError(f"--out {options.out} is one file, for {len(options.prompt)} prompts: give a directory")
     _settle(options)
     how: dict[str, Any] = {"fuse": options.fuse or None, "compile": options.compile, "graphs": options.graphs}
+    how["reuse"] = options.reuse
     if options.cache_backend is not None:
         how["cache_backend"] = options.cache_backend
     with wrong_input():

@@ -11,6 +11,7 @@ from omni_kernels.patching import backends, calls, rules
 from omni_kernels.patching.cache_dit import LibraryHandle
 from omni_kernels.patching.engine import HANDLE, Patch, PatchConflictError
 from omni_kernels.patching.graphs import Graphs
+from omni_kernels.patching.reuse import Reuse, compute_once
 
 
 class PatchHandle:
@@ -23,8 +24,11 @@ class PatchHandle:
         compile: what torch.compile was told for the blocks; None where they were not to be compiled.
         fused: which blocks were replaced, and which were left alone and why; prints as lines.
         compiled: the names of the blocks that were compiled.
+        reuse: whether what is not changed was to be computed once.
         graphs: which blocks were recorded as CUDA graphs, what they hold, and why others were not; prints as lines.
             None where none were to be.
+        reused: what is computed once where the model would compute it again, and what was left alone and why; prints as
+            lines. None where nothing was to be.
     """
 
     def __init__(
@@ -35,6 +39,7 @@ class PatchHandle:
         fuse: bool,
         compile: dict[str, Any] | None = None,
         graphs: Graphs | None = None,
+        reuse: bool = False,
     ) -> None:
         self.cache_backend = cache_backend
         self.cache_config = cache_config
@@ -43,6 +48,8 @@ class PatchHandle:
         self.fused = rules.Fusion()
         self.compiled: list[str] = []
         self.graphs = graphs
+        self.reuse = reuse
+        self.reused: Reuse | None = None
         self._pipe = pipe
         self._patch = Patch()
         self._installed: backends.InstalledBackend | None = None
@@ -52,6 +59,7 @@ class PatchHandle:
         blocks = f"{len(self.fused.replaced)} blocks fused" if self.fuse else "blocks not fused"
         blocks += f", {len(self.compiled)} compiled" if self.compiled else ""
         blocks += f", {len(self.graphs.recorded)} recorded" if self.graphs is not None else ""
+        blocks += ", reuse" if self.reuse else ""
         return (
             f"PatchHandle(cache_backend={self.cache_backend!r}, cache_config={self.cache_config!r}, {blocks}, {state})"
         )
@@ -99,6 +107,8 @@ class PatchHandle:
                 self.fused = rules.fuse(self._pipe, self._patch)
             if self.compile is not None or self.graphs is not None:
                 self.compiled = calls.replace_calls(self._pipe, self.compile, self.graphs, self._patch)
+            if self.reuse:
+                self.reused = compute_once(self._pipe, self._patch)
             if backend is not None:
                 self._installed = backend.install(self._pipe, self.cache_config, self._patch)
         except BaseException:
@@ -119,6 +129,7 @@ def patch(
     fuse: bool | None = None,
     compile: str | Mapping[str, Any] | None = None,
     graphs: bool | Graphs = False,
+    reuse: bool = False,
 ) -> PatchHandle: ...
 
 
@@ -130,6 +141,7 @@ def patch(
     fuse: bool | None = None,
     compile: str | Mapping[str, Any] | None = None,
     graphs: bool | Graphs = False,
+    reuse: bool = False,
 ) -> PatchHandle | LibraryHandle:
     """Fuse, compile or record the blocks of one diffusers pipeline, install a cache, or all; others are left alone.
 
@@ -150,6 +162,9 @@ def patch(
             a dict does so with these arguments of torch.compile. Compiled blocks compute the same up to rounding.
         graphs: whether blocks are recorded as CUDA graphs, once per shape, and replayed. What cannot be recorded runs
             as ever; `.graphs` says why. See `omni_kernels.patching.graphs`.
+        reuse: whether what a model computes again, of the same input, is computed once and kept: the modulation of a
+            timestep for both branches of guidance (Qwen-Image), the refined caption of a request (Z-Image). The same
+            bits, for a little memory; `.reused` says what. See `omni_kernels.patching.reuse`.
 
     Returns:
         The handle: `.fused` tells which blocks were replaced, `.report` what the last request did, `.undo()` takes the
@@ -161,7 +176,8 @@ def patch(
         PatchConflictError: the pipeline is patched otherwise already, or somebody else holds a slot that is needed.
     """
     if isinstance(pipe, ModuleType):
-        if cache_backend is not None or cache_config is not None or fuse is not None or compile is not None or graphs:
+        given = (cache_backend, cache_config, fuse, compile, graphs or None, reuse or None)
+        if any(one is not None for one in given):
             raise TypeError(f"patch({pipe.__name__}) takes nothing else: a cache is installed on a pipeline")
         return handle_of(pipe) or LibraryHandle(pipe)
     name = None if cache_backend in (None, "none") else cache_backend
@@ -173,19 +189,23 @@ def patch(
         backend.check(cache_config)
         config = backend.check(backends.with_own(backend, cache_config, getattr(pipe, "name_or_path", None)))
     fuse = name is None if fuse is None else bool(fuse)
-    options = calls.options_of(compile, bool(graphs))
+    options = calls.options_of(compile, bool(graphs), reuse)
     present = handle_of(pipe)
     if present is not None:
-        asked = (name, config, fuse, options, bool(graphs))
-        there = (present.cache_backend, present.cache_config, present.fuse, present.compile, present.graphs is not None)
+        asked = (name, config, fuse, options, bool(graphs), bool(reuse))
+        recorded = present.graphs is not None
+        there = (
+            present.cache_backend, present.cache_config, present.fuse, present.compile, recorded, present.reuse,
+        )  # fmt: skip
         if there == asked:
             return present
         raise PatchConflictError(
             f"this {type(pipe).__name__} is already patched with {present.cache_backend or 'no cache'} "
-            f"{present.cache_config}, fuse={present.fuse}, compile={present.compile} and "
-            f"graphs={present.graphs is not None}: unpatch(pipe) first"
+            f"{present.cache_config}, fuse={present.fuse}, compile={present.compile}, graphs={recorded} and "
+            f"reuse={present.reuse}: unpatch(pipe) first"
         )
-    handle = PatchHandle(pipe, name, config, fuse, options, Graphs() if graphs is True else graphs or None)
+    recorder = Graphs() if graphs is True else graphs or None
+    handle = PatchHandle(pipe, name, config, fuse, options, recorder, bool(reuse))
     handle._install(backend)
     vars(pipe)[HANDLE] = handle
     return handle
@@ -227,6 +247,7 @@ def patched(
     fuse: bool | None = None,
     compile: str | Mapping[str, Any] | None = None,
     graphs: bool | Graphs = False,
+    reuse: bool = False,
 ) -> contextlib.AbstractContextManager[PatchHandle]: ...
 
 
@@ -239,10 +260,11 @@ def patched(
     fuse: bool | None = None,
     compile: str | Mapping[str, Any] | None = None,
     graphs: bool | Graphs = False,
+    reuse: bool = False,
 ) -> Iterator[Any]:
     """`patch` for the length of a with-block. Inside a like block, the outer one keeps the patch."""
     outer = handle_of(pipe)
-    handle = patch(pipe, cache_backend, cache_config, fuse=fuse, compile=compile, graphs=graphs)
+    handle = patch(pipe, cache_backend, cache_config, fuse=fuse, compile=compile, graphs=graphs, reuse=reuse)
     try:
         yield handle
     finally:

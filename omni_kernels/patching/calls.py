@@ -19,13 +19,16 @@ REGIONAL = "regional"
 OPTIONS = {"fullgraph": True}
 
 
-def options_of(compile: str | Mapping[str, Any] | None, graphs: bool) -> dict[str, Any] | None:
+def options_of(compile: str | Mapping[str, Any] | None, graphs: bool, reuse: bool = False) -> dict[str, Any] | None:
     """What torch.compile is to be told; None where nothing is to be compiled.
 
     Raises:
         ValueError, TypeError: neither "regional", nor arguments of torch.compile, nor None; or arguments that do not go
-            with `graphs`, the recording of CUDA graphs.
+            with `graphs`, the recording of CUDA graphs; or either with `reuse`.
     """
+    if reuse and (graphs or compile is not None):
+        kind = "recorded" if graphs else "compiled"
+        raise ValueError(f"reuse=True does not go with {kind} blocks: each computes all that is in it")
     if compile is None:
         return None
     if graphs and isinstance(compile, Mapping) and not {"mode", "options"}.isdisjoint(compile):

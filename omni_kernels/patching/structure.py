@@ -13,7 +13,7 @@ import torch
 
 from omni_kernels.ops._checks import DTYPES
 from omni_kernels.ops.qk_norm_rope import MAX_HEAD_SIZE
-from omni_kernels.patching.engine import describe
+from omni_kernels.patching.engine import Forward, describe
 
 
 def part(block: torch.nn.Module, path: str) -> Any:
@@ -26,9 +26,10 @@ def part(block: torch.nn.Module, path: str) -> Any:
 
 
 def hooked(module: torch.nn.Module) -> bool:
-    """Whether calling `module` comes to more than the forward of its class."""
+    """Whether calling `module` comes to more than the forward of its class, or ours for it."""
+    own = module.__dict__.get("forward")
     return (
-        "forward" in module.__dict__
+        (own is not None and not isinstance(own, Forward))
         or len(module._forward_hooks) > 0
         or len(module._forward_pre_hooks) > 0
         or module._compiled_call_impl is not None

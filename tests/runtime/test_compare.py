@@ -412,7 +412,7 @@ def test_a_cache_of_another_library_is_counted_at_the_model(qwen_pipe: Any, tmp_
 
 
 def test_a_cache_within_the_blocks_is_counted_by_what_they_compute(qwen_pipe: Any, tmp_path: Path) -> None:
-    """diffusers' TaylorSeer: every block and its attention are called, and what the attention would give is forecast."""
+    """diffusers' TaylorSeer calls every block and its attention, and forecasts what the attention would give."""
     qwen_pipe.set_progress_bar_config(disable=True)
     config = diffusers.TaylorSeerCacheConfig(cache_interval=3, max_order=1, taylor_factors_dtype=torch.float32)
 
