@@ -1,13 +1,13 @@
 """Triton kernels for diffusion transformers, and the patching of pipelines that uses them.
 
 `ops` holds the kernels; `patch`, `unpatch` and `patched` fuse the blocks of one diffusers pipeline, install a cache
-backend on it, and take both out again. Importing this package probes no device, patches nothing and loads neither
-diffusers nor transformers.
+backend on it, and take both out again; `warmup` compiles what a pipeline will need. Importing this package probes no
+device, patches nothing and loads neither diffusers nor transformers.
 """
 
 from omni_kernels import ops
-from omni_kernels.patching import PatchConflictError, PatchHandle, patch, patched, unpatch
+from omni_kernels.patching import PatchConflictError, PatchHandle, patch, patched, unpatch, warmup
 
 __version__ = "0.1.0"
 
-__all__ = ["PatchConflictError", "PatchHandle", "__version__", "ops", "patch", "patched", "unpatch"]
+__all__ = ["PatchConflictError", "PatchHandle", "__version__", "ops", "patch", "patched", "unpatch", "warmup"]

@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 
+from omni_kernels.compilations import following
 from omni_kernels.ops import OPS
 from omni_kernels.validation import aot, checks, launches, record, report
 from omni_kernels.validation.cases import CASES, PROVIDERS
@@ -287,6 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "unchecked": [],
         "checks": [],
         "measurements": [],
+        "first_calls": {},
         "compiled": [],
         "not_compiled": 0,
     }
@@ -324,7 +326,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device.type == "cpu":
         divisor = CPU_DIVISOR * (16 if interpreted() else 4 if options.quick else 1)
     wanted = checks.plan(ops, divisor=divisor, quick=options.quick)
-    document["checks"] = check_all(wanted, device, options.seed, began + (to_end if interpreted() else to_checks))
+    with following() as compilations:
+        document["checks"] = check_all(wanted, device, options.seed, began + (to_end if interpreted() else to_checks))
+    document["first_calls"] = {name: [round(s, 3) for s in each] for name, each in compilations.seconds.items()}
     done = {c["op"] for c in document["checks"] if c["status"] != "not run"}
     document["unchecked"] = [op for op in ops if op not in done]
     if interpreted():

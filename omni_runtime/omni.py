@@ -20,6 +20,7 @@ import torch
 
 from omni_kernels.patching import PatchHandle, backends, handle_of, patch
 from omni_kernels.patching.calls import options_of
+from omni_kernels.patching.warming import STEPS, Warmup, warmup
 from omni_runtime import loading, request
 from omni_runtime.cache import models
 from omni_runtime.cache.report import StepEvent
@@ -206,6 +207,14 @@ class Omni:
             **arguments,
         )
         return [self.run(one, on_step) for one in requests]
+
+    def warmup(self, prompt: str = "", *, steps: int = STEPS, **arguments: Any) -> Warmup:
+        """Run one short request, so that `generate` with the same sizes finds everything compiled.
+
+        Takes what `generate` does, and the number of steps; see `omni_kernels.warmup`.
+        """
+        (one,) = self.prepare(prompt, seed=0, **arguments)
+        return warmup(self.pipe, steps=steps, **one.call() | {"num_inference_steps": steps})
 
     def prepare(self, prompt: str | Sequence[str] | None = None, **arguments: Any) -> list[request.GenerationRequest]:
         """The checked requests that `generate` would run. Takes and raises what `generate` does.

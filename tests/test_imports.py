@@ -21,6 +21,7 @@ LAYERS = {
     "omni_kernels.device": 0,
     "omni_kernels.ops": 1,
     "omni_kernels.ascend": 1,
+    "omni_kernels.compilations": 1,
     "omni_kernels.patching": 2,
     "omni_kernels": 3,
     "omni_runtime": 4,
@@ -249,4 +250,5 @@ def test_public_names_of_the_kernels():
         "patch",
         "patched",
         "unpatch",
+        "warmup",
     ]

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import re
 import shlex
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -233,6 +235,23 @@ def test_what_there_was_no_time_for_is_not_reported(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "never checked: gelu" in told
     assert "not measured" in told
+
+
+def test_what_first_calls_wait_for_is_told(replace, tmp_path, capsys):
+    triton = pytest.importorskip("triton")
+
+    def compiled_first(x):
+        if told:
+            times = SimpleNamespace(total=told.pop() * 1e6)
+            triton.knobs.compilation.listener(src=SimpleNamespace(name="gelu_kernel"), times=times, cache_hit=False)
+        return F.gelu(x, approximate="tanh")
+
+    told = [1.5, 0.25, 0.75]
+    replace("gelu", compiled_first)
+    assert run("--quick", "--ops", "gelu", out=tmp_path) == 0
+    assert document(tmp_path)["first_calls"] == {"gelu_kernel": [0.75, 0.25, 1.5]}
+    assert re.search(r"gelu_kernel +3 +0\.75 +2\.5", capsys.readouterr().out)
+    assert "<td>gelu_kernel</td>" in (tmp_path / "validation.html").read_text()
 
 
 # What is asked for

@@ -88,6 +88,14 @@ class PatchHandle:
         if self._installed is not None:
             self._installed.on_step = listener
 
+    def rehearsal(self) -> contextlib.AbstractContextManager[object]:
+        """While open, requests compute and skip steps by turns, whatever the cache would decide (see `warmup`).
+
+        A backend without a `rehearsal` of its own decides as ever.
+        """
+        own = getattr(self._installed, "rehearsal", None)
+        return contextlib.nullcontext() if own is None else own()
+
     def undo(self) -> None:
         """Put the pipeline back exactly as it was. Undoing twice does nothing.
 

@@ -6,6 +6,7 @@ Both are made of the document that `validation.json` holds. What was not measure
 from __future__ import annotations
 
 import html
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -68,6 +69,7 @@ def _rows(document: Document) -> list[tuple[str, ...]]:
 
 
 HEADS = ("op", "fp32", "fp16", "bf16", "of roof")
+FIRST_CALLS = ("kernel, at its first call", "variants", "s to compile one", "s for all")
 
 
 def text(document: Document) -> str:
@@ -83,6 +85,8 @@ def text(document: Document) -> str:
             for m in measured
         ]
         parts.append(_aligned([heads, *rows]))
+    if document["first_calls"]:
+        parts.append(_aligned([FIRST_CALLS, *_first_calls(document)]))
     if document["compiled"]:
         parts.append(_aligned([("launch", "target", "registers", "shared", "spills"), *_compiled(document)]))
     failures = [c for c in document["checks"] if c["status"] == "failed"]
@@ -114,6 +118,14 @@ def verdict(document: Document) -> str:
     return f"{document['verdict'].upper()}: {', '.join(told)}; {speed}"
 
 
+def _first_calls(document: Document) -> list[tuple[str, ...]]:
+    """What a kernel's first call waits for: the median of its variants, and all of them."""
+    return [
+        (name, str(len(each)), f"{statistics.median(each):.2f}", f"{sum(each):.1f}")
+        for name, each in sorted(document["first_calls"].items())
+    ]
+
+
 def _compiled(document: Document) -> list[tuple[str, ...]]:
     """The most that any kernel of a launch takes."""
     return [
@@ -139,6 +151,7 @@ def page(document: Document) -> str:
         ("Failures", _failures(document)),
         ("Results", _table(HEADS, _rows(document), numbers=0) if document["checks"] else "<p>not run</p>"),
         ("Speed", _speed(document)),
+        ("First calls", _first_calls_table(document)),
         ("Compiled ahead of time", _compiled_table(document)),
         ("Every check", _checks(document)),
     ]
@@ -233,6 +246,10 @@ def _speed(document: Document) -> str:
         + (_table(heads, rows, numbers=2, raw=True) if rows else "")
         + (f"<p>{NOT_MEASURED}: {_text(left_out)}</p>" if left_out else "")
     )
+
+
+def _first_calls_table(document: Document) -> str:
+    return _table(FIRST_CALLS, _first_calls(document), numbers=1) if document["first_calls"] else ""
 
 
 def _compiled_table(document: Document) -> str:

@@ -23,14 +23,14 @@ from omni_kernels.patching.engine import describe
 from omni_runtime.cache import calibration
 from omni_runtime.cache.blocks import BlockCalls, BlockList, Passage
 from omni_runtime.cache.forecasters import Forecaster
-from omni_runtime.cache.gates import Gate, Plan, Verdict, by_image
+from omni_runtime.cache.gates import Gate, Plan, RehearsalGate, Verdict, by_image
 from omni_runtime.cache.history import history_of
 from omni_runtime.cache.lifecycle import Lifecycle, Request
 from omni_runtime.cache.models import MODELS, Arguments, ModelRow, block_lists, row_of
 from omni_runtime.cache.output import OutputSite, OutputSteps, check_scheduler
 from omni_runtime.cache.replay import ReplayGate, Replays
 from omni_runtime.cache.report import BranchReport, CacheReport, Decision, StepEvent
-from omni_runtime.cache.signals import Signal, SituatedSignal
+from omni_runtime.cache.signals import Nothing, Signal, SituatedSignal
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,13 @@ class ResidualPassage(Passage):
         self._every_step = parts.signal.every_step
         self._by_step = parts.forecaster.axis == "step"
         self.step = -1
-        gate = parts.gate(request)
-        self.gate = gate if session.replays is None else session.replays.gate(gate, request, name)
+        if session.rehearsing:
+            gate: Gate = RehearsalGate(not isinstance(parts.signal, Nothing))
+        else:
+            gate = parts.gate(request)
+            if session.replays is not None:
+                gate = session.replays.gate(gate, request, name)
+        self.gate = gate
         self.decisions: list[Decision] = []
         request.decisions[name] = self.decisions
         self.remembered: torch.Tensor | None = None
@@ -242,6 +247,7 @@ class CacheSession:
             None if output is None else self.stepped_with,
             None if self.replays is None else self._replayed,
         )
+        self.rehearsing = False
         self._last: Request | None = None
         self.passage: Passage | None = None
         self._context: str | None = None
@@ -270,6 +276,17 @@ class CacheSession:
     def close(self) -> None:
         """Free what a request under way holds."""
         self._lifecycle.end()
+
+    @contextlib.contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """While open, one step is computed and two are skipped, by turns; nothing is told or learnt of them."""
+        last = self._last
+        self.rehearsing = True
+        try:
+            yield
+        finally:
+            self.rehearsing = False
+            self._last = last
 
     @property
     def report(self) -> CacheReport | None:
@@ -381,9 +398,12 @@ class CacheSession:
             if steps is None:
                 assert self._output is not None
                 check_scheduler(self._lifecycle.scheduler, self._output.residual)
-                gate = self._output.gate(request, _name(self.transformer))
-                if self._output.drift_tolerance is not None and self.replays is not None:
-                    gate = self.replays.gate(gate, request, "")
+                if self.rehearsing:
+                    gate: Gate = RehearsalGate(self._output.signal is not None)
+                else:
+                    gate = self._output.gate(request, _name(self.transformer))
+                    if self._output.drift_tolerance is not None and self.replays is not None:
+                        gate = self.replays.gate(gate, request, "")
                 steps = request.outputs = OutputSteps(self._output, request, gate, self._lifecycle.scheduler)
             name = self._context or str(request.calls)
             made = request.decisions.get(name)

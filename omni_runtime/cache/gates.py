@@ -144,6 +144,30 @@ class ScheduleGate(Gate):
         return (Plan.COMPUTE if self._schedule[step] else Plan.SKIP), "schedule"
 
 
+class RehearsalGate(Gate):
+    """Computes every third step and skips those between: a short request then runs all that a long one may.
+
+    Args:
+        measures: whether distances are to be measured at each step.
+    """
+
+    def __init__(self, measures: bool) -> None:
+        super().__init__(Limits())
+        self._measures = measures
+        self._computes = True
+
+    def plan(self, step: int) -> tuple[Plan, str]:
+        """See `Gate.plan`."""
+        self._computes = step % 3 == 0
+        if self._measures:
+            return Plan.MEASURE, ""
+        return (Plan.COMPUTE if self._computes else Plan.SKIP), "rehearsal"
+
+    def judge(self, sums: Sequence[Sequence[float]], elements: int) -> Verdict:
+        """See `Gate.judge`."""
+        return Verdict(self._computes, "rehearsal")
+
+
 def by_image(sums: list[list[float]], images: int) -> list[list[float]]:
     """The sums of each image, from those of each sample.
 
