@@ -72,10 +72,23 @@ class _Driver:
 
 
 @contextlib.contextmanager
+def driven_by(target: Any, device: int) -> Iterator[None]:
+    """For the block, Triton's driver knows one target, a `GPUTarget`, as its device of that number."""
+    from triton.runtime.driver import driver
+
+    active = driver.active if "active" in vars(driver) else None
+    driver.set_active(_Driver(target, device))
+    try:
+        yield
+    finally:
+        if active is not None:
+            driver.set_active(active)
+
+
+@contextlib.contextmanager
 def _pretending(target: str, compiled: list[Any]) -> Iterator[None]:
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.runtime.driver import driver
 
     from omni_kernels.ops import _samples
 
@@ -86,17 +99,12 @@ def _pretending(target: str, compiled: list[Any]) -> Iterator[None]:
         compiled.append(kernel)
         return kernel
 
-    active = driver.active if "active" in vars(driver) else None
-    driver.set_active(_Driver(GPUTarget(*TARGETS[target]), list(TARGETS).index(target)))
-    try:
-        with (
-            mock.patch.object(triton.JITFunction, "run", compile_only),
-            mock.patch.object(_samples, "WARP_SIZE", TARGETS[target][2]),
-        ):
-            yield
-    finally:
-        if active is not None:
-            driver.set_active(active)
+    with (
+        driven_by(GPUTarget(*TARGETS[target]), list(TARGETS).index(target)),
+        mock.patch.object(triton.JITFunction, "run", compile_only),
+        mock.patch.object(_samples, "WARP_SIZE", TARGETS[target][2]),
+    ):
+        yield
 
 
 def launches(target: str, run: Callable[[], object]) -> list[Any]:

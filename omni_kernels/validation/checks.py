@@ -21,7 +21,7 @@ from omni_kernels.validation import layouts, oracle
 from omni_kernels.validation.cases import USES, Use
 from omni_kernels.validation.memory import Placed, poisoned_outputs, same_bits
 from omni_kernels.validation.shapes import FLUX, QWEN_IMAGE, QWEN_IMAGE_EDIT, TINY, Z_IMAGE, Shape
-from omni_kernels.validation.tolerances import Mismatch, mismatch
+from omni_kernels.validation.tolerances import Mismatch, mismatch, worst
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -134,8 +134,21 @@ def has_fp64(device: torch.device) -> bool:
     return device.type in ("cpu", "cuda")
 
 
-def run(check: Check, implementation: Implementation, device: torch.device, seed: int) -> list[Mismatch]:
+def run(
+    check: Check,
+    implementation: Implementation,
+    device: torch.device,
+    seed: int,
+    observe: Callable[[float], object] | None = None,
+) -> list[Mismatch]:
     """Everything that is wrong with an implementation; nothing where it is right.
+
+    Args:
+        check: what is run.
+        implementation: finds the functions that are called.
+        device: where the inputs are made.
+        seed: of the inputs.
+        observe: is told of every result its largest error, over the error that is allowed.
 
     Raises:
         Exception: whatever the implementation raises.
@@ -175,7 +188,7 @@ def run(check: Check, implementation: Implementation, device: torch.device, seed
         return made
 
     first, second = results(), results()
-    wrong = _wrong(check.use.op, first, args, kwargs, device)
+    wrong = _wrong(check.use.op, first, args, kwargs, device, observe)
     # Once is enough to tell of what both runs did.
     del problems[1:]
     problems[:0] = [wrong] if wrong else []
@@ -185,7 +198,12 @@ def run(check: Check, implementation: Implementation, device: torch.device, seed
 
 
 def _wrong(
-    op: str, got: Sequence[torch.Tensor], args: Sequence[Any], kwargs: dict[str, Any], device: torch.device
+    op: str,
+    got: Sequence[torch.Tensor],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    device: torch.device,
+    observe: Callable[[float], object] | None,
 ) -> Mismatch | None:
     """The first result that is not the oracle's."""
     if not has_fp64(device):
@@ -194,6 +212,8 @@ def _wrong(
     if len(got) != len(expected):
         return Mismatch(f"{len(got)} results, expected {len(expected)}")
     for value, (name, exact, magnitude) in zip(got, expected, strict=True):
+        if observe is not None and value.shape == exact.shape and value.numel():
+            observe(worst(value, exact, magnitude)[0])
         found = mismatch(value, exact, magnitude)
         if found is not None:
             return dataclasses.replace(found, reason=f"{name}: {found.reason}")

@@ -39,6 +39,25 @@ class Mismatch:
         return f"{self.reason}; worst at {[*self.index]}: got {self.got!r}, expected {self.expected!r}"
 
 
+def worst(
+    actual: torch.Tensor, expected: torch.Tensor, magnitude: torch.Tensor | None = None
+) -> tuple[float, tuple[int, ...]]:
+    """The largest error over the error that is allowed, and its element; the arguments are those of `mismatch`.
+
+    It is infinite for NaN and infinities in the wrong places. The shapes must be the same, and not empty.
+    """
+    expected = expected.double()
+    got = actual.to(expected.device).double()
+    terms = expected.abs() if magnitude is None else magnitude.to(expected.device).double()
+    allowed = UNIT[actual.dtype] * expected.abs() + SMALLEST[actual.dtype] + ARITHMETIC * terms
+    times = ((got - expected).abs() / allowed).nan_to_num_(nan=0.0, posinf=math.inf)
+    times = torch.where(expected.isfinite(), times, 0.0)
+    misplaced = (got.isnan() != expected.isnan()) | (expected.isinf() & (got != expected))
+    place = torch.where(misplaced, math.inf, times).flatten().argmax()
+    index = tuple(int(i) for i in torch.unravel_index(place, expected.shape))
+    return math.inf if misplaced[index] else float(times[index]), index
+
+
 def mismatch(actual: torch.Tensor, expected: torch.Tensor, magnitude: torch.Tensor | None = None) -> Mismatch | None:
     """What is wrong with `actual`, which should be the fp64 `expected`, rounded; None where nothing is.
 
@@ -49,29 +68,21 @@ def mismatch(actual: torch.Tensor, expected: torch.Tensor, magnitude: torch.Tens
 
     Infinities and NaN must be where they are expected.
     """
-    expected = expected.double()
     if actual.shape != expected.shape:
         return Mismatch(f"shape {[*actual.shape]}, expected {[*expected.shape]}")
     if not actual.numel():
         return None
-    got = actual.to(expected.device).double()
-    terms = expected.abs() if magnitude is None else magnitude.to(expected.device).double()
-    allowed = UNIT[actual.dtype] * expected.abs() + SMALLEST[actual.dtype] + ARITHMETIC * terms
-    times = ((got - expected).abs() / allowed).nan_to_num_(nan=0.0, posinf=math.inf)
-    times = torch.where(expected.isfinite(), times, 0.0)
-    misplaced = (got.isnan() != expected.isnan()) | (expected.isinf() & (got != expected))
-    worst = torch.where(misplaced, math.inf, times).flatten().argmax()
-    index = tuple(int(i) for i in torch.unravel_index(worst, expected.shape))
-    found = math.inf if misplaced[index] else float(times[index])
+    found, index = worst(actual, expected, magnitude)
     if found <= 1:
         return None
-    if got[index].isnan() or expected[index].isnan():
+    got, expected = actual[index].double(), expected[index].double()
+    if got.isnan() or expected.isnan():
         reason = "NaN in other places than expected"
     elif math.isinf(found):
         reason = "infinities in other places than expected"
     else:
         reason = f"off by up to {found:.3g} times what is allowed"
-    return Mismatch(reason, index, float(got[index]), float(expected[index]), found)
+    return Mismatch(reason, index, float(got), float(expected), found)
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor, magnitude: torch.Tensor | None = None) -> None:
