@@ -1,7 +1,8 @@
 """What a device is: vendor, architecture, number of multiprocessors. Asked of the driver only when asked here.
 
-Nothing in `ops` decides by it, so that results do not depend on it; benchmarks and validation report it. Tests put a
-device that is not there in its place with `pretend`.
+Nothing in `ops` decides by it but whether tiles and grids must be Ascend's (`ops/_ascend.py`), so that results do not
+depend on a GPU's model; benchmarks and validation report it. Tests put a device that is not there in its place with
+`pretend`.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from omni_kernels.ops import _norms, _samples
+from omni_kernels.ops import _ascend, _norms, _samples
 from omni_kernels.ops._checks import alike, unlike
 from omni_kernels.ops._triton import tl, triton
 from omni_kernels.registration import define, eager_on_cpu, nbytes
@@ -100,17 +100,19 @@ def ada_layer_norm_kernel(  # type: ignore[no-untyped-def]
     p_x, p_scale, p_shift, p_index, p_weight, p_bias, p_y, samples, tokens, x_sample, x_token,
     scale_sample, scale_token, shift_sample, shift_token, index_sample, index_token, eps, tiles,
     D: tl.constexpr, LAYER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ONE: tl.constexpr,
 ):  # fmt: skip
     """A program takes one tile of ROWS tokens of one sample."""
     pid = tl.program_id(0)
     sample = (pid // tiles).to(tl.int64)
-    o_s = (pid % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    first = (pid % tiles).to(tl.int64) * ROWS
+    o_s = first + tl.arange(0, ROWS)[:, None]
     o_d = tl.arange(0, BLOCK)[None, :]
     m_d = o_d < D
     m = (o_s < tokens) & m_d
     x = tl.load(p_x + sample * x_sample + o_s * x_token + o_d, mask=m, other=0.0).to(tl.float32)
     # Loaded here, in their own dtype, they are under way while the row is reduced.
-    row = _norms.row_of(p_index, sample, samples, index_sample, o_s, index_token, tokens)
+    row = _norms.row_of(p_index, sample, samples, index_sample, first if ONE else o_s, index_token, tokens)
     b_scale, b_shift, b_weight, b_bias = None, None, None, None
     if p_scale is not None:
         b_scale = tl.load(p_scale + row * scale_sample + o_s * scale_token + o_d, mask=m, other=0.0)
@@ -124,6 +126,7 @@ def ada_layer_norm_kernel(  # type: ignore[no-untyped-def]
     tl.store(p_y + (sample * tokens + o_s) * D + o_d, y.to(p_y.dtype.element_ty), mask=m)
 
 
+@_ascend.falls_back(reference)
 def launch(
     x: torch.Tensor,
     scale: torch.Tensor | None,
@@ -136,19 +139,21 @@ def launch(
 ) -> torch.Tensor:
     """With the Triton kernel; rows too long for it take the plain-torch implementation."""
     B, S, D = x.shape
-    if D > MAX_TRITON_CHANNELS:
+    longest = _ascend.tile("ada_layer_norm", x, MAX_TRITON_CHANNELS)
+    if longest < D:
         return reference(x, scale, shift, index, norm, weight, bias, eps)
     y = x.new_empty((B, S, D))
     if y.numel() == 0:
         return y
     x, scale, shift = _norms.rows(x), _norms.modulation_rows(scale), _norms.modulation_rows(shift)
-    rows, block, num_warps = _norms.cut(S, D, TILE)
+    rows, block, num_warps = _norms.cut(S, D, 1 if _ascend.here(x) else TILE)
     tiles = triton.cdiv(S, rows)
     with _samples.on_device_of(x):
-        ada_layer_norm_kernel[(B * tiles,)](
+        ada_layer_norm_kernel[_ascend.grid(x, B * tiles)](
             x, scale, shift, index, _norms.vector(weight), _norms.vector(bias), y, B, S, *_norms.strides(x),
             *_norms.strides(scale), *_norms.strides(shift), *_norms.strides(index), eps, tiles,
-            D=D, LAYER=norm == "layer", ROWS=rows, BLOCK=block, num_warps=num_warps, enable_fp_fusion=True,
+            D=D, LAYER=norm == "layer", ROWS=rows, BLOCK=block, ONE=_ascend.here(x), num_warps=num_warps,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return y
 

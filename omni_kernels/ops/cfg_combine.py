@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from omni_kernels.ops import _rows, _samples
+from omni_kernels.ops import _ascend, _rows, _samples
 from omni_kernels.ops._checks import alike, unlike
 from omni_kernels.ops._triton import tl, triton
 from omni_kernels.registration import define, eager_on_cpu, nbytes
@@ -108,10 +108,12 @@ def cfg_rescale_kernel(  # type: ignore[no-untyped-def]
     tl.store(p_out + o_r * out_stride + o_d, out.to(p_out.dtype.element_ty), mask=m)
 
 
+@_ascend.falls_back(reference)
 def launch(cond: torch.Tensor, uncond: torch.Tensor, scale: float, rescale: str | None = None) -> torch.Tensor:
     """With the Triton kernels; rescaled rows too long for one take the plain-torch implementation."""
     D = cond.shape[-1]
-    if rescale is not None and D > MAX_TRITON_CHANNELS:
+    longest = _ascend.tile("cfg_combine", cond, MAX_TRITON_CHANNELS)
+    if rescale is not None and longest < D:
         return reference(cond, uncond, scale, rescale)
     out = cond.new_empty(cond.shape)
     if out.numel() == 0:
@@ -119,16 +121,17 @@ def launch(cond: torch.Tensor, uncond: torch.Tensor, scale: float, rescale: str 
     (cond, uncond, target), strides, R, n = _rows.by_row(cond, uncond, out, length=None if rescale is None else D)
     with _samples.on_device_of(out):
         if rescale is None:
-            blocks = -(-n // BLOCK)
-            cfg_combine_kernel[(R * blocks,)](
+            block = _ascend.tile("cfg_combine", out, BLOCK)
+            blocks = -(-n // block)
+            cfg_combine_kernel[_ascend.grid(out, R * blocks)](
                 cond, uncond, target, n, scale, *strides, blocks,
-                BLOCK=BLOCK, num_warps=_samples.THREADS // _samples.WARP_SIZE, enable_fp_fusion=True,
+                BLOCK=block, num_warps=_samples.THREADS // _samples.WARP_SIZE, enable_fp_fusion=True,
             )  # fmt: skip
         else:
             block = triton.next_power_of_2(D)
-            rows = max(1, min(TILE // block, triton.next_power_of_2(R)))
+            rows = max(1, min(_ascend.tile("cfg_combine", out, TILE) // block, triton.next_power_of_2(R)))
             threads = max(_samples.THREADS, block // 16)
-            cfg_rescale_kernel[(-(-R // rows),)](
+            cfg_rescale_kernel[_ascend.grid(out, -(-R // rows))](
                 cond, uncond, target, R, scale, *strides,
                 D=D, ROWS=rows, BLOCK=block, num_warps=threads // _samples.WARP_SIZE, enable_fp_fusion=True,
             )  # fmt: skip

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from omni_kernels.ops import _norms, _samples
+from omni_kernels.ops import _ascend, _norms, _samples
 from omni_kernels.ops._checks import alike, unlike
 from omni_kernels.ops._triton import tl, triton
 from omni_kernels.registration import define, eager_on_cpu, nbytes
@@ -160,17 +160,19 @@ def gate_residual_norm_kernel(  # type: ignore[no-untyped-def]
     residual_sample, residual_token, x_sample, x_token, gate_sample, gate_token, scale_sample, scale_token,
     shift_sample, shift_token, index_sample, index_token, x_eps, eps, tiles,
     D: tl.constexpr, TANH: tl.constexpr, LAYER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ONE: tl.constexpr,
 ):  # fmt: skip
     """A program takes one tile of ROWS tokens of one sample; without p_y it writes h alone."""
     pid = tl.program_id(0)
     sample = (pid // tiles).to(tl.int64)
-    o_s = (pid % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    first = (pid % tiles).to(tl.int64) * ROWS
+    o_s = first + tl.arange(0, ROWS)[:, None]
     o_d = tl.arange(0, BLOCK)[None, :]
     m_d = o_d < D
     m = (o_s < tokens) & m_d
     x = tl.load(p_x + sample * x_sample + o_s * x_token + o_d, mask=m, other=0.0).to(tl.float32)
     b_residual = tl.load(p_residual + sample * residual_sample + o_s * residual_token + o_d, mask=m, other=0.0)
-    row = _norms.row_of(p_index, sample, samples, index_sample, o_s, index_token, tokens)
+    row = _norms.row_of(p_index, sample, samples, index_sample, first if ONE else o_s, index_token, tokens)
     if p_gate is not None:
         b_gate = tl.load(p_gate + row * gate_sample + o_s * gate_token + o_d, mask=m, other=0.0)
     if p_x_weight is not None:
@@ -199,6 +201,7 @@ def gate_residual_norm_kernel(  # type: ignore[no-untyped-def]
         tl.store(p_y + o_out, y.to(p_y.dtype.element_ty), mask=m)
 
 
+@_ascend.falls_back(reference)
 def launch(
     residual: torch.Tensor,
     x: torch.Tensor,
@@ -216,7 +219,8 @@ def launch(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """With the Triton kernel; rows too long for it take the plain-torch implementation."""
     B, S, D = residual.shape
-    if D > MAX_TRITON_CHANNELS:
+    longest = _ascend.tile("gate_residual_norm", residual, MAX_TRITON_CHANNELS)
+    if longest < D:
         return reference(residual, x, gate, scale, shift, index, gate_tanh, x_weight, x_eps, norm, weight, bias, eps)
     h = residual.new_empty((B, S, D))
     y = None if norm is None else residual.new_empty((B, S, D))
@@ -225,15 +229,15 @@ def launch(
     residual, x = _norms.rows(residual), _norms.rows(x)
     gate, scale, shift = (_norms.modulation_rows(t) for t in (gate, scale, shift))
     x_weight, weight, bias = (_norms.vector(t) for t in (x_weight, weight, bias))
-    rows, block, num_warps = _norms.cut(S, D, TILE)
+    rows, block, num_warps = _norms.cut(S, D, 1 if _ascend.here(residual) else TILE)
     tiles = triton.cdiv(S, rows)
     with _samples.on_device_of(residual):
-        gate_residual_norm_kernel[(B * tiles,)](
+        gate_residual_norm_kernel[_ascend.grid(residual, B * tiles)](
             residual, x, gate, scale, shift, index, x_weight, weight, bias, h, y, B, S, *_norms.strides(residual),
             *_norms.strides(x), *_norms.strides(gate), *_norms.strides(scale), *_norms.strides(shift),
             *_norms.strides(index), x_eps, eps, tiles,
-            D=D, TANH=gate_tanh, LAYER=norm == "layer", ROWS=rows, BLOCK=block, num_warps=num_warps,
-            enable_fp_fusion=True,
+            D=D, TANH=gate_tanh, LAYER=norm == "layer", ROWS=rows, BLOCK=block, ONE=_ascend.here(residual),
+            num_warps=num_warps, enable_fp_fusion=True,
         )  # fmt: skip
     return h, y
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from omni_kernels.ops import _rows, _samples
+from omni_kernels.ops import _ascend, _rows, _samples
 from omni_kernels.ops._checks import alike, unlike
 from omni_kernels.ops._triton import tl, triton
 from omni_kernels.registration import define, eager_on_cpu, nbytes
@@ -81,6 +81,7 @@ def gelu_kernel(p_x, p_out, n, x_stride, out_stride, blocks, BLOCK: tl.constexpr
         tl.store(p_out + o, gelu_of(x).to(p_out.dtype.element_ty), mask=m)
 
 
+@_ascend.falls_back(reference)
 def launch(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """With the Triton kernel."""
     if out is None:
@@ -88,11 +89,12 @@ def launch(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     if out.numel() == 0:
         return out
     (x, target), strides, R, n = _rows.by_row(x, out)
-    blocks = -(-n // BLOCK)
+    block = _ascend.tile("gelu", out, BLOCK)
+    blocks = -(-n // block)
     with _samples.on_device_of(out):
-        gelu_kernel[(R * blocks,)](
+        gelu_kernel[_ascend.grid(out, R * blocks)](
             x, target, n, *strides, blocks,
-            BLOCK=BLOCK, num_warps=_samples.THREADS // _samples.WARP_SIZE, enable_fp_fusion=True,
+            BLOCK=block, num_warps=_samples.THREADS // _samples.WARP_SIZE, enable_fp_fusion=True,
         )  # fmt: skip
     # What has no rows at one distance was copied.
     return out if target.data_ptr() == out.data_ptr() else out.copy_(target.view(out.shape))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from omni_kernels.ops import _samples
+from omni_kernels.ops import _ascend, _samples
 from omni_kernels.ops._checks import DTYPES, alike, unlike
 from omni_kernels.ops._triton import tl, triton
 from omni_kernels.registration import define, eager_on_cpu, nbytes
@@ -169,6 +169,7 @@ def linear_forecast_kernel(  # type: ignore[no-untyped-def]
         tl.store(p_out + o, total.to(p_out.dtype.element_ty), mask=m)
 
 
+@_ascend.falls_back(reference)
 def launch(
     base: torch.Tensor | None,
     history: Sequence[torch.Tensor],
@@ -195,12 +196,13 @@ def launch(
         read, strides = [t for t, _ in views[1:]], [stride for _, stride in views]
     out_stride, *strides = strides
     base, base_stride = (None, 0) if base is None else (read.pop(0), strides.pop(0))
-    blocks = -(-n // BLOCK)
+    block = _ascend.tile("linear_forecast", target, BLOCK)
+    blocks = -(-n // block)
     p_weights, numbers = (weights, None) if isinstance(weights, torch.Tensor) else (None, tuple(weights))
     with _samples.on_device_of(target):
-        linear_forecast_kernel[(B * blocks,)](
+        linear_forecast_kernel[_ascend.grid(target, B * blocks)](
             base, tuple(read), p_weights, numbers, target, n, base_stride, tuple(strides), out_stride, blocks,
-            K=len(read), BLOCK=BLOCK, num_warps=_samples.THREADS // _samples.WARP_SIZE, enable_fp_fusion=True,
+            K=len(read), BLOCK=block, num_warps=_samples.THREADS // _samples.WARP_SIZE, enable_fp_fusion=True,
         )  # fmt: skip
     return out if target is out else out.copy_(target)
 

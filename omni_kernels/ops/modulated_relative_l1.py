@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from omni_kernels.ops import _norms, _samples
+from omni_kernels.ops import _ascend, _norms, _samples
 from omni_kernels.ops._checks import alike, unlike
 from omni_kernels.ops._triton import tl, triton
 from omni_kernels.registration import define, nbytes
@@ -143,6 +143,7 @@ def modulated_relative_l1_kernel(  # type: ignore[no-untyped-def]
         tl.store(p_partials + programs, magnitude)
 
 
+@_ascend.falls_back(reference)
 def launch(
     h: torch.Tensor,
     scale: torch.Tensor,
@@ -154,7 +155,8 @@ def launch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """With the Triton kernel; rows too long for it take the plain-torch implementation."""
     B, S, D = h.shape
-    if D > _norms.MAX_TRITON_CHANNELS:
+    longest = _ascend.tile("modulated_relative_l1", h, _norms.MAX_TRITON_CHANNELS)
+    if longest < D:
         return reference(h, scale, shift, m_prev, norm, weight, eps)
     m = h.new_empty((B, S, D))
     sums = h.new_empty((B, 2), dtype=torch.float32)
@@ -164,11 +166,11 @@ def launch(
         return m, sums
     h, scale, shift = _norms.rows(h), _norms.rows(_norms.per_token(scale)), _norms.modulation_rows(shift)
     m_prev = None if m_prev is None else _norms.rows(m_prev)
-    rows, block, num_warps = _norms.cut(S, D, TILE)
+    rows, block, num_warps = _norms.cut(S, D, 1 if _ascend.here(h) else TILE)
     tiles, programs = _samples.cut(S, rows)
     partials = sums if m_prev is None else _samples.new_partials(sums, programs)
     with _samples.on_device_of(h):
-        modulated_relative_l1_kernel[(B * programs,)](
+        modulated_relative_l1_kernel[_ascend.grid(h, B * programs)](
             h, scale, shift, _norms.vector(weight), m_prev, m, partials, S, *_norms.strides(h), *_norms.strides(scale),
             *_norms.strides(shift), *_norms.strides(m_prev), eps, tiles, programs,
             D=D, LAYER=norm == "layer", ROWS=rows, BLOCK=block, num_warps=num_warps,

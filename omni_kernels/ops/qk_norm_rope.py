@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch.compiler import is_dynamo_compiling
 
-from omni_kernels.ops import _samples
+from omni_kernels.ops import _ascend, _samples
 from omni_kernels.ops._checks import DTYPES, alike, unlike
 from omni_kernels.ops._triton import tl, triton
 from omni_kernels.registration import define, eager_on_cpu, nbytes
@@ -270,17 +270,24 @@ def qk_norm_rope_kernel(  # type: ignore[no-untyped-def]
     p_q, p_k, p_v, p_q_out, p_k_out, p_v_out, p_q_weight, p_k_weight, p_freqs, p_sin, tokens, programs, eps, q_strides,
     k_strides, v_strides, q_out_strides, k_out_strides, v_out_strides, freqs_strides, sin_stride,
     H: tl.constexpr, D: tl.constexpr, INTERLEAVED: tl.constexpr, ACROSS: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, OF_TOKEN: tl.constexpr,
 ):  # fmt: skip
     """A program takes ROWS heads of one sample, or with ACROSS those of one token. Strides: sample, token, head.
 
-    With p_sin, p_freqs are the cosines.
+    With p_sin, p_freqs are the cosines. With OF_TOKEN, programs take ROWS heads of one token in any case, and what its
+    heads share is loaded once.
     """
     pid = tl.program_id(0)
     sample = (pid // programs).to(tl.int64)
     part = (pid % programs).to(tl.int64)
     N: tl.constexpr = H * D if ACROSS else D
-    if ACROSS:
+    if OF_TOKEN:
+        groups: tl.constexpr = (H + ROWS - 1) // ROWS
+        o_h = (part % groups) * ROWS + tl.arange(0, ROWS)[:, None]
+        o_s = part // groups
+        m = o_h < H
+        o_weight = o_h * D if ACROSS else 0
+    elif ACROSS:
         o_h = tl.arange(0, ROWS)[:, None].to(tl.int64)
         o_s = tl.zeros((ROWS, 1), tl.int64) + part
         m = o_h < H
@@ -292,6 +299,14 @@ def qk_norm_rope_kernel(  # type: ignore[no-untyped-def]
         o_h = o_r % H
         m = o_s < tokens
         o_weight = tl.zeros((ROWS, 1), tl.int64)
+    # Rows of what all heads of a token share, and of a weight.
+    SHARED: tl.constexpr = 1 if OF_TOKEN else ROWS
+    WEIGHTS: tl.constexpr = ROWS if ACROSS else SHARED
+    m_shared, m_weight = m, m
+    if OF_TOKEN:
+        m_shared = tl.full((1, 1), True, tl.int1)
+        if not ACROSS:
+            m_weight = m_shared
     o_q = sample * q_strides[0] + o_s * q_strides[1] + o_h * q_strides[2]
     o_k = sample * k_strides[0] + o_s * k_strides[1] + o_h * k_strides[2]
     q_a, q_b = load_pairs(p_q, o_q, m, D, INTERLEAVED, ROWS, BLOCK)
@@ -308,13 +323,13 @@ def qk_norm_rope_kernel(  # type: ignore[no-untyped-def]
         # 4 bytes an element where q has 2, but the same for all heads of a token: read from memory once.
         o_freqs = sample * freqs_strides[0] + o_s * freqs_strides[1]
         if p_sin is None:
-            cos, sin = load_pairs(p_freqs, o_freqs, m, D, True, ROWS, BLOCK)
+            cos, sin = load_pairs(p_freqs, o_freqs, m_shared, D, True, SHARED, BLOCK)
         else:
-            cos, _ = load_pairs(p_freqs, o_freqs, m, D, INTERLEAVED, ROWS, BLOCK)
-            _, sin = load_pairs(p_sin, o_s * sin_stride, m, D, INTERLEAVED, ROWS, BLOCK)
+            cos, _ = load_pairs(p_freqs, o_freqs, m_shared, D, INTERLEAVED, SHARED, BLOCK)
+            _, sin = load_pairs(p_sin, o_s * sin_stride, m_shared, D, INTERLEAVED, SHARED, BLOCK)
     # q is done with before k is begun: a program would need more registers for both at a time.
     if p_q_weight is not None:
-        w_a, w_b = load_pairs(p_q_weight, o_weight, m, D, INTERLEAVED, ROWS, BLOCK)
+        w_a, w_b = load_pairs(p_q_weight, o_weight, m_weight, D, INTERLEAVED, WEIGHTS, BLOCK)
         scale = reciprocal_rms(q_a, q_b, eps, N, ACROSS)
         q_a *= scale * w_a
         q_b *= scale * w_b
@@ -323,7 +338,7 @@ def qk_norm_rope_kernel(  # type: ignore[no-untyped-def]
     o_q = sample * q_out_strides[0] + o_s * q_out_strides[1] + o_h * q_out_strides[2]
     store_pairs(p_q_out, q_a, q_b, o_q, m, D, INTERLEAVED, ROWS, BLOCK)
     if p_k_weight is not None:
-        w_a, w_b = load_pairs(p_k_weight, o_weight, m, D, INTERLEAVED, ROWS, BLOCK)
+        w_a, w_b = load_pairs(p_k_weight, o_weight, m_weight, D, INTERLEAVED, WEIGHTS, BLOCK)
         scale = reciprocal_rms(k_a, k_b, eps, N, ACROSS)
         k_a *= scale * w_a
         k_b *= scale * w_b
@@ -338,6 +353,7 @@ def _strides(t: torch.Tensor) -> tuple[int, ...]:
     return tuple(0 if n == 1 else s for n, s in zip(t.shape[:3], t.stride(), strict=False))
 
 
+@_ascend.falls_back(reference)
 def launch(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -361,12 +377,16 @@ def launch(
     across = across_heads and not (q_weight is None and k_weight is None)
     block = triton.next_power_of_2(Dh)
     token = triton.next_power_of_2(H) * block
-    if across and token > MAX_TRITON_TOKEN:
+    on_ascend = _ascend.here(q)
+    if across and token > _ascend.tile("qk_norm_rope", q, MAX_TRITON_TOKEN):
         reference(q, k, v, q_out, k_out, v_out, q_weight, k_weight, eps, freqs, layout, across_heads, cos, sin)
         return
     interleaved = layout == "interleaved"
     if across:
         rows, programs, threads = token // block, S, max(_samples.WARP_SIZE, token // 16)
+    elif on_ascend:
+        rows = max(1, min(_ascend.TILES["qk_norm_rope"], token) // block)
+        programs, threads = S * -(-H // rows), _samples.THREADS
     else:
         rows = max(1, min(TILE * (1 if interleaved else 2) // block, triton.next_power_of_2(S * H)))
         programs, threads = -(-S * H // rows), _samples.THREADS
@@ -380,11 +400,11 @@ def launch(
         of_freqs = (0 if freqs.dim() == 3 or freqs.shape[0] == 1 else freqs.stride(0), freqs.stride(-3))
     q_weight, k_weight = (None if weight is None else weight.contiguous() for weight in (q_weight, k_weight))
     with _samples.on_device_of(q):
-        qk_norm_rope_kernel[(B * programs,)](
+        qk_norm_rope_kernel[_ascend.grid(q, B * programs)](
             q, k, v, q_out, k_out, v_out, q_weight, k_weight, freqs, sin, S, programs, eps, _strides(q),
             _strides(k), _strides(v), _strides(q_out), _strides(k_out), _strides(v_out), of_freqs, of_sin,
             H=H, D=Dh, INTERLEAVED=interleaved, ACROSS=across, ROWS=rows, BLOCK=block,
-            num_warps=threads // _samples.WARP_SIZE, enable_fp_fusion=True,
+            OF_TOKEN=on_ascend, num_warps=threads // _samples.WARP_SIZE, enable_fp_fusion=True,
         )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from omni_kernels.ops import _samples
+from omni_kernels.ops import _ascend, _samples
 from omni_kernels.ops._checks import alike, unlike
 from omni_kernels.ops._triton import tl, triton
 from omni_kernels.registration import define, nbytes
@@ -81,6 +81,7 @@ def relative_l1_kernel(p_x, p_y, p_partials, n, x_stride, y_stride, blocks, prog
     tl.store(p_partials + programs, tl.sum(magnitude))
 
 
+@_ascend.falls_back(reference)
 def launch(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """With the Triton kernel."""
     B = x.shape[0]
@@ -90,12 +91,13 @@ def launch(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     n = x.numel() // B
     x, x_stride = _samples.by_sample(x)
     y, y_stride = _samples.by_sample(y)
-    blocks, programs = _samples.cut(n, BLOCK)
+    block = _ascend.tile("relative_l1", x, BLOCK)
+    blocks, programs = _samples.cut(n, block)
     partials = _samples.new_partials(sums, programs)
     with _samples.on_device_of(x):
-        relative_l1_kernel[(B * programs,)](
+        relative_l1_kernel[_ascend.grid(x, B * programs)](
             x, y, partials, n, x_stride, y_stride, blocks, programs,
-            BLOCK=BLOCK, num_warps=_samples.THREADS // _samples.WARP_SIZE, enable_fp_fusion=True,
+            BLOCK=block, num_warps=_samples.THREADS // _samples.WARP_SIZE, enable_fp_fusion=True,
         )  # fmt: skip
         _samples.add_partials(partials, sums)
     return sums

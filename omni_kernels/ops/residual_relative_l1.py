@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from omni_kernels.ops import _samples
+from omni_kernels.ops import _ascend, _samples
 from omni_kernels.ops._checks import alike, unlike
 from omni_kernels.ops._triton import tl, triton
 from omni_kernels.registration import define, eager_on_cpu, nbytes
@@ -110,6 +110,7 @@ def residual_relative_l1_kernel(  # type: ignore[no-untyped-def]
         tl.store(p_partials + programs, tl.sum(magnitude))
 
 
+@_ascend.falls_back(reference)
 def launch(h_out: torch.Tensor, h_in: torch.Tensor, r_prev: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """With the Triton kernel."""
     B = h_out.shape[0]
@@ -123,12 +124,13 @@ def launch(h_out: torch.Tensor, h_in: torch.Tensor, r_prev: torch.Tensor | None)
     h_out, out_stride = _samples.by_sample(h_out)
     h_in, in_stride = _samples.by_sample(h_in)
     r_prev, prev_stride = (None, 0) if r_prev is None else _samples.by_sample(r_prev)
-    blocks, programs = _samples.cut(n, BLOCK)
+    block = _ascend.tile("residual_relative_l1", h_out, BLOCK)
+    blocks, programs = _samples.cut(n, block)
     partials = sums if r_prev is None else _samples.new_partials(sums, programs)
     with _samples.on_device_of(h_out):
-        residual_relative_l1_kernel[(B * programs,)](
+        residual_relative_l1_kernel[_ascend.grid(h_out, B * programs)](
             h_out, h_in, r_prev, residual, partials, n, out_stride, in_stride, prev_stride, 0 if B == 1 else n, blocks,
-            programs, BLOCK=BLOCK, num_warps=_samples.THREADS // _samples.WARP_SIZE, enable_fp_fusion=True,
+            programs, BLOCK=block, num_warps=_samples.THREADS // _samples.WARP_SIZE, enable_fp_fusion=True,
         )  # fmt: skip
         _samples.add_partials(partials, sums)
     return residual, sums

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from omni_kernels.ops import _norms, _samples
+from omni_kernels.ops import _ascend, _norms, _samples
 from omni_kernels.ops._checks import DTYPES, unlike
 from omni_kernels.ops._triton import tl, triton
 from omni_kernels.registration import define, eager_on_cpu, nbytes
@@ -85,10 +85,12 @@ def _levels(x: torch.Tensor) -> list[tuple[int, int]]:
     return levels
 
 
+@_ascend.falls_back(reference)
 def launch(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6) -> torch.Tensor:
     """With the Triton kernel; rows too long for it take the plain-torch implementation."""
     D = x.shape[-1]
-    if D > _norms.MAX_TRITON_CHANNELS:
+    longest = _ascend.tile("rms_norm", x, _norms.MAX_TRITON_CHANNELS)
+    if longest < D:
         return reference(x, weight, eps)
     y = x.new_empty(x.shape)
     if y.numel() == 0:
@@ -99,10 +101,10 @@ def launch(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-
         x = x.contiguous()
         levels = _levels(x)
     (n0, stride_0), (n1, stride_1), (n2, stride_2) = [(1, 0)] * (3 - len(levels)) + levels
-    rows, block, num_warps = _norms.cut(n2, D, TILE)
+    rows, block, num_warps = _norms.cut(n2, D, _ascend.tile("rms_norm", x, TILE))
     tiles = triton.cdiv(n2, rows)
     with _samples.on_device_of(x):
-        rms_norm_kernel[(n0 * n1 * tiles,)](
+        rms_norm_kernel[_ascend.grid(x, n0 * n1 * tiles)](
             x, _norms.vector(weight), y, n1, n2, stride_0, stride_1, stride_2, eps, tiles,
             D=D, ROWS=rows, BLOCK=block, num_warps=num_warps, enable_fp_fusion=True,
         )  # fmt: skip

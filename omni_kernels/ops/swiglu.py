@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from omni_kernels.ops import _rows, _samples
+from omni_kernels.ops import _ascend, _rows, _samples
 from omni_kernels.ops._checks import alike, unlike
 from omni_kernels.ops._triton import tl, triton
 from omni_kernels.registration import define, eager_on_cpu, nbytes
@@ -78,17 +78,19 @@ def swiglu_kernel(  # type: ignore[no-untyped-def]
         tl.store(p_out + o, (silu_of(gate) * up).to(p_out.dtype.element_ty), mask=m)
 
 
+@_ascend.falls_back(reference)
 def launch(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """With the Triton kernel."""
     out = gate.new_empty(gate.shape)
     if out.numel() == 0:
         return out
     (gate, up, target), strides, R, n = _rows.by_row(gate, up, out)
-    blocks = -(-n // BLOCK)
+    block = _ascend.tile("swiglu", out, BLOCK)
+    blocks = -(-n // block)
     with _samples.on_device_of(out):
-        swiglu_kernel[(R * blocks,)](
+        swiglu_kernel[_ascend.grid(out, R * blocks)](
             gate, up, target, n, *strides, blocks,
-            BLOCK=BLOCK, num_warps=_samples.THREADS // _samples.WARP_SIZE, enable_fp_fusion=True,
+            BLOCK=block, num_warps=_samples.THREADS // _samples.WARP_SIZE, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
