@@ -26,8 +26,8 @@ R = TypeVar("R")
 # What a launch may have; more are refused.
 MAX_PROGRAMS = 65535
 
-#: Op → elements of its tile, which fit in any dtypes and with all that the op may be given; where a tile is one row,
-#: the longest that does. At twice that, a tile leaves nothing of the buffer free, or does not fit.
+#: Op → elements of its tile, which fit in any dtypes and with all that the op may be given. Longer rows, where an op
+#: needs them whole, are left to plain torch.
 TILES = {
     "relative_l1": 4096,
     "residual_relative_l1": 2048,
@@ -36,7 +36,7 @@ TILES = {
     "ada_layer_norm": 4096,
     "gate_residual_norm": 4096,
     "rms_norm": 8192,
-    "qk_norm_rope": 2048,
+    "qk_norm_rope": 4096,
     "gelu": 8192,
     "swiglu": 4096,
     "cfg_combine": 2048,
