@@ -1,6 +1,7 @@
 # make demo  an environment, the embedded model's pictures under every cache, and the table of what it cost
 # make test  an environment, then lint, types and all tests
 # make quality  the caches beside other libraries' on the embedded models, a few settings of each
+# make validate-ascend  every kernel through Ascend's compilers, fetched by pip, and computed from their IR; no NPU is needed
 # make train MODEL=emoji-z-image  one of the embedded models, from nothing, in out/
 # make gpu   kernel tests and microbenchmarks on an NVIDIA GPU, then blocks and forwards, written to benchmarks/results
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 OUT ?= out/demo
 MODEL ?= emoji-qwen-image
 
-.PHONY: demo test check gpu bench quality train clean
+.PHONY: demo test check gpu bench quality validate-ascend train clean
 
 # The stamp is remade when what it was made from changes.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -38,6 +39,9 @@ quality: $(VENV)/.installed
 gpu: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.gpu
 	$(BIN)/python -m benchmarks.bench_block
+
+validate-ascend: $(VENV)/.installed
+	TRITON_INTERPRET=0 $(BIN)/python -m omni_kernels.validation.ascend --out benchmarks/results/ascend-lowering.json
 
 train: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.train_emoji --model $(MODEL) --out out/$(MODEL)
