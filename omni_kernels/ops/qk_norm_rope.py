@@ -366,7 +366,7 @@ def launch(
         return
     interleaved = layout == "interleaved"
     if across:
-        rows, programs, threads = token // block, S, max(_samples.WARP_SIZE, token // 16)
+        rows, programs, threads = token // block, S, token // 16
     else:
         rows = max(1, min(TILE * (1 if interleaved else 2) // block, triton.next_power_of_2(S * H)))
         programs, threads = -(-S * H // rows), _samples.THREADS
@@ -384,7 +384,7 @@ def launch(
             q, k, v, q_out, k_out, v_out, q_weight, k_weight, freqs, sin, S, programs, eps, _strides(q),
             _strides(k), _strides(v), _strides(q_out), _strides(k_out), _strides(v_out), of_freqs, of_sin,
             H=H, D=Dh, INTERLEAVED=interleaved, ACROSS=across, ROWS=rows, BLOCK=block,
-            num_warps=threads // _samples.WARP_SIZE, enable_fp_fusion=True,
+            num_warps=_samples.warps(threads), enable_fp_fusion=True,
         )  # fmt: skip
 
 

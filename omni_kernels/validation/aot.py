@@ -91,7 +91,7 @@ def _pretending(target: str, compiled: list[Any]) -> Iterator[None]:
     try:
         with (
             mock.patch.object(triton.JITFunction, "run", compile_only),
-            mock.patch.object(_samples, "WARP_SIZE", TARGETS[target][2]),
+            mock.patch.object(_samples, "warp_size", lambda: TARGETS[target][2]),
         ):
             yield
     finally:
