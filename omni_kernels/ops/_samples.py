@@ -20,6 +20,8 @@ MAX_PARTIALS = 8192
 # Threads, not warps, are what the block sizes are made for. All kernels run with as many but for the widest rows; what
 # differs is how many elements each thread takes.
 THREADS = 256
+# Narrower rows are masked: programs of thousands of them need up to five times the registers, and no model has them.
+MIN_WIDTH = 16
 # Up to here, in elements, copying both into one tensor costs the CPU less than summing each: 5.4 µs against 7.3 at 4096
 # elements, 9.7 against 10.0 at 16384, and 15.2 against 13.2 at 32768.
 SMALL = 1 << 14

@@ -125,7 +125,7 @@ def launch(cond: torch.Tensor, uncond: torch.Tensor, scale: float, rescale: str 
                 BLOCK=BLOCK, num_warps=_samples.warps(), enable_fp_fusion=True,
             )  # fmt: skip
         else:
-            block = triton.next_power_of_2(D)
+            block = max(_samples.MIN_WIDTH, triton.next_power_of_2(D))
             rows = max(1, min(TILE // block, triton.next_power_of_2(R)))
             num_warps = _samples.warps(max(_samples.THREADS, block // 16))
             cfg_rescale_kernel[(-(-R // rows),)](

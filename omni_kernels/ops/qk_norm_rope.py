@@ -359,7 +359,7 @@ def launch(
     if q.numel() == 0:
         return
     across = across_heads and not (q_weight is None and k_weight is None)
-    block = triton.next_power_of_2(Dh)
+    block = max(_samples.MIN_WIDTH, triton.next_power_of_2(Dh))
     token = triton.next_power_of_2(H) * block
     if across and token > MAX_TRITON_TOKEN:
         reference(q, k, v, q_out, k_out, v_out, q_weight, k_weight, eps, freqs, layout, across_heads, cos, sin)
