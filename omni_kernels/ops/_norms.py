@@ -170,6 +170,6 @@ def strides(t: torch.Tensor | None) -> tuple[int, int]:
 
 def cut(tokens: int, D: int, tile: int) -> tuple[int, int, int]:
     """Rows of a tile, its channels (a power of two) and warps: as many rows as make `tile` elements, or one."""
-    block = triton.next_power_of_2(D)
+    block = max(_samples.MIN_WIDTH, triton.next_power_of_2(D))
     count = max(1, min(tile // block, triton.next_power_of_2(tokens)))
-    return count, block, max(_samples.THREADS, block // 16) // _samples.WARP_SIZE
+    return count, block, _samples.warps(max(_samples.THREADS, block // 16))

@@ -9,6 +9,7 @@ multiprocessors, and no floating-point atomic is involved.
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import torch
 
@@ -16,10 +17,11 @@ from omni_kernels.ops._triton import tl, triton
 
 # Above this, programs take several blocks: it bounds what the second kernel, one program per sum, has to read, 32 KB.
 MAX_PARTIALS = 8192
-# Threads, not warps, are what the block sizes are made for; a warp of the AMD devices meant here has 64.
-WARP_SIZE = 64 if torch.version.hip else 32
-# All kernels run with as many; what differs is how many elements each thread takes.
+# Threads, not warps, are what the block sizes are made for. All kernels run with as many but for the widest rows; what
+# differs is how many elements each thread takes.
 THREADS = 256
+# Narrower rows are masked: programs of thousands of them need up to five times the registers, and no model has them.
+MIN_WIDTH = 16
 # Up to here, in elements, copying both into one tensor costs the CPU less than summing each: 5.4 µs against 7.3 at 4096
 # elements, 9.7 against 10.0 at 16384, and 15.2 against 13.2 at 32768.
 SMALL = 1 << 14
@@ -82,6 +84,17 @@ def on_device_of(t: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     return contextlib.nullcontext()
 
 
+@functools.cache
+def warp_size() -> int:
+    """Threads of a warp: 32, and on AMD what the device says, 64 (CDNA) or 32 (RDNA)."""
+    return torch.cuda.get_device_properties().warp_size if torch.version.hip else 32
+
+
+def warps(threads: int = THREADS) -> int:
+    """As many as have that many threads, or one."""
+    return max(1, threads // warp_size())
+
+
 @triton.jit(do_not_specialize=["programs"])
 def add_partials_kernel(p_partials, p_sums, programs, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Program i adds row i of `partials` [2B, programs], in the order of its columns modulo BLOCK, into sums[i]."""
@@ -103,5 +116,5 @@ def add_partials(partials: torch.Tensor, sums: torch.Tensor) -> None:
     """Adds `partials` [B, 2, programs] into `sums` [B, 2]."""
     if partials is not sums:
         add_partials_kernel[(sums.numel(),)](
-            partials, sums, partials.shape[2], BLOCK=1024, num_warps=128 // WARP_SIZE, enable_fp_fusion=True
+            partials, sums, partials.shape[2], BLOCK=1024, num_warps=warps(128), enable_fp_fusion=True
         )

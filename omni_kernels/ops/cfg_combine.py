@@ -125,15 +125,15 @@ def launch(cond: torch.Tensor, uncond: torch.Tensor, scale: float, rescale: str 
             blocks = -(-n // block)
             cfg_combine_kernel[_ascend.grid(out, R * blocks)](
                 cond, uncond, target, n, scale, *strides, blocks,
-                BLOCK=block, num_warps=_samples.THREADS // _samples.WARP_SIZE, enable_fp_fusion=True,
+                BLOCK=block, num_warps=_samples.warps(), enable_fp_fusion=True,
             )  # fmt: skip
         else:
-            block = triton.next_power_of_2(D)
+            block = max(_samples.MIN_WIDTH, triton.next_power_of_2(D))
             rows = max(1, min(_ascend.tile("cfg_combine", out, TILE) // block, triton.next_power_of_2(R)))
-            threads = max(_samples.THREADS, block // 16)
+            num_warps = _samples.warps(max(_samples.THREADS, block // 16))
             cfg_rescale_kernel[_ascend.grid(out, -(-R // rows))](
                 cond, uncond, target, R, scale, *strides,
-                D=D, ROWS=rows, BLOCK=block, num_warps=threads // _samples.WARP_SIZE, enable_fp_fusion=True,
+                D=D, ROWS=rows, BLOCK=block, num_warps=num_warps, enable_fp_fusion=True,
             )  # fmt: skip
     return out
 

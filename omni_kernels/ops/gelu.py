@@ -94,7 +94,7 @@ def launch(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     with _samples.on_device_of(out):
         gelu_kernel[_ascend.grid(out, R * blocks)](
             x, target, n, *strides, blocks,
-            BLOCK=block, num_warps=_samples.THREADS // _samples.WARP_SIZE, enable_fp_fusion=True,
+            BLOCK=block, num_warps=_samples.warps(), enable_fp_fusion=True,
         )  # fmt: skip
     # What has no rows at one distance was copied.
     return out if target.data_ptr() == out.data_ptr() else out.copy_(target.view(out.shape))

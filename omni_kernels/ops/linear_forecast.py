@@ -202,7 +202,7 @@ def launch(
     with _samples.on_device_of(target):
         linear_forecast_kernel[_ascend.grid(target, B * blocks)](
             base, tuple(read), p_weights, numbers, target, n, base_stride, tuple(strides), out_stride, blocks,
-            K=len(read), BLOCK=block, num_warps=_samples.THREADS // _samples.WARP_SIZE, enable_fp_fusion=True,
+            K=len(read), BLOCK=block, num_warps=_samples.warps(), enable_fp_fusion=True,
         )  # fmt: skip
     return out if target is out else out.copy_(target)
 

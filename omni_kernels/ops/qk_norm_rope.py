@@ -257,6 +257,19 @@ def store_pairs(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def copy_heads(  # type: ignore[no-untyped-def]
+    p, p_out, sample, o_s, o_h, strides, out_strides, m_row, D: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Heads o_h of tokens o_s from one place to another."""
+    o_d = tl.arange(0, BLOCK)[None, :]
+    m = m_row & (o_d < D)
+    p += sample * strides[0]
+    x = tl.load(p + o_s * strides[1] + o_h * strides[2] + o_d, mask=m, other=0.0)
+    p_out += sample * out_strides[0]
+    tl.store(p_out + o_s * out_strides[1] + o_h * out_strides[2] + o_d, x.to(p_out.dtype.element_ty), mask=m)
+
+
+@triton.jit
 def reciprocal_rms(a, b, eps, N: tl.constexpr, ACROSS: tl.constexpr):  # type: ignore[no-untyped-def]
     """1 / √(mean square + eps) of every row, or of all rows together, which have N elements."""
     squares = tl.sum(a * a + b * b, axis=1, keep_dims=True)
@@ -311,14 +324,8 @@ def qk_norm_rope_kernel(  # type: ignore[no-untyped-def]
     o_k = sample * k_strides[0] + o_s * k_strides[1] + o_h * k_strides[2]
     q_a, q_b = load_pairs(p_q, o_q, m, D, INTERLEAVED, ROWS, BLOCK)
     k_a, k_b = load_pairs(p_k, o_k, m, D, INTERLEAVED, ROWS, BLOCK)
-    o_d = tl.arange(0, BLOCK)[None, :]
-    m_v = m & (o_d < D)
-    p_v += sample * v_strides[0]
-    b_v = tl.load(p_v + o_s * v_strides[1] + o_h * v_strides[2] + o_d, mask=m_v, other=0.0)
-    p_v_out += sample * v_out_strides[0]
-    tl.store(
-        p_v_out + o_s * v_out_strides[1] + o_h * v_out_strides[2] + o_d, b_v.to(p_v_out.dtype.element_ty), mask=m_v
-    )
+    if not ACROSS:
+        copy_heads(p_v, p_v_out, sample, o_s, o_h, v_strides, v_out_strides, m, D, BLOCK)
     if p_freqs is not None:
         # 4 bytes an element where q has 2, but the same for all heads of a token: read from memory once.
         o_freqs = sample * freqs_strides[0] + o_s * freqs_strides[1]
@@ -346,6 +353,9 @@ def qk_norm_rope_kernel(  # type: ignore[no-untyped-def]
         k_a, k_b = k_a * cos - k_b * sin, k_a * sin + k_b * cos
     o_k = sample * k_out_strides[0] + o_s * k_out_strides[1] + o_h * k_out_strides[2]
     store_pairs(p_k_out, k_a, k_b, o_k, m, D, INTERLEAVED, ROWS, BLOCK)
+    if ACROSS:
+        # Here, so that 62 registers do, of which two programs of 512 threads fit; beside q and k it would be up to 77.
+        copy_heads(p_v, p_v_out, sample, o_s, o_h, v_strides, v_out_strides, m, D, BLOCK)
 
 
 def _strides(t: torch.Tensor) -> tuple[int, ...]:
@@ -375,7 +385,7 @@ def launch(
     if q.numel() == 0:
         return
     across = across_heads and not (q_weight is None and k_weight is None)
-    block = triton.next_power_of_2(Dh)
+    block = max(_samples.MIN_WIDTH, triton.next_power_of_2(Dh))
     token = triton.next_power_of_2(H) * block
     on_ascend = _ascend.here(q)
     if across and token > _ascend.tile("qk_norm_rope", q, MAX_TRITON_TOKEN):
@@ -383,7 +393,7 @@ def launch(
         return
     interleaved = layout == "interleaved"
     if across:
-        rows, programs, threads = token // block, S, max(_samples.WARP_SIZE, token // 16)
+        rows, programs, threads = token // block, S, token // 16
     elif on_ascend:
         rows = max(1, min(_ascend.TILES["qk_norm_rope"], token) // block)
         programs, threads = S * -(-H // rows), _samples.THREADS
@@ -404,7 +414,7 @@ def launch(
             q, k, v, q_out, k_out, v_out, q_weight, k_weight, freqs, sin, S, programs, eps, _strides(q),
             _strides(k), _strides(v), _strides(q_out), _strides(k_out), _strides(v_out), of_freqs, of_sin,
             H=H, D=Dh, INTERLEAVED=interleaved, ACROSS=across, ROWS=rows, BLOCK=block,
-            OF_TOKEN=on_ascend, num_warps=threads // _samples.WARP_SIZE, enable_fp_fusion=True,
+            OF_TOKEN=on_ascend, num_warps=_samples.warps(threads), enable_fp_fusion=True,
         )  # fmt: skip
 
 

@@ -97,7 +97,7 @@ def launch(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     with _samples.on_device_of(x):
         relative_l1_kernel[_ascend.grid(x, B * programs)](
             x, y, partials, n, x_stride, y_stride, blocks, programs,
-            BLOCK=block, num_warps=_samples.THREADS // _samples.WARP_SIZE, enable_fp_fusion=True,
+            BLOCK=block, num_warps=_samples.warps(), enable_fp_fusion=True,
         )  # fmt: skip
         _samples.add_partials(partials, sums)
     return sums

@@ -130,7 +130,7 @@ def launch(h_out: torch.Tensor, h_in: torch.Tensor, r_prev: torch.Tensor | None)
     with _samples.on_device_of(h_out):
         residual_relative_l1_kernel[_ascend.grid(h_out, B * programs)](
             h_out, h_in, r_prev, residual, partials, n, out_stride, in_stride, prev_stride, 0 if B == 1 else n, blocks,
-            programs, BLOCK=block, num_warps=_samples.THREADS // _samples.WARP_SIZE, enable_fp_fusion=True,
+            programs, BLOCK=block, num_warps=_samples.warps(), enable_fp_fusion=True,
         )  # fmt: skip
         _samples.add_partials(partials, sums)
     return residual, sums

@@ -90,7 +90,7 @@ def launch(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     with _samples.on_device_of(out):
         swiglu_kernel[_ascend.grid(out, R * blocks)](
             gate, up, target, n, *strides, blocks,
-            BLOCK=block, num_warps=_samples.THREADS // _samples.WARP_SIZE, enable_fp_fusion=True,
+            BLOCK=block, num_warps=_samples.warps(), enable_fp_fusion=True,
         )  # fmt: skip
     return out
 

@@ -1,26 +1,40 @@
-"""Launches of every kernel, at the sizes of a large model, for `aot` to compile: no element is looked at."""
+"""Launches of every kernel, for `aot` to compile: no element is looked at.
+
+`models` has the ops' uses at the sizes of large models, in bf16. `configurations` has what else the launchers choose
+between. A configuration is what a kernel is compiled for and a launcher decides: its constants but for the caller's
+own sizes (D, H), and its warps. What the caller decides, which inputs there are and of which dtypes, multiplies that
+to millions, so that not their product is compiled, but
+
+- every BLOCK with as many rows as ever go with it, every K, every layout of pairs, with and without a norm across
+  heads, each with every input that the kernel can have, all in fp32: leaving out an input, a row or half of a dtype's
+  bits leaves a program with less to hold;
+- every number of rows and of warps, every input's absence, every flag and every dtype of every input, at least once.
+
+`tests/ops/test_configurations.py` holds both against what the launchers launch over all widths.
+"""
 
 from __future__ import annotations
 
+import importlib
 from functools import partial
 from typing import Any
 
 import torch
 
-from omni_kernels.ops import OPS
+from omni_kernels.ops import OPS, _norms, _samples
 
 TOKENS, CHANNELS = 4096, 3072
 
 Launch = partial[Any]
 
 
-def _tensor(*shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch.bfloat16)
+def _tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype)
 
 
-def _odd() -> torch.Tensor:
+def _odd(dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """One element more than divides by 16."""
-    return _tensor(1, TOKENS * CHANNELS + 1)
+    return _tensor(1, TOKENS * CHANNELS + 1, dtype=dtype)
 
 
 def _batch() -> torch.Tensor:
@@ -40,20 +54,21 @@ def _attention(
     text: int,
     weighted: int = 0,
     rotated: bool = True,
-    tables: bool = False,
+    tables: torch.dtype | None = None,
+    dtype: torch.dtype = torch.bfloat16,
     **options: Any,
 ) -> Launch:
     """A launch on the thirds of a packed projection, into the places of the image behind `text` tokens.
 
-    Rotated by freqs, or by tables of cosines and sines.
+    Rotated by freqs, or by tables of cosines and sines of a dtype.
     """
-    inputs = _tensor(B, S, 3, H, D).unbind(2)
-    outputs = [_tensor(B, text + S, H, D)[:, text:] for _ in range(3)]
-    options |= {name: _tensor(weighted) for name in ("q_weight", "k_weight") if weighted}
-    if rotated:
-        options |= (
-            {name: torch.empty(S, D) for name in ("cos", "sin")} if tables else {"freqs": torch.empty(S, D // 2, 2)}
-        )
+    inputs = _tensor(B, S, 3, H, D, dtype=dtype).unbind(2)
+    outputs = [_tensor(B, text + S, H, D, dtype=dtype)[:, text:] for _ in range(3)]
+    options |= {name: _tensor(weighted, dtype=dtype) for name in ("q_weight", "k_weight") if weighted}
+    if tables is not None:
+        options |= {name: _tensor(S, D, dtype=tables) for name in ("cos", "sin")}
+    elif rotated:
+        options |= {"freqs": torch.empty(S, D // 2, 2)}
     return partial(OPS["qk_norm_rope"].launcher, *inputs, *outputs, **options)
 
 
@@ -63,7 +78,12 @@ def _chunks(B: int) -> tuple[torch.Tensor, ...]:
 
 
 def table() -> dict[str, Launch]:
-    """Name → what launches, without arguments. The first word of a name is the op; what is not said is in bf16."""
+    """Name → what launches, without arguments. The first word of a name is the op."""
+    return models() | configurations()
+
+
+def models() -> dict[str, Launch]:
+    """The ops' uses; what is not said is in bf16."""
     relative_l1, residual_relative_l1, modulated_relative_l1, linear_forecast = (
         OPS[name].launcher
         for name in ("relative_l1", "residual_relative_l1", "modulated_relative_l1", "linear_forecast")
@@ -90,6 +110,7 @@ def table() -> dict[str, Launch]:
         "modulated_relative_l1 layer": partial(modulated_relative_l1, h, _row(), _row(), h),
         "modulated_relative_l1 rms": partial(modulated_relative_l1, h, _row(), None, h, norm="rms", weight=_row()[0]),
         "modulated_relative_l1 per token": partial(modulated_relative_l1, h, h, h, h),
+        "modulated_relative_l1 first": partial(modulated_relative_l1, h, _row(), _row(), None),
         "modulated_relative_l1 batch": partial(modulated_relative_l1, _batch(), _tensor(2, CHANNELS), None, _batch()),
         "ada_layer_norm layer": partial(ada_layer_norm, h, *_chunks(1)[:2]),
         "ada_layer_norm index": partial(ada_layer_norm, _batch(), *_chunks(4)[:2], index),
@@ -110,23 +131,18 @@ def table() -> dict[str, Launch]:
             weight=_tensor(3840),
         ),
         "gate_residual_norm per token": partial(gate_residual_norm, h, h, *per_token),
+        "gate_residual_norm affine": partial(gate_residual_norm, h, h, _chunks(1)[0], weight=_row()[0], bias=_row()[0]),
         "gate_residual_norm h alone": partial(gate_residual_norm, h, h, _chunks(1)[0], norm=None),
-        "gate_residual_norm wide": partial(
-            gate_residual_norm,
-            *(torch.empty(1, 9, 8192) for _ in range(5)),
-            gate_tanh=True,
-            x_weight=torch.empty(8192),
-            weight=torch.empty(8192),
-            bias=torch.empty(8192),
-        ),
+        "gate_residual_norm no gate": partial(gate_residual_norm, h, h),
         "rms_norm tokens": partial(rms_norm, h, _row()[0]),
         "rms_norm heads": partial(rms_norm, _tensor(2, TOKENS, 3, 24, 128)[:, :, 1], _tensor(128)),
+        "rms_norm no weight": partial(rms_norm, h),
         "linear_forecast reuse": partial(linear_forecast, _odd(), [_odd()], [1.0]),
         "linear_forecast 3": partial(linear_forecast, _odd(), [_odd(), _odd(), _odd()], [1.0, -2.0, 0.5]),
         "linear_forecast batch": partial(linear_forecast, None, [_batch(), _batch()], [1.0, -2.0]),
         "linear_forecast 8": partial(linear_forecast, _odd(), [_odd() for _ in range(8)], [0.5] * 8),
         "linear_forecast 16": partial(linear_forecast, _odd(), [_odd() for _ in range(16)], [0.5] * 16),
-        "linear_forecast tensor": partial(linear_forecast, _odd(), [_odd(), _odd()], torch.empty(2)),
+        "linear_forecast tensor": partial(linear_forecast, _odd(), [_odd(), _odd()], _tensor(2)),
         # Qwen-Image, Z-Image, FLUX, Wan, and what none of them is.
         "qk_norm_rope joint": _attention(1, TOKENS - 1, 24, 128, 37, weighted=128),
         "qk_norm_rope batch": _attention(2, 1023, 30, 128, 0, weighted=128),
@@ -137,15 +153,15 @@ def table() -> dict[str, Launch]:
         "qk_norm_rope heads of 64": _attention(1, TOKENS - 1, 24, 64, 37, weighted=64),
         "qk_norm_rope heads of 96": _attention(1, TOKENS - 1, 24, 96, 37, weighted=96),
         "qk_norm_rope heads of 256": _attention(1, TOKENS - 1, 24, 256, 37, weighted=256),
-        "qk_norm_rope cos and sin": _attention(1, TOKENS - 1, 24, 128, 37, weighted=128, tables=True),
+        "qk_norm_rope cos and sin": _attention(1, TOKENS - 1, 24, 128, 37, weighted=128, tables=torch.float32),
         "qk_norm_rope cos and sin, half": _attention(
-            1, TOKENS - 1, 24, 128, 37, weighted=128, tables=True, layout="half"
+            1, TOKENS - 1, 24, 128, 37, weighted=128, tables=torch.float32, layout="half"
         ),
         "qk_norm_rope cos and sin, across": _attention(
-            1, 33, 40, 128, 0, weighted=40 * 128, tables=True, across_heads=True
+            1, 33, 40, 128, 0, weighted=40 * 128, tables=torch.float32, across_heads=True
         ),
         "qk_norm_rope cos and sin, across, largest": _attention(
-            1, 9, 64, 128, 0, weighted=64 * 128, tables=True, across_heads=True
+            1, 9, 64, 128, 0, weighted=64 * 128, tables=torch.float32, across_heads=True
         ),
         "qk_norm_rope no norm": _attention(1, TOKENS - 1, 24, 128, 37),
         "qk_norm_rope no rotation": _attention(1, TOKENS - 1, 24, 128, 37, weighted=128, rotated=False),
@@ -160,3 +176,106 @@ def table() -> dict[str, Launch]:
         "cfg_combine token": partial(cfg_combine, _tensor(1, TOKENS - 1, 64), _tensor(1, TOKENS - 1, 64), 4.0, "token"),
         "linear_forecast euler_step": partial(euler_step, torch.empty(1, TOKENS * CHANNELS + 1), _odd(), -0.05),
     }
+
+
+def configurations() -> dict[str, Launch]:
+    """What else the launchers choose between."""
+    found: dict[str, Launch] = {}
+    for block in _powers(_samples.MIN_WIDTH, _norms.MAX_TRITON_CHANNELS):
+        found |= {f"{op} fp32, {_width(block)} wide": run for op, run in _rows(block, torch.float32).items()}
+    found |= {f"{op} fp16": run for op, run in _rows(4096, torch.float16).items()}
+    for dtype, name in ((torch.float32, "fp32"), (torch.float16, "fp16")):
+        x = _odd(dtype)
+        for op, inputs in {
+            "relative_l1": (x, x),
+            "residual_relative_l1": (x, x, x),
+            "gelu": (x,),
+            "swiglu": (x, x),
+            "cfg_combine": (x, x, 4.0),
+            "linear_forecast": (x, [x], _tensor(1, dtype=dtype)),
+        }.items():
+            found[f"{op} {name}, odd"] = partial(OPS[op].launcher, *inputs)
+    x = _odd(torch.float32)
+    for K in range(2, _file("linear_forecast").MAX_HISTORY + 1):
+        found[f"linear_forecast fp32, {K}"] = partial(OPS["linear_forecast"].launcher, x, [x] * K, torch.empty(K))
+    return found | _heads()
+
+
+def _powers(first: int, last: int) -> list[int]:
+    return [1 << k for k in range(first.bit_length() - 1, last.bit_length())]
+
+
+def _width(block: int) -> int:
+    """Channels that take a BLOCK: three quarters, where these divide by 16 and the others are masked."""
+    return block * 3 // 4 if block >= 64 else block
+
+
+def _file(op: str) -> Any:
+    return importlib.import_module(f"omni_kernels.ops.{op}")
+
+
+def _rows(block: int, dtype: torch.dtype) -> dict[str, Launch]:
+    """Each op that holds whole rows and has rows as wide as that: all its inputs, twice the rows that fill a tile."""
+    D = _width(block)
+
+    def tensors(op: str, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+        S = 2 * max(1, _file(op).TILE // block)
+        return [_tensor(*(S if n < 0 else n for n in shape), dtype=dtype) for shape in shapes]
+
+    x, modulation, vector = (2, -1, D), (4, D), (D,)
+    h, scale, shift, prev, weight = tensors("modulated_relative_l1", x, (2, D), (2, D), x, vector)
+    y, gain = tensors("rms_norm", x, vector)
+    cond, uncond = tensors("cfg_combine", x, x)
+    found = {
+        "modulated_relative_l1": partial(OPS["modulated_relative_l1"].launcher, h, scale, shift, prev, weight=weight),
+        "rms_norm": partial(OPS["rms_norm"].launcher, y, gain),
+        "cfg_combine": partial(OPS["cfg_combine"].launcher, cond, uncond, 4.0, "token"),
+    }
+    if block <= _file("ada_layer_norm").MAX_TRITON_CHANNELS:
+        h, scale, shift, weight, bias = tensors("ada_layer_norm", x, modulation, modulation, vector, vector)
+        index = torch.empty(h.shape[:2], dtype=torch.int64)
+        found["ada_layer_norm"] = partial(
+            OPS["ada_layer_norm"].launcher, h, scale, shift, index, weight=weight, bias=bias
+        )
+    if block <= _file("gate_residual_norm").MAX_TRITON_CHANNELS:
+        h, y, gate, scale, shift = tensors("gate_residual_norm", x, x, modulation, modulation, modulation)
+        x_weight, weight, bias = tensors("gate_residual_norm", vector, vector, vector)
+        index = torch.empty(h.shape[:2], dtype=torch.int64)
+        found["gate_residual_norm"] = partial(
+            OPS["gate_residual_norm"].launcher,
+            h,
+            y,
+            gate,
+            scale,
+            shift,
+            index,
+            True,
+            x_weight,
+            weight=weight,
+            bias=bias,
+        )
+    return found
+
+
+def _heads() -> dict[str, Launch]:
+    """qk_norm_rope in fp32, normed and rotated by tables: every width of a head, alone and across the longest token."""
+    file = _file("qk_norm_rope")
+    found: dict[str, Launch] = {}
+    for layout in file.LAYOUTS:
+        options: dict[str, Any] = {"tables": torch.float32, "dtype": torch.float32, "layout": layout}
+        for block in _powers(_samples.MIN_WIDTH, file.MAX_HEAD_SIZE):
+            D = _width(block)
+            found[f"qk_norm_rope fp32, {layout}, heads of {D}"] = _attention(1, 4096, 3, D, 0, weighted=D, **options)
+            H = file.MAX_TRITON_TOKEN // block * 3 // 4
+            found[f"qk_norm_rope fp32, {layout}, across {H} of {D}"] = _attention(
+                1, 9, H, D, 0, weighted=H * D, across_heads=True, **options
+            )
+    # Shorter tokens have fewer warps.
+    for rows in _powers(1, file.MAX_TRITON_TOKEN // 128 // 2):
+        H = rows * 3 // 4 if rows > 2 else rows
+        found[f"qk_norm_rope across {H} of 128"] = _attention(1, 9, H, 128, 0, weighted=H * 128, across_heads=True)
+    for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
+        found[f"qk_norm_rope tables too in {name}"] = _attention(
+            1, 9, 24, 128, 0, weighted=128, tables=dtype, dtype=dtype
+        )
+    return found

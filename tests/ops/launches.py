@@ -1,9 +1,19 @@
-"""The package's launches, and one of a kernel that does what none of the package's does."""
+"""The package's launches, one of a kernel that does what none of the package's does, and what a launch is made of."""
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
 
 import torch
 import triton
 import triton.language as tl
 
+from omni_kernels import ops
 from omni_kernels.validation import launches
 
 
@@ -21,3 +31,68 @@ def control() -> None:
 
 def table() -> dict:
     return {"control": control, **launches.table()}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What a kernel is compiled for: its constants, its warps, and the dtype of every tensor that it is given."""
+
+    kernel: str
+    constants: dict[str, int]
+    num_warps: int
+    tensors: dict[str, torch.dtype]
+
+    @property
+    def elements(self) -> int:
+        """Of every tensor, that a warp takes at a time."""
+        return self.constants.get("ROWS", 1) * self.constants["BLOCK"] // self.num_warps
+
+
+class _Recorder:
+    """Stands for a kernel, and is not launched."""
+
+    def __init__(self, name: str, kernel: Any, found: list[Configuration]) -> None:
+        self.name, self.found = name, found
+        self.signature = inspect.signature(kernel.fn)
+        self.constants = [p.name for p in self.signature.parameters.values() if "constexpr" in str(p.annotation)]
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        return self.launched
+
+    def launched(self, *args: Any, num_warps: int, enable_fp_fusion: bool, **constants: Any) -> None:
+        given = self.signature.bind(*args, **constants).arguments
+        many = {f"{name}[{j}]": t for name, ts in given.items() if isinstance(ts, tuple) for j, t in enumerate(ts)}
+        tensors = {name: t.dtype for name, t in (given | many).items() if isinstance(t, torch.Tensor)}
+        constants = {name: int(given[name]) for name in self.constants}
+        self.found.append(Configuration(self.name, constants, num_warps, tensors))
+
+
+def _kernels() -> list[tuple[Any, str]]:
+    """Of every kernel of the package, the file and the name."""
+    files = [
+        importlib.import_module(f"omni_kernels.ops.{module.name}") for module in pkgutil.iter_modules(ops.__path__)
+    ]
+    return [(file, name) for file in files for name in vars(file) if name.endswith("_kernel")]
+
+
+def kernels() -> set[str]:
+    return {name for _, name in _kernels()}
+
+
+@contextmanager
+def recorded(warp_size: int = 32) -> Iterator[list[Configuration]]:
+    """The configuration of every launch within; nothing is run."""
+    found: list[Configuration] = []
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(ops._samples, "warp_size", return_value=warp_size))
+        for file, name in _kernels():
+            recorder = _Recorder(name, getattr(file, name), found)
+            patches.enter_context(mock.patch.object(file, name, recorder))
+        yield found
+
+
+def configurations(launch: Callable[[], object]) -> list[Configuration]:
+    """Of the kernels that it launches, in order."""
+    with recorded() as found:
+        launch()
+    return found

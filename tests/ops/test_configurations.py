@@ -1,0 +1,179 @@
+"""Everything that the launchers choose between is among what is compiled: `omni_kernels.validation.launches`."""
+
+import itertools
+from functools import cache, partial
+
+import launches
+import pytest
+import torch
+from launches import Configuration
+
+from omni_kernels.ops import OPS
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Around every power of two: a launcher rounds to these.
+WIDTHS = sorted({n for k in range(15) for n in (1 << k, (1 << k) + 1, 3 << k)})
+TOKENS = sorted({n for k in range(9) for n in (1 << k, (1 << k) + 1)} | {4096})
+# Constants of which a program with more does all that one with less does.
+MORE = ("ROWS", "LAYER", "TANH")
+# The caller's own sizes.
+SIZES = ("D", "H")
+
+
+def tensor(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def given(*tensors):
+    """Every choice of them: each there or not."""
+    return itertools.product(*((t, None) for t in tensors))
+
+
+def choices(every, *options):
+    """Of several options each: every combination, or the first of all and the last of all."""
+    return itertools.product(*options) if every else zip(*((o[0], o[-1]) for o in options), strict=True)
+
+
+def norms(D, S, x_dtype, dtype, every=False):
+    """Launches of the ops that hold rows: all inputs and as few as possible, or each there or not."""
+    x, row, vector = tensor(2, S, D, dtype=x_dtype), tensor(4, D, dtype=dtype), tensor(D, dtype=dtype)
+    index = tensor(2, S, dtype=torch.int64)
+    there = choices(every, (row, None), (row, None), (index, None), (vector, None), (vector, None))
+    for scale, shift, by, weight, bias in there:
+        rows = slice(None if by is not None else 2)
+        scale, shift = (None if t is None else t[rows] for t in (scale, shift))
+        for norm in ("layer", "rms"):
+            yield partial(OPS["ada_layer_norm"].launcher, x, scale, shift, by, norm, weight, bias)
+        for gate, tanh, x_weight, norm in choices(
+            every, (row[rows], None), (True, False), (vector, None), ("layer", "rms", None)
+        ):
+            modulation = (None, None) if norm is None else (scale, shift)
+            affine = (None, None) if norm is None else (weight, bias)
+            args = (gate, *modulation, by, tanh, x_weight, 1e-6, norm, *affine)
+            yield partial(OPS["gate_residual_norm"].launcher, x, x.to(dtype), *args)
+    for shift, prev, weight, norm in choices(
+        every, (row[:2], None), (x.to(dtype), None), (vector, None), ("layer", "rms")
+    ):
+        yield partial(OPS["modulated_relative_l1"].launcher, x, row[:2], shift, prev, norm, weight)
+    for weight in (vector, None):
+        yield partial(OPS["rms_norm"].launcher, x, weight)
+    yield partial(OPS["cfg_combine"].launcher, x, x.to(dtype), 4.0, "token")
+
+
+def heads(D, H, S, x_dtype, dtype):
+    """Launches of qk_norm_rope."""
+    q, k = tensor(2, S, H, D, dtype=x_dtype), tensor(2, S, H, D, dtype=dtype)
+    freqs, table = tensor(S, D // 2, 2, dtype=torch.float32), tensor(S, D, dtype=dtype)
+    rotations = [{}, {"freqs": freqs}, {"cos": table, "sin": table}]
+    for across, layout, rotation in itertools.product((False, True), ("interleaved", "half"), rotations):
+        weight = tensor(H * D if across else D, dtype=dtype)
+        for q_weight, k_weight in given(weight, weight):
+            options = {"q_weight": q_weight, "k_weight": k_weight, "layout": layout, "across_heads": across}
+            yield partial(OPS["qk_norm_rope"].launcher, q, k, k, q, k, k, **options, **rotation)
+
+
+def elementwise(x_dtype, dtype):
+    """Launches of the other ops, on one block and on many."""
+    for shape in ((2, 3), (2, 4097, 4096)):
+        x, y = tensor(*shape, dtype=x_dtype), tensor(*shape, dtype=dtype)
+        yield partial(OPS["relative_l1"].launcher, x, y)
+        yield partial(OPS["residual_relative_l1"].launcher, x, y, y)
+        yield partial(OPS["residual_relative_l1"].launcher, x, y, None)
+        yield partial(OPS["gelu"].launcher, x, y)
+        yield partial(OPS["swiglu"].launcher, x, y)
+        yield partial(OPS["cfg_combine"].launcher, x, y, 4.0)
+        yield partial(OPS["euler_step"].launcher, x, y, 0.5)
+        for K, base in itertools.product(range(1, 17), (x, None)):
+            for weights in ([0.5] * K, tensor(K, dtype=dtype)):
+                yield partial(OPS["linear_forecast"].launcher, base, [y] * K, weights)
+
+
+def launched(warp_size):
+    """The configurations of all these, each once."""
+    with launches.recorded(warp_size) as found:
+        for D, S in itertools.product(WIDTHS, TOKENS):
+            for run in norms(D, S, torch.float32, torch.float32):
+                run()
+        for x_dtype, dtype in itertools.product(DTYPES, DTYPES):
+            for run in norms(3072, 4096, x_dtype, dtype, every=True):
+                run()
+            for run in itertools.chain(heads(128, 24, 4096, x_dtype, dtype), elementwise(x_dtype, dtype)):
+                run()
+        for D, H, S in itertools.product((2, 6, 16, 18, 48, 64, 130, 256), (1, 2, 3, 5, 24, 40, 64, 300, 512), (1, 9)):
+            for run in heads(D, H, S, torch.float32, torch.float32):
+                run()
+    return [*{repr(c): c for c in found}.values()]
+
+
+@cache
+def compiled(warp_size):
+    """The configurations that are compiled."""
+    with launches.recorded(warp_size) as found:
+        for launch in launches.launches.table().values():
+            launch()
+    return found
+
+
+def covers(entry: Configuration, launch: Configuration) -> bool:
+    """Whether a program does all that another does: the same rows or more of them, no fewer inputs, none narrower."""
+    return (
+        entry.kernel == launch.kernel
+        and entry.elements >= launch.elements
+        and all(
+            entry.constants[name] >= value if name in MORE else entry.constants[name] == value
+            for name, value in launch.constants.items()
+            if name not in SIZES
+        )
+        and all(
+            name in entry.tensors and entry.tensors[name].itemsize >= dtype.itemsize
+            for name, dtype in launch.tensors.items()
+        )
+    )
+
+
+def axes(c: Configuration, names: frozenset[str]) -> set[tuple]:
+    """What is compiled at least once: every value of every constant, dtype of every input, and its absence."""
+    found = {(c.kernel, "warps", c.num_warps)} | {
+        (c.kernel, name, value) for name, value in c.constants.items() if name not in SIZES
+    }
+    there = {(name.partition("[")[0], dtype) for name, dtype in c.tensors.items()}
+    # Of an index it is enough that the widest is compiled.
+    found |= {(c.kernel, name, dtype) for name, dtype in there if dtype.is_floating_point}
+    return found | {(c.kernel, name, None) for name in names - {name for name, _ in there}}
+
+
+@pytest.fixture(scope="module", params=[32, 64], ids="warps of {}".format)
+def both(request):
+    """What is launched, and what is compiled, with warps of so many threads."""
+    return launched(request.param), compiled(request.param)
+
+
+def missing(launched, compiled):
+    return [c for c in launched if not any(covers(entry, c) for entry in compiled)]
+
+
+def test_whatever_is_launched_is_compiled_or_less_than_what_is(both):
+    launched, compiled = both
+    assert len(launched) > 1000
+    assert missing(launched, compiled) == []
+
+
+def test_every_value_on_every_axis_is_compiled(both):
+    launched, compiled = both
+    names: dict[str, frozenset] = {}
+    for c in (*launched, *compiled):
+        names[c.kernel] = names.get(c.kernel, frozenset()) | {name.partition("[")[0] for name in c.tensors}
+    wanted, there = (set().union(*(axes(c, names[c.kernel]) for c in cs)) for cs in (launched, compiled))
+    assert wanted - there == set()
+
+
+def test_every_kernel_is_launched(both):
+    assert {c.kernel for c in both[0]} == {c.kernel for c in both[1]} == launches.kernels()
+
+
+@pytest.mark.parametrize("dropped", ["gelu_kernel", "ada_layer_norm_kernel", "qk_norm_rope_kernel"])
+def test_what_is_not_compiled_is_found(both, dropped):
+    launched, compiled = both
+    widest = max(c.constants["BLOCK"] for c in compiled if c.kernel == dropped)
+    left = [c for c in compiled if (c.kernel, c.constants["BLOCK"]) != (dropped, widest)]
+    assert {(c.kernel, c.constants["BLOCK"]) for c in missing(launched, left)} == {(dropped, widest)}
