@@ -21,7 +21,6 @@ import argparse
 import dataclasses
 import datetime
 import difflib
-import importlib
 import os
 import shlex
 import sys
@@ -33,6 +32,7 @@ from typing import Any
 
 import torch
 
+from omni_kernels.device import device_count
 from omni_kernels.ops import OPS
 from omni_kernels.validation import aot, checks, launches, record, report
 from omni_kernels.validation.cases import CASES, PROVIDERS
@@ -68,18 +68,9 @@ def find_device(wanted: str | None) -> torch.device | None:
         kind, _, index = name.partition(":")
         if kind not in KINDS or (index and not index.isdigit()):
             raise ValueError(f"--device: {name!r} is none of {', '.join(KINDS)}, nor one with an index, as in cuda:1")
-        if _is_there(kind, int(index or 0)):
+        if int(index or 0) < device_count(kind):
             return torch.device(name)
     return None
-
-
-def _is_there(kind: str, index: int) -> bool:
-    if kind == "cpu":
-        return index == 0
-    if kind == "npu" and not hasattr(torch, "npu") and find_spec("torch_npu"):
-        importlib.import_module("torch_npu")
-    api: Any = getattr(torch, kind, None)
-    return bool(api is not None and api.is_available() and index < api.device_count())
 
 
 def interpreted() -> bool:

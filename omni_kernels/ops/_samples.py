@@ -8,10 +8,9 @@ multiprocessors, and no floating-point atomic is involved.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 
+from omni_kernels.device import on_device_of as on_device_of
 from omni_kernels.ops._triton import tl, triton
 
 # Above this, programs take several blocks: it bounds what the second kernel, one program per sum, has to read, 32 KB.
@@ -73,13 +72,6 @@ def cut(n: int, block: int) -> tuple[int, int]:
     count = -(-n // block)
     blocks = -(-count // MAX_PARTIALS)
     return blocks, -(-count // blocks)
-
-
-def on_device_of(t: torch.Tensor) -> contextlib.AbstractContextManager[object]:
-    """Makes `t`'s GPU the current one, which is where Triton launches; costs nothing where it is already."""
-    if t.is_cuda and t.device.index != torch.cuda.current_device():
-        return torch.cuda.device(t.device)
-    return contextlib.nullcontext()
 
 
 @triton.jit(do_not_specialize=["programs"])
