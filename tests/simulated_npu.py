@@ -45,7 +45,7 @@ MIXED = {
     "aten::copy_", "aten::_to_copy", "aten::_copy_from", "aten::index", "aten::index_put_", "aten::_index_put_impl_",
 }  # fmt: skip
 #: Operators that torch would make of an empty tensor and one that resizes it.
-FACTORIES = ("arange", "arange.start", "arange.start_step", "linspace", "randperm")
+FACTORIES = ("arange", "arange.start", "arange.start_step", "fft_fftfreq", "fft_rfftfreq", "linspace", "randperm")
 PRIVATE = torch._C.DispatchKey.PrivateUse1
 
 
