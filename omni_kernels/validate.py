@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 
+from omni_kernels.ascend.operators import present
 from omni_kernels.device import device_count
 from omni_kernels.ops import OPS
 from omni_kernels.validation import aot, checks, launches, record, report
@@ -82,8 +83,12 @@ def implementation_on(device: torch.device) -> tuple[str, Implementation]:
     """What the ops are on a device, in words, and how they are found."""
     if interpreted():
         return "Triton kernels, interpreted on the CPU", lambda op: OPS[op].launcher
-    kernels = device.type == "cuda" and find_spec("triton") is not None
-    return "Triton kernels" if kernels else "plain torch", lambda op: OPS[op].function
+    words = "plain torch"
+    if device.type == "npu":
+        words = ", ".join((*present(), words))
+    elif device.type == "cuda" and find_spec("triton") is not None:
+        words = "Triton kernels"
+    return words, lambda op: OPS[op].function
 
 
 class Progress:

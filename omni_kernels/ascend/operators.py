@@ -43,6 +43,11 @@ def fused(name: str) -> Callable[..., Any] | None:
     return found if found is not None and takes(found._schema, CALLS[name]) else None
 
 
+def present() -> list[str]:
+    """The operators that can be called here."""
+    return [name for name in CALLS if fused(name) is not None]
+
+
 def takes(schema: Any, call: str) -> bool:
     """Whether an operator of this schema takes a call, and returns what is expected of it."""
     wanted: Any = torch._C.parse_schema(call)

@@ -1,13 +1,14 @@
 """The ops on an NPU: right, never off the device, and by torch_npu's fused operators where they are there."""
 
 import types
+from unittest import mock
 
 import pytest
 import simulated_npu
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from omni_kernels import ascend, ops, registration
+from omni_kernels import ascend, ops, registration, validate
 from omni_kernels.ascend import operators
 from omni_kernels.device import Device, pretend
 from omni_kernels.ops import OPS
@@ -202,6 +203,14 @@ def test_an_operator_that_does_not_take_the_call_is_left_alone(schema):
         out = ops.rms_norm(x.to(NPU))
     assert "npu::npu_rms_norm" not in calls.names
     assert torch.equal(out.cpu(), ops.rms_norm(x))
+
+
+def test_validate_finds_the_device_and_says_what_runs_there():
+    assert validate.find_device(None) == torch.device("npu")
+    assert validate.find_device("npu:1") is None
+    for version, words in ((None, "plain torch"), ("2.6.0", ", ".join((*operators.CALLS, "plain torch")))):
+        with simulated_npu.fused(version), mock.patch.object(validate, "interpreted", return_value=False):
+            assert validate.implementation_on(torch.device("npu"))[0] == words
 
 
 @torch.no_grad()
