@@ -41,6 +41,7 @@ import omni_kernels
 from benchmarks.full_size import MODELS, SMALL_SIDE, Model, build, inputs
 from benchmarks.measure import device_here
 from benchmarks.results import RESULTS
+from omni_kernels.device import synchronize
 from omni_kernels.patching.rules import RULES
 from omni_kernels.validation.record import device_name, machine, slug, write
 from omni_kernels.validation.timing import Call, median_seconds
@@ -131,11 +132,11 @@ def launches_of(call: Call, device: torch.device) -> int | None:
     """How many kernels and graphs a call launches on a GPU; None elsewhere."""
     if device.type != "cuda":
         return None
-    torch.cuda.synchronize()
+    synchronize(device)
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         call()
-        torch.cuda.synchronize()
+        synchronize(device)
     return sum(event.name.startswith(LAUNCHES) for event in profile.events())
 
 
@@ -145,17 +146,12 @@ def seconds_of(call: Call, device: torch.device) -> float:
         call()
     times = []
     for _ in range(ROUNDS):
-        _synchronise(device)
+        synchronize(device)
         start = time.perf_counter()
         call()
-        _synchronise(device)
+        synchronize(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times)
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
 
 
 def calls_of_blocks(transformer: Any, arguments: Mapping[str, Any]) -> dict[str, tuple[Any, tuple[Any, ...], Any]]:

@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.measure import combinations, device_here
 from benchmarks.providers import PROVIDERS, unavailable
+from omni_kernels.device import synchronize
 from omni_kernels.validation.cases import Case
 from omni_kernels.validation.measurement import calls_for, row
 from omni_kernels.validation.shapes import Shape
@@ -25,8 +26,7 @@ DEVICE = device_here()
 
 def synchronised_clock() -> float:
     """Seconds, once the device has done what it was given."""
-    if DEVICE.type != "cpu":
-        torch.accelerator.synchronize()
+    synchronize(DEVICE)
     return time.perf_counter()
 
 

@@ -45,6 +45,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.contenders import ALWAYS_SMALL, CONTENDERS, NEVER_SMALL, STEPS, Contender
 from benchmarks.measure import device_here
 from benchmarks.results import RESULTS
+from omni_kernels.device import synchronize
 from omni_kernels.registration import NAMESPACE
 from omni_kernels.validation.record import device_name, machine, slug, write
 
@@ -168,15 +169,11 @@ class Run:
         def clock(step: int) -> Iterator[None]:
             start = time.perf_counter()
             yield
-            self._synchronise()
+            synchronize(self._device)
             if step >= FIRST:
                 self.seconds.append(time.perf_counter() - start)
 
         return self.request(steps, clock)
-
-    def _synchronise(self) -> None:
-        if self._device.type != "cpu":
-            torch.accelerator.synchronize()
 
 
 def time_in_turns(runs: Sequence[Run], rounds: int) -> None:

@@ -36,6 +36,7 @@ import omni_kernels
 from benchmarks.full_size import MODELS, SMALL_SIDE, build, inputs
 from benchmarks.measure import device_here
 from benchmarks.results import RESULTS
+from omni_kernels.device import Timer, synchronize
 from omni_kernels.validation.record import device_name, machine, slug, write
 from omni_kernels.validation.timing import median_seconds
 from omni_runtime.cache.schedules import even
@@ -91,26 +92,20 @@ class Row:
 
 
 class Marks:
-    """The times at which steps end: device events on a GPU, the host's clock elsewhere."""
+    """The times at which steps end, as the device has them."""
 
     def __init__(self, device: torch.device) -> None:
-        self._events = device.type == "cuda"
+        self._timer = Timer(device)
         self._marks: list[Any] = []
 
     def __call__(self, *of_the_step: Any) -> dict[str, Any]:
         """Mark now; a pipeline's `callback_on_step_end`."""
-        if self._events:
-            mark = torch.cuda.Event(enable_timing=True)
-            mark.record()
-        else:
-            mark = time.perf_counter()
-        self._marks.append(mark)
+        self._marks.append(self._timer.mark())
         return {}
 
     def spans(self) -> list[float]:
-        """Seconds between one mark and the next."""
-        pairs = zip(self._marks, self._marks[1:], strict=False)
-        return [a.elapsed_time(b) / 1000 if self._events else b - a for a, b in pairs]
+        """Seconds between one mark and the next, all of which the device has reached."""
+        return [self._timer.seconds(a, b) for a, b in zip(self._marks, self._marks[1:], strict=False)]
 
 
 def pipeline(device: torch.device, dtype: torch.dtype, small: bool, layers: int | None) -> Any:
@@ -193,10 +188,10 @@ def measure(
         assert not (fuse and handle.fused.left_alone), handle.fused
         for _ in range(1 + rounds):
             marks = Marks(device)
-            _synchronise(device)
+            synchronize(device)
             start = time.perf_counter()
             made = pipe(**request(pipe, side, steps), callback_on_step_end=marks).images
-            _synchronise(device)
+            synchronize(device)
             seconds.append(time.perf_counter() - start)
             spans.append(marks.spans())
             assert torch.isfinite(made).all(), f"{name}: the images are not finite"
@@ -223,11 +218,6 @@ def measure(
         skipped_ms=forward_ms(False),
         of_roof=None if computed_ms is None else round(floor * 1000 / computed_ms, 3),
     )
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
 
 
 def table(rows: Sequence[Row]) -> str:

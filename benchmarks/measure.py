@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks.providers import PROVIDERS, unavailable
+from omni_kernels.device import device_count
 from omni_kernels.validation import measurement
 from omni_kernels.validation.cases import CASES, Case
 from omni_kernels.validation.measurement import Row
@@ -13,7 +14,7 @@ from omni_kernels.validation.shapes import Shape, shapes_for
 
 def device_here() -> torch.device:
     """The GPU, where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if device_count("cuda") else "cpu")
 
 
 def measure(case: Case, shape: Shape, provider: str, device: torch.device) -> Row:

@@ -7,6 +7,8 @@ gradient formula is registered.
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -44,16 +46,16 @@ class Op:
 def define(schema: str, *, reference: Callable[..., Any], triton: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Define `omni_kernels::<schema>`, register its implementations and return the overload to call.
 
-    `reference` runs on the CPU, on an out-of-tree device (`PrivateUse1`: Ascend) and on every device without a row of
-    its own; it must be plain torch that stays on its inputs' device. `triton` runs on NVIDIA and, through ROCm, AMD,
-    where Triton is installed.
+    `reference` runs on the CPU and on every device without a row of its own; it must be plain torch that stays on its
+    inputs' device. `triton` runs on NVIDIA and, through ROCm, AMD, where Triton is installed. What runs on an
+    out-of-tree device (`PrivateUse1`: Ascend) `omni_kernels.ascend` says.
     """
     name = schema.partition("(")[0]
     _library.define(schema)
     implementations = {
         "CPU": reference,
         "CUDA": triton if find_spec("triton") else reference,
-        "PrivateUse1": reference,
+        "PrivateUse1": _on_npu(name, reference, triton),
         "CompositeExplicitAutograd": reference,
     }
     for key, implementation in implementations.items():
@@ -61,6 +63,19 @@ def define(schema: str, *, reference: Callable[..., Any], triton: Callable[..., 
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     base, _, overload = name.partition(".")
     return getattr(getattr(getattr(torch.ops, NAMESPACE), base), overload or "default")
+
+
+def _on_npu(name: str, reference: Callable[..., Any], triton: Callable[..., Any]) -> Callable[..., Any]:
+    """What `omni_kernels.ascend` has for an op, asked for when the op is first called there."""
+
+    @functools.cache
+    def chosen() -> Callable[..., Any]:
+        found: Callable[..., Any] = importlib.import_module("omni_kernels.ascend").implementation(
+            name, reference, triton
+        )
+        return found
+
+    return lambda *args, **kwargs: chosen()(*args, **kwargs)
 
 
 def eager_on_cpu(t: torch.Tensor) -> bool:

@@ -21,7 +21,6 @@ import argparse
 import dataclasses
 import datetime
 import difflib
-import importlib
 import os
 import shlex
 import sys
@@ -33,7 +32,9 @@ from typing import Any
 
 import torch
 
+from omni_kernels.ascend.operators import present
 from omni_kernels.compilations import following
+from omni_kernels.device import device_count
 from omni_kernels.ops import OPS
 from omni_kernels.validation import aot, checks, launches, record, report
 from omni_kernels.validation.cases import CASES, PROVIDERS
@@ -69,18 +70,9 @@ def find_device(wanted: str | None) -> torch.device | None:
         kind, _, index = name.partition(":")
         if kind not in KINDS or (index and not index.isdigit()):
             raise ValueError(f"--device: {name!r} is none of {', '.join(KINDS)}, nor one with an index, as in cuda:1")
-        if _is_there(kind, int(index or 0)):
+        if int(index or 0) < device_count(kind):
             return torch.device(name)
     return None
-
-
-def _is_there(kind: str, index: int) -> bool:
-    if kind == "cpu":
-        return index == 0
-    if kind == "npu" and not hasattr(torch, "npu") and find_spec("torch_npu"):
-        importlib.import_module("torch_npu")
-    api: Any = getattr(torch, kind, None)
-    return bool(api is not None and api.is_available() and index < api.device_count())
 
 
 def interpreted() -> bool:
@@ -92,8 +84,12 @@ def implementation_on(device: torch.device) -> tuple[str, Implementation]:
     """What the ops are on a device, in words, and how they are found."""
     if interpreted():
         return "Triton kernels, interpreted on the CPU", lambda op: OPS[op].launcher
-    kernels = device.type == "cuda" and find_spec("triton") is not None
-    return "Triton kernels" if kernels else "plain torch", lambda op: OPS[op].function
+    words = "plain torch"
+    if device.type == "npu":
+        words = ", ".join((*present(), words))
+    elif device.type == "cuda" and find_spec("triton") is not None:
+        words = "Triton kernels"
+    return words, lambda op: OPS[op].function
 
 
 class Progress:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from omni_kernels.device import Timer
 from omni_runtime.result import Timings
 
 
@@ -26,8 +26,7 @@ class LoopClock:
     """
 
     def __init__(self, device: torch.device, on_step: Callable[[int, int], None] | None = None) -> None:
-        self._device = device
-        self._events = _events_of(device)
+        self._timer = Timer(device)
         self._on_step = on_step
         self._marks: list[Any] = []
         self._steps = 0
@@ -56,12 +55,7 @@ class LoopClock:
 
     def mark(self) -> None:
         """Note this moment."""
-        if self._events is None:
-            self._marks.append(time.perf_counter())
-        else:
-            event = self._events.Event(enable_timing=True)
-            event.record(self._events.current_stream(self._device))
-            self._marks.append(event)
+        self._marks.append(self._timer.mark())
 
     def close_step(self) -> None:
         """Note the end of a step, and tell the listener."""
@@ -72,24 +66,12 @@ class LoopClock:
     def timings(self) -> Timings:
         """The request's seconds; waits for the device."""
         marks = self._marks
-        if self._events is not None:
-            marks[-1].synchronize()
-        spans = [self._seconds(start, end) for start, end in itertools.pairwise(marks)]
-        total = self._seconds(marks[0], marks[-1])
+        self._timer.wait(marks[-1])
+        spans = [self._timer.seconds(start, end) for start, end in itertools.pairwise(marks)]
+        total = self._timer.seconds(marks[0], marks[-1])
         if len(spans) < 2:  # a pipeline that shows no progress
             return Timings(total, 0.0, [], 0.0)
         return Timings(total, spans[0], spans[1:-1], spans[-1])
-
-    def _seconds(self, start: Any, end: Any) -> float:
-        return end - start if self._events is None else start.elapsed_time(end) / 1000
-
-
-def _events_of(device: torch.device) -> Any:
-    """torch.cuda, torch.npu, ...: the module with the device's events; None where the host's clock must do."""
-    if device.type == "cpu":
-        return None
-    module = torch.get_device_module(device)
-    return module if hasattr(module, "Event") and hasattr(module, "current_stream") else None
 
 
 class _Bar:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 
+from omni_kernels.device import load as load_kind
 from omni_kernels.patching.backends import nearest
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -141,15 +142,16 @@ def resolve_device(device: str | torch.device) -> torch.device:
         ValueError: no such device, here or at all.
         TypeError: neither text nor a torch.device.
     """
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if device == "auto":
-        return accelerator or torch.device("cpu")
     if not isinstance(device, str | torch.device):
         raise TypeError(f"device must be a string or a torch.device, not {type(device).__name__}")
     try:
-        wanted = torch.device(device)
-    except RuntimeError as error:
+        load_kind(str(device).partition(":")[0])
+        wanted = None if device == "auto" else torch.device(device)
+    except (RuntimeError, ImportError) as error:
         raise ValueError(f"unknown device {device!r}: {str(error).splitlines()[0]}") from None
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if wanted is None:
+        return accelerator or torch.device("cpu")
     count = torch.accelerator.device_count() if accelerator and accelerator.type == wanted.type else 0
     if wanted.type not in ("cpu", "meta") and (wanted.index or 0) >= count:
         here = ["cpu", *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()) if accelerator)]

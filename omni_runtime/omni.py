@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from omni_kernels.device import PeakMemory
 from omni_kernels.patching import PatchHandle, backends, handle_of, patch
 from omni_kernels.patching.calls import options_of
 from omni_kernels.patching.warming import STEPS, Warmup, warmup
@@ -233,6 +234,7 @@ class Omni:
         assert handle is not None  # load() has set it
         if not handle.active:
             raise RuntimeError(f"the pipeline was unpatched, so {self!r} has no cache to report of: make another Omni")
+        memory = PeakMemory(pipe._execution_device)
         clock = LoopClock(pipe._execution_device, None if handle.cache_backend else _without_cache(on_step))
         former, handle.on_step = handle.on_step, on_step
         try:
@@ -250,6 +252,7 @@ class Omni:
             prompt=one.prompt,
             seed=one.seed,
             settings=self._settings(one),
+            peak_memory=memory.bytes(),
         )
 
     def check_steps(self, steps: int | None) -> None:

@@ -51,6 +51,7 @@ class OmniResult:
         prompt: the prompt; None where embeddings were given.
         seed: makes the same images again; None where a generator was given.
         settings: all that the request depended on, fit for JSON.
+        peak_memory: bytes that tensors took on the device at most, the model's included; None on the CPU.
     """
 
     images: Any
@@ -59,6 +60,7 @@ class OmniResult:
     prompt: str | None = None
     seed: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    peak_memory: int | None = None
 
     def save(self, path: str | Path) -> list[Path]:
         """Write the images as PNG, with the settings in a text chunk.

@@ -8,11 +8,10 @@ multiprocessors, and no floating-point atomic is involved.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-
 import torch
 
+from omni_kernels.device import on_device_of as on_device_of
+from omni_kernels.device import warp_size
 from omni_kernels.ops._triton import tl, triton
 
 # Above this, programs take several blocks: it bounds what the second kernel, one program per sum, has to read, 32 KB.
@@ -75,19 +74,6 @@ def cut(n: int, block: int) -> tuple[int, int]:
     count = -(-n // block)
     blocks = -(-count // MAX_PARTIALS)
     return blocks, -(-count // blocks)
-
-
-def on_device_of(t: torch.Tensor) -> contextlib.AbstractContextManager[object]:
-    """Makes `t`'s GPU the current one, which is where Triton launches; costs nothing where it is already."""
-    if t.is_cuda and t.device.index != torch.cuda.current_device():
-        return torch.cuda.device(t.device)
-    return contextlib.nullcontext()
-
-
-@functools.cache
-def warp_size() -> int:
-    """Threads of a warp: 32, and on AMD what the device says, 64 (CDNA) or 32 (RDNA)."""
-    return torch.cuda.get_device_properties().warp_size if torch.version.hip else 32
 
 
 def warps(threads: int = THREADS) -> int:

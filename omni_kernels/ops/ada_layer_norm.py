@@ -10,6 +10,8 @@ of its inputs and of y, once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from omni_kernels.ops import _ascend, _norms, _samples
@@ -89,9 +91,11 @@ def reference(
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     eps: float = 1e-6,
+    *,
+    normed: Callable[..., torch.Tensor] = _norms.normed,
 ) -> torch.Tensor:
-    """In plain torch."""
-    y = _norms.modulate(_norms.normed(x.float(), norm, eps, weight, bias), scale, shift, index)
+    """In plain torch, but for the norm where another `normed` computes it."""
+    y = _norms.modulate(normed(x.float(), norm, eps, weight, bias), scale, shift, index)
     return y.to(x.dtype).contiguous()
 
 

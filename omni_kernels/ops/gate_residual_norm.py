@@ -128,9 +128,11 @@ def reference(
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     eps: float = 1e-6,
+    *,
+    normed: Callable[..., torch.Tensor] = _norms.normed,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """In plain torch."""
-    h = x.float() if x_weight is None else _norms.normed(x.float(), "rms", x_eps, x_weight)
+    """In plain torch, but for the norms where another `normed` computes them."""
+    h = x.float() if x_weight is None else normed(x.float(), "rms", x_eps, x_weight)
     if gate is None:
         h = residual + h
     else:
@@ -139,7 +141,7 @@ def reference(
     h = h.to(residual.dtype).contiguous()
     if norm is None:
         return h, None
-    y = _norms.modulate(_norms.normed(h.float(), norm, eps, weight, bias), scale, shift, index)
+    y = _norms.modulate(normed(h.float(), norm, eps, weight, bias), scale, shift, index)
     return h, y.to(h.dtype).contiguous()
 
 
@@ -261,9 +263,11 @@ def fake(
     return residual.new_empty(residual.shape), residual.new_empty(residual.shape)
 
 
-def _without_norm(
+def without_norm(
     implementation: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
 ) -> Callable[..., torch.Tensor]:
+    """An implementation as the op of h alone."""
+
     def run(
         residual: torch.Tensor,
         x: torch.Tensor,
@@ -290,7 +294,7 @@ _op = define(
 _op_without_norm = define(
     "gate_residual_norm.without_norm(Tensor residual, Tensor x, Tensor? gate, Tensor? index, bool gate_tanh, "
     "Tensor? x_weight, float x_eps) -> Tensor",
-    reference=_without_norm(reference),
-    triton=_without_norm(launch),
-    fake=_without_norm(fake),
+    reference=without_norm(reference),
+    triton=without_norm(launch),
+    fake=without_norm(fake),
 )

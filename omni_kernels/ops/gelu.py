@@ -100,7 +100,9 @@ def launch(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     return out if target.data_ptr() == out.data_ptr() else out.copy_(target.view(out.shape))
 
 
-def _into(implementation: Callable[..., torch.Tensor]) -> Callable[..., None]:
+def into(implementation: Callable[..., torch.Tensor]) -> Callable[..., None]:
+    """An implementation as the op that writes to its argument."""
+
     def run(x: torch.Tensor, out: torch.Tensor) -> None:
         implementation(x, out)
 
@@ -119,5 +121,5 @@ def fake(x: torch.Tensor) -> torch.Tensor:
 _op = define("gelu(Tensor x) -> Tensor", reference=reference, triton=launch, fake=fake)
 # An op that writes to an argument must return nothing for torch.compile to take it.
 _op_into = define(
-    "gelu_into(Tensor x, Tensor(a!) out) -> ()", reference=_into(reference), triton=_into(launch), fake=_nothing
+    "gelu_into(Tensor x, Tensor(a!) out) -> ()", reference=into(reference), triton=into(launch), fake=_nothing
 )

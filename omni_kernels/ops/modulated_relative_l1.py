@@ -9,6 +9,8 @@ returned, rounded to its dtype. Moves the bytes of its inputs and of m, once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from omni_kernels.ops import _ascend, _norms, _samples
@@ -81,9 +83,11 @@ def reference(
     norm: str = "layer",
     weight: torch.Tensor | None = None,
     eps: float = 1e-6,
+    *,
+    normed: Callable[..., torch.Tensor] = _norms.normed,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """In plain torch."""
-    m = _norms.normed(h.float(), norm, eps)
+    """In plain torch, but for the norm where another `normed` computes it."""
+    m = normed(h.float(), norm, eps)
     gain = _norms.per_token(scale).float() + 1.0
     if weight is not None:
         gain = gain * weight

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from omni_kernels.device import has_fp64
 from omni_kernels.ops import OPS
 from omni_kernels.validation.shapes import Shape
 
@@ -616,4 +617,4 @@ def _double(value: Any) -> Any:
     """In fp64, on the same device where that has fp64."""
     if isinstance(value, list):
         return [_double(t) for t in value]
-    return (value if value.device.type in ("cpu", "cuda") else value.cpu()).double()
+    return (value if has_fp64(value.device) else value.cpu()).double()

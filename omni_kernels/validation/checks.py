@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
+from omni_kernels.device import has_fp64
 from omni_kernels.validation import layouts, oracle
 from omni_kernels.validation.cases import USES, Use
 from omni_kernels.validation.memory import Placed, poisoned_outputs, same_bits
@@ -127,11 +128,6 @@ def plan(ops: Iterable[str], *, divisor: int, quick: bool) -> list[Check]:
         for use in uses
         if use.fits(shape)
     ]
-
-
-def has_fp64(device: torch.device) -> bool:
-    """Whether the oracle may compute there; elsewhere it does on the CPU."""
-    return device.type in ("cpu", "cuda")
 
 
 def run(

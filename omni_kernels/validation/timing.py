@@ -11,9 +11,10 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
+
+from omni_kernels.device import Timer
 
 Call = Callable[[], object]
 
@@ -33,8 +34,12 @@ def sets_for(device: torch.device, nbytes: int) -> int:
 
 def median_seconds(calls: Sequence[Call], device: torch.device, rounds: int = 20) -> float:
     """Seconds of one of `calls`, which do the same on different data: the median over `rounds` of their mean."""
-    on = {"cpu": _on_host, "cuda": _in_graph}.get(device.type, _on_stream)
-    times = on(calls, rounds)
+    if device.type == "cpu":
+        times = _on_host(calls, rounds)
+    elif device.type == "cuda":
+        times = _in_graph(calls, device, rounds)
+    else:
+        times = _on_stream(calls, device, rounds)
     return statistics.median(times) / len(calls)
 
 
@@ -50,33 +55,33 @@ def _on_host(calls: Sequence[Call], rounds: int) -> list[float]:
     return times
 
 
-def _in_graph(calls: Sequence[Call], rounds: int) -> list[float]:
+def _in_graph(calls: Sequence[Call], device: torch.device, rounds: int) -> list[float]:
     graph, outputs = _captured(calls)
-    times = _between_events(graph.replay, torch.cuda, rounds)
+    times = _between_events(graph.replay, device, rounds)
     del outputs
     return times
 
 
-def _on_stream(calls: Sequence[Call], rounds: int) -> list[float]:
+def _on_stream(calls: Sequence[Call], device: torch.device, rounds: int) -> list[float]:
     def run() -> None:
         for call in calls:
             call()
 
-    accelerator = torch.accelerator.current_accelerator()
-    return _between_events(run, getattr(torch, accelerator.type if accelerator else "cpu"), rounds)
+    return _between_events(run, device, rounds)
 
 
-def _between_events(run: Call, api: Any, rounds: int) -> list[float]:
-    """Seconds of `run`; `api` is the device type's own part of torch (torch.cuda, torch.npu)."""
+def _between_events(run: Call, device: torch.device, rounds: int) -> list[float]:
+    """Seconds of `run`."""
     for _ in range(3):
         run()
-    spans = [(api.Event(enable_timing=True), api.Event(enable_timing=True)) for _ in range(rounds)]
-    for start, end in spans:
-        start.record()
+    timer = Timer(device)
+    spans = []
+    for _ in range(rounds):
+        start = timer.mark()
         run()
-        end.record()
-    api.synchronize()
-    return [start.elapsed_time(end) / 1000 for start, end in spans]
+        spans.append((start, timer.mark()))
+    timer.wait(spans[-1][1])
+    return [timer.seconds(start, end) for start, end in spans]
 
 
 def _captured(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, list[object]]:

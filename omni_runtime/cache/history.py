@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from omni_kernels import ops
+from omni_kernels.device import has_fp64
 from omni_runtime.cache.forecasters import Forecaster, Weights, evenly_spaced
 
 #: Elements of a sample that are copied at once: 8 MB in float64.
@@ -147,7 +148,7 @@ def inner_products(snapshots: list[torch.Tensor]) -> np.ndarray:
     Summed in float64, or in float32 on devices that lack it, over pieces that bound the copy in that type.
     """
     like = snapshots[0]
-    dtype = torch.float64 if like.device.type in ("cpu", "cuda") else torch.float32
+    dtype = torch.float64 if has_fp64(like.device) else torch.float32
     total = torch.zeros(len(like), len(snapshots), len(snapshots), dtype=dtype, device=like.device)
     for pieces in zip(*(snapshot.flatten(1).split(PIECE, 1) for snapshot in snapshots), strict=True):
         rows = torch.stack([piece.to(dtype) for piece in pieces], 1)

@@ -1,12 +1,23 @@
 import dataclasses
 import platform
+import re
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
+import omni_kernels
 from omni_kernels import device
-from omni_kernels.device import Device, describe, pretend
+from omni_kernels.device import Device, PeakMemory, Timer, describe, pretend
+
+#: Who names torch.cuda, and why nobody else has to.
+CUDA_ALONE = {
+    "omni_kernels/device.py": "asks for everybody",
+    "omni_kernels/patching/graphs.py": "CUDA graphs",
+    "omni_kernels/validation/timing.py": "CUDA graphs",
+    "benchmarks/gpu.py": "measures on NVIDIA GPUs only",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -73,3 +84,40 @@ def test_pretending_ends_with_the_block():
 def test_a_description_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         describe("cpu").name = "another"
+
+
+def test_a_device_is_asked_in_one_place():
+    root = Path(omni_kernels.__file__).parents[1]
+    asking = re.compile(r"\btorch\.(cuda|npu|accelerator|get_device_module)\b(?=\.|\()")
+    found = {
+        path.relative_to(root).as_posix(): {match[1] for match in asking.finditer(path.read_text(encoding="utf-8"))}
+        for package in ("omni_kernels", "omni_runtime", "benchmarks")
+        for path in (root / package).rglob("*.py")
+    }
+    assert {path for path, parts in found.items() if parts & {"cuda", "npu", "get_device_module"}} == {*CUDA_ALONE}
+    # Of torch's own common interface, only which accelerators there are is asked elsewhere.
+    assert {path for path, parts in found.items() if "accelerator" in parts} == {
+        "omni_runtime/loading.py",
+        "benchmarks/train_emoji/__main__.py",
+    }
+
+
+def test_a_device_without_events_or_figures_of_memory(monkeypatch):
+    monkeypatch.setattr(torch, "get_device_module", lambda device: types.SimpleNamespace())
+    for kind in ("cpu", "meta"):
+        timer = Timer(torch.device(kind))
+        start, end = timer.mark(), timer.mark()
+        timer.wait(end)
+        assert timer.seconds(start, end) == end - start >= 0
+        assert PeakMemory(torch.device(kind)).bytes() is None
+
+
+def test_the_most_memory_since_it_was_asked_for(monkeypatch):
+    told = []
+    figures = types.SimpleNamespace(
+        reset_peak_memory_stats=lambda device: told.append(device), max_memory_allocated=lambda device: 7
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda device: figures)
+    gpu = torch.device("cuda", 1)
+    assert PeakMemory(gpu).bytes() == 7
+    assert told == [gpu]

@@ -41,7 +41,7 @@ class Pipe:
 class Host:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
-        monkeypatch.setattr("omni_runtime.clock.time.perf_counter", lambda: self.now)
+        monkeypatch.setattr("omni_kernels.device.time.perf_counter", lambda: self.now)
 
     def advance(self, seconds: float) -> None:
         self.now += seconds

@@ -1,0 +1,41 @@
+"""swiglu by `npu_swiglu`, which takes both halves in one contiguous tensor (`operators`).
+
+Halves of one packed projection are that. Others would have to be put side by side first, which moves as many bytes as
+the operators of plain torch do.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from omni_kernels.ascend.operators import fused
+from omni_kernels.ops.swiglu import reference
+
+#: Dimensions that the operator takes.
+MOST_DIMENSIONS = 8
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """See `omni_kernels.ops.swiglu`."""
+    operator = fused("npu_swiglu")
+    both = None if operator is None else packed(gate, up)
+    if operator is None or both is None or gate.dim() > MOST_DIMENSIONS:
+        return reference(gate, up)
+    if gate.dtype is torch.float16:
+        both = both.float()
+    out: torch.Tensor = operator(both, -1).to(gate.dtype)
+    return out
+
+
+def packed(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor | None:
+    """The contiguous tensor [..., 2·n] whose halves `gate` and `up` are, or None."""
+    n = gate.shape[-1]
+    if (
+        not gate.numel()
+        or (gate.dtype, gate.stride()) != (up.dtype, up.stride())
+        or up.storage_offset() - gate.storage_offset() != n
+        or up.untyped_storage().data_ptr() != gate.untyped_storage().data_ptr()
+    ):
+        return None
+    both = gate.as_strided((*gate.shape[:-1], 2 * n), gate.stride())
+    return both if both.is_contiguous() else None
