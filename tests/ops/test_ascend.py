@@ -130,6 +130,13 @@ def test_the_stand_in_for_the_last_stage_keeps_what_it_is_given(tmp_path):
     assert out.with_suffix(".o").read_text() == "planned"
 
 
+@pytest.fixture
+def linux(monkeypatch):
+    """Of which the wheels are, wherever the test runs."""
+    monkeypatch.setattr(ascend_ir.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(ascend_ir.platform, "machine", lambda: "x86_64")
+
+
 def test_a_damaged_wheel_is_refused(tmp_path):
     wheel = tmp_path / "some.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
@@ -139,7 +146,7 @@ def test_a_damaged_wheel_is_refused(tmp_path):
         ascend_ir.unpack(wheel, tmp_path / "unpacked")
 
 
-def test_another_file_of_the_wheels_name_is_refused(tmp_path, monkeypatch):
+def test_another_file_of_the_wheels_name_is_refused(linux, tmp_path, monkeypatch):
     def pip(command, **environment):
         (Path(command[command.index("--dest") + 1]) / "triton_ascend-3.2.0-cp311.whl").write_text("no wheel")
 
@@ -149,7 +156,7 @@ def test_another_file_of_the_wheels_name_is_refused(tmp_path, monkeypatch):
     assert Tools.found(tmp_path) is None
 
 
-def test_without_the_compilers_the_command_says_so(tmp_path, monkeypatch, capsys):
+def test_without_the_compilers_the_command_says_so(linux, tmp_path, monkeypatch, capsys):
     def offline(*command, **environment):
         raise ToolError("pip ended with 1:\nno network")
 
