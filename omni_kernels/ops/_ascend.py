@@ -69,7 +69,7 @@ def grid(t: torch.Tensor, programs: int) -> tuple[int]:
     return (programs,)
 
 
-def falls_back(reference: Callable[P, R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def falls_back(reference: Callable[..., R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Has a launcher's work done in plain torch where its grid has too many programs; nothing was launched by then."""
 
     def decorate(launch: Callable[P, R]) -> Callable[P, R]:
