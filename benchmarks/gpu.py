@@ -20,6 +20,7 @@ os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 import argparse
 import dataclasses
+import datetime
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -79,6 +80,7 @@ def report(device: torch.device, rows: Sequence[Row]) -> dict[str, Any]:
     held = [r for r in rows if r.has_target]
     return {
         "command": COMMAND,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(device),
         "copy_gb_per_s": round(copy_bandwidth(device) / 1e9, 1),
         "timing": "median of 20 replays of a graph of launches on different data; checked against fp64 first",

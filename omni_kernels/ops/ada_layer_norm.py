@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from omni_kernels.ops import _ascend, _norms, _samples
+from omni_kernels.ops import _ascend, _norms, _samples, _tiles
 from omni_kernels.ops._checks import alike, unlike
 from omni_kernels.ops._triton import tl, triton
 from omni_kernels.registration import define, eager_on_cpu, nbytes
@@ -150,7 +150,7 @@ def launch(
     if y.numel() == 0:
         return y
     x, scale, shift = _norms.rows(x), _norms.modulation_rows(scale), _norms.modulation_rows(shift)
-    rows, block, num_warps = _norms.cut(S, D, 1 if _ascend.here(x) else TILE)
+    rows, block, num_warps = _norms.cut(S, D, 1 if _ascend.here(x) else _tiles.tile("ada_layer_norm", x, TILE))
     tiles = triton.cdiv(S, rows)
     with _samples.on_device_of(x):
         ada_layer_norm_kernel[_ascend.grid(x, B * tiles)](

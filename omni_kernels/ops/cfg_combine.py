@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from omni_kernels.ops import _ascend, _rows, _samples
+from omni_kernels.ops import _ascend, _rows, _samples, _tiles
 from omni_kernels.ops._checks import alike, unlike
 from omni_kernels.ops._triton import tl, triton
 from omni_kernels.registration import define, eager_on_cpu, nbytes
@@ -121,7 +121,7 @@ def launch(cond: torch.Tensor, uncond: torch.Tensor, scale: float, rescale: str 
     (cond, uncond, target), strides, R, n = _rows.by_row(cond, uncond, out, length=None if rescale is None else D)
     with _samples.on_device_of(out):
         if rescale is None:
-            block = _ascend.tile("cfg_combine", out, BLOCK)
+            block = _tiles.tile("cfg_combine", out, BLOCK)
             blocks = -(-n // block)
             cfg_combine_kernel[_ascend.grid(out, R * blocks)](
                 cond, uncond, target, n, scale, *strides, blocks,
@@ -129,7 +129,7 @@ def launch(cond: torch.Tensor, uncond: torch.Tensor, scale: float, rescale: str 
             )  # fmt: skip
         else:
             block = max(_samples.MIN_WIDTH, triton.next_power_of_2(D))
-            rows = max(1, min(_ascend.tile("cfg_combine", out, TILE) // block, triton.next_power_of_2(R)))
+            rows = max(1, min(_tiles.tile("cfg_combine", out, TILE) // block, triton.next_power_of_2(R)))
             num_warps = _samples.warps(max(_samples.THREADS, block // 16))
             cfg_rescale_kernel[_ascend.grid(out, -(-R // rows))](
                 cond, uncond, target, R, scale, *strides,

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from omni_kernels.ops import _ascend, _norms, _samples
+from omni_kernels.ops import _ascend, _norms, _samples, _tiles
 from omni_kernels.ops._checks import alike, unlike
 from omni_kernels.ops._triton import tl, triton
 from omni_kernels.registration import define, eager_on_cpu, nbytes
@@ -231,7 +231,8 @@ def launch(
     residual, x = _norms.rows(residual), _norms.rows(x)
     gate, scale, shift = (_norms.modulation_rows(t) for t in (gate, scale, shift))
     x_weight, weight, bias = (_norms.vector(t) for t in (x_weight, weight, bias))
-    rows, block, num_warps = _norms.cut(S, D, 1 if _ascend.here(residual) else TILE)
+    tile = 1 if _ascend.here(residual) else _tiles.tile("gate_residual_norm", residual, TILE)
+    rows, block, num_warps = _norms.cut(S, D, tile)
     tiles = triton.cdiv(S, rows)
     with _samples.on_device_of(residual):
         gate_residual_norm_kernel[_ascend.grid(residual, B * tiles)](

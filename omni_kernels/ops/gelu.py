@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from omni_kernels.ops import _ascend, _rows, _samples
+from omni_kernels.ops import _ascend, _rows, _samples, _tiles
 from omni_kernels.ops._checks import alike, unlike
 from omni_kernels.ops._triton import tl, triton
 from omni_kernels.registration import define, eager_on_cpu, nbytes
@@ -89,7 +89,7 @@ def launch(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     if out.numel() == 0:
         return out
     (x, target), strides, R, n = _rows.by_row(x, out)
-    block = _ascend.tile("gelu", out, BLOCK)
+    block = _tiles.tile("gelu", out, BLOCK)
     blocks = -(-n // block)
     with _samples.on_device_of(out):
         gelu_kernel[_ascend.grid(out, R * blocks)](

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from omni_kernels.ops import _ascend, _samples
+from omni_kernels.ops import _ascend, _samples, _tiles
 from omni_kernels.ops._checks import DTYPES, alike, unlike
 from omni_kernels.ops._triton import tl, triton
 from omni_kernels.registration import define, eager_on_cpu, nbytes
@@ -196,7 +196,7 @@ def launch(
         read, strides = [t for t, _ in views[1:]], [stride for _, stride in views]
     out_stride, *strides = strides
     base, base_stride = (None, 0) if base is None else (read.pop(0), strides.pop(0))
-    block = _ascend.tile("linear_forecast", target, BLOCK)
+    block = _tiles.tile("linear_forecast", target, BLOCK)
     blocks = -(-n // block)
     p_weights, numbers = (weights, None) if isinstance(weights, torch.Tensor) else (None, tuple(weights))
     with _samples.on_device_of(target):

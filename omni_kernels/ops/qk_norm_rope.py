@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch.compiler import is_dynamo_compiling
 
-from omni_kernels.ops import _ascend, _samples
+from omni_kernels.ops import _ascend, _samples, _tiles
 from omni_kernels.ops._checks import DTYPES, alike, unlike
 from omni_kernels.ops._triton import tl, triton
 from omni_kernels.registration import define, eager_on_cpu, nbytes
@@ -398,7 +398,8 @@ def launch(
         rows = max(1, min(_ascend.TILES["qk_norm_rope"], token) // block)
         programs, threads = S * -(-H // rows), _samples.THREADS
     else:
-        rows = max(1, min(TILE * (1 if interleaved else 2) // block, triton.next_power_of_2(S * H)))
+        tile = _tiles.tile("qk_norm_rope", q, TILE) * (1 if interleaved else 2)
+        rows = max(1, min(tile // block, triton.next_power_of_2(S * H)))
         programs, threads = -(-S * H // rows), _samples.THREADS
     if freqs is not None and freqs.stride()[-2:] != (2, 1):
         freqs = freqs.contiguous()

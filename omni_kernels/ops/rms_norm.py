@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from omni_kernels.ops import _ascend, _norms, _samples
+from omni_kernels.ops import _ascend, _norms, _samples, _tiles
 from omni_kernels.ops._checks import DTYPES, unlike
 from omni_kernels.ops._triton import tl, triton
 from omni_kernels.registration import define, eager_on_cpu, nbytes
@@ -101,7 +101,7 @@ def launch(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-
         x = x.contiguous()
         levels = _levels(x)
     (n0, stride_0), (n1, stride_1), (n2, stride_2) = [(1, 0)] * (3 - len(levels)) + levels
-    rows, block, num_warps = _norms.cut(n2, D, _ascend.tile("rms_norm", x, TILE))
+    rows, block, num_warps = _norms.cut(n2, D, _tiles.tile("rms_norm", x, TILE))
     tiles = triton.cdiv(n2, rows)
     with _samples.on_device_of(x):
         rms_norm_kernel[_ascend.grid(x, n0 * n1 * tiles)](

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from omni_kernels.ops import _ascend, _rows, _samples
+from omni_kernels.ops import _ascend, _rows, _samples, _tiles
 from omni_kernels.ops._checks import alike, unlike
 from omni_kernels.ops._triton import tl, triton
 from omni_kernels.registration import define, eager_on_cpu, nbytes
@@ -85,7 +85,7 @@ def launch(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     if out.numel() == 0:
         return out
     (gate, up, target), strides, R, n = _rows.by_row(gate, up, out)
-    block = _ascend.tile("swiglu", out, BLOCK)
+    block = _tiles.tile("swiglu", out, BLOCK)
     blocks = -(-n // block)
     with _samples.on_device_of(out):
         swiglu_kernel[_ascend.grid(out, R * blocks)](

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from omni_kernels.compilations import Compilations, following
+from omni_kernels.device import synchronize
 from omni_kernels.patching.api import handle_of
 
 #: Of a rehearsal every third step is computed: so many steps are enough for forecasts of order 2, corrected.
@@ -61,6 +62,5 @@ def warmup(pipe: Any, *, steps: int = STEPS, **arguments: Any) -> Warmup:
     with following() as compiled, contextlib.nullcontext() if handle is None else handle.rehearsal():
         start = time.perf_counter()
         pipe(**given)
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
+        synchronize(pipe._execution_device)
     return Warmup(time.perf_counter() - start, compiled)

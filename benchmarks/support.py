@@ -1,0 +1,121 @@
+"""What is known of every op on every vendor's devices, from the files under results/, as the README's table.
+
+    python -m benchmarks.support           # prints the table
+    python -m benchmarks.support --write   # puts it into README.md
+
+A cell says the most that a file shows: measured on a device (which, when, GB/s and the share of the bandwidth at which
+it copies), computed on a CPU from the vendor's IR, compiled, or not covered. Files of measurements are those that
+`python -m benchmarks.gpu` and `python -m omni_kernels.validate` have written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import RESULTS
+from omni_kernels.ops import OPS
+from omni_kernels.validation.cases import CASES
+
+COMMAND = "python -m benchmarks.support --write"
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = f"<!-- {COMMAND} -->", "<!-- end of the table -->"
+NOT_COVERED = "not covered"
+
+#: Vendor → the table's head.
+VENDORS = {"nvidia": "NVIDIA", "amd": "AMD", "ascend": "Ascend"}
+#: The first letters of an architecture → whose it is.
+ARCHITECTURES = {"sm": "nvidia", "gf": "amd"}
+
+
+def measured(directory: Path) -> Iterator[tuple[str, str, str]]:
+    """(op, vendor, what was measured) of every device that there is a file of."""
+    for path in sorted(directory.glob("*.json")):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        rows = document.get("rows") or document.get("measurements") or []
+        vendor = document.get("machine", {}).get("vendor")
+        if vendor not in VENDORS or not document.get("copy_gb_per_s"):
+            continue
+        largest: dict[str, Mapping[str, Any]] = {}  # what is small waits for the launch
+        for row in rows:
+            op = CASES[row["case"]].op if row.get("case") in CASES else None
+            if op is None or row["provider"] != "ours" or not row.get("gb_per_s"):
+                continue
+            if op not in largest or row["bytes"] > largest[op]["bytes"]:
+                largest[op] = row
+        for op, row in largest.items():
+            when = document["date"][:10]
+            yield op, vendor, f"{document['machine']['name']}, {when}: {row['gb_per_s']:.0f} GB/s, {row['share']:.0%}"
+
+
+def from_ir(directory: Path) -> Iterator[tuple[str, str, str]]:
+    """(op, vendor, what Ascend's compilers made of it)."""
+    path = directory / "ascend-lowering.json"
+    if path.is_file():
+        document = json.loads(path.read_text(encoding="utf-8"))
+        targets = ", ".join(target.removeprefix("Ascend") for target in document["targets"])
+        for row in document["support"]:
+            yield row["op"], "ascend", f"{row['support']} ({targets})"
+
+
+def compiled(directory: Path) -> Iterator[tuple[str, str, str]]:
+    """(op, vendor, the architectures that all of its launches are compiled for)."""
+    path = directory / "kernels.csv"
+    if not path.is_file():
+        return
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    targets: dict[tuple[str, str], dict[str, None]] = {}
+    for row in csv.DictReader(lines):
+        vendor = ARCHITECTURES[row["target"][:2]]
+        op, *words = row["launch"].split()
+        # euler_step is a call of linear_forecast's launcher, and its launch is named so.
+        targets.setdefault(("euler_step" if "euler_step" in words else op, vendor), {})[row["target"]] = None
+    for (op, vendor), names in targets.items():
+        yield op, vendor, f"compiled: {', '.join(names)}"
+
+
+def table(directory: Path = RESULTS) -> str:
+    """The table, in Markdown."""
+    cells: dict[tuple[str, str], list[str]] = {}
+    for source in (measured, from_ir, compiled):  # from the most to the least
+        found: dict[tuple[str, str], list[str]] = {}
+        for op, vendor, told in source(directory):
+            found.setdefault((op, vendor), []).append(told)
+        cells = found | cells
+    rows = [[f"`{op}`", *("; ".join(cells.get((op, vendor), [NOT_COVERED])) for vendor in VENDORS)] for op in OPS]
+    lines = [["op", *VENDORS.values()], ["---"] * (len(VENDORS) + 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |".replace("| --- ", "|---").replace("---|", "---|") for line in lines)
+
+
+def written(text: str, made: str) -> str:
+    """A README's text with the table in its place.
+
+    Raises:
+        ValueError: it has no place for one.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"there is no {BEGIN} … {END}")
+    return f"{before}{BEGIN}\n{made}\n{END}{after}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.support", description=__doc__.split("\n")[0])
+    parser.add_argument("--write", action="store_true", help=f"into {README.name}")
+    options = parser.parse_args(argv)
+    made = table()
+    if options.write:
+        README.write_text(written(README.read_text(encoding="utf-8"), made), encoding="utf-8")
+    print(made)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""`python -m omni_kernels.tune`: tiles that this GPU runs faster than those that the ops choose for themselves.
+
+    python -m omni_kernels.tune [--ops gelu,rms_norm] [--out FILE] [--dry-run]
+
+Every op has one tile, chosen for the reason that stands beside it in its file. This measures others, at the shapes of
+`omni_kernels.validation.shapes`: each is checked against fp64 and timed, and the fastest three times more in turns with
+the op's own. Only where it then takes at least 5% less time is it written, with what was measured, to
+omni_kernels/tuned/<device>.json, which `ops._tiles` takes up by itself on such a device.
+
+Ops that sum over a sample (relative_l1, residual_relative_l1, modulated_relative_l1) are left alone: how a sample is
+cut decides the order in which it is summed, and their sums are to be the same bits on every GPU.
+
+Exit codes: 0 measured, whatever came of it; 2 wrong usage; 3 no GPU. `--dry-run` measures nothing: it compiles for
+sm_90 what would be tried.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from omni_kernels.device import device_count
+from omni_kernels.ops import OPS, _tiles
+from omni_kernels.validation import aot, record
+from omni_kernels.validation.cases import CASES, PROVIDERS, Case
+from omni_kernels.validation.measurement import calls_for
+from omni_kernels.validation.shapes import FULL, Shape
+from omni_kernels.validation.timing import median_seconds
+
+COMMAND = "python -m omni_kernels.tune"
+NO_DEVICE = 3
+TARGET = "sm_90"
+#: The ops that have their tile from `_tiles`.
+TUNABLE = (
+    "ada_layer_norm", "gate_residual_norm", "rms_norm", "qk_norm_rope", "gelu", "swiglu", "cfg_combine",
+    "linear_forecast",
+)  # fmt: skip
+#: Elements of a tile that are tried.
+CANDIDATES = (1024, 2048, 4096, 8192)
+#: The share of the time that another tile must save.
+LEAST_GAIN = 0.05
+ROUNDS = 10
+
+
+def own_tile(op: str) -> int:
+    """Elements of the tile that an op chooses for itself."""
+    file = importlib.import_module(f"omni_kernels.ops.{op}")
+    return int(file.BLOCK if hasattr(file, "BLOCK") else file.TILE)
+
+
+def trials(ops: Sequence[str]) -> Iterator[tuple[Case, Shape, list[int]]]:
+    """The uses of these ops, the shapes at which time is a matter of memory, and the other tiles."""
+    for case in CASES.values():
+        for shape in FULL if case.op in ops else ():
+            if case.fits(shape) and shape.nbytes > 1 << 20:
+                yield case, shape, [one for one in CANDIDATES if one != own_tile(case.op)]
+
+
+def faster(
+    case: Case,
+    shape: Shape,
+    candidates: Sequence[int],
+    device: torch.device,
+    seconds: Callable[..., float] = median_seconds,
+) -> dict[str, Any] | None:
+    """What was measured of the fastest of these tiles, where it saves enough; None where none does.
+
+    Raises:
+        AssertionError: with one of them, the result is wrong.
+    """
+    run = PROVIDERS["ours"](case)
+
+    def timed(tile: int | None) -> float:
+        with _tiles.trying(case.op, tile):
+            calls, _ = calls_for(case, shape, "ours", run, device)
+            return seconds(calls, device, ROUNDS)
+
+    times = {tile: timed(tile) for tile in candidates}
+    best = min(times, key=times.__getitem__)
+    turns = [(timed(None), timed(best)) for _ in range(3)]
+    before, after = (sorted(one)[1] for one in zip(*turns, strict=True))
+    if after > (1 - LEAST_GAIN) * before:
+        return None
+    return {
+        "op": case.op,
+        "case": case.name,
+        "shape": str(shape),
+        "dtype": str(shape.dtype).removeprefix("torch."),
+        "channels": shape.D,
+        "tile": best,
+        "us": round(after * 1e6, 2),
+        "own_tile": own_tile(case.op),
+        "own_us": round(before * 1e6, 2),
+    }
+
+
+def agreed(rows: Sequence[dict[str, Any]], tried: Sequence[tuple[str, int, str]]) -> list[dict[str, Any]]:
+    """Of what was faster, what is so in all uses of an op with as many channels; the one that saves the least of it.
+
+    Args:
+        rows: from `faster`.
+        tried: op, channels and dtype of every use and shape that was measured.
+    """
+    kept = []
+    for key in dict.fromkeys((row["op"], row["channels"], row["dtype"]) for row in rows):
+        alike = [row for row in rows if (row["op"], row["channels"], row["dtype"]) == key]
+        if len(alike) == sum(one == key for one in tried) and len({row["tile"] for row in alike}) == 1:
+            kept.append(max(alike, key=lambda row: row["us"] / row["own_us"]))
+    return kept
+
+
+def compiled(ops: Sequence[str]) -> list[str]:
+    """The kernels that would be tried, each compiled for `TARGET`; tokens are cut to 64 and samples to 2."""
+    names = []
+    for case, shape, candidates in trials(ops):
+        small = dataclasses.replace(shape, B=min(shape.B, 2), S=min(shape.S, 64))
+        args, kwargs = case.ours(case.inputs(small, torch.device("cpu")))
+        for tile in candidates:
+            with _tiles.trying(case.op, tile):
+                found = aot.launches(TARGET, lambda: OPS[case.op].launcher(*args, **kwargs))  # noqa: B023
+            names += [kernel.metadata.name for kernel in found]
+    return names
+
+
+@torch.no_grad()
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code, or raises SystemExit(2) where it is used wrongly."""
+    parser = argparse.ArgumentParser(prog=COMMAND, description=(__doc__ or "").split("\n")[0].partition(": ")[2])
+    parser.add_argument("--ops", default=",".join(TUNABLE), metavar="NAMES", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: omni_kernels/tuned/<device>.json")
+    parser.add_argument("--dry-run", action="store_true", help=f"compile for {TARGET} what would be tried")
+    options = parser.parse_args(argv)
+    ops = [name.strip() for name in options.ops.split(",") if name.strip()]
+    for name in ops:
+        if name not in TUNABLE:
+            parser.error(f"--ops: {name!r} has no tile to choose; those that have: {', '.join(TUNABLE)}")
+    if options.dry_run:
+        names = compiled(ops)
+        print(f"{len(names)} launches of {len(set(names))} kernels compiled for {TARGET}; nothing was measured")
+        return 0
+    if not device_count("cuda"):
+        print("there is no GPU here: nothing was measured", file=sys.stderr)
+        return NO_DEVICE
+    device = torch.device("cuda", 0)
+    tried, rows = [], []
+    for case, shape, candidates in trials(ops):
+        found = faster(case, shape, candidates, device)
+        tried.append((case.op, shape.D, str(shape.dtype).removeprefix("torch.")))
+        told = f"{found['tile']} saves {1 - found['us'] / found['own_us']:.0%}" if found else "the op's own is as fast"
+        print(f"{case.name} at {shape}: {told}", flush=True)
+        rows += [found] if found else []
+    kept = agreed(rows, tried)
+    path = options.out or _tiles.TUNED / f"{record.slug(record.device_name(device))}.json"
+    record.write(
+        path,
+        {
+            "command": COMMAND,
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "machine": record.machine(device),
+            "least_gain": LEAST_GAIN,
+            "rows": kept,
+        },
+    )
+    print(f"{len(kept)} of {len(set(tried))} tiles are others; written to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
