@@ -136,7 +136,7 @@ def on_device_of(t: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     """Makes `t`'s device the current one, which is where Triton launches; costs nothing where it is already."""
     if t.is_cuda and t.device.index != torch.cuda.current_device():
         return torch.cuda.device(t.device)
-    if t.is_cuda or t.is_cpu:
+    if t.is_cuda or t.is_cpu or t.is_meta:
         return contextlib.nullcontext()
     context: contextlib.AbstractContextManager[object] = _part(t.device).device(t.device)
     return context
