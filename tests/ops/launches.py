@@ -91,8 +91,8 @@ def recorded(warp_size: int = 32) -> Iterator[list[Configuration]]:
         yield found
 
 
-def configurations(launch: Callable[[], object]) -> list[Configuration]:
+def configurations(launch: Callable[[], object], warp_size: int = 32) -> list[Configuration]:
     """Of the kernels that it launches, in order."""
-    with recorded() as found:
+    with recorded(warp_size) as found:
         launch()
     return found
