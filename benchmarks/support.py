@@ -39,7 +39,7 @@ def measured(directory: Path) -> Iterator[tuple[str, str, str]]:
         document = json.loads(path.read_text(encoding="utf-8"))
         rows = document.get("rows") or document.get("measurements") or []
         vendor = document.get("machine", {}).get("vendor")
-        if vendor not in VENDORS or not document.get("copy_gb_per_s"):
+        if vendor not in VENDORS or not document.get("copy_gb_per_s") or document.get("verdict") == "failed":
             continue
         largest: dict[str, Mapping[str, Any]] = {}  # what is small waits for the launch
         for row in rows:
@@ -69,14 +69,17 @@ def compiled(directory: Path) -> Iterator[tuple[str, str, str]]:
     if not path.is_file():
         return
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-    targets: dict[tuple[str, str], dict[str, None]] = {}
+    launches: dict[tuple[str, str], dict[str, list[str]]] = {}  # of an op and vendor: targets by the launch
     for row in csv.DictReader(lines):
         vendor = ARCHITECTURES[row["target"][:2]]
         op, *words = row["launch"].split()
         # euler_step is a call of linear_forecast's launcher, and its launch is named so.
-        targets.setdefault(("euler_step" if "euler_step" in words else op, vendor), {})[row["target"]] = None
-    for (op, vendor), names in targets.items():
-        yield op, vendor, f"compiled: {', '.join(names)}"
+        of_op = launches.setdefault(("euler_step" if "euler_step" in words else op, vendor), {})
+        of_op.setdefault(row["launch"], []).append(row["target"])
+    for (op, vendor), by_launch in launches.items():
+        first, *others = by_launch.values()
+        if names := [name for name in dict.fromkeys(first) if all(name in each for each in others)]:
+            yield op, vendor, f"compiled: {', '.join(names)}"
 
 
 def table(directory: Path = RESULTS) -> str:

@@ -142,6 +142,11 @@ def on_device_of(t: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     return context
 
 
+def capturing(t: torch.Tensor) -> bool:
+    """Whether what is now done with `t` is recorded as a CUDA graph."""
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 @functools.cache
 def warp_size() -> int:
     """Threads of a GPU's warp: 32, and on AMD what the device says, 64 (CDNA) or 32 (RDNA)."""
@@ -151,7 +156,8 @@ def warp_size() -> int:
 def synchronize(device: torch.device) -> None:
     """Wait until `device` has done all that it was given."""
     if device.type != "cpu":
-        _part(device).synchronize(device)
+        part = _part(device)
+        part.synchronize() if device.type == "mps" else part.synchronize(device)
 
 
 class Timer:

@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import datetime
 import importlib
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -71,48 +72,53 @@ def faster(
     device: torch.device,
     seconds: Callable[..., float] = median_seconds,
 ) -> dict[str, Any] | None:
-    """What was measured of the fastest of these tiles, where it saves enough; None where none does.
+    """What was measured of the fastest of these tiles; None for a use that has its tile not from `_tiles`.
 
     Raises:
         AssertionError: with one of them, the result is wrong.
     """
     run = PROVIDERS["ours"](case)
 
-    def timed(tile: int | None) -> float:
+    own = own_tile(case.op)
+
+    def timed(tile: int) -> float:
         with _tiles.trying(case.op, tile):
             calls, _ = calls_for(case, shape, "ours", run, device)
             return seconds(calls, device, ROUNDS)
 
+    with _tiles.trying(case.op, own) as asked:
+        calls_for(case, shape, "ours", run, device)
+    if not asked:
+        return None
     times = {tile: timed(tile) for tile in candidates}
     best = min(times, key=times.__getitem__)
-    turns = [(timed(None), timed(best)) for _ in range(3)]
+    turns = [(timed(own), timed(best)) for _ in range(3)]
     before, after = (sorted(one)[1] for one in zip(*turns, strict=True))
-    if after > (1 - LEAST_GAIN) * before:
-        return None
+    channels, dtype = asked[-1]
     return {
         "op": case.op,
         "case": case.name,
         "shape": str(shape),
-        "dtype": str(shape.dtype).removeprefix("torch."),
-        "channels": shape.D,
+        "dtype": dtype,
+        "channels": channels,
         "tile": best,
         "us": round(after * 1e6, 2),
-        "own_tile": own_tile(case.op),
+        "own_tile": own,
         "own_us": round(before * 1e6, 2),
     }
 
 
-def agreed(rows: Sequence[dict[str, Any]], tried: Sequence[tuple[str, int, str]]) -> list[dict[str, Any]]:
-    """Of what was faster, what is so in all uses of an op with as many channels; the one that saves the least of it.
+def saves(row: dict[str, Any]) -> bool:
+    """Whether what was measured is worth a tile of its own."""
+    return bool(row["us"] <= (1 - LEAST_GAIN) * row["own_us"])
 
-    Args:
-        rows: from `faster`.
-        tried: op, channels and dtype of every use and shape that was measured.
-    """
+
+def agreed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of what was measured, tiles that save enough in all uses of an op with as many channels: where it is least."""
     kept = []
     for key in dict.fromkeys((row["op"], row["channels"], row["dtype"]) for row in rows):
         alike = [row for row in rows if (row["op"], row["channels"], row["dtype"]) == key]
-        if len(alike) == sum(one == key for one in tried) and len({row["tile"] for row in alike}) == 1:
+        if all(map(saves, alike)) and len({row["tile"] for row in alike}) == 1:
             kept.append(max(alike, key=lambda row: row["us"] / row["own_us"]))
     return kept
 
@@ -150,15 +156,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("there is no GPU here: nothing was measured", file=sys.stderr)
         return NO_DEVICE
     device = torch.device("cuda", 0)
-    tried, rows = [], []
+    rows = []
     for case, shape, candidates in trials(ops):
         found = faster(case, shape, candidates, device)
-        tried.append((case.op, shape.D, str(shape.dtype).removeprefix("torch.")))
-        told = f"{found['tile']} saves {1 - found['us'] / found['own_us']:.0%}" if found else "the op's own is as fast"
-        print(f"{case.name} at {shape}: {told}", flush=True)
-        rows += [found] if found else []
-    kept = agreed(rows, tried)
+        if found is not None:
+            print(f"{case.name} at {shape}: {found['tile']} takes {found['us'] / found['own_us']:.0%}", flush=True)
+            rows.append(found)
     path = options.out or _tiles.TUNED / f"{record.slug(record.device_name(device))}.json"
+    before = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    kept = [row for row in before if row["op"] not in ops] + agreed(rows)
     record.write(
         path,
         {
@@ -169,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "rows": kept,
         },
     )
-    print(f"{len(kept)} of {len(set(tried))} tiles are others; written to {path}")
+    print(f"{len(kept)} tiles are others than the ops' own; written to {path}")
     return 0
 
 

@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 
+from omni_kernels.ascend import by_triton
 from omni_kernels.ascend.operators import present
 from omni_kernels.compilations import following
 from omni_kernels.device import device_count
@@ -86,7 +87,9 @@ def implementation_on(device: torch.device) -> tuple[str, Implementation]:
         return "Triton kernels, interpreted on the CPU", lambda op: OPS[op].launcher
     words = "plain torch"
     if device.type == "npu":
-        words = ", ".join((*present(), words))
+        # euler_step is a call of linear_forecast.
+        kernels = [op for op in OPS if by_triton("linear_forecast" if op == "euler_step" else op)]
+        words = ", ".join(([f"Triton kernels for {' and '.join(kernels)}"] if kernels else []) + [*present(), words])
     elif device.type == "cuda" and find_spec("triton") is not None:
         words = "Triton kernels"
     return words, lambda op: OPS[op].function

@@ -44,6 +44,7 @@ def results(tmp_path: Path) -> Path:
     }
     (tmp_path / "ascend-lowering.json").write_text(json.dumps(ascend))
     lines = ["# triton 3", "launch,target,kernel", "gelu odd,sm_90,k", "gelu batch,sm_90,k", "swiglu odd,sm_80,k"]
+    lines += ["swiglu odd,sm_90,k", "swiglu packed,sm_80,k"]
     (tmp_path / "kernels.csv").write_text("\n".join([*lines, "swiglu odd,gfx942,k\n"]))
     return tmp_path
 

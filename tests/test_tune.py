@@ -1,5 +1,6 @@
 """Tiles by device: what is tried, what is kept of it, and what a launcher then takes."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -48,26 +49,49 @@ def test_ops_that_sum_over_a_sample_are_left_alone() -> None:
 
 def timing(saved: dict[int, float], op: str) -> Any:
     """A clock by which tiles save so much of a second; it sees which tile is being tried."""
-    return lambda calls, device, rounds: 1.0 - saved.get(_tiles._tried.get(op, 0), 0.0)
+    return lambda calls, device, rounds: 1.0 - saved.get(_tiles._tried[op][0], 0.0)
 
 
-def test_only_what_saves_enough_is_written_down() -> None:
+def test_only_what_saves_enough_is_written_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched("gelu", monkeypatch)
     case = CASES["gelu"]
     found = tune.faster(case, SMALL, [1024, 2048], CPU, timing({1024: 0.04, 2048: 0.06}, "gelu"))
     assert found is not None
     assert (found["tile"], found["own_tile"], found["us"], found["own_us"]) == (2048, 4096, 0.94e6, 1e6)
-    assert tune.faster(case, SMALL, [1024, 2048], CPU, timing({1024: 0.04, 2048: 0.049}, "gelu")) is None
+    assert tune.saves(found)
+    found = tune.faster(case, SMALL, [1024, 2048], CPU, timing({1024: 0.04, 2048: 0.049}, "gelu"))
+    assert found is not None
+    assert not tune.saves(found)
     assert not _tiles._tried
+
+
+@pytest.mark.parametrize("op", tune.TUNABLE)
+def test_what_is_written_is_what_a_launcher_asks_by(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The channels of the very tensor, be it of heads; and nothing of a use that asks for no tile."""
+    launched(op, monkeypatch)
+    asked = []
+    original = _tiles.tile
+    monkeypatch.setattr(_tiles, "tile", lambda op, t, own: asked.append(t.shape[-1]) or original(op, t, own))
+    for case in (case for case in CASES.values() if case.op == op and case.fits(SMALL)):
+        asked.clear()
+        found = tune.faster(case, SMALL, [1024], CPU, lambda calls, device, rounds: 1.0)
+        assert (found is None) == (not asked)
+        assert found is None or found["channels"] == asked[0]
+
+
+def launched(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the op's launcher run on the CPU, too, by Triton's interpreter."""
+    pytest.importorskip("triton")
+    monkeypatch.setitem(OPS, op, dataclasses.replace(OPS[op], function=OPS[op].launcher))
 
 
 def test_uses_of_one_op_must_agree() -> None:
     def row(op: str, tile: int, us: float, channels: int = 3072) -> dict[str, Any]:
         return {"op": op, "channels": channels, "dtype": "bfloat16", "tile": tile, "us": us, "own_us": 10.0}
 
-    tried = [("a", 3072, "bfloat16")] * 2 + [("b", 3072, "bfloat16")] * 2 + [("a", 64, "bfloat16")]
     rows = [row("a", 1024, 9.0), row("a", 1024, 8.0), row("b", 1024, 8.0), row("b", 2048, 8.0), row("a", 8192, 7.0, 64)]
-    assert tune.agreed(rows, tried) == [rows[0], rows[4]]
-    assert tune.agreed(rows[1:], tried) == [rows[4]], "one of two uses is no faster"
+    assert tune.agreed(rows) == [rows[0], rows[4]]
+    assert tune.agreed([*rows, row("a", 1024, 9.9)]) == [rows[4]], "one of three uses is no faster"
 
 
 @pytest.fixture

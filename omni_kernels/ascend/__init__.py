@@ -54,11 +54,15 @@ def implementation(name: str, reference: Callable[..., Any], triton: Callable[..
         reference: its plain-torch implementation.
         triton: what launches its kernel.
     """
-    op = name.partition(".")[0].removesuffix("_into")
-    wanted = [word.strip() for word in os.environ.get(TRITON_VARIABLE, "").split(",")]
-    if (op in PROVEN or op in wanted or "all" in wanted) and triton_compiles():
+    if by_triton(name.partition(".")[0].removesuffix("_into")):
         return triton
     return IMPLEMENTATIONS.get(name, reference)
+
+
+def by_triton(op: str) -> bool:
+    """Whether an op is its Triton kernel here."""
+    wanted = [word.strip() for word in os.environ.get(TRITON_VARIABLE, "").split(",")]
+    return (op in PROVEN or op in wanted or "all" in wanted) and triton_compiles()
 
 
 def triton_compiles() -> bool:

@@ -11,7 +11,7 @@ from omni_kernels.ops import _norms
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6) -> torch.Tensor:
     """See `omni_kernels.ops.rms_norm`."""
     if weight is not None and weight.dtype != x.dtype:  # the operator takes one dtype
-        return normed(x.float(), "rms", eps, weight).to(x.dtype)
+        return normed(x.float(), "rms", eps, weight).to(x.dtype).contiguous()
     return normed(x, "rms", eps, weight).to(x.dtype).contiguous()
 
 

@@ -21,13 +21,16 @@ from omni_kernels.device import describe
 from omni_kernels.ops import _ascend
 
 TUNED = Path(__file__).parents[1] / "tuned"
-_tried: dict[str, int] = {}
+#: Op → the tile that is being tried, and what asked for it: channels and dtype of the tensor.
+_tried: dict[str, tuple[int, list[tuple[int, str]]]] = {}
 
 
 def tile(op: str, t: torch.Tensor, own: int) -> int:
     """Elements of an op's tile for `t`; `own` is the op's."""
     if _tried and op in _tried:
-        return _tried[op]
+        elements, asked = _tried[op]
+        asked.append((t.shape[-1], str(t.dtype).removeprefix("torch.")))
+        return elements
     if t.is_cuda:
         table = _tuned(t.device)
         return _nearest(table[op], t) or own if op in table else own
@@ -35,14 +38,14 @@ def tile(op: str, t: torch.Tensor, own: int) -> int:
 
 
 @contextlib.contextmanager
-def trying(op: str, elements: int | None) -> Iterator[None]:
-    """For the block, the op's tile has so many elements, wherever it runs; None: as ever."""
-    if elements is not None:
-        _tried[op] = elements
+def trying(op: str, elements: int) -> Iterator[list[tuple[int, str]]]:
+    """For the block, the op's tile has so many elements, wherever it runs; gives channels and dtype of who asked."""
+    asked: list[tuple[int, str]] = []
+    _tried[op] = elements, asked
     try:
-        yield
+        yield asked
     finally:
-        _tried.pop(op, None)
+        del _tried[op]
 
 
 @functools.cache

@@ -199,6 +199,10 @@ class Patch:
         """Take up a change of another kind, which is undone with the rest."""
         self._slots.append(slot)
 
+    def take_over(self, other: Patch) -> None:
+        """Take up all changes that were made through another record."""
+        self._slots += other._slots
+
     def set_function(self, owner: type, name: str, function: Callable[..., Any]) -> None:
         """Replace the method `name` of a library's class, for all its instances."""
         self._fill(owner, _ClassNamespace(owner), name, function)

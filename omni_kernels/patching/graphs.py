@@ -317,4 +317,6 @@ def _unfit(block: torch.nn.Module) -> str | None:
                 return f"{name}.{key} is {type(weight).__name__}, whose memory cannot be watched"
         if name and hooked(module):
             return f"{name} is hooked"
+        if name and "forward" in vars(module):  # which may keep what it returns: the graph would lack the work
+            return f"{name}'s forward is patched"
     return None

@@ -8,21 +8,25 @@
   has the same timesteps.
 
 Everything is told apart by identity: a result is taken again only for the very tensors, unchanged in place, that it was
-made of. It is kept until the next is made: of Qwen-Image 12 B D values a block, of Z-Image the caption's states.
-Modules that somebody hooks, and forwards that are compiled or differentiated, compute as ever. Weights, and scales of
-adapters, must not change within a request.
+made of, and only in a call of the pipeline itself. It is kept until the next is made: of Qwen-Image 12 B D values a
+block, of Z-Image the caption's states. Modules that somebody hooks, and forwards that are compiled, recorded or
+differentiated, compute as ever. Weights, and scales of adapters, must not change within a request.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
+import sys
 from collections.abc import Callable, Sequence
+from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
 
-from omni_kernels.patching.engine import Patch, PatchConflictError
-from omni_kernels.patching.structure import hooked
+from omni_kernels.device import capturing
+from omni_kernels.patching.engine import InstanceMethod, Patch, PatchConflictError
+from omni_kernels.patching.structure import hooked, shadowed
 
 
 class Reuse:
@@ -48,6 +52,7 @@ class Reuse:
 def compute_once(pipe: Any, patch: Patch) -> Reuse:
     """Let the pipeline's transformers reuse what they can, through `patch`."""
     reuse = Reuse()
+    running = functools.partial(_runs, pipe, inspect.unwrap(type(pipe).__call__).__code__)
     for component, model in (getattr(pipe, "components", None) or vars(pipe)).items():
         row = RULES.get(type(model).__name__)
         if row is None:
@@ -58,13 +63,26 @@ def compute_once(pipe: Any, patch: Patch) -> Reuse:
             reason = f"{type(pipe).__name__} is not one of diffusers' own, of which is known what they give to a step"
             reuse.left_alone[name] = reason
             continue
+        part = Patch()
         try:
-            replace(pipe, model, patch, reuse)
+            replace(pipe, model, part, reuse, running)
         except PatchConflictError as error:
+            part.undo()
             reuse.left_alone[name] = str(error)
         else:
+            patch.take_over(part)
             reuse.names.append(name)
     return reuse
+
+
+def _runs(pipe: Any, code: CodeType) -> bool:
+    """Whether a call of `pipe`, whose code this is, is under way in this thread."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is code and frame.f_locals.get("self") is pipe:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 class _Given(NamedTuple):
@@ -119,7 +137,7 @@ def _usable(module: torch.nn.Module, given: Sequence[torch.Tensor | None]) -> bo
         return False
     if any(t is None or t.is_inference() for t in given):  # whose changes in place nobody counts
         return False
-    if module._forward_hooks or module._forward_pre_hooks:
+    if module._forward_hooks or module._forward_pre_hooks or any(capturing(t) for t in given if t is not None):
         return False
     return not any(hooked(part) for part in module.modules() if part is not module)
 
@@ -130,32 +148,35 @@ def _usable(module: torch.nn.Module, given: Sequence[torch.Tensor | None]) -> bo
 class _Timestep:
     """The embedding of a pipeline's timestep: the very same tensor for as long as it is at that step."""
 
-    def __init__(self, pipe: Any, reuse: Reuse) -> None:
+    def __init__(self, pipe: Any, reuse: Reuse, running: Callable[[], bool]) -> None:
         self._pipe = pipe
+        self._running = running
         self._memo = _Memo(reuse)
         self._latents: torch.Tensor | None = None
         self._at: tuple[Any, Any] = None, None
 
-    def take_in(self, module: torch.nn.Module, latents: torch.Tensor) -> Any:
+    def take_in(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The forward of the layer that is given the latents, which comes first."""
-        self._latents = latents
-        return type(module).forward(module, latents)
+        self._latents = args[0] if args else None
+        return type(module).forward(module, *args, **kwargs)
 
-    def embed(self, module: torch.nn.Module, timestep: torch.Tensor, *others: Any) -> Any:
-        """The forward of the embedding."""
+    def embed(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The forward of the embedding, of (timestep, guidance if any, states, condition)."""
 
         def make() -> Any:
-            return type(module).forward(module, timestep, *others)
+            return type(module).forward(module, *args, **kwargs)
 
-        *guidance, states, condition = others if len(others) > 1 else (*others, None)
         latents, self._latents = self._latents, None
+        if kwargs or len(args) < 3:  # which is not how the transformer calls it
+            return make()
+        timestep, *guidance, states, condition = args
         now = getattr(self._pipe, "_current_timestep", None)
         step = getattr(self._pipe.scheduler, "_step_index", None)
         if now is not self._at[0]:
             self._at = now, step
         given: list[Any] = [now, latents, *guidance, *([] if condition is None else [condition])]
         # Behind the scheduler's step it is somebody else who calls, from a callback.
-        if step != self._at[1] or not _usable(module, given):
+        if step != self._at[1] or not _usable(module, given) or not self._running():
             return make()
         # Which step it is tells the timestep; of it and of the states, then, no more than the form counts.
         form = timestep.shape, timestep.dtype, timestep.device, states.dtype
@@ -168,18 +189,20 @@ class _Modulation:
     def __init__(self, reuse: Reuse) -> None:
         self._memo = _Memo(reuse)
 
-    def __call__(self, module: torch.nn.Module, embedding: torch.Tensor) -> Any:
+    def __call__(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         def make() -> Any:
-            return type(module).forward(module, embedding)
+            return type(module).forward(module, *args, **kwargs)
 
-        return self._memo.take([embedding], (), make) if _usable(module, [embedding]) else make()
+        return make() if kwargs or not _usable(module, args) else self._memo.take(args, (), make)
 
 
-def _qwen_image(pipe: Any, transformer: Any, patch: Patch, reuse: Reuse) -> None:
-    timestep = _Timestep(pipe, reuse)
+def _qwen_image(pipe: Any, transformer: Any, patch: Patch, reuse: Reuse, running: Callable[[], bool]) -> None:
+    timestep = _Timestep(pipe, reuse, running)
     patch.set_forward(transformer.img_in, timestep.take_in)
     patch.set_forward(transformer.time_text_embed, timestep.embed)
     for block in transformer.transformer_blocks:
+        if isinstance(block._compiled_call_impl, InstanceMethod):
+            raise PatchConflictError("its blocks are compiled or recorded, through another pipeline that shares it")
         for modulation in (block.img_mod, block.txt_mod):
             patch.set_forward(modulation, _Modulation(reuse))
 
@@ -190,8 +213,9 @@ def _qwen_image(pipe: Any, transformer: Any, patch: Patch, reuse: Reuse) -> None
 class _Caption:
     """The caption's refiner, all of whose layers run where its first is called, or none."""
 
-    def __init__(self, pipe: Any, transformer: Any, reuse: Reuse) -> None:
+    def __init__(self, pipe: Any, transformer: Any, reuse: Reuse, running: Callable[[], bool]) -> None:
         self._pipe = pipe
+        self._running = running
         self._layers = list(transformer.context_refiner)
         self._patchify = transformer.patchify_and_embed
         self._memo = _Memo(reuse)
@@ -209,7 +233,8 @@ class _Caption:
             return states
         captions, self._captions = self._captions, []
         given: list[Any] = [getattr(self._pipe.scheduler, "timesteps", None), *captions]
-        if number > 0 or not captions or not all(_usable(each, given) for each in self._layers):
+        usable = captions and all(_usable(each, given) and not shadowed(each) for each in self._layers)
+        if number > 0 or not usable or not self._running():
             return layer._call_impl(states, *others)
 
         def make() -> Any:
@@ -221,17 +246,17 @@ class _Caption:
         return self._memo.take(given, (), make)
 
 
-def _z_image(pipe: Any, transformer: Any, patch: Patch, reuse: Reuse) -> None:
+def _z_image(pipe: Any, transformer: Any, patch: Patch, reuse: Reuse, running: Callable[[], bool]) -> None:
     if any(layer._compiled_call_impl is not None for layer in transformer.context_refiner):
         raise PatchConflictError("its layers are compiled, or another pipeline's reuse holds them")
-    caption = _Caption(pipe, transformer, reuse)
+    caption = _Caption(pipe, transformer, reuse, running)
     patch.set_method(transformer, "patchify_and_embed", caption.patchify)
     for number, layer in enumerate(caption._layers):
         patch.set_method(layer, "_compiled_call_impl", functools.partial(caption.refine, number))
 
 
 #: Transformer class → what is computed once, and what sees to it.
-RULES: dict[str, tuple[str, Callable[[Any, Any, Patch, Reuse], None]]] = {
+RULES: dict[str, tuple[str, Callable[[Any, Any, Patch, Reuse, Callable[[], bool]], None]]] = {
     "QwenImageTransformer2DModel": ("a timestep's modulation", _qwen_image),
     "ZImageTransformer2DModel": ("a request's refined caption", _z_image),
 }

@@ -27,13 +27,18 @@ def part(block: torch.nn.Module, path: str) -> Any:
 
 def hooked(module: torch.nn.Module) -> bool:
     """Whether calling `module` comes to more than the forward of its class, or ours for it."""
-    own = module.__dict__.get("forward")
     return (
-        (own is not None and not isinstance(own, Forward))
+        shadowed(module)
         or len(module._forward_hooks) > 0
         or len(module._forward_pre_hooks) > 0
         or module._compiled_call_impl is not None
     )
+
+
+def shadowed(module: torch.nn.Module) -> bool:
+    """Whether something else than ours stands in the place of the forward that `module` has from its class."""
+    own = module.__dict__.get("forward")
+    return own is not None and not isinstance(own, Forward)
 
 
 def stands(block: torch.nn.Module, parts: Mapping[str, str]) -> bool:

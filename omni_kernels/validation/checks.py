@@ -21,7 +21,7 @@ from omni_kernels.device import has_fp64
 from omni_kernels.validation import layouts, oracle
 from omni_kernels.validation.cases import USES, Use
 from omni_kernels.validation.memory import Placed, poisoned_outputs, same_bits
-from omni_kernels.validation.shapes import FLUX, QWEN_IMAGE, QWEN_IMAGE_EDIT, TINY, Z_IMAGE, Shape
+from omni_kernels.validation.shapes import FLUX, QWEN_IMAGE, QWEN_IMAGE_EDIT, TINY, WAN, Z_IMAGE, Shape
 from omni_kernels.validation.tolerances import Mismatch, mismatch, worst
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -37,7 +37,7 @@ LAYOUTS: dict[str, layouts.Layout] = {
 }
 MOVED = ("offset", "tokens", "transposed", "channels")
 
-MODELS = (QWEN_IMAGE, QWEN_IMAGE_EDIT, Z_IMAGE, FLUX)
+MODELS = (QWEN_IMAGE, QWEN_IMAGE_EDIT, Z_IMAGE, FLUX, WAN)
 # Sizes that 16 does not divide; several samples; a model's width with a remainder of tokens; the least there can be.
 ODD = Shape("odd", 3, 37, 200, torch.bfloat16)
 SMALL = (ODD, Shape("odd-129", 2, 33, 129, torch.bfloat16), TINY, Shape("one", 1, 1, 8, torch.bfloat16))

@@ -7,6 +7,8 @@
   here 128, in one sequence; guidance is a batch of 2.
 - FLUX at 1024²: 3072 channels (black-forest-labs/FLUX.1-dev); in the single blocks, the 4096 image tokens stand behind
   the prompt's 512. The benchmarks leave it out: to a kernel it is hardly another shape than Qwen-Image's.
+- Wan 2.1 14B at 832 × 480, 17 frames: 5120 channels (Wan-AI/Wan2.1-T2V-14B), 5 × 60 × 104 latents in 1 × 2 × 2 patches
+  = 7800 tokens; more frames are more of the same. The benchmarks leave it out, too.
 - tiny: a model of 192 channels at 64 × 64 pixels, 4 × 4 tokens, in fp32: nothing but overhead.
 - large: no model; four of the edit's samples, so that every op moves far more than the 100 MB from which an op has to
   reach its share of the copy bandwidth, and far more than any cache holds.
@@ -50,6 +52,7 @@ QWEN_IMAGE = Shape("qwen-image-1024", 1, 4096, 3072, torch.bfloat16)
 QWEN_IMAGE_EDIT = Shape("qwen-image-edit-1024", 1, 8192, 3072, torch.bfloat16)
 Z_IMAGE = Shape("z-image-1024", 2, 4224, 3840, torch.bfloat16)
 FLUX = Shape("flux-1024", 1, 4608, 3072, torch.bfloat16)
+WAN = Shape("wan-480p", 1, 7800, 5120, torch.bfloat16)
 TINY = Shape("tiny-64", 1, 16, 192, torch.float32)
 LARGE = Shape("large", 4, 8192, 3072, torch.bfloat16)
 

@@ -48,6 +48,30 @@ def test_a_grid_is_refused_from_65536_programs_on(npu):
     assert _ascend.grid(torch.empty(1, device="meta"), 65536) == (65536,)
 
 
+def test_the_kept_results_are_of_these_kernels_launches_and_checks(npu):
+    kept = json.loads((Path(__file__).parents[2] / "benchmarks/results/ascend-lowering.json").read_text())
+    again = f"made again by `make validate-ascend`, which is {ascend.COMMAND}"
+    assert kept["kernels"] == ascend.kernels_digest(), again
+    table, wanted = ascend._chosen([])
+    assert {row["launch"] for row in kept["lowered"]} == set(table), again
+    assert [row["check"] for row in kept["computed"]] == [check.id for check in wanted], again
+    assert {row["status"] for row in kept["lowered"]} <= {"fits", "plain torch"}
+    assert {row["status"] for row in kept["computed"]} == {"passed"}
+
+
+def test_another_kernel_is_another_digest(monkeypatch, tmp_path):
+    source = Path(ascend.ops_package.__file__).parent
+    for path in source.glob("*.py"):
+        (tmp_path / path.name).write_text(path.read_text())
+    monkeypatch.setattr(ascend.ops_package, "__file__", str(tmp_path / "__init__.py"))
+    before, gelu = ascend.kernels_digest(), tmp_path / "gelu.py"
+    text = gelu.read_text()
+    gelu.write_text(text + "\n# words\n")
+    assert ascend.kernels_digest() == before
+    gelu.write_text(text.replace("tl.store(", "tl.load("))
+    assert ascend.kernels_digest() != before
+
+
 @interpreted
 @pytest.mark.parametrize("op", ["gelu", "swiglu", "relative_l1"])
 def test_what_cannot_be_launched_is_computed_in_plain_torch(npu, monkeypatch, op):

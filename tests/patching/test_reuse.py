@@ -9,9 +9,12 @@ import peft
 import pytest
 import tiny
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from test_graphs import Tape
 
 import omni_kernels
 from omni_kernels.patching import PatchConflictError
+from omni_kernels.patching.graphs import Graphs
 from omni_runtime import Omni
 
 STEPS, LAYERS = 4, 4
@@ -212,6 +215,64 @@ def test_a_forward_with_gradients_computes(qwen_pipe):
         assert handle.reused.taken == 0
 
 
+def test_direct_calls_after_a_request_that_broke_compute(qwen_pipe):
+    """The pipeline still believes that it is at the step; it is nobody's step any more."""
+    transformer = qwen_pipe.transformer
+    given = {
+        "hidden_states": torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(0)),
+        "encoder_hidden_states": torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(1)),
+        "img_shapes": [[(1, 4, 4)]],
+        "return_dict": False,
+    }
+
+    @torch.no_grad()
+    def at(timestep):
+        return transformer(timestep=torch.tensor([timestep]), **given)[0]
+
+    expected = [at(0.3), at(0.7)]
+    with omni_kernels.patched(qwen_pipe, reuse=True, fuse=False):
+        hook = transformer.norm_out.register_forward_pre_hook(lambda module, args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            latents(qwen_pipe)
+        hook.remove()
+        assert qwen_pipe._current_timestep is not None
+        assert torch.equal(at(0.3), expected[0])
+        assert torch.equal(at(0.7), expected[1])
+
+
+@pytest.mark.parametrize("reuse_first", [True, False])
+def test_blocks_that_another_pipeline_records_are_left_alone(qwen_pipe, reuse_first):
+    other = type(qwen_pipe)(**qwen_pipe.components)
+    hows = [{"reuse": True, "fuse": False}, {"graphs": Graphs(Tape(), "cpu"), "fuse": False}]
+    first, second = hows if reuse_first else hows[::-1]
+    expected = latents(qwen_pipe)
+    with omni_kernels.patched(qwen_pipe, **first), omni_kernels.patched(other, **second) as handle:
+        assert torch.equal(latents(other), expected)
+        assert torch.equal(latents(qwen_pipe), expected)
+        if reuse_first:
+            assert not handle.graphs.recorded
+            assert "forward is patched" in str(handle.graphs)
+        else:
+            assert handle.reused.names == []
+            assert "through another pipeline" in str(handle.reused)
+            assert not any("forward" in vars(module) for module in other.transformer.modules())
+
+
+def test_calls_by_name_compute(qwen_pipe):
+    with omni_kernels.patched(qwen_pipe, reuse=True, fuse=False), torch.no_grad():
+        transformer = qwen_pipe.transformer
+        latent, embedding = (
+            torch.ones(1, 16, 64),
+            torch.ones(1, transformer.transformer_blocks[0].img_mod[1].in_features),
+        )
+        states = transformer.img_in(input=latent)
+        assert torch.equal(states, transformer.img_in(latent))
+        modulation = transformer.transformer_blocks[0].img_mod
+        assert torch.equal(modulation(input=embedding), modulation(embedding))
+        named = transformer.time_text_embed(timestep=torch.tensor([0.5]), hidden_states=states)
+        assert torch.equal(named, transformer.time_text_embed(torch.tensor([0.5]), states, None))
+
+
 # Z-Image
 
 
@@ -258,6 +319,50 @@ def test_a_refiner_that_is_hooked_runs_each_time(z_pipe):
         hook.remove()
     assert len(calls) == STEPS
     assert handle.reused.taken == 0
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("hook", ["accelerate", "replaced"])
+def test_a_refiner_whose_forward_was_replaced_runs_each_time(z_pipe, hook, fuse):
+    calls = []
+
+    class Counting(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            calls.append(1)
+            return args, kwargs
+
+    layer = z_pipe.transformer.context_refiner[-1]
+    with omni_kernels.patched(z_pipe, reuse=True, fuse=fuse) as handle:
+        if hook == "accelerate":
+            add_hook_to_module(layer, Counting())
+        else:
+            own = layer.forward
+            layer.forward = lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs)
+        latents(z_pipe)
+        if hook == "accelerate":
+            remove_hook_from_module(layer)
+        else:
+            layer.forward = own
+            if not fuse:
+                del layer.forward
+    assert len(calls) == STEPS
+    assert handle.reused.taken == 0
+
+
+def test_the_transformers_own_calls_refine(z_pipe):
+    """Of the same caption, with other weights: there is no request."""
+    transformer = z_pipe.transformer
+    with torch.no_grad():
+        (caption,), _ = z_pipe.encode_prompt("a cat", device="cpu", do_classifier_free_guidance=False)
+        image = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+        def output():
+            return transformer([image], torch.tensor([0.5]), [caption], return_dict=False)[0][0]
+
+        with omni_kernels.patched(z_pipe, reuse=True, fuse=False):
+            before = output()
+            transformer.context_refiner[0].attention.to_v.weight.mul_(0.5)
+            assert not torch.equal(output(), before)
 
 
 def test_inference_mode_computes(z_pipe):

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,22 @@ def test_nothing_is_learnt_from_it(qwen_pipe: Any, backend: str) -> None:
         for (plain, *told), (warmed, *also) in zip(run(), run(0, 1), strict=True):
             assert torch.equal(plain, warmed)
             assert told == also
+
+
+def test_nobody_is_told_of_it() -> None:
+    """Neither who follows the steps, nor the user, that ten steps are not the fifty that were calibrated."""
+    with Omni("emoji-qwen-image", device="cpu", cache_backend="tea_cache") as omni, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        omni.pipe.set_progress_bar_config(disable=True)
+        handle = omni_kernels.patching.handle_of(omni.pipe)
+        steps: list[Any] = []
+        handle.on_step = steps.append
+        omni.warmup("a cat", steps=3)
+        assert steps == []
+        assert handle.report is None
+        handle.on_step = None
+        omni.generate("a cat", seed=0, num_inference_steps=50, on_step=steps.append)
+        assert len(steps) == 50
 
 
 def test_one_that_breaks_leaves_the_cache_as_it_was(qwen_pipe: Any) -> None:
