@@ -56,7 +56,7 @@ def test_the_kept_results_are_of_these_kernels_launches_and_checks(npu):
     assert {row["launch"] for row in kept["lowered"]} == set(table), again
     assert [row["check"] for row in kept["computed"]] == [check.id for check in wanted], again
     assert {row["status"] for row in kept["lowered"]} <= {"fits", "plain torch"}
-    assert {row["status"] for row in kept["computed"]} == {"passed"}
+    assert {row["status"] for row in kept["computed"]} <= {"passed", "plain torch"}
 
 
 def test_another_kernel_is_another_digest(monkeypatch, tmp_path):
