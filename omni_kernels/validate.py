@@ -209,15 +209,18 @@ def measure_all(
 
 def compile_all(
     ops: Sequence[str], targets: Sequence[str], limit: float, quick: bool = False
-) -> tuple[list[dict[str, Any]], int]:
-    """What the launches of `ops`, or quickly those of the models alone, come to on `targets`, and how many were left
-    for want of time.
+) -> tuple[list[dict[str, Any]], int, dict[str, list[float]]]:
+    """What the launches of `ops`, or quickly those of the models alone, come to on `targets`, how many were left for
+    want of time, and the seconds that each kernel's variants took to compile.
     """
     table = launches.models() if quick else launches.table()
     names = [name for name in table if set(name.split()) & set(ops)]
     progress = Progress("compiled", len(names) * len(targets), limit)
     found: list[dict[str, Any]] = []
+    first_calls: dict[str, list[float]] = {}
     for result in aot.compiled(targets, names):
+        for kernel, each in result.seconds.items():
+            first_calls.setdefault(kernel, []).extend(round(s, 3) for s in each)
         found.append(
             {
                 "launch": result.launch,
@@ -232,7 +235,7 @@ def compile_all(
         progress.step()
         if progress.is_over:
             break
-    return found, progress.total - progress.done
+    return found, progress.total - progress.done, first_calls
 
 
 def _arguments() -> argparse.ArgumentParser:
@@ -304,8 +307,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.quick and options.targets is None:
             targets = [*QUICK_TARGETS]
         print(f"compiling for {', '.join(targets)}; nothing is run")
-        found, left = compile_all(ops, targets, began + to_end, options.quick)
-        document |= {"compiled": found, "not_compiled": left, "not_measured": "the kernels were compiled, not run"}
+        found, left, first_calls = compile_all(ops, targets, began + to_end, options.quick)
+        document |= {
+            "compiled": found,
+            "not_compiled": left,
+            "first_calls": first_calls,
+            "not_measured": "the kernels were compiled, not run",
+        }
         return _finish(document, options.out or Path(), began)
     if options.targets is not None:
         parser.error("--targets goes with --compile-only")

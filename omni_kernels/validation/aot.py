@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from omni_kernels.compilations import following
+
 #: Architecture → Triton's target: its backend, its name there, threads of a warp.
 TARGETS: dict[str, tuple[str, int | str, int]] = {
     "sm_80": ("cuda", 80, 32),
@@ -193,12 +195,16 @@ def _amd(compiled: Any) -> dict[str, Any]:
 
 @dataclasses.dataclass
 class Result:
-    """What came of compiling a launch for a target: its kernels' costs, in order, or why there are none."""
+    """What came of compiling a launch for a target: its kernels' costs, in order, or why there are none.
+
+    `seconds` are those that each kernel took to compile, by name; what the disk's cache had took none.
+    """
 
     launch: str
     target: str
     kernels: list[Cost]
     error: str | None = None
+    seconds: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
     @property
     def spills(self) -> int:
@@ -261,7 +267,9 @@ def _main(wanted: dict[str, Any]) -> None:
     for target in wanted["targets"]:
         for name in table if wanted["names"] is None else wanted["names"]:
             try:
-                result = Result(name, target, [cost(kernel) for kernel in launches(target, table[name])])
+                with following() as compilations:
+                    kernels = launches(target, table[name])
+                result = Result(name, target, [cost(kernel) for kernel in kernels], seconds=compilations.seconds)
             except Exception as error:  # whatever a compiler raises is what there is to tell
                 result = Result(name, target, [], f"{type(error).__name__}: {error}"[:2000])
             print(json.dumps(dataclasses.asdict(result)), flush=True)
