@@ -54,10 +54,11 @@ PROVIDERS: dict[str, dict[str, Any]] = {
     "fused, compiled": {"fuse": True, "compile": "regional"},
     "fused, graphs": {"fuse": True, "graphs": True},
 }
-#: What the host calls to launch a kernel or a graph, by how the names begin.
+#: What the host calls to launch a kernel, a copy or a graph, by how the names begin.
 LAUNCHES = (
-    *("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch"),
+    *("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync"),
     *("hipLaunchKernel", "hipExtLaunch", "hipModuleLaunch", "hipExtModuleLaunch", "hipGraphLaunch"),
+    *("hipMemcpyAsync", "hipMemsetAsync"),
 )
 ROUNDS, WARMUP = 10, 3
 #: How much farther from fp32 than eager a provider may be, and from where on that counts: two roundings of bf16.
@@ -129,7 +130,7 @@ def operators_of(call: Call) -> int:
 
 
 def launches_of(call: Call, device: torch.device) -> int | None:
-    """How many kernels and graphs a call launches on a GPU; None elsewhere."""
+    """How many kernels, copies and graphs a call launches on a GPU; None elsewhere."""
     if device.type != "cuda":
         return None
     synchronize(device)

@@ -1,31 +1,36 @@
-"""CUDA graphs of transformer blocks: a block's launches are recorded once per shape, and replayed as one.
+"""CUDA graphs of transformer blocks: their launches are recorded once per shape, and replayed as one.
 
-Where images are small or steps few, a GPU waits for the host, which launches up to 90 kernels a block. A recorded
-block is one launch. Graphs are of single blocks: what decides which blocks run, or works between them (caches,
-ControlNets), stays outside, so that computed and skipped forwards replay the same graphs.
+Where images are small or steps few, a GPU waits for the host, which launches up to 90 kernels a block. Blocks that
+follow each other are recorded together (`omni_kernels.patching.stretches`), all of a transformer's where nothing works
+between them: its whole stack is then one launch. The first forward of a shape runs as ever and is traced; the second is
+recorded. What decides which blocks run (caches), or adds to their states (ControlNets), stays outside and parts the
+stretches: a cache that looks at what enters block 1 leaves block 0 a graph of its own, which computed and skipped
+forwards replay, and the others one that computed forwards do. Where a stretch that was replayed turns out to have gone
+too far, because the call of a block does not come or comes with something else, it ends there from then on; that one
+time, what was computed for nothing is dropped.
 
-A graph reads and writes fixed memory. The states that a block returns lie in its graph's own, from where the next
-block's graph reads them without a copy; what else a block is given (timestep, rotary tables, masks) is copied into
-fixed memory once a forward, as all blocks are given the same. A block is recorded anew when its weights, modules or
-attention have been exchanged, and runs as ever, with the reason in the report, where a graph would not do the same:
-under hooks, adapters whose scale is a number in Python, autocast, with gradients, on other devices, and after a
-recording has failed. What chooses kernels and leaves no trace on the block (`torch.nn.attention.sdpa_kernel`) is
-recorded as it is.
+A graph reads and writes fixed memory. The states that blocks return lie in it, from where the next graph reads them
+without a copy; what else a stretch's first block is given (timestep, rotary tables, masks) is copied into fixed memory
+that all share. All is recorded anew when a block's weights, modules or attention have been exchanged, and a block runs
+as ever, with the reason in the report, where a graph would not do the same: under hooks, adapters whose scale is a
+number in Python, autocast, with gradients, on other devices, and after a recording has failed. What chooses kernels
+and leaves no trace on the block (`torch.nn.attention.sdpa_kernel`) is recorded as it is.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.utils import _pytree as pytree
 
-from omni_kernels.patching.engine import Forward, describe
-from omni_kernels.patching.structure import dispatcher, hooked
+from omni_kernels.patching import ahead
+from omni_kernels.patching.recordable import Parts, unfit
+from omni_kernels.patching.stretches import Passing, Stretch, Trace, Watch, states_of, watches
 
 #: Shapes of which a block's recordings are kept.
 MOST_SHAPES = 8
@@ -33,76 +38,82 @@ MOST_SHAPES = 8
 WARMUP = 2
 
 
+class Recorded(NamedTuple):
+    """What replays a call, what the call returned, in memory that each replay writes again, and the bytes it holds."""
+
+    replay: Callable[[], Any]
+    returned: Any
+    memory: int
+
+
 class Recorder(Protocol):
     """What records and replays on one kind of device."""
 
-    def record(self, call: Callable[[], Any], device: torch.device) -> tuple[Callable[[], Any], Any]:
-        """(what replays the call, what the call returned, in memory that each replay writes again)."""
+    def record(self, call: Callable[[], Any], device: torch.device) -> Recorded:
+        """A recording of the call."""
 
     def busy(self) -> str | None:
         """Why nothing can be recorded or replayed now; None where it can."""
 
-    def memory(self) -> int:
-        """Bytes that recordings hold."""
-
 
 class CudaGraphs:
-    """Recordings as CUDA graphs (HIP graphs on ROCm), all in one pool of memory.
+    """Recordings as CUDA graphs (HIP graphs on ROCm), each in a pool of memory of its own.
 
-    Graphs of one pool may lie on each other's scratch memory, which is safe in any order only because nothing in it
-    outlives a replay: what is returned is copied out of it, as the last thing that is recorded.
+    Graphs of one pool may lie on each other's scratch memory, and so on what another returned.
     """
 
-    def __init__(self) -> None:
-        self._pools: dict[torch.device, Any] = {}
-        self._bytes = 0
-
-    def record(self, call: Callable[[], Any], device: torch.device) -> tuple[Callable[[], Any], Any]:
+    def record(self, call: Callable[[], Any], device: torch.device) -> Recorded:
         """See `Recorder.record`."""
         with torch.cuda.device(device):
             here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-            before = torch.cuda.memory_reserved()
             try:
                 aside.wait_stream(here)
                 with torch.cuda.stream(aside):
                     for _ in range(WARMUP):
-                        returned = call()
+                        call()
                 here.wait_stream(aside)
                 torch.cuda.synchronize()
-                returned = pytree.tree_map_only(torch.Tensor, torch.empty_like, returned)
-                pool = self._pools.setdefault(device, None) or torch.cuda.graph_pool_handle()
-                self._pools[device] = pool
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
-                    for out, made in zip(pytree.tree_leaves(returned), pytree.tree_leaves(call()), strict=True):
-                        if isinstance(out, torch.Tensor):
-                            out.copy_(made)
+                with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+                    before = torch.cuda.memory_reserved()
+                    returned = call()
+                    memory = torch.cuda.memory_reserved() - before
             finally:
                 torch.cuda.set_stream(here)  # a capture that fails may leave its own
-            self._bytes += max(0, torch.cuda.memory_reserved() - before)
 
         def replay() -> None:
             with torch.cuda.device(device):
                 graph.replay()
 
-        return replay, returned
+        return Recorded(replay, returned, memory)
 
     def busy(self) -> str | None:
         """See `Recorder.busy`."""
         return "somebody else is recording" if torch.cuda.is_current_stream_capturing() else None
 
-    def memory(self) -> int:
-        """See `Recorder.memory`."""
-        return self._bytes
-
 
 @dataclass
 class _Recording:
-    """Inputs: (fixed memory, whether it is what all blocks are given at that place)."""
+    """Inputs: (fixed memory, whether it is what all blocks are given at that place); made: watches of the outputs."""
 
     replay: Callable[[], Any]
     inputs: list[tuple[torch.Tensor, bool]]
-    output: Any
+    outputs: list[Any]
+    made: list[Sequence[Watch | None]]
+    memory: int
+
+
+@dataclass(eq=False)
+class _Known:
+    """A stretch of one shape, from the block on that keeps it."""
+
+    stretch: Stretch
+    recording: _Recording | None = None
+
+    def end_before(self, place: int) -> None:
+        """Leave the calls from this one on to other stretches."""
+        del self.stretch.calls[place:]
+        self.recording = None
 
 
 class Graphs:
@@ -113,7 +124,6 @@ class Graphs:
         device_type: whose tensors are recorded; blocks on others run as ever.
 
     Attributes:
-        recorded: of how many shapes each block was recorded, by name.
         reasons: why a block ran as ever the last time that it did, by name.
     """
 
@@ -121,26 +131,43 @@ class Graphs:
         self._recorder = CudaGraphs() if recorder is None else recorder
         self._device_type = device_type
         self._failed: str | None = None
+        self.modules: list[GraphedBlock] = []
         self._given: dict[Any, tuple[Callable[[], Any], Callable[[], Any], int | None]] = {}
         self._returned: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
-        self.recorded: dict[str, int] = {}
+        self._trace: Trace | None = None
+        self._passing: tuple[_Known, Passing] | None = None
         self.reasons: dict[str, str] = {}
 
     def __str__(self) -> str:
-        shapes, memory = sum(self.recorded.values()), self.memory / 1e6
-        lines = [f"{len(self.recorded)} blocks recorded, {shapes} graphs, {memory:.1f} MB"]
+        lines = [f"{len(self.recorded)} blocks recorded, {len(self.stretches)} graphs, {self.memory / 1e6:.1f} MB"]
         lines += [f"{count} blocks ran as ever: {reason}" for reason, count in Counter(self.reasons.values()).items()]
         return "\n".join(lines)
+
+    @property
+    def stretches(self) -> list[list[str]]:
+        """The blocks of each graph, by name, in order."""
+        return [[call.block.name for call in known.stretch.calls] for known in self._known() if known.recording]
+
+    @property
+    def recorded(self) -> dict[str, int]:
+        """In how many graphs each block is, by name."""
+        return dict(Counter(name for names in self.stretches for name in names))
 
     @property
     def memory(self) -> int:
         """Bytes that the recordings hold."""
         given = [fixed for held, _, _ in self._given.values() if (fixed := held()) is not None]
-        return self._recorder.memory() + sum(t.numel() * t.element_size() for t in given)
+        own = sum(known.recording.memory for known in self._known() if known.recording)
+        return own + sum(t.numel() * t.element_size() for t in given)
+
+    def _known(self) -> Iterable[_Known]:
+        return (known for block in self.modules for known in block.known.values())
 
     def call_of(self, name: str, block: torch.nn.Module, call: Callable[..., Any]) -> GraphedBlock:
         """What is to be called in the place of `call`, which runs the block."""
-        return GraphedBlock(self, name, block, call)
+        graphed = GraphedBlock(self, name, block, call)
+        self.modules.append(graphed)
+        return graphed
 
     def refusal(self, tensors: Sequence[torch.Tensor]) -> str | None:
         """Why a call cannot be recorded or replayed now."""
@@ -155,39 +182,124 @@ class Graphs:
             return "autocast is on"
         return self._failed or self._recorder.busy()
 
-    def record(self, call: Callable[..., Any], leaves: Sequence[Any], structure: Any) -> _Recording:
-        """A recording of a call with arguments that are flattened."""
+    def run(self, block: GraphedBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the block returns; of a recording, in memory that its next replay writes again."""
+        if self._passing is not None:
+            begun, passing = self._passing
+            if passing.next(block, args, kwargs):
+                if passing.over:
+                    self._passing = None
+                return passing.output
+            self._passing = None
+            begun.end_before(passing.at)
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        reason = self.refusal([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]) or block.unfit()
+        key = (
+            structure,
+            torch.is_inference_mode_enabled(),
+            *(_meta(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves),
+        )
+        try:
+            hash(key)
+        except TypeError:
+            reason = reason or "an argument is neither a tensor nor a plain value"
+        trace, self._trace = self._trace, None
+        if reason is None:
+            if trace is not None and trace.follow(block, args, kwargs):
+                return self._traced(trace, block, args, kwargs)
+            known = self._fit(block, key)
+            if known is None:
+                trace = Trace(block, args, kwargs)
+                while len(block.known) >= MOST_SHAPES:
+                    del block.known[next(iter(block.known))]
+                block.known[key] = _Known(trace.stretch)
+                return self._traced(trace, block, args, kwargs)
+            recording = self._recording(known, leaves, structure)
+            if recording is not None:
+                for call in known.stretch.calls:
+                    self.reasons.pop(call.block.name, None)
+                self._replay(recording, leaves)
+                if len(recording.outputs) > 1:
+                    self._passing = known, Passing(known.stretch, recording.outputs, recording.made, args, kwargs)
+                return recording.outputs[0]
+            reason = self._failed
+        self.reasons[block.name] = str(reason)
+        return block.call(*args, **kwargs)
+
+    def forget(self) -> None:
+        """Drop all that was traced and recorded."""
+        self._trace = self._passing = None
+        for block in self.modules:
+            block.forget()
+
+    def _traced(self, trace: Trace, block: GraphedBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the block returns, which runs as ever, as the last one of a trace."""
+        try:
+            output = block.call(*args, **kwargs)
+        except BaseException:
+            self.forget()  # half a forward would part the stretch there
+            raise
+        # Nobody counts what is written in inference mode.
+        if trace.returned(output) and not torch.is_inference_mode_enabled():
+            self._trace = trace
+        return output
+
+    def _fit(self, block: GraphedBlock, key: Any) -> _Known | None:
+        """The stretch from the block on that is known for a shape, up to a block that cannot be recorded now."""
+        known = block.known.get(key)
+        if known is None:
+            return None
+        for place, call in enumerate(known.stretch.calls[1:], 1):
+            if call.block.unfit() is not None:
+                known.end_before(place)
+                break
+        if key in block.known:  # else all was forgotten
+            known = block.known[key] = block.known.pop(key)  # the one that was used last
+            return known
+        return None
+
+    def _recording(self, known: _Known, leaves: Sequence[Any], structure: Any) -> _Recording | None:
+        """The recording of a stretch for these arguments; None where it failed."""
+        if known.recording is None:
+            try:
+                known.recording = self._record(known.stretch, leaves, structure)
+            except Exception as error:
+                told = str(error).partition("\n")[0]
+                # What fails once does for others, and each attempt costs; a stream may be left in disorder.
+                self._failed = f"recording failed: {type(error).__name__}: {told}"
+        return known.recording
+
+    def _record(self, stretch: Stretch, leaves: Sequence[Any], structure: Any) -> _Recording:
         fixed, inputs = list(leaves), []
         for place, leaf in enumerate(leaves):
             if isinstance(leaf, torch.Tensor):
                 given = self._returned.get(id(leaf)) is not leaf
-                fixed[place] = self.give(place, leaf) if given else leaf
+                fixed[place] = self._give(place, leaf) if given else leaf
                 inputs.append((fixed[place], given))
         args, kwargs = pytree.tree_unflatten(fixed, structure)
-        try:
-            replay, output = self._recorder.record(lambda: call(*args, **kwargs), inputs[0][0].device)
-        except Exception as error:
-            told = str(error).partition("\n")[0]
-            # What fails for one block does for the others, and each attempt costs; a stream may be left in disorder.
-            self._failed = f"recording failed: {type(error).__name__}: {told}"
-            raise
-        for leaf in pytree.tree_leaves(output):
+        alike = {call.block.module for call in stretch.calls if call.block.uncompiled}
+
+        def run() -> list[Any]:
+            with ahead.together(alike):
+                return stretch.run(args, kwargs)
+
+        replay, outputs, memory = self._recorder.record(run, inputs[0][0].device)
+        for leaf in pytree.tree_leaves(outputs):
             if isinstance(leaf, torch.Tensor):
                 self._returned[id(leaf)] = leaf
-        return _Recording(replay, inputs, output)
+        return _Recording(replay, inputs, outputs, [watches(states_of(output)) for output in outputs], memory)
 
-    def replay(self, recording: _Recording, leaves: Sequence[Any]) -> Any:
-        """What a recorded call returns for these arguments."""
+    def _replay(self, recording: _Recording, leaves: Sequence[Any]) -> None:
+        """Run what was recorded with these arguments."""
         tensors = [(place, leaf) for place, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         for (place, tensor), (fixed, given) in zip(tensors, recording.inputs, strict=True):
             if given:
-                self.give(place, tensor)
+                self._give(place, tensor)
             elif tensor is not fixed:
                 fixed.copy_(tensor)
         recording.replay()
-        return recording.output
 
-    def give(self, place: int, tensor: torch.Tensor) -> torch.Tensor:
+    def _give(self, place: int, tensor: torch.Tensor) -> torch.Tensor:
         """The fixed memory of the argument at this place, for such tensors, which now holds this one."""
         key = place, _meta(tensor)
         held, source, version = self._given.get(key, (_nothing, _nothing, None))
@@ -207,88 +319,41 @@ class Graphs:
 
 
 class GraphedBlock:
-    """One block's call, recorded once per shape."""
+    """One block's call.
+
+    Attributes:
+        call: what runs the block.
+        module: the block.
+        uncompiled: whether `call` is the block's own.
+        known: the stretches that begin with it, by shape, the one that was used last at the end.
+    """
 
     def __init__(self, graphs: Graphs, name: str, block: torch.nn.Module, call: Callable[..., Any]) -> None:
-        self._graphs, self._name, self._block, self._call = graphs, name, block, call
-        self._recordings: dict[Any, _Recording] = {}
-        self._parts: _Parts | None = None
+        self.name, self.call = name, call
+        self.known: dict[Any, _Known] = {}
+        self.module = block
+        self.uncompiled = call == block._call_impl
+        self._graphs = graphs
+        self._parts: Parts | str | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The block's output; of a recording, in memory that its next replay writes again."""
-        leaves, structure = pytree.tree_flatten((args, kwargs))
-        found = self._recording(leaves, structure)
-        if isinstance(found, _Recording):
-            return self._graphs.replay(found, leaves)
-        self._graphs.reasons[self._name] = found
-        return self._call(*args, **kwargs)
+        """The block's output."""
+        return self._graphs.run(self, args, kwargs)
 
-    def _recording(self, leaves: Sequence[Any], structure: Any) -> _Recording | str:
-        """The recording for these arguments, or why there is none."""
-        reason = self._graphs.refusal([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
-        if reason is not None:
-            return reason
-        if self._parts is None or not self._parts.unchanged():
-            self._recordings.clear()
-            self._graphs.recorded.pop(self._name, None)
-            self._parts = None
-            reason = _unfit(self._block)
-            if reason is not None:
-                return reason
-            self._parts = _Parts(self._block)
-        key = structure, tuple(_meta(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
-        try:
-            found = self._recordings.get(key)
-        except TypeError:
-            return "an argument is neither a tensor nor a plain value"
-        if found is None:
-            try:
-                found = self._graphs.record(self._call, leaves, structure)
-            except Exception:
-                return str(self._graphs.refusal([]))
-            while len(self._recordings) >= MOST_SHAPES:  # the one that was used longest ago
-                del self._recordings[next(iter(self._recordings))]
-        else:
-            del self._recordings[key]
-        self._recordings[key] = found
-        self._graphs.recorded[self._name] = len(self._recordings)
-        self._graphs.reasons.pop(self._name, None)
-        return found
+    def forget(self) -> None:
+        """Drop what is known of the block."""
+        self.known.clear()
+        self._parts = None
 
-
-class _Parts:
-    """All of a block that a recording has taken in: its modules, weights, hooks, and how it attends."""
-
-    def __init__(self, block: torch.nn.Module) -> None:
-        modules = list(block.modules())
-        self._held = [held for m in modules for held in (m._parameters, m._buffers, m._modules)]
-        self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self._own = vars(block)
-        self._modules = modules
-        self._attentions = [m for m in modules if getattr(m, "processor", None) is not None]
-        self._then = self._now()
-        self._places = self._addresses()
-
-    def unchanged(self) -> bool:
-        """Whether each of them is still the very same, where it was."""
-        now = self._now()
-        if len(now) != len(self._then) or any(a is not b for a, b in zip(now, self._then, strict=True)):
-            return False
-        return self._addresses() == self._places and not any(self._hooks)
-
-    def _now(self) -> list[Any]:
-        found: list[Any] = [one for held in self._held for one in held.values()]
-        found += [self._own.get("forward"), *(module.training for module in self._modules)]
-        for attention in self._attentions:
-            processor: Any = attention.processor
-            backend, parallel = (getattr(processor, name, None) for name in ("_attention_backend", "_parallel_config"))
-            # Where the processor has no backend of its own, diffusers' default counts.
-            registry = getattr(dispatcher(processor), "__globals__", {}).get("_AttentionBackendRegistry")
-            found += [processor, backend, parallel, getattr(registry, "_active_backend", None)]
-        return found
-
-    def _addresses(self) -> list[int]:
-        return [one.data_ptr() for one in self._then if isinstance(one, torch.Tensor)]
+    def unfit(self) -> str | None:
+        """Why the block cannot be recorded. Where it is no longer what it was, all that was recorded is forgotten."""
+        parts = self._parts
+        if not isinstance(parts, Parts) or not parts.unchanged():
+            now = unfit(self.module) or Parts(self.module)
+            if parts is not None and parts != now:
+                self._graphs.forget()
+            self._parts = now
+        return self._parts if isinstance(self._parts, str) else None
 
 
 def _meta(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -296,27 +361,4 @@ def _meta(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _nothing() -> None:
-    return None
-
-
-def _unfit(block: torch.nn.Module) -> str | None:
-    """Why a recording of the block would not do what the block does."""
-    own = vars(block).get("forward")
-    if own is not None and not isinstance(own, Forward):
-        return f"its forward is {describe(own)}"
-    if block._forward_hooks or block._forward_pre_hooks:
-        return "it is hooked"
-    for name, module in block.named_modules():
-        if type(module).__module__.startswith("peft."):
-            return f"{name} is an adapter, whose scale is a number in Python: fuse it into the weights"
-        processor = getattr(module, "processor", None)
-        if isinstance(processor, torch.nn.Module) or hasattr(processor, "scale"):
-            return f"{name}.processor is {type(processor).__name__}, whose scale is a number in Python"
-        for key, weight in (*module._parameters.items(), *module._buffers.items()):
-            if weight is not None and type(weight) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
-                return f"{name}.{key} is {type(weight).__name__}, whose memory cannot be watched"
-        if name and hooked(module):
-            return f"{name} is hooked"
-        if name and "forward" in vars(module):  # which may keep what it returns: the graph would lack the work
-            return f"{name}'s forward is patched"
     return None

@@ -1,16 +1,18 @@
 """Recorded blocks: what is replayed is what the block would do, and where it would not be, the block itself runs.
 
-There is no GPU here. A stand-in records as a CUDA graph does: what a call read and returned stays where it lay, and a
-replay reads and writes only there.
+There is no GPU here: a `Tape` records.
 """
+
+import weakref
+from collections import Counter
 
 import pytest
 import tiny
 import torch
-from torch.utils import _pytree as pytree
+from tape import Tape
 
 import omni_kernels
-from omni_kernels.patching.graphs import MOST_SHAPES, Graphs
+from omni_kernels.patching.graphs import MOST_SHAPES, CudaGraphs, Graphs
 from omni_runtime import Omni
 
 CACHES = {
@@ -29,35 +31,8 @@ CACHES = {
 }
 
 
-class Tape:
-    """Stands for CUDA graphs on the CPU: fixed inputs, fixed outputs, and 1000 bytes each."""
-
-    def __init__(self):
-        self.attempts = self.records = self.replays = 0
-        self.failure = None
-
-    def record(self, call, device):
-        assert device.type == "cpu"
-        self.attempts += 1
-        if self.failure is not None:
-            raise self.failure
-        self.records += 1
-        returned = pytree.tree_map(torch.clone, call())
-
-        def replay():
-            self.replays += 1
-            for fixed, new in zip(pytree.tree_leaves(returned), pytree.tree_leaves(call()), strict=True):
-                fixed.data.copy_(new)  # a graph writes where no version counter sees it
-
-        for fixed in pytree.tree_leaves(returned):
-            fixed.fill_(float("nan"))  # a graph that was only recorded has computed nothing
-        return replay, returned
-
-    def busy(self):
-        return None
-
-    def memory(self):
-        return 1000 * self.records
+#: What cannot be one graph, because the cache looks at what enters a block, or lets some blocks run alone.
+PARTS = {"first_block_cache": {(0,), (1, 2, 3)}, "cache_dit": {(0,), (1, 2, 3), (3,)}}
 
 
 @pytest.fixture
@@ -91,18 +66,72 @@ def test_replayed_blocks_give_the_same_bits_under_every_cache(qwen_pipe, backend
         assert len(graphs.recorded) == len(qwen_pipe.transformer.transformer_blocks)
         assert not graphs.reasons
         assert graphs.memory > 1000 * tape.records
-        assert str(graphs).startswith(f"4 blocks recorded, {tape.records} graphs, ")
+        assert str(graphs).startswith(f"4 blocks recorded, {len(graphs.stretches)} graphs, ")
+        parts = {tuple(int(name.rpartition(".")[2]) for name in names) for names in graphs.stretches}
+        assert parts == PARTS.get(backend, {(0, 1, 2, 3)})
 
 
-@pytest.mark.parametrize("name", sorted(tiny.PIPELINES))
-def test_every_pipeline_replays(name, tape, graphs):
-    pipe = tiny.PIPELINES[name]()
+ONE_STACK = {"transformer_blocks": 4}
+STACKS = {
+    "qwen_image": [ONE_STACK, ONE_STACK],  # of either text length
+    "qwen_image_edit": [ONE_STACK, ONE_STACK],
+    "qwen_image_edit_plus": [ONE_STACK, ONE_STACK],
+    "z_image": [{"noise_refiner": 1}, {"context_refiner": 1}, {"layers": 4}],
+    "flux": [{"transformer_blocks": 2, "single_transformer_blocks": 2}],
+    "wan": [{"blocks": 2}],
+    "chroma": [{"transformer_blocks": 1}] * 2 + [{"single_transformer_blocks": 1}] * 2,  # slices modulation in between
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_every_pipeline_replays_its_stacks(name, tape, graphs):
+    pipe = (tiny.PIPELINES | {"wan": tiny.wan, "chroma": tiny.chroma})[name]()
     expected = [latents(pipe), latents(pipe, seed=1)]
     with omni_kernels.patched(pipe, fuse=False, graphs=graphs):
         assert all(map(torch.equal, [latents(pipe), latents(pipe, seed=1)], expected))
-    assert tape.replays > tape.records > 0
+    assert tape.replays > tape.records == len(STACKS[name])
     assert not graphs.reasons
+    assert [Counter(block.split(".")[1] for block in stretch) for stretch in graphs.stretches] == STACKS[name]
     assert torch.equal(latents(pipe), expected[0])
+
+
+@pytest.mark.parametrize("backend", CACHES)
+def test_after_a_warm_up_nothing_is_recorded(qwen_pipe, backend, tape, graphs):
+    size = {"height": 64, "width": 64}
+    with omni_kernels.patched(qwen_pipe, backend, CACHES[backend], graphs=graphs):
+        omni_kernels.warmup(qwen_pipe, prompt="a cat", negative_prompt=" ", true_cfg_scale=4.0, **size)
+        records = tape.records
+        latents(qwen_pipe)
+        assert tape.records == records > 0
+
+
+def launched(tape, call):
+    before = tape.replays
+    call()
+    return tape.replays - before
+
+
+def test_a_whole_stack_is_one_launch(qwen_pipe, tape, graphs):
+    with omni_kernels.patched(qwen_pipe, graphs=graphs):
+        latents(qwen_pipe, negative_prompt=None)
+        steps = 5
+        assert launched(tape, lambda: latents(qwen_pipe, negative_prompt=None, num_inference_steps=steps)) == steps
+        assert tape.records == 1
+
+
+def test_a_skipped_forward_launches_what_it_runs(qwen_pipe, tape, graphs):
+    """Recorded as one stack while all was computed, parted by the first forward that skips, and as it is then."""
+    with omni_kernels.patched(qwen_pipe, "first_block_cache", CACHES["first_block_cache"], graphs=graphs) as handle:
+        for _ in range(2):
+            latents(qwen_pipe, negative_prompt=None, num_inference_steps=12)
+        assert [len(names) for names in graphs.stretches] == [1, 3]
+        records = tape.records
+        launches = launched(tape, lambda: latents(qwen_pipe, negative_prompt=None, num_inference_steps=12))
+        (branch,) = handle.report.branches.values()
+        computed = sum(decision.computed for decision in branch.decisions)
+        assert 0 < computed < 12
+        assert launches == 12 + computed
+        assert tape.records == records
 
 
 def test_a_second_request_records_nothing(qwen_pipe, tape, graphs):
@@ -115,13 +144,29 @@ def test_a_second_request_records_nothing(qwen_pipe, tape, graphs):
         assert tape.records > records
 
 
+def test_the_librarys_own_cache_parts_the_stack(qwen_pipe, tape, graphs):
+    pytest.importorskip("cache_dit")
+    config = {"engine": "library", "max_warmup_steps": 2, "residual_diff_threshold": 0.5, "Fn_compute_blocks": 1}
+    seeds = range(3)
+    with omni_kernels.patched(qwen_pipe, "cache_dit", config) as handle:
+        expected = [latents(qwen_pipe, seed=seed, negative_prompt=None) for seed in seeds]
+        assert handle.report.blocks_run < handle.report.blocks_total
+    with omni_kernels.patched(qwen_pipe, "cache_dit", config, graphs=graphs):
+        found = [latents(qwen_pipe, seed=seed, negative_prompt=None) for seed in seeds]
+    assert all(map(torch.equal, found, expected))
+    assert [len(names) for names in graphs.stretches] == [1, 3]
+    assert not graphs.reasons
+
+
 def test_states_pass_from_graph_to_graph_without_a_copy(qwen_pipe, graphs, monkeypatch):
     given = []
-    give = Graphs.give
-    monkeypatch.setattr(Graphs, "give", lambda self, place, t: [given.append(t), give(self, place, t)][1])
+    give = Graphs._give
+    monkeypatch.setattr(Graphs, "_give", lambda self, place, t: [given.append(t), give(self, place, t)][1])
     copied = []
-    with omni_kernels.patched(qwen_pipe, fuse=False, graphs=graphs), torch.no_grad():
-        latents(qwen_pipe, negative_prompt=None)
+    with omni_kernels.patched(qwen_pipe, "first_block_cache", {"threshold": 0.4}, graphs=graphs), torch.no_grad():
+        for _ in range(2):
+            latents(qwen_pipe, negative_prompt=None, num_inference_steps=12)
+        assert len(graphs.stretches) == 2
         given.clear()
         original = torch.Tensor.copy_
 
@@ -132,7 +177,7 @@ def test_states_pass_from_graph_to_graph_without_a_copy(qwen_pipe, graphs, monke
         monkeypatch.setattr(torch.Tensor, "copy_", counted)
         latents(qwen_pipe, negative_prompt=None, num_inference_steps=2)
     hidden = [t for t in given if t.dim() == 3 and t.shape[1:] == (16, 64)]
-    assert len(hidden) == 2, "the first block's, once a step; the others read what the one before returned"
+    assert len(hidden) == 2, "the first block's, once a step; the others read what it returned"
 
 
 # A block that has changed is recorded anew
@@ -230,6 +275,8 @@ def test_the_default_attention_backend_counts(qwen_pipe, tape, graphs):
     with omni_kernels.patched(qwen_pipe, graphs=graphs, fuse=False):
         latents(qwen_pipe)
         records = tape.records
+        latents(qwen_pipe)
+        assert tape.records == records
         with attention_backend("_native_math"):
             found = latents(qwen_pipe)
         assert tape.records == 2 * records
@@ -320,13 +367,15 @@ def test_the_shape_used_longest_ago_makes_room(tape, graphs):
     with torch.no_grad():
         for rows in (*range(1, MOST_SHAPES + 1), 1, MOST_SHAPES + 1, 1, MOST_SHAPES + 2):
             x = torch.randn(rows, 4)
-            assert torch.equal(call(x), block(x))
+            for _ in range(2):  # traced, then recorded
+                assert torch.equal(call(x), block(x))
         assert tape.records == MOST_SHAPES + 2, "the first one was used in between"
-        call(torch.randn(2, 4))
+        for _ in range(2):
+            call(torch.randn(2, 4))
     assert tape.records == MOST_SHAPES + 3
     assert graphs.recorded == {"block": MOST_SHAPES}
     rows = [1, *range(5, MOST_SHAPES + 3), 2]
-    assert graphs.memory - kept - 1000 * tape.records == sum(rows) * 4 * 4, "what nobody reads is freed"
+    assert graphs.memory - kept - 1000 * MOST_SHAPES == sum(rows) * 4 * 4, "what nobody reads is freed"
 
 
 @pytest.mark.parametrize(
@@ -357,7 +406,7 @@ def test_plain_values_tell_recordings_apart(tape, graphs):
     call = graphs.call_of("block", block, lambda x, times: block(x) * times)
     x = torch.randn(2, 4)
     with torch.no_grad():
-        for times in (1.0, 2.0, 1.0):
+        for times in (1.0, 2.0, 1.0, 2.0, 1.0):
             assert torch.equal(call(x, times), block(x) * times)
     assert tape.records == 2
 
@@ -372,6 +421,182 @@ def test_a_tensor_written_in_place_is_given_anew(graphs):
             for _ in range(3):
                 assert torch.equal(call(x), block(x))
                 x.mul_(2.0)
+
+
+# Where something works between the blocks
+
+
+class Model(torch.nn.Module):
+    """Three blocks, and what a test does between them."""
+
+    def __init__(self, graphs, between=lambda place, x, states: states):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = torch.nn.ModuleList(Step() for _ in range(3))
+        self.calls = [graphs.call_of(str(n), block, block._call_impl) for n, block in enumerate(self.blocks)]
+        self.between = between
+
+    def forward(self, x, recorded=True):
+        states = x, x * 2
+        for place, (block, call) in enumerate(zip(self.blocks, self.calls, strict=True)):
+            states = (call if recorded else block)(*states, scale=x)
+            states = self.between(place, x, states)
+        return states[0] + states[1]
+
+
+class Step(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(4, 4)
+
+    def forward(self, a, b, scale):
+        return self.inner(b) * scale, self.inner(a)
+
+
+def new_states(place, x, states):
+    return (states[0] + 1.0, states[1]) if place == 0 else states
+
+
+def written_states(place, x, states):
+    if place == 0:
+        states[0].add_(1.0)
+    return states
+
+
+def written_input(place, x, states):
+    if place == 0:
+        x.mul_(1.5)
+    return states
+
+
+def exchanged_states(place, x, states):
+    return states[::-1] if place == 0 else states
+
+
+def earlier_states():
+    """A state that two blocks later is given again."""
+    kept = []
+
+    def between(place, x, states):
+        kept.append(states)
+        return (states[0], kept[-2][1]) if place == 1 else states
+
+    return between
+
+
+@pytest.mark.parametrize(
+    ("between", "lengths"),
+    [
+        (lambda place, x, states: states, [3]),
+        (new_states, [1, 2]),
+        (written_states, [1, 2]),
+        (written_input, [1, 2]),
+        (exchanged_states, [3]),
+        (earlier_states(), [3]),
+    ],
+    ids=["nothing", "new", "written", "an input written", "exchanged", "an earlier one"],
+)
+def test_what_is_done_between_blocks_counts(tape, graphs, between, lengths):
+    model = Model(graphs, between)
+    with torch.no_grad():
+        for seed in range(4):
+            torch.manual_seed(seed)
+            x = torch.randn(2, 4)
+            assert torch.equal(model(x.clone()), model(x.clone(), recorded=False))
+    assert [len(names) for names in graphs.stretches] == lengths
+    assert tape.records == len(lengths)
+
+
+@pytest.mark.parametrize("between", [new_states, written_states, written_input])
+def test_what_is_done_between_blocks_later_on_parts_the_stretch(tape, graphs, between):
+    model = Model(graphs)
+    with torch.no_grad():
+        x = torch.randn(2, 4)
+        for _ in range(3):
+            assert torch.equal(model(x.clone()), model(x.clone(), recorded=False))
+        assert [len(names) for names in graphs.stretches] == [3]
+        memory = graphs.memory
+        model.between = between
+        for _ in range(4):
+            assert torch.equal(model(x.clone()), model(x.clone(), recorded=False))
+        assert [len(names) for names in graphs.stretches] == [1, 2]
+        assert graphs.memory - memory >= 1000, "two graphs now, and the one before is gone"
+        assert graphs.memory - memory < 2000
+        model.between = lambda place, x, states: states
+        assert torch.equal(model(x), model(x, recorded=False))
+    assert tape.records == 3
+
+
+def test_in_inference_mode_where_nobody_counts_writes_each_block_is_a_graph(tape, graphs):
+    model = Model(graphs, written_states)
+    with torch.inference_mode():
+        for seed in range(4):
+            torch.manual_seed(seed)
+            x = torch.randn(2, 4)
+            assert torch.equal(model(x.clone()), model(x.clone(), recorded=False))
+    assert [len(names) for names in graphs.stretches] == [1, 1, 1]
+    assert tape.replays == 9
+
+
+def test_a_forward_that_fails_leaves_no_half_stretch(tape, graphs):
+    def failing(place, x, states):
+        raise ValueError("no more")
+
+    model = Model(graphs)
+    block = model.blocks[1]
+    with torch.no_grad():
+        x = torch.randn(2, 4)
+        own, block.inner.weight.data = block.inner.weight.data, torch.ones(3, 3)
+        with pytest.raises(RuntimeError, match="shapes"):
+            model(x)
+        block.inner.weight.data = own
+        for _ in range(3):
+            assert torch.equal(model(x), model(x, recorded=False))
+        assert [len(names) for names in graphs.stretches] == [3]
+        model.between = failing
+        with pytest.raises(ValueError, match="no more"):
+            model(x)
+        model.between = lambda place, x, states: states
+        assert torch.equal(model(x), model(x, recorded=False))
+        assert torch.equal(model(x), model(x, recorded=False))
+
+
+def test_traces_keep_nothing_alive(graphs):
+    seen = []
+    model = Model(graphs, lambda place, x, states: [seen.extend(map(weakref.ref, states)), states][1])
+    with torch.no_grad():
+        x = torch.randn(2, 4)
+        model(x)
+        seen.append(weakref.ref(x))
+        del x
+    assert len(seen) == 7
+    assert not any(one() is not None for one in seen)
+
+
+def test_a_controlnets_residuals_part_the_stack(qwen_pipe, tape, graphs):
+    def output(seed, residuals):
+        generator = torch.Generator().manual_seed(seed)
+        hidden, encoder = (torch.randn(1, *size, generator=generator) for size in ((16, 64), (5, 32)))
+        added = [0.5 * torch.randn(1, 16, 64, generator=generator) for _ in range(residuals)] or None
+        with torch.no_grad():
+            return qwen_pipe.transformer(
+                hidden_states=hidden,
+                encoder_hidden_states=encoder,
+                timestep=torch.tensor([0.5]),
+                img_shapes=[[(1, 4, 4)]],
+                controlnet_block_samples=added,
+                return_dict=False,
+            )[0]
+
+    cases = [(0, 0), (1, 0), (2, 0), (3, 2), (4, 4), (5, 2), (6, 4), (7, 0)]
+    expected = [output(*case) for case in cases]
+    with omni_kernels.patched(qwen_pipe, fuse=False, graphs=graphs):
+        for number, case in enumerate(cases):
+            assert torch.equal(output(*case), expected[number])
+            if number == 2:
+                assert [len(names) for names in graphs.stretches] == [4]
+        assert [len(names) for names in graphs.stretches] == [1, 1, 1, 1]
+    assert not graphs.reasons
 
 
 # Under Omni, undone
@@ -400,3 +625,58 @@ def test_compiled_blocks_are_recorded(qwen_pipe, tape, graphs):
         assert len(handle.compiled) == 4
         assert torch.equal(latents(qwen_pipe), expected)
     assert tape.replays > tape.records > 0
+
+
+# CUDA's own, on a machine without
+
+
+class Told:
+    """Stands for a module, and for whatever it returns; keeps what was asked of it."""
+
+    def __init__(self, asked, name):
+        self.asked, self.name = asked, name
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: self.asked.append(f"{self.name}.{name}")
+
+    def __enter__(self):
+        self.asked.append(f"in {self.name}")
+
+    def __exit__(self, *error):
+        self.asked.append(f"out of {self.name}")
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    asked = []
+    reserved = iter((5000, 8000))
+    here = Told(asked, "here")
+    for name in ("device", "Stream", "stream", "CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args, name=name, **kwargs: Told(asked, name))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: here)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: asked.append(f"back to {stream.name}"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: asked.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: next(reserved))
+    return asked
+
+
+def test_a_graph_is_captured_once_what_it_needs_is_there(cuda):
+    recorded = CudaGraphs().record(lambda: cuda.append("call") or "output", torch.device("cuda", 0))
+    aside = ["Stream.wait_stream", "in stream", "call", "call", "out of stream", "here.wait_stream", "synchronize"]
+    capture = ["in graph", "call", "out of graph", "back to here"]
+    assert cuda == ["in device", *aside, *capture, "out of device"]
+    assert recorded.returned == "output"
+    assert recorded.memory == 3000
+    cuda.clear()
+    recorded.replay()
+    assert cuda == ["in device", "CUDAGraph.replay", "out of device"]
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(cuda):
+    def call():
+        if "in graph" in cuda:
+            raise RuntimeError("not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        CudaGraphs().record(call, torch.device("cuda", 0))
+    assert cuda[-2:] == ["back to here", "out of device"]
