@@ -23,10 +23,12 @@ Output = torch.Tensor | Sequence[torch.Tensor | None]
 
 
 class Block(Protocol):
-    """A block of which calls are recorded; `call` runs it."""
+    """A block of which calls are recorded; `call` runs it, the module itself or, where not `uncompiled`, compiled."""
 
     name: str
+    module: torch.nn.Module
     call: Callable[..., Any]
+    uncompiled: bool
 
     def unfit(self) -> str | None:
         """Why the block cannot be recorded."""
