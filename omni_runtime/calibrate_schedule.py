@@ -297,8 +297,8 @@ class Images:
         return [min(float(one), IDENTICAL) for one in found]
 
     def _images(self, batch: Sequence[GenerationRequest], **changed: Any) -> torch.Tensor:
-        """Float images [B, F, 3, H, W] of one call; F is 1 for pictures."""
-        made = self._call(batch, **changed)
+        """8-bit images [B, F, 3, H, W] of one call, as pipelines make pictures of them; F is 1 for pictures."""
+        made = self._call(batch, **changed).float().mul(255).round().to(torch.uint8)
         return made if made.dim() == 5 else made[:, None]
 
     def _call(self, batch: Sequence[GenerationRequest], **changed: Any) -> torch.Tensor:
@@ -492,6 +492,7 @@ def about(omni: Omni, requests: Sequence[GenerationRequest], settings: Settings)
         "settings": dataclasses.asdict(settings),
         "requests": [[one.prompt, one.seed, jsonable(one.arguments)] for one in requests],
         "torch": torch.__version__,
+        "measure": "PSNR of 8-bit pictures",
     }
 
 

@@ -6,8 +6,8 @@ parts:
 
 1. Full runs are recorded, and run again with one step forecast, for each step in turn: `Responses`. They predict what a
    schedule does without sampling with it, and `shape` finds the one of a smooth density that they favour.
-2. Closed-loop, it samples with each candidate the same prompts and seeds as the full runs, and measures the images'
-   PSNR against theirs. It starts from that schedule, evenly spread steps and the published schedules, and goes on by
+2. Closed-loop, it samples with each candidate the same prompts and seeds as the full runs, and measures the pictures'
+   PSNR against theirs, of 8 bits: on what nobody sees, a search would spend steps that other images need. It starts from that schedule, evenly spread steps and the published schedules, and goes on by
    local moves (`neighbour`): one computed step to an adjacent place, one to any free place, a stretch of them by one
    place; of several that are drawn, the one with the smallest predicted error.
 
