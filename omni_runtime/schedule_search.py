@@ -7,9 +7,10 @@ parts:
 1. Full runs are recorded, and run again with one step forecast, for each step in turn: `Responses`. They predict what a
    schedule does without sampling with it, and `shape` finds the one of a smooth density that they favour.
 2. Closed-loop, it samples with each candidate the same prompts and seeds as the full runs, and measures the pictures'
-   PSNR against theirs, of 8 bits: on what nobody sees, a search would spend steps that other images need. It starts from that schedule, evenly spread steps and the published schedules, and goes on by
-   local moves (`neighbour`): one computed step to an adjacent place, one to any free place, a stretch of them by one
-   place; of several that are drawn, the one with the smallest predicted error.
+   PSNR against theirs, of 8 bits: on what nobody sees, a search would spend steps that other images need. It starts
+   from that schedule, evenly spread steps and the published schedules, and goes on by local moves (`neighbour`): one
+   computed step to an adjacent place, one to any free place, a stretch of them by one place; of several that are drawn,
+   the one with the smallest predicted error.
 
 A schedule replaces the best so far if its `score`, the mean of mean and 5th percentile over the images, is higher, and
 if its gain, image by image, is larger than chance would make it (`better`). Where the images are few, their percentile
