@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-import itertools
 import json
 import math
 import time
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from omni_kernels.device import synchronize
 from omni_kernels.patching import Patch
 from omni_runtime import quality
 from omni_runtime.cache import schedules
@@ -34,7 +34,7 @@ from omni_runtime.cache.output import OutputSite, steps_along
 from omni_runtime.omni import Omni
 from omni_runtime.request import GenerationRequest
 from omni_runtime.result import jsonable
-from omni_runtime.schedule_search import IDENTICAL, Responses, Tried, hopeless, score, search, shape
+from omni_runtime.schedule_search import IDENTICAL, ROUNDS, Responses, Tried, hopeless, score, search, shape
 
 TRIES, PATIENCE, BATCH = 30, 20, 8
 #: Arguments that a batch takes one of per image; all others are shared.
@@ -131,6 +131,7 @@ class Journal:
     def __init__(self, path: Path | None, about: Mapping[str, Any]) -> None:
         self._path = path
         self._known: dict[tuple[int, ...], Tried] = {}
+        self._seconds: dict[tuple[int, ...], float] = {}
         if path is None:
             return
         header = json.dumps(about, sort_keys=True, ensure_ascii=False)
@@ -145,17 +146,20 @@ class Journal:
         for line in lines:
             with contextlib.suppress(ValueError):
                 row = json.loads(line)
-                self._known[tuple(row["computed"])] = Tried(tuple(row["computed"]), tuple(row["psnr"]))
+                computed = tuple(row["computed"])
+                self._known[computed] = Tried(computed, tuple(row["psnr"]))
+                self._seconds[computed] = self._seconds.get(computed, 0.0) + row.get("seconds", 0.0)
                 whole.append(line)
         if len(whole) <= len(lines):  # the last line of a search that was killed while it wrote
             path.write_text("\n".join(whole) + "\n", encoding="utf-8")
 
-    def keep(self, tried: Tried) -> None:
-        """Add a sampled schedule."""
+    def keep(self, tried: Tried, seconds: float = 0.0) -> None:
+        """Add a sampled schedule, and what it took."""
         self._known[tried.computed] = tried
+        self._seconds[tried.computed] = self._seconds.get(tried.computed, 0.0) + seconds
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"computed": tried.computed, "psnr": tried.psnr}) + "\n")
+                file.write(json.dumps({"computed": tried.computed, "psnr": tried.psnr, "seconds": seconds}) + "\n")
 
     def get(self, computed: tuple[int, ...]) -> Tried | None:
         """A schedule that was sampled before."""
@@ -165,9 +169,14 @@ class Journal:
         """As `Images.sample`, unless that was done."""
         known = self.get(computed)
         if known is None or (best is None and len(known.psnr) < len(images.requests)):
+            start = time.perf_counter()
             known = images.sample(computed, best)
-            self.keep(known)
+            self.keep(known, time.perf_counter() - start)
         return known
+
+    def seconds(self, budget: int) -> float:
+        """What sampling with all schedules of so many computed steps has taken."""
+        return sum(seconds for computed, seconds in self._seconds.items() if len(computed) == budget)
 
 
 class Images:
@@ -176,6 +185,7 @@ class Images:
     Attributes:
         forwards: transformer calls of all runs under a schedule so far, each of a batch.
         spent: seconds of a computed step of all images, at each schedule so far.
+        responding: seconds that the responses took.
     """
 
     def __init__(self, pipe: Any, requests: Sequence[GenerationRequest], settings: Settings, batch: int) -> None:
@@ -187,6 +197,7 @@ class Images:
         self._references: list[torch.Tensor] = []
         self.forwards = 0
         self.spent: list[float] = []
+        self.responding = 0.0
 
     def record(self) -> Recording:
         """Run all in full, in batches as large as fit into memory."""
@@ -220,27 +231,32 @@ class Images:
         """
         steps = range(1, len(sigmas) - 2)
         known = dict(np.load(kept)) if kept is not None and kept.is_file() else {}
-        runs = len(self._batches) * len(steps)
-        ends = list(itertools.accumulate(len(batch) for batch in self._batches))
-        names = [f"{end - len(batch)}-{end}" for end, batch in zip(ends, self._batches, strict=True)]
-        for number, (name, batch) in enumerate(zip(names, self._batches, strict=True)):
-            if f"changes {name}" in known:
-                continue
-            recording = Recording(self.pipe)
-            full = self._latents(batch, recording)
-            changed: list[torch.Tensor] = []
-            error: list[np.ndarray] = []
-            for step in steps:
-                replaying = Replaying(self.pipe, recording.outputs, step, self._settings)
-                changed.append(self._latents(batch, replaying) - full)
-                error.append(replaying.error)
-                on_step(number * len(steps) + step, runs)
-            known[f"changes {name}"], known[f"errors {name}"] = inner_products(changed), np.stack(error, 1)
-            if kept is not None:
-                part = kept.with_name(f".{kept.name}")
-                with part.open("wb") as file:
-                    np.savez(file, **known)
-                part.replace(kept)
+        names: list[str] = []
+
+        def run(first: int, batch: Sequence[GenerationRequest], reference: torch.Tensor) -> None:
+            name = f"{first}-{first + len(batch)}"
+            if f"changes {name}" not in known:
+                start = time.perf_counter()
+                recording = Recording(self.pipe)
+                full = self._latents(batch, recording)
+                changed: list[torch.Tensor] = []
+                error: list[np.ndarray] = []
+                for step in steps:
+                    replaying = Replaying(self.pipe, recording.outputs, step, self._settings)
+                    changed.append(self._latents(batch, replaying) - full)
+                    error.append(replaying.error)
+                    on_step(len(names) * len(steps) + step, len(self._batches) * len(steps))
+                known[f"changes {name}"], known[f"errors {name}"] = inner_products(changed), np.stack(error, 1)
+                known[f"seconds {name}"] = np.asarray(time.perf_counter() - start)
+                if kept is not None:
+                    part = kept.with_name(f".{kept.name}")
+                    with part.open("wb") as file:
+                        np.savez(file, **known)
+                    part.replace(kept)
+            names.append(name)
+
+        self._each(run)
+        self.responding = float(sum(known.get(f"seconds {name}", 0.0) for name in names))
         return Responses(
             np.concatenate([known[f"changes {name}"] for name in names]),
             np.concatenate([known[f"errors {name}"] for name in names]),
@@ -270,27 +286,71 @@ class Images:
         """Run all with a schedule; PSNR of each image against its full run. Beside `best`, what is hopeless ends."""
         psnr: list[float] = []
         start = time.perf_counter()
-        config = VELOCITY_CACHE.check({"schedule": list(computed), **dataclasses.asdict(self._settings)})
-        patch = Patch()
-        session = VELOCITY_CACHE.install(self.pipe, config, patch)
-        try:
-            for batch, reference in zip(self._batches, self._references, strict=True):
-                psnr += self._psnr(batch, reference)
-                self.forwards += session.report.forwards if session.report else 0
+        with self._scheduled(computed) as session:
+
+            def run(first: int, batch: Sequence[GenerationRequest], reference: torch.Tensor) -> None:
                 if best is not None and hopeless(psnr, best):
-                    break
-        finally:
-            patch.undo()
-            session.close()
+                    return
+                psnr.extend(self._psnr(batch, reference))
+                self.forwards += session.report.forwards if session.report else 0
+
+            self._each(run)
         self.spent.append((time.perf_counter() - start) / len(computed))
         return Tried(tuple(computed), tuple(psnr))
 
     def plain(self, steps: int) -> Tried:
         """Run all with fewer steps and no cache."""
         psnr: list[float] = []
-        for batch, reference in zip(self._batches, self._references, strict=True):
-            psnr += self._psnr(batch, reference, num_inference_steps=steps)
+        self._each(lambda _, batch, reference: psnr.extend(self._psnr(batch, reference, num_inference_steps=steps)))
         return Tried(tuple(range(steps)), tuple(psnr))
+
+    def speedups(self, schedules: Sequence[Sequence[int]]) -> list[float]:
+        """How many times as fast as the full run the first request is with each: medians of rounds, all in turns."""
+        request = self.requests[:1]
+        took: list[list[float]] = [[] for _ in range(1 + len(schedules))]
+        self._call(request)  # what is compiled for a single image, is
+        for _ in range(ROUNDS):
+            for times, computed in zip(took, [None, *schedules], strict=True):
+                with contextlib.nullcontext() if computed is None else self._scheduled(computed):
+                    synchronize(self.pipe._execution_device)
+                    start = time.perf_counter()
+                    self._call(request)
+                    synchronize(self.pipe._execution_device)
+                    times.append(time.perf_counter() - start)
+        full, *others = (float(np.median(times)) for times in took)
+        return [full / one for one in others]
+
+    @contextlib.contextmanager
+    def _scheduled(self, computed: Sequence[int]) -> Iterator[CacheSession]:
+        """The pipeline under a schedule."""
+        config = VELOCITY_CACHE.check({"schedule": list(computed), **dataclasses.asdict(self._settings)})
+        patch = Patch()
+        session = VELOCITY_CACHE.install(self.pipe, config, patch)
+        try:
+            yield session
+        finally:
+            patch.undo()
+            session.close()
+
+    def _each(self, run: Callable[[int, Sequence[GenerationRequest], torch.Tensor], Any]) -> None:
+        """Call `run` for each batch: its first image's place, its requests, its references.
+
+        A batch that memory is too small for is halved for good.
+        """
+        place = first = 0
+        while place < len(self._batches):
+            batch, reference = self._batches[place], self._references[place]
+            try:
+                run(first, batch, reference)
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                half = len(batch) // 2
+                self._batches[place : place + 1] = [batch[:half], batch[half:]]
+                self._references[place : place + 1] = [reference[:half], reference[half:]]
+                continue
+            first += len(batch)
+            place += 1
 
     def _psnr(self, batch: Sequence[GenerationRequest], reference: torch.Tensor, **changed: Any) -> list[float]:
         found = quality.psnr(self._images(batch, **changed), reference).flatten(1).mean(1)
@@ -378,6 +438,8 @@ class Found:
         start: the best schedule before any move, on the searched images.
         even: evenly spread steps, on the others.
         trail: score of the best after each sampled schedule.
+        seconds: that sampling took.
+        speedup: how many times as fast as the full run a single image is made.
     """
 
     best: Tried
@@ -386,6 +448,8 @@ class Found:
     even: Tried
     start: Tried
     trail: list[float]
+    seconds: float
+    speedup: float = math.nan
 
 
 def starts(
@@ -472,13 +536,19 @@ def find(
             even=others.sample(schedules.even(steps, budget).computed),
             start=result.start,
             trail=[one.score for one in result.trail],
+            seconds=kept.seconds(budget),
         )
+    for one, speedup in zip(
+        found.values(), others.speedups([one.best.computed for one in found.values()]), strict=True
+    ):
+        one.speedup = speedup
     rows = [_row(steps, recorded.sigmas[:steps], budget, one) for budget, one in found.items()]
     height, width = images.size
     document = {
         "schedules": rows,
         "settings": dataclasses.asdict(settings),
         "forwards": images.forwards + others.forwards,
+        "seconds_of_responses": round(images.responding, 1),
         "calibrated_for": {key: value for key, value in recorded.run().items() if key != "steps"}
         | {"width": width, "height": height},
     }
@@ -516,6 +586,8 @@ def _row(steps: int, sigmas: Sequence[float], budget: int, found: Found) -> dict
         "searched": statistics(found.best),
         "start": {"computed": list(found.start.computed), **statistics(found.start)},
         "tries": len(found.trail),
+        "seconds": round(found.seconds, 1),
+        "speedup": round(found.speedup, 3),
     }
 
 
@@ -524,10 +596,10 @@ def words(found: Mapping[int, Found]) -> Iterator[str]:
     for budget, one in found.items():
         now, plain, even = statistics(one.held_out), statistics(one.plain), statistics(one.even)
         yield (
-            f"{budget} computed steps: {now['mean']:.1f} ± {now['std']:.1f} dB, 5th percentile {now['p5']:.1f}, on "
-            f"{now['images']} images that were not searched on; evenly spread steps have {even['mean']:.1f} dB, 5th "
-            f"percentile {even['p5']:.1f}, plain sampling with {budget} steps {plain['mean']:.1f} and "
-            f"{plain['p5']:.1f}. On the searched images "
+            f"{budget} computed steps: {one.speedup:.2f} times as fast, {now['mean']:.1f} ± {now['std']:.1f} dB, 5th "
+            f"percentile {now['p5']:.1f}, on {now['images']} images that were not searched on; evenly spread steps "
+            f"have {even['mean']:.1f} dB, 5th percentile {even['p5']:.1f}, plain sampling with {budget} steps "
+            f"{plain['mean']:.1f} and {plain['p5']:.1f}. On the searched images "
             f"{score(one.start.psnr):.1f} at the start, {one.best.score:.1f} after {len(one.trail)} schedules."
         )
 

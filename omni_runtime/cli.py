@@ -184,10 +184,10 @@ def _add_calibrate(commands: Any, shared: argparse.ArgumentParser) -> None:
         "calibrate",
         help=about,
         description=f"{about.capitalize()}: tea_cache's polynomial or mag_cache's ratios, to how full runs move from "
-        "step to step; or velocity_cache's schedule, by sampling with one after the other. Writes a file that the "
-        "method's key takes (coefficients, mag_ratios, calibration); called METHOD.json (velocity_cache.json for a "
-        "schedule), in the directory of a model, it is taken for that model by itself. Calibrate with the steps, size "
-        "and scheduler that you will use.",
+        "step to step; or velocity_cache's schedule, by sampling with one after the other. The file is kept "
+        "in the user's data directory and taken for that model by itself; one that is written elsewhere (--out) is for "
+        "the method's key (coefficients, mag_ratios, calibration) or, called METHOD.json (velocity_cache.json for a "
+        "schedule), for the model's directory. Calibrate with the steps, size and scheduler that you will use.",
         parents=[shared],
         allow_abbrev=False,
     )
@@ -208,7 +208,7 @@ def _add_calibrate(commands: Any, shared: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--seeds", type=_seeds, metavar="N,N", help="default: 0; for a schedule, 1000,1001")
     command.add_argument("--steps", type=_whole, metavar="N", help="denoising steps (default: the model's own)")
-    command.add_argument("--out", type=Path, metavar="FILE", help="default: out/METHOD.json")
+    command.add_argument("--out", type=Path, metavar="FILE", help="default: kept for the model")
     schedule = command.add_argument_group("schedule")
     schedule.add_argument(
         "--budgets",
@@ -220,8 +220,8 @@ def _add_calibrate(commands: Any, shared: argparse.ArgumentParser) -> None:
         "--held-out",
         action="append",
         metavar="TEXT|FILE",
-        help="prompts to measure the schedules on, like --prompts (default: 8 others of @model, else those of "
-        "--prompts); their seeds are --seeds plus 1000",
+        help="prompts to measure the schedules on, like --prompts (default: 8 others of @model; of --prompts, every "
+        "fourth, which is not searched on then); their seeds follow the largest of --seeds",
     )
     schedule.add_argument(
         "--tries", type=_whole, metavar="N", help="schedules sampled per budget at most (default: 30)"

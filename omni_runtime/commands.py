@@ -131,15 +131,11 @@ def calibrate(options: argparse.Namespace) -> None:
         raise UsageError(f"--{given[0].replace('_', '-')} is for a schedule: {options.method} has no search")
     options.seeds = options.seeds or [0]
     _settle(options)
-    key, file = calibration.KINDS[options.method].key, calibration.file_name(options.method)
-    out = Path("out", file) if options.out is None else options.out
+    key = calibration.KINDS[options.method].key
     with wrong_input():
         # No weights are loaded: whether the method can serve the model is seen from its index. Five ones are numbers
         # that every method takes.
-        _omni(options, cache_backend=options.method, cache_config={key: [1.0] * 5})
-        if out.is_dir():
-            raise UsageError(f"--out {out} is a directory: give a file, like {out / file}")
-        _make_directory(out.parent)
+        out = _calibrated_file(options, options.method, {key: [1.0] * 5})
         omni = _omni(options, cache_backend=None)
         requests = _requests(options, omni, CALIBRATION_PROMPTS)
     steps = requests[0].arguments.get("num_inference_steps", 0)
@@ -160,8 +156,23 @@ def calibrate(options: argparse.Namespace) -> None:
         return
     print(fitted.words())
     print(out)
-    config = json.dumps({key: str(out)})
-    print(f"omni generate --model {options.model} --cache-backend {options.method} --cache-config '{config}'")
+    print(_taken(options, options.method, {} if options.out is None else {key: str(out)}))
+
+
+def _calibrated_file(options: argparse.Namespace, method: str, config: dict[str, Any]) -> Path:
+    """Where a calibration is to be written, once it is seen that the model can be served."""
+    location = _omni(options, cache_backend=method, cache_config=config).location or options.model
+    out = calibration.kept_for(location, method) if options.out is None else options.out
+    if out.is_dir():
+        raise UsageError(f"--out {out} is a directory: give a file, like {out / calibration.file_name(method)}")
+    _make_directory(out.parent)
+    return out
+
+
+def _taken(options: argparse.Namespace, method: str, config: dict[str, Any]) -> str:
+    """The command that runs with a calibration. One that was kept for the model is found without being named."""
+    given = f" --cache-config '{json.dumps(config)}'" if config else ""
+    return f"omni generate --model {options.model} --cache-backend {method}{given}"
 
 
 def _calibrate_schedule(options: argparse.Namespace) -> None:
@@ -172,16 +183,14 @@ def _calibrate_schedule(options: argparse.Namespace) -> None:
 
     method = finding.VELOCITY_CACHE.name
     options.seeds = options.seeds or list(SCHEDULE_SEEDS)
-    out = Path("out", calibration.file_name(method)) if options.out is None else options.out
     _settle(options)
     with wrong_input():
-        _omni(options, cache_backend=method, cache_config={})
-        if out.is_dir():
-            raise UsageError(f"--out {out} is a directory: give a file, like {out / calibration.file_name(method)}")
-        _make_directory(out.parent)
+        out = _calibrated_file(options, method, {"budget": 2})
         omni = _omni(options, cache_backend=None)
-        requests = _with_seeds(options, omni, _searched_prompts(options), options.seeds)
-        held_out = _held_out(options, omni, requests)
+        searched, others = _searched_and_held_out(options)
+        requests = _with_seeds(options, omni, searched, options.seeds)
+        other_seeds = [max(options.seeds) + 1 + place for place in range(len(options.seeds))]
+        held_out = _with_seeds(options, omni, others, other_seeds)
         steps = requests[0].arguments["num_inference_steps"]
         budgets = options.budgets or sorted({max(2, round(steps / part)) for part in (2, 3, 4, 5)}, reverse=True)
         journal = out.with_suffix(".search.jsonl")
@@ -234,30 +243,41 @@ def _calibrate_schedule(options: argparse.Namespace) -> None:
         _print_json({"files": [str(out), str(picture)], **document})
         return
     print(*finding.words(found), out, picture, sep="\n")
-    config = json.dumps({"calibration": str(out), "budget": budgets[0]})
-    print(f"omni generate --model {options.model} --cache-backend {method} --cache-config '{config}'")
+    print(_taken(options, method, ({} if options.out is None else {"calibration": str(out)}) | {"budget": budgets[0]}))
 
 
-def _searched_prompts(options: argparse.Namespace) -> list[tuple[str, Path | None]]:
-    """What a schedule is searched on: of an embedded model's own prompts, those that no comparison of it is made on."""
+_Prompts = Sequence[tuple[str, Path | None]]
+
+
+def _searched_and_held_out(options: argparse.Namespace) -> tuple[_Prompts, _Prompts]:
+    """The prompts that a schedule is searched on, and others that it is measured on.
+
+    Of an embedded model's own prompts, the former are those that no comparison of it is made on. Of prompts that are
+    given, every fourth is held out, unless others are given for that.
+    """
     from omni_runtime import compare as comparison
 
     if options.prompts:
-        return _prompts_and_images(options, SCHEDULE_PROMPTS, options.prompts)
-    return _own_prompts(options, comparison.prompts_left(options.model, SCHEDULE_PROMPTS))
-
-
-def _held_out(
-    options: argparse.Namespace, omni: Omni, searched: Sequence[GenerationRequest]
-) -> list[GenerationRequest]:
-    """What schedules are measured on: other seeds, and other prompts where there are any."""
-    prompts = _prompts_and_images(options, SCHEDULE_PROMPTS, options.held_out or options.prompts)
-    if not (options.held_out or options.prompts):
-        known = {request.prompt for request in searched}
-        everything = _prompts_and_images(options, sys.maxsize)
-        others = [(prompt, image) for prompt, image in everything if prompt not in known]
-        prompts = others[:: max(1, len(others) // HELD_OUT_PROMPTS)][:HELD_OUT_PROMPTS] or prompts
-    return _with_seeds(options, omni, prompts, [seed + 1000 for seed in options.seeds])
+        given = list(dict.fromkeys(_prompts_and_images(options, SCHEDULE_PROMPTS, options.prompts)))
+        texts = list(dict.fromkeys(text for text, _ in given))
+        if not options.held_out and len(texts) < 2:
+            raise UsageError("--held-out is missing: a schedule is measured on prompts that it was not searched on")
+        if options.held_out:
+            searched, held_out = given, _prompts_and_images(options, SCHEDULE_PROMPTS, options.held_out)
+        else:
+            searched = [one for one in given if one[0] not in texts[1::4]]
+            held_out = [one for one in given if one[0] in texts[1::4]]
+    else:
+        searched = _own_prompts(options, comparison.prompts_left(options.model, SCHEDULE_PROMPTS))
+        known = {prompt for prompt, _ in searched}
+        everything = _prompts_and_images(options, sys.maxsize, options.held_out)
+        held_out = [one for one in everything if options.held_out or one[0] not in known]
+        if not options.held_out:
+            held_out = held_out[:: max(1, len(held_out) // HELD_OUT_PROMPTS)][:HELD_OUT_PROMPTS]
+    both = {prompt for prompt, _ in searched} & {prompt for prompt, _ in held_out}
+    if both:
+        raise UsageError(f"--held-out has prompts that are searched on: {', '.join(sorted(both))}")
+    return searched, held_out
 
 
 def backends(options: argparse.Namespace) -> None:
@@ -478,14 +498,14 @@ def _as_json(result: OmniResult) -> dict[str, Any]:
 def _embedded(path: Path) -> dict[str, Any]:
     index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
     defaults = path / "defaults.json"
-    own = {method: path / calibration.file_name(method) for method in calibration.KINDS}
+    own = {method: calibration.own_file(str(path), method) for method in calibration.KINDS}
     return {
         "pipeline": index["_class_name"],
         "path": str(path),
         "bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
         "defaults": json.loads(defaults.read_text(encoding="utf-8")) if defaults.is_file() else {},
         **{
-            method: f"calibrated on {calibration.summary(calibration.read(file, method))}" if file.is_file() else None
+            method: f"calibrated on {calibration.summary(calibration.read(file, method))}" if file else None
             for method, file in own.items()
         },
     }

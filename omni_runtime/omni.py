@@ -63,6 +63,7 @@ class Omni:
 
     Attributes:
         name: the model as it was named.
+        location: its directory or hub id; None where a pipeline was given that was not loaded from one.
         cache_backend, cache_config: what is installed, defaults filled in; None and {} without a cache.
 
     Raises:
@@ -96,12 +97,14 @@ class Omni:
             target = loading.resolve_device(device)
             dtype = loading.resolve_dtype(dtype, target)
             self.name = source.name
+            self.location: str | None = source.location
             self._defaults = source.defaults
             self._pipeline_class = source.pipeline_class
             self._load: Callable[[], Any] = lambda: loading.load(source, dtype, target, from_pretrained)
         else:
             _check_loaded(model, from_pretrained)
-            own = _with_own(backend, config, getattr(model, "name_or_path", None))
+            self.location = getattr(model, "name_or_path", None)
+            own = _with_own(backend, config, self.location)
             complete = check_cache(backend, own, _config_of(model), type(model).__name__)
             self.name = getattr(model, "name_or_path", None) or type(model).__name__
             self._defaults = {}
@@ -336,7 +339,7 @@ def check_cache(
 
 
 def _with_own(backend: str | None, config: dict[str, Any] | None, directory: Any) -> Mapping[str, Any] | None:
-    """The configuration, with what the model's directory brings for the backend where the caller gives nothing."""
+    """The configuration, with the model's own calibration for the backend where the caller gives none."""
     return config if backend is None else backends.with_own(backends.get(backend), config, directory)
 
 

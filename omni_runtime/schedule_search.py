@@ -42,6 +42,8 @@ IDENTICAL = 100.0
 MARGIN = 1.0
 #: On how many images a schedule is sampled at least before it is given up.
 FEWEST = 4
+#: How often a single image is made in full and with each schedule that was found, to see how much faster it is.
+ROUNDS = 3
 #: How many local moves are drawn for each that is sampled.
 DRAWS = 8
 #: A density of computed steps has so many numbers, and they are moved by so much, in turn, in its logarithm.
@@ -310,4 +312,5 @@ def most_steps(budgets: Sequence[int], tries: int, images: int, held_out: int, s
     # Searched images: in full twice, and again from each skipped step's snapshots on.
     responses = steps + sum(steps - step + 2 for step in range(1, steps - 1))
     # Held-out images: in full, then with the schedule found, evenly spread steps, and plain sampling.
-    return images * (steps + responses) + held_out * steps + sum(budgets) * (tries * images + 3 * held_out)
+    timed = steps + ROUNDS * (steps + sum(budgets))  # one image, once before
+    return images * (steps + responses) + held_out * steps + sum(budgets) * (tries * images + 3 * held_out) + timed

@@ -17,6 +17,14 @@ import torch
 torch.set_num_threads(1)  # two are 3–18 times slower at the sizes of these tests
 
 
+@pytest.fixture(autouse=True, scope="session")
+def users_calibrations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What somebody has calibrated on this machine counts for no test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
+        yield
+
+
 @pytest.fixture
 def small_references() -> Iterator[None]:
     """The edit pipelines' references at 64×64 pixels, for tests that call a pipeline without `tiny.generate`."""

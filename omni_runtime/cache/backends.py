@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from omni_kernels.patching import Patch
@@ -54,7 +53,7 @@ class Method:
             that lacks what the method needs. None for a method that leaves the blocks alone, and needs no row.
         relations: (configuration, number of blocks, number of steps; None where unknown) → raises for values that
             don't go together.
-        model_file: a file that a model's folder may bring, and the key whose default it then is.
+        calibrated_by: the key that takes a calibration, whose default is the model's own; None for a method without.
         own: (checked configuration, a model's directory) → the same with what the directory brings, for a method that
             is made of others.
         output: configuration → the choices for whole steps; None for a method that skips none.
@@ -65,7 +64,7 @@ class Method:
     keys: tuple[keys.Key, ...]
     parts: Callable[[Config, ModelRow, int], Parts] | None
     relations: Callable[[Config, int | None, int | None], None]
-    model_file: tuple[str, str] | None = None
+    calibrated_by: str | None = None
     own: Callable[[Mapping[str, Any], str], Mapping[str, Any]] | None = None
     output: Callable[[Config], OutputSite] | None = None
 
@@ -97,15 +96,19 @@ class Method:
         return resolved
 
     def with_own(self, config: Mapping[str, Any] | None, directory: str | None) -> Mapping[str, Any] | None:
-        """A checked configuration, with what a model's directory brings where the caller gives nothing."""
+        """A checked configuration, with the model's own calibration where the caller gives none.
+
+        Args:
+            directory: the model's, or its name on the hub.
+        """
         if not directory:
             return config
         if self.own is not None:
             return self.own(config or {}, directory)
-        file, key = self.model_file or ("", "")
-        if not file or (config or {}).get(key) is not None or not Path(directory, file).is_file():
+        if self.calibrated_by is None or (config or {}).get(self.calibrated_by) is not None:
             return config
-        return {**(config or {}), key: Path(directory, file)}
+        file = calibration.own_file(directory, self.name)
+        return config if file is None else {**(config or {}), self.calibrated_by: file}
 
     def install(self, pipe: Any, config: Config, patch: Patch) -> CacheSession:
         """Install on `pipe`; `config` is complete."""
@@ -219,7 +222,7 @@ TEA_CACHE = Method(
     ),
     parts=_tea_cache,
     relations=_unrelated,
-    model_file=(calibration.file_name("tea_cache"), "coefficients"),
+    calibrated_by="coefficients",
 )
 
 
@@ -401,7 +404,7 @@ MAG_CACHE = Method(
     ),
     parts=_mag_cache,
     relations=_unrelated,
-    model_file=(calibration.file_name("mag_cache"), "mag_ratios"),
+    calibrated_by="mag_ratios",
 )
 
 
@@ -469,7 +472,6 @@ _REACH_KEY = keys.number(
 )
 
 _ASKED = ("schedule", "budget", "speedup", "quality")
-DEFAULT_SPEEDUP = 2.0
 
 
 def _velocity_schedule(config: Config, request: Request, transformer: str) -> schedules.Schedule:
@@ -492,7 +494,9 @@ def _budget(config: Config, steps: int) -> int:
     """How many steps are computed, where their number was asked for."""
     if config["budget"] is not None:
         return min(config["budget"], steps)
-    return min(max(2, int(steps / (config["speedup"] or DEFAULT_SPEEDUP))), steps)
+    if config["speedup"] is None:
+        return max(2, steps // 2)
+    return schedules.fast_enough(schedules.calibrated(config["calibration"]), steps, config["speedup"])
 
 
 def _velocity_cache(config: Config) -> OutputSite:
@@ -536,7 +540,10 @@ VELOCITY_CACHE = Method(
         _schedule_key(),
         keys.integer("budget", None, 2, None, "how many steps are computed"),
         keys.optional_number(
-            "speedup", 1.0, f"steps for each computed one; {DEFAULT_SPEEDUP:g} where nothing is given"
+            "speedup",
+            1.0,
+            "times as fast as with all steps, by what was measured where that was calibrated; nothing given: half of "
+            "the steps",
         ),
         keys.optional_number("quality", 0.0, "mean PSNR in dB against the full run, where that was calibrated"),
         _calibrated_key(
@@ -549,7 +556,7 @@ VELOCITY_CACHE = Method(
     ),
     parts=None,
     relations=_velocity_relations,
-    model_file=(calibration.file_name("velocity_cache"), "calibration"),
+    calibrated_by="calibration",
     output=_velocity_cache,
 )
 

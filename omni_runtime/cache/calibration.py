@@ -6,9 +6,11 @@ velocity cache); `KINDS` is the table of them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +77,7 @@ def _schedule(row: Any) -> dict[str, Any]:
     if not isinstance(row, Mapping):
         raise ValueError(f"a schedule must be an object, not {row!r}")
     steps, computed, sigmas, psnr = (row.get(key) for key in ("steps", "computed", "sigmas", "psnr"))
+    speedup = row.get("speedup")
     whole = isinstance(steps, int) and isinstance(computed, list) and all(isinstance(step, int) for step in computed)
     if not whole or computed != sorted({0, steps - 1, *computed}):  # type: ignore[operator,misc]
         raise ValueError(f"computed must be rising steps from 0 to steps − 1, not {computed!r} of {steps!r}")
@@ -82,7 +85,10 @@ def _schedule(row: Any) -> dict[str, Any]:
         raise ValueError(f"sigmas must be the noise levels of {steps} steps")
     if not isinstance(psnr, Mapping) or not _finite_numbers([psnr.get("mean")]):
         raise ValueError(f"psnr must have a mean, not {psnr!r}")
-    return {"steps": steps, "computed": computed, "sigmas": sigmas, "psnr": {"mean": float(psnr["mean"])}}
+    if speedup is not None and (not _finite_numbers([speedup]) or speedup <= 0):
+        raise ValueError(f"speedup must be a number > 0, not {speedup!r}")
+    needed = {"steps": steps, "computed": computed, "sigmas": sigmas, "psnr": {"mean": float(psnr["mean"])}}
+    return needed if speedup is None else needed | {"speedup": float(speedup)}
 
 
 #: method → its calibration
@@ -96,6 +102,26 @@ KINDS = {
 def file_name(method: str) -> str:
     """What a model's folder may bring."""
     return f"{method}.json"
+
+
+def kept_for(model: str, method: str) -> Path:
+    """Where `omni calibrate` leaves a model's file, to be found again: in the user's data directory.
+
+    Args:
+        model: a directory, or a name on the hub.
+    """
+    data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+    path = Path(model).expanduser()
+    identity = str(path.resolve()) if path.is_dir() else model
+    name = re.sub(r"[^\w.-]+", "--", path.resolve().name if path.is_dir() else model)
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    return data / "omni-kernels" / "calibrations" / f"{name}-{digest}" / file_name(method)
+
+
+def own_file(model: str, method: str) -> Path | None:
+    """The calibration that is taken for a model where none is given: what was kept for it, else what it brings."""
+    places = kept_for(model, method), Path(model).expanduser() / file_name(method)
+    return next((place for place in places if place.is_file()), None)
 
 
 # The file

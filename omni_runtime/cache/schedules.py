@@ -25,6 +25,7 @@ class Schedule:
         transformer: the class of transformers that it was found for; None for any.
         sigmas: the noise level of each step where it was found; None where nobody wrote them down.
         psnr: mean PSNR in dB against full runs, where that was measured.
+        speedup: how many times as fast as a full run, where that was measured.
     """
 
     steps: int
@@ -33,6 +34,7 @@ class Schedule:
     transformer: str | None = None
     sigmas: tuple[float, ...] | None = None
     psnr: float | None = None
+    speedup: float | None = None
 
     @property
     def mask(self) -> tuple[int, ...]:
@@ -154,7 +156,12 @@ def calibrated(found: Mapping[str, Any] | None) -> list[Schedule]:
     origin = f"calibrated on {found.get('model', 'an unnamed model')}"
     return [
         Schedule(
-            row["steps"], tuple(row["computed"]), origin, sigmas=tuple(row["sigmas"]), psnr=float(row["psnr"]["mean"])
+            row["steps"],
+            tuple(row["computed"]),
+            origin,
+            sigmas=tuple(row["sigmas"]),
+            psnr=float(row["psnr"]["mean"]),
+            speedup=row.get("speedup"),
         )
         for row in found["schedules"]
     ]
@@ -177,6 +184,28 @@ def good_enough(candidates: Sequence[Schedule], quality: float) -> Schedule:
             f"{len(best.computed)} of {best.steps} steps"
         )
     return min(good, key=lambda one: len(one.computed) / one.steps)
+
+
+def fast_enough(candidates: Sequence[Schedule], steps: int, speedup: float) -> int:
+    """The most computed steps, of `steps`, with which a request is `speedup` times as fast as with all.
+
+    A request takes 1 − c·(1 − share of computed steps) of a full run's time, with c from what was measured: the text
+    encoder, the decoder and the skipped steps themselves take some, too. Where nothing was measured, c is 1.
+
+    Raises:
+        ValueError: even two computed steps would take longer, by what was measured.
+    """
+    measured = [(1 - len(one.computed) / one.steps, 1 - 1 / one.speedup) for one in candidates if one.speedup]
+    squares = sum(skipped**2 for skipped, _ in measured)
+    saved = sum(skipped * gained for skipped, gained in measured) / squares if squares else 1.0
+    budget = int(steps * (1 - (1 - 1 / speedup) / saved) + 1e-6) if saved > 0 else 0
+    if budget < 2 and squares:
+        fastest = 1 / (1 - saved * (1 - 2 / steps))
+        raise ValueError(
+            f"speedup {speedup:g} is more than skipping steps gives: with 2 of {steps} computed, {fastest:.1f} by what "
+            "the calibration has measured"
+        )
+    return min(max(2, budget), steps)
 
 
 def nearest(candidates: Sequence[Schedule], steps: int, budget: int) -> Schedule | None:

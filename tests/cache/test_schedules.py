@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from omni_runtime.cache import masks, schedules
-from omni_runtime.cache.schedules import PUBLISHED, Schedule, even, fitted, named, nearest
+from omni_runtime.cache.schedules import PUBLISHED, Schedule, even, fast_enough, fitted, named, nearest
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -67,6 +67,22 @@ def test_carrying_over_keeps_the_noise_levels() -> None:
 def test_carrying_over_to_twice_the_steps_doubles_the_places() -> None:
     schedule = Schedule(11, (0, 1, 4, 10), "here")
     assert fitted(schedule, 21, None, 4).computed == (0, 2, 8, 20)
+
+
+def test_a_speedup_is_answered_from_what_was_measured() -> None:
+    """Half of the steps was 1.8 times as fast, a quarter 3: 1 − 1/1.8 = 8/9 · 1/2, and 1 − 1/3 = 8/9 · 3/4."""
+    measured = [
+        Schedule(steps, even(steps, budget).computed, "measured", psnr=40.0, speedup=speedup)
+        for steps, budget, speedup in ((40, 20, 1.8), (20, 5, 3.0), (20, 10, None))
+    ]
+    assert fast_enough(measured, 40, 1.8) == 20
+    assert fast_enough(measured, 20, 3.0) == 5
+    assert fast_enough(measured, 40, 1.0 + 1e-9) == 40
+    assert fast_enough(measured, 40, 2.0) == 17, "1 − 1/2 = 8/9 · 9/16: 17.5 steps, and 17 are as fast at least"
+    assert fast_enough([], 40, 2.0) == 20, "where nothing was measured, only computed steps count"
+    assert fast_enough([], 40, 100.0) == 2
+    with pytest.raises(ValueError, match=r"speedup 10 is more than skipping steps gives: with 2 of 40 computed, 6\.4"):
+        fast_enough(measured, 40, 10.0)
 
 
 def test_names() -> None:

@@ -544,6 +544,12 @@ def test_calibrated_schedules_are_taken(qwen_pipe, tmp_path, recwarn):
     assert computed_by(qwen_pipe, {"calibration": found, "quality": 30.0})[0] == [0, 2, 7]
     assert computed_by(qwen_pipe, {"calibration": found, "quality": 30.1})[0] == [0, 1, 3, 4, 7]
     assert not [w for w in recwarn if "calibrated for" in str(w.message)]
+    for row in found["schedules"]:  # as if forecasting took a tenth of computing
+        row["speedup"] = 1 / (1 - 0.9 * (1 - len(row["computed"]) / row["steps"]))
+    for wanted, count in ((1.5, 5), (2.0, 3), (2.2, 3)):
+        assert len(computed_by(qwen_pipe, {"calibration": found, "speedup": wanted})[0]) == count
+    with pytest.raises(ValueError, match=r"speedup 4 is more than skipping steps gives: with 2 of 8 computed, 3\.1"):
+        computed_by(qwen_pipe, {"calibration": found, "speedup": 4.0})
     computed, notes = computed_by(qwen_pipe, {"calibration": found, "budget": 4})
     assert len(computed) == 4
     assert "carried over to 4 of 8" in notes

@@ -357,11 +357,13 @@ def test_the_command_writes_a_file_that_generate_takes_and_prints_the_fit(
 def test_mag_cache_is_calibrated_by_the_same_command(
     saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     small = ("--size", 64, "--steps", 6, "--device", "cpu", "--quiet")
     for model in ("qwen_image", "z_image"):  # the one has published ratios, the other none
         assert run("calibrate", "mag_cache", "--model", saved[model], "--prompt", "a cat", *small) == 0
-        document = json.loads((tmp_path / "out" / "mag_cache.json").read_text())
+        file = calibration.kept_for(str(saved[model]), "mag_cache")
+        assert file.is_relative_to(tmp_path)
+        document = json.loads(file.read_text())
         assert (document["method"], document["model"]) == ("mag_cache", model)
         assert document["points"] == {"qwen_image": 5, "z_image": 10}[model]  # Z-Image is guided in one batch
         assert document["mag_ratios"][0] == 1.0
@@ -370,8 +372,8 @@ def test_mag_cache_is_calibrated_by_the_same_command(
         assert document["provenance"]["prompts"] == ["a cat"]
         out = capsys.readouterr().out
         assert f"{document['points']} points: from step to step" in out
-        assert '"mag_ratios": "out/mag_cache.json"' in out
-    config = json.dumps({"mag_ratios": "out/mag_cache.json", "threshold": 0.5})
+        assert f"omni generate --model {saved[model]} --cache-backend mag_cache\n" in out
+    config = json.dumps({"threshold": 0.5})
     more = ("--cache-backend", "mag_cache", "--cache-config", config, "--size", 64, "--steps", 6, "--json")
     assert run("generate", "--model", saved["z_image"], "--prompt", "a cat", "--quiet", *more) == 0
     (result,) = json.loads(capsys.readouterr().out)["results"]

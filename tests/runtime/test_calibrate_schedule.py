@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 
+import diffusers
 import numpy as np
 import pytest
 import tiny
@@ -121,6 +123,62 @@ def test_memory_that_is_too_small_for_a_batch_halves_it(omni, monkeypatch):
     assert made == [4, 2, 1, 1, 1, 1]
 
 
+def test_memory_that_becomes_too_small_halves_a_batch_for_good(omni, monkeypatch):
+    """Responses and schedules hold more than full runs do."""
+    images = Images(omni.pipe, requests_of(omni), Settings(), 4)
+    recorded = images.record()
+    expected = images.sample((0, 3, 7)).psnr, images.responses(recorded.sigmas).predict((0, 3, 7))
+    for of_schedule in (True, False):
+        images = Images(omni.pipe, requests_of(omni), Settings(), 4)
+        images.record()
+        made, call = [], type(omni.pipe).__call__
+
+        def limited(self, *args, made=made, call=call, **kwargs):
+            made.append(len(kwargs["prompt"]) if isinstance(kwargs["prompt"], list) else 1)
+            if made[-1] > 1:
+                raise torch.OutOfMemoryError
+            return call(self, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(omni.pipe), "__call__", limited)
+            if of_schedule:
+                found = images.sample((0, 3, 7)).psnr
+            else:
+                found = images.responses(recorded.sigmas).predict((0, 3, 7))
+        assert made[:3] == [4, 2, 1]
+        assert set(made[3:]) <= {1, 2}
+        np.testing.assert_allclose(found, expected[0 if of_schedule else 1], rtol=0.02)
+
+
+def test_speedups_are_medians_of_a_single_image_in_turns(omni, monkeypatch):
+    images = Images(omni.pipe, requests_of(omni), Settings(), 4)
+    images.record()
+    clock, made, call = [0.0], [], type(omni.pipe).__call__
+
+    def timed(self, *args, **kwargs):
+        output = call(self, *args, **kwargs)
+        handle = images.under_way
+        made.append(handle)
+        clock[0] += {None: 10.0, (0, 3, 7): 4.0, (0, 7): 2.5}[handle] * (3.0 if len(made) == 5 else 1.0)
+        return output
+
+    scheduled = Images._scheduled
+
+    @contextlib.contextmanager
+    def noted(self, computed):
+        with scheduled(self, computed) as session:
+            self.under_way = computed
+            yield session
+        self.under_way = None
+
+    images.under_way = None
+    monkeypatch.setattr(type(omni.pipe), "__call__", timed)
+    monkeypatch.setattr(Images, "_scheduled", noted)
+    monkeypatch.setattr(calibrate_schedule.time, "perf_counter", lambda: clock[0])
+    assert images.speedups([(0, 3, 7), (0, 7)]) == [2.5, 4.0]
+    assert made == [None, *[None, (0, 3, 7), (0, 7)] * 3]
+
+
 def test_an_edit_takes_one_picture_a_call(monkeypatch):
     """The seeds of one edit go together; other words or another picture do not."""
     pipe = tiny.qwen_image_edit()
@@ -164,6 +222,14 @@ def test_a_hopeless_schedule_is_not_sampled_on_all_images(omni):
 def test_find_searches_and_measures_on_other_images(omni, tmp_path, monkeypatch):
     events = []
     journal = tmp_path / "search.jsonl"
+    sample = Images.sample
+
+    def in_known_time(self, *given):
+        tried = sample(self, *given)
+        self.spent[:] = [2.0]
+        return tried
+
+    monkeypatch.setattr(Images, "sample", in_known_time)
 
     def run(tries):
         return find(
@@ -180,7 +246,9 @@ def test_find_searches_and_measures_on_other_images(omni, tmp_path, monkeypatch)
         assert [len(tried.psnr) for tried in (one.best, one.held_out, one.plain, one.even)] == [4, 1, 1, 1]
         assert one.held_out.computed == one.best.computed
     assert [event.budget for event in events] == sorted((e.budget for e in events), reverse=True)
-    assert events[-1].seconds_left >= 0
+    first = [event for event in events if event.budget == 5]
+    assert [event.seconds_left for event in first] == [2.0 * ((8 - n) * 5 + 8 * 3) for n in range(1, len(first) + 1)]
+    assert events[-1].seconds_left == 2.0 * (8 - events[-1].number) * 3
     rows = document["schedules"]
     assert [row["computed"] for row in rows] == [list(one.best.computed) for one in found.values()]
     assert rows[0]["psnr"]["images"] == 1
@@ -243,22 +311,29 @@ def test_two_steps_leave_nothing_to_search(omni):
 
 def test_most_steps_counts_every_run():
     # 8 searched images in full twice, and from each of 48 steps on; 16 others in full; 60 schedules of 17; the best,
-    # evenly spread and fewer steps on the others.
+    # evenly spread and fewer steps on the others; one image in full and under the schedule, three times in turns.
     responses = sum(50 - step + 2 for step in range(1, 49))
-    assert most_steps([17], 60, 8, 16, 50) == 8 * (100 + responses) + 16 * 50 + 17 * (60 * 8 + 3 * 16)
+    timed = 50 + 3 * (50 + 17)
+    assert most_steps([17], 60, 8, 16, 50) == 8 * (100 + responses) + 16 * 50 + 17 * (60 * 8 + 3 * 16) + timed
 
 
 def test_command_writes_a_file_that_the_cache_takes(tmp_path, saved, capsys):
     out = tmp_path / "made" / "velocity_cache.json"
     arguments = ["calibrate", "schedule", "--model", str(saved["qwen_image"]), "--steps", "6", "--budgets", "3"]
-    arguments += ["--size", "64", "--prompts", "a cat", "--seeds", "0", "--tries", "4", "--out", str(out), "--quiet"]
+    arguments += ["--size", "64", "--prompts", "a cat", "--prompts", "a dog", "--seeds", "0,1000", "--tries", "4"]
+    arguments += ["--out", str(out), "--quiet"]
     assert cli.main(arguments) == 0
     told = capsys.readouterr().out
     assert "3 computed steps" in told
     assert str(out) in told
     document = json.loads(out.read_text())
-    assert document["provenance"]["seeds"] == [0]
-    assert document["provenance"]["held_out"]["seeds"] == [1000]
+    provenance = document["provenance"]
+    assert (provenance["prompts"], provenance["seeds"]) == (["a cat"], [0, 1000])
+    assert (provenance["held_out"]["prompts"], provenance["held_out"]["seeds"]) == (["a dog"], [1001, 1002])
+    (row,) = document["schedules"]
+    assert row["speedup"] > 1.0
+    assert row["seconds"] > 0.0
+    assert document["seconds_of_responses"] > 0.0
     found = calibration.read(out, "velocity_cache")
     assert len(found["schedules"][0]["computed"]) == 3
     assert out.with_suffix(".search.svg").read_text().startswith("<svg")
@@ -270,13 +345,72 @@ def test_command_writes_a_file_that_the_cache_takes(tmp_path, saved, capsys):
     )
 
 
+def test_a_calibration_is_found_again_and_tells_how_it_goes_on(saved, tmp_path, capsys, monkeypatch):
+    """Kept where the user's data are, taken by whatever loads the model; what is going on is told, and what is left."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    model = str(saved["qwen_image"])
+    arguments = ["calibrate", "schedule", "--model", model, "--steps", "6", "--budgets", "4,3", "--size", "64"]
+    arguments += ["--prompts", "a cat", "--held-out", "a dog", "--seeds", "0", "--tries", "3"]
+    assert cli.main(arguments) == 0
+    told = capsys.readouterr()
+    file = calibration.kept_for(model, "velocity_cache")
+    assert str(file) in told.out
+    command = f"omni generate --model {model} --cache-backend velocity_cache"
+    assert f"""{command} --cache-config '{{"budget": 4}}'""" in told.out
+    most = most_steps([4, 3], 3, 1, 1, 6)
+    hours = f"{2 * most * 0.2 / 3600:.1f} hours at 0.2 s each"
+    assert f"at most {most} computed steps of one image: with guidance {2 * most} forwards, {hours}" in told.err
+    assert "how the latents respond to each step: 4 of 4 runs, under a minute left" in told.err
+    assert "4 steps: 1 of 3 schedules, " in told.err
+    assert "left at most, best " in told.err
+
+    known = json.loads(file.read_text())["schedules"]
+    for made in (model, diffusers.DiffusionPipeline.from_pretrained(model)):
+        with Omni(made, cache_backend="velocity_cache", cache_config={"budget": 3}) as omni:
+            (result,) = omni.generate("a cat", seed=1, num_inference_steps=6, height=64, width=64)
+        assert [row["computed"] for row in known if row["budget"] == 3] == [
+            branch.computed for branch in list(result.cache.branches.values())[:1]
+        ]
+        assert "calibrated on qwen_image" in " ".join(result.cache.notes)
+    other = str(saved["z_image"])
+    assert calibration.own_file(other, "velocity_cache") is None
+    assert calibration.kept_for("Qwen/Qwen-Image", "tea_cache").parent.name.startswith("Qwen--Qwen-Image-")
+
+
+def test_an_interrupted_search_goes_on_with_the_same_command(saved, tmp_path, capsys, monkeypatch):
+    arguments = ["calibrate", "schedule", "--model", str(saved["qwen_image"]), "--steps", "6", "--budgets", "3"]
+    arguments += ["--size", "64", "--prompts", "a cat", "--held-out", "a dog", "--seeds", "0", "--tries", "4"]
+    arguments += ["--out", str(tmp_path / "velocity_cache.json"), "--json", "--quiet"]
+    sample, sampled = Images.sample, []
+
+    def interrupted(self, computed, best=None):
+        if len(sampled) == 2:
+            raise KeyboardInterrupt
+        sampled.append(computed)
+        return sample(self, computed, best)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Images, "sample", interrupted)
+        assert cli.main(arguments) == 130
+    assert "the same command goes on from there" in capsys.readouterr().err
+    monkeypatch.setattr(Images, "sample", lambda *given: [sampled.append(given[1]), sample(*given)][1])
+    assert cli.main(arguments) == 0
+    (row,) = json.loads(capsys.readouterr().out)["schedules"]
+    assert row["tries"] == 4
+    on_searched, on_others = sampled[:4], sampled[4:]
+    assert len(set(on_searched)) == 4, "none was sampled again"
+    assert on_others == [tuple(row["computed"]), schedules.even(6, 3).computed]
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
         (["tea_cache", "--budgets", "3"], "--budgets is for a schedule"),
         (["tea_cache", "--fresh"], "--fresh is for a schedule"),
         (["schedule", "--budgets", "x"], "a whole number of at least 1 is wanted"),
-        (["schedule", "--budgets", "99", "--steps", "4"], "from 2 to the 4 steps"),
+        (["schedule", "--budgets", "99", "--steps", "4", "--held-out", "a dog"], "from 2 to the 4 steps"),
+        (["schedule"], "--held-out is missing: a schedule is measured on prompts that it was not searched on"),
+        (["schedule", "--held-out", "a cat"], "--held-out has prompts that are searched on: a cat"),
     ],
 )
 def test_wrong_options_are_named(arguments, named, saved, tmp_path, capsys):
