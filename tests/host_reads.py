@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class HostReadError(Exception):
@@ -73,17 +74,28 @@ def _to_the_host(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 class Ops(TorchDispatchMode):
-    """The operators that are dispatched while it is open, but for those that read the device, which are refused."""
+    """The operators that are dispatched while it is open; those that read the device are refused where `forbidden`.
+
+    Attributes:
+        names: since it was opened, or since somebody put another list there.
+    """
 
     READERS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select")
 
     def __init__(self) -> None:
         super().__init__()
+        self.forbidden = False
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if func.namespace == "aten" and name in self.READERS:
+        reads = name in self.READERS or (name.startswith("index") and _by_mask(args[1]))
+        if self.forbidden and func.namespace == "aten" and reads:
             raise HostReadError(name)
         self.names.append(str(func))
         return func(*args, **kwargs or {})
+
+
+def _by_mask(indices: Any) -> bool:
+    """Whether elements are taken by a mask: how many there are, the host has to be told."""
+    return any(isinstance(one, torch.Tensor) and one.dtype == torch.bool for one in tree_leaves(indices))

@@ -107,6 +107,19 @@ def test_carrying_over_keeps_the_noise_levels() -> None:
     assert list(made.computed[1:-1]) == wanted
 
 
+def test_carrying_over_to_fewer_steps_goes_to_the_nearest_noise_levels() -> None:
+    """From 50 levels to 28 that a shift of 3 keeps high; who goes by the step's index ends elsewhere."""
+    linear = [1 - i / 50 for i in range(50)]
+    shifted = [3 * level / (1 + 2 * level) for level in (1 - i / 28 for i in range(28))]
+    schedule = Schedule(50, (0, 4, 9, 15, 22, 30, 39, 49), "here", sigmas=tuple(linear))
+    made = fitted(schedule, 28, shifted, 8)
+    wanted = [min(range(28), key=lambda i: abs(shifted[i] - linear[step])) for step in schedule.computed[1:-1]]
+    assert made.computed == (0, *wanted, 27)
+    by_index = fitted(Schedule(50, schedule.computed, "here"), 28, shifted, 8).computed
+    assert by_index == (0, *(round(step * 27 / 49) for step in schedule.computed[1:-1]), 27)
+    assert all(a > b for a, b in zip(made.computed[1:-1], by_index[1:-1], strict=True))
+
+
 def test_carrying_over_to_twice_the_steps_doubles_the_places() -> None:
     schedule = Schedule(11, (0, 1, 4, 10), "here")
     assert fitted(schedule, 21, None, 4).computed == (0, 2, 8, 20)
