@@ -8,10 +8,12 @@ import torch
 
 pytest.importorskip("cache_dit")
 
-from benchmarks import libraries, quality
+from benchmarks import libraries, quality, schedule_transfer
+from benchmarks.results import RESULTS
 from omni_runtime import Omni
 from omni_runtime.cache.backends import METHODS
 from omni_runtime.cache.forecasters import FORECASTERS
+from omni_runtime.cache.masks import POLICIES
 from omni_runtime.cells import Run
 from omni_runtime.loading import embedded_models
 from omni_runtime.result import identified
@@ -104,6 +106,7 @@ def test_aims_are_held_against_plain_sampling_and_the_nearest_caches_of_blocks_w
         ("velocity 25 above nearest, mean", 2.0, 3.0, False),
         ("velocity 25 above nearest, 5th percentile", 1.1, 0.0, True),
         ("velocity 10 above 10 steps, mean", 34.0, 0.0, True),
+        ("velocity 10 above 10 steps, 5th percentile", 3.4, 0.0, True),
     ]
 
 
@@ -113,6 +116,44 @@ def test_every_method_and_forecaster_is_in_the_contest():
     configs = [run.config or {} for run in contest.runs]
     told = {"taylorseer" if config.get("enable_taylorseer") else config.get("forecaster") for config in configs}
     assert told - {None} == set(FORECASTERS) - {"reuse"}
+
+
+def test_every_mask_is_a_schedule_in_the_contest():
+    contest = quality.contest_of(None, quick=False)
+    configs = {run.name: run.config for run in contest.runs if run.backend == "velocity_cache"}
+    for policy in POLICIES:
+        assert configs[f"velocity, scm-{policy}"] == {"schedule": f"scm-{policy}"}
+        assert METHODS["velocity_cache"].check(configs[f"velocity, scm-{policy}"])
+
+
+def test_each_budget_with_an_aim_is_in_the_contest_and_the_small_ones_also_undamped():
+    contest = quality.contest_of(None, quick=False)
+    configs = {run.name: run.config for run in contest.runs}
+    for budget in quality.ABOVE_PLAIN:
+        assert configs[f"velocity {budget}"] == {"budget": budget}
+        assert f"{budget} steps" in configs
+    for budget in (13, 10):
+        config = METHODS["velocity_cache"].check(configs[f"velocity {budget}, undamped"])
+        assert config["budget"] == budget
+        assert config["corrector_order"] == 0
+        assert config["reach"] > quality.STEPS
+
+
+def test_a_run_on_a_schedule_tells_its_computed_steps():
+    def run(backend, *cells):
+        return {"cache_backend": backend, "cells": [{"branches": one} for one in cells]}
+
+    one = {"cond": {"computed": "101", "measured": [None] * 3}, "uncond": {"computed": "101"}}
+    other = {"cond": {"computed": "111"}}
+    runs = [run("velocity_cache", one, one), run("velocity_cache", one, other), run("tea_cache", one)]
+    assert quality.summary({"model": "m", "runs": runs}) == {
+        "model": "m",
+        "runs": [
+            {"cache_backend": "velocity_cache", "computed": [0, 2]},
+            {"cache_backend": "velocity_cache", "computed": None},
+            {"cache_backend": "tea_cache"},
+        ],
+    }
 
 
 def test_every_pair_is_one_method_at_the_same_settings():
@@ -154,6 +195,11 @@ def test_the_command_measures_and_writes(tmp_path, monkeypatch, capsys):
     same = [pair for pair in found["pairs"] if "TaylorSeer" not in pair["ours"]]
     assert same
     assert all(pair["as_good"] and pair["nfe"] == pair["their_nfe"] for pair in same)
+    velocity = [run for run in found["runs"] if run["cache_backend"] == "velocity_cache"]
+    assert velocity
+    for run in velocity:
+        assert (run["computed"][0], run["computed"][-1]) == (0, STEPS - 1)
+        assert len(run["computed"]) == run["nfe"]["mean"] / 2
     assert (tmp_path / "quality-emoji-qwen-image.svg").read_text().startswith("<svg")
     assert "no cache" in capsys.readouterr().out
 
@@ -171,3 +217,46 @@ def test_shipped_schedules_were_searched_on_other_images(model):
         assert not [one for one in provenance["references"] if one in pictures]
     else:
         assert not {request.prompt for request in compared} & set(provenance["prompts"])
+
+
+# What the repository records
+
+
+def recorded(kind, model):
+    return json.loads((RESULTS / f"{kind}-{model}.json").read_text())
+
+
+@pytest.mark.parametrize("model", sorted(embedded_models()))
+def test_every_recorded_aim_is_met(model):
+    """Also where the figures are held against the aims again, as far as they are there."""
+    found = recorded("quality", model)
+    assert found["aims"]
+    assert [one["what"] for one in found["aims"] if not one["met"] or one["figure"] < one["at_least"]] == []
+    told = " ".join(one["what"] for one in found["aims"])
+    for budget in quality.ABOVE_PLAIN:
+        assert f"velocity {budget} above {budget} steps, mean" in told
+    runs = {run["name"]: run["psnr"] for run in found["runs"]}
+    for budget, above in quality.ABOVE_PLAIN.items():
+        assert runs[f"velocity {budget}"]["mean"] - runs[f"{budget} steps"]["mean"] >= above
+        assert runs[f"velocity {budget}"]["p5"] >= runs[f"{budget} steps"]["p5"]
+
+
+@pytest.mark.parametrize("model", sorted(embedded_models()))
+def test_recorded_runs_are_of_the_schedules_that_are_shipped(model):
+    """Results of before their computed steps were recorded tell the model that the schedule was calibrated on alone."""
+    shipped = json.loads((embedded_models()[model] / "velocity_cache.json").read_text())["schedules"]
+    computed = {(row["steps"], len(row["computed"])): row["computed"] for row in shipped}
+    runs = {run["name"]: run for run in recorded("quality", model)["runs"]}
+    for budget in quality.ABOVE_PLAIN:
+        run = runs[f"velocity {budget}"]
+        assert run["notes"] == [f"schedule: {budget} of {run['steps']} steps computed, calibrated on {model}"]
+        if "computed" in run:
+            assert run["computed"] == computed[run["steps"], budget]
+
+
+@pytest.mark.parametrize("model", sorted(embedded_models()))
+def test_what_a_schedule_found_on_few_images_is_recorded_to_lose_is_little(model):
+    rows = recorded("schedule-transfer", model)["rows"]
+    assert {row["budget"] for row in rows} >= {25, 17}
+    assert [row["budget"] for row in rows if row["loss"] >= schedule_transfer.ALLOWED] == []
+    assert schedule_transfer.ALLOWED == 1.0

@@ -22,7 +22,7 @@ class Schedule:
         steps: of the request.
         computed: indices of the computed steps, rising; the first is 0 and the last is steps − 1.
         origin: where it comes from, in words.
-        transformer: the class of transformers that it was found for; None for any.
+        transformer: the class of transformers that it is taken for unasked; None for one that is taken by name alone.
         sigmas: the noise level of each step where it was found; None where nobody wrote them down.
         psnr: mean PSNR in dB against full runs, where that was measured.
         speedup: how many times as fast as a full run, where that was measured.
@@ -53,6 +53,9 @@ def _steps(text: str) -> tuple[int, ...]:
 
 
 _MEANCACHE = "MeanCache (Gao et al. 2026, arXiv:2601.19961)"
+_LEMICA = "LeMiCa (Gao et al. 2025, arXiv:2511.00090)"
+#: Lists that are handed on without their authors' names.
+_UNNAMED = "published for velocity caching, by authors and for a model that nobody wrote down"
 
 
 def _meancache(model: str, transformer: str | None, computed: str) -> Schedule:
@@ -61,7 +64,7 @@ def _meancache(model: str, transformer: str | None, computed: str) -> Schedule:
 
 _QWEN, _Z = "QwenImageTransformer2DModel", "ZImageTransformer2DModel"
 
-#: name → schedule as its authors published it, for 50 steps
+#: name → schedule as its authors published it; the last number in a name is how many steps are computed
 PUBLISHED: dict[str, Schedule] = {
     "qwen-image-25": _meancache("Qwen-Image", _QWEN, "0-16, 24, 32, 40, 43, 45, 47-49"),
     "qwen-image-17": _meancache("Qwen-Image", _QWEN, "0-8, 10, 17, 24, 31, 38, 45, 48, 49"),
@@ -74,6 +77,15 @@ PUBLISHED: dict[str, Schedule] = {
     "z-image-17": _meancache("Z-Image", _Z, "0-4, 6, 8, 10, 12, 14, 19, 27, 35, 43, 46, 48, 49"),
     "z-image-15": _meancache("Z-Image", _Z, "0-3, 5, 7, 10, 12, 17, 25, 33, 41, 45, 48, 49"),
     "z-image-13": _meancache("Z-Image", _Z, "0-3, 5, 9, 15, 22, 29, 36, 43, 47, 49"),
+    "lemica-qwen-image-17": Schedule(50, _steps("0-10, 15, 22, 29, 36, 42, 49"), f"{_LEMICA}, Qwen-Image"),
+    # A distilled model's ten steps: not taken for Z-Image's fifty, though the class is the same.
+    "lemica-z-image-turbo-8": Schedule(10, _steps("0-3, 5, 7-9"), f"{_LEMICA}, Z-Image-Turbo"),
+    "autohq-25": Schedule(
+        50, _steps("0-9, 11, 13, 15, 17, 19, 21, 24, 28, 32, 36, 40, 44, 47-49"), "FlexCache's 'autohq', Qwen-Image"
+    ),
+    "velocity-21": Schedule(50, _steps("0-10, 12, 14, 16, 19, 22, 26, 33, 40, 46, 49"), _UNNAMED),
+    "velocity-13": Schedule(50, _steps("0-6, 8, 10, 14, 23, 37, 49"), _UNNAMED),
+    "velocity-9": Schedule(50, _steps("0-3, 5, 9, 17, 31, 49"), _UNNAMED),
 }
 
 #: What `schedule` may be by name: a published schedule, or a steps computation mask of the cache-dit project.

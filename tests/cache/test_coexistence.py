@@ -20,6 +20,19 @@ SKIPPING = {
     "mag_cache": {"threshold": 0.4, "retention_ratio": 0.0, "mag_ratios": [1.0, 1.1]},
     "sea_cache": {"threshold": 0.6},
     "easy_cache": {"thresh": 0.6, "ret_steps": 0},
+    "velocity_cache": {"schedule": [0, 1, 3, 4]},
+    "combined": {
+        "velocity": {"schedule": [0, 1, 3, 4]},
+        "blocks": {"cache_backend": "first_block_cache", "cache_config": {"threshold": 0.6}},
+    },
+}
+#: Nothing skipped, of two steps.
+NEVER = {backend: {**config, next(iter(config)): 1e-9} for backend, config in SKIPPING.items()} | {
+    "velocity_cache": {"schedule": [0, 1]},
+    "combined": {
+        "velocity": {"schedule": [0, 1]},
+        "blocks": {"cache_backend": "first_block_cache", "cache_config": {"threshold": 1e-9}},
+    },
 }
 
 
@@ -230,7 +243,7 @@ def test_compiled_blocks_run_compiled(qwen_pipe, backend, monkeypatch):
 def test_gradient_checkpointing_calls_blocks_by_position(qwen_pipe, backend):
     expected = latents(qwen_pipe)
     qwen_pipe.transformer.enable_gradient_checkpointing()
-    omni_kernels.patch(qwen_pipe, backend, {**SKIPPING[backend], next(iter(SKIPPING[backend])): 1e-9})
+    omni_kernels.patch(qwen_pipe, backend, NEVER[backend])
     qwen_pipe.scheduler.set_timesteps(2, mu=0.5)
     noise = torch.randn(1, 16, 64)
     arguments = {

@@ -82,7 +82,17 @@ def test_ratios_are_resized_to_the_nearest_as_diffusers_does(steps):
         assert place == expected or abs(place - exact) == Fraction(1, 2)
 
 
+#: As the MagCache project gives them for Qwen-Image in 50 steps: without the first step's, which has none before it.
+QWEN_IMAGE = """
+    1.64062 1.45312 1.1875 1.17188 1.05469 1.21094 1.10938 1.11719 1.13281 1.11719 1.07812 1.07031 1.08594 1.08594
+    1.07812 1.03906 1.04688 1.07812 1.07031 1.03125 1.07812 1.04688 1.04688 1.04688 1.03906 1.01562 1.03125 1.02344
+    1.02344 1.02344 1.03906 1.0 1.01562 1.0 0.99219 1.00781 0.98047 0.95703 0.96875 0.99219 0.92578 0.92578 0.90625
+    0.85938 0.80469 0.87891 0.75 0.60938 0.55078
+"""
+
+
 def test_published_ratios():
+    assert list(QWEN) == [1.0, *map(float, QWEN_IMAGE.split())]
     assert len(QWEN) == 50
     assert MODELS["FluxTransformer2DModel"].mag_ratios == pytest.approx(FLUX_MAG_RATIOS.tolist(), abs=1e-6)
 

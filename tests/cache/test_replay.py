@@ -11,6 +11,7 @@ import weakref
 import pytest
 import tiny
 import torch
+from host_reads import HostReadError, Reads
 
 import omni_kernels
 from omni_runtime.cache import replay
@@ -165,59 +166,12 @@ def test_steps_that_had_nothing_to_compare_with_do_not_end_a_replay(qwen_pipe, w
 # The host
 
 
-class HostReadError(Exception):
-    """Of a test."""
-
-
-class Reads:
-    """Counts, and where it is `forbidden` refuses, what brings a tensor's values to the host."""
-
-    NAMES = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
-
-    def __init__(self, monkeypatch):
-        self.forbidden = False
-        self.closed = 0
-        self.made = []
-        for name in self.NAMES:
-            monkeypatch.setattr(torch.Tensor, name, self._watched(name, getattr(torch.Tensor, name)))
-
-    def _watched(self, name, original):
-        def read(*args, **kwargs):
-            if self.forbidden:
-                raise HostReadError(name)
-            self.made.append(name)
-            return original(*args, **kwargs)
-
-        return read
-
-    def forbid_within_the_loop(self, pipe):
-        """From the end of step 0, up to which diffusers itself reads, to the last step's last forward; returns the
-        callback that this takes."""
-        last = []
-
-        def returned(*_):
-            last.append(1)
-            if self.closed == STEPS - 1 and len(last) == 2:
-                self.forbidden = False
-                self.made.clear()
-
-        pipe.transformer.register_forward_hook(returned)
-
-        def at_step_end(pipe, step, timestep, tensors):
-            self.closed = step + 1
-            self.forbidden = self.closed < STEPS
-            last.clear()
-            return {}
-
-        return at_step_end
-
-
-@pytest.mark.parametrize("backend", [name for name in CONFIGS if name != "combined"])
+@pytest.mark.parametrize("backend", CONFIGS)
 def test_replay_reads_nothing_within_the_loop_and_once_after_it(qwen_pipe, backend, monkeypatch):
     handle = omni_kernels.patch(qwen_pipe, backend, replaying(backend))
     latents(qwen_pipe)
     reads = Reads(monkeypatch)
-    latents(qwen_pipe, callback_on_step_end=reads.forbid_within_the_loop(qwen_pipe))
+    latents(qwen_pipe, callback_on_step_end=reads.forbid_within_the_loop(qwen_pipe, STEPS))
     assert reads.made == ["tolist"]
     assert handle.report.drift == 0.0
     assert all(len(steps) >= 5 for steps in replayed(handle.report).values())
@@ -228,7 +182,7 @@ def test_the_reads_of_a_request_that_decides_would_be_seen(qwen_pipe, decision, 
     omni_kernels.patch(qwen_pipe, "first_block_cache", {"threshold": 0.2, "decision": decision})
     reads = Reads(monkeypatch)
     with pytest.raises(HostReadError, match="tolist"):
-        latents(qwen_pipe, callback_on_step_end=reads.forbid_within_the_loop(qwen_pipe))
+        latents(qwen_pipe, callback_on_step_end=reads.forbid_within_the_loop(qwen_pipe, STEPS))
 
 
 # Drift

@@ -18,12 +18,55 @@ def test_published_schedules_are_sound(name: str) -> None:
     assert schedule.computed[-1] == schedule.steps - 1
     assert len(schedule.computed) == int(name.rpartition("-")[2])
     assert sum(schedule.mask) == len(schedule.computed)
-    assert "arXiv" in schedule.origin
+    assert schedule.origin.startswith(("MeanCache", "LeMiCa", "FlexCache", "published for velocity"))
+    assert ("arXiv" in schedule.origin) == ("image" in name)
 
 
-def test_a_published_schedule_is_what_its_authors_wrote() -> None:
-    """MeanCache's for Qwen-Image, 17 of 50."""
-    assert PUBLISHED["qwen-image-17"].computed == (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 17, 24, 31, 38, 45, 48, 49)
+# fmt: off
+PUBLISHED_LISTS = {
+    "autohq-25": [
+        0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 15, 17, 19, 21, 24, 28, 32, 36, 40, 44, 47, 48, 49,
+    ],
+    "qwen-image-25": [
+        0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 24, 32, 40, 43, 45, 47, 48, 49,
+    ],
+    "qwen-image-2512-25": [
+        0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 23, 31, 37, 44, 45, 46, 47, 48, 49,
+    ],
+    "velocity-21": [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 19, 22, 26, 33, 40, 46, 49],
+    "qwen-image-17": [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 17, 24, 31, 38, 45, 48, 49],
+    "qwen-image-2512-17": [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 19, 27, 35, 43, 47, 49],
+    "lemica-qwen-image-17": [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 22, 29, 36, 42, 49],
+    "velocity-13": [0, 1, 2, 3, 4, 5, 6, 8, 10, 14, 23, 37, 49],
+    "qwen-image-10": [0, 1, 3, 7, 14, 21, 28, 35, 42, 49],
+    "velocity-9": [0, 1, 2, 3, 5, 9, 17, 31, 49],
+    "lemica-z-image-turbo-8": [0, 1, 2, 3, 5, 7, 8, 9],
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("name", PUBLISHED_LISTS)
+def test_published_schedules_are_what_their_authors_wrote(name: str) -> None:
+    assert list(PUBLISHED[name].computed) == PUBLISHED_LISTS[name]
+    assert PUBLISHED[name].steps == (10 if "turbo" in name else 50)
+    assert named(name, PUBLISHED[name].steps) is PUBLISHED[name]
+
+
+@pytest.mark.parametrize(
+    ("transformer", "expected"),
+    [
+        ("QwenImageTransformer2DModel", ["qwen-image-25", "qwen-image-25", "qwen-image-17", "qwen-image-10"]),
+        ("ZImageTransformer2DModel", ["z-image-25", "z-image-25", "z-image-17", "z-image-13"]),
+        ("FluxTransformer2DModel", [None] * 4),
+    ],
+)
+def test_unasked_a_class_gets_what_was_published_for_its_own_full_runs(
+    transformer: str, expected: list[str | None]
+) -> None:
+    """Neither a distilled model's nor one of an unknown model."""
+    own = [one for one in PUBLISHED.values() if one.transformer == transformer]
+    found = [nearest(own, 50, budget) for budget in (40, 25, 17, 9)]
+    assert found == [None if name is None else PUBLISHED[name] for name in expected]
 
 
 @pytest.mark.parametrize(("steps", "budget"), [(50, 25), (50, 17), (50, 2), (50, 50), (7, 3), (2, 2), (1, 1)])
@@ -62,6 +105,19 @@ def test_carrying_over_keeps_the_noise_levels() -> None:
     made = fitted(schedule, 50, squared)
     wanted = [min(range(50), key=lambda i: abs(squared[i] - linear[step])) for step in schedule.computed[1:-1]]
     assert list(made.computed[1:-1]) == wanted
+
+
+def test_carrying_over_to_fewer_steps_goes_to_the_nearest_noise_levels() -> None:
+    """From 50 levels to 28 that a shift of 3 keeps high; who goes by the step's index ends elsewhere."""
+    linear = [1 - i / 50 for i in range(50)]
+    shifted = [3 * level / (1 + 2 * level) for level in (1 - i / 28 for i in range(28))]
+    schedule = Schedule(50, (0, 4, 9, 15, 22, 30, 39, 49), "here", sigmas=tuple(linear))
+    made = fitted(schedule, 28, shifted, 8)
+    wanted = [min(range(28), key=lambda i: abs(shifted[i] - linear[step])) for step in schedule.computed[1:-1]]
+    assert made.computed == (0, *wanted, 27)
+    by_index = fitted(Schedule(50, schedule.computed, "here"), 28, shifted, 8).computed
+    assert by_index == (0, *(round(step * 27 / 49) for step in schedule.computed[1:-1]), 27)
+    assert all(a > b for a, b in zip(made.computed[1:-1], by_index[1:-1], strict=True))
 
 
 def test_carrying_over_to_twice_the_steps_doubles_the_places() -> None:

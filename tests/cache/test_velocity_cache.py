@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import json
 
 import diffusers
+import numpy as np
 import pytest
 import tiny
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from host_reads import HostReadError, Ops, Reads
 
 import omni_kernels
 from omni_runtime.cache.backends import METHODS
 from omni_runtime.cache.engine import CacheSession
-from omni_runtime.cache.output import Corrector
+from omni_runtime.cache.history import History
+from omni_runtime.cache.output import SCHEDULERS, Corrector
 
 SCHEDULE = (0, 1, 3, 6, 7)
 STEPS = 8
 BUILDERS = {**tiny.PIPELINES, "wan": tiny.wan}
+#: What turns guidance on or off, beside the defaults.
+GUIDED = {"flux": {"negative_prompt": " ", "true_cfg_scale": 4.0}}
+UNGUIDED = {"z_image": {"guidance_scale": 0.0}, "wan": {"guidance_scale": 0.0}}
 
 
 def latents(pipe, **arguments):
@@ -55,7 +61,8 @@ def given(monkeypatch):
 
     def spy(session, request, output, sample):
         place = request.begin + request.step
-        given.append((*request.sigmas[place : place + 2], output.clone()))
+        levels = [*request.sigmas, 0.0]
+        given.append((*levels[place : place + 2], output.clone()))
         return original(session, request, output, sample)
 
     monkeypatch.setattr(CacheSession, "stepped_with", spy)
@@ -104,23 +111,27 @@ def assert_stepped_with(seen, expected, tolerance=1e-5):
 def test_every_pipeline_follows_the_schedule(name, guided, given):
     """Forecasts and corrections are the written-out rule's, and no transformer runs in a skipped step."""
     pipe = BUILDERS[name]()
-    off = {} if guided else {"qwen": {"negative_prompt": None}}.get(name[:4], {"guidance_scale": 0.0})
-    calls, seen = counted(pipe), outputs_of(pipe)
-    plain = latents(pipe, **off)
-    per_step, rest = divmod(len(calls), STEPS)
-    assert rest == 0
+    arguments = GUIDED.get(name, {}) if guided else UNGUIDED.get(name, {"negative_prompt": None})
+    calls, seen, samples = counted(pipe), outputs_of(pipe), []
+    pipe.transformer.register_forward_pre_hook(lambda module, args: samples.append(len(args[0]) if args else 1))
+    plain = latents(pipe, **arguments)
+    batched = name == "z_image"  # both branches in one call
+    per_step = 2 if guided and not batched else 1
+    assert len(calls) == per_step * STEPS
+    assert set(samples) == {2 if guided and batched else 1}
     calls.clear()
     seen.clear()
     given.clear()
     with omni_kernels.patched(pipe, "velocity_cache", {"schedule": SCHEDULE}) as handle:
-        made = latents(pipe, **off)
+        made = latents(pipe, **arguments)
         assert len(calls) == per_step * len(SCHEDULE) == handle.report.forwards
         assert handle.report.forwards_saved == per_step * (STEPS - len(SCHEDULE))
+        assert len(handle.report.branches) == per_step
         for branch in handle.report.branches.values():
             assert branch.computed == list(SCHEDULE)
     assert_stepped_with(seen, written_out(given, SCHEDULE))
     assert not torch.equal(made, plain)
-    assert torch.equal(latents(pipe, **off), plain)
+    assert torch.equal(latents(pipe, **arguments), plain)
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -256,51 +267,86 @@ def test_half_precision_stays_half_precision(qwen_pipe):
     assert {output.dtype for _, output in seen} == {torch.bfloat16} == {made.dtype}
 
 
-class _NoSync(TorchDispatchMode):
-    """Fails whoever reads a tensor to the host, and counts our ops."""
+def test_half_precision_is_forecast_in_single_precision_and_rounded_once(qwen_pipe, given):
+    qwen_pipe.to(torch.bfloat16)
+    seen = outputs_of(qwen_pipe)
+    with omni_kernels.patched(qwen_pipe, "velocity_cache", {"schedule": SCHEDULE}):
+        latents(qwen_pipe)
+    expected, inexact = written_out(given, SCHEDULE), 0
+    for (_, output), exact in zip(seen, expected, strict=True):
+        half_a_place = torch.exp2(exact.abs().log2().floor() - 8)  # bfloat16 has 8 significant bits
+        in_single_precision = 1e-6 * exact.abs().max()
+        assert ((output.double() - exact).abs() <= half_a_place + in_single_precision).all()
+        inexact += not torch.equal(output.double(), exact)
+    assert inexact == len(SCHEDULE)  # three forecasts and two corrections
 
-    def __init__(self):
-        super().__init__()
-        self.ours = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero), func
-        if func.namespace == "omni_kernels":
-            self.ours.append(str(func))
-        return func(*args, **kwargs or {})
-
-
-def test_a_skipped_step_is_one_small_launch_without_synchronisation(qwen_pipe):
-    """And a computed step one, to keep its output, or behind a skipped one two, to correct as well."""
-    modes = {}
+def ops_of_steps(pipe, reads=None):
+    """The operators of steps 1 to 6 of a request; with `reads`, nothing may be read from the device there."""
+    ops, steps = Ops(), []
 
     def at_step_end(pipe, index, timestep, tensors):
-        if modes:
-            modes[max(modes)].__exit__(None, None, None)
-        if index + 1 in range(1, 7):
-            modes[index + 1] = _NoSync()
-            modes[index + 1].__enter__()
-        elif modes:
-            modes[index + 1] = _Nothing()
+        steps.append(collections.Counter(ops.names))
+        ops.names = []
+        if reads is not None:
+            reads.forbidden = ops.forbidden = index + 1 < 7
         return {}
 
-    class _Nothing:
-        ours = ()
+    with ops:
+        latents(pipe, callback_on_step_end=at_step_end)
+    return steps[1:7]
 
-        def __exit__(self, *error):
-            pass
 
+def test_a_skipped_step_is_one_small_launch_without_synchronisation(qwen_pipe, monkeypatch):
+    """Beside what the pipeline does itself; a computed step one, to keep its output, or behind a skipped one two."""
+    full = ops_of_steps(qwen_pipe)
+    with monkeypatch.context() as without_model:
+        answer = (torch.ones(1, 16, 64),)
+        without_model.setattr(qwen_pipe.transformer, "forward", lambda *args, **kwargs: answer)
+        own = ops_of_steps(qwen_pipe)
+    assert all(mine < all_of_it for mine, all_of_it in zip(own, full, strict=True))
     with omni_kernels.patched(qwen_pipe, "velocity_cache", {"schedule": SCHEDULE}) as handle:
-        latents(qwen_pipe, callback_on_step_end=at_step_end)
+        cached = ops_of_steps(qwen_pipe, Reads(monkeypatch))
         assert handle.report.branches["cond"].skipped == [2, 4, 5]
-    launches = [modes[step].ours for step in range(1, 7)]
-    assert [len(ours) for ours in launches] == [1, 1, 2, 1, 1, 2]
-    assert all(name.startswith("omni_kernels.linear_forecast") for ours in launches for name in ours)
+    for step, launches in enumerate([1, 1, 2, 1, 1, 2], 1):
+        added = cached[step - 1]
+        added.subtract((own if step in (2, 4, 5) else full)[step - 1])
+        names = {name for name, count in added.items() if count}
+        assert all(name.startswith("omni_kernels.linear_forecast") for name in names), names
+        assert sum(added.values()) == launches
 
 
-def test_the_synchronisation_test_would_see_one():
-    with pytest.raises(AssertionError, match="_local_scalar_dense"), _NoSync():
-        torch.ones(1).item()
+READS = {
+    "tolist": lambda t: t.tolist(),
+    "numpy": lambda t: t.numpy(),
+    "asarray": lambda t: np.asarray(t),
+    "cpu": lambda t: t.cpu(),
+    "to": lambda t: t.to("cpu"),
+    "to a device": lambda t: t.to(device=torch.device("cpu")),
+    "item": lambda t: t.sum().item(),
+    "bool": lambda t: bool(t.sum()),
+    "float": lambda t: float(t.sum()),
+    "equal": lambda t: torch.equal(t, t),
+    "nonzero": lambda t: torch.nonzero(t),
+    "mask": lambda t: t[t > 0],
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_the_synchronisation_test_would_see_one(qwen_pipe, read, monkeypatch):
+    combined = History.combined
+
+    def reading(history, weights):
+        READS[read](combined(history, weights))
+        return combined(history, weights)
+
+    reads = Reads(monkeypatch)
+    monkeypatch.setattr(History, "combined", reading)
+    with (
+        omni_kernels.patched(qwen_pipe, "velocity_cache", {"schedule": SCHEDULE}),
+        pytest.raises(HostReadError),
+    ):
+        ops_of_steps(qwen_pipe, reads)
 
 
 def test_memory_is_a_few_latents(qwen_pipe):
@@ -381,6 +427,65 @@ def test_unfit_scheduler_put_in_later_is_refused_too(qwen_pipe):
         assert torch.equal(latents(qwen_pipe), expected)
 
 
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+
+
+def sampled(pipe, scheduler):
+    """Latents behind each step of a loop written out, with one call of the transformer a step."""
+    x, behind = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(0)), []
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)  # some schedulers add noise
+        scheduler.set_timesteps(STEPS)
+        for t in scheduler.timesteps:
+            scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+            (output,) = pipe.transformer(
+                hidden_states=scaled,
+                encoder_hidden_states=torch.zeros(1, 3, 32),
+                timestep=t.expand(1) / 1000,
+                img_shapes=[[(1, 4, 4)]],
+                return_dict=False,
+            )
+            x = scheduler.step(output, t, x, return_dict=False)[0]
+            behind.append(x)
+    return torch.stack(behind)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [*((name, {}) for name in SCHEDULERS), ("UniPCMultistepScheduler", FLOW), ("DPMSolverMultistepScheduler", FLOW)],
+    ids=lambda value: value if isinstance(value, str) else "flow" if value else "defaults",
+)
+def test_every_scheduler_of_the_table(qwen_pipe, given, name, config):
+    """All steps computed change no bit; on a schedule it steps with the forecasts, which flow-match Euler corrects."""
+    euler = name == "FlowMatchEulerDiscreteScheduler"
+    scheduler = getattr(diffusers, name)(**config)
+    plain = sampled(qwen_pipe, scheduler)
+    assert torch.isfinite(plain).all()
+    assert torch.equal(sampled(qwen_pipe, scheduler), plain)
+    calls = counted(qwen_pipe)
+    qwen_pipe.scheduler = scheduler
+    with omni_kernels.patched(qwen_pipe, "velocity_cache", {"budget": STEPS}):
+        assert torch.equal(sampled(qwen_pipe, scheduler), plain)
+    calls.clear()
+    given.clear()
+    stepped, step = [], scheduler.step
+
+    def spy(model_output, *args, **kwargs):
+        stepped.append((None, model_output.clone()))
+        return step(model_output, *args, **kwargs)
+
+    scheduler.step = spy
+    with omni_kernels.patched(qwen_pipe, "velocity_cache", {"schedule": SCHEDULE}) as handle:
+        made = sampled(qwen_pipe, scheduler)
+        (branch,) = handle.report.branches.values()
+        assert branch.computed == list(SCHEDULE)
+        assert handle.report.complete
+        assert handle.report.forwards == len(calls) == len(SCHEDULE)
+    assert_stepped_with(stepped, written_out(given, SCHEDULE, corrector=2 if euler else 0), 1e-4)
+    assert torch.equal(made[:2], plain[:2])
+    assert not torch.equal(made[2], plain[2])
+
+
 def test_multistep_scheduler(qwen_pipe, given):
     """Wan's usual scheduler keeps outputs of its own, by which it corrects itself: it is given the forecasts alone."""
     pipe = tiny.wan()
@@ -417,6 +522,59 @@ def test_compiled_transformer(qwen_pipe, monkeypatch):
         latents(qwen_pipe)
         assert len(calls) == 2 * len(SCHEDULE)
     assert qwen_pipe.transformer._compiled_call_impl is spy
+    assert torch.equal(latents(qwen_pipe), plain)
+
+
+class Int8Linear(torch.nn.Linear):
+    """A quantised linear as libraries make them: the weight is int8, with a scale per row, and no parameter."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        self.bias = linear.bias
+        weight = linear.weight.detach()
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        del self.weight
+        self.register_buffer("weight", (weight / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
+
+
+def test_quantised_weights(qwen_pipe, given):
+    before = latents(qwen_pipe)
+    linears = [
+        (block.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], layer)
+        for block in qwen_pipe.transformer.transformer_blocks
+        for name, layer in block.named_modules()
+        if isinstance(layer, torch.nn.Linear)
+    ]
+    for owner, name, layer in linears:
+        setattr(owner, name, Int8Linear(layer))
+    plain = latents(qwen_pipe)
+    assert not torch.equal(plain, before)
+    calls, seen = counted(qwen_pipe), outputs_of(qwen_pipe)
+    with omni_kernels.patched(qwen_pipe, "velocity_cache", {"budget": STEPS}):
+        assert torch.equal(latents(qwen_pipe), plain)
+    for trace in (calls, seen, given):
+        trace.clear()
+    with omni_kernels.patched(qwen_pipe, "velocity_cache", {"schedule": SCHEDULE}):
+        latents(qwen_pipe)
+    assert len(calls) == 2 * len(SCHEDULE)
+    assert_stepped_with(seen, written_out(given, SCHEDULE))
+
+
+def test_context_parallelism_that_is_on_already(qwen_pipe, given):
+    """A schedule is the same on all ranks, which need not agree; here is one of them, with the setting alone."""
+    config = diffusers.ParallelConfig(context_parallel_config=diffusers.ContextParallelConfig(ulysses_degree=2))
+    qwen_pipe.transformer._parallel_config = config
+    plain = latents(qwen_pipe)
+    calls, seen = counted(qwen_pipe), outputs_of(qwen_pipe)
+    with omni_kernels.patched(qwen_pipe, "velocity_cache", {"schedule": SCHEDULE}):
+        latents(qwen_pipe)
+    assert len(calls) == 2 * len(SCHEDULE)
+    assert_stepped_with(seen, written_out(given, SCHEDULE))
+    assert qwen_pipe.transformer._parallel_config is config
     assert torch.equal(latents(qwen_pipe), plain)
 
 
@@ -467,6 +625,9 @@ def test_only_one_of_the_four_is_given(pair):
         ({"budget": 9}, 8, "budget is 9 computed steps, but the request has 8"),
         ({"speedup": 1.0}, None, "speedup must be None or a finite number > 1"),
         ({"reach": 0}, None, "reach must be a finite number > 0"),
+        ({"forecaster_order": 3}, None, "forecaster_order must be a whole number from 0 to 2"),
+        ({"forecaster_order": -1}, None, "forecaster_order must be a whole number from 0 to 2"),
+        ({"corrector_order": 4}, None, "corrector_order must be a whole number from 0 to 3"),
         ({"calibration": {"method": "tea_cache"}}, None, "no calibration of schedules"),
     ],
 )
@@ -485,6 +646,36 @@ def computed_by(pipe, config, **arguments):
     with omni_kernels.patched(pipe, "velocity_cache", config) as handle:
         latents(pipe, **arguments)
         return handle.report.branches["cond"].computed, " ".join(handle.report.notes)
+
+
+BY_NAME = [
+    ("qwen-image-17", 50, [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 17, 24, 31, 38, 45, 48, 49], "MeanCache"),
+    ("velocity-9", 50, [0, 1, 2, 3, 5, 9, 17, 31, 49], "velocity caching"),
+    ("lemica-z-image-turbo-8", 10, [0, 1, 2, 3, 5, 7, 8, 9], "LeMiCa"),
+    # Half as many of half the steps: those at 4, 17.5 and 33.25 of the 49 intervals, times 24 / 49.
+    ("qwen-image-10", 25, [0, 2, 9, 16, 24], "carried over to 5 of 25"),
+    ("scm-slow", 28, "1111111101110011100110010001", "'slow' of cache-dit"),
+    ("scm-medium", 28, "1111110110001100011000110001", "'medium' of cache-dit"),
+    ("scm-fast", 28, "1111110100010000100000100001", "'fast' of cache-dit"),
+    ("scm-ultra", 28, "1111001000001000000100000001", "'ultra' of cache-dit"),
+    ("scm-slow", 8, "11111011", "'slow' of cache-dit"),
+    ("scm-medium", 8, "11110101", "'medium' of cache-dit"),
+    ("scm-fast", 8, "11101001", "'fast' of cache-dit"),
+    ("scm-ultra", 8, "11001001", "'ultra' of cache-dit"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "expected", "told"), BY_NAME, ids=[f"{row[0]} of {row[1]}" for row in BY_NAME]
+)
+def test_schedules_by_name(qwen_pipe, name, steps, expected, told):
+    calls = counted(qwen_pipe)
+    computed, notes = computed_by(qwen_pipe, {"schedule": name}, num_inference_steps=steps, negative_prompt=None)
+    if isinstance(expected, str):
+        expected = [step for step, bit in enumerate(expected) if bit == "1"]
+    assert computed == expected
+    assert len(calls) == len(expected)
+    assert told in notes
 
 
 def test_first_and_last_steps_are_added(qwen_pipe):
@@ -563,6 +754,21 @@ def test_another_request_than_calibrated_for_is_mapped_and_said(qwen_pipe):
         )
     assert len(computed) == 10
     assert "made for 5 of 8 steps, carried over to 10 of 16" in notes
+
+
+def test_calibrated_steps_are_mapped_by_their_noise_levels(z_pipe):
+    """From 50 evenly spread levels to 28 that a shift of 3 keeps high: the step with the nearest level, not index."""
+    made_at, places = [1 - i / 50 for i in range(50)], [0, 6, 15, 30, 42, 49]
+    found = made_for(z_pipe)
+    found["schedules"] = [{"steps": 50, "sigmas": made_at, "computed": places, "psnr": {"mean": 40.0}}]
+    with omni_kernels.patched(z_pipe, "velocity_cache", {"calibration": found, "budget": 6}) as handle:
+        with pytest.warns(UserWarning, match="calibrated for other runs"):
+            latents(z_pipe, num_inference_steps=28)
+        (branch,) = handle.report.branches.values()
+    here = z_pipe.scheduler.sigmas.tolist()[:28]
+    nearest = [min(range(28), key=lambda step: abs(here[step] - made_at[place])) for place in places[1:-1]]
+    assert branch.computed == [0, *nearest, 27]
+    assert nearest != [round(place * 27 / 49) for place in places[1:-1]]
 
 
 @pytest.mark.parametrize(
