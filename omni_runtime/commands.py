@@ -19,6 +19,7 @@ from omni_kernels.patching import PatchConflictError
 from omni_kernels.patching import backends as registry
 from omni_runtime import loading
 from omni_runtime.cache import calibration
+from omni_runtime.cache.backends import METHODS
 from omni_runtime.cache.models import MODELS
 from omni_runtime.cli import DEFAULT_MODEL
 from omni_runtime.omni import Omni
@@ -282,7 +283,8 @@ def _searched_and_held_out(options: argparse.Namespace) -> tuple[_Prompts, _Prom
 
 def backends(options: argparse.Namespace) -> None:
     """`omni backends`: every cache backend, its keys, their defaults and what is allowed."""
-    found = registry.available()
+    known = registry.available()
+    found = {name: known[name] for name in (*METHODS, *known) if name in known}
     if options.json:
         fields = ("name", "default", "type_name", "allowed", "doc")
         _print_json(

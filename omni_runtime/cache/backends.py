@@ -664,5 +664,5 @@ COMBINED = Method(
     output=lambda config: _velocity_cache(config["velocity"]),
 )
 
-#: name → method
-METHODS: dict[str, Method] = {method.name: method for method in (*BLOCK_METHODS, VELOCITY_CACHE, EASY_CACHE, COMBINED)}
+#: name → method; the first one is what to try first
+METHODS: dict[str, Method] = {method.name: method for method in (VELOCITY_CACHE, *BLOCK_METHODS, EASY_CACHE, COMBINED)}
