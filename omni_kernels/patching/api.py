@@ -107,6 +107,8 @@ class PatchHandle:
         self._patch.undo()
         if self._installed is not None:
             self._installed.close()
+        if self.graphs is not None:
+            self.graphs.close()
         del vars(self._pipe)[HANDLE]
 
     def _install(self, backend: backends.CacheBackend | None) -> None:

@@ -19,18 +19,20 @@ and leaves no trace on the block (`torch.nn.attention.sdpa_kernel`) is recorded 
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
+from torch.nn.modules import module as _all_modules
 from torch.utils import _pytree as pytree
 
 from omni_kernels.patching import ahead
 from omni_kernels.patching.recordable import Parts, unfit
-from omni_kernels.patching.stretches import Passing, Stretch, Trace, Watch, states_of, watches
+from omni_kernels.patching.stretches import Block, Passing, Stretch, Trace, by_name, plain, watches_of
 
 #: Shapes of which a block's recordings are kept.
 MOST_SHAPES = 8
@@ -38,46 +40,58 @@ MOST_SHAPES = 8
 WARMUP = 2
 
 
-class Recorded(NamedTuple):
-    """What replays a call, what the call returned, in memory that each replay writes again, and the bytes it holds."""
-
-    replay: Callable[[], Any]
-    returned: Any
-    memory: int
+#: So often a block may be found changed, without a replay in between, before it is recorded no more.
+MOST_CHANGES = 4
+#: What runs a stretch: it tells each block's place and what it returns.
+Run = Callable[[Callable[[int, Any], None]], None]
 
 
 class Recorder(Protocol):
     """What records and replays on one kind of device."""
 
-    def record(self, call: Callable[[], Any], device: torch.device) -> Recorded:
-        """A recording of the call."""
+    def record(self, run: Run, device: torch.device) -> tuple[Callable[[], Any], list[Any]]:
+        """(what replays it, what each block returned, in memory of its own that each replay writes again)."""
 
     def busy(self) -> str | None:
         """Why nothing can be recorded or replayed now; None where it can."""
 
+    def memory(self) -> int:
+        """Bytes that recordings hold, apart from what blocks returned."""
+
 
 class CudaGraphs:
-    """Recordings as CUDA graphs (HIP graphs on ROCm), each in a pool of memory of its own.
+    """Recordings as CUDA graphs (HIP graphs on ROCm), all of a device in one pool of memory.
 
-    Graphs of one pool may lie on each other's scratch memory, and so on what another returned.
+    Graphs of one pool may lie on each other's scratch memory, which is safe in any order only because nothing in it
+    outlives a replay: what blocks return is copied out of it, as part of the recording.
     """
 
-    def record(self, call: Callable[[], Any], device: torch.device) -> Recorded:
+    def __init__(self) -> None:
+        self._pools: dict[torch.device, _Pool] = {}
+
+    def record(self, run: Run, device: torch.device) -> tuple[Callable[[], Any], list[Any]]:
         """See `Recorder.record`."""
         with torch.cuda.device(device):
-            here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+            pool = self._pools.get(device)
+            if pool is None or not pool.graphs:
+                pool = self._pools[device] = _Pool(torch.cuda.graph_pool_handle(), torch.cuda.Stream())
+            here, aside = torch.cuda.current_stream(), pool.stream
+            likes: dict[int, Any] = {}
             try:
                 aside.wait_stream(here)
                 with torch.cuda.stream(aside):
                     for _ in range(WARMUP):
-                        call()
+                        run(lambda place, output: likes.update({place: _tensors(_like, output)}))
                 here.wait_stream(aside)
                 torch.cuda.synchronize()
+                returned = [
+                    _tensors(functools.partial(torch.empty_like, device=device), likes[n]) for n in range(len(likes))
+                ]
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, pool=pool.handle, stream=aside, capture_error_mode="thread_local"):
                     before = torch.cuda.memory_reserved()
-                    returned = call()
-                    memory = torch.cuda.memory_reserved() - before
+                    run(lambda place, output: write(returned[place], output))
+                    pool.bytes += torch.cuda.memory_reserved() - before
             finally:
                 torch.cuda.set_stream(here)  # a capture that fails may leave its own
 
@@ -85,30 +99,70 @@ class CudaGraphs:
             with torch.cuda.device(device):
                 graph.replay()
 
-        return Recorded(replay, returned, memory)
+        pool.graphs.add(replay)
+        return replay, returned
 
     def busy(self) -> str | None:
         """See `Recorder.busy`."""
         return "somebody else is recording" if torch.cuda.is_current_stream_capturing() else None
 
+    def memory(self) -> int:
+        """See `Recorder.memory`."""
+        return sum(pool.bytes for pool in self._pools.values() if pool.graphs)
+
+
+@dataclass
+class _Pool:
+    """Graphs: what replays those that are alive; with the last of them the memory goes."""
+
+    handle: Any
+    stream: Any
+    bytes: int = 0
+    graphs: weakref.WeakSet[Callable[[], Any]] = field(default_factory=weakref.WeakSet)
+
+
+def write(fixed: Any, output: Any) -> None:
+    """Copy what a block returned into memory of the same structure."""
+    for to, made in zip(pytree.tree_leaves(fixed), pytree.tree_leaves(output), strict=True):
+        if isinstance(to, torch.Tensor):
+            to.copy_(made)
+
+
+def _tensors(function: Callable[[torch.Tensor], torch.Tensor], output: Any) -> Any:
+    return pytree.tree_map_only(torch.Tensor, function, output)
+
+
+def _like(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(tensor, device="meta")
+
 
 @dataclass
 class _Recording:
-    """Inputs: (fixed memory, whether it is what all blocks are given at that place); made: watches of the outputs."""
+    """Inputs: (fixed memory, whether it is what all blocks are given at that place)."""
 
     replay: Callable[[], Any]
     inputs: list[tuple[torch.Tensor, bool]]
     outputs: list[Any]
-    made: list[Sequence[Watch | None]]
-    memory: int
+
+    @property
+    def memory(self) -> int:
+        """Bytes of the outputs."""
+        tensors = [leaf for leaf in pytree.tree_leaves(self.outputs) if isinstance(leaf, torch.Tensor)]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
 
 @dataclass(eq=False)
 class _Known:
-    """A stretch of one shape, from the block on that keeps it."""
+    """A stretch of one shape, from the block on that keeps it.
+
+    Attributes:
+        apart: whether all that it is given is copied, because it was given other states than those that it was recorded
+            to read where another graph returns them.
+    """
 
     stretch: Stretch
     recording: _Recording | None = None
+    apart: bool = False
 
     def end_before(self, place: int) -> None:
         """Leave the calls from this one on to other stretches."""
@@ -131,22 +185,30 @@ class Graphs:
         self._recorder = CudaGraphs() if recorder is None else recorder
         self._device_type = device_type
         self._failed: str | None = None
-        self.modules: list[GraphedBlock] = []
+        self._blocks: list[GraphedBlock] = []
         self._given: dict[Any, tuple[Callable[[], Any], Callable[[], Any], int | None]] = {}
         self._returned: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
         self._trace: Trace | None = None
         self._passing: tuple[_Known, Passing] | None = None
+        self._closed: list[list[str]] = []
         self.reasons: dict[str, str] = {}
 
     def __str__(self) -> str:
-        lines = [f"{len(self.recorded)} blocks recorded, {len(self.stretches)} graphs, {self.memory / 1e6:.1f} MB"]
+        recorded = self.recorded
+        lines = [f"{len(recorded)} blocks recorded, {len(self.stretches)} graphs, {self.memory / 1e6:.1f} MB"]
         lines += [f"{count} blocks ran as ever: {reason}" for reason, count in Counter(self.reasons.values()).items()]
-        return "\n".join(lines)
+        traced = {call.block.name for known in self._known() for call in known.stretch.calls}
+        waiting = len(traced - {*recorded, *self.reasons})
+        return "\n".join(
+            [*lines, f"{waiting} blocks will be recorded when they are called so again"] if waiting else lines
+        )
 
     @property
     def stretches(self) -> list[list[str]]:
-        """The blocks of each graph, by name, in order."""
-        return [[call.block.name for call in known.stretch.calls] for known in self._known() if known.recording]
+        """The blocks of each graph, by name, in order; once they are closed, what they were."""
+        return self._closed or [
+            [call.block.name for call in known.stretch.calls] for known in self._known() if known.recording
+        ]
 
     @property
     def recorded(self) -> dict[str, int]:
@@ -158,15 +220,16 @@ class Graphs:
         """Bytes that the recordings hold."""
         given = [fixed for held, _, _ in self._given.values() if (fixed := held()) is not None]
         own = sum(known.recording.memory for known in self._known() if known.recording)
-        return own + sum(t.numel() * t.element_size() for t in given)
+        return self._recorder.memory() + own + sum(t.numel() * t.element_size() for t in given)
 
     def _known(self) -> Iterable[_Known]:
-        return (known for block in self.modules for known in block.known.values())
+        return (known for block in self._blocks for known in block.known.values())
 
     def call_of(self, name: str, block: torch.nn.Module, call: Callable[..., Any]) -> GraphedBlock:
         """What is to be called in the place of `call`, which runs the block."""
+        self._closed = []
         graphed = GraphedBlock(self, name, block, call)
-        self.modules.append(graphed)
+        self._blocks.append(graphed)
         return graphed
 
     def refusal(self, tensors: Sequence[torch.Tensor]) -> str | None:
@@ -180,6 +243,8 @@ class Graphs:
             return f"it is on {len(devices)} devices"
         if torch.is_autocast_enabled(self._device_type):
             return "autocast is on"
+        if _all_modules._global_forward_hooks or _all_modules._global_forward_pre_hooks:
+            return "all modules are hooked"
         return self._failed or self._recorder.busy()
 
     def run(self, block: GraphedBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -194,120 +259,131 @@ class Graphs:
             begun.end_before(passing.at)
         leaves, structure = pytree.tree_flatten((args, kwargs))
         reason = self.refusal([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]) or block.unfit()
-        key = (
-            structure,
-            torch.is_inference_mode_enabled(),
-            *(_meta(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves),
-        )
-        try:
-            hash(key)
-        except TypeError:
-            reason = reason or "an argument is neither a tensor nor a plain value"
+        if reason is None and not all(isinstance(leaf, torch.Tensor) or plain(leaf) for leaf in leaves):
+            reason = "an argument is neither a tensor nor a plain value"
         trace, self._trace = self._trace, None
         if reason is None:
             if trace is not None and trace.follow(block, args, kwargs):
                 return self._traced(trace, block, args, kwargs)
+            key = structure, torch.is_inference_mode_enabled(), *map(_meta, leaves)
             known = self._fit(block, key)
             if known is None:
-                trace = Trace(block, args, kwargs)
                 while len(block.known) >= MOST_SHAPES:
-                    del block.known[next(iter(block.known))]
+                    _drop(block, next(iter(block.known)))
+                trace = Trace(block, args, kwargs)
                 block.known[key] = _Known(trace.stretch)
                 return self._traced(trace, block, args, kwargs)
-            recording = self._recording(known, leaves, structure)
-            if recording is not None:
-                for call in known.stretch.calls:
-                    self.reasons.pop(call.block.name, None)
-                self._replay(recording, leaves)
-                if len(recording.outputs) > 1:
-                    self._passing = known, Passing(known.stretch, recording.outputs, recording.made, args, kwargs)
-                return recording.outputs[0]
+            if self._replay(known, leaves, structure) and known.recording is not None:
+                outputs = known.recording.outputs
+                if len(outputs) > 1:
+                    self._passing = known, Passing(known.stretch, outputs, args, kwargs)
+                return outputs[0] if isinstance(outputs[0], torch.Tensor) else _tensors(lambda t: t, outputs[0])
             reason = self._failed
         self.reasons[block.name] = str(reason)
         return block.call(*args, **kwargs)
 
-    def forget(self) -> None:
-        """Drop all that was traced and recorded."""
-        self._trace = self._passing = None
-        for block in self.modules:
-            block.forget()
+    def forget(self, block: Block | None = None) -> None:
+        """Drop all that was recorded, or what a block is in."""
+        if block is None:
+            self._trace = self._passing = None
+        for one in self._blocks:
+            for key, known in list(one.known.items()):
+                if block is None or any(call.block is block for call in known.stretch.calls):
+                    _drop(one, key)
+
+    def close(self) -> None:
+        """Drop all, the blocks too; only the report is left."""
+        self._closed = self.stretches
+        self.forget()
+        self._blocks.clear()
+        self._given.clear()
 
     def _traced(self, trace: Trace, block: GraphedBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the block returns, which runs as ever, as the last one of a trace."""
+        self.reasons.pop(block.name, None)
+        given = watches_of(args, kwargs)
         try:
             output = block.call(*args, **kwargs)
         except BaseException:
-            self.forget()  # half a forward would part the stretch there
+            begun = trace.stretch.calls[0].block.known  # half a forward would part the stretch there
+            for key in [key for key, known in begun.items() if known.stretch is trace.stretch]:
+                _drop(trace.stretch.calls[0].block, key)
             raise
-        # Nobody counts what is written in inference mode.
-        if trace.returned(output) and not torch.is_inference_mode_enabled():
+        if torch.is_inference_mode_enabled():  # nobody counts what is written
+            return output
+        if not all(given[name].knows(value) for name, value in by_name(args, kwargs).items()):
+            block.refused = "it writes to what it is given"
+            self.forget(block)
+        elif trace.returned(output):
             self._trace = trace
         return output
 
     def _fit(self, block: GraphedBlock, key: Any) -> _Known | None:
-        """The stretch from the block on that is known for a shape, up to a block that cannot be recorded now."""
+        """The stretch from the block on that is known for a shape, if all of its blocks are as they were."""
         known = block.known.get(key)
-        if known is None:
+        for call in [] if known is None else known.stretch.calls[1:]:
+            call.block.unfit()  # which has it forgotten
+        if key not in block.known:
             return None
-        for place, call in enumerate(known.stretch.calls[1:], 1):
-            if call.block.unfit() is not None:
-                known.end_before(place)
-                break
-        if key in block.known:  # else all was forgotten
-            known = block.known[key] = block.known.pop(key)  # the one that was used last
-            return known
-        return None
+        known = block.known[key] = block.known.pop(key)  # the one that was used last
+        return known
 
-    def _recording(self, known: _Known, leaves: Sequence[Any], structure: Any) -> _Recording | None:
-        """The recording of a stretch for these arguments; None where it failed."""
+    def _replay(self, known: _Known, leaves: Sequence[Any], structure: Any) -> bool:
+        """Run a stretch with these arguments, recorded now if it was not; False where that failed."""
+        tensors = [(place, leaf) for place, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        recording = known.recording
+        if recording is not None and not all(
+            given or tensor is fixed for (_, tensor), (fixed, given) in zip(tensors, recording.inputs, strict=True)
+        ):
+            # What another graph returns is not ours to write.
+            known.apart, known.recording = True, None
         if known.recording is None:
             try:
-                known.recording = self._record(known.stretch, leaves, structure)
+                known.recording = self._record(known, leaves, structure)
             except Exception as error:
                 told = str(error).partition("\n")[0]
                 # What fails once does for others, and each attempt costs; a stream may be left in disorder.
                 self._failed = f"recording failed: {type(error).__name__}: {told}"
-        return known.recording
+                return False
+        for (place, tensor), (_, given) in zip(tensors, known.recording.inputs, strict=True):
+            if given:
+                self._give(place, tensor)
+        known.recording.replay()
+        for call in known.stretch.calls:
+            call.block.changes = 0
+            self.reasons.pop(call.block.name, None)
+        return True
 
-    def _record(self, stretch: Stretch, leaves: Sequence[Any], structure: Any) -> _Recording:
+    def _record(self, known: _Known, leaves: Sequence[Any], structure: Any) -> _Recording:
         fixed, inputs = list(leaves), []
         for place, leaf in enumerate(leaves):
             if isinstance(leaf, torch.Tensor):
-                given = self._returned.get(id(leaf)) is not leaf
+                given = known.apart or self._returned.get(id(leaf)) is not leaf
                 fixed[place] = self._give(place, leaf) if given else leaf
                 inputs.append((fixed[place], given))
         args, kwargs = pytree.tree_unflatten(fixed, structure)
-        alike = {call.block.module for call in stretch.calls if call.block.uncompiled}
+        alike = {call.block.module for call in known.stretch.calls if call.block.uncompiled}
 
-        def run() -> list[Any]:
+        def run(keep: Callable[[int, Any], None]) -> None:
             with ahead.together(alike):
-                return stretch.run(args, kwargs)
+                known.stretch.run(args, kwargs, keep)
 
-        replay, outputs, memory = self._recorder.record(run, inputs[0][0].device)
+        replay, outputs = self._recorder.record(run, inputs[0][0].device)
         for leaf in pytree.tree_leaves(outputs):
             if isinstance(leaf, torch.Tensor):
                 self._returned[id(leaf)] = leaf
-        return _Recording(replay, inputs, outputs, [watches(states_of(output)) for output in outputs], memory)
-
-    def _replay(self, recording: _Recording, leaves: Sequence[Any]) -> None:
-        """Run what was recorded with these arguments."""
-        tensors = [(place, leaf) for place, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-        for (place, tensor), (fixed, given) in zip(tensors, recording.inputs, strict=True):
-            if given:
-                self._give(place, tensor)
-            elif tensor is not fixed:
-                fixed.copy_(tensor)
-        recording.replay()
+        return _Recording(replay, inputs, outputs)
 
     def _give(self, place: int, tensor: torch.Tensor) -> torch.Tensor:
         """The fixed memory of the argument at this place, for such tensors, which now holds this one."""
-        key = place, _meta(tensor)
+        key = place, torch.is_inference_mode_enabled(), _meta(tensor)
         held, source, version = self._given.get(key, (_nothing, _nothing, None))
         fixed = held()
         if fixed is not None and source() is tensor and version is not None and version == self._version(tensor):
             return fixed
         if fixed is None:
             fixed = torch.empty_like(tensor)
+            self._given = {key: kept for key, kept in self._given.items() if kept[0]() is not None}
         fixed.copy_(tensor)
         # Recordings hold the fixed memory: it goes with the last that reads it.
         self._given[key] = weakref.ref(fixed), weakref.ref(tensor), self._version(tensor)
@@ -326,13 +402,17 @@ class GraphedBlock:
         module: the block.
         uncompiled: whether `call` is the block's own.
         known: the stretches that begin with it, by shape, the one that was used last at the end.
+        refused: why it cannot be recorded, as a call of it has shown.
+        changes: how often it was found changed since it was last replayed.
     """
 
     def __init__(self, graphs: Graphs, name: str, block: torch.nn.Module, call: Callable[..., Any]) -> None:
         self.name, self.call = name, call
-        self.known: dict[Any, _Known] = {}
         self.module = block
         self.uncompiled = call == block._call_impl
+        self.known: dict[Any, _Known] = {}
+        self.refused: str | None = None
+        self.changes = 0
         self._graphs = graphs
         self._parts: Parts | str | None = None
 
@@ -340,24 +420,27 @@ class GraphedBlock:
         """The block's output."""
         return self._graphs.run(self, args, kwargs)
 
-    def forget(self) -> None:
-        """Drop what is known of the block."""
-        self.known.clear()
-        self._parts = None
-
     def unfit(self) -> str | None:
-        """Why the block cannot be recorded. Where it is no longer what it was, all that was recorded is forgotten."""
-        parts = self._parts
-        if not isinstance(parts, Parts) or not parts.unchanged():
-            now = unfit(self.module) or Parts(self.module)
-            if parts is not None and parts != now:
-                self._graphs.forget()
-            self._parts = now
-        return self._parts if isinstance(self._parts, str) else None
+        """Why the block cannot be recorded. Where it is no longer what it was, its recordings are dropped."""
+        if self.refused is None and not (isinstance(self._parts, Parts) and self._parts.unchanged()):
+            then, self._parts = self._parts, unfit(self.module) or Parts(self.module)
+            if then is not None and then != self._parts:
+                self._graphs.forget(self)
+                self.changes += 1
+                if self.changes == MOST_CHANGES:
+                    self.refused = "it keeps changing"
+        return self._parts if isinstance(self._parts, str) else self.refused
 
 
-def _meta(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+def _drop(block: Block, key: Any) -> None:
+    """Let go of a stretch, and of its recording now, whatever it hangs on."""
+    block.known.pop(key).recording = None
+
+
+def _meta(leaf: Any) -> tuple[Any, ...]:
+    if isinstance(leaf, torch.Tensor):
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
+    return type(leaf), leaf
 
 
 def _nothing() -> None:

@@ -18,8 +18,6 @@ import torch
 from torch.utils import _pytree as pytree
 
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
-#: What a block returned: the states, one by one.
-Output = torch.Tensor | Sequence[torch.Tensor | None]
 
 
 class Block(Protocol):
@@ -29,6 +27,8 @@ class Block(Protocol):
     module: torch.nn.Module
     call: Callable[..., Any]
     uncompiled: bool
+    changes: int
+    known: dict[Any, Any]
 
     def unfit(self) -> str | None:
         """Why the block cannot be recorded."""
@@ -39,39 +39,52 @@ def writes(tensor: torch.Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+def plain(value: Any) -> bool:
+    """Whether a value is a number, a text or the like, which a recording may hold for good."""
+    return isinstance(value, PLAIN)
+
+
 class Watch:
-    """Knows a tensor again, or a tuple of them, as long as nobody has written to it; does not keep it alive."""
+    """Knows a value again as long as nobody has written to it: tensors themselves, what else there is by value.
 
-    __slots__ = ("_parts", "_tensor", "_writes")
+    It keeps no tensor alive.
+    """
 
-    def __init__(self, value: torch.Tensor | tuple[Any, ...]) -> None:
-        self._parts: tuple[Watch, ...] | None = None
-        if isinstance(value, tuple):
-            self._parts = tuple(map(Watch, value))
+    __slots__ = ("_leaves", "_structure", "_tensor", "_writes")
+
+    def __init__(self, value: Any) -> None:
+        self._leaves: list[Any] | None = None
+        self._tensor: Any = None
+        if isinstance(value, torch.Tensor):
+            self._tensor, self._writes = weakref.ref(value), writes(value)
+        elif plain(value):
+            self._leaves, self._structure = [value], None
         else:
-            self._tensor = weakref.ref(value)
-            self._writes = writes(value)
+            leaves, self._structure = pytree.tree_flatten(value)
+            self._leaves = [Watch(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
 
     def knows(self, value: Any) -> bool:
         """Whether it is the same, unwritten."""
-        if self._parts is None:
+        if self._leaves is None:
             # Where it is gone, there is nothing to be known again.
             return self._tensor() is value is not None and self._writes is not None and self._writes == value._version
-        if type(value) is not tuple or len(value) != len(self._parts):
+        if self._structure is None:
+            return type(value) is type(self._leaves[0]) and value == self._leaves[0]
+        leaves, structure = pytree.tree_flatten(value)
+        if structure != self._structure:
             return False
-        return all(part.knows(one) for part, one in zip(self._parts, value, strict=True))
+        return all(
+            then.knows(now) if isinstance(then, Watch) else plain(now) and type(now) is type(then) and now == then
+            for then, now in zip(self._leaves, leaves, strict=True)
+        )
 
 
-def watchable(value: Any) -> bool:
-    """Whether there can be a `Watch` of it."""
-    if type(value) is tuple:
-        return all(map(watchable, value))
-    return isinstance(value, torch.Tensor)
-
-
-def states_of(output: Any) -> Sequence[torch.Tensor | None]:
-    """What a block returned, one by one."""
-    return (output,) if isinstance(output, torch.Tensor) else output
+def states_of(output: Any) -> Sequence[torch.Tensor | None] | None:
+    """What a block returned, one by one; None where that is not tensors, of which some may be None."""
+    if isinstance(output, torch.Tensor):
+        return (output,)
+    states = isinstance(output, tuple) and all(state is None or isinstance(state, torch.Tensor) for state in output)
+    return output if states else None
 
 
 @dataclass(frozen=True)
@@ -98,7 +111,8 @@ class Made:
 
     def of(self, given: Mapping[int | str, Any], outputs: Sequence[Any]) -> Any:
         """See `Given.of`."""
-        return states_of(outputs[self.block])[self.place]
+        output = outputs[self.block]
+        return output if isinstance(output, torch.Tensor) else output[self.place]
 
     def is_it(self, value: Any, given: Mapping[int | str, Watch], made: Sequence[Sequence[Watch | None]]) -> bool:
         """See `Given.is_it`."""
@@ -108,9 +122,10 @@ class Made:
 
 @dataclass(frozen=True)
 class Plain:
-    """A value without tensors."""
+    """A value without tensors, and its watch."""
 
     value: Any
+    watch: Watch
 
     def of(self, given: Mapping[int | str, Any], outputs: Sequence[Any]) -> Any:
         """See `Given.of`."""
@@ -118,7 +133,7 @@ class Plain:
 
     def is_it(self, value: Any, given: Mapping[int | str, Watch], made: Sequence[Sequence[Watch | None]]) -> bool:
         """See `Given.is_it`."""
-        return type(value) is type(self.value) and value == self.value
+        return self.watch.knows(value)
 
 
 Origin = Given | Made | Plain
@@ -132,8 +147,8 @@ def by_name(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[int | str, A
 
 
 def watches_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[int | str, Watch]:
-    """One of each argument that there can be one of."""
-    return {name: Watch(value) for name, value in by_name(args, kwargs).items() if watchable(value)}
+    """One of each argument."""
+    return {name: Watch(value) for name, value in by_name(args, kwargs).items()}
 
 
 def watches(states: Sequence[torch.Tensor | None]) -> Sequence[Watch | None]:
@@ -149,6 +164,11 @@ class Call:
     positional: int = 0
     origins: dict[int | str, Origin] = field(default_factory=dict)
 
+    @property
+    def made(self) -> list[Made]:
+        """What it is given of what others returned."""
+        return [origin for origin in self.origins.values() if isinstance(origin, Made)]
+
     def run(self, given: Mapping[int | str, Any], outputs: Sequence[Any]) -> Any:
         """Call the block."""
         values = {name: origin.of(given, outputs) for name, origin in self.origins.items()}
@@ -162,13 +182,22 @@ class Stretch:
 
     calls: list[Call]
 
-    def run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-        """What each block returns, where the first one is given these arguments."""
+    def run(self, args: Sequence[Any], kwargs: Mapping[str, Any], keep: Callable[[int, Any], None]) -> None:
+        """Call the blocks, where the first one is given these arguments; `keep` is told what each returns.
+
+        What no block is given any more is let go.
+        """
+        needed = {origin.block: place for place, call in enumerate(self.calls) for origin in call.made}
         given = by_name(args, kwargs)
-        outputs = [self.calls[0].block.call(*args, **kwargs)]
-        for call in self.calls[1:]:
-            outputs.append(call.run(given, outputs))
-        return outputs
+        outputs: list[Any] = []
+        for place, call in enumerate(self.calls):
+            outputs.append(call.run(given, outputs) if place else call.block.call(*args, **kwargs))
+            keep(place, outputs[-1])
+            for block, last in needed.items():
+                if last <= place:
+                    outputs[block] = None
+            if place not in needed:
+                outputs[place] = None
 
 
 class Trace:
@@ -187,10 +216,8 @@ class Trace:
 
     def returned(self, output: Any) -> bool:
         """Take up what the last block has returned; False where it is nothing that a stretch goes on from."""
-        if not isinstance(output, torch.Tensor | tuple | list):
-            return False
         states = states_of(output)
-        if not all(state is None or isinstance(state, torch.Tensor) for state in states):
+        if states is None:
             return False
         self._made.append(watches(states))
         for place, state in enumerate(states):
@@ -218,8 +245,10 @@ class Trace:
         for name, watch in self._given.items():
             if watch.knows(value):
                 return Given(name)
-        leaves = pytree.tree_leaves(value)
-        return Plain(copy.deepcopy(value)) if all(isinstance(leaf, PLAIN) for leaf in leaves) else None
+        if all(map(plain, pytree.tree_leaves(value))):
+            kept = copy.deepcopy(value)
+            return Plain(kept, Watch(kept))
+        return None
 
 
 class Passing:
@@ -227,7 +256,6 @@ class Passing:
 
     Args:
         outputs: what each block has returned.
-        made: watches of that.
         args, kwargs: of the first call.
 
     Attributes:
@@ -240,11 +268,11 @@ class Passing:
         self,
         stretch: Stretch,
         outputs: Sequence[Any],
-        made: Sequence[Sequence[Watch | None]],
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
     ) -> None:
-        self._stretch, self._outputs, self._made = stretch, outputs, made
+        self._stretch, self._outputs = stretch, outputs
+        self._made = [watches(states_of(output) or ()) for output in outputs[:-1]]
         self._given = watches_of(args, kwargs)
         self.at = 1
 
