@@ -32,7 +32,6 @@ from omni_runtime.cache.replay import ReplayGate, Replays
 from omni_runtime.cache.report import BranchReport, CacheReport, Decision, StepEvent
 from omni_runtime.cache.signals import Nothing, Signal, SituatedSignal
 
-
 #: Of a transformer's attributes, the one by which `omni_runtime.cache.library` says that it works on it.
 LIBRARY_MARK = "_omni_kernels_library"
 

@@ -463,7 +463,7 @@ def test_it_must_be_undone_to_copy_the_transformer(qwen_pipe):
 def test_a_transformer_that_another_pipeline_shares_is_refused_as_such(qwen_pipe, config):
     other = type(qwen_pipe)(**qwen_pipe.components)
     with omni_kernels.patched(qwen_pipe, "cache_dit", CONFIG):
-        with pytest.raises(PatchConflictError, match="through another pipeline that shares it.*unpatch") as refusal:
+        with pytest.raises(PatchConflictError, match=r"through another pipeline that shares it.*unpatch") as refusal:
             omni_kernels.patch(other, "cache_dit", config)
         assert "disable_cache" not in str(refusal.value)
     with omni_kernels.patched(other, "cache_dit", config):
