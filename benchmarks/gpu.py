@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu [--dry-run]
 
-1. The kernel tests run (`pytest tests/ops -m gpu`). Nothing is timed where one fails: exit code 1.
+1. The kernel tests run (`pytest tests/ops -m gpu`). Nothing is timed where one fails: exit code 2.
 2. The copy bandwidth is measured, then every op, shape and provider; each result is checked before it is timed.
 3. The table is printed and written. Exit code 1 where ours misses what it has to reach:
    - 85% of the copy bandwidth, where an op moves 100 MB or more;
@@ -46,7 +46,7 @@ from omni_kernels.validation.timing import median_seconds, sets_for
 
 ROOT = Path(__file__).parents[1]
 COMMAND = "python -m benchmarks.gpu"
-NO_GPU = 3
+WRONG, NO_GPU = 2, 3
 AOT_TARGET = "sm_90"
 
 
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if options.dry_run else NO_GPU
     if not tests_pass():
         print("the kernel tests did not pass on this GPU: nothing is timed on a wrong result")
-        return 1
+        return WRONG
     device = torch.device("cuda", torch.cuda.current_device())
     rows = [measure(*one, device) for one in combinations(device)]
     sizes = sorted({r.bytes for r in rows if r.provider == "ours" and of_qwen_image(r) and r.us is not None})
