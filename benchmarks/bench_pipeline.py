@@ -13,7 +13,8 @@ The table has the seconds of a request, and, of its steps' medians, the time of 
 (half a step, with guidance). *Of roof*: the forward's floating-point operations at the rate at which this device
 multiplies large bf16 matrices, over the time of a computed forward.
 
-`--check` exits with 1 where 25 computed steps of 50 with fused blocks take 6 s or more. On a GPU results go to
+`--check` exits with 1 where 25 computed steps of 50 with fused blocks take 6 s or more; the published seconds, without a
+cache and with one, are printed beside. On a GPU results go to
 results/pipeline-<device>.json. `--small` makes everything tiny, to try it anywhere.
 """
 
@@ -43,6 +44,8 @@ from omni_runtime.cache.schedules import even
 
 MODEL = "qwen-image"
 LIMIT_RUN, LIMIT_SECONDS = "velocity_cache 25, fused", 6.0
+#: vLLM-Omni's, of 50 steps at 1024² on one H200: without a cache, and with its fastest.
+PUBLISHED_SECONDS = (20.0, 10.5)
 MATRIX = {"cpu": 1024, "cuda": 8192}
 
 
@@ -237,6 +240,41 @@ def _or_none(value: float | None, form: str) -> str:
     return f"{value:{form}}" if value is not None else " " * int(form.partition(".")[0])
 
 
+@dataclass(frozen=True)
+class Goal:
+    """The seconds that a run takes, and fewer than which it has to take."""
+
+    run: str
+    seconds: float
+    limit: float = LIMIT_SECONDS
+
+    @property
+    def met(self) -> bool:
+        """Whether it is reached."""
+        return self.seconds < self.limit
+
+    def __str__(self) -> str:
+        without, cached = PUBLISHED_SECONDS
+        return (
+            f"{'reached' if self.met else 'MISSED '}  {self.run}: {self.seconds:.2f} s, under {self.limit:g} s; "
+            f"published are {without} s without a cache, and {cached} s with one"
+        )
+
+
+def goal(rows: Sequence[Row]) -> Goal | None:
+    """Of rows of the full-size model at 1024²: 25 of 50 steps computed, with fused blocks; None where not measured.
+
+    Raises:
+        AssertionError: that run has computed other steps.
+    """
+    found = [row for row in rows if row.run == LIMIT_RUN and row.steps == 50]
+    if not found:
+        return None
+    (row,) = found
+    assert row.computed == 25, f"{row.run} has computed {row.computed} steps"
+    return Goal(row.run, row.seconds)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_pipeline", description=__doc__.split("\n")[0])
@@ -270,11 +308,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(table(rows[:1] if len(rows) == 1 else [rows[0], row]).splitlines()[-1], file=sys.stderr, flush=True)
     print(table(rows))
     print(f"one forward: {flops / 1e12:.2f} TFLOP; large products: {rate / 1e12:.1f} TFLOP/s")
-    full = not options.small and options.layers is None and (side, options.steps) == (1024, 50)
-    goal = [row for row in rows if full and row.run == LIMIT_RUN]
-    for row in goal:
-        met = row.seconds < LIMIT_SECONDS
-        print(f"{'reached' if met else 'MISSED '}  {row.run}: {row.seconds:.2f} s, under {LIMIT_SECONDS:g} s")
+    full = not options.small and options.layers is None and side == 1024
+    reach = goal(rows) if full else None
+    if reach is not None:
+        print(reach)
     path = options.out or (RESULTS / f"pipeline-{slug(device_name(device))}.json" if device.type != "cpu" else None)
     if path is not None:
         report: Mapping[str, Any] = {
@@ -286,11 +323,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             "dtype": str(dtype).removeprefix("torch."),
             "forward_tflop": flops / 1e12,
             "matrix_tflop_per_s": rate / 1e12,
+            "published_seconds": PUBLISHED_SECONDS,
+            "goal": None if reach is None else {**vars(reach), "met": reach.met},
             "rows": [vars(row) for row in rows],
         }
         write(path, dict(report))
         print(path)
-    return int(options.check and not (goal and all(row.seconds < LIMIT_SECONDS for row in goal)))
+    return int(options.check and not (reach is not None and reach.met))
 
 
 if __name__ == "__main__":
