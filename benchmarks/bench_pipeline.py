@@ -54,7 +54,7 @@ MATRIX = {"cpu": 1024, "cuda": 8192}
 
 
 def spread(steps: int, published: float) -> tuple[int, ...]:
-    """Of each step whether it is computed (1): as many as a published time implies if skipped ones take none, evenly."""
+    """Of each step whether it is computed (1): as many as a published time implies if skipping takes none, evenly."""
     computed = even(steps, round(published / PUBLISHED_SECONDS[0] * steps)).computed
     return tuple(int(step in computed) for step in range(steps))
 
