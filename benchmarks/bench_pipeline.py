@@ -4,22 +4,26 @@
 
 20 billion random weights in bf16 (41 GB), a VAE of the released size, prompt embeddings of the right shape, guidance
 with two forwards a step: what takes the time of a request is there, and no text encoder. What a cache computes depends
-on weights that mean something, so each is told which steps: tea_cache every other one (a polynomial that is constant),
-cache_dit 27 of 50 by a mask, as the published times imply of them (10.47 s and 10.8 s against 20.0 s, vLLM-Omni,
-1024², 50 steps, one H200); velocity_cache 25 and 17, evenly spread. Each run without and with fused blocks, after one
-that warms up; with `--compile` blocks are compiled too.
+on weights that mean something, so each is told which steps: tea_cache 26 of 50 (between them it measures, and skips
+whatever that is), cache_dit 27 by a mask, as the published times imply of them (10.47 s and 10.8 s against 20.0 s,
+vLLM-Omni, 1024², 50 steps, one H200); velocity_cache 25 and 17, evenly spread. Each run without and with fused blocks,
+after one that warms up; with `--compile` blocks are compiled too.
 
 The table has the seconds of a request, and, of its steps' medians, the time of a computed and of a skipped forward
 (half a step, with guidance). *Of roof*: the forward's floating-point operations at the rate at which this device
 multiplies large bf16 matrices, over the time of a computed forward.
 
-`--check` exits with 1 where 25 computed steps of 50 with fused blocks take 6 s or more. On a GPU results go to
+`--check` exits with 1 where 25 computed steps of 50 with fused blocks take 6 s or more; the published seconds, without
+a cache and with one, are printed beside. On a GPU results go to
 results/pipeline-<device>.json. `--small` makes everything tiny, to try it anywhere.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
+import math
 import statistics
 import sys
 import time
@@ -39,25 +43,39 @@ from benchmarks.results import RESULTS
 from omni_kernels.device import Timer, synchronize
 from omni_kernels.validation.record import device_name, machine, slug, write
 from omni_kernels.validation.timing import median_seconds
+from omni_runtime.cache.gates import AccumulatedPolynomialGate, Limits
 from omni_runtime.cache.schedules import even
 
 MODEL = "qwen-image"
 LIMIT_RUN, LIMIT_SECONDS = "velocity_cache 25, fused", 6.0
+#: vLLM-Omni's, of 50 steps at 1024² on one H200: without a cache, and with its fastest.
+PUBLISHED_SECONDS = (20.0, 10.5)
 MATRIX = {"cpu": 1024, "cuda": 8192}
+
+
+def spread(steps: int, published: float) -> tuple[int, ...]:
+    """Of each step whether it is computed (1): as many as a published time implies if skipping takes none, evenly."""
+    computed = even(steps, round(published / PUBLISHED_SECONDS[0] * steps)).computed
+    return tuple(int(step in computed) for step in range(steps))
+
+
+def told(handle: Any, steps: int) -> None:
+    """Have an installed tea_cache compute the steps that its published time implies."""
+    gate = functools.partial(AccumulatedPolynomialGate, Limits(mask=spread(steps, 10.47)), math.inf, (1.0, 0.0))
+    session = handle._installed
+    session.parts = dataclasses.replace(session.parts, gate=lambda request: gate())
 
 
 def runs(steps: int) -> dict[str, tuple[str | None, dict[str, Any]]]:
     """name → (backend, config)."""
-    half, third, mask = round(steps / 2), round(steps * 0.34), [0] * steps
-    for step in even(steps, round(steps * 27 / 50)).computed:
-        mask[step] = 1
+    half, third = round(steps / 2), round(steps * 0.34)
     return {
         "no cache": (None, {}),
-        "tea_cache": ("tea_cache", {"coefficients": [0, 0, 0, 0, 1], "rel_l1_thresh": 1.5}),
+        "tea_cache": ("tea_cache", {"coefficients": [0, 0, 0, 1, 0]}),  # and `told`
         "cache_dit": (
             "cache_dit",
             {
-                "steps_computation_mask": mask,
+                "steps_computation_mask": list(spread(steps, 10.8)),
                 "scm_steps_policy": "static",
                 "max_warmup_steps": 1,
                 "max_continuous_cached_steps": -1,
@@ -186,6 +204,8 @@ def measure(
     spans: list[list[float]] = []
     with omni_kernels.patched(pipe, backend, config, fuse=fuse, compile=compile) as handle:
         assert not (fuse and handle.fused.left_alone), handle.fused
+        if backend == "tea_cache":
+            told(handle, steps)
         for _ in range(1 + rounds):
             marks = Marks(device)
             synchronize(device)
@@ -237,6 +257,41 @@ def _or_none(value: float | None, form: str) -> str:
     return f"{value:{form}}" if value is not None else " " * int(form.partition(".")[0])
 
 
+@dataclass(frozen=True)
+class Goal:
+    """The seconds that a run takes, and fewer than which it has to take."""
+
+    run: str
+    seconds: float
+    limit: float = LIMIT_SECONDS
+
+    @property
+    def met(self) -> bool:
+        """Whether it is reached."""
+        return self.seconds < self.limit
+
+    def __str__(self) -> str:
+        without, cached = PUBLISHED_SECONDS
+        return (
+            f"{'reached' if self.met else 'MISSED '}  {self.run}: {self.seconds:.2f} s, under {self.limit:g} s; "
+            f"published are {without} s without a cache, and {cached} s with one"
+        )
+
+
+def goal(rows: Sequence[Row]) -> Goal | None:
+    """Of rows of the full-size model at 1024²: 25 of 50 steps computed, with fused blocks; None where not measured.
+
+    Raises:
+        AssertionError: that run has computed other steps.
+    """
+    found = [row for row in rows if row.run == LIMIT_RUN and row.steps == 50]
+    if not found:
+        return None
+    (row,) = found
+    assert row.computed == 25, f"{row.run} has computed {row.computed} steps"
+    return Goal(row.run, row.seconds)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_pipeline", description=__doc__.split("\n")[0])
@@ -270,11 +325,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(table(rows[:1] if len(rows) == 1 else [rows[0], row]).splitlines()[-1], file=sys.stderr, flush=True)
     print(table(rows))
     print(f"one forward: {flops / 1e12:.2f} TFLOP; large products: {rate / 1e12:.1f} TFLOP/s")
-    full = not options.small and options.layers is None and (side, options.steps) == (1024, 50)
-    goal = [row for row in rows if full and row.run == LIMIT_RUN]
-    for row in goal:
-        met = row.seconds < LIMIT_SECONDS
-        print(f"{'reached' if met else 'MISSED '}  {row.run}: {row.seconds:.2f} s, under {LIMIT_SECONDS:g} s")
+    full = not options.small and options.layers is None and side == 1024
+    reach = goal(rows) if full else None
+    if reach is not None:
+        print(reach)
     path = options.out or (RESULTS / f"pipeline-{slug(device_name(device))}.json" if device.type != "cpu" else None)
     if path is not None:
         report: Mapping[str, Any] = {
@@ -286,11 +340,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             "dtype": str(dtype).removeprefix("torch."),
             "forward_tflop": flops / 1e12,
             "matrix_tflop_per_s": rate / 1e12,
+            "published_seconds": PUBLISHED_SECONDS,
+            "goal": None if reach is None else {**vars(reach), "met": reach.met},
             "rows": [vars(row) for row in rows],
         }
         write(path, dict(report))
         print(path)
-    return int(options.check and not (goal and all(row.seconds < LIMIT_SECONDS for row in goal)))
+    return int(options.check and not (reach is not None and reach.met))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The models' transformers at their real size with random weights, and a forward's inputs: for timing, not for looking.
 
 Time depends on shapes and dtypes, not on what the weights are; values are drawn so that nothing over- or underflows.
-Sizes are the classes' defaults in diffusers, which are the released models' (Qwen/Qwen-Image, Tongyi-MAI/Z-Image,
-black-forest-labs/FLUX.1-dev, Wan-AI/Wan2.1-T2V-14B). `small` makes the same of a few channels, to run anywhere.
+Sizes are the classes' defaults in diffusers, which are the released models' (Qwen/Qwen-Image, its edit models, of which
+2511's gives references a modulation of their own, Tongyi-MAI/Z-Image, black-forest-labs/FLUX.1-dev,
+Wan-AI/Wan2.1-T2V-14B). `small` makes the same of a few channels, to run anywhere.
 """
 
 from __future__ import annotations
@@ -119,6 +120,9 @@ _SMALL_WAN = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 32
 MODELS = {
     "qwen-image": Model("QwenImageTransformer2DModel", ("num_layers",), _qwen, _SMALL_QWEN, {}, _SIDES),
     "qwen-image-edit": Model("QwenImageTransformer2DModel", ("num_layers",), _qwen_edit, _SMALL_QWEN, {}, _SIDES),
+    "qwen-image-edit-2511": Model(
+        "QwenImageTransformer2DModel", ("num_layers",), _qwen_edit, _SMALL_QWEN, {"zero_cond_t": True}, _SIDES
+    ),
     "z-image": Model("ZImageTransformer2DModel", ("n_layers",), _z_image, _SMALL_Z, {}, _SIDES),
     "flux": Model(
         "FluxTransformer2DModel",
@@ -129,7 +133,12 @@ MODELS = {
         _SIDES,
     ),
     "wan": Model(
-        "WanTransformer3DModel", ("num_layers",), _wan, _SMALL_WAN | {"num_layers": 2}, {}, {"17 frames 512²": 512}
+        "WanTransformer3DModel",
+        ("num_layers",),
+        _wan,
+        _SMALL_WAN | {"num_layers": 2},
+        {},
+        {f"17 frames {name}": side for name, side in _SIDES.items()},
     ),
 }
 SMALL_SIDE = 64
@@ -142,7 +151,10 @@ def build(
     small: bool = False,
     layers: int | None = None,
 ) -> Any:
-    """The transformer with random weights, the same for the same arguments; `layers` of each kind at most."""
+    """The transformer with random weights, the same for the same arguments; `layers` of each kind at most.
+
+    On the meta device it has no weights, only their shapes.
+    """
     config = {**model.config, **(model.small if small else {})}
     kind = getattr(diffusers, model.transformer)
     with init_empty_weights(include_buffers=False):
@@ -151,7 +163,7 @@ def build(
             counts = {key: min(layers, transformer.config[key]) for key in model.layers}
             transformer = kind(**config | counts)
     keep = getattr(kind, "_keep_in_fp32_modules", None) or ()
-    generator = torch.Generator(device).manual_seed(0)
+    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
     for name, parameter in list(transformer.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         one = torch.empty(

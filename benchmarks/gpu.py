@@ -2,10 +2,13 @@
 
     python -m benchmarks.gpu [--dry-run]
 
-1. The kernel tests run (`pytest tests/ops -m gpu`). Nothing is timed where one fails: exit code 1.
+1. The kernel tests run (`pytest tests/ops -m gpu`). Nothing is timed where one fails: exit code 2.
 2. The copy bandwidth is measured, then every op, shape and provider; each result is checked before it is timed.
-3. The table is printed and written. Exit code 1 where an op of ours that moves 100 MB or more stays under 85% of the
-   copy bandwidth.
+3. The table is printed and written. Exit code 1 where ours misses what it has to reach:
+   - 85% of the copy bandwidth, where an op moves 100 MB or more;
+   - at Qwen-Image's shapes, most of which move less than a device needs to come up to its bandwidth, 85% of the speed
+     of a copy that moves as many bytes, timed in the same run;
+   - at any shape, no more time than torch.compile's form of the same takes.
 
 Where there is no NVIDIA GPU, the kernels are compiled for one as the launches to be timed specialise them, and nothing
 is launched: that is said in one line, and the exit code is 3. `--dry-run` does the same anywhere, with exit code 0.
@@ -21,27 +24,29 @@ os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 import argparse
 import dataclasses
 import datetime
+import functools
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.measure import combinations, measure
+from benchmarks.goals import OF_COMPILED, OF_COPY, OF_SAME_COPY, Goal, goals, met, summary
+from benchmarks.measure import TIMED, combinations, measure, of_qwen_image, shapes_of
 from benchmarks.results import RESULTS
 from omni_kernels.ops import OPS
 from omni_kernels.validation import aot
-from omni_kernels.validation.cases import CASES, Inputs
+from omni_kernels.validation.cases import Inputs
 from omni_kernels.validation.measurement import TARGET_BYTES, TARGET_SHARE, Row, as_json, table
 from omni_kernels.validation.record import device_name, machine, slug, write
 from omni_kernels.validation.roof import copy_bandwidth
-from omni_kernels.validation.shapes import FULL
+from omni_kernels.validation.timing import median_seconds, sets_for
 
 ROOT = Path(__file__).parents[1]
 COMMAND = "python -m benchmarks.gpu"
-NO_GPU = 3
+WRONG, NO_GPU = 2, 3
 AOT_TARGET = "sm_90"
 
 
@@ -52,8 +57,8 @@ def kernels(target: str) -> list[str]:
     alignment, stays.
     """
     names: list[str] = []
-    for case in CASES.values():
-        for shape in FULL:
+    for case in TIMED.values():
+        for shape in shapes_of(case, torch.device("cuda")):
             small = dataclasses.replace(shape, B=min(shape.B, 2), S=min(shape.S, 64))
             args, kwargs = case.ours(_empty(case.inputs(small, torch.device("cpu"))))
             launcher = OPS[case.op].launcher
@@ -75,9 +80,20 @@ def tests_pass() -> bool:
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode == 0
 
 
-def report(device: torch.device, rows: Sequence[Row]) -> dict[str, Any]:
+def copy_us(device: torch.device, nbytes: int) -> float:
+    """Microseconds of a copy that reads and writes `nbytes` in all, of data that is in no cache."""
+    pairs = [
+        [torch.empty(max(nbytes // 2, 1), dtype=torch.uint8, device=device) for _ in range(2)]
+        for _ in range(sets_for(device, nbytes))
+    ]
+    calls = [functools.partial(target.copy_, source) for source, target in pairs]
+    return median_seconds(calls, device) * 1e6
+
+
+def report(
+    device: torch.device, rows: Sequence[Row], copies: Mapping[int, float], found: Sequence[Goal]
+) -> dict[str, Any]:
     """What is written."""
-    held = [r for r in rows if r.has_target]
     return {
         "command": COMMAND,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -87,9 +103,13 @@ def report(device: torch.device, rows: Sequence[Row]) -> dict[str, Any]:
         "target": {
             "share_of_copy": TARGET_SHARE,
             "from_bytes": TARGET_BYTES,
-            "lowest_share": min((r.share or 0.0 for r in held), default=None),
-            "met": bool(held) and not any(r.misses for r in held),
+            "lowest_share": min((goal.value for goal in found if goal.what == OF_COPY), default=None),
+            "lowest_share_of_same_copy": min((goal.value for goal in found if goal.what == OF_SAME_COPY), default=None),
+            "lowest_against_compiled": min((goal.value for goal in found if goal.what == OF_COMPILED), default=None),
+            "met": met(found),
+            "missed": [str(goal) for goal in found if not goal.met],
         },
+        "copies_us": {str(nbytes): round(us, 2) for nbytes, us in copies.items()},
         "rows": as_json(rows),
     }
 
@@ -102,26 +122,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     there = torch.cuda.is_available() and torch.version.hip is None
     if options.dry_run or not there:
         compiled = kernels(AOT_TARGET)
-        summary = f"{len(compiled)} launches of {len(set(compiled))} kernels compiled for {AOT_TARGET}"
+        told = f"{len(compiled)} launches of {len(set(compiled))} kernels compiled for {AOT_TARGET}"
         why = "as --dry-run says" if options.dry_run else "for want of an NVIDIA GPU"
-        print(f"{summary}; none launched and nothing measured, {why}")
+        print(f"{told}; none launched and nothing measured, {why}")
         return 0 if options.dry_run else NO_GPU
     if not tests_pass():
         print("the kernel tests did not pass on this GPU: nothing is timed on a wrong result")
-        return 1
+        return WRONG
     device = torch.device("cuda", torch.cuda.current_device())
     rows = [measure(*one, device) for one in combinations(device)]
-    written = report(device, rows)
+    sizes = sorted({r.bytes for r in rows if r.provider == "ours" and of_qwen_image(r) and r.us is not None})
+    copies = {nbytes: copy_us(device, nbytes) for nbytes in sizes}
+    found = goals(rows, copies)
+    written = report(device, rows, copies, found)
     path = RESULTS / f"{slug(device_name(device))}.json"
     write(path, written)
-    goal = written["target"]
     print(table(rows))
     print(f"{device_name(device)} copies at {written['copy_gb_per_s']} GB/s; written to {path}")
-    print(
-        f"{'reached' if goal['met'] else 'MISSED'}: {TARGET_SHARE:.0%} of that from {TARGET_BYTES / 1e6:.0f} MB on, "
-        f"the lowest being {goal['lowest_share']:.0%}"
-    )
-    return int(not goal["met"])
+    print(*summary(found), sep="\n")
+    return int(not met(found))
 
 
 if __name__ == "__main__":

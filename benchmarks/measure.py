@@ -1,15 +1,92 @@
-"""What `make bench` and `make gpu` measure: every case at every shape by every provider."""
+"""What `make bench` and `make gpu` measure: every case at every shape by every provider.
+
+Beside the cases that an installation validates, those variants that stand in Qwen-Image's blocks are timed, and each
+case at the shapes that it is called with there: GELU on 4 · 3072 channels, guidance and the scheduler's step on
+latents of 64, the blocks' ops on the prompt's tokens too.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 
 from benchmarks.providers import PROVIDERS, unavailable
 from omni_kernels.device import device_count
 from omni_kernels.validation import measurement
-from omni_kernels.validation.cases import CASES, Case
+from omni_kernels.validation.cases import CASES, USES, Case, Inputs, Values
 from omni_kernels.validation.measurement import Row
-from omni_kernels.validation.shapes import Shape, shapes_for
+from omni_kernels.validation.shapes import CPU_DIVISOR, QWEN_IMAGE, QWEN_IMAGE_EDIT, Shape, shapes_for
+
+
+def _variant(name: str, eager: Callable[[Inputs], Values], values: Callable[[Any], Values]) -> Case:
+    return Case(**vars(USES[name]), eager=eager, values=values)
+
+
+def _by_index(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Each token's row of two, as Qwen-Image-Edit-2511's blocks write it."""
+    first, second = rows.unsqueeze(1).chunk(2)
+    return torch.where(index.unsqueeze(-1) == 0, first, second)
+
+
+def _normed(x: torch.Tensor, i: Inputs) -> torch.Tensor:
+    shift, scale = (_by_index(i[name], i["index"]) for name in ("shift", "scale"))
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+def _gated_by_index(i: Inputs) -> Values:
+    h = i["residual"] + _by_index(i["gate"], i["index"]) * i["x"]
+    return h, _normed(h, i)
+
+
+VARIANTS = (
+    _variant("ada_layer_norm index", lambda i: (_normed(i["x"], i),), lambda out: (out,)),
+    _variant("gate_residual_norm index", _gated_by_index, lambda out: out),
+    _variant(
+        "gate_residual_norm h alone",
+        lambda i: (i["residual"] + i["gate"].unsqueeze(1) * i["x"],),
+        lambda out: out[:1],
+    ),
+)
+#: What is timed, by name.
+TIMED: dict[str, Case] = CASES | {case.name: case for case in VARIANTS}
+
+QWEN_TEXT = Shape("qwen-image-text", 1, 128, QWEN_IMAGE.D, QWEN_IMAGE.dtype)
+QWEN_FEED_FORWARD = Shape("qwen-image-1024-ffn", 1, QWEN_IMAGE.S, 4 * QWEN_IMAGE.D, QWEN_IMAGE.dtype)
+QWEN_LATENTS = Shape("qwen-image-1024-latents", 1, QWEN_IMAGE.S, 64, QWEN_IMAGE.dtype)
+_STREAMS = (QWEN_IMAGE, QWEN_IMAGE_EDIT, QWEN_TEXT)
+#: Case → Qwen-Image's shapes, where they are others than those of the hidden states.
+QWEN_SHAPES: dict[str, tuple[Shape, ...]] = {
+    "gelu": (QWEN_FEED_FORWARD, Shape("qwen-image-text-ffn", 1, 128, 4 * QWEN_IMAGE.D, QWEN_IMAGE.dtype)),
+    "cfg_combine": (QWEN_LATENTS,),
+    "cfg_combine token": (QWEN_LATENTS,),
+    "euler_step": (QWEN_LATENTS,),
+    "ada_layer_norm index": (QWEN_IMAGE_EDIT,),
+    "gate_residual_norm index": (QWEN_IMAGE_EDIT,),
+    "ada_layer_norm layer": _STREAMS,
+    "gate_residual_norm layer": _STREAMS,
+    "gate_residual_norm h alone": _STREAMS,
+    "qk_norm_rope": _STREAMS,
+}
+
+
+def shapes_of(case: Case, device: torch.device) -> list[Shape]:
+    """The shapes at which a case is measured on `device`."""
+    shapes = list(shapes_for(device))
+    if case.name not in QWEN_SHAPES:
+        return shapes
+    own = QWEN_SHAPES[case.name]
+    if device.type == "cpu":
+        own = tuple(dataclasses.replace(shape, S=max(shape.S // CPU_DIVISOR, 16)) for shape in own)
+    return [*own, *(shape for shape in shapes if shape.name not in (QWEN_IMAGE.name, QWEN_IMAGE_EDIT.name))]
+
+
+def of_qwen_image(row: Row) -> bool:
+    """Whether a row is of a shape of Qwen-Image."""
+    return row.shape.startswith("qwen-image")
 
 
 def device_here() -> torch.device:
@@ -27,4 +104,4 @@ def measure(case: Case, shape: Shape, provider: str, device: torch.device) -> Ro
 
 def combinations(device: torch.device) -> list[tuple[Case, Shape, str]]:
     """Everything that is measured on `device`, providers side by side."""
-    return [(case, shape, p) for case in CASES.values() for shape in shapes_for(device) for p in PROVIDERS]
+    return [(case, shape, p) for case in TIMED.values() for shape in shapes_of(case, device) for p in PROVIDERS]

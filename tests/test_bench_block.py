@@ -1,7 +1,9 @@
 """benchmarks.bench_block and the models at their real size: everything but the numbers."""
 
+import contextlib
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -12,6 +14,9 @@ from benchmarks import bench_block
 from benchmarks.bench_block import Row
 from benchmarks.full_size import MODELS, SMALL_SIDE, build, inputs
 from omni_kernels.patching import rules
+
+CPU = torch.device("cpu")
+AROUND = 34  # operators of Qwen-Image's forward outside its blocks
 
 
 def row(provider, us, **changes):
@@ -93,14 +98,100 @@ def test_graphs_are_measured_on_a_gpu_alone():
 @pytest.mark.parametrize(
     ("us", "met"),
     [
-        ((115.0, 100.0, 100.0, 90.0), [True, True, True]),
-        ((115.0, 100.0, 101.0, 90.0), [False, True, True]),
-        ((120.0, 80.0, 100.0, 90.0), [True, True, False]),
+        ((115.0, 100.0, 100.0, 90.0), [True, True, True, True]),
+        ((115.0, 100.0, 101.0, 90.0), [False, True, True, True]),
+        ((120.0, 80.0, 100.0, 90.0), [True, True, False, True]),
+        ((120.0, 95.0, 94.0, 96.0), [True, True, False, True]),
     ],
 )
 def test_targets(us, met):
     rows = [row(provider, one) for provider, one in zip(bench_block.PROVIDERS, us, strict=False)]
-    assert [times >= least for _, times, least in bench_block.targets(rows)] == met
+    found = bench_block.targets(rows)
+    assert [one.met for one in found] == met
+    assert [one.what for one in found if one.least is None] == ["fused, against compiled"]
+    assert [str(one).startswith("MISSED") for one in found] == [not one for one in met]
+
+
+def test_a_wrong_forward_is_not_timed(monkeypatch):
+    """Of blocks each of which is right."""
+    right = bench_block.provided
+
+    @contextlib.contextmanager
+    def with_a_wrong_end(transformer, provider, compiler):
+        with right(transformer, provider, compiler):
+            wrong = transformer.proj_out.register_forward_hook(lambda module, args, output: output * 1.001)
+            try:
+                yield
+            finally:
+                wrong.remove()
+
+    monkeypatch.setattr(
+        bench_block,
+        "provided",
+        lambda transformer, provider, compiler: (with_a_wrong_end if provider == "fused" else right)(
+            transformer, provider, compiler
+        ),
+    )
+    monkeypatch.setattr(bench_block, "seconds_of", lambda call, device: 1.0)
+    with pytest.raises(AssertionError, match=r"qwen-image forward, fused: off by 0.001 from eager"):
+        bench_block.measure("qwen-image", MODELS["qwen-image"], "64²", SMALL_SIDE, small(), CPU, "eager")
+
+
+def small(dtype=torch.float32):
+    return build(MODELS["qwen-image"], CPU, dtype, small=True)
+
+
+@pytest.mark.parametrize(("model", "sides"), [(name, model.sides) for name, model in MODELS.items()])
+def test_sizes(model, sides):
+    assert [side for _, side in sorted(sides.items(), key=lambda one: one[1])] == [512, 1024]
+
+
+@pytest.mark.parametrize("name", ["qwen-image-edit", "qwen-image-edit-2511"])
+def test_an_edit_has_the_references_tokens_too(name):
+    transformer = build(MODELS[name], torch.device("meta"), torch.bfloat16, layers=1)
+    given = inputs(MODELS[name], transformer, 1024, torch.bfloat16)
+    assert given["hidden_states"].shape == (1, 8192, 64)
+    assert transformer.zero_cond_t == (name == "qwen-image-edit-2511")
+
+
+def test_launches_are_what_the_host_called(monkeypatch):
+    names = ["cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx", "cudaGraphLaunch", "cudaMemcpyAsync"]
+    others = [
+        "cudaDeviceSynchronize",
+        "aten::mm",
+        "void gemm<…>(…)",
+        "Memcpy DtoD (Device -> Device)",
+        "cudaEventRecord",
+    ]
+    called = []
+
+    class Profile:
+        def __init__(self, activities):
+            assert torch.profiler.ProfilerActivity.CPU in activities
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            assert called == ["before", "call", "after"]
+
+        def events(self):
+            return [SimpleNamespace(name=name) for name in [*names, *others]]
+
+    monkeypatch.setattr(torch.profiler, "profile", Profile)
+    monkeypatch.setattr(bench_block, "synchronize", lambda device: called.append("after" if called else "before"))
+    assert bench_block.launches_of(lambda: called.append("call"), torch.device("cuda")) == len(names)
+    assert bench_block.launches_of(lambda: pytest.fail("called"), CPU) is None
+
+
+def test_a_full_size_forward_is_counted_without_a_device(capsys):
+    """90 of a block of diffusers' and 25 of a fused one, and what is around them; the first fused one has 2 more."""
+    assert bench_block.main(["--count", "--models", "qwen-image"]) == 0
+    *_, eager, fused = capsys.readouterr().out.splitlines()[-1].split()
+    assert (int(eager), int(fused)) == (60 * 90 + AROUND, 60 * 25 + 2 + AROUND)
+    # One layer less is so much less.
+    one, two = (bench_block.counted("qwen-image", MODELS["qwen-image"], layers) for layers in (1, 2))
+    assert two.eager - one.eager == 90
 
 
 def test_check_fails_where_nothing_was_measured_that_has_a_target():

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_overhead
+from benchmarks import bench_overhead, goals, measure
 from benchmarks.providers import PROVIDERS
 from omni_kernels.validation import measurement, record, roof
 from omni_kernels.validation.cases import CASES, wrong
@@ -44,9 +44,9 @@ def test_the_large_shape_moves_enough_for_the_target_in_every_case():
     assert "large" not in {s.name for s in ON_CPU}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", measure.TIMED)
 def test_a_case_moves_what_it_reads_and_returns(name):
-    case = CASES[name]
+    case = measure.TIMED[name]
     inputs = case_inputs(case)
     args, kwargs = case.ours(inputs)
     flat = [t for a in (*args, *kwargs.values()) for t in (a if isinstance(a, (list, tuple)) else [a])]
@@ -57,9 +57,9 @@ def test_a_case_moves_what_it_reads_and_returns(name):
 
 
 @pytest.mark.parametrize("provider", ["ours", "eager"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", measure.TIMED)
 def test_providers_agree_in_fp64_terms_and_a_wrong_result_is_noticed(name, provider):
-    case = CASES[name]
+    case = measure.TIMED[name]
     inputs = case_inputs(case)
     output = PROVIDERS[provider](case)(inputs)
     assert wrong(case, provider, output, inputs, TINY.dtype) is None
@@ -72,6 +72,68 @@ def test_nothing_is_timed_on_a_wrong_result(monkeypatch):
     monkeypatch.setattr(measurement, "median_seconds", lambda *_: pytest.fail("timed"))
     with pytest.raises(AssertionError, match=r"relative_l1 at tiny.* ours is off by"):
         measurement.measure(CASES["relative_l1"], TINY, "ours", lambda inputs: torch.zeros(1, 2), CPU)
+
+
+def measured(case, shape, provider, us, nbytes, share=0.5):
+    return measurement.Row(case, shape, provider, nbytes, us, 1.0, share)
+
+
+LARGE, QWEN = "large 4×8192×3072 bfloat16", "qwen-image-1024 …"
+
+
+@pytest.mark.parametrize(
+    ("changes", "missed"),
+    [
+        ({}, []),
+        ({"compiled": 9.9}, ["against compiled"]),
+        ({"copy": 8.4}, ["share of a copy of as many bytes"]),
+        ({"share": 0.84}, ["share of copy bandwidth"]),
+        ({"copy": 8.4, "compiled": 9.0}, ["share of a copy of as many bytes", "against compiled"]),
+    ],
+)
+def test_goals_of_the_gpu_run(changes, missed):
+    one = {"compiled": 10.0, "copy": 8.5, "share": 0.85} | changes
+    rows = [
+        measured("gelu", QWEN, "ours", 10.0, 25_000_000, 0.6),
+        measured("gelu", QWEN, "eager", 5.0, 25_000_000),  # is not what ours is held against
+        measured("gelu", QWEN, "torch.compile", one["compiled"], 25_000_000),
+        measured("gelu", LARGE, "ours", 100.0, 200_000_000, one["share"]),
+        measured("gelu", LARGE, "torch.compile", 100.0, 200_000_000),
+        measured("swiglu", QWEN, "torch.compile", 1.0, 25_000_000),  # of another case
+        measurement.Row("rms_norm", QWEN, "ours", 0, None, None, None, "not here"),
+    ]
+    found = goals.goals(rows, {25_000_000: one["copy"]})
+    assert len(found) == 4
+    assert [goal.what for goal in found if not goal.met] == missed
+    assert goals.met(found) == (not missed)
+    lines = goals.summary(found)
+    assert sum(line.startswith("MISSED") for line in lines) == len(missed)
+    assert sum(line.startswith("  gelu at") for line in lines) == len(missed)
+
+
+def test_the_gpu_run_misses_where_a_kind_of_goal_was_not_measured():
+    found = goals.goals([measured("gelu", QWEN, "ours", 10.0, 25_000_000)], {25_000_000: 9.0})
+    assert all(goal.met for goal in found)
+    assert not goals.met(found)
+
+
+def test_qwen_images_ops_are_timed_at_the_shapes_that_they_have_there():
+    timed = {
+        (case.name, shape.size)
+        for case in measure.TIMED.values()
+        for shape in measure.shapes_of(case, torch.device("cuda"))
+    }
+    assert {
+        ("gelu", (1, 4096, 12288)),
+        ("cfg_combine token", (1, 4096, 64)),
+        ("euler_step", (1, 4096, 64)),
+        ("gate_residual_norm layer", (1, 128, 3072)),
+        ("gate_residual_norm h alone", (1, 4096, 3072)),
+        ("gate_residual_norm index", (1, 8192, 3072)),
+        ("ada_layer_norm index", (1, 8192, 3072)),
+        ("qk_norm_rope", (1, 128, 3072)),
+    } <= timed
+    assert not timed & {("gelu", (1, 4096, 3072)), ("euler_step", (1, 4096, 3072))}
 
 
 def test_rows_say_speed_share_and_target(monkeypatch):

@@ -32,6 +32,9 @@ from omni_runtime.cache.replay import ReplayGate, Replays
 from omni_runtime.cache.report import BranchReport, CacheReport, Decision, StepEvent
 from omni_runtime.cache.signals import Nothing, Signal, SituatedSignal
 
+#: Of a transformer's attributes, the one by which `omni_runtime.cache.library` says that it works on it.
+LIBRARY_MARK = "_omni_kernels_library"
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -223,6 +226,9 @@ class CacheSession:
             check_scheduler(pipe.scheduler, output.residual)
         if parts is not None:
             refuse_for_blocks(self.transformer)
+        #: Whether blocks are skipped, by what each rank sees of the hidden states. The whole model's output, by which
+        #: steps are skipped, is gathered: of that every rank has all.
+        self._skips_blocks = parts is not None
         # A pipeline may change to a second transformer for the last steps (Wan 2.2): whole steps are skipped of both.
         second = getattr(pipe, "transformer_2", None) if parts is None else None
         self._transformers = [self.transformer] if second is None else [self.transformer, second]
@@ -315,6 +321,9 @@ class CacheSession:
         return [t for holder in holders for t in holder.tensors()]
 
     def _opened(self, request: Request) -> None:
+        if self._skips_blocks:
+            for transformer in self._transformers:
+                _refuse_parallel(transformer)
         self._last = request
         if self.parts is not None and self.parts.note is not None:
             request.notes.append(self.parts.note)
@@ -474,6 +483,11 @@ def _refuse_cached(transformer: torch.nn.Module) -> None:
         raise PatchConflictError(f"this {kind} is cached already, through another pipeline that shares it")
     if getattr(transformer, "is_cache_enabled", False):
         raise PatchConflictError(f"diffusers' own cache is enabled on this {kind}: transformer.disable_cache() first")
+    if LIBRARY_MARK in vars(transformer):
+        raise PatchConflictError(
+            f"this {kind} is cached already, by engine 'library' through another pipeline that shares it: "
+            "omni_kernels.unpatch that one first"
+        )
     if getattr(transformer, "_is_cached", False):
         raise PatchConflictError(
             f"the cache-dit library is enabled on this {kind}: cache_dit.disable_cache(pipe) first"
@@ -489,7 +503,13 @@ def refuse_for_blocks(transformer: torch.nn.Module) -> None:
             f"this {kind} was compiled as a whole ({describe(compiled or transformer)}): which blocks run could no "
             "longer be decided at run time. Compile its blocks instead: transformer.compile_repeated_blocks()"
         )
+    _refuse_parallel(transformer)
+
+
+def _refuse_parallel(transformer: torch.nn.Module) -> None:
     if getattr(transformer, "_parallel_config", None) is not None:
         raise ValueError(
-            f"this {kind} runs under context parallelism, where ranks must decide together: caches do not do that yet"
+            f"this {_name(transformer)} runs under context parallelism, where ranks must decide together: caches of "
+            "blocks do not do that yet. Those of whole steps (velocity_cache, easy_cache) can be used; "
+            "omni_kernels.unpatch(pipe) takes a cache out"
         )

@@ -30,7 +30,7 @@ from omni_kernels.patching import Patch
 from omni_kernels.patching.backends import nearest
 from omni_kernels.patching.cache_dit import NAME, Library, use_kernels
 from omni_kernels.patching.engine import describe
-from omni_runtime.cache.engine import CacheSession, refuse_for_blocks
+from omni_runtime.cache.engine import LIBRARY_MARK, CacheSession, refuse_for_blocks
 from omni_runtime.cache.lifecycle import Request
 from omni_runtime.cache.report import Decision
 
@@ -204,6 +204,7 @@ class LibrarySession(CacheSession):
         mask: Callable[[Request], tuple[int, ...] | None],
     ) -> None:
         super().__init__(name, pipe, None)
+        self._skips_blocks = True
         for transformer in self._transformers:
             refuse_for_blocks(transformer)
         self._pipe = pipe
@@ -243,7 +244,7 @@ class LibrarySession(CacheSession):
                 adapter.pipe = seat
                 adapter = adapter_class.apply(adapter, **_configurations(module, self._config))
             for transformer in self._transformers:
-                vars(transformer)["_omni_kernels_library"] = _NotCopied()
+                vars(transformer)[LIBRARY_MARK] = _NotCopied()
         except AssertionError as error:
             raise ValueError(f"{NAME} {library.version} cannot serve this {kind}: {error}") from error
         finally:

@@ -459,6 +459,17 @@ def test_it_must_be_undone_to_copy_the_transformer(qwen_pipe):
     copy.deepcopy(qwen_pipe.transformer)
 
 
+@pytest.mark.parametrize("config", [CONFIG, {"engine": "own"}])
+def test_a_transformer_that_another_pipeline_shares_is_refused_as_such(qwen_pipe, config):
+    other = type(qwen_pipe)(**qwen_pipe.components)
+    with omni_kernels.patched(qwen_pipe, "cache_dit", CONFIG):
+        with pytest.raises(PatchConflictError, match=r"through another pipeline that shares it.*unpatch") as refusal:
+            omni_kernels.patch(other, "cache_dit", config)
+        assert "disable_cache" not in str(refusal.value)
+    with omni_kernels.patched(other, "cache_dit", config):
+        run(other, steps=2)
+
+
 def test_a_pipeline_that_the_library_caches_already_is_refused(qwen_pipe):
     cache_dit.enable_cache(qwen_pipe, cache_config=cache_dit.DBCacheConfig(Fn_compute_blocks=1))
     with pytest.raises(PatchConflictError, match=r"cache_dit\.disable_cache\(pipe\) first"):

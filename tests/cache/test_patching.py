@@ -368,6 +368,45 @@ def test_what_a_cache_cannot_live_with_is_refused_by_name(qwen_pipe, state, erro
     assert contents(qwen_pipe) == before
 
 
+ONE_OF_EACH = {
+    "blocks": ("first_block_cache", CONFIG),
+    "blocks of computed steps": ("combined", {"velocity": {"budget": 3}}),
+    "the library's blocks": ("cache_dit", {"engine": "library"}),
+}
+
+
+@pytest.mark.parametrize("kind", ONE_OF_EACH)
+def test_context_parallelism_enabled_later_is_refused_before_anything_is_computed(qwen_pipe, monkeypatch, kind):
+    expected = latents(qwen_pipe)
+    handle = omni_kernels.patch(qwen_pipe, *ONE_OF_EACH[kind])
+    cached = latents(qwen_pipe)
+    report = handle.report
+    enable_context_parallelism(qwen_pipe)
+    computed = []
+    hook = qwen_pipe.transformer.register_forward_pre_hook(lambda *_: computed.append(1))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"QwenImageTransformer2DModel runs under context parallelism.*unpatch"):
+            latents(qwen_pipe)
+    hook.remove()
+    assert not computed
+    assert handle.report == report
+    del qwen_pipe.transformer._parallel_config  # as it was: the class's
+    assert torch.equal(latents(qwen_pipe), cached)
+    handle.undo()
+    assert torch.equal(latents(qwen_pipe), expected)
+
+
+@pytest.mark.parametrize("backend", ["velocity_cache", "easy_cache"])
+def test_whole_steps_are_skipped_under_context_parallelism(qwen_pipe, backend):
+    """By the model's output, which every rank has all of; two ranks in `tests/patching/test_context_parallel.py`."""
+    handle = omni_kernels.patch(qwen_pipe, backend)
+    expected = latents(qwen_pipe)
+    enable_context_parallelism(qwen_pipe)
+    assert torch.equal(latents(qwen_pipe), expected)
+    handle.undo()
+    omni_kernels.patch(qwen_pipe, backend)
+
+
 def test_cache_dit_enabled_is_refused_and_disabled_is_not(qwen_pipe):
     expected = latents(qwen_pipe)
     cache_dit.enable_cache(qwen_pipe)

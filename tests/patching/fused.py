@@ -12,7 +12,9 @@ def unfused_fails(*classes: type[torch.nn.Module]) -> Iterator[None]:
     """While open, the own forward of these classes of blocks fails."""
     with contextlib.ExitStack() as stack:
         for cls in classes:
-            stack.enter_context(mock.patch.object(cls, "forward", side_effect=AssertionError("ran unfused")))
+            stack.enter_context(
+                mock.patch.object(cls, "forward", autospec=True, side_effect=AssertionError("ran unfused"))
+            )
         yield
 
 

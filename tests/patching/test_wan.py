@@ -139,16 +139,20 @@ def bf16(transformer, kept):
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_bf16_is_as_far_from_fp64_as_the_unpatched(kept):
-    """In the mean over all cases and seeds: diffusers rounds where the ops do, but for q and k, of which the mean shows
-    nothing.
+def test_bf16_is_no_farther_from_fp64_than_the_unpatched(kept):
+    """In the mean over all cases and seeds, where attention tells one token from another, as a trained model's does.
 
-    By the case, over 32 seeds, with the parameters kept in fp32: 0.483% against 0.484% plain, 0.485 against 0.485 as a
-    batch, 0.512 against 0.510 with an image, 0.487 against 0.485 by token, each ± 0.001.
+    diffusers rounds where the ops do, but for q and k, which it rounds between norm and rotation too. Random weights
+    attend to all tokens alike, and what q and k are shows in nothing: over 48 seeds of each case the fused result was
+    then 0.08% ± 0.06% farther, which is noise. With q and k eight times as large it is 3.1% ± 0.6% nearer.
     """
     plain, fused = [], []
     for case in CASES.values():
-        transformer = bf16(made("image" in case, heads=4, head=24), kept)
+        transformer = made("image" in case, heads=4, head=24)
+        for block in transformer.blocks:
+            block.attn1.norm_q.weight.data *= 8
+            block.attn1.norm_k.weight.data *= 8
+        bf16(transformer, kept)
         exact = copy.deepcopy(transformer).double()
         for seed in range(16):
             given = arguments(transformer, seed, side=8, **case)
@@ -157,7 +161,7 @@ def test_bf16_is_as_far_from_fp64_as_the_unpatched(kept):
                 plain.append(off(transformer(**given)[0], truth))
                 with omni_kernels.patched(Pipe(transformer)), all_blocks_fused():
                     fused.append(off(transformer(**given)[0], truth))
-    assert 0 < sum(fused) / len(fused) <= 1.005 * sum(plain) / len(plain)
+    assert 0 < sum(fused) <= sum(plain)
 
 
 @torch.no_grad()
