@@ -42,7 +42,7 @@ class Model:
         """An adapter of random weights, the same each time."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
-            config = peft.LoraConfig(r=2, target_modules=list(self.lora), init_lora_weights=False)
+            config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=list(self.lora), init_lora_weights=False)
             pipe.transformer.add_adapter(config, "lora")
 
 
