@@ -116,7 +116,7 @@ def flux(layers: int = 2, single_layers: int = 2, **transformer: Any) -> diffuse
         )
 
 
-def wan(layers: int = 2, two_stages: bool = False) -> diffusers.WanPipeline:
+def wan(layers: int = 2, two_stages: bool = False, **transformer: Any) -> diffusers.WanPipeline:
     """Text to video, two transformer calls a step with guidance; `two_stages` has a second transformer for low noise.
 
     Block caches have no row for its transformer.
@@ -131,7 +131,7 @@ def wan(layers: int = 2, two_stages: bool = False) -> diffusers.WanPipeline:
             "num_layers": layers,
             "rope_max_seq_len": 32,
         }
-        models = [diffusers.WanTransformer3DModel(**config).eval() for _ in range(1 + two_stages)]
+        models = [diffusers.WanTransformer3DModel(**config | transformer).eval() for _ in range(1 + two_stages)]
         return diffusers.WanPipeline(
             tokenizer=_t5_tokenizer(),
             text_encoder=_umt5_text_encoder(),

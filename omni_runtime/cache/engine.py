@@ -23,7 +23,16 @@ from omni_kernels.patching.engine import describe
 from omni_runtime.cache import calibration
 from omni_runtime.cache.blocks import BlockCalls, BlockList, Passage
 from omni_runtime.cache.forecasters import Forecaster
-from omni_runtime.cache.gates import Gate, Plan, RehearsalGate, Verdict, by_image
+from omni_runtime.cache.gates import (
+    REHEARSAL,
+    REHEARSAL_ABOVE,
+    REHEARSAL_BENEATH,
+    Gate,
+    Plan,
+    RehearsalGate,
+    Verdict,
+    by_image,
+)
 from omni_runtime.cache.history import history_of
 from omni_runtime.cache.lifecycle import Lifecycle, Request
 from omni_runtime.cache.models import MODELS, Arguments, ModelRow, block_lists, row_of
@@ -96,7 +105,8 @@ class ResidualPassage(Passage):
         self._by_step = parts.forecaster.axis == "step"
         self.step = -1
         if session.rehearsing:
-            gate: Gate = RehearsalGate(not isinstance(parts.signal, Nothing))
+            pattern = REHEARSAL if session._output is None else REHEARSAL_BENEATH
+            gate: Gate = RehearsalGate(not isinstance(parts.signal, Nothing), pattern)
         else:
             gate = parts.gate(request)
             if session.replays is not None:
@@ -410,7 +420,8 @@ class CacheSession:
                 assert self._output is not None
                 check_scheduler(self._lifecycle.scheduler, self._output.residual)
                 if self.rehearsing:
-                    gate: Gate = RehearsalGate(self._output.signal is not None)
+                    pattern = REHEARSAL if self.parts is None else REHEARSAL_ABOVE
+                    gate: Gate = RehearsalGate(self._output.signal is not None, pattern)
                 else:
                     gate = self._output.gate(request, _name(self.transformer))
                     if self._output.drift_tolerance is not None and self.replays is not None:

@@ -21,6 +21,7 @@ from omni_kernels import PatchConflictError
 from omni_runtime import Omni
 from omni_runtime.cache import library, models
 from omni_runtime.cache.backends import METHODS
+from omni_runtime.cache.masks import steps_mask
 from omni_runtime.cli import main
 
 STEPS = 12
@@ -494,6 +495,80 @@ def test_keys_that_the_library_cannot_serve_are_named(config, named):
     with pytest.raises(ValueError, match=named):
         CHECK(config | {"engine": "library"})
     CHECK(config)
+
+
+def of_cache(key):
+    return lambda settings: getattr(settings["cache_config"], key)
+
+
+def of_calibrator(settings):
+    calibrator = settings.get("calibrator_config")
+    return type(calibrator).__name__, getattr(calibrator, "taylorseer_order", None)
+
+
+#: key → what is given, where the library's settings have it, and as what
+REACHES = {
+    "Fn_compute_blocks": ({"Fn_compute_blocks": 2}, of_cache("Fn_compute_blocks"), 2),
+    "Bn_compute_blocks": ({"Bn_compute_blocks": 1}, of_cache("Bn_compute_blocks"), 1),
+    "max_warmup_steps": ({"max_warmup_steps": 5}, of_cache("max_warmup_steps"), 5),
+    "warmup_interval": ({"warmup_interval": 2}, of_cache("warmup_interval"), 2),
+    "max_cached_steps": ({"max_cached_steps": 3}, of_cache("max_cached_steps"), 3),
+    "max_continuous_cached_steps": ({"max_continuous_cached_steps": 2}, of_cache("max_continuous_cached_steps"), 2),
+    "residual_diff_threshold": ({"residual_diff_threshold": 0.3}, of_cache("residual_diff_threshold"), 0.3),
+    "enable_taylorseer": ({"enable_taylorseer": True}, of_calibrator, ("TaylorSeerCalibratorConfig", 1)),
+    "taylorseer_order": (
+        {"enable_taylorseer": True, "taylorseer_order": 2},
+        of_calibrator,
+        ("TaylorSeerCalibratorConfig", 2),
+    ),
+    "scm_steps_mask_policy": (
+        {"scm_steps_mask_policy": "slow"},
+        of_cache("steps_computation_mask"),
+        list(steps_mask("slow", STEPS)),
+    ),
+    "steps_computation_mask": (
+        {"steps_computation_mask": "110101010101"},
+        of_cache("steps_computation_mask"),
+        [1, 1, *5 * [0, 1]],
+    ),
+    "scm_steps_policy": ({"scm_steps_policy": "static"}, of_cache("steps_computation_policy"), "static"),
+    "forecaster": ({"forecaster": "foca"}, of_calibrator, ("FoCaCalibratorConfig", None)),
+    "forecaster_order": (
+        {"forecaster": "taylorseer", "forecaster_order": 2},
+        of_calibrator,
+        ("TaylorSeerCalibratorConfig", 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("key", [key.name for key in METHODS["cache_dit"].keys])
+def test_every_key_reaches_the_library_or_is_refused_by_name(qwen_pipe, monkeypatch, key):
+    if key == "engine":
+        return  # by which all the others come here
+    if key in ("decision", "drift_tolerance"):  # the latter counts where decisions are replayed
+        with pytest.raises(ValueError, match="decision must be 'measure'"):
+            CHECK({"engine": "library", "decision": "replay", "drift_tolerance": 0.2})
+        return
+    if key == "num_inference_steps":
+        with (
+            omni_kernels.patched(qwen_pipe, "cache_dit", CONFIG | {key: STEPS + 1}),
+            pytest.warns(UserWarning, match=f"num_inference_steps={STEPS + 1}; the request has {STEPS} steps"),
+        ):
+            run(qwen_pipe)
+        return
+    given, found, expected = REACHES[key]
+    told, reset = [], CachedContextManager.reset_context
+
+    def recording(self, *args, **settings):
+        told.append(settings)
+        return reset(self, *args, **settings)
+
+    monkeypatch.setattr(CachedContextManager, "reset_context", recording)
+    for config in (CONFIG, CONFIG | given):
+        with omni_kernels.patched(qwen_pipe, "cache_dit", config):
+            run(qwen_pipe)
+    without, settings = told
+    assert found(settings) == expected != found(without)
 
 
 @pytest.mark.parametrize("forecaster", ["reuse", "taylorseer", "foca", "dmd"])

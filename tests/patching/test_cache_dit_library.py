@@ -83,9 +83,16 @@ def enable(pipe, setting, separate_cfg=True, order=None, calibrator=None):
     cache_dit.enable_cache(pipe, cache_config=cache_dit.DBCacheConfig(**config), calibrator_config=calibrator)
 
 
+#: with fewer blocks, for which not all settings leave one to skip
+OTHERS = {
+    "FLUX": (functools.partial(tiny.flux, layers=3, single_layers=3), False),
+    "Wan": (functools.partial(tiny.wan, layers=4), True),
+}
+
+
 def run(model, setting, order=None, dtype=None, calibrator=None):
     """(skipped steps of both branches, distances, latents) of the library."""
-    build, separate_cfg = MODELS[model]
+    build, separate_cfg = (MODELS | OTHERS)[model]
     pipe = build()
     if dtype is not None:
         pipe.to(dtype)
@@ -120,6 +127,18 @@ def test_steps_distances_and_images_are_the_librarys(model, setting, order):
     torch.testing.assert_close(our_latents, their_latents, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("order", [None, 1, 2])
+@pytest.mark.parametrize("model", sorted(OTHERS))
+def test_steps_distances_and_images_of_other_models_are_the_librarys(model, order):
+    theirs, their_distances, their_latents = run(model, SETTINGS["F1B0"], order)
+    ours, our_distances, our_latents = run_patched(model, SETTINGS["F1B0"], order)
+    assert ours == theirs
+    assert 4 < len(ours[0]) < STEPS
+    for of_branch, of_theirs in zip(our_distances, their_distances, strict=True):
+        assert of_branch == pytest.approx(of_theirs, rel=1e-4, nan_ok=True)
+    torch.testing.assert_close(our_latents, their_latents, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("model", sorted(MODELS))
 def test_the_settings_skip_some_steps_and_compute_others(model):
     skipped = {name: len(run(model, SETTINGS[name])[0][0]) for name in ("F1B0", "F1B0, tight", "limits", "threshold 0")}
@@ -142,7 +161,12 @@ def test_in_half_precision_reuse_is_bit_for_bit_the_librarys(model, dtype):
 
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("model", sorted(MODELS))
-def test_in_bf16_taylorseer_is_no_farther_from_fp32_than_the_librarys(model, order):
+def test_in_bf16_taylorseer_is_as_far_from_fp32_as_the_librarys(model, order):
+    """An expansion is rounded once, and not at each term; but what computed steps round is most of the distance.
+
+    In the mean over 8 seeds 1.007 and 0.995 times the library's (Qwen-Image, order 1 and 2), 1.008 and 1.020 times
+    (Z-Image); of single seeds 0.88 to 1.27 times.
+    """
     _, _, exact = run(model, SETTINGS["F2B1"], order)
     theirs, _, their_latents = run(model, SETTINGS["F2B1"], order, torch.bfloat16)
     ours, _, our_latents = run_patched(model, SETTINGS["F2B1"], order, torch.bfloat16)

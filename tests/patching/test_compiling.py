@@ -16,6 +16,18 @@ CACHES = {
     "sea_cache": {"threshold": 0.6},
     "easy_cache": {"thresh": 0.6, "ret_steps": 0},
     "velocity_cache": {"budget": 3},
+    "combined": {
+        "velocity": {"budget": 5},
+        "blocks": {
+            "cache_backend": "cache_dit",
+            "cache_config": {"max_warmup_steps": 1, "residual_diff_threshold": 0.5},
+        },
+    },
+}
+#: the same caches run otherwise
+VARIANTS = {
+    "replay": ("tea_cache", CACHES["tea_cache"] | {"decision": "replay"}),
+    "library": ("cache_dit", {"engine": "library", "max_warmup_steps": 2, "residual_diff_threshold": 0.5}),
 }
 OTHER = {"seed": 3, "prompt": "a dog that is no cat at all"}
 
@@ -48,13 +60,14 @@ def off(now, expected):
 
 
 @pytest.mark.parametrize("fuse", [False, True], ids=["as it is", "fused"])
-@pytest.mark.parametrize("backend", CACHES)
-def test_no_break_and_nothing_compiled_again(qwen_pipe, backend, fuse):
-    with omni_kernels.patched(qwen_pipe, backend, CACHES[backend], fuse=fuse) as handle:
+@pytest.mark.parametrize("cache", [*CACHES, *VARIANTS])
+def test_no_break_and_nothing_compiled_again(qwen_pipe, cache, fuse):
+    backend, config = VARIANTS.get(cache) or (cache, CACHES[cache])
+    with omni_kernels.patched(qwen_pipe, backend, config, fuse=fuse) as handle:
         expected, other = latents(qwen_pipe), latents(qwen_pipe, **OTHER)
         report = handle.report
     compiler = Counting()
-    with omni_kernels.patched(qwen_pipe, backend, CACHES[backend], fuse=fuse, compile={"backend": compiler}) as handle:
+    with omni_kernels.patched(qwen_pipe, backend, config, fuse=fuse, compile={"backend": compiler}) as handle:
         assert len(handle.compiled) == len(qwen_pipe.transformer.transformer_blocks)
         assert off(latents(qwen_pipe), expected) < 1e-4
         warm = len(compiler.graphs)
@@ -64,6 +77,37 @@ def test_no_break_and_nothing_compiled_again(qwen_pipe, backend, fuse):
         assert warm <= 3, "all blocks share a graph; another text length takes one more, and so does a mask or none"
         if backend is not None:
             assert handle.report.forwards_saved == report.forwards_saved > 0
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("name", ["z_image", "flux"])
+def test_other_models_under_a_cache_are_compiled_once(name):
+    pipe, compiler, config = tiny.PIPELINES[name](), Counting(), CACHES["first_block_cache"]
+    with omni_kernels.patched(pipe, "first_block_cache", config, fuse=True) as handle:
+        expected, other = latents(pipe), latents(pipe, **OTHER)
+        report = handle.report
+    how = {"fuse": True, "compile": {"backend": compiler}}
+    with omni_kernels.patched(pipe, "first_block_cache", config, **how) as handle:
+        assert off(latents(pipe), expected) < 1e-4
+        warm = len(compiler.graphs)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            assert off(latents(pipe, **OTHER), other) < 1e-4
+        assert 0 < warm == len(compiler.graphs)
+        assert handle.report.forwards_saved == report.forwards_saved > 0
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_a_third_size_is_compiled_no_more():
+    """The first is compiled for its own shapes, the second for all; after that, any is at hand."""
+    pipe, compiler = tiny.qwen_image(layers=1), Counting()
+    how = {"negative_prompt": None, "num_inference_steps": 2}
+    sizes = [(64, 64), (96, 64), (64, 128)]
+    expected = [latents(pipe, height=h, width=w, **how) for h, w in sizes]
+    with omni_kernels.patched(pipe, compile={"backend": compiler}):
+        for number, ((h, w), wanted) in enumerate(zip(sizes, expected, strict=True)):
+            with torch.compiler.set_stance("fail_on_recompile" if number > 1 else "default"):
+                assert off(latents(pipe, height=h, width=w, **how), wanted) < 1e-4
+    assert len(compiler.graphs) == 2
     assert not torch._dynamo.utils.counters["graph_break"]
 
 

@@ -1,13 +1,11 @@
 """FLUX's fused blocks, double and single: the same result up to rounding, whoever else works on them."""
 
-import contextlib
 import copy
 import functools
 import inspect
 from types import SimpleNamespace
 
 import diffusers
-import peft
 import pytest
 import tiny
 import torch
@@ -316,33 +314,6 @@ def test_projection_of_any_class_is_called(flux_pipe):
     assert [box.calls for box in boxes] == [1] * 12
 
 
-def lora(pipe):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        targets = ["to_q", "to_v", "add_k_proj", "to_out.0", "norm1.linear", "norm.linear", "net.0.proj", "net.2"]
-        targets += ["proj_mlp", "proj_out"]
-        config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
-        pipe.transformer.add_adapter(config, "lora")
-
-
-def test_lora_counts_loaded_fused_and_unloaded(flux_pipe):
-    other = tiny.flux()
-    without = output(other.transformer)
-    lora(other)
-    expected = output(other.transformer)
-    assert off(expected, without) > 1e-2
-    omni_kernels.patch(flux_pipe)
-    lora(flux_pipe)
-    with all_blocks_fused():
-        assert off(output(flux_pipe.transformer), expected) < 1e-5
-        flux_pipe.fuse_lora()
-        assert off(output(flux_pipe.transformer), expected) < 1e-4
-        flux_pipe.unfuse_lora()
-        flux_pipe.unload_lora_weights()
-        assert off(output(flux_pipe.transformer), without) < 1e-4
-    omni_kernels.unpatch(flux_pipe)
-
-
 def test_controlnet_is_fused_too(flux_pipe):
     config = dict(flux_pipe.transformer.config) | {"num_layers": 1, "num_single_layers": 1}
     names = inspect.signature(diffusers.FluxControlNetModel).parameters
@@ -362,21 +333,6 @@ def test_controlnet_is_fused_too(flux_pipe):
     assert handle.fused.replaced[4:] == ["controlnet.transformer_blocks.0", "controlnet.single_transformer_blocks.0"]
     with all_blocks_fused():
         assert off(residuals(), expected) < 1e-5
-
-
-@pytest.mark.parametrize("level", ["block_level", "leaf_level"])
-def test_group_offload_keeps_working(flux_pipe, level):
-    cpu = torch.device("cpu")
-    expected = output(flux_pipe.transformer)
-    omni_kernels.patch(flux_pipe)
-    blocks_per_group = {"num_blocks_per_group": 1} if level == "block_level" else {}
-    flux_pipe.transformer.enable_group_offload(
-        onload_device=cpu, offload_device=cpu, offload_type=level, **blocks_per_group
-    )
-    with all_blocks_fused() if level == "block_level" else contextlib.nullcontext():
-        assert off(output(flux_pipe.transformer), expected) < 1e-5
-    omni_kernels.unpatch(flux_pipe)
-    assert torch.equal(output(flux_pipe.transformer), expected)
 
 
 # Compiled blocks, and caches

@@ -1,6 +1,5 @@
 """Fused blocks: the same result up to rounding, on the instances that fit, whoever else works on them."""
 
-import contextlib
 import copy
 import functools
 import inspect
@@ -10,7 +9,6 @@ from types import SimpleNamespace
 
 import accelerate
 import diffusers
-import peft
 import pytest
 import tiny
 import torch
@@ -101,24 +99,48 @@ def test_fp32_requests_agree(name, guidance):
     assert torch.equal(latents(pipe, **options), expected)
 
 
-def test_bf16_is_no_farther_from_fp64_than_the_unpatched(qwen_pipe):
-    """In the mean over all cases and seeds: what both round alike, the GEMMs' outputs above all, is most of it.
-
-    By the case, over 40 seeds: 0.597% against 0.613% plain, 0.606 against 0.620 as a batch, 0.605 against 0.617 with a
-    mask, 0.604 against 0.615 with a reference, and with a ControlNet the same, 0.554 against 0.553.
-    """
-    transformer = qwen_pipe.transformer.to(torch.bfloat16)
+def bf16_errors(pipe, seeds=8, **case):
+    """Mean distances from the fp64 result, of a bf16 transformer as it is and fused."""
+    transformer = pipe.transformer.to(torch.bfloat16)
     exact = copy.deepcopy(transformer).double()
     plain, fused = [], []
-    for seed in range(8):
-        for case in CASES.values():
-            given = arguments(transformer, seed, **case)
-            with torch.no_grad():
-                truth = exact(**{name: wide(value) for name, value in given.items()})[0]
-                plain.append(off(transformer(**given)[0], truth))
-                with omni_kernels.patched(qwen_pipe), all_blocks_fused():
-                    fused.append(off(transformer(**given)[0], truth))
-    assert 0 < sum(fused) / len(fused) <= sum(plain) / len(plain)
+    for seed in range(seeds):
+        given = arguments(transformer, seed, **case)
+        with torch.no_grad():
+            truth = exact(**{name: wide(value) for name, value in given.items()})[0]
+            plain.append(off(transformer(**given)[0], truth))
+            with omni_kernels.patched(pipe), all_blocks_fused():
+                fused.append(off(transformer(**given)[0], truth))
+    return sum(plain) / seeds, sum(fused) / seeds
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "control"])
+def test_bf16_is_no_farther_from_fp64_than_the_unpatched(qwen_pipe, case):
+    """In the mean over seeds: what both round alike, the GEMMs' outputs above all, is most of it.
+
+    Over 40 seeds, each ± 0.002 and more: 0.597% against 0.613% plain, 0.606 against 0.620 as a batch, 0.605 against
+    0.617 with a mask, 0.604 against 0.615 with a reference.
+    """
+    plain, fused = bf16_errors(qwen_pipe, **CASES[case])
+    assert 0 < fused <= plain
+
+
+def test_bf16_with_a_controlnet_is_as_far_from_fp64_as_the_unpatched(qwen_pipe):
+    """What is added between blocks is rounded by the model itself, and is most of what the states are there.
+
+    Over 40 seeds 0.5536% against 0.5530%, the difference ± 0.0024: neither is farther.
+    """
+    plain, fused = bf16_errors(qwen_pipe, seeds=16, **CASES["control"])
+    assert 0 < fused <= 1.01 * plain
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("zero_cond_t", [False, True])
+def test_bf16_edits_are_no_farther_from_fp64_than_the_unpatched(zero_cond_t, batch):
+    """Over 40 seeds 0.604% against 0.615% and 0.597 against 0.606 as a batch; with a modulation of the references' own,
+    0.600 against 0.611 and 0.597 against 0.608."""
+    plain, fused = bf16_errors(tiny.qwen_image_edit(zero_cond_t=zero_cond_t), references=1, batch=batch)
+    assert 0 < fused <= plain
 
 
 def test_fp16_is_clipped_as_ever():
@@ -483,9 +505,11 @@ ORDERS = {  # what comes and what goes, by index: ours is 0. The hooks cannot do
     "ours first, second to go": ((0, 1, 2), (2, 0, 1)),
     "ours first, last to go": ((0, 1, 2), (2, 1, 0)),
     "ours last, first to go": ((1, 2, 0), (0, 2, 1)),
+    "ours last, between": ((1, 2, 0), (2, 0, 1)),
     "ours last, last to go": ((1, 2, 0), (2, 1, 0)),
     "ours between, first to go": ((1, 0, 2), (0, 2, 1)),
     "ours between, between": ((1, 0, 2), (2, 0, 1)),
+    "ours between, last to go": ((1, 0, 2), (2, 1, 0)),
 }
 
 
@@ -531,24 +555,6 @@ def check(pipe, present, expected):
     assert innermost.__func__ is QwenImageTransformerBlock.forward
 
 
-@pytest.mark.parametrize("level", ["block_level", "leaf_level"])
-@pytest.mark.parametrize("patch_first", [True, False])
-def test_group_offload_keeps_working(qwen_pipe, level, patch_first):
-    expected = output(qwen_pipe.transformer)
-    if patch_first:
-        omni_kernels.patch(qwen_pipe)
-    blocks_per_group = {"num_blocks_per_group": 2} if level == "block_level" else {}
-    qwen_pipe.transformer.enable_group_offload(
-        onload_device=CPU, offload_device=CPU, offload_type=level, **blocks_per_group
-    )
-    if not patch_first:
-        omni_kernels.patch(qwen_pipe)
-    with all_blocks_fused() if level == "block_level" else contextlib.nullcontext():
-        assert off(output(qwen_pipe.transformer), expected) < 1e-5
-    omni_kernels.unpatch(qwen_pipe)
-    assert torch.equal(output(qwen_pipe.transformer), expected)
-
-
 @pytest.mark.parametrize("patch_first", [True, False])
 def test_weights_offloaded_by_accelerate_are_fetched(qwen_pipe, patch_first):
     given = arguments(qwen_pipe.transformer)
@@ -561,35 +567,6 @@ def test_weights_offloaded_by_accelerate_are_fetched(qwen_pipe, patch_first):
         assert off(qwen_pipe.transformer(**given)[0], expected) < 1e-5
         handle.undo()
         assert torch.equal(qwen_pipe.transformer(**given)[0], expected)
-
-
-# Adapters
-
-
-def lora(pipe):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        targets = ["to_q", "to_v", "add_k_proj", "to_out.0", "img_mod.1", "net.0.proj", "net.2"]
-        config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
-        pipe.transformer.add_adapter(config, "lora")
-
-
-def test_lora_counts_loaded_fused_and_unloaded(qwen_pipe):
-    other = tiny.qwen_image()
-    without = output(other.transformer)
-    lora(other)
-    expected = output(other.transformer)
-    assert off(expected, without) > 1e-2
-    omni_kernels.patch(qwen_pipe)
-    lora(qwen_pipe)
-    with all_blocks_fused():
-        assert off(output(qwen_pipe.transformer), expected) < 1e-5
-        qwen_pipe.fuse_lora()
-        assert off(output(qwen_pipe.transformer), expected) < 1e-4
-        qwen_pipe.unfuse_lora()
-        qwen_pipe.unload_lora_weights()
-        assert off(output(qwen_pipe.transformer), without) < 1e-4
-    omni_kernels.unpatch(qwen_pipe)
 
 
 # Compiled blocks
@@ -648,6 +625,13 @@ BACKENDS = {
     "sea_cache": {"threshold": 0.6},
     "easy_cache": {"thresh": 0.6, "ret_steps": 0},
     "velocity_cache": {"budget": 3},
+    "combined": {
+        "velocity": {"budget": 5},
+        "blocks": {
+            "cache_backend": "cache_dit",
+            "cache_config": {"max_warmup_steps": 1, "residual_diff_threshold": 0.5},
+        },
+    },
 }
 
 

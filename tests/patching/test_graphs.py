@@ -30,11 +30,24 @@ CACHES = {
     "mag_cache": {"threshold": 0.4, "retention_ratio": 0.0, "mag_ratios": [1.0, 1.1]},
     "easy_cache": {"thresh": 0.6, "ret_steps": 0},
     "velocity_cache": {"budget": 3},
+    "sea_cache": {"threshold": 0.6},
+    "combined": {
+        "velocity": {"budget": 5},
+        "blocks": {
+            "cache_backend": "cache_dit",
+            "cache_config": {"max_warmup_steps": 1, "residual_diff_threshold": 0.5},
+        },
+    },
 }
 
 
 #: What cannot be one graph, because the cache looks at what enters a block, or lets some blocks run alone.
-PARTS = {"first_block_cache": {(0,), (1, 2, 3)}, "cache_dit": {(0,), (1, 2, 3), (3,)}}
+FIRST_AND_OTHERS = {(0,), (1, 2, 3)}
+PARTS = {
+    "first_block_cache": FIRST_AND_OTHERS,
+    "cache_dit": {(0,), (1, 2, 3), (3,)},
+    "combined": FIRST_AND_OTHERS,
+}
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """What is computed once: the same bits, for the pipeline's own calls and nobody else's, and never past its request."""
 
 import copy
+import functools
 import gc
 import weakref
 from collections import Counter
@@ -52,7 +53,11 @@ def modulations(transformer):
 
 @pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("zero_cond_t", [False, True])
-@pytest.mark.parametrize("build", [tiny.qwen_image, tiny.qwen_image_edit], ids=["image", "edit"])
+@pytest.mark.parametrize(
+    "build",
+    [tiny.qwen_image, tiny.qwen_image_edit, functools.partial(tiny.qwen_image_edit, plus=True)],
+    ids=["image", "edit", "edit plus"],
+)
 def test_a_step_is_modulated_once_for_both_branches(build, zero_cond_t, fuse, products):
     pipe = build(zero_cond_t=zero_cond_t)
     with omni_kernels.patched(pipe, fuse=fuse):

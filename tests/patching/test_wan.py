@@ -1,12 +1,10 @@
 """Wan's fused blocks: text to video, image to video, a modulation for each token; the same result up to rounding."""
 
-import contextlib
 import copy
 import functools
 import inspect
 
 import diffusers
-import peft
 import pytest
 import tiny
 import torch
@@ -331,47 +329,6 @@ def test_projection_of_any_class_is_called():
     with all_blocks_fused():
         assert off(output(transformer, image=True), expected) < 1e-5
     assert [box.calls for box in boxes] == [1] * 9
-
-
-def lora(pipe):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        targets = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"]
-        config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
-        pipe.transformer.add_adapter(config, "lora")
-
-
-def test_lora_counts_loaded_fused_and_unloaded(wan_pipe):
-    other = tiny.wan()
-    without = output(other.transformer)
-    lora(other)
-    expected = output(other.transformer)
-    assert off(expected, without) > 1e-2
-    omni_kernels.patch(wan_pipe)
-    lora(wan_pipe)
-    with all_blocks_fused():
-        assert off(output(wan_pipe.transformer), expected) < 1e-5
-        wan_pipe.fuse_lora()
-        assert off(output(wan_pipe.transformer), expected) < 1e-4
-        wan_pipe.unfuse_lora()
-        wan_pipe.unload_lora_weights()
-        assert off(output(wan_pipe.transformer), without) < 1e-4
-    omni_kernels.unpatch(wan_pipe)
-
-
-@pytest.mark.parametrize("level", ["block_level", "leaf_level"])
-def test_group_offload_keeps_working(wan_pipe, level):
-    cpu = torch.device("cpu")
-    expected = output(wan_pipe.transformer)
-    omni_kernels.patch(wan_pipe)
-    blocks_per_group = {"num_blocks_per_group": 1} if level == "block_level" else {}
-    wan_pipe.transformer.enable_group_offload(
-        onload_device=cpu, offload_device=cpu, offload_type=level, **blocks_per_group
-    )
-    with all_blocks_fused() if level == "block_level" else contextlib.nullcontext():
-        assert off(output(wan_pipe.transformer), expected) < 1e-5
-    omni_kernels.unpatch(wan_pipe)
-    assert torch.equal(output(wan_pipe.transformer), expected)
 
 
 # Compiled blocks, and caches
