@@ -14,10 +14,12 @@ import torch
 from host_reads import HostReadError, Ops, Reads
 
 import omni_kernels
+from omni_runtime import Omni, loading
 from omni_runtime.cache.backends import METHODS
 from omni_runtime.cache.engine import CacheSession
 from omni_runtime.cache.history import History
 from omni_runtime.cache.output import SCHEDULERS, Corrector
+from omni_runtime.compare import prompts_of
 
 SCHEDULE = (0, 1, 3, 6, 7)
 STEPS = 8
@@ -744,6 +746,26 @@ def test_calibrated_schedules_are_taken(qwen_pipe, tmp_path, recwarn):
     computed, notes = computed_by(qwen_pipe, {"calibration": found, "budget": 4})
     assert len(computed) == 4
     assert "carried over to 4 of 8" in notes
+
+
+@pytest.mark.parametrize("model", sorted(loading.embedded_models()))
+def test_embedded_models_run_on_schedules_of_their_own(model):
+    """Searched in less than 15 minutes for each, and taken by whoever loads the model."""
+    document = json.loads((loading.embedded_models()[model] / "velocity_cache.json").read_text())
+    assert [row["budget"] for row in document["schedules"]] == [32, 25, 17, 13, 10]
+    assert all(0 < document["seconds_of_responses"] + row["seconds"] < 900 for row in document["schedules"])
+    (prompt, picture), *_ = prompts_of(model)
+    asked = {"budget": 25}, {"quality": document["schedules"][1]["psnr"]["mean"]}, {"speedup": 2.0}
+    made = []
+    for config in asked:
+        with Omni(model, cache_backend="velocity_cache", cache_config=config, device="cpu") as omni:
+            (result,) = omni.generate(prompt, seed=0, **({} if picture is None else {"image": picture}))
+        assert f"calibrated on {model}" in " ".join(result.cache.notes)
+        made.append(next(iter(result.cache.branches.values())).computed)
+    row = document["schedules"][1]
+    assert made[0] == made[1] == row["computed"]
+    assert 17 <= len(made[2]) < 25, "25 of 50 steps are less than twice as fast"
+    assert row["speedup"] < 2.0 < document["schedules"][2]["speedup"]
 
 
 def test_another_request_than_calibrated_for_is_mapped_and_said(qwen_pipe):

@@ -4,6 +4,7 @@ There is no GPU here: a `Tape` records.
 """
 
 import gc
+import random
 import weakref
 from collections import Counter
 
@@ -541,6 +542,49 @@ def test_what_is_done_between_blocks_later_on_parts_the_stretch(tape, graphs, be
         model.between = lambda place, x, states: states
         assert torch.equal(model(x), model(x, recorded=False))
     assert tape.records == 3
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_works_between_the_blocks_the_bits_are_the_same(tape, graphs, seed):
+    """Forwards of a few kinds by turns; in each, anything may be done after a block, or blocks be passed over."""
+    torch.manual_seed(seed)
+    blocks = [Step() for _ in range(4)]
+    calls = [graphs.call_of(str(n), block, block._call_impl) for n, block in enumerate(blocks)]
+
+    def forward(calls, x, kind):
+        choose = random.Random(kind)
+        scale, states, kept = x * 0.5, (x, x * 2), []
+        for call in calls:
+            match choose.choice(["nothing"] * 6 + ["skip", "add", "write", "swap", "scale", "earlier", "fail"]):
+                case "skip":
+                    continue
+                case "add":
+                    states = (states[0] + 1, states[1])
+                case "write":
+                    states[1].add_(1)
+                case "swap":
+                    states = states[::-1]
+                case "scale":
+                    scale = scale * 1.1
+                case "earlier" if kept:
+                    states = (choose.choice(kept), states[1])
+                case "fail":
+                    return None
+            states = call(*states, scale=scale)
+            kept.append(states[0])
+        return sum(kept, states[0] + states[1])
+
+    order = random.Random(seed)
+    kinds = [order.randrange(10**6) for _ in range(4)]
+    with torch.no_grad():
+        for number in range(40):
+            x, kind = torch.randn(2, 4), order.choice(kinds)
+            expected, found = forward(blocks, x.clone(), kind), forward(calls, x.clone(), kind)
+            assert (expected is None and found is None) or torch.equal(found, expected)
+            if number == 30:
+                records = tape.records
+    assert tape.replays > 0
+    assert tape.records == records, "it settles"
 
 
 def test_in_inference_mode_where_nobody_counts_writes_each_block_is_a_graph(tape, graphs):
