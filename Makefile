@@ -28,7 +28,11 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: check
+$(VENV)/.quantised: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[quantised]"
+	touch $@
+
+test: check $(VENV)/.quantised
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.installed
