@@ -11,10 +11,10 @@ time, what was computed for nothing is dropped.
 
 A graph reads and writes fixed memory. The states that blocks return lie in it, from where the next graph reads them
 without a copy; what else a stretch's first block is given (timestep, rotary tables, masks) is copied into fixed memory
-that all share. Its stretches are recorded anew when a block's weights, modules or attention have been exchanged, and a block runs
-as ever, with the reason in the report, where a graph would not do the same: under hooks, adapters whose scale is a
-number in Python, autocast, with gradients, on other devices, and after a recording has failed. What chooses kernels
-and leaves no trace on the block (`torch.nn.attention.sdpa_kernel`) is recorded as it is.
+that all share. Its stretches are recorded anew when a block's weights, modules or attention have been exchanged, and a
+block runs as ever, with the reason in the report, where a graph would not do the same: under hooks, adapters whose
+scale is a number in Python, autocast, with gradients, on other devices, and after a recording has failed. What chooses
+kernels and leaves no trace on the block (`torch.nn.attention.sdpa_kernel`) is recorded as it is.
 """
 
 from __future__ import annotations
