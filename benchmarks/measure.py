@@ -70,6 +70,7 @@ QWEN_SHAPES: dict[str, tuple[Shape, ...]] = {
     "gate_residual_norm layer": _STREAMS,
     "gate_residual_norm h alone": _STREAMS,
     "qk_norm_rope": _STREAMS,
+    "qk_norm_rope without v": _STREAMS,
 }
 
 

@@ -18,10 +18,10 @@ MOST_HEADS = 999
 def qk_norm_rope(
     q: torch.Tensor,
     k: torch.Tensor,
-    v: torch.Tensor,
+    v: torch.Tensor | None,
     q_out: torch.Tensor,
     k_out: torch.Tensor,
-    v_out: torch.Tensor,
+    v_out: torch.Tensor | None,
     q_weight: torch.Tensor | None = None,
     k_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
@@ -40,7 +40,8 @@ def qk_norm_rope(
         if weight is not None:
             y = normed(y.flatten(2) if across_heads else y, "rms", eps, weight).view(x.shape)
         out.copy_(y if rotation is None else rotated(y, rotation, layout))
-    v_out.copy_(v)
+    if v is not None and v_out is not None:
+        v_out.copy_(v)
 
 
 def _doubled(t: torch.Tensor, layout: str) -> torch.Tensor:

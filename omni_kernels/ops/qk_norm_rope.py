@@ -9,8 +9,8 @@ The pairs (a, b) are elements 2i and 2i + 1 of a head ("interleaved") or i and i
 Sennrich 2019, arXiv:1910.07467; rotary embedding: Su et al. 2021, arXiv:2104.09864. What the attention processors of
 diffusers compute for Qwen-Image, Z-Image, FLUX and Wan (this over all heads), where every step rounds to the tensors'
 dtype; here nothing is rounded before the end. The outputs are places in given buffers, so that text and image, one call
-each, meet in one sequence without being concatenated. Moves the bytes of q, k, v and of the outputs, once, and those of
-freqs and the weights.
+each, meet in one sequence without being concatenated; v is left out where it lies in its place already. Moves the bytes
+of q, k, v and of the outputs, once, and those of freqs and the weights.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ MAX_TRITON_TOKEN = 8192
 def qk_norm_rope(
     q: torch.Tensor,
     k: torch.Tensor,
-    v: torch.Tensor,
+    v: torch.Tensor | None,
     q_out: torch.Tensor,
     k_out: torch.Tensor,
-    v_out: torch.Tensor,
+    v_out: torch.Tensor | None,
     *,
     q_weight: torch.Tensor | None = None,
     k_weight: torch.Tensor | None = None,
@@ -57,10 +57,10 @@ def qk_norm_rope(
         q: [B, S, H, Dh] with an even Dh up to 256, fp32, fp16 or bf16; the last dimension contiguous, any other
             strides: a view of a projection [B, S, H·Dh], or of a third of [B, S, 3·H·Dh].
         k: as q; the dtype may differ.
-        v: as k.
+        v: as k; None: it lies where attention reads it, and is left alone.
         q_out: where to write, as k. Usually a stretch of a longer sequence, buffer[:, start : start + S].
         k_out: as q_out.
-        v_out: as q_out.
+        v_out: as q_out; None where v is.
         q_weight: the norm's weight, [Dh] or, across heads, [H·Dh]; None: q is not normed.
         k_weight: as q_weight, for k.
         eps: added to the mean square.
@@ -73,9 +73,9 @@ def qk_norm_rope(
         sin: as cos.
 
     Raises:
-        ValueError: a shape, stride, device or dtype does not fit, the layout is unknown, there is only one of cos and
-            sin or freqs besides, or an output overlaps an input or another output. Views that interleave in memory
-            count as overlapping.
+        ValueError: a shape, stride, device or dtype does not fit, the layout is unknown, there is only one of v and
+            v_out, or of cos and sin, or freqs besides, or an output overlaps an input or another output. Views that
+            interleave in memory count as overlapping.
     """
     if q.dim() != 4 or q.shape[3] % 2 or q.shape[3] > MAX_HEAD_SIZE:
         raise ValueError(
@@ -83,10 +83,12 @@ def qk_norm_rope(
         )
     if not alike(q, k, v, q_out, k_out, v_out):
         raise unlike("qk_norm_rope", q=q, k=k, v=v, q_out=q_out, k_out=k_out, v_out=v_out)
+    if (v is None) is not (v_out is None):
+        raise ValueError("qk_norm_rope: v and v_out are given together, or neither")
     if layout not in LAYOUTS:
         raise ValueError(f"qk_norm_rope: layout is {layout!r}; allowed are 'interleaved' and 'half'")
     for name, t in (("q", q), ("k", k), ("v", v), ("q_out", q_out), ("k_out", k_out), ("v_out", v_out)):
-        if t.stride(3) != 1:
+        if t is not None and t.stride(3) != 1:
             raise ValueError(f"qk_norm_rope: {name} has strides {[*t.stride()]}; the last one must be 1")
     channels = q.shape[3] * (q.shape[2] if across_heads else 1)
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
@@ -131,9 +133,11 @@ def _check_tables(
         raise unlike("qk_norm_rope", **{"a token's head": q.new_empty(cos.shape), "cos": cos, "sin": sin})
 
 
-def _check_memory(read: dict[str, torch.Tensor], written: dict[str, torch.Tensor]) -> None:
-    others = {name: _stretch(t) for name, t in read.items()}
+def _check_memory(read: dict[str, torch.Tensor | None], written: dict[str, torch.Tensor | None]) -> None:
+    others = {name: _stretch(t) for name, t in read.items() if t is not None}
     for name, t in written.items():
+        if t is None:
+            continue
         first, end = stretch = _stretch(t)
         for other, (start, stop) in others.items():
             if first < stop and start < end:
@@ -155,10 +159,10 @@ def _stretch(t: torch.Tensor) -> tuple[int, int]:
 def bytes_moved(
     q: torch.Tensor,
     k: torch.Tensor,
-    v: torch.Tensor,
+    v: torch.Tensor | None,
     q_out: torch.Tensor,
     k_out: torch.Tensor,
-    v_out: torch.Tensor,
+    v_out: torch.Tensor | None,
     *,
     q_weight: torch.Tensor | None = None,
     k_weight: torch.Tensor | None = None,
@@ -182,10 +186,10 @@ def _complex(t: torch.Tensor) -> torch.Tensor:
 def reference(
     q: torch.Tensor,
     k: torch.Tensor,
-    v: torch.Tensor,
+    v: torch.Tensor | None,
     q_out: torch.Tensor,
     k_out: torch.Tensor,
-    v_out: torch.Tensor,
+    v_out: torch.Tensor | None,
     q_weight: torch.Tensor | None = None,
     k_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
@@ -219,7 +223,8 @@ def reference(
         a_out, b_out = out.unflatten(-1, (2, -1)).unbind(-2)
         a_out.copy_((a * cos).addcmul_(b, sin, value=-1))
         b_out.copy_((a * sin).addcmul_(b, cos))
-    v_out.copy_(v)
+    if v is not None and v_out is not None:
+        v_out.copy_(v)
 
 
 @triton.jit
@@ -324,7 +329,7 @@ def qk_norm_rope_kernel(  # type: ignore[no-untyped-def]
     o_k = sample * k_strides[0] + o_s * k_strides[1] + o_h * k_strides[2]
     q_a, q_b = load_pairs(p_q, o_q, m, D, INTERLEAVED, ROWS, BLOCK)
     k_a, k_b = load_pairs(p_k, o_k, m, D, INTERLEAVED, ROWS, BLOCK)
-    if not ACROSS:
+    if p_v is not None and not ACROSS:
         copy_heads(p_v, p_v_out, sample, o_s, o_h, v_strides, v_out_strides, m, D, BLOCK)
     if p_freqs is not None:
         # 4 bytes an element where q has 2, but the same for all heads of a token: read from memory once.
@@ -353,13 +358,15 @@ def qk_norm_rope_kernel(  # type: ignore[no-untyped-def]
         k_a, k_b = k_a * cos - k_b * sin, k_a * sin + k_b * cos
     o_k = sample * k_out_strides[0] + o_s * k_out_strides[1] + o_h * k_out_strides[2]
     store_pairs(p_k_out, k_a, k_b, o_k, m, D, INTERLEAVED, ROWS, BLOCK)
-    if ACROSS:
+    if p_v is not None and ACROSS:
         # Here, so that 62 registers do, of which two programs of 512 threads fit; beside q and k it would be up to 77.
         copy_heads(p_v, p_v_out, sample, o_s, o_h, v_strides, v_out_strides, m, D, BLOCK)
 
 
-def _strides(t: torch.Tensor) -> tuple[int, ...]:
-    """Of samples, tokens and heads; 0 where there is one, which is known to divide by 16."""
+def _strides(t: torch.Tensor | None) -> tuple[int, ...]:
+    """Of samples, tokens and heads; 0 where there is one, or no tensor, which is known to divide by 16."""
+    if t is None:
+        return 0, 0, 0
     return tuple(0 if n == 1 else s for n, s in zip(t.shape[:3], t.stride(), strict=False))
 
 
@@ -367,10 +374,10 @@ def _strides(t: torch.Tensor) -> tuple[int, ...]:
 def launch(
     q: torch.Tensor,
     k: torch.Tensor,
-    v: torch.Tensor,
+    v: torch.Tensor | None,
     q_out: torch.Tensor,
     k_out: torch.Tensor,
-    v_out: torch.Tensor,
+    v_out: torch.Tensor | None,
     q_weight: torch.Tensor | None = None,
     k_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
@@ -422,10 +429,10 @@ def launch(
 def _nothing(
     q: torch.Tensor,
     k: torch.Tensor,
-    v: torch.Tensor,
+    v: torch.Tensor | None,
     q_out: torch.Tensor,
     k_out: torch.Tensor,
-    v_out: torch.Tensor,
+    v_out: torch.Tensor | None,
     q_weight: torch.Tensor | None = None,
     k_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
@@ -439,8 +446,8 @@ def _nothing(
 
 
 _op = define(
-    "qk_norm_rope(Tensor q, Tensor k, Tensor v, Tensor(a!) q_out, Tensor(b!) k_out, Tensor(c!) v_out, Tensor? q_weight,"
-    " Tensor? k_weight, float eps, Tensor? freqs, str layout, bool across_heads,"
+    "qk_norm_rope(Tensor q, Tensor k, Tensor? v, Tensor(a!) q_out, Tensor(b!) k_out, Tensor(c!)? v_out,"
+    " Tensor? q_weight, Tensor? k_weight, float eps, Tensor? freqs, str layout, bool across_heads,"
     " Tensor? cos=None, Tensor? sin=None) -> ()",
     reference=reference,
     triton=launch,

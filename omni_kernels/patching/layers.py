@@ -1,7 +1,8 @@
 """What the fused forwards of several models do alike: attention up to its output layers, and the feed-forward.
 
-Queries, keys and values are normed and rotated by one op, which writes them where attention reads them. Attention runs
-through the dispatcher that the block's processor calls, with that processor's backend and parallel configuration.
+Queries and keys are normed and rotated by one op, which writes them where attention reads them. Values are projected
+to that place, or copied there by the op where the projection is no plain one. Attention runs through the dispatcher
+that the block's processor calls, with that processor's backend and parallel configuration.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from omni_kernels import ops
-from omni_kernels.patching.structure import dispatcher
+from omni_kernels.patching.structure import dispatcher, multiplies
 
 #: How `qk_norm_rope` is told to rotate: by `freqs`, by `cos` and `sin`, or not at all.
 Rotation = Mapping[str, Any]
@@ -66,12 +67,12 @@ def self_attention(
 ) -> torch.Tensor:
     """Attention within x [B, S, D], before its output layers; with `across_heads`, q and k are normed so."""
     q, k, v = _heads(attn, x, attn.to_q, attn.to_k, attn.to_v)
-    out = [t.new_empty(t.shape) for t in (q, k, v)]
+    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     ops.qk_norm_rope(
-        q, k, v, *out, **rotation, across_heads=across_heads,
+        q, k, None, q_out, k_out, None, **rotation, across_heads=across_heads,
         q_weight=attn.norm_q.weight, k_weight=attn.norm_k.weight, eps=attn.norm_q.eps,
     )  # fmt: skip
-    return attend(attn.processor, *out, mask=mask)
+    return attend(attn.processor, q_out, k_out, v, mask=mask)
 
 
 def joint_attention(
@@ -84,20 +85,53 @@ def joint_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(text, image) of the attention of both streams, text first, to each other, with their output layers."""
     T = text.shape[1]
-    q, k, v = _heads(attn, x, attn.to_q, attn.to_k, attn.to_v)
-    t_q, t_k, t_v = _heads(attn, text, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-    joint = [t.new_empty((t.shape[0], T + t.shape[1], *t.shape[2:])) for t in (q, k, v)]
+    q, k = _heads(attn, x, attn.to_q, attn.to_k)
+    t_q, t_k = _heads(attn, text, attn.add_q_proj, attn.add_k_proj)
+    joint_q, joint_k = _empty_joint(t_q, q), _empty_joint(t_k, k)
+    joint_v, (t_v, t_v_out), (v, v_out) = _joint_values(attn, text, x)
     ops.qk_norm_rope(
-        t_q, t_k, t_v, *(t[:, :T] for t in joint), **text_rotation,
+        t_q, t_k, t_v, joint_q[:, :T], joint_k[:, :T], t_v_out, **text_rotation,
         q_weight=attn.norm_added_q.weight, k_weight=attn.norm_added_k.weight, eps=attn.norm_added_q.eps,
     )  # fmt: skip
     ops.qk_norm_rope(
-        q, k, v, *(t[:, T:] for t in joint), **rotation,
+        q, k, v, joint_q[:, T:], joint_k[:, T:], v_out, **rotation,
         q_weight=attn.norm_q.weight, k_weight=attn.norm_k.weight, eps=attn.norm_q.eps,
     )  # fmt: skip
-    attended = attend(attn.processor, *joint, mask=mask)
+    attended = attend(attn.processor, joint_q, joint_k, joint_v, mask=mask)
     out = through(attn.to_out, attended[:, T:].contiguous())
     return attn.to_add_out(attended[:, :T].contiguous()), out
+
+
+#: The values of a stream and their place in the joint sequence, where they are yet to be copied there.
+_Copy = tuple[torch.Tensor, torch.Tensor] | tuple[None, None]
+
+
+def _joint_values(attn: Any, text: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, _Copy, _Copy]:
+    """The joint sequence of values, [B, T + S, H, Dh], and what of text and image is not in it yet."""
+    T = text.shape[1]
+    # Of one sample: the places of several are no matrix.
+    if len(x) == 1 and multiplies(attn.add_v_proj, text) and multiplies(attn.to_v, x):
+        joint = x.new_empty((1, T + x.shape[1], attn.to_v.out_features))
+        _multiply(attn.add_v_proj, text[0], joint[0, :T])
+        _multiply(attn.to_v, x[0], joint[0, T:])
+        return joint.unflatten(2, (-1, attn.inner_dim // attn.heads)), (None, None), (None, None)
+    (t_v,), (v,) = _heads(attn, text, attn.add_v_proj), _heads(attn, x, attn.to_v)
+    joint = _empty_joint(t_v, v)
+    return joint, (t_v, joint[:, :T]), (v, joint[:, T:])
+
+
+def _multiply(linear: Any, x: torch.Tensor, out: torch.Tensor) -> None:
+    """What `linear` makes of x [S, C], written to out [S, D]."""
+    weight = linear.weight.t()
+    if linear.bias is None:
+        torch.mm(x, weight, out=out)
+    else:
+        torch.addmm(linear.bias, x, weight, out=out)
+
+
+def _empty_joint(text: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Memory for text [B, T, H, Dh] and image [B, S, H, Dh] in one sequence."""
+    return x.new_empty((x.shape[0], text.shape[1] + x.shape[1], *x.shape[2:]))
 
 
 def _heads(attn: Any, x: torch.Tensor, *projections: Any) -> Iterable[torch.Tensor]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.nn.modules.module import _has_any_global_hook as _any_hook
 
 from omni_kernels.ops._checks import DTYPES
 from omni_kernels.ops.qk_norm_rope import MAX_HEAD_SIZE
@@ -53,6 +54,20 @@ def stands(block: torch.nn.Module, parts: Mapping[str, str]) -> bool:
 def computes(*states: torch.Tensor) -> bool:
     """Whether the ops take these states, and no gradient is asked for, which they have none of."""
     return not torch.is_grad_enabled() and all(t.dtype in DTYPES for t in states)
+
+
+def multiplies(module: torch.nn.Module, x: torch.Tensor) -> bool:
+    """Whether calling `module` with x comes to x·weightᵀ + bias of plain tensors and no more.
+
+    What is compiled is not asked: there a result in a given place is a copy.
+    """
+    if type(module) is not torch.nn.Linear or hooked(module) or _any_hook() or torch.compiler.is_compiling():
+        return False
+    device = x.device.type
+    if type(x) is not torch.Tensor or (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return False
+    parameters = module._parameters.values()
+    return all(p is None or (type(p) is torch.nn.Parameter and p.dtype == x.dtype) for p in parameters)
 
 
 def dispatcher(processor: Any) -> Any:

@@ -275,10 +275,11 @@ def _has_heads(shape: Shape) -> bool:
     return shape.D % 8 == 0
 
 
-def _qk_norm_rope(across_heads: bool) -> Case:
+def _qk_norm_rope(across_heads: bool, names: str = "qkv") -> Case:
     """The image's q, k and v into a sequence that has the text's already: one of 32 tokens is of the prompt.
 
-    Per head with the complex rotation of Qwen-Image and Z-Image, or across heads with the real one of Wan.
+    Per head with the complex rotation of Qwen-Image and Z-Image, or across heads with the real one of Wan. Without v
+    among the `names`, that lies in its place already.
     """
 
     def inputs(shape: Shape, device: torch.device) -> Inputs:
@@ -287,7 +288,7 @@ def _qk_norm_rope(across_heads: bool) -> Case:
         text = -(-S // 32)
         angle = torch.rand(S, head // 2, device=device)
         made = {"packed": torch.randn(B, S, 3 * D, device=device).to(shape.dtype)}
-        for name in "qkv":
+        for name in names:
             made[name] = torch.randn(B, text + S, D // head, head, device=device).to(shape.dtype)
             made[f"text {name}"] = made[name][:, :text].clone()
             if name != "v":
@@ -297,7 +298,7 @@ def _qk_norm_rope(across_heads: bool) -> Case:
         return made | {"freqs": torch.stack((angle.cos(), angle.sin()), -1)}
 
     def thirds(i: Inputs) -> list[torch.Tensor]:
-        return [t.unflatten(-1, i["q"].shape[2:]) for t in i["packed"].chunk(3, -1)]
+        return [t.unflatten(-1, i["q"].shape[2:]) for t in i["packed"].chunk(3, -1)][: len(names)]
 
     def rotate(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
         if not across_heads:
@@ -311,27 +312,29 @@ def _qk_norm_rope(across_heads: bool) -> Case:
         return out
 
     def eager(i: Inputs) -> Values:
-        q, k, v = thirds(i)
-        image = [v]
-        for x, weight in ((k, i["k weight"]), (q, i["q weight"])):
+        q, k, *v = thirds(i)
+        image = []
+        for x, weight in ((q, i["q weight"]), (k, i["k weight"])):
             normed = F.rms_norm(x.flatten(2) if across_heads else x, weight.shape, weight, eps=1e-6)
-            image.insert(0, rotate(normed.view(x.shape), i["freqs"]))
-        return tuple(torch.cat((i[f"text {name}"], x), 1) for name, x in zip("qkv", image, strict=True))
+            image.append(rotate(normed.view(x.shape), i["freqs"]))
+        return tuple(torch.cat((i[f"text {name}"], x), 1) for name, x in zip(names, image + v, strict=True))
 
     def ours(i: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        outputs = [i[name][:, i[f"text {name}"].shape[1] :] for name in "qkv"]
+        outputs = [i[name][:, i[f"text {name}"].shape[1] :] for name in names]
         weights = {f"{name}_weight": i[f"{name} weight"] for name in "qk"}
-        return (*thirds(i), *outputs), {**weights, "freqs": i["freqs"], "across_heads": across_heads}
+        left_out = (None,) * (3 - len(names))
+        args = *thirds(i), *left_out, *outputs, *left_out
+        return args, {**weights, "freqs": i["freqs"], "across_heads": across_heads}
 
     return Case(
-        name="qk_norm_rope" + (" across heads" if across_heads else ""),
+        name="qk_norm_rope" + (" across heads" if across_heads else "") + ("" if "v" in names else " without v"),
         op="qk_norm_rope",
         inputs=inputs,
         ours=ours,
         eager=eager,
         values=lambda out: out,
-        written=("q", "k", "v"),
-        places=(3, 4, 5),
+        written=tuple(names),
+        places=tuple(3 + place for place in range(len(names))),
         fits=_has_heads,
     )
 
@@ -411,6 +414,8 @@ CASES: dict[str, Case] = {
         _linear_forecast(1),
         _qk_norm_rope(across_heads=False),
         _qk_norm_rope(across_heads=True),
+        _qk_norm_rope(across_heads=False, names="qk"),
+        _qk_norm_rope(across_heads=True, names="qk"),
         _gelu(),
         _swiglu(),
         _cfg_combine(None),

@@ -56,14 +56,17 @@ def _attention(
     rotated: bool = True,
     tables: torch.dtype | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    v: bool = True,
     **options: Any,
 ) -> Launch:
     """A launch on the thirds of a packed projection, into the places of the image behind `text` tokens.
 
-    Rotated by freqs, or by tables of cosines and sines of a dtype.
+    Rotated by freqs, or by tables of cosines and sines of a dtype; with v, or without.
     """
-    inputs = _tensor(B, S, 3, H, D, dtype=dtype).unbind(2)
-    outputs = [_tensor(B, text + S, H, D, dtype=dtype)[:, text:] for _ in range(3)]
+    inputs: list[torch.Tensor | None] = [*_tensor(B, S, 3, H, D, dtype=dtype).unbind(2)]
+    outputs: list[torch.Tensor | None] = [_tensor(B, text + S, H, D, dtype=dtype)[:, text:] for _ in range(3)]
+    if not v:
+        inputs[2] = outputs[2] = None
     options |= {name: _tensor(weighted, dtype=dtype) for name in ("q_weight", "k_weight") if weighted}
     if tables is not None:
         options |= {name: _tensor(S, D, dtype=tables) for name in ("cos", "sin")}
@@ -145,8 +148,12 @@ def models() -> dict[str, Launch]:
         "linear_forecast tensor": partial(linear_forecast, _odd(), [_odd(), _odd()], _tensor(2)),
         # Qwen-Image, Z-Image, FLUX, Wan, and what none of them is.
         "qk_norm_rope joint": _attention(1, TOKENS - 1, 24, 128, 37, weighted=128),
+        "qk_norm_rope joint without v": _attention(1, TOKENS - 1, 24, 128, 37, weighted=128, v=False),
         "qk_norm_rope batch": _attention(2, 1023, 30, 128, 0, weighted=128),
         "qk_norm_rope across": _attention(1, 33, 40, 128, 0, weighted=40 * 128, across_heads=True),
+        "qk_norm_rope across without v": _attention(
+            1, 33, 40, 128, 0, weighted=40 * 128, tables=torch.float32, across_heads=True, v=False
+        ),
         "qk_norm_rope across, small": _attention(1, 33, 12, 128, 0, weighted=12 * 128, across_heads=True),
         "qk_norm_rope across, largest": _attention(1, 9, 64, 128, 0, weighted=64 * 128, across_heads=True),
         "qk_norm_rope half": _attention(1, TOKENS - 1, 24, 128, 37, weighted=128, layout="half"),

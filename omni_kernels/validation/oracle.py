@@ -237,8 +237,8 @@ def _qk_norm_rope(
     got: Sequence[torch.Tensor],
     q: torch.Tensor,
     k: torch.Tensor,
-    v: torch.Tensor,
-    *places: torch.Tensor,
+    v: torch.Tensor | None,
+    *places: torch.Tensor | None,
     q_weight: torch.Tensor | None = None,
     k_weight: torch.Tensor | None = None,
     cos: torch.Tensor | None = None,
@@ -250,11 +250,11 @@ def _qk_norm_rope(
         D = q.shape[-1]
         first = slice(0, None, 2) if options.get("layout", "interleaved") == "interleaved" else slice(0, D // 2)
         options["freqs"] = torch.stack((cos[:, first].double(), sin[:, first].double()), -1)
-    return [
+    found: list[Expected] = [
         ("q_out", *rotated(q, q_weight, **options)),
         ("k_out", *rotated(k, k_weight, **options)),
-        ("v_out", v.double(), None),
     ]
+    return found if v is None else [*found, ("v_out", v.double(), None)]
 
 
 def _gelu(got: Sequence[torch.Tensor], x: torch.Tensor, out: torch.Tensor | None = None) -> list[Expected]:

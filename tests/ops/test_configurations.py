@@ -69,7 +69,8 @@ def heads(D, H, S, x_dtype, dtype):
         weight = tensor(H * D if across else D, dtype=dtype)
         for q_weight, k_weight in given(weight, weight):
             options = {"q_weight": q_weight, "k_weight": k_weight, "layout": layout, "across_heads": across}
-            yield partial(OPS["qk_norm_rope"].launcher, q, k, k, q, k, k, **options, **rotation)
+            for v in (k, None):
+                yield partial(OPS["qk_norm_rope"].launcher, q, k, v, q, k, v, **options, **rotation)
 
 
 def elementwise(x_dtype, dtype):

@@ -175,6 +175,20 @@ def test_two_streams_fill_one_sequence(implementation):
 
 
 @every_layout
+@pytest.mark.parametrize("across_heads", [False, True])
+@pytest.mark.parametrize("normed", [False, True])
+def test_values_may_be_left_out(implementation, across_heads, normed, layout):
+    B, S, H, D = 2, 5, 3, 24
+    q, k, v = (implementation.randn(B, S, H, D, dtype=torch.bfloat16) for _ in range(3))
+    options = weights(implementation, H * D if across_heads else D) if normed else {}
+    options |= {"freqs": angles(implementation, S, D // 2), "layout": layout, "across_heads": across_heads}
+    with_v, without = joint(q, [q.dtype] * 3), joint(q, [q.dtype] * 2)
+    implementation["qk_norm_rope"](q, k, v, *place(with_v), **options)
+    assert implementation["qk_norm_rope"](q, k, None, *place(without), None, **options) is None
+    assert all(torch.equal(a, b) for a, b in zip(with_v, without, strict=False))
+
+
+@every_layout
 def test_many_odd_rows(implementation, large_blocks, layout):
     B, S, H, D = 1, 233, 7, 128
     q, k, v = (implementation.randn(B, S, H, D, dtype=torch.bfloat16) for _ in range(3))
@@ -387,6 +401,8 @@ def test_opcheck():
     opcheck(op, (*tensors, options["q_weight"], None, 1e-6, options["freqs"], "half", False))
     opcheck(op, (*arguments(torch.bfloat16)[0], None, None, 1e-6, None, "interleaved", True))
     opcheck(op, (*tensors, None, None, 1e-6, None, "half", False, *tables(options["freqs"], "half").values()))
+    q, k, _, q_out, k_out, _ = tensors
+    opcheck(op, (q, k, None, q_out, k_out, None, None, None, 1e-6, None, "half", False))
 
 
 def test_torch_compile_takes_two_streams_into_one_sequence():
@@ -396,7 +412,11 @@ def test_torch_compile_takes_two_streams_into_one_sequence():
     def block(q, k, v):
         buffers = [q.new_zeros(2, 10, 3, 16) for _ in range(3)]
         for start in (0, 5):
-            qk_norm_rope(q, k, v, *(t[:, start : start + 5] for t in buffers), **options)
+            q_out, k_out, v_out = (t[:, start : start + 5] for t in buffers)
+            if start:
+                qk_norm_rope(q, k, v, q_out, k_out, v_out, **options)
+            else:
+                qk_norm_rope(q, k, None, q_out, k_out, None, **options)
         return [t + 1 for t in buffers]
 
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
@@ -439,6 +459,8 @@ def test_bytes_moved_counts_every_tensor_once():
     assert OPS["qk_norm_rope"].bytes_moved(*tensors) == 6 * size
     assert OPS["qk_norm_rope"].bytes_moved(*tensors, **options) == 6 * size + 16 * 4 + 5 * 16 * 4
     assert OPS["qk_norm_rope"].bytes_moved(*tensors, **tables(options["freqs"])) == 6 * size + 2 * 5 * 16 * 4
+    q, k, _, q_out, k_out, _ = tensors
+    assert OPS["qk_norm_rope"].bytes_moved(q, k, None, q_out, k_out, None) == 4 * size
 
 
 # What is refused.
@@ -480,6 +502,8 @@ def test_refused_by_name():
         outs[2],
     )
     refused("v has dtype int32", q, k, v.int(), *outs)
+    refused("v and v_out are given together, or neither", q, k, None, *outs)
+    refused("v and v_out are given together, or neither", q, k, v, *outs[:2], None)
     refused("v_out is on meta; it must be on cpu", q, k, v, *outs[:2], outs[2].to("meta"))
     refused("layout is 'other'; allowed are 'interleaved' and 'half'", q, k, v, *outs, layout="other")
     refused("k has strides .*; the last one must be 1", q, empty(2, 5, 3, 32)[..., ::2], v, *outs)

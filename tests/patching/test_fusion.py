@@ -12,6 +12,7 @@ import diffusers
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers.hooks import HookRegistry
 from diffusers.models.transformers import transformer_qwenimage
@@ -19,6 +20,8 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from fused import boxed, off, unfused_fails, wide
 
 import omni_kernels
+from omni_kernels import ops
+from omni_kernels.patching import layers
 from omni_kernels.patching.engine import Forward, Patch
 
 CPU = torch.device("cpu")
@@ -353,6 +356,120 @@ def test_projection_of_any_class_is_called(qwen_pipe):
     with all_blocks_fused():
         assert off(output(qwen_pipe.transformer), expected) < 1e-5
     assert [box.calls for box in boxes] == [1] * 7
+
+
+@pytest.fixture
+def copied(monkeypatch):
+    """Of each call of qk_norm_rope, whether it was given values to copy."""
+    calls, op = [], ops.qk_norm_rope
+    monkeypatch.setattr(
+        ops,
+        "qk_norm_rope",
+        lambda q, k, v, *args, **options: calls.append(v is not None) or op(q, k, v, *args, **options),
+    )
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_plain_projections_write_values_to_their_place_with_the_same_bits(qwen_pipe, copied, monkeypatch, dtype, bias):
+    transformer = qwen_pipe.transformer.to(dtype)
+    for block in () if bias else transformer.transformer_blocks:
+        block.attn.to_v.bias = block.attn.add_v_proj.bias = None
+    omni_kernels.patch(qwen_pipe)
+    result = output(transformer)
+    assert copied == [False] * 8
+    monkeypatch.setattr(layers, "multiplies", lambda *_: False)
+    assert torch.equal(output(transformer), result)
+    assert copied == [False] * 8 + [True] * 8
+
+
+def test_values_of_a_batch_are_copied(qwen_pipe, copied):
+    omni_kernels.patch(qwen_pipe)
+    output(qwen_pipe.transformer, batch=2)
+    assert copied == [True] * 8
+
+
+def forward_hook(linear):
+    return linear.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def forward_pre_hook(linear):
+    return linear.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+
+
+def hook_on_every_module(linear):
+    def double(module, args, output):
+        return 2 * output if module is linear else None
+
+    return torch.nn.modules.module.register_module_forward_hook(double)
+
+
+def forward_of_its_own(linear):
+    own = linear.forward
+    linear.forward = lambda x: 2 * own(x)
+
+
+def parametrization(linear):
+    class Doubled(torch.nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    torch.nn.utils.parametrize.register_parametrization(linear, "weight", Doubled())
+
+
+def compiled(linear):
+    forward_of_its_own(linear)
+    linear.compile(backend="eager")
+
+
+def subclass(linear):
+    linear.__class__ = type("Doubling", (torch.nn.Linear,), {"forward": lambda self, x: 2 * F.linear(x, self.weight)})
+
+
+class DoublingTensor(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        result = super().__torch_function__(function, types, args, kwargs)
+        return 2 * result.as_subclass(torch.Tensor) if function is F.linear else result
+
+
+def weight_of_a_subclass(linear):
+    linear.weight = torch.nn.Parameter(linear.weight.detach().as_subclass(DoublingTensor))
+    assert type(linear.weight) is DoublingTensor
+
+
+@pytest.mark.parametrize("path", ["attn.to_v", "attn.add_v_proj"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        forward_hook, forward_pre_hook, hook_on_every_module, forward_of_its_own, parametrization, compiled, subclass,
+        weight_of_a_subclass,
+    ],
+)  # fmt: skip
+def test_whoever_works_on_the_projection_of_values_is_heard(qwen_pipe, copied, change, path):
+    before = output(qwen_pipe.transformer)
+    handle = omni_kernels.patch(qwen_pipe)
+    hook = change(qwen_pipe.transformer.transformer_blocks[1].get_submodule(path))
+    try:
+        with all_blocks_fused():
+            result = output(qwen_pipe.transformer)
+        assert True in copied
+        handle.undo()
+        expected = output(qwen_pipe.transformer)
+    finally:
+        if hook is not None:
+            hook.remove()
+    assert off(expected, before) > 1e-4
+    assert off(result, expected) < 1e-5
+
+
+def test_autocast_casts_values_as_ever(qwen_pipe, copied):
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = output(qwen_pipe.transformer)
+        omni_kernels.patch(qwen_pipe)
+        assert off(output(qwen_pipe.transformer), expected) < 1e-2
+    assert copied == [True] * 8
 
 
 # Patch and unpatch

@@ -116,17 +116,17 @@ def test_qwen_image_block_moves_a_quarter_in_a_sixth_of_the_launches():
     # The ops, and SiLU of the timestep for each stream; with the GEMMs and attention it is 27.
     assert fused.launches == 12
     assert fused.launches + fused.gemms + 1 == 27
-    # 2 for the first norm, 6 for queries, keys and values, 4 for the second norm, 8 for GELU, 3 for the last residual.
+    # 2 for the first norm, 4 for queries and keys, 4 for the second norm, 8 for GELU, 3 for the last residual.
     H = (IMAGE + TEXT) * D * 2  # bytes of both streams' hidden states
-    assert 23.0 < fused.bytes / H < 23.1
+    assert 21.0 < fused.bytes / H < 21.1
     # Of diffusers 0.42: 75 launches and 88.4.
     assert plain.launches >= 6 * fused.launches
-    assert plain.bytes > 3.8 * fused.bytes
+    assert plain.bytes > 4.1 * fused.bytes
 
 
 @torch.no_grad()
-def test_qwen_image_blocks_in_a_row_move_22_in_30_launches_each():
-    """Of 60 blocks: 22 H each but the first, with 24, and the last, with 21; that is 22 · 60 + 1 in all.
+def test_qwen_image_blocks_in_a_row_move_less_than_22_in_30_launches_each():
+    """Of 60 blocks: 20 H each but the first, with 22, and the last, with 19; that is 20 · 60 + 1 in all.
 
     A block's norms are each made in the pass that wrote their input: the first block's first norm has no such pass and
     reads what it would have found there, and the last block has no norm to make. Beside the hidden states, a block
@@ -161,8 +161,9 @@ def test_qwen_image_blocks_in_a_row_move_22_in_30_launches_each():
     silu = 2 * 2 * D * 2  # read and written, for each stream's modulation: a block's own, or the next one's
     silus = [2, *[1] * (LAYERS - 2), 0]
     moved = [one.bytes - one.tables - one.vectors - n * silu for one, n in zip(each, silus, strict=True)]
-    assert moved == [24 * H, *[22 * H] * (LAYERS - 2), 21 * H]
-    assert sum(moved) == (22 * LAYERS + 1) * H
+    assert moved == [22 * H, *[20 * H] * (LAYERS - 2), 19 * H]
+    assert sum(moved) == (20 * LAYERS + 1) * H
+    assert sum(one.bytes for one in each) / H / LAYERS < 20.2  # and with the first, the last and all vectors and tables
     for one in each:
         assert one.tables == (IMAGE + TEXT) * HEAD * 4
         assert one.tables / H == 1 / 12
@@ -176,7 +177,7 @@ def test_qwen_image_blocks_in_a_row_move_22_in_30_launches_each():
     assert sum(launches) / LAYERS <= 30
 
 
-def test_z_image_block_moves_a_sixth_in_a_twelfth_of_the_launches():
+def test_z_image_block_moves_a_seventh_in_a_twelfth_of_the_launches():
     D, HEADS = 3840, 30
     with torch.device("meta"):
         block = transformer_z_image.ZImageTransformerBlock(0, D, HEADS, HEADS, norm_eps=1e-5, qk_norm=True)
@@ -186,17 +187,17 @@ def test_z_image_block_moves_a_sixth_in_a_twelfth_of_the_launches():
     assert fused.launches == 5
     # As Qwen-Image's, with 8 for SwiGLU of 2⅔ times the channels.
     H = IMAGE * D * 2
-    assert 23.0 < fused.bytes / H < 23.1
+    assert 21.0 < fused.bytes / H < 21.1
     # Of diffusers 0.42: 66 launches and 149.7.
     assert plain.launches >= 12 * fused.launches
-    assert plain.bytes > 6 * fused.bytes
+    assert plain.bytes > 7 * fused.bytes
 
 
 def real_tables(tokens):
     return tuple(meta(tokens, HEAD, dtype=torch.float32) for _ in range(2))
 
 
-def test_flux_double_block_moves_a_fifth_in_a_sixth_of_the_launches():
+def test_flux_double_block_moves_a_sixth_in_a_sixth_of_the_launches():
     with torch.device("meta"):
         block = transformer_flux.FluxTransformerBlock(D, HEADS, HEAD)
     plain, fused = plain_and_fused(block, meta(1, IMAGE, D), meta(1, TEXT, D), meta(1, D), real_tables(IMAGE + TEXT))
@@ -204,10 +205,10 @@ def test_flux_double_block_moves_a_fifth_in_a_sixth_of_the_launches():
     assert fused.ops == {"ada_layer_norm": 2, "qk_norm_rope": 2, "gate_residual_norm": 4, "gelu": 2}
     assert fused.launches == 12
     H = (IMAGE + TEXT) * D * 2
-    assert 23.1 < fused.bytes / H < 23.2
+    assert 21.1 < fused.bytes / H < 21.2
     # Of diffusers 0.42: 80 launches and 127.5.
     assert plain.launches >= 6 * fused.launches
-    assert plain.bytes > 5.5 * fused.bytes
+    assert plain.bytes > 6 * fused.bytes
 
 
 def test_flux_single_block_moves_a_fifth_in_a_sixth_of_the_launches():
@@ -217,10 +218,10 @@ def test_flux_single_block_moves_a_fifth_in_a_sixth_of_the_launches():
     # The ops, SiLU of the timestep, and where text and image, and attention and feed-forward, are put together.
     assert fused.ops == {"ada_layer_norm": 1, "qk_norm_rope": 1, "gate_residual_norm": 1, "gelu": 1}
     assert fused.launches == 7
-    # 2 to join the streams, 2 for the norm, 6 for queries, keys and values, 2 and 8 for the output layer's input, 3 for
-    # the residual.
+    # 2 to join the streams, 2 for the norm, 4 for queries and keys, 2 and 8 for the output layer's input, 3 for the
+    # residual.
     H = (IMAGE + TEXT) * D * 2
-    assert 23.1 < fused.bytes / H < 23.2
+    assert 21.1 < fused.bytes / H < 21.2
     # Of diffusers 0.42: 42 launches and 122.5.
     assert plain.launches >= 6 * fused.launches
     assert plain.bytes > 5 * fused.bytes
@@ -243,17 +244,17 @@ def wan(heads, ffn, image=0, by_token=False):
     return *plain_and_fused(block, *given, kept=kept), IMAGE * D * 2
 
 
-def test_wan_block_moves_a_sixth_in_an_eighth_of_the_launches():
+def test_wan_block_moves_a_seventh_in_an_eighth_of_the_launches():
     plain, fused, H = wan(40, 13824)
     # The ops, and the sum of the timestep's modulation and the block's.
     assert fused.ops == WAN_OPS
     assert fused.launches == 9
-    # 2 for the first norm, 6 for queries, keys and values, 4 each for the second and the third, 2 for the queries that
-    # ask the text, 5.4 for GELU of 2.7 times the channels, 3 for the residual.
-    assert 26.7 < fused.bytes / H < 26.8
+    # 2 for the first norm, 4 for queries and keys, 4 each for the second and the third, 2 for the queries that ask the
+    # text, 5.4 for GELU of 2.7 times the channels, 3 for the residual.
+    assert 24.7 < fused.bytes / H < 24.8
     # Of diffusers 0.42: 76 launches and 175.1.
     assert plain.launches >= 8 * fused.launches
-    assert plain.bytes > 6 * fused.bytes
+    assert plain.bytes > 7 * fused.bytes
 
 
 def test_wan_block_with_an_image_has_two_launches_more():
@@ -261,7 +262,7 @@ def test_wan_block_with_an_image_has_two_launches_more():
     # The image's keys are normed, and what it gives is added to what the text gives.
     assert fused.ops == WAN_OPS | {"rms_norm": 3}
     assert fused.launches == 11
-    assert 29.8 < fused.bytes / H < 29.9
+    assert 27.8 < fused.bytes / H < 27.9
     # Of diffusers 0.42: 85 launches and 179.4.
     assert plain.launches >= 7 * fused.launches
     assert plain.bytes > 6 * fused.bytes
@@ -272,7 +273,7 @@ def test_wan_block_with_a_modulation_for_each_token_moves_a_quarter():
     assert fused.ops == WAN_OPS
     assert fused.launches == 9
     # 18 for the sum, 12 of it written in fp32, and 12 where the ops read that.
-    assert 60.7 < fused.bytes / H < 60.8
+    assert 58.7 < fused.bytes / H < 58.8
     # Of diffusers 0.42: 82 launches and 265.2.
     assert plain.launches >= 9 * fused.launches
     assert plain.bytes > 4 * fused.bytes
