@@ -14,6 +14,7 @@ import torch
 from omni_kernels import ops
 from omni_kernels.patching.layers import clipped, feed_forward, joint_attention, real_rotation, self_attention
 from omni_kernels.patching.structure import (
+    attends,
     computes,
     not_plain_attention,
     not_plain_layer_norm,
@@ -100,7 +101,7 @@ def double_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(text, image), as the block's own forward returns them; where that differs, that is what runs."""
     x, text = hidden_states, encoder_hidden_states
-    if joint_attention_kwargs or not _serves(block, DOUBLE_STANDS_FOR, x, text, temb, *image_rotary_emb or ()):
+    if joint_attention_kwargs or not _serves(block, DOUBLE_STANDS_FOR, image_rotary_emb, x, text, temb):
         return type(block).forward(block, x, text, temb, image_rotary_emb, joint_attention_kwargs)
     norm1, t_norm1 = block.norm1, block.norm1_context
     shift1, scale1, gate1, shift2, scale2, gate2 = norm1.linear(norm1.silu(temb)).chunk(6, 1)
@@ -131,7 +132,7 @@ def single_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(text, image), as the block's own forward returns them; where that differs, that is what runs."""
     x, text = hidden_states, encoder_hidden_states
-    if joint_attention_kwargs or not _serves(block, SINGLE_STANDS_FOR, x, text, temb, *image_rotary_emb or ()):
+    if joint_attention_kwargs or not _serves(block, SINGLE_STANDS_FOR, image_rotary_emb, x, text, temb):
         return type(block).forward(block, x, text, temb, image_rotary_emb, joint_attention_kwargs)
     norm, T = block.norm, text.shape[1]
     shift, scale, gate = norm.linear(norm.silu(temb)).chunk(3, 1)
@@ -147,11 +148,11 @@ def single_forward(
     return h[:, :T], h[:, T:]
 
 
-def _serves(block: Any, parts: dict[str, str], *states: torch.Tensor) -> bool:
+def _serves(block: Any, parts: dict[str, str], tables: Tables | None, *states: torch.Tensor) -> bool:
     attn = block.attn
     return (
-        computes(*states)
-        and type(attn.processor).__name__ == PROCESSOR
+        computes(*states, beside=tables or ())
+        and attends(attn, PROCESSOR)
         and not attn.fused_projections
         and stands(block, parts)
     )

@@ -17,6 +17,7 @@ from omni_kernels import ops
 from omni_kernels.patching import ahead
 from omni_kernels.patching.layers import clipped, complex_rotation, feed_forward, joint_attention
 from omni_kernels.patching.structure import (
+    attends,
     computes,
     not_plain_attention,
     not_plain_layer_norm,
@@ -76,8 +77,8 @@ def forward(
     x, text, index = hidden_states, encoder_hidden_states, modulate_index
     if (
         joint_attention_kwargs
-        or not computes(x, text)
-        or type(block.attn.processor).__name__ != PROCESSOR
+        or not computes(x, text, temb)
+        or not attends(block.attn, PROCESSOR)
         or not stands(block, STANDS_FOR)
     ):
         return type(block).forward(

@@ -14,6 +14,7 @@ import torch
 
 from omni_kernels.patching import ahead, flux, qwen_image, wan, z_image
 from omni_kernels.patching.engine import Patch, PatchConflictError
+from omni_kernels.patching.structure import home, is_librarys
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ def _fuse(block: torch.nn.Module, patch: Patch) -> str | None:
     rule = RULES.get(type(block).__name__)
     if rule is None:
         return "there is no fused forward for its class"
+    if not is_librarys(type(block).forward):
+        return f"the forward of its class is from {home(type(block).forward)}"
     reason = rule.unfit(block)
     if reason is None:
         try:

@@ -1,12 +1,12 @@
 """What a fused forward may take for granted: which modules it stands in for, and that nobody else wants them called.
 
 A fused forward computes what some modules of its block would, norms and activations above all, and calls the others.
-Whoever hooks or replaces one of the former has to be heard, so that each forward asks again.
+Whoever hooks or replaces one of the former, or what its class does, has to be heard, so that each forward asks again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,28 @@ from torch.nn.modules.module import _has_any_global_hook as _any_hook
 from omni_kernels.ops._checks import DTYPES
 from omni_kernels.ops.qk_norm_rope import MAX_HEAD_SIZE
 from omni_kernels.patching.engine import Forward, describe
+
+#: Whose classes the rows tell of.
+LIBRARIES = ("diffusers", "torch")
+_own: set[Any] = set()
+
+
+def home(method: Any) -> str:
+    """The module that a class's method was written in, whatever it was made to look like."""
+    return str(getattr(method, "__globals__", {}).get("__name__", "somewhere else"))
+
+
+def is_librarys(method: Any) -> bool:
+    """Whether a class's method is of diffusers or torch, and nothing that somebody has put in its place.
+
+    A graph that is being compiled holds what its classes did before.
+    """
+    if torch.compiler.is_compiling() or method in _own:
+        return True
+    if home(method).partition(".")[0] not in LIBRARIES:
+        return False
+    _own.add(method)
+    return True
 
 
 def part(block: torch.nn.Module, path: str) -> Any:
@@ -44,16 +66,34 @@ def shadowed(module: torch.nn.Module) -> bool:
 
 def stands(block: torch.nn.Module, parts: Mapping[str, str]) -> bool:
     """Whether the modules that a fused forward stands in for, class names by path, are still there and not hooked."""
+    if not is_librarys(type(block).forward):
+        return False
     for path, name in parts.items():
         module = part(block, path)
-        if type(module).__name__ != name or hooked(module):
+        if type(module).__name__ != name or hooked(module) or not is_librarys(type(module).forward):
             return False
     return True
 
 
-def computes(*states: torch.Tensor) -> bool:
-    """Whether the ops take these states, and no gradient is asked for, which they have none of."""
-    return not torch.is_grad_enabled() and all(t.dtype in DTYPES for t in states)
+def attends(attn: Any, processor: str) -> bool:
+    """Whether an attention's processor is of the class named, and does what that does."""
+    given = type(attn.processor)
+    return given.__name__ == processor and is_librarys(given.__call__)
+
+
+def computes(*states: torch.Tensor, beside: Iterable[torch.Tensor] = ()) -> bool:
+    """Whether the ops take these states, all of one dtype, and no gradient is asked for, which they have none of.
+
+    Args:
+        beside: what may have another dtype, rotary tables for one.
+    """
+    first = states[0].dtype
+    return (
+        not torch.is_grad_enabled()
+        and first in DTYPES
+        and all(t.dtype == first for t in states)
+        and all(t.dtype in DTYPES for t in beside)
+    )
 
 
 def multiplies(module: torch.nn.Module, x: torch.Tensor) -> bool:
@@ -84,6 +124,8 @@ def unlike(block: torch.nn.Module, parts: Mapping[str, str]) -> str | None:
         if hooked(module):
             holder = vars(module).get("forward")
             return f"{path} is hooked" + (f" by {describe(holder)}" if holder is not None else "")
+        if not is_librarys(type(module).forward):
+            return f"the forward of {path}'s class {name} is from {home(type(module).forward)}"
     return None
 
 
@@ -114,6 +156,8 @@ def not_plain_attention(block: torch.nn.Module, path: str, processor: str) -> st
     attn = part(block, path)
     if type(attn.processor).__name__ != processor:
         return f"{path}.processor is {type(attn.processor).__name__}, not {processor}"
+    if not attends(attn, processor):
+        return f"the __call__ of {processor} is from {home(type(attn.processor).__call__)}"
     if dispatcher(attn.processor) is None:
         return f"{processor} does not call dispatch_attention_fn"
     size = attn.inner_dim // attn.heads

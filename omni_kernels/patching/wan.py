@@ -15,6 +15,7 @@ import torch
 from omni_kernels import ops
 from omni_kernels.patching.layers import attend, feed_forward, real_rotation, self_attention, through
 from omni_kernels.patching.structure import (
+    attends,
     computes,
     not_plain_attention,
     not_plain_layer_norm,
@@ -76,11 +77,11 @@ def forward(
     """As the block's own forward; where a module is hooked, or a gradient asked for, that is what runs."""
     x, attn1, attn2, norm2 = hidden_states, block.attn1, block.attn2, block.norm2
     if (
-        not computes(x, encoder_hidden_states, temb, *rotary_emb or ())
+        not computes(x, beside=(encoder_hidden_states, temb, *(rotary_emb or ())))
         or attn1.fused_projections
         or attn2.fused_projections
-        or type(attn1.processor).__name__ != PROCESSOR
-        or type(attn2.processor).__name__ != PROCESSOR
+        or not attends(attn1, PROCESSOR)
+        or not attends(attn2, PROCESSOR)
         or not stands(block, STANDS_FOR if attn2.add_k_proj is None else STANDS_FOR_WITH_IMAGE)
     ):
         return type(block).forward(block, x, encoder_hidden_states, temb, rotary_emb)

@@ -13,7 +13,15 @@ import torch
 
 from omni_kernels import ops
 from omni_kernels.patching.layers import complex_rotation, self_attention, through
-from omni_kernels.patching.structure import computes, not_plain_attention, not_plain_rms_norm, part, stands, unlike
+from omni_kernels.patching.structure import (
+    attends,
+    computes,
+    not_plain_attention,
+    not_plain_rms_norm,
+    part,
+    stands,
+    unlike,
+)
 
 #: The modules that are not called, by path, and their classes.
 STANDS_FOR = {
@@ -55,7 +63,7 @@ def forward(
     adaln_clean: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As the block's own forward; where a module is hooked, or a gradient asked for, that is what runs."""
-    if not computes(x) or type(block.attention.processor).__name__ != PROCESSOR or not stands(block, STANDS_FOR):
+    if not computes(x) or not attends(block.attention, PROCESSOR) or not stands(block, STANDS_FOR):
         return type(block).forward(block, x, attn_mask, freqs_cis, adaln_input, noise_mask, adaln_noisy, adaln_clean)
     scale1 = gate1 = scale2 = gate2 = index = None
     tanh = bool(block.modulation)

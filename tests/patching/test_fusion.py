@@ -302,6 +302,95 @@ ODD = {
 }
 
 
+def doubled(cls, name, monkeypatch):
+    """A method of a class, replaced by one that looks like it and returns twice as much."""
+    own = getattr(cls, name)
+
+    @functools.wraps(own)
+    def double(self, *args, **kwargs):
+        result = own(self, *args, **kwargs)
+        return 2 * result if isinstance(result, torch.Tensor) else tuple(2 * t for t in result)
+
+    monkeypatch.setattr(cls, name, double)
+
+
+CLASSES = {
+    QwenImageTransformerBlock: "the forward of its class is from test_fusion",
+    transformer_qwenimage.RMSNorm: "the forward of attn.norm_q's class RMSNorm is from test_fusion",
+    transformer_qwenimage.FeedForward: "the forward of img_mlp's class FeedForward is from test_fusion",
+    transformer_qwenimage.QwenDoubleStreamAttnProcessor2_0: "the __call__ of Qwen.* is from test_fusion",
+}
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("patch_first", [True, False])
+def test_what_somebody_makes_of_a_class_counts(qwen_pipe, monkeypatch, cls, patch_first):
+    transformer = qwen_pipe.transformer
+    before = output(transformer)
+    method = "__call__" if cls.__name__ in PROCESSORS else "forward"
+    if patch_first:
+        handle = omni_kernels.patch(qwen_pipe)
+        assert len(handle.fused.replaced) == 4
+        doubled(cls, method, monkeypatch)
+        result = output(transformer)
+        handle.undo()
+    else:
+        doubled(cls, method, monkeypatch)
+        handle = omni_kernels.patch(qwen_pipe)
+        assert not handle.fused.replaced
+        assert all(re.search(CLASSES[cls], reason) for reason in handle.fused.left_alone.values())
+        result = output(transformer)
+    monkeypatch.undo()
+    assert off(result, before) > 1e-3
+    doubled(cls, method, monkeypatch)
+    handle.undo()
+    assert torch.equal(output(transformer), result)
+
+
+PROCESSORS = ["QwenDoubleStreamAttnProcessor2_0"]
+
+
+def norm_of_theirs(block):
+    class RMSNorm(torch.nn.Module):
+        eps = 1e-6
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.full((32,), 0.5))
+
+        def forward(self, x):
+            return F.rms_norm(x, (32,), 1 + self.weight, 1e-6)
+
+    block.attn.norm_q = RMSNorm()
+
+
+def processor_of_theirs(block):
+    theirs = type("QwenDoubleStreamAttnProcessor2_0", (), {})
+    own = block.attn.processor
+
+    def call(self, *args, **kwargs):
+        image, text = own(*args, **kwargs)
+        return 2 * image, text
+
+    theirs.__call__ = call
+    block.attn.processor = theirs()
+
+
+def block_of_theirs(block):
+    def forward(self, *args, **kwargs):
+        text, image = QwenImageTransformerBlock.forward(self, *args, **kwargs)
+        return text, 2 * image
+
+    block.__class__ = type("QwenImageTransformerBlock", (QwenImageTransformerBlock,), {"forward": forward})
+
+
+ODD |= {
+    norm_of_theirs: "the forward of attn.norm_q's class RMSNorm is from test_fusion",
+    processor_of_theirs: "the __call__ of Qwen.* is from test_fusion",
+    block_of_theirs: "the forward of its class is from test_fusion",
+}
+
+
 @pytest.mark.parametrize("change", ODD)
 def test_block_that_does_not_fit_is_left_alone_and_said_why(qwen_pipe, change):
     change(qwen_pipe.transformer.transformer_blocks[2])
@@ -315,7 +404,15 @@ def test_block_that_does_not_fit_is_left_alone_and_said_why(qwen_pipe, change):
     assert torch.equal(output(qwen_pipe.transformer), expected)
 
 
-LATER = [layer_norm_of_q, another_processor, hook_on_norm, accelerate_hook_on_norm]
+LATER = [
+    norm_of_theirs,
+    processor_of_theirs,
+    block_of_theirs,
+    layer_norm_of_q,
+    another_processor,
+    hook_on_norm,
+    accelerate_hook_on_norm,
+]
 
 
 @pytest.mark.parametrize("change", LATER)
@@ -328,6 +425,25 @@ def test_what_changes_after_patching_counts(qwen_pipe, change):
     omni_kernels.patch(qwen_pipe)
     change(qwen_pipe.transformer.transformer_blocks[2])
     assert off(output(qwen_pipe.transformer), expected) < 1e-5
+
+
+@pytest.mark.parametrize("text", [torch.bfloat16, torch.float64])
+def test_streams_of_two_dtypes_run_unfused(qwen_pipe, text):
+    block = qwen_pipe.transformer.transformer_blocks[0]
+    given = torch.randn(1, 16, 64), torch.randn(1, TEXT, 64).to(text), None, torch.randn(1, 64)
+
+    @torch.no_grad()
+    def returned():
+        try:
+            return block(*given)
+        except RuntimeError as error:
+            return str(error)
+
+    expected = returned()
+    omni_kernels.patch(qwen_pipe)
+    result = returned()
+    assert type(result) is type(expected)
+    assert result == expected if isinstance(expected, str) else all(map(torch.equal, result, expected))
 
 
 def test_what_the_ops_do_not_do_runs_unfused(qwen_pipe):
