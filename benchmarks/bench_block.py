@@ -52,10 +52,10 @@ from omni_kernels.patching.rules import RULES
 from omni_kernels.validation.record import device_name, machine, slug, write
 from omni_kernels.validation.timing import Call, median_seconds
 
-#: provider → how a pipeline is patched for it; eager is not.
+#: provider → how a pipeline is patched for it; eager is not, and what diffusers compiles is not either.
 PROVIDERS: dict[str, dict[str, Any]] = {
     "eager": {},
-    "compiled": {"fuse": False, "compile": "regional"},
+    "compiled": {},
     "fused": {"fuse": True},
     "fused, compiled": {"fuse": True, "compile": "regional"},
     "fused, graphs": {"fuse": True, "graphs": True},
@@ -105,12 +105,20 @@ def providers_on(device: torch.device) -> list[str]:
 def provided(transformer: Any, provider: str, compiler: str) -> Iterator[None]:
     """The transformer under a provider."""
     how = dict(PROVIDERS[provider])
-    if not how:
+    if provider == "eager":
         yield
+        return
+    torch._dynamo.reset()
+    if provider == "compiled":
+        transformer.compile_repeated_blocks(fullgraph=True, backend=compiler)
+        try:
+            yield
+        finally:
+            for module in transformer.modules():
+                module._compiled_call_impl = None
         return
     if "compile" in how:
         how["compile"] = {"backend": compiler}
-    torch._dynamo.reset()
     with omni_kernels.patched(SimpleNamespace(transformer=transformer), **how) as handle:
         left = handle.fused.left_alone
         assert not left, f"{provider}: not all blocks are fused: {left}"
@@ -267,7 +275,8 @@ def measure(
     whole: torch.Tensor | None = None
     rows = []
     for provider in providers_on(device):
-        hidden, recorded = not {"compile", "graphs"}.isdisjoint(PROVIDERS[provider]), "graphs" in PROVIDERS[provider]
+        recorded = "graphs" in PROVIDERS[provider]
+        hidden = recorded or "compiled" in provider
         with provided(transformer, provider, compiler):
             parts: dict[str, tuple[Call, Callable[[Call], float]]] = {}
             for kind, (block, args, kwargs) in () if recorded else blocks.items():
