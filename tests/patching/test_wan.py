@@ -137,19 +137,21 @@ def bf16(transformer, kept):
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_bf16_is_no_farther_from_fp64_than_the_unpatched(kept):
+@pytest.mark.parametrize(("sharpness", "farther"), [(8, 1.0), (1, 1.01)])
+def test_bf16_is_no_farther_from_fp64_than_the_unpatched(kept, sharpness, farther):
     """In the mean over all cases and seeds, where attention tells one token from another, as a trained model's does.
 
     diffusers rounds where the ops do, but for q and k, which it rounds between norm and rotation too. Random weights
     attend to all tokens alike, and what q and k are shows in nothing: over 48 seeds of each case the fused result was
-    then 0.08% ± 0.06% farther, which is noise. With q and k eight times as large it is 3.1% ± 0.6% nearer.
+    then 0.08% ± 0.06% farther, which is noise; it is held to a hundredth. With q and k eight times as large it is
+    3.1% ± 0.6% nearer.
     """
     plain, fused = [], []
     for case in CASES.values():
         transformer = made("image" in case, heads=4, head=24)
         for block in transformer.blocks:
-            block.attn1.norm_q.weight.data *= 8
-            block.attn1.norm_k.weight.data *= 8
+            block.attn1.norm_q.weight.data *= sharpness
+            block.attn1.norm_k.weight.data *= sharpness
         bf16(transformer, kept)
         exact = copy.deepcopy(transformer).double()
         for seed in range(16):
@@ -159,7 +161,7 @@ def test_bf16_is_no_farther_from_fp64_than_the_unpatched(kept):
                 plain.append(off(transformer(**given)[0], truth))
                 with omni_kernels.patched(Pipe(transformer)), all_blocks_fused():
                     fused.append(off(transformer(**given)[0], truth))
-    assert 0 < sum(fused) <= sum(plain)
+    assert 0 < sum(fused) <= farther * sum(plain)
 
 
 @torch.no_grad()
