@@ -170,7 +170,7 @@ class Recording(CacheSession):
         points: of all requests so far.
     """
 
-    alone = "where a rank sees its own tokens alone: record on one rank"
+    alone = "where a rank may see its own tokens alone: calibrate on one rank"
 
     def __init__(self, pipe: Any, method: str) -> None:
         record = RECORDINGS[method]

@@ -231,7 +231,7 @@ class CacheSession:
     """
 
     passage_class: Callable[..., ResidualPassage] = ResidualPassage
-    #: Why ranks may not share a sequence, where blocks are watched; None where they may.
+    #: Why several ranks may not run the transformer, where blocks are watched; None where they may.
     alone: str | None = None
 
     def __init__(
@@ -355,7 +355,7 @@ class CacheSession:
             for transformer in self._transformers:
                 _refuse_parallel(transformer, self.alone)
         if self.row is not None and self.parts is not None:
-            # Who shares the sequences, and who splits them where, may have changed since the last request.
+            # Who runs the transformer, and what is split where, may have changed since the last request.
             self.ranks = ranks_of(self.transformer)
             kind = BlockCalls if self.ranks is None else SplitCalls
             if type(self.calls) is not kind:
@@ -543,15 +543,11 @@ def _refuse_compiled(transformer: torch.nn.Module) -> None:
 
 
 def _refuse_parallel(transformer: torch.nn.Module, alone: str | None) -> None:
-    """Raise for a transformer whose ranks would not decide alike, by name; `alone` is why none may share a sequence."""
+    """Raise for a transformer that several ranks run, by name, where `alone` says why they may not."""
     config = getattr(transformer, "_parallel_config", None)
-    if config is None:
-        return
-    kind, why = "context", alone
-    if config.context_parallel_config is None:
-        kind, why = "tensor", "where every rank would decide by sums of its own: caches of blocks do not share them yet"
-    if why is not None:
+    if alone is not None and config is not None:
+        kind = "tensor" if config.context_parallel_config is None else "context"
         raise ValueError(
-            f"this {_name(transformer)} runs under {kind} parallelism, {why}. Caches of whole steps (velocity_cache, "
-            "easy_cache) can be used; omni_kernels.unpatch(pipe) takes a cache out"
+            f"this {_name(transformer)} runs under {kind} parallelism, {alone}; omni_kernels.unpatch(pipe) takes a "
+            "cache out"
         )

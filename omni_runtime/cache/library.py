@@ -197,8 +197,8 @@ class LibrarySession(CacheSession):
     """
 
     alone = (
-        "where engine 'library' would average distances over every rank of the world, whether it shares the sequence "
-        "or not, and as if all shards were as long: engine 'own' does neither"
+        "where engine 'library' would average its distances over every rank there is, whether it works on the same "
+        "request or not, and as if all shards were as long: engine 'own' does neither"
     )
 
     def __init__(

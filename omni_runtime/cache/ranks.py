@@ -1,9 +1,10 @@
-"""Ranks that share a sequence, and how they come to one decision (diffusers' context parallelism).
+"""Ranks that run one transformer together, and how they come to one decision (diffusers' parallelism).
 
-Each rank's blocks see some of the tokens: rank 0 the first ones, rank 1 those behind them, and so on, all as many, or
-nearly (`ulysses_anything`). What decides is summed over all of them, by collectives that leave the same bits on every
-rank; shapes, which differ, are those of the whole sequence. So every rank computes and skips the same steps: were they
-to differ in one, the ranks that compute would wait for the others for ever.
+Under context parallelism each rank's blocks see some of the tokens: rank 0 the first ones, rank 1 those behind them,
+and so on, all as many, or nearly (`ulysses_anything`). What decides is summed over the ranks, which leaves the same
+bits on all of them, and shapes, which differ, are those of the whole sequence. So every rank computes and skips the
+same steps: were they to part at one, those that compute would wait for the others for ever. Under tensor parallelism
+each rank sees all tokens, the same but for what its own kernels may round otherwise, and they decide by the same sums.
 
 Within a forward, states are this rank's. Where diffusers splits them as they enter a block, they are taken as it will.
 """
@@ -19,10 +20,18 @@ from omni_runtime.cache.models import Arguments, ModelRow
 
 
 class Ranks:
-    """The ranks that share the sequences of one transformer; collectives among them."""
+    """The ranks that run one transformer; collectives among them.
 
-    def __init__(self, group: Any) -> None:
+    Args:
+        group: theirs.
+        split: whether each has some of the tokens, and not all.
+        even: whether they all have as many.
+    """
+
+    def __init__(self, group: Any, split: bool, even: bool) -> None:
         self._group = group
+        self.split = split
+        self.even = even
         self.rank: int = torch.distributed.get_rank(group)
         self.count: int = torch.distributed.get_world_size(group)
 
@@ -31,8 +40,10 @@ class Ranks:
         torch.distributed.all_reduce(summands, group=self._group)
         return summands
 
-    def gather(self, number: int, device: torch.device) -> list[int]:
-        """The number that each rank gives; the host waits for them."""
+    def tokens(self, number: int, device: torch.device) -> list[int]:
+        """How many tokens each rank has, of which this one has that number; where they differ, the host waits."""
+        if self.even:
+            return [number] * self.count
         given = torch.tensor([number], device=device)
         numbers = [torch.empty_like(given) for _ in range(self.count)]
         torch.distributed.all_gather(numbers, given, group=self._group)
@@ -48,17 +59,22 @@ class Ranks:
 
 
 def ranks_of(transformer: torch.nn.Module) -> Ranks | None:
-    """The ranks among which the transformer's sequences are split; None where they are not."""
-    parallel = getattr(transformer, "_parallel_config", None)
-    config = None if parallel is None else parallel.context_parallel_config
-    return None if config is None else Ranks(config._flattened_mesh.get_group())
+    """The ranks that run the transformer; None where this one does so alone."""
+    config = getattr(transformer, "_parallel_config", None)
+    if config is None:
+        return None
+    context = config.context_parallel_config
+    if context is None:
+        return Ranks(config.tensor_parallel_config._mesh.get_group(), split=False, even=True)
+    even = not (context.ulysses_anything or getattr(context, "ring_anything", False))
+    return Ranks(context._flattened_mesh.get_group(), split=True, even=even)
 
 
 class Shard:
     """What is this rank's of the sequence that one CFG branch of a request works on.
 
     Attributes:
-        watched: how many tokens are watched, of all ranks together.
+        watched: how many tokens of it are watched, on whatever rank.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -84,9 +100,12 @@ class Shard:
         With the number of ranks: what was decided on another number of them, or on one alone, was not decided together.
         """
         B, tokens, *width = hidden.shape
-        self._tokens = self._ranks.gather(tokens, hidden.device)
-        self.watched = sum(self._tokens) if noise_tokens is None else noise_tokens
+        self._tokens = self._ranks.tokens(tokens, hidden.device)
+        whole = sum(self._tokens) if self._ranks.split else tokens
+        self.watched = whole if noise_tokens is None else noise_tokens
         self._elements = B * self.watched * hidden.shape[2:].numel()
+        if not self._ranks.split:
+            self._elements *= self._ranks.count  # each is added up as often
         return B, self.watched, *width, self._ranks.count
 
     def add(self, sums: torch.Tensor) -> int:
@@ -100,6 +119,8 @@ class Shard:
 
     def parts(self, leading: int) -> list[int]:
         """How many of the sequence's first `leading` tokens each rank has."""
+        if not self._ranks.split:
+            return [leading] * self._ranks.count
         parts = []
         for tokens in self._tokens:
             parts.append(min(tokens, leading))
@@ -107,11 +128,13 @@ class Shard:
         return parts
 
     def by_channels(self, x: torch.Tensor, leading: int) -> torch.Tensor:
-        """All of the first `leading` tokens, of which each rank has some in x [B, S, D], but this rank's channels only.
+        """All of the first `leading` tokens, of which x [B, S, D] has some, but of its channels this rank's alone.
 
         Returns:
-            [B, leading, D'] with D' nearly D over the number of ranks.
+            [B, leading, D'] with D' nearly D over the number of ranks; x's own D where it has all the tokens.
         """
+        if not self._ranks.split:
+            return x[:, :leading]
         rank, parts = self._ranks.rank, self.parts(leading)
         sent = x[:, : parts[rank]].tensor_split(self._ranks.count, dim=2)
         B, _, width = sent[rank].shape
