@@ -170,6 +170,8 @@ class Recording(CacheSession):
         points: of all requests so far.
     """
 
+    alone = "where a rank may see its own tokens alone: calibrate on one rank"
+
     def __init__(self, pipe: Any, method: str) -> None:
         record = RECORDINGS[method]
         self.passage_class = record.passage

@@ -37,6 +37,7 @@ from omni_runtime.cache.history import history_of
 from omni_runtime.cache.lifecycle import Lifecycle, Request
 from omni_runtime.cache.models import MODELS, Arguments, ModelRow, block_lists, row_of
 from omni_runtime.cache.output import OutputSite, OutputSteps, check_scheduler
+from omni_runtime.cache.ranks import Ranks, Shard, SplitCalls, ranks_of
 from omni_runtime.cache.replay import ReplayGate, Replays
 from omni_runtime.cache.report import BranchReport, CacheReport, Decision, StepEvent
 from omni_runtime.cache.signals import Nothing, Signal, SituatedSignal
@@ -84,6 +85,7 @@ class ResidualPassage(Passage):
         "_images",
         "_noise_tokens",
         "_position",
+        "_shard",
         "_signal",
         "_using",
         "decisions",
@@ -115,9 +117,11 @@ class ResidualPassage(Passage):
         self.decisions: list[Decision] = []
         request.decisions[name] = self.decisions
         self.remembered: torch.Tensor | None = None
-        self.hidden = history_of(parts.forecaster)
+        self._shard = None if session.ranks is None else Shard(session.ranks)
+        add = None if session.ranks is None else session.ranks.add
+        self.hidden = history_of(parts.forecaster, add=add)
         # The text stream matters only to blocks that still run: with none behind the site, it is left alone.
-        self.encoder = None if parts.last == session.blocks else history_of(parts.forecaster)
+        self.encoder = None if parts.last == session.blocks else history_of(parts.forecaster, add=add)
 
     def begin(self, request: Request, arguments: Arguments, stepwise: bool) -> None:
         """A forward of this step of the request begins, with these arguments of the transformer."""
@@ -127,6 +131,8 @@ class ResidualPassage(Passage):
         self.step = request.step
         self._images = request.images
         self._position = float(request.step) if self._by_step else request.sigma
+        if self._shard is not None and self._shard.reshaped(arguments):
+            self.hidden.shape = None  # fits nothing, on any rank
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that is held between forwards."""
@@ -135,8 +141,11 @@ class ResidualPassage(Passage):
 
     def _forget(self, hidden: torch.Tensor) -> None:
         """Drop what does not fit `hidden`: the batch, the resolution or the prompt's length has changed."""
-        tokens = hidden.shape[1] if self._noise_tokens is None else self._noise_tokens
-        self.gate.enters((hidden.shape[0], tokens, *hidden.shape[2:]))
+        if self._shard is None:
+            tokens = hidden.shape[1] if self._noise_tokens is None else self._noise_tokens
+            self.gate.enters((hidden.shape[0], tokens, *hidden.shape[2:]))
+        else:
+            self.gate.enters(self._shard.measure(hidden, self._noise_tokens))
         self.remembered = None
         self.hidden.clear()
         if self.encoder is not None:
@@ -158,18 +167,21 @@ class ResidualPassage(Passage):
         if verdict is None or verdict.computed or self._every_step:
             entered = hidden if self.entered is None else self.entered
             if self._noise_tokens is not None:
-                hidden, entered = hidden[:, : self._noise_tokens], entered[:, : self._noise_tokens]
+                noise = self._noise_tokens if self._shard is None else self._shard.part(self._noise_tokens)
+                hidden, entered = hidden[:, :noise], entered[:, :noise]
             then = self.remembered if verdict is None else None
             now, sums = self._signal.observe(block, arguments, hidden, entered, then, using)
             if verdict is None and then is None:
                 verdict = Verdict(True, "nothing to compare with")
-            elif verdict is None and gate.reads:
-                pairs = sums.tolist()  # the decision's one transfer to the host
-                if len(pairs) != self._images:
-                    pairs = by_image(pairs, self._images)
-                verdict = gate.judge(pairs, now.numel() // len(pairs))
             elif verdict is None:
-                verdict = gate.keep(sums, now.numel(), self._images)
+                elements = now.numel() if self._shard is None else self._shard.add(sums)
+                if gate.reads:
+                    pairs = sums.tolist()  # the decision's one transfer to the host
+                    if len(pairs) != self._images:
+                        pairs = by_image(pairs, self._images)
+                    verdict = gate.judge(pairs, elements // len(pairs))
+                else:
+                    verdict = gate.keep(sums, elements, self._images)
             if verdict.computed or self._every_step:
                 self.remembered = now
         gate.settle(verdict.computed)
@@ -197,7 +209,7 @@ class SituatedPassage(ResidualPassage):
 
     def __init__(self, session: CacheSession, request: Request, name: str) -> None:
         super().__init__(session, request, name)
-        self._signal = self._situated = cast(SituatedSignal, self._signal).fresh()
+        self._signal = self._situated = cast(SituatedSignal, self._signal).fresh(self._shard)
 
     def begin(self, request: Request, arguments: Arguments, stepwise: bool) -> None:
         """See `ResidualPassage.begin`."""
@@ -219,6 +231,8 @@ class CacheSession:
     """
 
     passage_class: Callable[..., ResidualPassage] = ResidualPassage
+    #: Why several ranks may not run the transformer, where blocks are watched; None where they may.
+    alone: str | None = None
 
     def __init__(
         self,
@@ -235,21 +249,22 @@ class CacheSession:
         if output is not None:
             check_scheduler(pipe.scheduler, output.residual)
         if parts is not None:
-            refuse_for_blocks(self.transformer)
+            self._check_blocks_of(self.transformer)
         #: Whether blocks are skipped, by what each rank sees of the hidden states. The whole model's output, by which
         #: steps are skipped, is gathered: of that every rank has all.
         self._skips_blocks = parts is not None
+        self.ranks: Ranks | None = None
         # A pipeline may change to a second transformer for the last steps (Wan 2.2): whole steps are skipped of both.
         second = getattr(pipe, "transformer_2", None) if parts is None else None
         self._transformers = [self.transformer] if second is None else [self.transformer, second]
         self.row = MODELS.get(type(self.transformer).__name__) if parts is None else row_of(_name(self.transformer))
         self._lists = [] if self.row is None else block_lists(self.transformer, self.row)
-        flat = [block for blocks in self._lists for block in blocks]
-        self.blocks = len(flat)
+        self._flat = [block for blocks in self._lists for block in blocks]
+        self.blocks = len(self._flat)
         self.parts: Parts | None = None
         if parts is not None:
             assert self.row is not None  # row_of has found one
-            self.calls = BlockCalls(self.row, flat, self.transformer.forward)
+            self.calls = BlockCalls(self.row, self._flat, self.transformer.forward)
             self.parts = parts(self.row, self.blocks)
             if isinstance(self.parts.signal, SituatedSignal):
                 self.passage_class = SituatedPassage
@@ -330,10 +345,21 @@ class CacheSession:
         holders = [*request.state.values(), *([] if request.outputs is None else [request.outputs])]
         return [t for holder in holders for t in holder.tensors()]
 
+    def _check_blocks_of(self, transformer: torch.nn.Module) -> None:
+        """Raise for what a block cache cannot live with, by name."""
+        _refuse_compiled(transformer)
+        _refuse_parallel(transformer, self.alone)
+
     def _opened(self, request: Request) -> None:
         if self._skips_blocks:
             for transformer in self._transformers:
-                _refuse_parallel(transformer)
+                _refuse_parallel(transformer, self.alone)
+        if self.row is not None and self.parts is not None:
+            # Who runs the transformer, and what is split where, may have changed since the last request.
+            self.ranks = ranks_of(self.transformer)
+            kind = BlockCalls if self.ranks is None else SplitCalls
+            if type(self.calls) is not kind:
+                self.calls = kind(self.row, self._flat, self.transformer.forward)
         self._last = request
         if self.parts is not None and self.parts.note is not None:
             request.notes.append(self.parts.note)
@@ -505,22 +531,23 @@ def _refuse_cached(transformer: torch.nn.Module) -> None:
         )
 
 
-def refuse_for_blocks(transformer: torch.nn.Module) -> None:
-    """Raise for what a block cache cannot live with, by name."""
-    kind = _name(transformer)
+def _refuse_compiled(transformer: torch.nn.Module) -> None:
+    """Raise for a transformer of which no block can be passed over, by name."""
     compiled = getattr(transformer, "_compiled_call_impl", None)
     if compiled is not None or hasattr(transformer, "_orig_mod"):
         raise PatchConflictError(
-            f"this {kind} was compiled as a whole ({describe(compiled or transformer)}): which blocks run could no "
-            "longer be decided at run time. Compile its blocks instead: transformer.compile_repeated_blocks()"
+            f"this {_name(transformer)} was compiled as a whole ({describe(compiled or transformer)}): which blocks "
+            "run could no longer be decided at run time. Compile its blocks instead: "
+            "transformer.compile_repeated_blocks()"
         )
-    _refuse_parallel(transformer)
 
 
-def _refuse_parallel(transformer: torch.nn.Module) -> None:
-    if getattr(transformer, "_parallel_config", None) is not None:
+def _refuse_parallel(transformer: torch.nn.Module, alone: str | None) -> None:
+    """Raise for a transformer that several ranks run, by name, where `alone` says why they may not."""
+    config = getattr(transformer, "_parallel_config", None)
+    if alone is not None and config is not None:
+        kind = "tensor" if config.context_parallel_config is None else "context"
         raise ValueError(
-            f"this {_name(transformer)} runs under context parallelism, where ranks must decide together: caches of "
-            "blocks do not do that yet. Those of whole steps (velocity_cache, easy_cache) can be used; "
-            "omni_kernels.unpatch(pipe) takes a cache out"
+            f"this {_name(transformer)} runs under {kind} parallelism, {alone}; omni_kernels.unpatch(pipe) takes a "
+            "cache out"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,8 @@ from omni_kernels import ops
 from omni_kernels.device import has_fp64
 from omni_runtime.cache.forecasters import Forecaster, Weights, evenly_spaced
 
+#: One rank's summand → the sum over all ranks.
+Add = Callable[[torch.Tensor], torch.Tensor]
 #: Elements of a sample that are copied at once: 8 MB in float64.
 PIECE = 1 << 20
 
@@ -94,12 +96,16 @@ class FittedHistory(History):
     The first forecast after a computed step reads the evenly spaced snapshots once for their inner products, and
     transfers n×n numbers per sample to the host, where they are fitted; further forecasts use the same fit. Where the
     snapshots are too few or unevenly spaced, nothing is read.
+
+    Args:
+        add: sums over the ranks that have the snapshots' other parts, where they are split: one fit serves all.
     """
 
-    __slots__ = ("_fits",)
+    __slots__ = ("_add", "_fits")
 
-    def __init__(self, forecaster: Forecaster) -> None:
+    def __init__(self, forecaster: Forecaster, add: Add | None = None) -> None:
         super().__init__(forecaster)
+        self._add = add
         self._fits: list[Weights] | None = None
 
     def clear(self) -> None:
@@ -139,10 +145,10 @@ class FittedHistory(History):
             return []
         spacing = self.positions[0] - self.positions[1]
         noise = torch.finfo(self._snapshots[0].dtype).eps
-        return [fit(products, spacing, noise) for products in inner_products(self._snapshots[:count])]
+        return [fit(products, spacing, noise) for products in inner_products(self._snapshots[:count], self._add)]
 
 
-def inner_products(snapshots: list[torch.Tensor]) -> np.ndarray:
+def inner_products(snapshots: list[torch.Tensor], add: Add | None = None) -> np.ndarray:
     """[B, n, n] in float64, on the host, of n tensors [B, ...] with each other; one transfer.
 
     Summed in float64, or in float32 on devices that lack it, over pieces that bound the copy in that type.
@@ -153,9 +159,12 @@ def inner_products(snapshots: list[torch.Tensor]) -> np.ndarray:
     for pieces in zip(*(snapshot.flatten(1).split(PIECE, 1) for snapshot in snapshots), strict=True):
         rows = torch.stack([piece.to(dtype) for piece in pieces], 1)
         total += rows @ rows.mT
+    if add is not None:
+        total = add(total)
     return total.cpu().double().numpy()
 
 
-def history_of(forecaster: Forecaster, keep: int | None = None) -> History:
-    """An empty history for a forecaster; `keep` as in `History`, for one that nothing is fitted to."""
-    return History(forecaster, keep) if forecaster.fit is None else FittedHistory(forecaster)
+def history_of(forecaster: Forecaster, keep: int | None = None, add: Add | None = None) -> History:
+    """An empty history for a forecaster; `keep` as in `History`, where nothing is fitted, `add` as in `FittedHistory`,
+    where something is."""
+    return History(forecaster, keep) if forecaster.fit is None else FittedHistory(forecaster, add)

@@ -30,7 +30,7 @@ from omni_kernels.patching import Patch
 from omni_kernels.patching.backends import nearest
 from omni_kernels.patching.cache_dit import NAME, Library, use_kernels
 from omni_kernels.patching.engine import describe
-from omni_runtime.cache.engine import LIBRARY_MARK, CacheSession, refuse_for_blocks
+from omni_runtime.cache.engine import LIBRARY_MARK, CacheSession
 from omni_runtime.cache.lifecycle import Request
 from omni_runtime.cache.report import Decision
 
@@ -196,6 +196,11 @@ class LibrarySession(CacheSession):
         ValueError, PatchConflictError: a pipeline that the library cannot serve, by name.
     """
 
+    alone = (
+        "where engine 'library' would average its distances over every rank there is, whether it works on the same "
+        "request or not, and as if all shards were as long: engine 'own' does neither"
+    )
+
     def __init__(
         self,
         name: str,
@@ -206,7 +211,7 @@ class LibrarySession(CacheSession):
         super().__init__(name, pipe, None)
         self._skips_blocks = True
         for transformer in self._transformers:
-            refuse_for_blocks(transformer)
+            self._check_blocks_of(transformer)
         self._pipe = pipe
         self._config = config
         self._mask = mask

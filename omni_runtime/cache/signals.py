@@ -20,6 +20,7 @@ import torch
 
 from omni_kernels import ops
 from omni_runtime.cache.models import Arguments, Grid, Modulation
+from omni_runtime.cache.ranks import Shard
 
 
 class Signal(Protocol):
@@ -53,8 +54,8 @@ class Signal(Protocol):
 class SituatedSignal(Signal, Protocol):
     """A signal that looks at more than block 0: each branch of a request has one of its own."""
 
-    def fresh(self) -> SituatedSignal:
-        """One for a branch."""
+    def fresh(self, shard: Shard | None) -> SituatedSignal:
+        """One for a branch, whose states are this shard of a sequence; None where they are whole."""
 
     def situate(self, sigma: float, arguments: Arguments) -> None:
         """A forward begins, at the noise level σ, with these arguments of the transformer."""
@@ -110,7 +111,7 @@ class FilteredModulatedInput:
     x_σ = (1 − σ) signal + σ noise, along each axis of the tokens' grid a signal of power S = 1 / (|f|^p + 1e-16) at
     frequency f, in cycles per token: the gain is g = (1 − σ) S / ((1 − σ)² S + σ² + 1e-16), and that of several axes
     their product, divided by its mean. σ is held within [1e-6, 1 − 1e-6], where the gain is defined. In fp32; what is
-    remembered has the grid's shape [B, F, H, W, D].
+    remembered has the grid's shape [B, F, H, W, D]; where ranks share the tokens, each remembers some of the channels.
     """
 
     every_step = True
@@ -127,10 +128,13 @@ class FilteredModulatedInput:
         self._power = power
         self._sigma = 1.0
         self._forward: Arguments = {}
+        self._shard: Shard | None = None
 
-    def fresh(self) -> FilteredModulatedInput:
+    def fresh(self, shard: Shard | None) -> FilteredModulatedInput:
         """See `SituatedSignal.fresh`."""
-        return copy.copy(self)
+        one = copy.copy(self)
+        one._shard = shard
+        return one
 
     def situate(self, sigma: float, arguments: Arguments) -> None:
         """See `SituatedSignal.situate`."""
@@ -150,11 +154,13 @@ class FilteredModulatedInput:
         # The grid of a request is the same at all steps, and for FLUX it takes a transfer to learn.
         grid = self._noise_grid(self._forward) if remembered is None else remembered.shape[1:4]
         self._forward = {}  # nothing of a forward is held beyond it
-        tokens = math.prod(grid)
-        if tokens > modulated.shape[1]:
-            raise ValueError(f"there are {modulated.shape[1]} tokens, and a grid of {'×'.join(map(str, grid))}")
+        tokens, there = math.prod(grid), modulated.shape[1] if self._shard is None else self._shard.watched
+        if tokens > there:
+            raise ValueError(f"there are {there} tokens, and a grid of {'×'.join(map(str, grid))}")
+        # A filter over the grid needs all tokens, but one channel at a time.
+        modulated = modulated[:, :tokens] if self._shard is None else self._shard.by_channels(modulated, tokens)
         B, _, D = modulated.shape
-        now = wiener(modulated[:, :tokens].reshape(B, *grid, D), self._sigma, self._power)
+        now = wiener(modulated.reshape(B, *grid, D), self._sigma, self._power)
         return now, using.relative_l1(now, now if remembered is None else remembered)
 
 

@@ -293,7 +293,7 @@ def test_dmd_fits_each_sample_by_itself():
 
 def test_dmd_reads_the_snapshots_once_until_another_is_recorded(monkeypatch):
     calls = []
-    monkeypatch.setattr("omni_runtime.cache.history.inner_products", lambda s: calls.append(1) or inner_products(s))
+    monkeypatch.setattr("omni_runtime.cache.history.inner_products", lambda *of: calls.append(1) or inner_products(*of))
     values = exponentials(range(6), (0.9, 0.6))
     history = fitted(values[:5], range(5))
     for position in (5, 6, 7):

@@ -367,7 +367,6 @@ def enable_context_parallelism(pipe):
         (compile_in_place, omni_kernels.PatchConflictError, "compiled as a whole .*compile_repeated_blocks"),
         (compile_around, omni_kernels.PatchConflictError, "compiled as a whole .*compile_repeated_blocks"),
         (enable_diffusers_cache, omni_kernels.PatchConflictError, "diffusers' own cache .*disable_cache"),
-        (enable_context_parallelism, ValueError, "context parallelism"),
     ],
 )
 def test_what_a_cache_cannot_live_with_is_refused_by_name(qwen_pipe, state, error, named):
@@ -378,17 +377,18 @@ def test_what_a_cache_cannot_live_with_is_refused_by_name(qwen_pipe, state, erro
     assert contents(qwen_pipe) == before
 
 
-ONE_OF_EACH = {
-    "blocks": ("first_block_cache", CONFIG),
-    "blocks of computed steps": ("combined", {"velocity": {"budget": 3}}),
-    "the library's blocks": ("cache_dit", {"engine": "library"}),
-}
+def test_the_library_is_refused_under_parallelism(qwen_pipe):
+    """Ranks that decide alike: `tests/cache/test_shared_sequences.py`."""
+    enable_context_parallelism(qwen_pipe)
+    before = contents(qwen_pipe)
+    with pytest.raises(ValueError, match=r"context parallelism, where engine 'library'.*engine 'own'"):
+        omni_kernels.patch(qwen_pipe, "cache_dit", {"engine": "library"})
+    assert contents(qwen_pipe) == before
 
 
-@pytest.mark.parametrize("kind", ONE_OF_EACH)
-def test_context_parallelism_enabled_later_is_refused_before_anything_is_computed(qwen_pipe, monkeypatch, kind):
+def test_parallelism_enabled_under_the_library_is_refused_before_anything_is_computed(qwen_pipe):
     expected = latents(qwen_pipe)
-    handle = omni_kernels.patch(qwen_pipe, *ONE_OF_EACH[kind])
+    handle = omni_kernels.patch(qwen_pipe, "cache_dit", {"engine": "library"})
     cached = latents(qwen_pipe)
     report = handle.report
     enable_context_parallelism(qwen_pipe)

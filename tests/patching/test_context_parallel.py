@@ -1,32 +1,22 @@
 """Fused blocks, and caches of whole steps, under context parallelism: two ranks that share a sequence (Ulysses).
 
-Both ranks are processes on the CPU with gloo. A model's small relative is built on each, with the same weights and
-inputs; what every test asserts was computed by both, at once for all tests.
+A model's small relative is built on each (`two_ranks`), with the same weights and inputs; what every test asserts was
+computed by both, at once for all tests. Caches of blocks: `tests/cache/test_shared_sequences.py`.
 """
 
-import datetime
-import json
-import logging
-import sys
 from types import SimpleNamespace
 
-import diffusers
 import pytest
 import torch
 from fused import off, unfused_fails
+from two_ranks import NEEDED, enable, of_each_rank
 
 import omni_kernels
 from benchmarks.full_size import MODELS, SMALL_SIDE, build, inputs
 from omni_kernels.patching.rules import RULES
 
-pytestmark = [
-    pytest.mark.skipif(not hasattr(diffusers, "ContextParallelConfig"), reason="diffusers has no context parallelism"),
-    pytest.mark.skipif(
-        not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="torch without gloo"
-    ),
-]
+pytestmark = NEEDED
 
-RANKS = 2
 #: Z-Image has no plan of what is split where, in diffusers.
 SHARED = {name: model for name, model in MODELS.items() if name != "z-image"}
 WHOLE_STEPS = {
@@ -34,10 +24,6 @@ WHOLE_STEPS = {
     "easy_cache": {"thresh": 0.4, "ret_steps": 1},
 }
 STEPS = 8
-
-
-def enable(transformer):
-    transformer.enable_parallelism(config=diffusers.ContextParallelConfig(ulysses_degree=RANKS))
 
 
 def blocks_of(transformer):
@@ -101,31 +87,16 @@ def cached_on_a_rank(backend, config):
     return {"alone": alone, "together": computed(), "off": off(made, expected)}
 
 
-def rank_of_two(rank, directory):
-    """One process: everything that is asserted, written to a file."""
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", f"file://{directory}/rendezvous", datetime.timedelta(seconds=60), RANKS, rank
-    )
-    torch.accelerator.device_count = lambda: 1  # by which diffusers divides
-    try:
-        results = {name: fused_on_a_rank(model) for name, model in SHARED.items()}
-        results |= {backend: cached_on_a_rank(backend, config) for backend, config in WHOLE_STEPS.items()}
-    finally:
-        torch.distributed.destroy_process_group()
-    with open(f"{directory}/{rank}.json", "w", encoding="utf-8") as file:
-        json.dump(results, file)
+def on_a_rank():
+    """Everything that is asserted."""
+    results = {name: fused_on_a_rank(model) for name, model in SHARED.items()}
+    return results | {backend: cached_on_a_rank(backend, config) for backend, config in WHOLE_STEPS.items()}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What each rank has written."""
-    if sys.platform == "win32":
-        pytest.skip("file:// rendezvous")
-    directory = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(rank_of_two, (str(directory),), RANKS)
-    return [json.loads((directory / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(RANKS)]
+    """What each rank has computed."""
+    return of_each_rank(on_a_rank, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", SHARED)
