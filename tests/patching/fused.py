@@ -1,6 +1,7 @@
 """What the tests of fused blocks have in common, whatever the model."""
 
 import contextlib
+import functools
 import types
 from collections.abc import Iterator
 from unittest import mock
@@ -18,7 +19,7 @@ def unfused_fails(*classes: type[torch.nn.Module]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for cls in classes:
             librarys = types.FunctionType(forward.__code__, cls.forward.__globals__)
-            stack.enter_context(mock.patch.object(cls, "forward", librarys))
+            stack.enter_context(mock.patch.object(cls, "forward", functools.update_wrapper(librarys, cls.forward)))
         yield
 
 
