@@ -357,6 +357,11 @@ class CacheSession:
         if self.row is not None and self.parts is not None:
             # Who runs the transformer, and what is split where, may have changed since the last request.
             self.ranks = ranks_of(self.transformer)
+            if self.ranks is not None and any(block._compiled_call_impl is not None for block in self._flat):
+                raise ValueError(
+                    f"the blocks of this {_name(self.transformer)} are compiled or recorded, and it is run by several "
+                    "ranks: a cache of blocks does not go with both yet"
+                )
             kind = BlockCalls if self.ranks is None else SplitCalls
             if type(self.calls) is not kind:
                 self.calls = kind(self.row, self._flat, self.transformer.forward)
