@@ -9,6 +9,7 @@ from typing import Any, overload
 
 from omni_kernels.patching import backends, calls, rules
 from omni_kernels.patching.cache_dit import LibraryHandle
+from omni_kernels.patching.compiled import Compiled
 from omni_kernels.patching.engine import HANDLE, Patch, PatchConflictError
 from omni_kernels.patching.graphs import Graphs
 from omni_kernels.patching.reuse import Reuse, compute_once
@@ -23,7 +24,7 @@ class PatchHandle:
         fuse: whether blocks were to be fused.
         compile: what torch.compile was told for the blocks; None where they were not to be compiled.
         fused: which blocks were replaced, and which were left alone and why; prints as lines.
-        compiled: the names of the blocks that were compiled.
+        compiled: the names of the blocks that were compiled; prints as lines, with what is compiled no more and why.
         reuse: whether what is not changed was to be computed once.
         graphs: which blocks were recorded as CUDA graphs, what they hold, and why others were not; prints as lines.
             None where none were to be.
@@ -46,7 +47,7 @@ class PatchHandle:
         self.fuse = fuse
         self.compile = compile
         self.fused = rules.Fusion()
-        self.compiled: list[str] = []
+        self.compiled = Compiled()
         self.graphs = graphs
         self.reuse = reuse
         self.reused: Reuse | None = None
@@ -169,7 +170,8 @@ def patch(
         fuse: whether to fuse blocks. None: without a backend yes, with one no, so that a cache alone changes no bit of
             a computed step.
         compile: "regional" compiles each block by itself, without breaks in its graph, fused or not, under any cache;
-            a dict does so with these arguments of torch.compile. Compiled blocks compute the same up to rounding.
+            a dict does so with these arguments of torch.compile. Compiled blocks compute the same up to rounding. Where
+            Dynamo's limit of graphs is passed by far, others run uncompiled; `.compiled` says so.
         graphs: whether blocks are recorded as CUDA graphs, once per shape, and replayed. What cannot be recorded runs
             as ever; `.graphs` says why. See `omni_kernels.patching.graphs`.
         reuse: whether what a model computes again, of the same input, is computed once and kept: the modulation of a

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from omni_kernels.patching.compiled import Compiled
 from omni_kernels.patching.engine import InstanceMethod, Patch, PatchConflictError, describe
 from omni_kernels.patching.graphs import Graphs
 
@@ -42,7 +43,7 @@ def options_of(compile: str | Mapping[str, Any] | None, graphs: bool, reuse: boo
     return dict(OPTIONS)
 
 
-def replace_calls(pipe: Any, options: Mapping[str, Any] | None, graphs: Graphs | None, patch: Patch) -> list[str]:
+def replace_calls(pipe: Any, options: Mapping[str, Any] | None, graphs: Graphs | None, patch: Patch) -> Compiled:
     """Compile the repeated blocks of the pipeline's transformers, or record them, or both, through `patch`.
 
     Blocks that somebody has compiled already are not compiled again.
@@ -52,21 +53,20 @@ def replace_calls(pipe: Any, options: Mapping[str, Any] | None, graphs: Graphs |
         graphs: what records; None for nothing.
 
     Returns:
-        The names of the blocks that were compiled; which were recorded, `graphs` will tell.
+        Which blocks were compiled; which were recorded, `graphs` will tell.
 
     Raises:
         ValueError: the pipeline has no blocks of which diffusers knows that they repeat.
         PatchConflictError: a transformer is compiled as a whole, or its blocks are patched so already.
     """
-    compiled, found = [], False
+    compiled, found = Compiled(), False
     for name, block in _repeated_blocks(pipe):
         found = True
         call: Callable[..., Any] | None = block._compiled_call_impl
         if isinstance(call, InstanceMethod):
             raise PatchConflictError(f"{name} is compiled or recorded already, through another pipeline that shares it")
         if options is not None and call is None:
-            call = torch.compile(block._call_impl, **options)
-            compiled.append(name)
+            call = compiled.call_of(name, block, options)
         if graphs is not None:
             call = graphs.call_of(name, block, call or block._call_impl)
         if call is not None and call is not block._compiled_call_impl:

@@ -1,10 +1,16 @@
 """Regional compilation under `patch` and `Omni`: one graph a kind of block, no breaks, nothing compiled twice."""
 
+import inspect
+import warnings
+
 import pytest
 import tiny
 import torch
+from tape import Tape
 
 import omni_kernels
+from omni_kernels.patching import compiled
+from omni_kernels.patching.graphs import Graphs
 from omni_runtime import Omni
 
 CACHES = {
@@ -33,14 +39,19 @@ OTHER = {"seed": 3, "prompt": "a dog that is no cat at all"}
 
 
 class Counting:
-    """The eager backend, and the graphs that it was given."""
+    """The eager backend, the graphs that it was given, and how often they ran."""
 
     def __init__(self):
-        self.graphs = []
+        self.graphs, self.ran = [], 0
 
     def __call__(self, graph, inputs):
         self.graphs.append(graph)
-        return graph.forward
+
+        def run(*inputs):
+            self.ran += 1
+            return graph.forward(*inputs)
+
+        return run
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +85,7 @@ def test_no_break_and_nothing_compiled_again(qwen_pipe, cache, fuse):
         with torch.compiler.set_stance("fail_on_recompile"):
             assert off(latents(qwen_pipe, **OTHER), other) < 1e-4
         assert 0 < warm == len(compiler.graphs)
-        assert warm <= 3, "all blocks share a graph; another text length takes one more, and so does a mask or none"
+        assert warm <= 2, "all blocks share a graph, another text length takes one more"
         if backend is not None:
             assert handle.report.forwards_saved == report.forwards_saved > 0
     assert not torch._dynamo.utils.counters["graph_break"]
@@ -109,6 +120,124 @@ def test_a_third_size_is_compiled_no_more():
                 assert off(latents(pipe, height=h, width=w, **how), wanted) < 1e-4
     assert len(compiler.graphs) == 2
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+PROMPTS = ["a b c d e", "q", "z z"]
+SHORT = {"num_inference_steps": 2}
+#: requests, and the graphs that they take
+MIXES = {
+    # text lengths static and not, with a mask (batches) and without; a batch of one is always a graph of its own
+    "batches": (
+        [SHORT | {"prompt": PROMPTS[:n], "negative_prompt": ["q"] * n} for n in (1, 2, 3)]
+        + [SHORT | {"prompt": PROMPTS[1:], "negative_prompt": ["q"] * 2}],
+        6,
+    ),
+    "sizes, texts, a batch": (
+        [
+            SHORT | {"prompt": "x " * n, "negative_prompt": "q", "height": side, "width": side}
+            for side in (64, 96, 128)
+            for n in (1, 5, 20)
+        ]
+        + [SHORT | {"prompt": PROMPTS[:2], "negative_prompt": ["q"] * 2}],
+        5,
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("mix", "fuse", "limit"),
+    [("batches", True, 8), ("sizes, texts, a batch", False, 3)],
+    ids=["batches, within Dynamo's limit", "sizes, texts, a batch, beyond it"],
+)
+def test_a_mix_of_requests_is_compiled_once(mix, fuse, limit):
+    requests, graphs = MIXES[mix]
+    pipe, compiler = tiny.qwen_image(layers=2), Counting()
+    expected = [latents(pipe, **request) for request in requests]
+    with torch._dynamo.config.patch(recompile_limit=limit), warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        with omni_kernels.patched(pipe, fuse=fuse, compile={"backend": compiler}) as handle:
+            for stance in ("default", "fail_on_recompile"):
+                with torch.compiler.set_stance(stance):
+                    for request, wanted in zip(requests, expected, strict=True):
+                        assert off(latents(pipe, **request), wanted) < 1e-5
+            assert str(handle.compiled) == "2 blocks compiled"
+        assert torch._dynamo.config.recompile_limit == limit
+    assert len(compiler.graphs) == graphs
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_graphs_of_other_models_do_not_count(monkeypatch):
+    """One size each, and no graph beyond Dynamo's limit but the last model's own."""
+    monkeypatch.setattr(compiled, "MOST_GRAPHS", 1)
+    how, compiler, pipes = SHORT | {"negative_prompt": None}, Counting(), []
+    for heads in (2, 3, 4):
+        pipes.append(tiny.qwen_image(layers=2, num_attention_heads=heads))
+        expected = latents(pipes[-1], **how)
+        with torch._dynamo.config.patch(recompile_limit=1):
+            handle = omni_kernels.patch(pipes[-1], compile={"backend": compiler})
+            assert off(latents(pipes[-1], **how), expected) < 1e-5
+            assert not handle.compiled.refused
+    assert len(compiler.graphs) == 3
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for pipe in pipes:
+            latents(pipe, **how)
+
+
+def _own_limit(limit):
+    if "recompile_limit" not in inspect.signature(torch.compile).parameters:
+        pytest.skip("torch.compile takes no recompile_limit before 2.12 or so")
+    return {"recompile_limit": limit}
+
+
+@pytest.mark.parametrize("whose", ["Dynamo's", "the caller's"])
+def test_what_gets_no_graph_runs_uncompiled(monkeypatch, whose):
+    pipe, compiler = tiny.qwen_image(layers=2), Counting()
+    options = {"backend": compiler} | (_own_limit(1) if whose == "the caller's" else {})
+    monkeypatch.setattr(compiled, "MOST_GRAPHS", 0 if whose == "Dynamo's" else 64)
+    how = SHORT | {"negative_prompt": None}
+    sizes = [{"height": h, "width": w} | how for h, w in ((64, 64), (96, 64), (64, 128))]
+    expected = [latents(pipe, **size) for size in sizes]
+    before = [dict(vars(block)) for block in pipe.transformer.transformer_blocks]
+    with torch._dynamo.config.patch(recompile_limit=1 if whose == "Dynamo's" else 8):
+        handle = omni_kernels.patch(pipe, compile=options)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", RuntimeWarning)
+            for size, wanted in zip(sizes * 2, expected * 2, strict=True):
+                assert off(latents(pipe, **size), wanted) < 1e-5
+    (warning,) = (each for each in told if each.category is RuntimeWarning)
+    (reason,) = handle.compiled.refused.values()
+    assert str(warning.message) == f"QwenImageTransformerBlock runs uncompiled where it has no graph yet: {reason}"
+    assert str(handle.compiled).splitlines() == [
+        "2 blocks compiled",
+        f"QwenImageTransformerBlock: uncompiled where there is no graph yet: {reason}",
+    ]
+    assert (len(compiler.graphs), compiler.ran) == (1, 8), "two blocks, of two steps, twice"
+    handle.undo()
+    assert [dict(vars(block)) for block in pipe.transformer.transformer_blocks] == before
+
+
+def test_what_gets_no_graph_is_recorded_all_the_same(monkeypatch):
+    pipe, how = tiny.qwen_image(layers=2), {"num_inference_steps": 4, "negative_prompt": None}
+    monkeypatch.setattr(compiled, "MOST_GRAPHS", 0)
+    sides = (64, 96)
+    expected = [latents(pipe, height=side, **how) for side in sides]
+    graphs = Graphs(Tape(operators=False), "cpu")
+    with torch._dynamo.config.patch(recompile_limit=1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        with omni_kernels.patched(pipe, compile={"backend": "eager"}, graphs=graphs) as handle:
+            for side, wanted in zip(sides, expected, strict=True):
+                assert off(latents(pipe, height=side, **how), wanted) < 1e-5
+            assert handle.compiled.refused
+            assert len(handle.graphs.recorded) == 2
+            assert len(handle.graphs.stretches) == 2, "of both sizes"
+
+
+def test_a_break_in_a_graph_is_an_error(qwen_pipe):
+    qwen_pipe.transformer.transformer_blocks[0].attn.register_forward_hook(lambda *of_it: torch._dynamo.graph_break())
+    with omni_kernels.patched(qwen_pipe, fuse=False, compile={"backend": "eager"}) as handle:
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            latents(qwen_pipe)
+        assert not handle.compiled.refused
 
 
 @pytest.mark.parametrize("name", sorted(tiny.PIPELINES))
