@@ -21,7 +21,7 @@ from diffusers.hooks import HookRegistry
 from diffusers.hooks.mag_cache import MagCacheState
 
 from omni_runtime.cache.masks import steps_mask
-from omni_runtime.cells import Run
+from omni_runtime.compare.cells import Run
 
 CACHE_DIT = f"cache-dit {importlib.metadata.version('cache-dit')}"
 DIFFUSERS = f"diffusers {diffusers.__version__}"

@@ -6,7 +6,8 @@
 Each model's runs are ours, each backend over its range of settings; the cache-dit library's and diffusers' caches,
 installed as their users install them; and plain sampling with fewer steps, which is what a user gets for free. All take
 turns on each prompt and seed, and every image is measured against the full run of the same prompt and seed: see
-`omni_runtime.compare`, which makes, keeps and measures the cells, so that an interrupted run goes on where it was.
+`omni_runtime.compare.comparison`, which makes, keeps and measures the cells, so that an interrupted run goes on
+where it was.
 
 Runs of the same method and settings are pairs, ours and theirs. `--check` exits with 1 where ours is not at least as
 good in mean PSNR (to 0.1 dB) and as fast (the median over images of our speedup over theirs at least 0.98, which leaves
@@ -32,13 +33,15 @@ import torch
 from benchmarks import libraries
 from benchmarks.results import RESULTS
 from omni_kernels.validation.record import machine, write
-from omni_runtime import Omni, compare, report_html
+from omni_runtime import Omni
 from omni_runtime.cache.schedules import even
-from omni_runtime.cells import Run
-from omni_runtime.compare import IDENTITY, REFERENCE
-from omni_runtime.loading import embedded_models
+from omni_runtime.compare import comparison as compare
+from omni_runtime.compare import report_html
+from omni_runtime.compare.cells import Run
+from omni_runtime.compare.comparison import IDENTITY, REFERENCE
+from omni_runtime.generation.loading import embedded_models
+from omni_runtime.generation.request import GenerationRequest
 from omni_runtime.progress import Progress
-from omni_runtime.request import GenerationRequest
 
 STEPS = 50
 PROMPTS, SEEDS = compare.COMPARED, 3

@@ -28,12 +28,12 @@ from benchmarks.results import RESULTS
 from omni_kernels.validation.record import machine, write
 from omni_runtime import Omni
 from omni_runtime.cache import schedules
-from omni_runtime.calibrate_schedule import PATIENCE, TRIES, Images, Journal, Settings, about, starts, statistics
-from omni_runtime.cli import DEFAULT_MODEL
-from omni_runtime.commands import SCHEDULE_PROMPTS, SCHEDULE_SEEDS
-from omni_runtime.compare import COMPARED, prompts_left, prompts_of
-from omni_runtime.request import GenerationRequest
-from omni_runtime.schedule_search import Tried, gain, search
+from omni_runtime.calibrate.schedule import PATIENCE, TRIES, Images, Journal, Settings, about, starts, statistics
+from omni_runtime.calibrate.search import Tried, gain, search
+from omni_runtime.cli.commands import SCHEDULE_PROMPTS, SCHEDULE_SEEDS
+from omni_runtime.cli.options import DEFAULT_MODEL
+from omni_runtime.compare.comparison import COMPARED, prompts_left, prompts_of
+from omni_runtime.generation.request import GenerationRequest
 
 MANY_SEEDS = (0, 1, 2)
 #: What a schedule may lose at most, in dB of the mean PSNR.

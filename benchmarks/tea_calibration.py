@@ -29,13 +29,13 @@ from omni_runtime import Omni
 from omni_runtime.cache import calibration
 from omni_runtime.cache.gates import AccumulatedPolynomialGate, Limits
 from omni_runtime.cache.models import row_of
-from omni_runtime.calibrate import Point, recording
-from omni_runtime.cli import DEFAULT_MODEL
-from omni_runtime.commands import CALIBRATION_PROMPTS
-from omni_runtime.compare import prompts_of
-from omni_runtime.loading import embedded_models
-from omni_runtime.quality import psnr
-from omni_runtime.request import GenerationRequest
+from omni_runtime.calibrate.fitting import Point, recording
+from omni_runtime.cli.commands import CALIBRATION_PROMPTS
+from omni_runtime.cli.options import DEFAULT_MODEL
+from omni_runtime.compare.comparison import prompts_of
+from omni_runtime.compare.quality import psnr
+from omni_runtime.generation.loading import embedded_models
+from omni_runtime.generation.request import GenerationRequest
 
 SHARES = (1 / 2, 1 / 3, 1 / 4)
 IDENTITY = (0.0, 0.0, 0.0, 1.0, 0.0)

@@ -9,12 +9,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from omni_runtime.omni import Omni
-    from omni_runtime.result import OmniResult, Timings
+    from omni_runtime.generation.omni import Omni
+    from omni_runtime.generation.result import OmniResult, Timings
 
 __all__ = ["Omni", "OmniResult", "Timings"]
 
-_HOME = {"Omni": "omni_runtime.omni", "OmniResult": "omni_runtime.result", "Timings": "omni_runtime.result"}
+_HOME = {
+    "Omni": "omni_runtime.generation.omni",
+    "OmniResult": "omni_runtime.generation.result",
+    "Timings": "omni_runtime.generation.result",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -14,9 +14,9 @@ from omni_runtime import Omni
 from omni_runtime.cache.backends import METHODS
 from omni_runtime.cache.forecasters import FORECASTERS
 from omni_runtime.cache.masks import POLICIES
-from omni_runtime.cells import Run
-from omni_runtime.loading import embedded_models
-from omni_runtime.result import identified
+from omni_runtime.compare.cells import Run
+from omni_runtime.generation.loading import embedded_models
+from omni_runtime.generation.result import identified
 
 STEPS = 8
 RUNS = [

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from benchmarks import schedule_transfer as bench
-from omni_runtime.compare import prompts_of
-from omni_runtime.loading import embedded_models
+from omni_runtime.compare.comparison import prompts_of
+from omni_runtime.generation.loading import embedded_models
 
 MODEL = "emoji-qwen-image"
 QUICK = [

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import tea_calibration as bench
-from omni_runtime.calibrate import Point
+from omni_runtime.calibrate.fitting import Point
 
 
 def points(distances: dict[str, list[float]], requests: int = 1) -> list[Point]:

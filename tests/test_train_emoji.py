@@ -201,7 +201,7 @@ def test_an_interrupted_run_ends_in_the_same_state(tmp_path):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_shipped_folder_is_small_and_draws(name):
     from omni_runtime import Omni
-    from omni_runtime.compare import prompts_of
+    from omni_runtime.compare.comparison import prompts_of
 
     folder = EMBEDDED / name
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= SIZE_LIMIT

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from omni_runtime.loading import EMBEDDED
+from omni_runtime.generation.loading import EMBEDDED
 
 from .assemble import assemble, decoder_checkpoint, latents_file, load_autoencoder
 from .autoencoder import train_autoencoder

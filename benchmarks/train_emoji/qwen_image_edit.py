@@ -17,7 +17,7 @@ from diffusers import QwenImageEditPipeline
 from PIL import Image
 from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil, Qwen2VLProcessor
 
-from omni_runtime.small_references import processor_class
+from omni_runtime.generation.small_references import processor_class
 
 from . import qwen_image
 from .edit_report import write_edit_sheets

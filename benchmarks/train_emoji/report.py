@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from omni_runtime.loading import find, load
+from omni_runtime.generation.loading import find, load
 
 from .autoencoder import TEST_SEED, psnr, reconstruction_psnr
 from .model import Model

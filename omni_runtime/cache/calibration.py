@@ -1,6 +1,6 @@
 """Numbers that a method goes by, fitted to one model: the file that holds them, and the runs that they hold for.
 
-What is fitted is said in `polynomial` (TeaCache), `magnitudes` (MagCache) and `omni_runtime.schedule_search` (the
+What is fitted is said in `polynomial` (TeaCache), `magnitudes` (MagCache) and `omni_runtime.calibrate.search` (the
 velocity cache); `KINDS` is the table of them.
 """
 

@@ -13,10 +13,10 @@ import torch
 from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS, nearest_interp
 
 import omni_kernels
-from omni_runtime import calibrate
 from omni_runtime.cache import calibration, magnitudes
 from omni_runtime.cache.gates import Limits, MagnitudeRatioGate, Plan
 from omni_runtime.cache.models import MODELS
+from omni_runtime.calibrate import fitting as calibrate
 
 QWEN = MODELS["QwenImageTransformer2DModel"].mag_ratios
 STEPS = 20

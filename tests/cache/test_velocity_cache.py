@@ -14,12 +14,13 @@ import torch
 from host_reads import HostReadError, Ops, Reads
 
 import omni_kernels
-from omni_runtime import Omni, loading
+from omni_runtime import Omni
 from omni_runtime.cache.backends import METHODS
 from omni_runtime.cache.engine import CacheSession
 from omni_runtime.cache.history import History
 from omni_runtime.cache.output import SCHEDULERS, Corrector
-from omni_runtime.compare import prompts_of
+from omni_runtime.compare.comparison import prompts_of
+from omni_runtime.generation import loading
 
 SCHEDULE = (0, 1, 3, 6, 7)
 STEPS = 8

@@ -10,7 +10,7 @@ import torch
 import omni_kernels
 from omni_runtime import Omni
 from omni_runtime.cache.history import inner_products
-from omni_runtime.loading import resolve_device, resolve_dtype
+from omni_runtime.generation.loading import resolve_device, resolve_dtype
 
 PIPELINES = ["qwen_image", "qwen_image_edit", "z_image", "flux"]
 STEPS = 6

@@ -97,7 +97,7 @@ def test_a_device_is_asked_in_one_place():
     assert {path for path, parts in found.items() if parts & {"cuda", "npu", "get_device_module"}} == {*CUDA_ALONE}
     # Of torch's own common interface, only which accelerators there are is asked elsewhere.
     assert {path for path, parts in found.items() if "accelerator" in parts} == {
-        "omni_runtime/loading.py",
+        "omni_runtime/generation/loading.py",
         "benchmarks/train_emoji/__main__.py",
     }
 

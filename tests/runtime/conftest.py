@@ -8,7 +8,7 @@ from typing import Any
 import diffusers
 import pytest
 
-from omni_runtime import loading
+from omni_runtime.generation import loading
 
 SMALL = {"height": 64, "width": 64, "num_inference_steps": 4}
 

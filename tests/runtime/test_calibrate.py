@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 
 import omni_kernels
-from omni_runtime import Omni, calibrate, cli, loading
+from omni_runtime import Omni, cli
 from omni_runtime.cache import calibration, models, polynomial
-from omni_runtime.calibrate import DistancePassage
+from omni_runtime.calibrate import fitting as calibrate
+from omni_runtime.calibrate.fitting import DistancePassage
+from omni_runtime.generation import loading
 
 pytestmark = pytest.mark.usefixtures("no_environment")
 

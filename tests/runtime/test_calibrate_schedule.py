@@ -13,10 +13,12 @@ import tiny
 import torch
 
 import omni_kernels
-from omni_runtime import Omni, calibrate_schedule, cli, quality
+from omni_runtime import Omni, cli
 from omni_runtime.cache import calibration, schedules
-from omni_runtime.calibrate_schedule import Images, Journal, Settings, find, plot, words
-from omni_runtime.schedule_search import Tried, most_steps
+from omni_runtime.calibrate import schedule as calibrate_schedule
+from omni_runtime.calibrate.schedule import Images, Journal, Settings, find, plot, words
+from omni_runtime.calibrate.search import Tried, most_steps
+from omni_runtime.compare import quality
 
 STEPS = 8
 ARGUMENTS = {"num_inference_steps": STEPS, "height": 64, "width": 64, "negative_prompt": " ", "true_cfg_scale": 4.0}

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from omni_runtime import cli
-from omni_runtime.result import read_settings
+from omni_runtime.generation.result import read_settings
 
 pytestmark = pytest.mark.usefixtures("no_environment")
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from omni_runtime.clock import LoopClock
+from omni_runtime.generation.clock import LoopClock
 
 
 class Pipe:

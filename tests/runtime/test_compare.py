@@ -16,13 +16,15 @@ import torch
 from PIL import Image
 
 from omni_kernels.patching import Patch
-from omni_runtime import Omni, cells, cli, compare, contact_sheet, quality
+from omni_runtime import Omni, cli
 from omni_runtime.cache import calibration
 from omni_runtime.cache.backends import CACHE_DIT
 from omni_runtime.cache.models import MODELS
-from omni_runtime.cells import Run
+from omni_runtime.compare import cells, contact_sheet, quality
+from omni_runtime.compare import comparison as compare
+from omni_runtime.compare.cells import Run
+from omni_runtime.generation.result import read_settings
 from omni_runtime.progress import Progress
-from omni_runtime.result import read_settings
 
 pytestmark = pytest.mark.usefixtures("no_environment")
 
@@ -86,7 +88,7 @@ def test_runs_of_one_backend_and_forecaster_are_one_method(run: Run, method: str
     ],
 )
 def test_prompts_of_an_embedded_model(embedded: str, text: str, prompts: list[str]) -> None:
-    from omni_runtime import loading
+    from omni_runtime.generation import loading
 
     (loading.EMBEDDED / embedded / "prompts.json").write_text(text)
     assert compare.prompts_of(embedded) == [(prompt, None) for prompt in prompts]
@@ -94,7 +96,7 @@ def test_prompts_of_an_embedded_model(embedded: str, text: str, prompts: list[st
 
 
 def test_prompts_of_an_embedded_model_that_edits_have_pictures(embedded: str) -> None:
-    from omni_runtime import loading
+    from omni_runtime.generation import loading
 
     home = loading.EMBEDDED / embedded
     entries = [{"prompt": f"edit {i}", "image": f"references/{i}.png"} for i in range(8)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from huggingface_hub import errors
 
-from omni_runtime import loading
+from omni_runtime.generation import loading
 
 pytestmark = pytest.mark.usefixtures("no_weights")
 

@@ -247,7 +247,7 @@ def test_a_listener_is_told_of_every_step(z_pipe: Any, backend: str | None) -> N
 
 
 def test_settings_say_all_that_makes_the_images_again_and_are_written_into_the_png(z_pipe: Any, tmp_path: Path) -> None:
-    from omni_runtime.result import read_settings
+    from omni_runtime.generation.result import read_settings
 
     omni = quiet(Omni(z_pipe, cache_backend="tea_cache", cache_config={"rel_l1_thresh": 0.1}))
     (result,) = omni.generate("ein Kätzchen", num_images_per_prompt=2, **SMALL)
@@ -465,7 +465,7 @@ def loaded_after(statement: str) -> set[str]:
 
 def test_importing_loads_neither_diffusers_nor_transformers() -> None:
     assert "torch" not in loaded_after("import omni_runtime")
-    modules = "import omni_runtime.cli, omni_runtime.commands, omni_runtime.compare, omni_runtime.quality"
+    modules = "import omni_runtime.cli.commands, omni_runtime.compare.comparison, omni_runtime.compare.quality"
     assert not loaded_after(f"from omni_runtime import Omni; {modules}") & {"diffusers", "transformers"}
 
 

@@ -11,8 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
-from omni_runtime import quality
-from omni_runtime.quality import as_float, latents_psnr, lpips, lpips_missing, ms_ssim, ms_ssim_scales, psnr, ssim
+from omni_runtime.compare import quality
+from omni_runtime.compare.quality import (
+    as_float,
+    latents_psnr,
+    lpips,
+    lpips_missing,
+    ms_ssim,
+    ms_ssim_scales,
+    psnr,
+    ssim,
+)
 
 
 def picture(seed: int, height: int = 17, width: int = 23) -> np.ndarray:

@@ -12,7 +12,8 @@ import browser
 import pytest
 from PIL import Image
 
-from omni_runtime import compare, report_html
+from omni_runtime.compare import comparison as compare
+from omni_runtime.compare import report_html
 
 RUNS = (
     ("no cache", "fewer steps", None, 12),

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from omni_runtime import request
+from omni_runtime.generation import request
 
 TEXT, EDIT, PLUS = diffusers.QwenImagePipeline, diffusers.QwenImageEditPipeline, diffusers.QwenImageEditPlusPipeline
 PICTURE = tiny.reference_image()

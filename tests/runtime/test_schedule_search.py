@@ -11,7 +11,7 @@ import pytest
 from omni_runtime.cache.forecasters import make_forecaster
 from omni_runtime.cache.output import reached
 from omni_runtime.cache.schedules import even
-from omni_runtime.schedule_search import (
+from omni_runtime.calibrate.search import (
     Responses,
     Tried,
     better,

@@ -12,7 +12,8 @@ import tiny
 import torch
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
 
-from omni_runtime import Omni, loading, small_references
+from omni_runtime import Omni
+from omni_runtime.generation import loading, small_references
 
 SETTINGS: dict[str, Any] = {"num_inference_steps": 2, "seed": 0, "true_cfg_scale": 2.0, "negative_prompt": " "}
 

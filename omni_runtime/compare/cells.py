@@ -37,9 +37,9 @@ import torch
 from omni_kernels.device import describe
 from omni_runtime.cache.models import MODELS
 from omni_runtime.cache.report import CacheReport
-from omni_runtime.omni import Omni
-from omni_runtime.request import GenerationRequest
-from omni_runtime.result import OmniResult, identified, jsonable, write_png
+from omni_runtime.generation.omni import Omni
+from omni_runtime.generation.request import GenerationRequest
+from omni_runtime.generation.result import OmniResult, identified, jsonable, write_png
 
 PACKAGES = ("omni-kernels", "diffusers", "transformers", "torch")
 
@@ -368,7 +368,7 @@ def _some_values(weight: torch.Tensor) -> bytes:
 @functools.cache
 def engine_digest() -> str:
     """A digest of the cache engine's sources, so that a changed engine makes its cells anew."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     files = sorted(file for part in ENGINE for file in (root / part).rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 

@@ -17,15 +17,15 @@ import torch
 
 from omni_kernels.patching import PatchConflictError
 from omni_kernels.patching import backends as registry
-from omni_runtime import loading
 from omni_runtime.cache import calibration
 from omni_runtime.cache.backends import METHODS
 from omni_runtime.cache.models import MODELS
-from omni_runtime.cli import DEFAULT_MODEL
-from omni_runtime.omni import Omni
+from omni_runtime.cli.options import DEFAULT_MODEL
+from omni_runtime.generation import loading
+from omni_runtime.generation.omni import Omni
+from omni_runtime.generation.request import GenerationRequest
+from omni_runtime.generation.result import OmniResult
 from omni_runtime.progress import Progress, StepBar, duration
-from omni_runtime.request import GenerationRequest
-from omni_runtime.result import OmniResult
 
 #: How many of an embedded model's own prompts are calibrated with where none are given.
 CALIBRATION_PROMPTS = 24
@@ -80,7 +80,7 @@ def generate(options: argparse.Namespace) -> None:
 
 def compare(options: argparse.Namespace) -> None:
     """`omni compare`: images under every run, a report of them, the numbers behind it, and their table."""
-    from omni_runtime import compare as comparison
+    from omni_runtime.compare import comparison
 
     _settle(options)
     with wrong_input():
@@ -122,7 +122,7 @@ def compare(options: argparse.Namespace) -> None:
 
 def calibrate(options: argparse.Namespace) -> None:
     """`omni calibrate`: the file, the fit in words, and how to use it."""
-    from omni_runtime import calibrate as calibrating
+    from omni_runtime.calibrate import fitting as calibrating
 
     if options.method == "schedule":
         _calibrate_schedule(options)
@@ -178,9 +178,9 @@ def _taken(options: argparse.Namespace, method: str, config: dict[str, Any]) -> 
 
 def _calibrate_schedule(options: argparse.Namespace) -> None:
     """`omni calibrate schedule`: the file, a plot of the search beside it, and the figures of each budget in words."""
-    from omni_runtime import calibrate as calibrating
-    from omni_runtime import calibrate_schedule as finding
-    from omni_runtime.schedule_search import most_steps
+    from omni_runtime.calibrate import fitting as calibrating
+    from omni_runtime.calibrate import schedule as finding
+    from omni_runtime.calibrate.search import most_steps
 
     method = finding.VELOCITY_CACHE.name
     options.seeds = options.seeds or list(SCHEDULE_SEEDS)
@@ -256,7 +256,7 @@ def _searched_and_held_out(options: argparse.Namespace) -> tuple[_Prompts, _Prom
     Of an embedded model's own prompts, the former are those that no comparison of it is made on. Of prompts that are
     given, every fourth is held out, unless others are given for that.
     """
-    from omni_runtime import compare as comparison
+    from omni_runtime.compare import comparison
 
     if options.prompts:
         given = list(dict.fromkeys(_prompts_and_images(options, SCHEDULE_PROMPTS, options.prompts)))
@@ -412,7 +412,7 @@ def _prompts_and_images(
     options: argparse.Namespace, count: int, given: Sequence[str] | None = None
 ) -> list[tuple[str, Path | None]]:
     """The prompts, each with a picture of its own where an embedded model brings one."""
-    from omni_runtime import compare as comparison
+    from omni_runtime.compare import comparison
 
     if not given:
         return _own_prompts(options, comparison.prompts_of(options.model, count))
@@ -435,7 +435,7 @@ def _own_prompts(
     options: argparse.Namespace, found: Sequence[tuple[str, Path | None]]
 ) -> list[tuple[str, Path | None]]:
     """Those that the model brings, with the picture that is given instead of theirs, if any."""
-    from omni_runtime import compare as comparison
+    from omni_runtime.compare import comparison
 
     if not found:
         sets = " or ".join(f"@{name}" for name in comparison.PROMPT_SETS)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import math
 import numbers
-import operator
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 
-from omni_runtime.loading import suggestion
+from omni_runtime.generation.checks import suggestion, whole_number
 
 #: In the class names of pipelines that start from an image. Others (FLUX Kontext) can do without the one they take.
 NEEDS_IMAGE = ("Edit", "Img2Img", "Inpaint")
@@ -122,19 +121,6 @@ def step_count(pipeline_class: type, arguments: Mapping[str, Any]) -> int | None
         return None
     steps = arguments.get("num_inference_steps", signature["num_inference_steps"].default)
     return steps if isinstance(steps, int) else None
-
-
-def whole_number(name: str, value: Any, least: int) -> int:
-    """`value` as an int. Raises TypeError for anything but a whole number, ValueError for one below `least`."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be a whole number, not {value!r}") from None
-    if number < least:
-        raise ValueError(f"{name} must be at least {least}, not {number}")
-    return number
 
 
 def _check_names(pipeline_class: type, signature: Mapping[str, Any], given: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from omni_kernels.device import Timer
-from omni_runtime.result import Timings
+from omni_runtime.generation.result import Timings
 
 
 class LoopClock:

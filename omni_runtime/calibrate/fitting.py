@@ -25,9 +25,9 @@ from omni_runtime.cache.forecasters import make_forecaster
 from omni_runtime.cache.gates import Gate, Limits, ThresholdGate, Verdict, by_image, relative_l1, worst
 from omni_runtime.cache.models import ModelRow
 from omni_runtime.cache.signals import ModulatedInput, Nothing
-from omni_runtime.omni import Omni
-from omni_runtime.request import GenerationRequest
-from omni_runtime.result import identified, jsonable
+from omni_runtime.generation.omni import Omni
+from omni_runtime.generation.request import GenerationRequest
+from omni_runtime.generation.result import identified, jsonable
 
 VERSIONS_OF = ("omni-kernels", "diffusers", "torch")
 

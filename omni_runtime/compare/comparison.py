@@ -8,10 +8,10 @@ Plain sampling with fewer steps is among the runs: it is what a user gets for fr
     document = evaluate(compare(runs, pipe, requests, "out"), about("emoji-qwen-image", pipe, requests))
     write(document, "out")  # results.json, report.html, contact_sheet.png
 
-`compare` makes the images, or finds them: each is a cell (`omni_runtime.cells`), kept below the directory as soon as it
-is made, so that a comparison which was interrupted, or has got one more run, makes only what is not there. `evaluate`
-measures them. What it returns is results.json, and all that is shown comes from that: the table, the contact sheet, and
-the report (`omni_runtime.report_html`).
+`compare` makes the images, or finds them: each is a cell (`omni_runtime.compare.cells`), kept below the directory as
+soon as it is made, so that a comparison which was interrupted, or has got one more run, makes only what is not there.
+`evaluate` measures them. What it returns is results.json, and all that is shown comes from that: the table, the contact
+sheet, and the report (`omni_runtime.compare.report_html`).
 
 A cache of another library takes part as a `Run` with an `install`, a context manager which has it installed while it is
 open; NFE and blocks are counted at the model itself, for every run alike:
@@ -45,13 +45,13 @@ from typing import Any
 import torch
 
 from omni_kernels.patching import backends
-from omni_runtime import cells, contact_sheet, quality, report_html
-from omni_runtime.cells import Cell, Run
-from omni_runtime.loading import embedded_models
-from omni_runtime.omni import Omni
+from omni_runtime.compare import cells, contact_sheet, quality, report_html
+from omni_runtime.compare.cells import Cell, Run
+from omni_runtime.generation.loading import embedded_models
+from omni_runtime.generation.omni import Omni
+from omni_runtime.generation.request import GenerationRequest
+from omni_runtime.generation.result import jsonable, write_png
 from omni_runtime.progress import Progress, seconds_left
-from omni_runtime.request import GenerationRequest
-from omni_runtime.result import jsonable, write_png
 
 REFERENCE = "no cache"
 PLAIN = "fewer steps"

@@ -6,10 +6,9 @@ A model is named by an embedded model's name, a directory that `save_pretrained`
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +17,9 @@ import torch
 
 from omni_kernels.device import load as load_kind
 from omni_kernels.patching.backends import nearest
+from omni_runtime.generation.checks import suggestion, whole_number
 
-EMBEDDED = Path(__file__).parent / "embedded"
+EMBEDDED = Path(__file__).parent.parent / "embedded"
 
 #: What `DiffusionPipeline.from_pretrained` takes besides the pipeline's own components. dtype is `Omni`'s.
 FROM_PRETRAINED = frozenset(
@@ -127,7 +127,7 @@ def load(source: Source, dtype: Any, device: torch.device, arguments: Mapping[st
     import diffusers
 
     if source.reference_pixels is not None and source.pipeline_class is not None:
-        from omni_runtime import small_references
+        from omni_runtime.generation import small_references
 
         pipe = small_references.load(source.location, source.reference_pixels, {"dtype": dtype, **arguments})
     else:
@@ -176,12 +176,6 @@ def resolve_dtype(dtype: Any, device: torch.device) -> Any:
     if known is None:
         raise ValueError(f"unknown dtype {dtype!r}: {nearest(dtype, [*DTYPES, 'auto'])}")
     return known
-
-
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` where one of `known` is close to `word`, else nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 class _DirectoryFiles:
@@ -307,6 +301,4 @@ def _reference_pixels(location: str, class_name: Any) -> int | None:
         raise ValueError(
             f"{location}/pipeline.json: only QwenImageEditPipeline takes reference_pixels, not {class_name}"
         )
-    from omni_runtime.request import whole_number
-
     return whole_number("reference_pixels", area, least=32 * 32)

@@ -6,9 +6,10 @@
 The page has no scripts and fetches nothing: pictures are data URIs, plots inline SVG, and its content security policy
 forbids the rest. It follows the reader's light or dark setting, and prints.
 
-It shows, for `document` as `omni_runtime.compare.evaluate` returns it: a table of all measures; two plots of PSNR, over
-speedup and over NFE, with a line per method; for each run which steps were computed, and what its distances were beside
-the threshold; and for each prompt and seed the pictures, with their differences from the reference.
+It shows, for `document` as `omni_runtime.compare.comparison.evaluate` returns it: a table of all measures; two plots
+of PSNR, over speedup and over NFE, with a line per method; for each run which steps were computed, and what its
+distances were beside the threshold; and for each prompt and seed the pictures, with their differences
+from the reference.
 """
 
 from __future__ import annotations

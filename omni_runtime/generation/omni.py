@@ -22,11 +22,11 @@ from omni_kernels.device import PeakMemory
 from omni_kernels.patching import PatchHandle, backends, handle_of, patch
 from omni_kernels.patching.calls import options_of
 from omni_kernels.patching.warming import STEPS, Warmup, warmup
-from omni_runtime import loading, request
 from omni_runtime.cache import models
 from omni_runtime.cache.report import StepEvent
-from omni_runtime.clock import LoopClock
-from omni_runtime.result import OmniResult, jsonable
+from omni_runtime.generation import loading, request
+from omni_runtime.generation.clock import LoopClock
+from omni_runtime.generation.result import OmniResult, jsonable
 
 #: Names the cache backend where the caller names none.
 ENVIRONMENT_VARIABLE = "DIFFUSION_CACHE_BACKEND"

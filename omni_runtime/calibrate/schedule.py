@@ -1,6 +1,6 @@
 """Schedules for one model: full runs recorded, each budget's schedule searched for, and what it does on other images.
 
-The search itself is in `omni_runtime.schedule_search`.
+The search itself is in `omni_runtime.calibrate.search`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from PIL import Image
 
 from omni_kernels.device import synchronize
 from omni_kernels.patching import Patch
-from omni_runtime import quality
 from omni_runtime.cache import schedules
 from omni_runtime.cache.backends import VELOCITY_CACHE
 from omni_runtime.cache.engine import CacheSession
@@ -31,10 +30,11 @@ from omni_runtime.cache.gates import ScheduleGate
 from omni_runtime.cache.history import inner_products
 from omni_runtime.cache.lifecycle import Request
 from omni_runtime.cache.output import OutputSite, steps_along
-from omni_runtime.omni import Omni
-from omni_runtime.request import GenerationRequest
-from omni_runtime.result import jsonable
-from omni_runtime.schedule_search import IDENTICAL, ROUNDS, Responses, Tried, hopeless, score, search, shape
+from omni_runtime.calibrate.search import IDENTICAL, ROUNDS, Responses, Tried, hopeless, score, search, shape
+from omni_runtime.compare import quality
+from omni_runtime.generation.omni import Omni
+from omni_runtime.generation.request import GenerationRequest
+from omni_runtime.generation.result import jsonable
 
 TRIES, PATIENCE, BATCH = 30, 20, 8
 #: Arguments that a batch takes one of per image; all others are shared.

@@ -1,0 +1,1 @@
+"""`omni calibrate`: the numbers that a method needs, fitted to a model."""

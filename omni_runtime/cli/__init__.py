@@ -1,0 +1,48 @@
+"""The command line: omni generate | compare | calibrate | backends | models.
+
+Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 something unexpected, 2 wrong input, 130
+interrupted by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from omni_runtime.cli.options import WRONG_INPUT, parser
+
+OK, UNEXPECTED, INTERRUPTED = 0, 1, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    try:
+        options = parser().parse_args(arguments)
+    except SystemExit as stop:  # --help, --version, or an error of which argparse has told
+        return stop.code if isinstance(stop.code, int) else WRONG_INPUT
+    try:
+        from omni_runtime.cli import commands  # imports torch, which --help need not wait for
+    except KeyboardInterrupt:
+        return _say(INTERRUPTED, "interrupted")
+    try:
+        getattr(commands, options.command)(options)
+        return OK
+    except commands.UsageError as error:
+        return _say(WRONG_INPUT, str(error))
+    except KeyboardInterrupt as stop:
+        return _say(INTERRUPTED, str(stop) or "interrupted")
+    except BrokenPipeError:  # the reader of a pipe has gone; nothing can be written any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNEXPECTED
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            return _say(UNEXPECTED, f"the device is out of memory: {error}")
+        traceback.print_exc()
+        return _say(UNEXPECTED, f"unexpected {type(error).__name__}: {error}")
+
+
+def _say(code: int, message: str) -> int:
+    print(f"omni: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
