@@ -80,6 +80,24 @@ class PatchHandle:
         return None if self._installed is None else self._installed.report
 
     @property
+    def reports(self) -> list[Any]:
+        """What each denoising loop of the last call did: a pipeline may run several (videos in segments)."""
+        return [] if self._installed is None else list(getattr(self._installed, "reports", ()))
+
+    def run(self) -> contextlib.AbstractContextManager[object]:
+        """While open, a denoising loop of your own counts as a call of the pipeline: the cache is at work in it.
+
+            with handle.run():
+                pipe.scheduler.set_timesteps(50)
+                for t in pipe.scheduler.timesteps:
+                    ...
+
+        A backend without a `run` of its own follows loops by itself.
+        """
+        own = getattr(self._installed, "run", None)
+        return contextlib.nullcontext() if own is None else own()
+
+    @property
     def on_step(self) -> Callable[[Any], None] | None:
         """Called with a `StepEvent` whenever a step closes; None for nobody."""
         return None if self._installed is None else self._installed.on_step

@@ -278,3 +278,13 @@ class Patch:
         for slot in reversed(slots):
             slot.restore()
         self._slots = [slot for slot in self._slots if slot not in slots]
+
+    def release(self) -> None:
+        """Put back every slot that is as it was filled, and forget the others: for what is installed for a while only.
+
+        What somebody else has put over it stays; he goes on calling what he found there.
+        """
+        for slot in reversed(self._slots):
+            if slot.held:
+                slot.restore()
+        self._slots = []

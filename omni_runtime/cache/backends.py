@@ -17,7 +17,6 @@ from omni_kernels.patching import Patch
 from omni_kernels.patching.backends import nearest
 from omni_runtime.cache import calibration, library, magnitudes, polynomial, schedules
 from omni_runtime.cache import config as keys
-from omni_runtime.cache.engine import CacheSession, Parts
 from omni_runtime.cache.forecasters import FORECASTERS, make_forecaster
 from omni_runtime.cache.gates import (
     AccumulatedPolynomialGate,
@@ -29,7 +28,9 @@ from omni_runtime.cache.gates import (
 from omni_runtime.cache.lifecycle import Request
 from omni_runtime.cache.masks import POLICIES, parse_mask, steps_mask
 from omni_runtime.cache.models import ModelRow, TransformerFacts, row_of
-from omni_runtime.cache.output import OutputSite
+from omni_runtime.cache.output import OutputSession, OutputSite
+from omni_runtime.cache.passage import Parts
+from omni_runtime.cache.session import BlockSession, CacheSession
 from omni_runtime.cache.signals import (
     ExpectedChange,
     FilteredModulatedInput,
@@ -123,8 +124,10 @@ class Method:
             self.relations(config, blocks, None)
             return choose(config, row, blocks)
 
-        output = None if self.output is None else self.output(config)
-        session = CacheSession(self.name, pipe, None if choose is None else parts, output)
+        if self.output is not None:
+            session = OutputSession(self.name, pipe, self.output(config))
+        else:
+            session = BlockSession(self.name, pipe, parts)
         session.install(patch)
         return session
 

@@ -30,9 +30,17 @@ from omni_kernels.patching import Patch
 from omni_kernels.patching.backends import nearest
 from omni_kernels.patching.cache_dit import NAME, Library, use_kernels
 from omni_kernels.patching.engine import describe
-from omni_runtime.cache.engine import LIBRARY_MARK, CacheSession
-from omni_runtime.cache.lifecycle import Request
-from omni_runtime.cache.report import Decision
+from omni_runtime.cache.gates import Verdict
+from omni_runtime.cache.lifecycle import Request, Run, turn
+from omni_runtime.cache.session import (
+    GRADIENT,
+    LIBRARY_MARK,
+    CacheSession,
+    differentiates,
+    refuse_cached,
+    refuse_compiled,
+    refuse_parallel,
+)
 
 #: our forecasters that the library has, and the configuration of its calibrator; None: it reuses
 CALIBRATORS = {
@@ -42,6 +50,8 @@ CALIBRATORS = {
     "foca": "FoCaCalibratorConfig",
     "dmd": "DMDCalibratorConfig",
 }
+#: Pipelines that the library takes and cannot run, or of which it skips nothing, and why.
+REFUSED: dict[str, str] = {}
 _ADAPTER = "caching.cache_adapters.CachedAdapter"
 _MANAGER = "caching.cache_contexts.CachedContextManager"
 _CONTEXT = "caching.cache_contexts.CachedContext"
@@ -187,6 +197,8 @@ class _Blocks:
 class LibrarySession(CacheSession):
     """The library's DBCache, installed on one pipeline.
 
+    The library is enabled when a run begins and taken out when it ends.
+
     Args:
         name: the backend's.
         config: its keys, complete.
@@ -208,47 +220,51 @@ class LibrarySession(CacheSession):
         config: Mapping[str, Any],
         mask: Callable[[Request], tuple[int, ...] | None],
     ) -> None:
-        super().__init__(name, pipe, None)
-        self._skips_blocks = True
-        for transformer in self._transformers:
-            self._check_blocks_of(transformer)
-        self._pipe = pipe
+        super().__init__(name, pipe)
+        kind = type(pipe).__name__
+        if kind in REFUSED:
+            raise ValueError(f"engine 'library' cannot serve {kind}: {REFUSED[kind]}")
+        second = getattr(pipe, "transformer_2", None)
+        self.transformers += [] if second is None else [second]
         self._config = config
         self._mask = mask
+        self._library = _load()
         self._manager: Any = None
         self._blocks: dict[torch.nn.Module, list[_Blocks]] = {}
         self._serving: Request | None = None
         self._notes: list[str] = []
 
     def install(self, patch: Patch) -> None:
-        """Enable the library on the pipeline's transformers, and take the scheduler's seam."""
-        library = _load()
-        use_kernels(library.module, patch)
-        self._lifecycle.install(patch)
-        for transformer in self._transformers:
-            patch.add(_Order(transformer))
-        self._enable(library, patch)
-        for transformer in self._transformers:
-            patch.set_method(transformer, "_compiled_call_impl", functools.partial(self._run, transformer))
-            if hasattr(transformer, "cache_context"):
-                original: Any = transformer.cache_context
-                patch.set_method(transformer, "cache_context", self._cache_context(original))
+        """See `CacheSession.install`; our kernels are in the library for as long as the patch is there."""
+        use_kernels(self._library.module, patch)
+        super().install(patch)
+
+    def take(self, run: Run, seams: Patch) -> None:
+        """Enable the library on the pipeline's transformers, and take the seams."""
+        for transformer in self.transformers:
+            refuse_cached(transformer)
+            refuse_compiled(transformer)
+            refuse_parallel(transformer, self.alone)
+            seams.add(_Order(transformer))
+        self._enable(self._library, seams)
+        for transformer in self.transformers:
+            self.take_calls(run, transformer, seams)
 
     def _enable(self, library: Library, patch: Patch) -> None:
-        kind, module = type(self._pipe).__name__, library.module
+        kind, module = type(self.pipe).__name__, library.module
         adapter_class = library.find(_ADAPTER)
         # The library makes a pipeline's class its own. This one stands for ours, and is nobody else's.
         seat = type(kind, (), {"__call__": lambda self: None, "transformer": self.transformer})()
         before = [(owner, mapping, dict(mapping)) for owner, mapping in self._namespaces()]
         try:
             with _quiet():
-                adapter = module.get_adapter(self._pipe)
+                adapter = module.get_adapter(self.pipe)
                 if adapter is None:
                     _, known = module.supported_pipelines()
                     raise ValueError(f"{NAME} {library.version} knows no {kind}: {nearest(kind, known)}")
                 adapter.pipe = seat
                 adapter = adapter_class.apply(adapter, **_configurations(module, self._config))
-            for transformer in self._transformers:
+            for transformer in self.transformers:
                 vars(transformer)[LIBRARY_MARK] = _NotCopied()
         except AssertionError as error:
             raise ValueError(f"{NAME} {library.version} cannot serve this {kind}: {error}") from error
@@ -256,7 +272,7 @@ class LibrarySession(CacheSession):
             for owner, mapping, former in before:
                 patch.record(owner, mapping, former)
         self._manager = seat._context_manager
-        self._transformers = list(adapter.transformer)
+        self.transformers = list(adapter.transformer)
         lists = zip(adapter.transformer, adapter.unique_blocks_name, adapter.blocks, strict=True)
         for transformer, contexts, blocks in lists:
             self._blocks[transformer] = [
@@ -274,8 +290,8 @@ class LibrarySession(CacheSession):
 
     def _namespaces(self) -> Iterator[tuple[object, MutableMapping[str, Any]]]:
         """Where the library may write."""
-        yield self._pipe, vars(self._pipe)
-        for transformer in self._transformers:
+        yield self.pipe, vars(self.pipe)
+        for transformer in self.transformers:
             for module in transformer.modules():
                 yield module, vars(module)
                 yield module, module._modules
@@ -291,7 +307,7 @@ class LibrarySession(CacheSession):
         masked = self._config["steps_computation_mask"] or self._config["scm_steps_mask_policy"]
         if masked and len(self._blocks) > 1:
             raise ValueError(
-                f"{type(self._pipe).__name__} has {len(self._blocks)} transformers, each of which the library gives "
+                f"{type(self.pipe).__name__} has {len(self._blocks)} transformers, each of which the library gives "
                 "steps of its own: a steps computation mask would be misplaced"
             )
 
@@ -310,8 +326,11 @@ class LibrarySession(CacheSession):
     def _contexts(self) -> list[Any]:
         return [self._manager.get_context(one.context) for lists in self._blocks.values() for one in lists]
 
-    def _opened(self, request: Request) -> None:
-        super()._opened(request)
+    def opened(self, request: Request) -> None:
+        """See `CacheSession.opened`."""
+        for transformer in self.transformers:
+            refuse_parallel(transformer, self.alone)
+        super().opened(request)
         request.notes += self._notes
 
     def _begin(self, request: Request) -> None:
@@ -337,38 +356,37 @@ class LibrarySession(CacheSession):
                     calibrator.reset_cache()
         self._manager.clear_contexts()
 
-    def _run(self, transformer: Any, *args: Any, **kwargs: Any) -> Any:
-        """A transformer's call."""
-        request = self._lifecycle.current()
-        if request is None or request.ended:
-            with _quiet():  # it says of every list of blocks that it has no context
-                return transformer._call_impl(*args, **kwargs)
-        try:
-            if request is not self._serving:
-                self._begin(request)
-            if request.calls > 1:
-                raise ValueError(
-                    f"{type(self._pipe).__name__} calls its transformer more than twice in a step: the library knows "
-                    "two guidance branches"
-                )
-            name = self._context or str(request.calls)
-            made = request.decisions.get(name)
-            if made and made[-1].step == request.step:
-                name = f"{name}#{request.calls}"
-            contexts = [self._manager.get_context(one.context) for one in self._blocks[transformer]]
-            if not request.calls:
-                for context in contexts:
-                    context.transformer_executed_steps = 2 * context.executed_steps
-            taken = [context.transformer_executed_steps for context in contexts]
-            output = transformer._call_impl(*args, **kwargs)
-        except BaseException:
-            self._lifecycle.end()
-            raise
+    def call_of_another(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """See `CacheSession.call_of_another`; the library is in the transformer, so another thread waits."""
+        with turn(self.transformers), _quiet():  # it says of every list of blocks that it has no context
+            return call(*args, **kwargs)
+
+    def call(
+        self, run: Run, request: Request, transformer: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """See `CacheSession.call`."""
+        if request is not self._serving:
+            self._begin(request)
+        if request.calls > 1:
+            raise ValueError(
+                f"{type(self.pipe).__name__} calls its transformer more than twice in a step: the library knows two "
+                "guidance branches"
+            )
+        branch = request.branch(run.context)
+        if differentiates(transformer, args, kwargs):
+            raise ValueError(f"{GRADIENT} in a run on the cache-dit library, which has none: engine 'own' computes it")
+        lists = self._blocks[transformer]
+        contexts = [self._manager.get_context(one.context) for one in lists]
+        if not request.calls:
+            for context in contexts:
+                context.transformer_executed_steps = 2 * context.executed_steps
+        taken = [context.transformer_executed_steps for context in contexts]
+        output = call(*args, **kwargs)
         if taken == [context.transformer_executed_steps for context in contexts]:
             self._lost(transformer, request)
         request.calls += 1
         computed, distances = False, []
-        for one, context in zip(self._blocks[transformer], contexts, strict=True):
+        for one, context in zip(lists, contexts, strict=True):
             skipped, distance = _decided(context)
             computed |= not skipped
             always = self._config["Fn_compute_blocks"] + self._config["Bn_compute_blocks"]
@@ -377,8 +395,7 @@ class LibrarySession(CacheSession):
             if distance is not None:
                 distances.append(distance)
         distance = max(distances, default=None)
-        reason = self._reason(computed, distance)
-        request.decisions.setdefault(name, []).append(Decision(request.step, computed, reason, distance))
+        branch.decide(Verdict(computed, self._reason(computed, distance), distance))
         return output
 
     def _lost(self, transformer: torch.nn.Module, request: Request) -> None:

@@ -1,8 +1,12 @@
-"""The scheduler seam: when a request opens, steps and ends.
+"""Runs and requests: when a cache is at work, and on what.
 
-`set_timesteps` opens a request, `step` closes one denoising step, and the request ends with its last step, or when the
-pipeline leaves its loop early (its progress bar closes then), by an interrupt or an exception. Whatever state a cache
-has hangs on the request, so that no request can see another's: not after an exception, not after an interrupt.
+A `Run` is one call of a patched pipeline, in one thread. A `Request` is one denoising loop in it: `set_timesteps` of
+the pipeline's scheduler opens it, `step` closes each of its steps, and it ends with its last step or with the run.
+What a cache remembers hangs on the request, so no request sees another's.
+
+Pipelines share transformers and schedulers (`from_pipe`). So nothing stays on these between runs, and what is put on
+them for a run answers only the calls of that run: a `ContextVar` says which run a call belongs to. A second run on the
+same transformer waits until the first is over.
 """
 
 from __future__ import annotations
@@ -10,28 +14,65 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import threading
 import time
 import warnings
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, Protocol
 
-from omni_kernels.patching import Patch, PatchConflictError
+import torch
+
+from omni_kernels.patching import Patch
+from omni_runtime.cache.gates import Verdict
 from omni_runtime.cache.report import Decision
 
-if TYPE_CHECKING:
-    import torch
+#: The run that a call in this thread belongs to.
+CURRENT: ContextVar[Run | None] = ContextVar("omni_runtime_run", default=None)
+
+#: More transformer calls than this without a step of the scheduler: it is another scheduler that steps.
+MOST_CALLS = 16
+
+
+class Held(Protocol):
+    """Whatever is kept for a request, or for a branch of it."""
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor that is held."""
+
+
+class Branch:
+    """One CFG branch of one request: its name, its decisions, and what a cache keeps for it.
+
+    Attributes:
+        called: the step of its last transformer call.
+        kept: what the cache keeps; None before its first call, and after the request.
+    """
+
+    __slots__ = ("called", "decisions", "kept", "name")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.decisions: list[Decision] = []
+        self.called = -1
+        self.kept: Any = None
+
+    def decide(self, verdict: Verdict) -> None:
+        """Note what is done in the call under way, and why."""
+        self.decisions.append(Decision(self.called, *verdict))
 
 
 class Request:
-    """One run of a pipeline's denoising loop.
+    """One denoising loop.
 
     Attributes:
         sigmas: the noise levels σ of the scheduler's steps, where it has any, else its timesteps.
         begin: the scheduler's step that the loop begins with (image-to-image pipelines leave out the first ones).
         step: index of the step under way, from 0 at `begin`.
-        state: whatever a cache keeps of this request; dropped when it ends.
+        branches: by name. Names come from the pipeline's cache context, else from the order of calls within a step.
         calls: transformer calls in the step under way.
-        outputs: the cache of whole steps, where there is one; dropped like the state.
+        outputs: the cache of whole steps, where there is one; dropped like what branches keep.
         sample: what the last step left, the latents that the step under way begins with; None before the first.
         by_token: whether the scheduler is told of a noise level of each token, by which it steps then.
         images, latents: how many the latents are of, and the shape of one's; 0 and () until the first step closes.
@@ -40,16 +81,15 @@ class Request:
         drift: how far a replayed schedule has drifted; None where none was.
     """
 
-    def __init__(self, sigmas: list[float], steps: int) -> None:
+    def __init__(self, sigmas: list[float], scheduled: int) -> None:
         self.sigmas = sigmas
         self.begin = 0
         self.step = 0
-        self.state: dict[str, Any] = {}
+        self.branches: dict[str, Branch] = {}
         self.calls = 0
         self.step_seconds: list[float] = []
         self.blocks_run = 0
         self.blocks_total = 0
-        self.decisions: dict[str, list[Decision]] = {}
         self.complete = False
         self.ended = False
         self.outputs: Any = None
@@ -60,18 +100,49 @@ class Request:
         self.on_end: Callable[[], None] | None = None
         self.notes: list[str] = []
         self.drift: float | None = None
-        self._scheduled = steps
+        self._scheduled = scheduled
+        self._announced: int | None = None
         self._clock = time.perf_counter()
 
     @property
     def steps(self) -> int:
         """How many steps the request has."""
-        return self._scheduled - self.begin
+        left = self._scheduled - self.begin
+        return left if self._announced is None else min(left, self._announced)
 
     @property
     def sigma(self) -> float:
         """The noise level of the step under way."""
         return self.sigmas[self.begin + self.step]
+
+    @property
+    def decisions(self) -> dict[str, list[Decision]]:
+        """Those of each branch that has made any."""
+        return {name: branch.decisions for name, branch in self.branches.items() if branch.decisions}
+
+    def starts(self, begin_index: int | None, announced: Any) -> None:
+        """The first transformer call comes: find out which steps the loop has.
+
+        Args:
+            begin_index: the scheduler's, None where the pipeline has set none.
+            announced: the number of steps that the pipeline says it will take (`_num_timesteps`), if it says so.
+        """
+        if type(announced) is int and 0 < announced <= self._scheduled:
+            self._announced = announced
+        left_out = 0 if self._announced is None else self._scheduled - self._announced
+        self.begin = left_out if begin_index is None else begin_index
+
+    def branch(self, context: str | None) -> Branch:
+        """The branch of the transformer call under way, by the pipeline's name for it, if any."""
+        name = context or str(self.calls)
+        branch = self.branches.get(name)
+        if branch is not None and branch.called == self.step:  # a second call of that name in this step
+            name = f"{name}#{self.calls}"
+            branch = self.branches.get(name)
+        if branch is None:
+            branch = self.branches[name] = Branch(name)
+        branch.called = self.step
+        return branch
 
     def close_step(self) -> None:
         """Go on to the next step, or be complete after the last."""
@@ -82,177 +153,236 @@ class Request:
         self.calls = 0
         self.complete = self.step >= self.steps
 
+    def begins_at(self, begin: int) -> None:
+        """The scheduler's own count says that the loop begins with another step than was thought: start over."""
+        self.begin = begin
+        self.complete = self.step >= self.steps
+        self._free()
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor that is held for the request."""
+        kept = [branch.kept for branch in self.branches.values()]
+        holders: list[Held] = [one for one in (*kept, self.outputs) if one is not None]
+        return [tensor for holder in holders for tensor in holder.tensors()]
+
     def end(self) -> None:
-        """Free the state; what was decided stays readable."""
+        """Free what is held; what was decided stays readable."""
         self.ended = True
-        self.outputs = self.sample = None
-        self.state.clear()
+        self._free()
         on_end, self.on_end = self.on_end, None
         if on_end is not None:
             on_end()
 
+    def _free(self) -> None:
+        self.outputs = self.sample = None
+        for branch in self.branches.values():
+            branch.kept = None
 
-class Lifecycle:
-    """Follows one pipeline's requests through its scheduler.
 
-    Attributes:
-        request: the one under way.
-        scheduler: the one followed.
+class _OfAnotherRun(int):
+    """What a pipeline says of its steps, where it was said before this run."""
+
+
+class Listener(Protocol):
+    """Whoever follows the requests of a run; see `omni_runtime.cache.session.CacheSession`."""
+
+    name: str
+
+    def opened(self, request: Request) -> None:
+        """A request has begun: its first transformer call comes."""
+
+    def stepped_with(self, request: Request, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        """What the scheduler is to step with, where the pipeline gives it `output`."""
+
+    def stepped(self, request: Request) -> None:
+        """A step has closed."""
+
+    def completed(self, request: Request) -> None:
+        """The last step has closed; what is held is freed next."""
+
+
+class Run:
+    """One call of a patched pipeline.
 
     Args:
         pipe: the pipeline; the scheduler that it has at the time of each transformer call is the one followed.
-        on_open: called with a fresh request.
-        on_step: called with the request after each closed step.
-        on_output: called with the request, the model output that the scheduler is about to step with, and the latents;
-            gives what it steps with instead.
-        on_complete: called with the request after its last step, before its state is freed and `on_step` is called.
+        listener: follows the requests.
+        patch: records what is put on the scheduler; undone when the run is over.
+
+    Attributes:
+        request: the one under way.
+        requests: all that a transformer was called in, in order.
+        context: the pipeline's name for the transformer call under way, by `cache_context`.
+        passage: what decides which blocks run, during a forward of the transformer; None between forwards.
     """
 
-    def __init__(
-        self,
-        pipe: Any,
-        on_open: Callable[[Request], None],
-        on_step: Callable[[Request], None],
-        on_output: Callable[[Request, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
-        on_complete: Callable[[Request], None] | None = None,
-    ) -> None:
+    def __init__(self, pipe: Any, listener: Listener, patch: Patch) -> None:
+        self.listener = listener
         self.request: Request | None = None
-        self._pipe = pipe
-        self._on_open = on_open
-        self._on_step = on_step
-        self._on_output = on_output
-        self._on_complete = on_complete
+        self.requests: list[Request] = []
+        self.context: str | None = None
+        self.passage: Any = None
         self.scheduler: Any = None
-        self._attachment: object = None
-        self._patch = Patch()
-        self._warned = False
-
-    def install(self, patch: Patch) -> None:
-        """Wrap the scheduler, and the call with which diffusers pipelines end, of this pipeline alone."""
-        free_hooks, progress_bar = self._pipe.maybe_free_model_hooks, self._pipe.progress_bar
-
-        @functools.wraps(free_hooks)
-        def wrapped_free_hooks(*args: Any, **kwargs: Any) -> Any:
-            self.end()
-            return free_hooks(*args, **kwargs)
-
-        @functools.wraps(progress_bar)
-        def wrapped_progress_bar(*args: Any, **kwargs: Any) -> Any:
-            bar = progress_bar(*args, **kwargs)
-            self._end_with(bar)
-            return bar
-
+        self._pipe = pipe
         self._patch = patch
-        patch.set_method(self._pipe, "maybe_free_model_hooks", wrapped_free_hooks)
-        patch.set_method(self._pipe, "progress_bar", wrapped_progress_bar)
+        self._uncached = 0
+
+    def follow(self) -> None:
+        """Take the scheduler's seam."""
+        before = vars(self._pipe).get("_num_timesteps")
+        if isinstance(before, int):
+            self._patch.set_attribute(self._pipe, "_num_timesteps", _OfAnotherRun(before))
         self._attach(self._pipe.scheduler)
 
-    def _end_with(self, bar: Any) -> None:
-        """End the request under way when `bar` is closed: with the loop, by whatever exception it is left."""
-        request, close = self.request, bar.close
+    def current(self) -> Request | None:
+        """The request that a transformer call belongs to; None for a call outside any."""
+        if self._pipe.scheduler is not self.scheduler:
+            self._change_scheduler()
+        request = self.request
+        if request is None and not self.requests:
+            request = self._take_up()
+        if request is None or request.ended:
+            self._uncached += 1
+            return None
+        if request.step == 0 and request.calls == 0:
+            self._starts(request)
+        elif request.calls >= MOST_CALLS:
+            self._lost(request)
+            return None
+        return request
 
-        def end_and_close() -> None:
-            if self.request is request:  # a bar may be closed late, by the garbage collector
-                self.end()
-            close()
-
-        bar.close = end_and_close
-
-    def end(self) -> None:
+    def end_request(self) -> None:
         """End the request under way, if any."""
         if self.request is not None:
             self.request.end()
             self.request = None
 
-    def current(self) -> Request | None:
-        """The request that a transformer call belongs to; None, said once, for a call outside any."""
-        if self._pipe.scheduler is not self.scheduler:
-            self._follow()
-        request = self.request
-        if request is None:
-            if not self._warned:
-                self._warned = True
-                warnings.warn(
-                    "the transformer was called outside a pipeline's denoising loop: nothing is cached there",
-                    stacklevel=5,
-                )
+    def say_if_nothing_was_cached(self) -> None:
+        """Warn of a run that has come to its end and in which no step could be skipped."""
+        if self._uncached and not self.requests:
+            warnings.warn(
+                f"{type(self._pipe).__name__} has called its transformer outside a denoising loop of its own "
+                f"scheduler: {self.listener.name} has cached nothing",
+                stacklevel=6,
+            )
+
+    def _starts(self, request: Request) -> None:
+        request.starts(getattr(self.scheduler, "begin_index", None), getattr(self._pipe, "_num_timesteps", None))
+        if request not in self.requests:
+            self.requests.append(request)
+        self.listener.opened(request)
+
+    def _lost(self, request: Request) -> None:
+        note = (
+            f"{type(self._pipe).__name__} has called its transformer {request.calls} times without a step of its "
+            f"scheduler, so it steps another one, perhaps a copy: {self.listener.name} has cached nothing"
+        )
+        request.notes.append(note)
+        self.end_request()
+        warnings.warn(note, stacklevel=6)
+
+    def _change_scheduler(self) -> None:
+        """The pipeline was given another scheduler: leave the old one, and take up the new one where it stands."""
+        self.end_request()
+        self._patch.release()
+        self._attach(self._pipe.scheduler)
+        self._take_up()
+
+    def _take_up(self) -> Request | None:
+        """A request whose timesteps were set before the run was there to see it, and none of whose steps was taken."""
+        scheduler = self.scheduler
+        if getattr(scheduler, "num_inference_steps", None) is None or _index(scheduler) is not None:
             return None
-        if request.step == 0 and request.calls == 0:
-            request.begin = getattr(self.scheduler, "begin_index", None) or 0
-        return request
+        self._open()
+        return self.request
 
     def _attach(self, scheduler: Any) -> None:
         set_timesteps, step = scheduler.set_timesteps, scheduler.step
-        attachment = self._attachment = object()
-        # Of the class: who else wraps the instance's method need not keep its signature.
-        bind = inspect.signature(type(scheduler).step).bind
 
         # Pipelines inspect the signature of set_timesteps: functools.wraps keeps it.
         @functools.wraps(set_timesteps)
         def wrapped_set_timesteps(*args: Any, **kwargs: Any) -> Any:
-            if self._attachment is not attachment:
+            if CURRENT.get() is not self or self.scheduler is not scheduler:
                 return set_timesteps(*args, **kwargs)
-            self.end()
+            self.end_request()
             result = set_timesteps(*args, **kwargs)
             self._open()
             return result
 
         @functools.wraps(step)
         def wrapped_step(*args: Any, **kwargs: Any) -> Any:
-            request = self.request if self._attachment is attachment else None
-            try:
-                if request is not None and self._on_output is not None:
-                    given = bind(scheduler, *args, **kwargs)
-                    output, sample = given.arguments["model_output"], given.arguments["sample"]
-                    request.by_token = given.arguments.get("per_token_timesteps") is not None
-                    given.arguments["model_output"] = self._on_output(request, output, sample)
-                    args, kwargs = given.args[1:], given.kwargs
-                result = step(*args, **kwargs)
-            except BaseException:
-                if request is not None:
-                    self.end()
-                raise
-            if request is not None:
-                if not request.step:
-                    sample = args[2] if len(args) > 2 else kwargs.get("sample")
-                    request.images, *latents = getattr(sample, "shape", None) or (0,)
-                    request.latents = tuple(latents)
-                if self._on_output is not None:
-                    request.sample = result[0] if isinstance(result, tuple) else result.prev_sample
-                self._close_step(request)
-            return result
+            request = self.request if CURRENT.get() is self and self.scheduler is scheduler else None
+            if request is None or _repeats(request, scheduler):
+                return step(*args, **kwargs)
+            return self._step(request, step, args, kwargs)
 
         self._patch.set_method(scheduler, "set_timesteps", wrapped_set_timesteps)
         self._patch.set_method(scheduler, "step", wrapped_step)
         self.scheduler = scheduler
-
-    def _follow(self) -> None:
-        """The pipeline was given another scheduler: leave the old one, and take up the new one where it stands."""
-        with contextlib.suppress(PatchConflictError):  # wrapped by somebody else: what is left below only passes on
-            self._patch.undo(self.scheduler)
-        self.end()
-        self._attach(self._pipe.scheduler)
-        timesteps_set = getattr(self.scheduler, "num_inference_steps", None) is not None
-        if timesteps_set and getattr(self.scheduler, "step_index", None) is None:
-            self._open()
+        # Of the class: who else wraps the instance's method need not keep its signature.
+        self._signature = inspect.signature(type(scheduler).step)
 
     def _open(self) -> None:
         scheduler = self.scheduler
         # One transfer to the host a request, before the loop starts.
         levels = getattr(scheduler, "sigmas", None)
         levels = scheduler.timesteps if levels is None else levels
-        request = Request([float(x) for x in levels.tolist()], len(scheduler.timesteps))
-        self._on_open(request)
-        self.request = request
+        self.request = Request([float(x) for x in levels.tolist()], len(scheduler.timesteps))
 
-    def _close_step(self, request: Request) -> None:
+    def _step(self, request: Request, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One step of the scheduler, which closes the request's."""
+        scheduler = self.scheduler
+        try:
+            given = self._signature.bind(scheduler, *args, **kwargs)
+            output, sample = given.arguments["model_output"], given.arguments["sample"]
+            request.by_token = given.arguments.get("per_token_timesteps") is not None
+            given.arguments["model_output"] = self.listener.stepped_with(request, output, sample)
+            result = step(*given.args[1:], **given.kwargs)
+        except BaseException:
+            self.end_request()
+            raise
+        if not request.step:
+            request.images, *latents = getattr(sample, "shape", None) or (0,)
+            request.latents = tuple(latents)
+        request.sample = result[0] if isinstance(result, tuple) else result.prev_sample
         request.close_step()
+        index = _index(scheduler)
+        if request.step == 1 and index is not None and index - 1 != request.begin:
+            request.begins_at(index - 1)
         if request.complete:
             try:
-                if self._on_complete is not None and not request.ended:
-                    self._on_complete(request)
+                if not request.ended:
+                    self.listener.completed(request)
             finally:
                 request.end()
                 if self.request is request:
                     self.request = None
-        self._on_step(request)
+        self.listener.stepped(request)
+        return result
+
+
+def _index(scheduler: Any) -> int | None:
+    """The scheduler's own count of its steps, where it keeps one on the host."""
+    index = getattr(scheduler, "_step_index", None)
+    return index if isinstance(index, int) else None
+
+
+def _repeats(request: Request, scheduler: Any) -> bool:
+    """Whether a step that was closed is taken once more (Cosmos 1.0 sets the scheduler's count back to do so)."""
+    index = _index(scheduler)
+    return index is not None and request.step > 0 and index - request.begin < request.step
+
+
+_turns: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_asking = threading.Lock()
+
+
+@contextlib.contextmanager
+def turn(transformers: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """While open, no run in another thread works with these transformers: it waits until this one is over."""
+    with _asking:
+        locks = [_turns.setdefault(one, threading.RLock()) for one in sorted(transformers, key=id)]
+    with contextlib.ExitStack() as stack:
+        for lock in locks:
+            stack.enter_context(lock)
+        yield

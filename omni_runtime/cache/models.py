@@ -1,8 +1,8 @@
 """The table of transformer classes: what the block-list seam must know of a model, one row per class.
 
-To add a model whose blocks form one sequence (in one or several module lists), add a row to `MODELS`: where the lists
-are, how a block names its hidden states, what it returns, and, for TeaCache, how block 0 modulates its input. Nothing
-of the model's `forward` is repeated here.
+To add a model whose blocks form one sequence (in one or several module lists), add a row to `MODELS`: the lists, each
+with how its blocks name their hidden states and what they return, and, for TeaCache, how block 0 modulates its input.
+Nothing of the model's `forward` is repeated here.
 """
 
 from __future__ import annotations
@@ -44,15 +44,30 @@ Grid = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
+class ListRow:
+    """One list of blocks, which are all called alike.
+
+    Attributes:
+        name: the attribute of the transformer that holds it.
+        depth: the key of the transformer's config that says how many blocks it has.
+        hidden, encoder: the blocks' arguments for the image and the text stream; `encoder` None for a single stream.
+        returns: what a block returns: (encoder, hidden), or the hidden states alone.
+    """
+
+    name: str
+    depth: str
+    hidden: str
+    encoder: str | None
+    returns: Literal["encoder_first", "hidden"]
+
+
+@dataclass(frozen=True)
 class ModelRow:
     """One transformer class.
 
     Attributes:
-        block_lists: attributes of the transformer that hold its blocks, in the order in which they run.
-        hidden, encoder: the block's arguments for the image and the text stream; `encoder` None for a single stream.
-        returns: what a block returns: (encoder, hidden), or the hidden states alone.
+        lists: its lists of blocks, in the order in which they run.
         between: arguments of the transformer's forward that make it work between blocks (ControlNet residuals).
-        depth: keys of the transformer's config that add up to the number of blocks.
         modulation: block 0 and its arguments → how it modulates its input; None where only TeaCache is to do without.
         noise_tokens: the forward's arguments → how many leading tokens are noise; None for all.
         noise_grid: the forward's arguments → how those tokens lie, in rows, one after another; raises ValueError for a
@@ -62,11 +77,7 @@ class ModelRow:
         pipelines: the diffusers pipelines that run this transformer.
     """
 
-    block_lists: tuple[str, ...]
-    hidden: str
-    encoder: str | None
-    returns: Literal["encoder_first", "hidden"]
-    depth: tuple[str, ...]
+    lists: tuple[ListRow, ...]
     between: tuple[str, ...] = ()
     modulation: Callable[[torch.nn.Module, Arguments], Modulation] | None = None
     noise_tokens: Callable[[Arguments], int | None] = _all_tokens
@@ -145,7 +156,10 @@ def _flux_noise_grid(arguments: Arguments) -> Grid:
     """One transfer to the host: the ids are all that tells height from width. References have another first id."""
     ids = arguments["img_ids"]
     ids = ids[0] if ids.ndim == 3 else ids
-    _, height, width = (int(last) + 1 for last in ids[ids[:, 0] == 0].amax(0).tolist())
+    noise = ids[ids[:, 0] == 0]
+    if not len(noise):
+        raise ValueError("none of the transformer's img_ids begins with 0, as those of a single image do")
+    _, height, width = (int(last) + 1 for last in noise.amax(0).tolist())
     return 1, height, width
 
 
@@ -170,13 +184,14 @@ _FLUX_RATIOS = (
     0.99609, 0.99609, 0.98047, 0.98828, 0.96484, 0.95703, 0.93359, 0.89062,
 )  # fmt: skip
 
+
+def _two_streams(name: str, depth: str) -> ListRow:
+    return ListRow(name, depth, "hidden_states", "encoder_hidden_states", "encoder_first")
+
+
 MODELS: dict[str, ModelRow] = {
     "QwenImageTransformer2DModel": ModelRow(
-        block_lists=("transformer_blocks",),
-        hidden="hidden_states",
-        encoder="encoder_hidden_states",
-        returns="encoder_first",
-        depth=("num_layers",),
+        lists=(_two_streams("transformer_blocks", "num_layers"),),
         between=("controlnet_block_samples",),
         modulation=_qwen_modulation,
         noise_tokens=_qwen_noise_tokens,
@@ -194,11 +209,7 @@ MODELS: dict[str, ModelRow] = {
         ),
     ),
     "ZImageTransformer2DModel": ModelRow(
-        block_lists=("layers",),
-        hidden="x",
-        encoder=None,
-        returns="hidden",
-        depth=("n_layers",),
+        lists=(ListRow("layers", "n_layers", hidden="x", encoder=None, returns="hidden"),),
         between=("controlnet_block_samples",),
         modulation=_z_image_modulation,
         noise_grid=_z_image_noise_grid,
@@ -206,11 +217,10 @@ MODELS: dict[str, ModelRow] = {
         pipelines=("ZImagePipeline", "ZImageImg2ImgPipeline"),
     ),
     "FluxTransformer2DModel": ModelRow(
-        block_lists=("transformer_blocks", "single_transformer_blocks"),
-        hidden="hidden_states",
-        encoder="encoder_hidden_states",
-        returns="encoder_first",
-        depth=("num_layers", "num_single_layers"),
+        lists=(
+            _two_streams("transformer_blocks", "num_layers"),
+            _two_streams("single_transformer_blocks", "num_single_layers"),
+        ),
         between=("controlnet_block_samples", "controlnet_single_block_samples"),
         modulation=_flux_modulation,
         noise_grid=_flux_noise_grid,
@@ -253,25 +263,29 @@ def describe(config: Mapping[str, Any]) -> TransformerFacts:
     row = MODELS.get(class_name)
     if row is None:
         return TransformerFacts(class_name, None)
-    missing = [key for key in row.depth if not isinstance(config.get(key), int)]
+    depths = [one.depth for one in row.lists]
+    missing = [key for key in depths if not isinstance(config.get(key), int)]
     if missing:
         raise ValueError(f"the config of {class_name} lacks {', '.join(missing)}, from which its blocks are counted")
-    return TransformerFacts(class_name, sum(config[key] for key in row.depth))
+    return TransformerFacts(class_name, sum(config[key] for key in depths))
 
 
 def block_lists(transformer: torch.nn.Module, row: ModelRow) -> Sequence[torch.nn.ModuleList]:
     """The transformer's block lists, by its row.
 
     Raises:
-        ValueError: an attribute that the row names is missing or no module list.
+        ValueError: an attribute that the row names is missing, no module list, or empty.
     """
     lists = []
-    for name in row.block_lists:
-        blocks = getattr(transformer, name, None)
+    for one in row.lists:
+        where, blocks = f"{type(transformer).__name__}.{one.name}", getattr(transformer, one.name, None)
         if not isinstance(blocks, torch.nn.ModuleList):
             raise ValueError(
-                f"{type(transformer).__name__}.{name} is {type(blocks).__name__}, not a list of blocks as its row in "
+                f"{where} is {type(blocks).__name__}, not a list of blocks as its row in "
                 "omni_runtime.cache.models.MODELS says"
             )
         lists.append(blocks)
+    if not sum(map(len, lists)):
+        names = " and ".join(one.name for one in row.lists)
+        raise ValueError(f"this {type(transformer).__name__} has no blocks in {names}: there is nothing to skip")
     return lists

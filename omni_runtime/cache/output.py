@@ -19,18 +19,21 @@ from typing import Any
 
 import torch
 
+from omni_kernels.patching import Patch
 from omni_kernels.patching.backends import nearest
 from omni_runtime.cache.forecasters import Forecaster, newton
 from omni_runtime.cache.gates import Gate, Plan, Verdict
-from omni_runtime.cache.history import history_of
-from omni_runtime.cache.lifecycle import Request
+from omni_runtime.cache.history import History, history_of
+from omni_runtime.cache.lifecycle import Branch, Request, Run
+from omni_runtime.cache.models import MODELS, block_lists
+from omni_runtime.cache.replay import Replays
+from omni_runtime.cache.session import GRADIENT, CacheSession, differentiates
 from omni_runtime.cache.signals import ExpectedChange
 
 #: Schedulers that evaluate the model once a step, on the latents that they gave out: class → what `σ` is measured by.
 #: (`steps_along` says which of them a `Corrector` works with.)
 SCHEDULERS: dict[str, str] = {
     "FlowMatchEulerDiscreteScheduler": "sigmas",
-    "FlowMatchLCMScheduler": "sigmas",
     "UniPCMultistepScheduler": "sigmas",
     "DPMSolverMultistepScheduler": "sigmas",
     "EulerDiscreteScheduler": "sigmas",
@@ -47,6 +50,11 @@ def check_scheduler(scheduler: Any, residual: bool = False) -> None:
             constant where the model predicts a flow, and not where it predicts the noise.
     """
     name = type(scheduler).__name__
+    if _draws_noise(scheduler):
+        raise ValueError(
+            f"{name} as it is set here draws new noise at each step, so that the last model output says little of the "
+            "next one: whole steps cannot be skipped. A cache of blocks (cache_dit, tea_cache) works with it"
+        )
     if name in SCHEDULERS:
         predicts = getattr(scheduler.config, "prediction_type", None)
         if residual and not name.startswith("FlowMatch") and predicts != "flow_prediction":
@@ -66,11 +74,19 @@ def check_scheduler(scheduler: Any, residual: bool = False) -> None:
     )
 
 
+def _draws_noise(scheduler: Any) -> bool:
+    """Whether each step replaces the noise in the latents by fresh noise."""
+    config = scheduler.config
+    return (
+        type(scheduler).__name__ == "FlowMatchLCMScheduler"
+        or bool(getattr(config, "stochastic_sampling", False))
+        or str(getattr(config, "algorithm_type", "")).startswith("sde")
+    )
+
+
 def steps_along(scheduler: Any) -> bool:
     """Whether a step moves the latents by (σ_{i+1} − σ_i)·v_i, with v_i the model output and nothing else."""
-    return type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler" and not getattr(
-        scheduler.config, "stochastic_sampling", False
-    )
+    return type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler" and not _draws_noise(scheduler)
 
 
 class Corrector:
@@ -145,6 +161,54 @@ class OutputSite:
     drift_tolerance: float | None = None
 
 
+class StandIn:
+    """What one CFG branch's transformer call returned, to answer that call with where it is skipped.
+
+    A single tensor is given as it was: pipelines guide with it, and what they make of it is not stepped with. Where a
+    call returns several (LTX-2: video and audio), another scheduler may step with the others, so each is forecast.
+
+    Attributes:
+        batch: of how many samples the call is.
+    """
+
+    def __init__(self, batch: int | None, forecaster: Forecaster, reach: float) -> None:
+        self.batch = batch
+        self._forecaster = forecaster
+        self._reach = reach
+        self._returned: Any = None
+        self._histories: list[History] = []
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor that is held."""
+        return _tensors_of(self._returned) + [t for history in self._histories for t in history.tensors()]
+
+    def record(self, returned: Any, position: float) -> None:
+        """What a computed call returned."""
+        self._returned = returned
+        found = [tensor for tensor in _tensors_of(returned) if tensor.is_floating_point()]
+        if len(found) < 2 or any(tensor.requires_grad for tensor in found):
+            self._histories = []
+            return
+        if len(self._histories) != len(found):
+            self._histories = [history_of(self._forecaster) for _ in found]
+        for history, tensor in zip(self._histories, found, strict=True):
+            history.record(tensor, None, position)
+
+    def returned(self, position: float) -> Any:
+        """What stands in for what a skipped call would return."""
+        if not self._histories:
+            return self._returned
+        histories = iter(self._histories)
+
+        def forecast(tensor: torch.Tensor) -> torch.Tensor:
+            if not tensor.is_floating_point():
+                return tensor
+            history = next(histories)
+            return history.forecast(None, reached(history.positions, position, self._reach))
+
+        return _with_tensors(self._returned, forecast)
+
+
 class OutputSteps:
     """The steps of one request: which are computed, and what stands in for the others.
 
@@ -167,25 +231,20 @@ class OutputSteps:
         self._new_signal = site.signal
         self._signal = None if site.signal is None else site.signal()
         self._residual = site.residual
-        self._returned: dict[str, tuple[int | None, Any]] = {}
+        self._forecaster = site.forecaster
         self._step = -1
         self._verdict = Verdict(True, "")
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that is held between steps."""
         watched = [] if self._signal is None else self._signal.tensors()
-        return (
-            self._history.tensors()
-            + watched
-            + self.gate.tensors()
-            + _tensors_of([returned for _, returned in self._returned.values()])
-        )
+        return self._history.tensors() + watched + self.gate.tensors()
 
-    def verdict(self, name: str, batch: int | None) -> Verdict:
-        """Whether the step under way is computed; settled at its first transformer call, `name` of so many samples."""
+    def verdict(self, branch: Branch, batch: int | None) -> Verdict:
+        """Whether the step under way is computed; settled at its first transformer call, of so many samples."""
         if self._step != self._request.step:
             self._step = self._request.step
-            if self._returned.get(name, (batch,))[0] != batch:
+            if branch.kept is not None and branch.kept.batch != batch:
                 # Guidance has ended, or begun (Z-Image's cfg_truncation): what was guided otherwise is no guide.
                 self._history.clear()
                 self._signal = None if self._new_signal is None else self._new_signal()
@@ -211,26 +270,38 @@ class OutputSteps:
                 return self.gate.keep(sums, latents.numel(), self._request.images)
         return Verdict(True, "nothing to compare with")
 
-    def remember(self, name: str, batch: int | None, returned: Any) -> None:
+    def remember(self, branch: Branch, batch: int | None, returned: Any) -> None:
         """What a transformer call of this step, of so many samples, returned."""
-        self._returned[name] = batch, returned
+        if branch.kept is None or branch.kept.batch != batch:
+            branch.kept = StandIn(batch, self._forecaster, self._reach)
+        branch.kept.record(returned, self._position())
 
-    def stand_in(self, name: str, batch: int | None) -> Any:
-        """What that call returned last; None where it was never made, or of other samples."""
-        before, returned = self._returned.get(name, (batch, None))
-        return returned if before == batch else None
+    def compute(self, reason: str) -> Verdict:
+        """Have the step under way computed after all."""
+        self._verdict = Verdict(True, reason)
+        return self._verdict
+
+    def stand_in(self, branch: Branch, batch: int | None) -> Any:
+        """What stands in for what that call would return; None where it was never made, or of other samples."""
+        kept: StandIn | None = branch.kept
+        return None if kept is None or kept.batch != batch else kept.returned(self._position())
+
+    def _position(self) -> float:
+        return float(self._step) if self._by_step else self._request.sigma
 
     def output(self, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         """What the scheduler steps with: `output` at a computed step, at a skipped one its forecast."""
         if self._step != self._request.step:  # no transformer was called in this step
+            return output
+        if output.requires_grad:
+            self._history.clear()  # no cache has a derivative
             return output
         if self._residual and output.shape != sample.shape:
             raise ValueError(
                 f"the model output has the shape {tuple(output.shape)}, the latents {tuple(sample.shape)}: there is no "
                 "difference of them to cache; velocity_cache needs none"
             )
-        position = float(self._step) if self._by_step else self._request.sigma
-        computed = self._verdict.computed
+        position, computed = self._position(), self._verdict.computed
         if self._signal is not None:
             self._signal.leave(sample, output if computed else None)
         # In the wider of the two dtypes: pipelines may keep latents in fp32 beside a model in bf16.
@@ -277,9 +348,85 @@ def reached(positions: Sequence[float], x: float, reach: float) -> float:
     return newest + math.copysign(min(abs(x - newest), farthest), x - newest)
 
 
+def _with_tensors(value: Any, made: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The same structure with another tensor in the place of each, in the order of `_tensors_of`."""
+    if isinstance(value, torch.Tensor):
+        return made(value)
+    if isinstance(value, Mapping):  # diffusers' outputs are mappings with a constructor of their own
+        return type(value)(**{key: _with_tensors(one, made) for key, one in value.items()})
+    return type(value)(_with_tensors(one, made) for one in value) if type(value) in (tuple, list) else value
+
+
 def _tensors_of(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, Mapping):
         value = list(value.values())
     return [t for one in value for t in _tensors_of(one)] if isinstance(value, (tuple, list)) else []
+
+
+class OutputSession(CacheSession):
+    """A method that skips whole steps: it needs no row of the model's class.
+
+    Args:
+        output: its choices.
+    """
+
+    def __init__(self, name: str, pipe: Any, output: OutputSite) -> None:
+        super().__init__(name, pipe)
+        # A pipeline may change to a second transformer for the last steps (Wan 2.2).
+        second = getattr(pipe, "transformer_2", None)
+        self.transformers += [] if second is None else [second]
+        row = MODELS.get(type(self.transformer).__name__)
+        self.blocks = 0 if row is None else sum(map(len, block_lists(self.transformer, row)))
+        self._site = output
+        self.fitted_for = output.fitted_for
+        if output.drift_tolerance is not None:
+            self.replays = Replays(output.drift_tolerance)
+
+    def take(self, run: Run, seams: Patch) -> None:
+        """See `CacheSession.take`."""
+        check_scheduler(self.pipe.scheduler, self._site.residual)
+        super().take(run, seams)
+
+    def call(
+        self, run: Run, request: Request, transformer: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """See `CacheSession.call`."""
+        steps: OutputSteps = request.outputs
+        if steps is None:
+            check_scheduler(run.scheduler, self._site.residual)
+            gate = self.gate_for(self._gate_of(request), self._site.signal is not None, request, "")
+            steps = request.outputs = OutputSteps(self._site, request, gate, run.scheduler)
+        branch = request.branch(run.context)
+        batch = _batch_of(*args, *kwargs.values())
+        verdict = steps.verdict(branch, batch)
+        if not verdict.computed and differentiates(transformer, args, kwargs):
+            verdict = steps.compute(GRADIENT)
+        answer = None if verdict.computed else steps.stand_in(branch, batch)
+        if answer is None:
+            answer = call(*args, **kwargs)
+            steps.remember(branch, batch, answer)
+            request.blocks_run += self.blocks
+            if not verdict.computed:
+                verdict = Verdict(True, "no stand-in for this call")
+        request.calls += 1
+        request.blocks_total += self.blocks
+        branch.decide(verdict)
+        return answer
+
+    def _gate_of(self, request: Request) -> Callable[[], Gate]:
+        return lambda: self._site.gate(request, type(self.transformer).__name__)
+
+    def stepped_with(self, request: Request, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        """See `CacheSession.stepped_with`."""
+        return output if request.outputs is None else request.outputs.output(output, sample)
+
+    def gates_of(self, request: Request) -> Sequence[tuple[Gate, list[Any]]]:
+        """See `CacheSession.gates_of`."""
+        return [] if request.outputs is None else [(request.outputs.gate, list(request.decisions.values()))]
+
+
+def _batch_of(*arguments: Any) -> int | None:
+    """Of how many samples a transformer call is: its first argument is a tensor or a list of them."""
+    return len(arguments[0]) if arguments and isinstance(arguments[0], (torch.Tensor, list, tuple)) else None

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from omni_runtime.cache.blocks import BlockCalls, States
-from omni_runtime.cache.models import Arguments, ModelRow
+from omni_runtime.cache.blocks import BlockCall, States
+from omni_runtime.cache.models import Arguments, ListRow
 
 
 class Ranks:
@@ -142,21 +142,20 @@ class Shard:
         return torch.cat([one.view(B, part, width) for one, part in zip(taken, parts, strict=True)], 1)
 
 
-class SplitCalls(BlockCalls):
-    """`BlockCalls` of a model whose states diffusers may split among the ranks as they enter a block."""
+class SplitCall(BlockCall):
+    """`BlockCall` of a block whose states diffusers may split among the ranks as they enter it."""
 
-    def __init__(self, row: ModelRow, blocks: list[torch.nn.Module], forward: Any) -> None:
+    def __init__(self, row: ListRow, block: torch.nn.Module) -> None:
         from diffusers.hooks.context_parallel import ContextParallelSplitHook
 
-        super().__init__(row, blocks, forward)
-        self._blocks = blocks
+        super().__init__(row, block)
+        self._block: Any = block
         self._kind = ContextParallelSplitHook
 
-    def inputs(self, index: int, args: tuple[Any, ...], kwargs: Arguments) -> States:
-        """See `BlockCalls.inputs`; this rank's part of them."""
-        block: Any = self._blocks[index]
-        registry = getattr(block, "_diffusers_hook", None)
+    def inputs(self, args: tuple[Any, ...], kwargs: Arguments) -> States:
+        """See `BlockCall.inputs`; this rank's part of them."""
+        registry = getattr(self._block, "_diffusers_hook", None)
         for hook in () if registry is None else registry.hooks.values():
             if isinstance(hook, self._kind):
-                args, kwargs = hook.pre_forward(block, *args, **kwargs)
-        return super().inputs(index, args, kwargs)
+                args, kwargs = hook.pre_forward(self._block, *args, **kwargs)
+        return super().inputs(args, kwargs)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 
@@ -23,11 +23,23 @@ from omni_runtime.cache.models import Arguments, Grid, Modulation
 from omni_runtime.cache.ranks import Shard
 
 
-class Signal(Protocol):
-    """See the module's docstring."""
+class Signal:
+    """See the module's docstring.
 
-    every_step: bool
-    noise_only: bool
+    Attributes:
+        reads_weights: whether weights of block 0 are read to observe.
+    """
+
+    every_step = False
+    noise_only = True
+    reads_weights = False
+
+    def fresh(self, shard: Shard | None) -> Signal:
+        """One for a branch of a request, whose states are this shard of a sequence; None where they are whole."""
+        return self
+
+    def situate(self, sigma: float, arguments: Arguments) -> None:
+        """A forward begins, at the noise level σ, with these arguments of the transformer."""
 
     def observe(
         self,
@@ -37,7 +49,7 @@ class Signal(Protocol):
         entered: torch.Tensor,
         remembered: torch.Tensor | None,
         using: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Any, Any]:
         """The tensor of this step, [B, S', D], and the sums fp32 [B, 2]: meaningless where nothing was remembered.
 
         Args:
@@ -48,23 +60,12 @@ class Signal(Protocol):
             remembered: the tensor of an earlier step, or None.
             using: the ops for such tensors, by name.
         """
+        raise NotImplementedError
 
 
-@runtime_checkable
-class SituatedSignal(Signal, Protocol):
-    """A signal that looks at more than block 0: each branch of a request has one of its own."""
-
-    def fresh(self, shard: Shard | None) -> SituatedSignal:
-        """One for a branch, whose states are this shard of a sequence; None where they are whole."""
-
-    def situate(self, sigma: float, arguments: Arguments) -> None:
-        """A forward begins, at the noise level σ, with these arguments of the transformer."""
-
-
-class FirstBlocksResidual:
+class FirstBlocksResidual(Signal):
     """What the first Fn blocks add to the hidden states (DBCache; with Fn = 1, first-block cache)."""
 
-    every_step = False
     noise_only = False
 
     def observe(
@@ -80,11 +81,11 @@ class FirstBlocksResidual:
         return using.residual_relative_l1(hidden, entered, remembered)
 
 
-class ModulatedInput:
+class ModulatedInput(Signal):
     """Block 0's normed and modulated input (TeaCache)."""
 
     every_step = True
-    noise_only = True
+    reads_weights = True
 
     def __init__(self, modulation: Callable[[torch.nn.Module, Arguments], Modulation]) -> None:
         self._modulation = modulation
@@ -105,7 +106,7 @@ class ModulatedInput:
         )
 
 
-class FilteredModulatedInput:
+class FilteredModulatedInput(Signal):
     """Block 0's modulated input through a Wiener filter for the step's noise level (SeaCache, arXiv:2602.18993).
 
     x_σ = (1 − σ) signal + σ noise, along each axis of the tokens' grid a signal of power S = 1 / (|f|^p + 1e-16) at
@@ -115,7 +116,7 @@ class FilteredModulatedInput:
     """
 
     every_step = True
-    noise_only = True
+    reads_weights = True
 
     def __init__(
         self,
@@ -131,13 +132,13 @@ class FilteredModulatedInput:
         self._shard: Shard | None = None
 
     def fresh(self, shard: Shard | None) -> FilteredModulatedInput:
-        """See `SituatedSignal.fresh`."""
+        """See `Signal.fresh`."""
         one = copy.copy(self)
         one._shard = shard
         return one
 
     def situate(self, sigma: float, arguments: Arguments) -> None:
-        """See `SituatedSignal.situate`."""
+        """See `Signal.situate`."""
         self._sigma, self._forward = sigma, arguments
 
     def observe(
@@ -178,11 +179,8 @@ def wiener(x: torch.Tensor, sigma: float, power: float) -> torch.Tensor:
     return torch.fft.irfftn(spectrum, s=x.shape[1:4], dim=(1, 2, 3))
 
 
-class Nothing:
+class Nothing(Signal):
     """For gates that measure nothing."""
-
-    every_step = False
-    noise_only = True
 
     def observe(
         self,

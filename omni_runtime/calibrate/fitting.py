@@ -20,10 +20,12 @@ import torch
 from omni_kernels import ops
 from omni_kernels.patching import Patch
 from omni_runtime.cache import calibration, magnitudes, polynomial
-from omni_runtime.cache.engine import CacheSession, Parts, ResidualPassage
 from omni_runtime.cache.forecasters import make_forecaster
 from omni_runtime.cache.gates import Gate, Limits, ThresholdGate, Verdict, by_image, relative_l1, worst
+from omni_runtime.cache.lifecycle import Branch, Request
 from omni_runtime.cache.models import ModelRow
+from omni_runtime.cache.passage import Parts, Passage
+from omni_runtime.cache.session import BlockSession
 from omni_runtime.cache.signals import ModulatedInput, Nothing
 from omni_runtime.generation.omni import Omni
 from omni_runtime.generation.request import GenerationRequest
@@ -67,12 +69,11 @@ class RecordingGate(Gate):
         return Verdict(True, "recorded", worst(self.distances))
 
 
-class RecordingPassage(ResidualPassage):
+class RecordingPassage(Passage):
     """Computed forwards that add a point for each image or sample."""
 
-    def __init__(self, session: Recording, request: Any, name: str) -> None:
-        super().__init__(session, request, name)
-        self._name = name
+    def __init__(self, session: Recording, request: Request, branch: Branch) -> None:
+        super().__init__(session, request, branch)
         self._points = session.points
 
     def leave(self, hidden: torch.Tensor, encoder: torch.Tensor | None, base: Any) -> None:
@@ -81,7 +82,9 @@ class RecordingPassage(ResidualPassage):
         if before:
             noise = slice(None, self._noise_tokens)
             points = self._measure(hidden[:, noise], base[0][:, noise], before[0][:, noise])
-            self._points += [self._point(self._name, self.step, place, point) for place, point in enumerate(points)]
+            self._points += [
+                self._point(self._branch.name, self._branch.called, place, point) for place, point in enumerate(points)
+            ]
         super().leave(hidden, encoder, base)
 
     def _measure(self, after: torch.Tensor, entered: torch.Tensor, then: torch.Tensor) -> Sequence[Any]:
@@ -163,7 +166,7 @@ RECORDINGS = {
 }
 
 
-class Recording(CacheSession):
+class Recording(BlockSession):
     """All blocks under a gate that skips nothing: requests run in full, and leave points.
 
     Attributes:
@@ -177,12 +180,6 @@ class Recording(CacheSession):
         self.passage_class = record.passage
         super().__init__("calibration", pipe, record.parts)
         self.points: list[Any] = []
-
-    def describe_last(self) -> dict[str, Any]:
-        """What the last request was, as `calibration.describe` has it."""
-        if self._last is None or not self._last.step:
-            raise RuntimeError("nothing was recorded: the pipeline has taken no step")
-        return self.describe(self._last)
 
 
 @contextlib.contextmanager

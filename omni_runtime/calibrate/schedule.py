@@ -24,12 +24,12 @@ from omni_kernels.device import synchronize
 from omni_kernels.patching import Patch
 from omni_runtime.cache import schedules
 from omni_runtime.cache.backends import VELOCITY_CACHE
-from omni_runtime.cache.engine import CacheSession
 from omni_runtime.cache.forecasters import Forecaster, make_forecaster
 from omni_runtime.cache.gates import ScheduleGate
 from omni_runtime.cache.history import inner_products
 from omni_runtime.cache.lifecycle import Request
-from omni_runtime.cache.output import OutputSite, steps_along
+from omni_runtime.cache.output import OutputSession, OutputSite, steps_along
+from omni_runtime.cache.session import CacheSession
 from omni_runtime.calibrate.search import IDENTICAL, ROUNDS, Responses, Tried, hopeless, score, search, shape
 from omni_runtime.compare import quality
 from omni_runtime.generation.omni import Omni
@@ -57,7 +57,7 @@ class Settings:
         return make_forecaster(self.forecaster, self.forecaster_order)
 
 
-class Recording(CacheSession):
+class Recording(OutputSession):
     """Requests run in full, and leave the model outputs of the last one.
 
     Attributes:
@@ -67,7 +67,7 @@ class Recording(CacheSession):
 
     def __init__(self, pipe: Any) -> None:
         everything = OutputSite(lambda request, _: ScheduleGate([1] * request.steps), make_forecaster("reuse"), 1.0)
-        super().__init__("calibration", pipe, None, everything)
+        super().__init__("calibration", pipe, everything)
         self.outputs: list[torch.Tensor] = []
         self.sigmas: list[float] = []
 
@@ -80,14 +80,8 @@ class Recording(CacheSession):
         self.outputs.append(output)
         return output
 
-    def run(self) -> dict[str, Any]:
-        """What the last request was, as `calibration.describe` has it."""
-        if self._last is None or not self._last.step:
-            raise RuntimeError("nothing was recorded: the pipeline has taken no step")
-        return self.describe(self._last)
 
-
-class Replaying(CacheSession):
+class Replaying(OutputSession):
     """A recorded request again, with one step skipped: those before it have their outputs, those after it respond.
 
     Attributes:
@@ -105,7 +99,7 @@ class Replaying(CacheSession):
         def gate(request: Request, _: str) -> ScheduleGate:
             return ScheduleGate([int(step == 0 or self._first <= step != skipped) for step in range(request.steps)])
 
-        super().__init__("calibration", pipe, None, OutputSite(gate, forecaster, settings.reach))
+        super().__init__("calibration", pipe, OutputSite(gate, forecaster, settings.reach))
         self._recorded, self._skipped = outputs, skipped
         self.error = np.zeros(0)
 
@@ -549,7 +543,7 @@ def find(
         "settings": dataclasses.asdict(settings),
         "forwards": images.forwards + others.forwards,
         "seconds_of_responses": round(images.responding, 1),
-        "calibrated_for": {key: value for key, value in recorded.run().items() if key != "steps"}
+        "calibrated_for": {key: value for key, value in recorded.describe_last().items() if key != "steps"}
         | {"width": width, "height": height},
     }
     return found, document

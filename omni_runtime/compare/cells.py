@@ -321,7 +321,7 @@ def projections(transformer: Any) -> list[torch.nn.Module]:
     row = MODELS.get(type(transformer).__name__)
     if row is None:
         return []
-    blocks = [dict(block.named_modules()) for name in row.block_lists for block in getattr(transformer, name)]
+    blocks = [dict(block.named_modules()) for one in row.lists for block in getattr(transformer, one.name)]
     found = [block[name] for block in blocks for name in PROJECTIONS if name in block]
     return found if len(found) == len(blocks) else []
 

@@ -55,6 +55,14 @@ def assert_as_fresh(handle, pipe, backend, **arguments):
     assert handle.report.forwards_saved > 0, "a cache that skips nothing has nothing to leak"
 
 
+def assert_nothing_is_cached(handle, pipe):
+    """A call by hand computes, and leaves nothing."""
+    report = handle.report
+    assert torch.equal(forward(pipe, NOISE, text(5)), forward(tiny.qwen_image(), NOISE, text(5)))
+    assert handle.report == report
+    assert handle._installed.held_tensors() == []
+
+
 def raise_at(module, call, error):
     """Raise `error` at the given call of `module`, counted from 0, and never again."""
     calls = []
@@ -176,12 +184,14 @@ def test_prompts_of_different_length_keep_their_own_snapshots(qwen_pipe):
 def test_calls_without_names_are_told_apart_by_their_order(qwen_pipe):
     handle = omni_kernels.patch(qwen_pipe, "cache_dit", {"max_warmup_steps": 0, "residual_diff_threshold": 1})
     scheduler, texts = qwen_pipe.scheduler, (text(5), text(9, seed=1))
-    for calls in (1, 4):  # the first request is left after one call of its second step
-        scheduler.set_timesteps(2, mu=0.5)
-        for index in range(2 + calls if calls == 1 else calls):
-            forward(qwen_pipe, NOISE, texts[index % 2])
-            if index % 2:
-                scheduler.step(NOISE, scheduler.timesteps[index // 2], NOISE)
+    with handle.run():
+        for calls in (1, 4):  # the first request is left after one call of its second step
+            scheduler.set_timesteps(2, mu=0.5)
+            for index in range(2 + calls if calls == 1 else calls):
+                forward(qwen_pipe, NOISE, texts[index % 2])
+                if index % 2:
+                    scheduler.step(NOISE, scheduler.timesteps[index // 2], NOISE)
+    assert [report.complete for report in handle.reports] == [False, True]
     assert {name: [d.computed for d in made] for name, made in decisions(handle.report).items()} == {
         "0": [True, False],
         "1": [True, False],
@@ -190,12 +200,13 @@ def test_calls_without_names_are_told_apart_by_their_order(qwen_pipe):
 
 def test_same_name_twice_in_a_step_is_two_branches(qwen_pipe):
     handle = omni_kernels.patch(qwen_pipe, "first_block_cache", {"threshold": 1.0})
-    qwen_pipe.scheduler.set_timesteps(2, mu=0.5)
-    for step in range(2):
-        for seed in range(2):
-            with qwen_pipe.transformer.cache_context("cond"):
-                forward(qwen_pipe, NOISE, text(5, seed))
-        qwen_pipe.scheduler.step(NOISE, qwen_pipe.scheduler.timesteps[step], NOISE)
+    with handle.run():
+        qwen_pipe.scheduler.set_timesteps(2, mu=0.5)
+        for step in range(2):
+            for seed in range(2):
+                with qwen_pipe.transformer.cache_context("cond"):
+                    forward(qwen_pipe, NOISE, text(5, seed))
+            qwen_pipe.scheduler.step(NOISE, qwen_pipe.scheduler.timesteps[step], NOISE)
     assert [branch.computed for branch in handle.report.branches.values()] == [[0], [0]]
 
 
@@ -215,10 +226,11 @@ def test_cfg_truncation_halves_the_batch_mid_run(z_pipe):
 def test_prompt_of_another_length_mid_run_drops_the_text_snapshots(qwen_pipe):
     config = {"max_warmup_steps": 0, "residual_diff_threshold": 1, "Bn_compute_blocks": 1}
     handle = omni_kernels.patch(qwen_pipe, "cache_dit", config)
-    qwen_pipe.scheduler.set_timesteps(4, mu=0.5)
-    for step, tokens in enumerate([5, 5, 8, 8]):
-        forward(qwen_pipe, NOISE, text(tokens))
-        qwen_pipe.scheduler.step(NOISE, qwen_pipe.scheduler.timesteps[step], NOISE)
+    with handle.run():
+        qwen_pipe.scheduler.set_timesteps(4, mu=0.5)
+        for step, tokens in enumerate([5, 5, 8, 8]):
+            forward(qwen_pipe, NOISE, text(tokens))
+            qwen_pipe.scheduler.step(NOISE, qwen_pipe.scheduler.timesteps[step], NOISE)
     assert [d.reason for d in handle.report.branches["0"].decisions] == [
         "nothing cached yet",
         "threshold ≥ 1",
@@ -297,29 +309,19 @@ def test_exception_between_the_steps_ends_the_request(qwen_pipe, error):
     with pytest.raises(type(error)):
         latents(qwen_pipe, callback_on_step_end=fail)
     assert handle._installed.held_tensors() == []
-    with pytest.warns(UserWarning, match="outside a pipeline's denoising loop"):
-        forward(qwen_pipe, NOISE, text(5))
+    assert_nothing_is_cached(handle, qwen_pipe)
     assert_as_fresh(handle, qwen_pipe, "cache_dit")
 
 
 def test_exception_in_the_scheduler_ends_the_request(qwen_pipe):
     handle = omni_kernels.patch(qwen_pipe, "cache_dit", CONFIGS["cache_dit"])
-    qwen_pipe.scheduler.set_timesteps(4, mu=0.5)
-    forward(qwen_pipe, NOISE, text(5))
-    with pytest.raises(ValueError, match="integer"):
-        qwen_pipe.scheduler.step(NOISE, 3, NOISE)
-    assert handle._installed.held_tensors() == []
-
-
-def test_progress_bar_of_a_dead_request_does_not_end_a_later_one(qwen_pipe):
-    handle = omni_kernels.patch(qwen_pipe, "first_block_cache", {"threshold": 1.0})
-    qwen_pipe.set_progress_bar_config(disable=True)
-    qwen_pipe.scheduler.set_timesteps(3, mu=0.5)
-    bar = qwen_pipe.progress_bar(total=3)
-    qwen_pipe.scheduler.set_timesteps(3, mu=0.5)
-    forward(qwen_pipe, NOISE, text(5))
-    bar.close()
-    assert handle._installed.held_tensors() != []
+    with handle.run():
+        qwen_pipe.scheduler.set_timesteps(4, mu=0.5)
+        forward(qwen_pipe, NOISE, text(5))
+        assert handle._installed.held_tensors() != []
+        with pytest.raises(ValueError, match="integer"):
+            qwen_pipe.scheduler.step(NOISE, 3, NOISE)
+        assert handle._installed.held_tensors() == []
 
 
 def test_listener_that_raises_does_not_keep_the_request_open(qwen_pipe):
@@ -333,8 +335,7 @@ def test_listener_that_raises_does_not_keep_the_request_open(qwen_pipe):
     with pytest.raises(RuntimeError, match="listener"):
         latents(qwen_pipe)
     handle.on_step = None
-    with pytest.warns(UserWarning, match="outside a pipeline's denoising loop"):
-        forward(qwen_pipe, NOISE, text(5))
+    assert_nothing_is_cached(handle, qwen_pipe)
     assert_as_fresh(handle, qwen_pipe, "first_block_cache")
 
 
@@ -345,7 +346,7 @@ def test_mask_of_the_wrong_length_fails_by_name_and_leaves_the_pipeline_usable(q
         pytest.raises(ValueError, match="steps_computation_mask has 4 entries, but the request has 6 steps"),
     ):
         latents(qwen_pipe)
-    assert handle._installed._lifecycle.request is None
+    assert handle._installed.held_tensors() == []
     assert torch.equal(latents(qwen_pipe), before)
 
 
@@ -363,17 +364,36 @@ def test_steps_count_as_the_request_has_them_not_as_the_user_told(qwen_pipe):
 def test_transformer_called_by_hand_computes_fully_and_says_so_once(qwen_pipe):
     expected = forward(qwen_pipe, NOISE, text(5))
     handle = omni_kernels.patch(qwen_pipe, "first_block_cache", {"threshold": 1.0})
-    latents(qwen_pipe)
-    report = handle.report
-    with pytest.warns(UserWarning, match="outside a pipeline's denoising loop") as said:
+    with pytest.warns(UserWarning, match=r"outside a call of the patched pipeline.* `with handle\.run\(\):`") as said:
         assert torch.equal(forward(qwen_pipe, NOISE, text(5)), expected)
     assert [w.filename for w in said] == [__file__]
+    latents(qwen_pipe)
+    report = handle.report
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(2):
             assert torch.equal(forward(qwen_pipe, NOISE, text(5)), expected)
     assert handle.report == report
     assert handle._installed.held_tensors() == []
+    assert not qwen_pipe.transformer._forward_pre_hooks
+
+
+def test_loop_of_ones_own_is_cached_where_it_says_so(qwen_pipe):
+    handle = omni_kernels.patch(qwen_pipe, "first_block_cache", {"threshold": 1.0})
+    qwen_pipe.scheduler.set_timesteps(3, mu=0.5)  # before it: the request is taken up
+    with handle.run():
+        for timestep in qwen_pipe.scheduler.timesteps:
+            qwen_pipe.scheduler.step(forward(qwen_pipe, NOISE, text(5)), timestep, NOISE)
+    assert handle.report.branches["0"].computed == [0]
+    assert handle.report.complete
+    assert not {"step", "set_timesteps"} & set(vars(qwen_pipe.scheduler))
+    assert qwen_pipe.transformer._compiled_call_impl is None
+
+
+def test_run_in_which_nothing_could_be_cached_says_so(qwen_pipe):
+    handle = omni_kernels.patch(qwen_pipe, "first_block_cache", {"threshold": 1.0})
+    with pytest.warns(UserWarning, match="first_block_cache has cached nothing"), handle.run():
+        forward(qwen_pipe, NOISE, text(5))
 
 
 def other_scheduler(pipe):
@@ -405,25 +425,36 @@ def test_replaced_scheduler_is_followed(qwen_pipe, used_before):
 def test_call_by_hand_after_replacing_the_scheduler_opens_no_request(qwen_pipe):
     handle = omni_kernels.patch(qwen_pipe, "first_block_cache", {"threshold": 1.0})
     qwen_pipe.scheduler = other_scheduler(qwen_pipe)
-    with pytest.warns(UserWarning, match="outside a pipeline's denoising loop"):
+    with pytest.warns(UserWarning, match="outside a call of the patched pipeline"):
         forward(qwen_pipe, NOISE, text(5))
     assert handle.report is None
 
 
-def test_scheduler_that_somebody_wrapped_can_still_be_replaced(qwen_pipe):
+def test_scheduler_that_somebody_wraps_between_requests_is_left_to_him(qwen_pipe):
     handle = omni_kernels.patch(qwen_pipe, "cache_dit", CONFIGS["cache_dit"])
-    old, ours = qwen_pipe.scheduler, qwen_pipe.scheduler.step
-    old.step = lambda *args, **kwargs: ours(*args, **kwargs)
-    qwen_pipe.scheduler = other_scheduler(qwen_pipe)
-    expected, expected_decisions = fresh("cache_dit", with_other_scheduler)
+    expected = latents(qwen_pipe)
+    own, seen = qwen_pipe.scheduler.step, []
+    qwen_pipe.scheduler.step = lambda *args, **kwargs: seen.append(1) or own(*args, **kwargs)
+    theirs = qwen_pipe.scheduler.step
     assert torch.equal(latents(qwen_pipe), expected)
-    old.set_timesteps(3, mu=0.5)
-    assert decisions(handle.report) == expected_decisions, "the old scheduler opens no requests any more"
-    with pytest.raises(omni_kernels.PatchConflictError, match=r"step is now .*<lambda>"):
-        handle.undo()
-    old.step = ours
+    assert len(seen) == 6
     handle.undo()
-    assert not {"step", "set_timesteps"} & set(vars(old))
+    assert qwen_pipe.scheduler.step is theirs
+
+
+def test_scheduler_that_a_callback_wraps_goes_on_without_us(qwen_pipe):
+    handle = omni_kernels.patch(qwen_pipe, "cache_dit", CONFIGS["cache_dit"])
+    expected = latents(qwen_pipe)
+
+    def wrap(pipe, step, timestep, tensors):
+        if step == 0:
+            ours = pipe.scheduler.step
+            pipe.scheduler.step = lambda *args, **kwargs: ours(*args, **kwargs)
+        return {}
+
+    for callback in (wrap, None):
+        assert torch.equal(latents(qwen_pipe, callback_on_step_end=callback), expected)
+        assert handle.report.complete
 
 
 def test_replaced_transformer_is_said(qwen_pipe):
@@ -466,9 +497,10 @@ def test_sampler_of_second_order_forecasts_though_it_visits_a_sigma_twice(qwen_p
     config = {"forecaster": "newton", "forecaster_order": 2, "max_warmup_steps": 5, "residual_diff_threshold": 1}
     handle = omni_kernels.patch(qwen_pipe, "cache_dit", config)
     scheduler, noise = qwen_pipe.scheduler, NOISE
-    scheduler.set_timesteps(4)
-    for timestep in scheduler.timesteps:
-        velocity = forward(qwen_pipe, noise, text(5), timestep.item() / 1000)
-        noise = scheduler.step(velocity, timestep, noise, return_dict=False)[0]
+    with handle.run():
+        scheduler.set_timesteps(4)
+        for timestep in scheduler.timesteps:
+            velocity = forward(qwen_pipe, noise, text(5), timestep.item() / 1000)
+            noise = scheduler.step(velocity, timestep, noise, return_dict=False)[0]
     assert handle.report.branches["0"].skipped == [5, 6]
     assert torch.isfinite(noise).all()

@@ -1,0 +1,84 @@
+"""The calls of one pipeline: something is open from the beginning of each to its end, however it is left.
+
+Python looks `pipe(...)` up in the pipeline's class. So this one instance is given a class of its own, derived from its
+class and called the same; no other instance is touched. Copies and pickles of the pipeline, and pipelines that are made
+from it, are of the plain class.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from omni_kernels.patching.engine import Patch, PatchConflictError, describe
+
+#: On a class made here: the class that it is derived from.
+_PLAIN = "_omni_kernels_plain_class"
+
+
+def plain_class(pipe: object) -> type:
+    """The class of a pipeline, as it is without our patch."""
+    found: type = getattr(type(pipe), _PLAIN, type(pipe))
+    return found
+
+
+def around_calls(pipe: Any, opened: Callable[[], AbstractContextManager[object]], patch: Patch) -> None:
+    """Open what `opened` gives around each call of `pipe`, until `patch` is undone.
+
+    Raises:
+        TypeError: the class of `pipe` cannot be exchanged (an extension type, or one with slots).
+        PatchConflictError: calls of `pipe` are followed already.
+    """
+    plain = type(pipe)
+    if hasattr(plain, _PLAIN):
+        raise PatchConflictError(f"this {plain.__name__} is cached already: omni_kernels.unpatch(pipe) first")
+    change = _Class(pipe, plain, _derived(plain, opened))
+    pipe.__class__ = change.installed
+    patch.add(change)
+
+
+def _derived(plain: type, opened: Callable[[], AbstractContextManager[object]]) -> type:
+    """A class like `plain`, whose one instance opens something around its calls."""
+    called: Any = plain.__call__
+
+    @functools.wraps(called)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with opened():
+            return called(self, *args, **kwargs)
+
+    def new(cls: type, *args: Any, **kwargs: Any) -> Any:
+        """Whoever makes another pipeline of this class, as `from_pipe` does, gets a plain one."""
+        return plain(*args, **kwargs)
+
+    def reduced(self: Any, protocol: Any) -> Any:
+        """A copied or pickled pipeline is of the plain class."""
+        made: Any = object.__reduce_ex__(self, protocol)
+        function, args, *state = made
+        return function, tuple(plain if one is derived else one for one in args), *state
+
+    members = {"__call__": call, "__new__": new, "__reduce_ex__": reduced, _PLAIN: plain}
+    same = {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
+    derived = type(plain)(plain.__name__, (plain,), members | same)
+    return derived
+
+
+@dataclass(eq=False)
+class _Class:
+    """The change of an instance's class."""
+
+    owner: Any
+    plain: type
+    installed: type
+
+    @property
+    def held(self) -> bool:
+        return type(self.owner) is self.installed
+
+    def conflict(self) -> str:
+        return f"the class of this {self.plain.__name__} is now {describe(type(self.owner))}"
+
+    def restore(self) -> None:
+        self.owner.__class__ = self.plain

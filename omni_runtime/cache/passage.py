@@ -1,0 +1,317 @@
+"""The residual site: what the blocks [first, last) add to the hidden states is computed, or forecast.
+
+A `Passage` is what one CFG branch keeps of one request. A forward of the transformer goes through it in this order:
+
+    begin      the forward starts
+    slots      the block list hands out the blocks, or what stands for them
+    enter      the states that enter block `first` are there: the gate decides
+    leave      computed: block `last − 1` has returned, and the residual is recorded
+    forecast   skipped: the residual expected is added to what has entered
+    finish     the forward is over
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from omni_kernels import ops
+from omni_runtime.cache.blocks import BlockCall, Slot, States
+from omni_runtime.cache.forecasters import Forecaster
+from omni_runtime.cache.gates import Gate, Plan, Verdict, by_image
+from omni_runtime.cache.history import history_of
+from omni_runtime.cache.lifecycle import Branch, Request
+from omni_runtime.cache.models import Arguments
+from omni_runtime.cache.offloading import fetched, released
+from omni_runtime.cache.ranks import Shard
+from omni_runtime.cache.signals import Signal
+
+if TYPE_CHECKING:
+    from omni_runtime.cache.session import BlockSession
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A method's four choices for the blocks of one model.
+
+    Attributes:
+        first, last: the site: what blocks [first, last) add to the hidden states is replaced at a skipped step.
+        signal: what is watched.
+        gate: a request → a fresh gate for one branch of it; raises ValueError for a request that it cannot serve.
+        forecaster: what stands in for the missing residual.
+        fitted_for: the runs that the method's numbers were fitted to, as `calibration.describe` has them; a request
+            that differs is warned of. None where nothing was fitted.
+        note: what the report should say of the choices.
+        drift_tolerance: requests replay the schedule of the first of their kind until it has drifted farther than this
+            (`omni_runtime.cache.replay`); None: each decides for itself.
+    """
+
+    first: int
+    last: int
+    signal: Signal
+    gate: Callable[[Request], Gate]
+    forecaster: Forecaster
+    fitted_for: Mapping[str, Any] | None = None
+    note: str | None = None
+    drift_tolerance: float | None = None
+
+
+class Passage:
+    """One CFG branch of one request: what it remembers, and its forwards over the blocks.
+
+    Args:
+        session: whose blocks and choices these are.
+        request: the request.
+        branch: the branch; it is told what was decided.
+
+    Attributes:
+        ran: how many blocks ran in the forward under way.
+        stepwise: whether the model works between its blocks in it (ControlNet). With nothing to do there, what the
+            block before `first` returns is what enters `first`: so it is decided there, and a skipped stretch is left
+            at once.
+        entered: the hidden states that entered block 0, where that is not block `first`.
+    """
+
+    __slots__ = (
+        "_base",
+        "_branch",
+        "_by_step",
+        "_calls",
+        "_computing",
+        "_count_noise",
+        "_every_step",
+        "_first",
+        "_images",
+        "_last",
+        "_noise_tokens",
+        "_position",
+        "_shard",
+        "_signal",
+        "_using",
+        "encoder",
+        "entered",
+        "gate",
+        "hidden",
+        "ran",
+        "remembered",
+        "stepwise",
+    )
+
+    def __init__(self, session: BlockSession, request: Request, branch: Branch) -> None:
+        parts = session.parts
+        self._calls: list[BlockCall] = session.calls
+        self._first, self._last = parts.first, parts.last
+        self._branch = branch
+        self._shard = None if session.ranks is None else Shard(session.ranks)
+        self._signal = parts.signal.fresh(self._shard)
+        self._every_step = parts.signal.every_step
+        self._count_noise = session.row.noise_tokens if parts.signal.noise_only else None
+        self._by_step = parts.forecaster.axis == "step"
+        self.gate = session.gate(request, branch)
+        self.remembered: torch.Tensor | None = None
+        add = None if session.ranks is None else session.ranks.add
+        self.hidden = history_of(parts.forecaster, add=add)
+        # The text stream matters only to blocks that still run: with none behind the site, it is left alone.
+        self.encoder = None if parts.last == session.blocks else history_of(parts.forecaster, add=add)
+        self.ran = 0
+        self.stepwise = True
+        self.entered: torch.Tensor | None = None
+        self._computing: bool | None = None
+        self._base: States | None = None
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor that is held between forwards."""
+        held = self.gate.tensors() if self.remembered is None else [self.remembered, *self.gate.tensors()]
+        return held + self.hidden.tensors() + (self.encoder.tensors() if self.encoder else [])
+
+    def begin(self, request: Request, arguments: Arguments, stepwise: bool) -> None:
+        """A forward begins, with these arguments of the transformer."""
+        self.ran = 0
+        self.stepwise = stepwise
+        self._computing = None
+        self._noise_tokens = None if self._count_noise is None else self._count_noise(arguments)
+        self._images = request.images
+        self._position = float(request.step) if self._by_step else request.sigma
+        self._signal.situate(request.sigma, arguments)
+        if self._shard is not None and self._shard.reshaped(arguments):
+            self.hidden.shape = None  # fits nothing, on any rank
+
+    def finish(self) -> None:
+        """The forward is over. A model may pass blocks over by itself; where it has left out an end of the site, what
+        was recorded before fits nothing any more."""
+        if self._computing is None or self._base is not None:
+            self._base = self.entered = None
+            self._clear()
+        if self._computing is None:
+            self._branch.decide(Verdict(True, "the model passed the site over"))
+
+    def enter(self, block: torch.nn.Module, base: Any, arguments: Arguments) -> bool:
+        """Whether the blocks [first, last) run in this forward.
+
+        Args:
+            block: whose call is under way: `first`, or the one before it.
+            base: what enters block `first`, a pair (hidden, encoder).
+            arguments: those of the call under way, by name.
+        """
+        hidden, encoder = base
+        gate, history = self.gate, self.encoder
+        self._using = ops.trusted(hidden)
+        verdict = None
+        if hidden.shape == self.hidden.shape and (history is None or encoder is None or encoder.shape == history.shape):
+            plan, reason = gate.plan(self._branch.called)
+            if plan is not Plan.MEASURE:
+                verdict = Verdict(plan is Plan.COMPUTE, reason, None, gate.accumulated)
+        else:
+            verdict = Verdict(True, "shape changed" if len(self.hidden) else "nothing cached yet")
+            self._forget(hidden)
+        if verdict is None or verdict.computed or self._every_step:
+            entered = hidden if self.entered is None else self.entered
+            verdict = self._observe(block, arguments, hidden, entered, verdict)
+        gate.settle(verdict.computed)
+        self._branch.decide(verdict)
+        self._computing = verdict.computed
+        return verdict.computed
+
+    def _observe(
+        self,
+        block: torch.nn.Module,
+        arguments: Arguments,
+        hidden: torch.Tensor,
+        entered: torch.Tensor,
+        verdict: Verdict | None,
+    ) -> Verdict:
+        """The verdict, from what the signal shows where it is not settled; what is watched is remembered."""
+        if self._noise_tokens is not None:
+            noise = self._noise_tokens if self._shard is None else self._shard.part(self._noise_tokens)
+            hidden, entered = hidden[:, :noise], entered[:, :noise]
+        then = self.remembered if verdict is None else None
+        fetching = self._signal.reads_weights and fetched(block)
+        now, sums = self._signal.observe(block, arguments, hidden, entered, then, self._using)
+        if verdict is None:
+            verdict = Verdict(True, "nothing to compare with") if then is None else self._judged(sums, now)
+        if verdict.computed or self._every_step:
+            self.remembered = now
+        if fetching and not verdict.computed:
+            released(block)
+        return verdict
+
+    def _judged(self, sums: torch.Tensor, now: torch.Tensor) -> Verdict:
+        """The gate's verdict on the sums of each sample."""
+        gate = self.gate
+        elements = now.numel() if self._shard is None else self._shard.add(sums)
+        if not gate.reads:
+            return gate.keep(sums, elements, self._images)
+        pairs = sums.tolist()  # the decision's one transfer to the host
+        if len(pairs) != self._images:
+            pairs = by_image(pairs, self._images)
+        return gate.judge(pairs, elements // len(pairs))
+
+    def leave(self, hidden: torch.Tensor, encoder: torch.Tensor | None, base: Any) -> None:
+        """The blocks [first, last) have run, from `base`, a pair like (hidden, encoder)."""
+        self.hidden.record(hidden, base[0], self._position)
+        if self.encoder is not None and encoder is not None:
+            self.encoder.record(encoder, base[1], self._position)
+
+    def forecast(self, base: Any) -> States:
+        """(hidden, encoder) as the blocks [first, last) would have left them."""
+        hidden, encoder = base
+        if self.encoder is not None and encoder is not None:
+            encoder = self.encoder.forecast(encoder, self._position, self._using)
+        return self.hidden.forecast(hidden, self._position, self._using), encoder
+
+    def _forget(self, hidden: torch.Tensor) -> None:
+        """Drop what does not fit `hidden`: the batch, the resolution or the prompt's length has changed."""
+        if self._shard is None:
+            tokens = hidden.shape[1] if self._noise_tokens is None else self._noise_tokens
+            self.gate.enters((hidden.shape[0], tokens, *hidden.shape[2:]))
+        else:
+            self.gate.enters(self._shard.measure(hidden, self._noise_tokens))
+        self._clear()
+
+    def _clear(self) -> None:
+        self.remembered = None
+        self.hidden.clear()
+        if self.encoder is not None:
+            self.encoder.clear()
+
+    def slots(self, blocks: Collection[torch.nn.Module], start: int) -> Iterator[Callable[..., Any]]:
+        """What is called in place of each of `blocks`, the first of which is block `start` of the model."""
+        first, last, end = self._first, self._last, start + len(blocks)
+        decided = first if self.stepwise or not start < first < end else first - 1
+        numbered = enumerate(blocks, start)
+        for index, block in numbered:
+            if index == decided:
+                yield Slot(self._enter_first if index == first else self._run_before, block)
+                if self._computing is False and not self.stepwise:
+                    if last >= end:
+                        return
+                    skipped = last - index - 1
+                    next(itertools.islice(numbered, skipped, skipped), None)
+            elif index == 0:
+                yield Slot(self._run_zeroth, block)
+            elif not first <= index < last or (self._computing is not False and index != last - 1):
+                self.ran += 1
+                yield block
+            elif index == last - 1:
+                if self._computing is not False:
+                    yield Slot(self._run_last, block)
+                elif self.stepwise:
+                    yield Slot(self._arrive, block)
+            elif self.stepwise:
+                yield Slot(functools.partial(self._pass_over, index), block)
+
+    def _run(self, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.ran += 1
+        return block(*args, **kwargs)
+
+    def _run_zeroth(self, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        self.entered, _ = self._calls[0].inputs(args, kwargs)
+        return self._run(block, args, kwargs)
+
+    def _run_before(self, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Block first − 1 runs, and what it returns is all that is to be known of what enters block `first`."""
+        call, index = self._calls[self._first - 1], self._first - 1
+        if index == 0:
+            self.entered, _ = call.inputs(args, kwargs)
+        output = self._run(block, args, kwargs)
+        base = call.streams(output)
+        computing = self.enter(block, base, call.arguments(args, kwargs) if args else kwargs)
+        self.entered = None
+        if not computing:
+            return call.output(self.forecast(base))
+        self._base = base
+        return output
+
+    def _enter_first(self, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call, alone = self._calls[self._first], self._last - self._first == 1
+        base = call.inputs(args, kwargs)
+        computing = self.enter(block, base, call.arguments(args, kwargs) if args else kwargs)
+        self.entered = None
+        if not computing and (alone or not self.stepwise):
+            return call.output(self.forecast(base))
+        self._base = base
+        if not computing:
+            return call.output(base)
+        return self._run_last(block, *args, **kwargs) if alone else self._run(block, args, kwargs)
+
+    def _run_last(self, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        output = self._run(block, args, kwargs)
+        base, self._base = self._base, None
+        if base is not None:
+            self.leave(*self._calls[self._last - 1].streams(output), base)
+        return output
+
+    def _pass_over(self, index: int, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The states as they are."""
+        call = self._calls[index]
+        return call.output(call.inputs(args, kwargs))
+
+    def _arrive(self, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """What the last skippable block would have returned, from the states in which the first was to be called."""
+        base, self._base = self._base, None
+        return self._calls[self._last - 1].output(self.forecast(base))

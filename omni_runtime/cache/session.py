@@ -1,0 +1,494 @@
+"""A session: one cache method, installed on one pipeline.
+
+`CacheSession` follows the pipeline's runs and their requests, whatever the method. What is done with a transformer call
+is its site's business: `BlockSession` here has blocks passed over, `omni_runtime.cache.output.OutputSession` answers
+whole steps, `omni_runtime.cache.library.LibrarySession` leaves it to the cache-dit library.
+
+A transformer call goes this way:
+
+    transformer(...)        nn.Module.__call__ → `_compiled_call_impl`, which a run has put there
+    CacheSession._answer    is the call this run's, and part of a request?
+    BlockSession.call       which branch? then the model's own forward, over the run's `BlockList`
+    Passage                 decides, records, forecasts
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from omni_kernels.patching import Patch, PatchConflictError
+from omni_kernels.patching.engine import InstanceMethod, describe
+from omni_kernels.patching.running import around_calls
+from omni_runtime.cache import calibration
+from omni_runtime.cache.blocks import BlockCall, BlockList, ForwardCall
+from omni_runtime.cache.gates import Gate, RehearsalGate, Verdict
+from omni_runtime.cache.lifecycle import CURRENT, Branch, Request, Run, turn
+from omni_runtime.cache.models import ModelRow, block_lists, row_of
+from omni_runtime.cache.passage import Parts, Passage
+from omni_runtime.cache.ranks import Ranks, SplitCall, ranks_of
+from omni_runtime.cache.replay import ReplayGate, Replays
+from omni_runtime.cache.report import BranchReport, CacheReport, StepEvent
+from omni_runtime.cache.signals import Nothing
+
+#: Of a transformer's attributes, the one by which `omni_runtime.cache.library` says that it works on it.
+LIBRARY_MARK = "_omni_kernels_library"
+#: Why a step whose gradient is asked for is computed: no cache has a derivative.
+GRADIENT = "a gradient is asked for"
+
+
+class CacheSession:
+    """One cache method, installed on one pipeline; subclasses say what becomes of a transformer call.
+
+    Args:
+        name: the method's.
+        pipe: a loaded diffusers pipeline with a transformer and a scheduler.
+
+    Attributes:
+        on_step: told of each closed step; None for nobody.
+        blocks: how many blocks the transformer has, where a row tells.
+        rehearsing: whether steps are computed and skipped by turns, whatever the method says.
+
+    Raises:
+        ValueError, PatchConflictError: a pipeline that it cannot serve, by name.
+    """
+
+    #: Why several ranks may not run the transformer; None where they may.
+    alone: str | None = None
+
+    def __init__(self, name: str, pipe: Any) -> None:
+        self.name = name
+        self.on_step: Callable[[StepEvent], None] | None = None
+        self.pipe = pipe
+        self.transformer = _transformer_of(pipe)
+        self.transformers: list[torch.nn.Module] = [self.transformer]
+        self.blocks = 0
+        self.rehearsing = False
+        self.replays: Replays | None = None
+        self.fitted_for: Mapping[str, Any] | None = None
+        self._requests: list[Request] = []
+        self._run: Run | None = None
+        self._watch: _Watch | None = None
+
+    def install(self, patch: Patch) -> None:
+        """Follow the pipeline's calls.
+
+        Raises:
+            ValueError, PatchConflictError: the pipeline cannot be served as it is now.
+        """
+        around_calls(self.pipe, self.run, patch)
+        with self._seams():  # what is in the way is told now
+            pass
+        self._watch = _Watch(self)
+        patch.add(self._watch)
+
+    def close(self) -> None:
+        """End a run that is under way; the rest of it is not cached."""
+        if self._run is not None:
+            self._run.end_request()
+
+    @contextlib.contextmanager
+    def run(self) -> Iterator[Run]:
+        """While open, what happens in this thread is one call of the pipeline.
+
+        Raises:
+            ValueError, PatchConflictError: the pipeline can no longer be served; nothing is left behind.
+        """
+        if self._watch is not None:
+            self._watch.restore()
+        with turn(self.transformers), self._seams() as run:
+            outer, self._run, former = self._run, run, CURRENT.set(run)
+            try:
+                yield run
+                run.say_if_nothing_was_cached()
+            finally:
+                run.end_request()
+                CURRENT.reset(former)
+                self._run = outer
+
+    @contextlib.contextmanager
+    def _seams(self) -> Iterator[Run]:
+        """While open, the seams of a run are in place."""
+        patch = Patch()
+        run = Run(self.pipe, self, patch)
+        seams = Patch()
+        try:
+            self.take(run, seams)
+            run.follow()
+            yield run
+        finally:
+            seams.release()
+            patch.release()
+
+    def take(self, run: Run, seams: Patch) -> None:
+        """Take the seams of a run, recorded in `seams`.
+
+        Raises:
+            ValueError, PatchConflictError: the pipeline cannot be served as it is now.
+        """
+        for transformer in self.transformers:
+            refuse_cached(transformer)
+            self.take_calls(run, transformer, seams)
+
+    def take_calls(self, run: Run, transformer: Any, seams: Patch) -> None:
+        """Have the transformer's calls, and the names that its pipeline gives them, come to this session."""
+        call = transformer._compiled_call_impl or transformer._call_impl
+        seams.set_method(transformer, "_compiled_call_impl", functools.partial(self._answer, run, transformer, call))
+        if hasattr(transformer, "cache_context"):
+            seams.set_method(transformer, "cache_context", _context_of(run, transformer.cache_context))
+
+    def _answer(self, run: Run, transformer: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A call of the transformer; `call` makes it."""
+        if CURRENT.get() is not run:
+            return self.call_of_another(call, args, kwargs)
+        try:
+            request = run.current()
+            if request is None:
+                return self.call_of_another(call, args, kwargs)
+            return self.call(run, request, transformer, call, args, kwargs)
+        except BaseException:
+            run.end_request()
+            raise
+
+    def call(
+        self, run: Run, request: Request, transformer: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """What a transformer call of a request returns; `call` makes it."""
+        raise NotImplementedError
+
+    def call_of_another(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A transformer call that is not of this run, or of none of its requests."""
+        return call(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """While open, one step is computed and two are skipped, by turns; nothing is told or learnt of them."""
+        before = self._requests
+        self.rehearsing = True
+        try:
+            yield
+        finally:
+            self.rehearsing = False
+            self._requests = before
+
+    @property
+    def report(self) -> CacheReport | None:
+        """What the last request did; None before the first."""
+        return self._report(self._requests[-1]) if self._requests else None
+
+    @property
+    def reports(self) -> list[CacheReport]:
+        """What each request of the last run did: a pipeline may make a video in several segments."""
+        return [self._report(request) for request in self._requests]
+
+    def _report(self, request: Request) -> CacheReport:
+        return CacheReport(
+            backend=self.name,
+            steps=request.steps,
+            branches={name: BranchReport(list(decisions)) for name, decisions in request.decisions.items()},
+            blocks_run=request.blocks_run,
+            blocks_total=request.blocks_total,
+            step_seconds=list(request.step_seconds),
+            complete=request.complete,
+            notes=list(request.notes),
+            drift=request.drift,
+        )
+
+    def held_tensors(self) -> list[torch.Tensor]:
+        """Every tensor that the request under way holds; none between requests."""
+        request = None if self._run is None else self._run.request
+        return [] if request is None else request.tensors()
+
+    def gate_for(self, gate: Callable[[], Gate], measures: bool, request: Request, branch: str) -> Gate:
+        """A fresh gate: the method's, in a rehearsal another, and following an earlier request where that is asked."""
+        if self.rehearsing:
+            return RehearsalGate(measures)
+        return gate() if self.replays is None else self.replays.gate(gate(), request, branch)
+
+    def opened(self, request: Request) -> None:
+        """See `omni_runtime.cache.lifecycle.Listener`."""
+        run = self._run
+        self._requests = [request] if run is None else run.requests
+
+    def stepped_with(self, request: Request, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        """See `omni_runtime.cache.lifecycle.Listener`."""
+        return output
+
+    def stepped(self, request: Request) -> None:
+        """See `omni_runtime.cache.lifecycle.Listener`."""
+        if request.step == 1 and not request.branches:
+            warnings.warn(
+                f"a step was taken without the patched {_name(self.transformer)}: where the pipeline's transformer was "
+                "replaced or compiled after patching, nothing is cached",
+                stacklevel=5,
+            )
+        if self.rehearsing:
+            return
+        if request.step == 1 and self.fitted_for is not None:
+            self._compare(self.fitted_for, request)
+        if self.on_step is None:
+            return
+        step = request.step - 1
+        made = {name: d[-1] for name, d in request.decisions.items() if d[-1].step == step}
+        self.on_step(StepEvent(step, request.steps, any(d.computed for d in made.values()), made))
+
+    def completed(self, request: Request) -> None:
+        """See `omni_runtime.cache.lifecycle.Listener`; what was replayed is looked at, and its schedules are kept."""
+        if self.replays is None:
+            return
+        request.drift = self.replays.complete(
+            [(gate, lists) for gate, lists in self.gates_of(request) if isinstance(gate, ReplayGate)]
+        )
+        if request.drift is not None:
+            request.notes.append(self.replays.note(request.drift))
+
+    def gates_of(self, request: Request) -> Sequence[tuple[Gate, list[Any]]]:
+        """The gates that have decided, each with the lists of its decisions."""
+        return []
+
+    def describe(self, request: Request) -> dict[str, Any]:
+        """What fitted numbers hang on, of a request whose first step has closed."""
+        return calibration.describe(
+            self.transformer, self.blocks, self.pipe.scheduler, request.steps, request.latents
+        )  # fmt: skip
+
+    def describe_last(self) -> dict[str, Any]:
+        """What the last request was, as `calibration.describe` has it.
+
+        Raises:
+            RuntimeError: there was none, or it took no step.
+        """
+        if not self._requests or not self._requests[-1].step:
+            raise RuntimeError("nothing was recorded: the pipeline has taken no step")
+        return self.describe(self._requests[-1])
+
+    def _compare(self, fitted_for: Mapping[str, Any], request: Request) -> None:
+        """Warn of a request that is unlike those that the method's numbers were fitted to."""
+        differences = calibration.differences(fitted_for, self.describe(request))
+        if differences:
+            note = f"{self.name} was calibrated for other runs: this one has {', '.join(differences)}"
+            request.notes.append(note)
+            warnings.warn(note, stacklevel=6)
+
+
+class BlockSession(CacheSession):
+    """A method that passes blocks over.
+
+    Args:
+        parts: its choices for the transformer's blocks, from the model's row and the number of blocks.
+    """
+
+    passage_class: type[Passage] = Passage
+
+    def __init__(self, name: str, pipe: Any, parts: Callable[[ModelRow, int], Parts]) -> None:
+        super().__init__(name, pipe)
+        self._check()
+        self.row = row_of(_name(self.transformer))
+        self._lists = block_lists(self.transformer, self.row)
+        self._flat = [(row, block) for row, blocks in zip(self.row.lists, self._lists, strict=True) for block in blocks]
+        self.blocks = len(self._flat)
+        self.ranks: Ranks | None = None
+        self.calls: list[BlockCall] = []
+        self._forward = ForwardCall(self.row, self.transformer.forward)
+        self.parts = parts(self.row, self.blocks)
+        self.fitted_for = self.parts.fitted_for
+        if self.parts.drift_tolerance is not None:
+            self.replays = Replays(self.parts.drift_tolerance)
+
+    def take(self, run: Run, seams: Patch) -> None:
+        """See `CacheSession.take`."""
+        self._check()
+        super().take(run, seams)
+        start = 0
+        for row, blocks in zip(self.row.lists, block_lists(self.transformer, self.row), strict=True):
+            seams.set_module(self.transformer, row.name, BlockList(blocks, start, run))
+            start += len(blocks)
+        if start != self.blocks:
+            raise ValueError(
+                f"this {_name(self.transformer)} has {start} blocks, and had {self.blocks} when it was patched: "
+                "omni_kernels.unpatch(pipe), and patch it again"
+            )
+
+    def opened(self, request: Request) -> None:
+        """See `CacheSession.opened`; who runs the transformer, and what is split where, may have changed."""
+        refuse_parallel(self.transformer, self.alone)
+        self.ranks = ranks_of(self.transformer)
+        if self.ranks is not None and any(block._compiled_call_impl is not None for _, block in self._flat):
+            raise ValueError(
+                f"the blocks of this {_name(self.transformer)} are compiled, and it is run by several ranks: a cache "
+                "of blocks does not go with both yet"
+            )
+        kind = BlockCall if self.ranks is None else SplitCall
+        if not self.calls or type(self.calls[0]) is not kind:
+            self.calls = [kind(row, block) for row, block in self._flat]
+        super().opened(request)
+        if self.parts.note is not None:
+            request.notes.append(self.parts.note)
+
+    def call(
+        self, run: Run, request: Request, transformer: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """See `CacheSession.call`."""
+        branch = request.branch(run.context)
+        if differentiates(transformer, args, kwargs):
+            output, ran = call(*args, **kwargs), self.blocks
+            branch.kept = None
+            branch.decide(Verdict(True, GRADIENT))
+        else:
+            passage: Passage = branch.kept
+            if passage is None:
+                passage = branch.kept = self.passage_class(self, request, branch)
+            forward = self._forward
+            passage.begin(request, forward.arguments(args, kwargs), forward.works_between(args, kwargs))
+            run.passage = passage
+            try:
+                output = call(*args, **kwargs)
+            finally:
+                run.passage = None
+            passage.finish()
+            ran = passage.ran
+        request.calls += 1
+        request.blocks_run += ran
+        request.blocks_total += self.blocks
+        return output
+
+    def gate(self, request: Request, branch: Branch) -> Gate:
+        """A fresh gate for a branch."""
+        parts = self.parts
+        return self.gate_for(lambda: parts.gate(request), not isinstance(parts.signal, Nothing), request, branch.name)
+
+    def gates_of(self, request: Request) -> Sequence[tuple[Gate, list[Any]]]:
+        """See `CacheSession.gates_of`."""
+        return [(branch.kept.gate, [branch.decisions]) for branch in request.branches.values() if branch.kept]
+
+    def _check(self) -> None:
+        """Raise for what a cache of blocks cannot live with, by name."""
+        refuse_compiled(self.transformer)
+        refuse_parallel(self.transformer, self.alone)
+
+
+class _Watch:
+    """Says once that a transformer call comes from outside the pipeline's runs, until the first run has begun."""
+
+    held = True
+
+    def __init__(self, session: CacheSession) -> None:
+        self.owner = session.transformer
+        self._name = session.name
+        self._hook = self.owner.register_forward_pre_hook(self)
+
+    def __call__(self, transformer: torch.nn.Module, args: Any) -> None:
+        """A call of the transformer comes."""
+        if torch.compiler.is_compiling():
+            return
+        self.restore()
+        warnings.warn(
+            f"the transformer was called outside a call of the patched pipeline: {self._name} caches nothing there. "
+            "A loop of your own goes into `with handle.run():`",
+            stacklevel=5,
+        )
+
+    def conflict(self) -> str:
+        return ""
+
+    def restore(self) -> None:
+        self._hook.remove()
+
+    def __reduce__(self) -> Any:
+        return _no_watch, ()
+
+
+def _no_watch() -> Callable[..., None]:
+    """What a copy of the transformer has instead."""
+    return _unwatched
+
+
+def _unwatched(transformer: torch.nn.Module, args: Any) -> None:
+    return None
+
+
+def differentiates(transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a gradient is asked for in this call of the transformer."""
+    if not torch.is_grad_enabled():
+        return False
+    given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+    return any(tensor.requires_grad for tensor in (*given, *transformer.parameters()))
+
+
+def _context_of(run: Run, original: Callable[..., Any]) -> Callable[..., Any]:
+    """A transformer's `cache_context`, which tells the run the name, too."""
+
+    @functools.wraps(original)
+    @contextlib.contextmanager
+    def cache_context(name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if CURRENT.get() is not run:
+            with original(name, *args, **kwargs):
+                yield
+            return
+        outer, run.context = run.context, name
+        try:
+            with original(name, *args, **kwargs):
+                yield
+        finally:
+            run.context = outer
+
+    return cache_context
+
+
+def _name(transformer: torch.nn.Module) -> str:
+    return type(transformer).__name__
+
+
+def _transformer_of(pipe: Any) -> torch.nn.Module:
+    lacking = [name for name in ("transformer", "scheduler") if getattr(pipe, name, None) is None]
+    if lacking:
+        raise ValueError(
+            f"{type(pipe).__name__} has no {' and no '.join(lacking)}: a cache is installed on a loaded diffusers "
+            "pipeline with a diffusion transformer"
+        )
+    found: torch.nn.Module = pipe.transformer
+    return found
+
+
+def refuse_cached(transformer: torch.nn.Module) -> None:
+    """Raise for a transformer that somebody caches already, by name."""
+    kind = _name(transformer)
+    if getattr(transformer, "is_cache_enabled", False):
+        raise PatchConflictError(f"diffusers' own cache is enabled on this {kind}: transformer.disable_cache() first")
+    if LIBRARY_MARK in vars(transformer):
+        raise PatchConflictError(
+            f"engine 'library' works on this {kind} in a run of another pipeline that is under way: this one cannot "
+            "begin within it"
+        )
+    if getattr(transformer, "_is_cached", False):
+        raise PatchConflictError(
+            f"the cache-dit library is enabled on this {kind}: cache_dit.disable_cache(pipe) first"
+        )
+
+
+def refuse_compiled(transformer: torch.nn.Module) -> None:
+    """Raise for a transformer of which no block can be passed over, by name."""
+    compiled = getattr(transformer, "_compiled_call_impl", None)
+    ours = isinstance(compiled, InstanceMethod)  # another run's, which this one begins within
+    if (compiled is not None and not ours) or hasattr(transformer, "_orig_mod"):
+        raise PatchConflictError(
+            f"this {_name(transformer)} was compiled as a whole ({describe(compiled or transformer)}): which blocks "
+            "run could no longer be decided at run time. Compile its blocks instead: "
+            "transformer.compile_repeated_blocks()"
+        )
+
+
+def refuse_parallel(transformer: torch.nn.Module, alone: str | None) -> None:
+    """Raise for a transformer that several ranks run, by name, where `alone` says why they may not."""
+    config = getattr(transformer, "_parallel_config", None)
+    if alone is not None and config is not None:
+        kind = "tensor" if config.context_parallel_config is None else "context"
+        raise ValueError(
+            f"this {_name(transformer)} runs under {kind} parallelism, {alone}; omni_kernels.unpatch(pipe) takes a "
+            "cache out"
+        )
