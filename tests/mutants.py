@@ -12,7 +12,7 @@ a `not`, flips True and False or 0 and 1, returns None instead of a value, or le
 
 `--journal FILE` (mutants.jsonl) has one line per mutant, and FILE.lines what the tests reach: with both there, the same
 command goes on where it ended. Delete FILE.lines when tests change, and both when the source does. Printed last are the
-survivors, those that no test reaches among them, and the score: how many were noticed, by a test or the time limit.
+survivors, those that no test reaches among them, what ran out of time, and the score, in which that counts as noticed.
 """
 
 from __future__ import annotations
@@ -84,9 +84,8 @@ def _is(node: ast.AST, *kinds: type) -> bool:
 
 
 def visited(node: Any, reach: range | None = None, inside: bool = False) -> Iterator[tuple[Any, range | None]]:
-    """The nodes that are run and may be changed, and the lines of what each stands in."""
+    """The nodes that are run and may be changed, and the lines of its statement, up to those in it."""
     if isinstance(node, ast.stmt) and inside:
-        # Of a statement with others in it, the lines before these count.
         last = node.body[0].lineno - 1 if hasattr(node, "body") else node.end_lineno
         reach = range(node.lineno, max(node.lineno, last or 0) + 1)
     yield node, reach
@@ -190,7 +189,7 @@ def judge(tree: Path, mutant: Mutant, reached: list[dict[str, Any]], most: float
     selected.write_text(json.dumps([one["test"] for one in tests]))
     source = file.read_bytes()
     file.write_bytes(source[: mutant.start] + mutant.new.encode() + source[mutant.end :])
-    limit = min(most, 60 + 5 * sum(one["seconds"] for one in tests))
+    limit = min(most, 120 + 10 * sum(one["seconds"] for one in tests))
     try:
         files = {one["test"].partition("::")[0] for one in tests}
         done = run_tests(tree, sorted(files), limit, **{SELECT: str(selected)})
@@ -234,8 +233,9 @@ def run(root: Path, asked: argparse.Namespace) -> None:
         with ThreadPoolExecutor(asked.workers) as pool:
             list(pool.map(one, left))
     found = [outcomes[str(mutant)] for mutant in sample]
-    alive = [f"{one['outcome']}: {one['mutant']}" for one in found if one["outcome"] in ("survived", "not reached")]
-    print("\n".join([*sorted(alive), f"score: {len(found) - len(alive)} of {len(found)} mutants were noticed"]))
+    others = [f"{one['outcome']}: {one['mutant']}" for one in found if one["outcome"] != "killed"]
+    noticed = sum(one["outcome"] in ("killed", "timeout") for one in found)
+    print("\n".join([*sorted(others), f"score: {noticed} of {len(found)} mutants were noticed"]))
 
 
 if __name__ == "__main__":
