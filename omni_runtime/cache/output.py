@@ -240,14 +240,19 @@ class OutputSteps:
         watched = [] if self._signal is None else self._signal.tensors()
         return self._history.tensors() + watched + self.gate.tensors()
 
-    def verdict(self, branch: Branch, batch: int | None) -> Verdict:
-        """Whether the step under way is computed; settled at its first transformer call, of so many samples."""
+    def verdict(self, branch: Branch, batch: int | None, differentiated: bool = False) -> Verdict:
+        """Whether the step under way is computed; settled at its first transformer call, of so many samples.
+
+        Args:
+            differentiated: whether a gradient is asked for in it.
+        """
         if self._step != self._request.step:
             self._step = self._request.step
-            if branch.kept is not None and branch.kept.batch != batch:
+            if differentiated:
+                self._verdict = Verdict(True, GRADIENT)
+            elif branch.kept is not None and branch.kept.batch != batch:
                 # Guidance has ended, or begun (Z-Image's cfg_truncation): what was guided otherwise is no guide.
-                self._history.clear()
-                self._signal = None if self._new_signal is None else self._new_signal()
+                self._forget()
                 self._verdict = Verdict(True, "another batch")
             elif self._history.shape is not None:
                 self.gate.enters(self._history.shape)
@@ -276,10 +281,9 @@ class OutputSteps:
             branch.kept = StandIn(batch, self._forecaster, self._reach)
         branch.kept.record(returned, self._position())
 
-    def compute(self, reason: str) -> Verdict:
-        """Have the step under way computed after all."""
-        self._verdict = Verdict(True, reason)
-        return self._verdict
+    def _forget(self) -> None:
+        self._history.clear()
+        self._signal = None if self._new_signal is None else self._new_signal()
 
     def stand_in(self, branch: Branch, batch: int | None) -> Any:
         """What stands in for what that call would return; None where it was never made, or of other samples."""
@@ -294,7 +298,7 @@ class OutputSteps:
         if self._step != self._request.step:  # no transformer was called in this step
             return output
         if output.requires_grad:
-            self._history.clear()  # no cache has a derivative
+            self._forget()
             return output
         if self._residual and output.shape != sample.shape:
             raise ValueError(
@@ -400,9 +404,7 @@ class OutputSession(CacheSession):
             steps = request.outputs = OutputSteps(self._site, request, gate, run.scheduler)
         branch = request.branch(run.context)
         batch = _batch_of(*args, *kwargs.values())
-        verdict = steps.verdict(branch, batch)
-        if not verdict.computed and differentiates(transformer, args, kwargs):
-            verdict = steps.compute(GRADIENT)
+        verdict = steps.verdict(branch, batch, differentiates(transformer, args, kwargs))
         answer = None if verdict.computed else steps.stand_in(branch, batch)
         if answer is None:
             answer = call(*args, **kwargs)

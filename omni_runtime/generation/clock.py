@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from omni_kernels.device import Timer
+from omni_kernels.patching import Patch
 from omni_runtime.generation.result import Timings
 
 
@@ -34,24 +35,20 @@ class LoopClock:
     @contextlib.contextmanager
     def following(self, pipe: Any) -> Iterator[None]:
         """While open, `pipe`, and no other pipeline, reports its loop here."""
-        make_bar = pipe.progress_bar
-        former = vars(pipe).get("progress_bar")
+        make_bar, patch = pipe.progress_bar, Patch()
 
         def progress_bar(iterable: Any = None, total: int | None = None) -> _Bar:
             bar = make_bar(iterable, total)
             self._steps = getattr(bar, "total", None) or 0
             return _Bar(bar, self)
 
-        vars(pipe)["progress_bar"] = progress_bar
+        patch.set_method(pipe, "progress_bar", progress_bar)
         self.mark()
         try:
             yield
             self.mark()
         finally:
-            if former is None:
-                del vars(pipe)["progress_bar"]
-            else:
-                vars(pipe)["progress_bar"] = former
+            patch.release()
 
     def mark(self) -> None:
         """Note this moment."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -42,6 +43,9 @@ FROM_ENVIRONMENT: Any = _FromEnvironment()
 
 class Omni:
     """A diffusers pipeline with a step cache, fused blocks, compiled blocks, or all of them.
+
+    Threads may share one: their requests run one after the other. Copied or pickled, it is made anew from its
+    arguments, and loads when it is first used; a pipeline that was given is copied or pickled with it.
 
     Args:
         model: an embedded model's name, a directory written by `save_pretrained`, a hub id, or a loaded pipeline.
@@ -87,6 +91,17 @@ class Omni:
         **from_pretrained: Any,
     ) -> None:
         backend, config = resolve_cache(cache_backend, cache_config)
+        self._arguments: dict[str, Any] = {
+            "model": model,
+            "dtype": dtype,
+            "device": device,
+            "cache_backend": backend,
+            "cache_config": config,
+            "fuse": fuse,
+            "compile": compile,
+            **from_pretrained,
+        }
+        self._turn = threading.RLock()
         options_of(compile, graphs, reuse)
         self._fuse, self._compile, self._graphs, self._reuse = fuse, compile, graphs, reuse
         dtype = _one_dtype(dtype, from_pretrained)
@@ -120,6 +135,9 @@ class Omni:
     def __repr__(self) -> str:
         return f"Omni({self.name!r}, cache_backend={self.cache_backend!r}, cache_config={self.cache_config!r})"
 
+    def __reduce__(self) -> Any:
+        return _made_anew, (type(self), self._arguments)
+
     def __enter__(self) -> Omni:
         return self
 
@@ -138,6 +156,10 @@ class Omni:
             RuntimeError: this Omni is closed.
             OSError, ValueError, ...: what `from_pretrained` raises.
         """
+        with self._turn:
+            return self._loaded()
+
+    def _loaded(self) -> Any:
         if self._closed:
             raise RuntimeError("this Omni is closed")
         if self._pipe is None:
@@ -163,10 +185,11 @@ class Omni:
         Raises:
             PatchConflictError: somebody else patched over it; nothing is changed then, and close() can be tried again.
         """
-        if self._handle is not None and self._patched_here:
-            self._handle.undo()
-        self._handle = self._pipe = None
-        self._closed = True
+        with self._turn:
+            if self._handle is not None and self._patched_here:
+                self._handle.undo()
+            self._handle = self._pipe = None
+            self._closed = True
 
     def generate(
         self,
@@ -232,7 +255,11 @@ class Omni:
         return requests
 
     def run(self, one: request.GenerationRequest, on_step: Callable[[StepEvent], None] | None = None) -> OmniResult:
-        """Run one prepared request. If the pipeline raises, nothing of the request stays behind."""
+        """Run one prepared request, after those of other threads. If the pipeline raises, nothing stays behind."""
+        with self._turn:
+            return self._run(one, on_step)
+
+    def _run(self, one: request.GenerationRequest, on_step: Callable[[StepEvent], None] | None) -> OmniResult:
         pipe, handle = self.pipe, self._handle
         assert handle is not None  # load() has set it
         if not handle.active:
@@ -292,6 +319,11 @@ class Omni:
                 "torch": torch.__version__,
             },
         }
+
+
+def _made_anew(kind: type[Omni], arguments: dict[str, Any]) -> Omni:
+    """What a copied or pickled Omni is made by."""
+    return kind(**arguments)
 
 
 def resolve_cache(

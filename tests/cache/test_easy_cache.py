@@ -220,16 +220,17 @@ def test_every_scheduler_of_flows(qwen_pipe, name, config):
     seen = steps_of(qwen_pipe)
     x = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(0))
     with omni_kernels.patched(qwen_pipe, "easy_cache", {"thresh": 1.0, "ret_steps": 2}) as handle, torch.no_grad():
-        scheduler.set_timesteps(STEPS)
-        for t in scheduler.timesteps:
-            (output,) = qwen_pipe.transformer(
-                hidden_states=x,
-                encoder_hidden_states=torch.zeros(1, 3, 32),
-                timestep=t.expand(1) / 1000,
-                img_shapes=[[(1, 4, 4)]],
-                return_dict=False,
-            )
-            x = scheduler.step(output, t, x, return_dict=False)[0]
+        with handle.run():
+            scheduler.set_timesteps(STEPS)
+            for t in scheduler.timesteps:
+                (output,) = qwen_pipe.transformer(
+                    hidden_states=x,
+                    encoder_hidden_states=torch.zeros(1, 3, 32),
+                    timestep=t.expand(1) / 1000,
+                    img_shapes=[[(1, 4, 4)]],
+                    return_dict=False,
+                )
+                x = scheduler.step(output, t, x, return_dict=False)[0]
         computed = computed_of(handle)
         assert handle.report.complete
     assert 2 < len(computed) < STEPS
@@ -526,10 +527,11 @@ def test_all_that_is_held_is_told_and_it_is_a_few_latents(qwen_pipe):
         session = handle._installed
 
         def look(pipe, index, timestep, tensors):
-            request = session._lifecycle.request
+            request = session._run.request
             if request is not None:
                 held = session.held_tensors()
-                assert {id(t) for t in held} == reachable(request.outputs, {id(request)})
+                kept = [request.outputs, [branch.kept for branch in request.branches.values()]]
+                assert {id(t) for t in held} == reachable(kept, {id(request)})
                 told.append([tuple(t.shape) for t in held])
             return {}
 
@@ -556,19 +558,19 @@ def test_compiled_transformer(qwen_pipe):
 
 
 def test_a_model_output_unlike_the_latents_is_refused_by_name(qwen_pipe):
-    omni_kernels.patch(qwen_pipe, "easy_cache")
+    handle = omni_kernels.patch(qwen_pipe, "easy_cache")
     noise = torch.randn(1, 16, 64)
     scheduler = qwen_pipe.scheduler
-    scheduler.set_timesteps(3, mu=0.5)
-    with torch.no_grad():
+    with handle.run(), torch.no_grad():
+        scheduler.set_timesteps(3, mu=0.5)
         qwen_pipe.transformer(
             hidden_states=noise,
             encoder_hidden_states=torch.zeros(1, 3, 32),
             timestep=torch.full((1,), 0.5),
             img_shapes=[[(1, 4, 4)]],
         )
-    with pytest.raises(ValueError, match=r"output has the shape \(1, 16, 128\), the latents \(1, 16, 64\)"):
-        scheduler.step(torch.zeros(1, 16, 128), scheduler.timesteps[0], noise)
+        with pytest.raises(ValueError, match=r"output has the shape \(1, 16, 128\), the latents \(1, 16, 64\)"):
+            scheduler.step(torch.zeros(1, 16, 128), scheduler.timesteps[0], noise)
 
 
 @pytest.mark.parametrize("scheduler", [diffusers.FlowMatchHeunDiscreteScheduler(), diffusers.ScoreSdeVeScheduler()])

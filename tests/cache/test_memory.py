@@ -198,16 +198,23 @@ def test_undo_within_a_request_frees_it(pipe):
 
 
 def test_next_request_drops_what_an_open_one_holds(pipe):
-    """A loop by hand has no progress bar that could close: its state lives until the next request opens."""
-    omni_kernels.patch(pipe, "first_block_cache")
-    pipe.scheduler.set_timesteps(3, mu=0.5)
-    with torch.no_grad():
+    """A loop by hand that is left: its state lives until the next request opens, or the run is over."""
+    handle = omni_kernels.patch(pipe, "first_block_cache")
+
+    def one_step():
+        pipe.scheduler.set_timesteps(3, mu=0.5)
         pipe.transformer(
             hidden_states=torch.zeros(1, 16, 64),
             encoder_hidden_states=torch.ones(1, 5, 32),
             timestep=torch.tensor([0.5]),
             img_shapes=[[(1, 4, 4)]],
         )
-    assert len(living()) == 2
-    pipe.scheduler.set_timesteps(3, mu=0.5)
+
+    with torch.no_grad(), handle.run():
+        one_step()
+        assert len(living()) == 2
+        pipe.scheduler.set_timesteps(3, mu=0.5)
+        assert living() == []
+        one_step()
+        assert len(living()) == 2
     assert living() == []

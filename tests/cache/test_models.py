@@ -10,7 +10,7 @@ import torch
 
 import omni_kernels
 from omni_runtime.cache import models
-from omni_runtime.cache.models import MODELS, ModelRow
+from omni_runtime.cache.models import MODELS, ListRow, ModelRow
 
 NOISE_TOKENS = 16  # 64×64 pixels
 
@@ -33,9 +33,10 @@ def test_row_fits_the_class_in_diffusers(any_pipe):
     row = MODELS[name]
     assert type(any_pipe).__name__ in row.pipelines
     blocks = [block for blocks in models.block_lists(transformer, row) for block in blocks]
-    assert len(blocks) == sum(transformer.config[key] for key in row.depth)
-    for block in blocks:
-        assert {row.hidden, row.encoder} - {None} <= set(inspect.signature(block.forward).parameters)
+    assert len(blocks) == sum(transformer.config[one.depth] for one in row.lists)
+    for one in row.lists:
+        for block in getattr(transformer, one.name):
+            assert {one.hidden, one.encoder} - {None} <= set(inspect.signature(block.forward).parameters)
     assert set(row.between) <= set(inspect.signature(transformer.forward).parameters)
     assert models.describe({"_class_name": name, **transformer.config}) == models.TransformerFacts(name, len(blocks))
 
@@ -55,10 +56,17 @@ def test_row_whose_block_list_is_missing_is_named(qwen_pipe, monkeypatch):
     monkeypatch.setitem(
         MODELS,
         "QwenImageTransformer2DModel",
-        ModelRow(("img_in",), "hidden_states", "encoder_hidden_states", "encoder_first", ("num_layers",)),
+        ModelRow((ListRow("img_in", "num_layers", "hidden_states", "encoder_hidden_states", "encoder_first"),)),
     )
     with pytest.raises(ValueError, match=r"QwenImageTransformer2DModel.img_in is Linear, not a list of blocks"):
         omni_kernels.patch(qwen_pipe, "first_block_cache")
+
+
+@pytest.mark.parametrize("backend", ["tea_cache", "cache_dit", "mag_cache"])
+def test_empty_block_list_is_refused(qwen_pipe, backend):
+    qwen_pipe.transformer.transformer_blocks = torch.nn.ModuleList()
+    with pytest.raises(ValueError, match=r"no blocks in transformer_blocks|of the transformer's 0 blocks"):
+        omni_kernels.patch(qwen_pipe, backend)
 
 
 # Edit pipelines: reference images never change, and dilute every distance that they are counted in
@@ -138,7 +146,7 @@ def test_layered_distance_is_over_all_layers():
         lambda _, args, kwargs, output: inputs.append(kwargs["hidden_states"]), with_kwargs=True
     )
     config = {"rel_l1_thresh": 1e-9, "coefficients": [0, 0, 0, 1, 0]}
-    with omni_kernels.patched(pipe, "tea_cache", config) as handle, torch.no_grad():
+    with omni_kernels.patched(pipe, "tea_cache", config) as handle, handle.run(), torch.no_grad():
         pipe.scheduler.set_timesteps(3, mu=0.5)
         for step in range(2):
             pipe.transformer(
@@ -170,11 +178,7 @@ def test_edit_skips_and_stays_near(edit_pipe):
 # A model of somebody else
 
 SD3 = ModelRow(
-    block_lists=("transformer_blocks",),
-    hidden="hidden_states",
-    encoder="encoder_hidden_states",
-    returns="encoder_first",
-    depth=("num_layers",),
+    (ListRow("transformer_blocks", "num_layers", "hidden_states", "encoder_hidden_states", "encoder_first"),),
     between=("block_controlnet_hidden_states",),
 )
 
@@ -268,9 +272,12 @@ def test_row_alone_makes_a_controlnet_work(sd3_pipe, monkeypatch):
     }
     with torch.no_grad():
         expected = sd3_pipe.transformer(**call).sample
-        with omni_kernels.patched(
-            sd3_pipe, "cache_dit", {"max_warmup_steps": 0, "residual_diff_threshold": 1}
-        ) as handle:
+        with (
+            omni_kernels.patched(
+                sd3_pipe, "cache_dit", {"max_warmup_steps": 0, "residual_diff_threshold": 1}
+            ) as handle,
+            handle.run(),
+        ):
             sd3_pipe.scheduler.set_timesteps(3)
             assert torch.equal(sd3_pipe.transformer(**call).sample, expected)
             sd3_pipe.scheduler.step(torch.ones(1), sd3_pipe.scheduler.timesteps[0], torch.ones(1))

@@ -17,7 +17,7 @@ import torch
 from two_ranks import NEEDED, RANKS, RING, TENSOR, ULYSSES, UNEVEN, enable, of_each_rank
 
 import omni_kernels
-from omni_runtime.cache.models import MODELS, ModelRow
+from omni_runtime.cache.models import MODELS, ListRow, ModelRow
 from omni_runtime.cache.ranks import Ranks
 
 pytestmark = NEEDED
@@ -52,9 +52,7 @@ CACHES = {
 FEW = ("tea_cache", "first_block_cache", "mag_cache", "sea_cache")
 
 #: Of no model's row: the seam asks diffusers' own hooks what is split where.
-WAN = ModelRow(
-    block_lists=("blocks",), hidden="hidden_states", encoder=None, returns="hidden", depth=("num_layers",)
-)  # fmt: skip
+WAN = ModelRow((ListRow("blocks", "num_layers", hidden="hidden_states", encoder=None, returns="hidden"),))
 #: To be split into even halves, prompts must have an even number of tokens.
 EVEN = {"prompt": "two cats"}
 #: name → (pipeline, arguments of a request, how the sequence is shared, which caches)
@@ -203,20 +201,21 @@ def reshaped_within_a_request():
     draw = torch.Generator().manual_seed(0)
     latents, text = torch.randn(1, 15, 64, generator=draw), torch.randn(1, 64, 32, generator=draw)
     handle = omni_kernels.patch(pipe, *CACHES["first_block_cache"])
-    pipe.scheduler.set_timesteps(STEPS, mu=0.5)
-    for step, timestep in enumerate(pipe.scheduler.timesteps):
-        latents = latents[:, : 15 if step < 5 else 14]
-        (velocity,) = pipe.transformer(
-            hidden_states=latents,
-            encoder_hidden_states=text,
-            pooled_projections=torch.ones(1, 32),
-            timestep=timestep[None] / 1000,
-            img_ids=torch.arange(3.0 * latents.shape[1]).view(-1, 3),
-            txt_ids=torch.zeros(64, 3),
-            guidance=torch.ones(1),
-            return_dict=False,
-        )
-        (latents,) = pipe.scheduler.step(velocity, timestep, latents, return_dict=False)
+    with handle.run():
+        pipe.scheduler.set_timesteps(STEPS, mu=0.5)
+        for step, timestep in enumerate(pipe.scheduler.timesteps):
+            latents = latents[:, : 15 if step < 5 else 14]
+            (velocity,) = pipe.transformer(
+                hidden_states=latents,
+                encoder_hidden_states=text,
+                pooled_projections=torch.ones(1, 32),
+                timestep=timestep[None] / 1000,
+                img_ids=torch.arange(3.0 * latents.shape[1]).view(-1, 3),
+                txt_ids=torch.zeros(64, 3),
+                guidance=torch.ones(1),
+                return_dict=False,
+            )
+            (latents,) = pipe.scheduler.step(velocity, timestep, latents, return_dict=False)
     return [list(decision) for decision in handle.report.branches["0"].decisions]
 
 

@@ -1,0 +1,277 @@
+"""Denoising loops that are not what they seem: steps left out, several loops in a call, other schedulers that step."""
+
+import copy
+import warnings
+
+import diffusers
+import pytest
+import tiny
+import torch
+
+import omni_kernels
+
+NOISE = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(7))
+TEXT = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(1))
+SKIPPING = {
+    "first_block_cache": {"threshold": 1.0, "forecaster": "newton"},
+    "velocity_cache": {"schedule": [0, 1, 4], "corrector_order": 0},
+    "easy_cache": {"thresh": 0.5, "ret_steps": 2},
+}
+
+
+class LoopPipeline(diffusers.DiffusionPipeline):
+    """A pipeline whose call is the loop that it is given."""
+
+    def __init__(self, transformer, scheduler):
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(self, loop, *args):
+        return loop(self, *args)
+
+    def velocity(self, latents, t):
+        return self.transformer(
+            hidden_states=latents,
+            encoder_hidden_states=TEXT,
+            timestep=t.expand(1) / 1000,
+            img_shapes=[[(1, 4, 4)]],
+            return_dict=False,
+        )[0]
+
+
+@pytest.fixture
+def pipe():
+    made = tiny.qwen_image()
+    return LoopPipeline(made.transformer, diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+
+
+def denoise(pipe, timesteps, latents=NOISE, scheduler=None):
+    scheduler = pipe.scheduler if scheduler is None else scheduler
+    for t in timesteps:
+        latents = scheduler.step(pipe.velocity(latents, t), t, latents, return_dict=False)[0]
+    return latents
+
+
+# Steps that are left out
+
+
+def video_to_video(pipe, told):
+    """Leaves out the first 4 of 10 steps, and says nothing of it to the scheduler."""
+    pipe.scheduler.set_timesteps(10)
+    timesteps = pipe.scheduler.timesteps[4:]
+    if told:
+        pipe._num_timesteps = len(timesteps)
+    return denoise(pipe, timesteps)
+
+
+def image_to_image(pipe):
+    pipe.scheduler.set_timesteps(10)
+    pipe.scheduler.set_begin_index(4)
+    return denoise(pipe, pipe.scheduler.timesteps[4:])
+
+
+@pytest.mark.parametrize("backend", SKIPPING)
+def test_steps_that_are_left_out_without_a_word_are_no_steps_of_the_request(pipe, backend):
+    with omni_kernels.patched(pipe, backend, SKIPPING[backend]) as handle:
+        expected = pipe(image_to_image)
+        decisions = handle.report.branches["0"].decisions
+        assert handle.report.steps == 6
+        assert handle.report.forwards_saved > 0
+        assert torch.equal(pipe(video_to_video, True), expected)
+        assert handle.report.branches["0"].decisions == decisions
+        assert handle.report.complete
+
+
+@pytest.mark.parametrize("backend", SKIPPING)
+def test_steps_that_nobody_tells_of_are_found_by_the_schedulers_count(pipe, backend):
+    plain = pipe(video_to_video, False)
+    with omni_kernels.patched(pipe, backend, SKIPPING[backend]) as handle:
+        made = pipe(video_to_video, False)
+    report = handle.report
+    assert report.complete
+    assert report.steps == 6
+    assert report.forwards_saved > 0
+    assert report.branches["0"].computed[:2] == [0, 1], "what the first step had recorded was of another place"
+    assert (made - plain).norm() < 0.2 * plain.norm()
+
+
+def test_number_of_steps_of_an_earlier_call_is_not_believed(pipe):
+    with omni_kernels.patched(pipe, "velocity_cache", {"budget": 5}) as handle:
+        pipe(video_to_video, True)
+        pipe(lambda pipe: pipe.scheduler.set_timesteps(10) or denoise(pipe, pipe.scheduler.timesteps))
+        assert handle.report.steps == 10
+        assert handle.report.complete
+        assert pipe._num_timesteps == 6
+
+
+# Several loops
+
+
+def segments(pipe):
+    """Three loops, and timesteps set once more for a next one that does not come."""
+    latents = NOISE
+    for _ in range(3):
+        pipe.scheduler.set_timesteps(6)
+        latents = denoise(pipe, pipe.scheduler.timesteps, latents)
+        pipe.scheduler.set_timesteps(6)
+    return latents
+
+
+@pytest.mark.parametrize("backend", SKIPPING)
+def test_each_segment_has_a_report(pipe, backend):
+    with omni_kernels.patched(pipe, backend, SKIPPING[backend]) as handle:
+        pipe(segments)
+        reports = handle.reports
+        pipe(lambda pipe: pipe.scheduler.set_timesteps(5) or denoise(pipe, pipe.scheduler.timesteps))
+    assert [report.complete for report in reports] == [True] * 3
+    assert all(report.forwards_saved > 0 for report in reports)
+    assert handle.report.steps == 5
+    assert len(handle.reports) == 1
+
+
+# Other schedulers
+
+
+def step_copies(pipe):
+    """As SkyReels V2 does: the scheduler itself makes no step."""
+    pipe.scheduler.set_timesteps(24)
+    scheduler = copy.deepcopy(pipe.scheduler)
+    return denoise(pipe, pipe.scheduler.timesteps, scheduler=scheduler)
+
+
+@pytest.mark.parametrize("backend", SKIPPING)
+def test_scheduler_whose_copy_steps_is_told_of_and_nothing_piles_up(pipe, backend):
+    plain = pipe(step_copies)
+    with omni_kernels.patched(pipe, backend, SKIPPING[backend]) as handle:
+        with pytest.warns(UserWarning, match=rf"LoopPipeline .* steps another one.*{backend} has cached nothing"):
+            made = pipe(step_copies)
+        assert handle._installed.held_tensors() == []
+        assert "steps another one" in handle.report.notes[-1]
+    assert torch.equal(made, plain)
+
+
+def step_twice(pipe):
+    """As Cosmos 1.0 does: a step for the clean latents, taken back, and the step itself."""
+    latents, scheduler = NOISE, pipe.scheduler
+    scheduler.set_timesteps(8)
+    for t in scheduler.timesteps:
+        velocity = pipe.velocity(latents, t)
+        scheduler.step(velocity, t, latents)
+        scheduler._step_index -= 1
+        latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
+    return latents
+
+
+def test_step_that_is_taken_twice_is_one(pipe):
+    with omni_kernels.patched(pipe, "first_block_cache", {"threshold": 1.0}) as handle:
+        pipe(step_twice)
+    assert handle.report.complete
+    assert len(handle.report.step_seconds) == 8
+    assert [d.step for d in handle.report.branches["0"].decisions] == list(range(8))
+    assert handle.report.branches["0"].computed == [0]
+
+
+class PictureAndSound(diffusers.ModelMixin, diffusers.ConfigMixin):
+    """A transformer with two outputs, each for a scheduler of its own."""
+
+    @diffusers.configuration_utils.register_to_config
+    def __init__(self, size=8):
+        super().__init__()
+        torch.manual_seed(0)
+        self.picture, self.sound = torch.nn.Linear(size, size), torch.nn.Linear(size, size)
+
+    def forward(self, hidden_states, audio_hidden_states, timestep, return_dict=False):
+        scale = 1 + timestep
+        return tuple(
+            torch.tanh(layer(states) * scale) * scale
+            for layer, states in ((self.picture, hidden_states), (self.sound, audio_hidden_states))
+        )
+
+
+def picture_and_sound(pipe):
+    draw = torch.Generator().manual_seed(0)
+    picture, sound = torch.randn(1, 16, 8, generator=draw), torch.randn(1, 16, 8, generator=draw)
+    second = copy.deepcopy(pipe.scheduler)
+    for scheduler in (second, pipe.scheduler):
+        scheduler.set_timesteps(30)
+    for t in pipe.scheduler.timesteps:
+        seen, heard = pipe.transformer(picture, sound, t / 1000)
+        picture = pipe.scheduler.step(seen, t, picture, return_dict=False)[0]
+        sound = second.step(heard, t, sound, return_dict=False)[0]
+    return picture, sound
+
+
+@pytest.mark.parametrize(
+    ("backend", "config"), [("velocity_cache", {"budget": 15}), ("easy_cache", {"thresh": 0.1, "ret_steps": 3})]
+)
+def test_what_a_second_scheduler_steps_with_is_forecast_too(backend, config):
+    """LTX-2 makes sound beside the video, with a copy of the scheduler."""
+    with torch.random.fork_rng(devices=[]):
+        pipe = LoopPipeline(PictureAndSound(), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+    expected = pipe(picture_and_sound)
+    with omni_kernels.patched(pipe, backend, config) as handle:
+        made = pipe(picture_and_sound)
+        assert handle._installed.held_tensors() == []
+    assert handle.report.forwards_saved > 5
+    picture, sound = ((a - b).norm() / b.norm() for a, b in zip(made, expected, strict=True))
+    assert sound < 3 * picture + 0.01
+
+
+# Schedulers that draw noise
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.FlowMatchLCMScheduler(),
+        diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+        diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+@pytest.mark.parametrize("backend", ["velocity_cache", "easy_cache"])
+def test_noise_drawn_at_each_step_is_no_forecast(pipe, backend, scheduler):
+    pipe.scheduler = scheduler
+    with pytest.raises(ValueError, match=rf"{type(scheduler).__name__} .* new noise at each step.*cache_dit"):
+        omni_kernels.patch(pipe, backend)
+    omni_kernels.patch(pipe, "first_block_cache").undo()
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("backend", SKIPPING)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_steps_whose_gradient_is_asked_for_are_computed_and_right(pipe, backend, checkpointing):
+    """Reward tuning: the first steps without a gradient, the last ones with."""
+    scale = torch.ones(1, requires_grad=True)
+
+    def tuned(pipe):
+        pipe.scheduler.set_timesteps(8)
+        first, last = pipe.scheduler.timesteps[:6], pipe.scheduler.timesteps[6:]
+        begun = denoise(pipe, first, NOISE)
+        with torch.enable_grad():
+            return denoise(pipe, last, begun * scale).square().mean()
+
+    def gradient():
+        scale.grad = None
+        pipe(tuned).backward()
+        return scale.grad.clone()
+
+    pipe.transformer.requires_grad_(False)
+    if checkpointing:
+        pipe.transformer.enable_gradient_checkpointing()
+        pipe.transformer.train()
+    never = {"first_block_cache": {"threshold": 0.0}, "velocity_cache": {"budget": 8}, "easy_cache": {"ret_steps": 8}}
+    expected = gradient()
+    with omni_kernels.patched(pipe, backend, never[backend]):
+        torch.testing.assert_close(gradient(), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with omni_kernels.patched(pipe, backend, SKIPPING[backend]) as handle:
+            assert torch.isfinite(gradient()).all()
+    reasons = {d.step: d.reason for d in handle.report.branches["0"].decisions}
+    assert handle.report.forwards_saved > 0
+    assert {6, 7} <= set(handle.report.branches["0"].computed)
+    assert reasons[6] == "a gradient is asked for" or backend != "first_block_cache"
