@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from omni_kernels.patching.engine import Patch, PatchConflictError, describe
 
@@ -42,12 +42,6 @@ def around_calls(pipe: Any, opened: Callable[[], AbstractContextManager[object]]
 
 def _derived(plain: type, opened: Callable[[], AbstractContextManager[object]]) -> type:
     """A class like `plain`, whose one instance opens something around its calls."""
-    called: Any = plain.__call__
-
-    @functools.wraps(called)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with opened():
-            return called(self, *args, **kwargs)
 
     def new(cls: type, *args: Any, **kwargs: Any) -> Any:
         """Whoever makes another pipeline of this class, as `from_pipe` does, gets a plain one."""
@@ -55,14 +49,27 @@ def _derived(plain: type, opened: Callable[[], AbstractContextManager[object]]) 
 
     def reduced(self: Any, protocol: Any) -> Any:
         """A copied or pickled pipeline is of the plain class."""
-        made: Any = object.__reduce_ex__(self, protocol)
-        function, args, *state = made
-        return function, tuple(plain if one is derived else one for one in args), *state
+        _, _, *state = cast("tuple[Any, ...]", object.__reduce_ex__(self, max(protocol, 2)))
+        return object.__new__, (plain,), *state
 
-    members = {"__call__": call, "__new__": new, "__reduce_ex__": reduced, _PLAIN: plain}
+    members = {"__call__": _around(plain.__call__, opened), "__new__": new, "__reduce_ex__": reduced, _PLAIN: plain}
     same = {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
     derived = type(plain)(plain.__name__, (plain,), members | same)
     return derived
+
+
+def _around(function: Callable[..., Any], opened: Callable[[], AbstractContextManager[object]]) -> Callable[..., Any]:
+    """`function` with something open while it runs; so is what it wraps, which is how to sample with a gradient."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with opened():
+            return function(*args, **kwargs)
+
+    inner = getattr(function, "__wrapped__", None)
+    if inner is not None:
+        call.__wrapped__ = _around(inner, opened)
+    return call
 
 
 @dataclass(eq=False)

@@ -18,8 +18,17 @@ Add = Callable[[torch.Tensor], torch.Tensor]
 PIECE = 1 << 20
 
 
+#: Of fp16, how much of a residual is kept: states reach ±65504 there, and their difference twice that.
+FP16_SHARE = 0.5
+#: fp16's largest value: what models themselves clip their states at.
+FP16_MAX = 65504.0
+
+
 class History:
     """One value of a request, as it was at computed steps, and where those steps lie: a stream's residual, as a rule.
+
+    In fp16 a residual is kept as its half, which is exact, and a forecast is clipped to what fp16 holds: where the
+    model's own states stay finite, so do skipped steps.
 
     Args:
         forecaster: what it is for.
@@ -65,6 +74,8 @@ class History:
             replaced = self._snapshots.pop()
         if before is None:
             residual = ops.linear_forecast(None, [after], (1.0,), out=replaced)
+        elif after.dtype is torch.float16:
+            residual = ops.linear_forecast(None, [after, before], (FP16_SHARE, -FP16_SHARE), out=replaced)
         else:
             residual = ops.linear_forecast(after, [before], (-1.0,), out=replaced)
         self.positions.insert(0, position)
@@ -75,7 +86,10 @@ class History:
 
         For a history that keeps no more than the forecaster takes.
         """
-        return using.linear_forecast(base, self._snapshots, self._forecaster.weights(self.positions, position))
+        weights = self._forecaster.weights(self.positions, position)
+        if base is not None and base.dtype is torch.float16:
+            return _in_fp16(using.linear_forecast(base, self._snapshots, _whole(weights)))
+        return using.linear_forecast(base, self._snapshots, weights)
 
     def weights(self, position: float) -> list[float] | None:
         """Those of the value expected at `position`, for the newest snapshots; None where each sample has its own."""
@@ -84,6 +98,13 @@ class History:
     def combined(self, weights: Sequence[float]) -> torch.Tensor:
         """The sum of the newest snapshots with these weights."""
         return ops.linear_forecast(None, self._snapshots[: len(weights)], weights)
+
+    def newest(self) -> torch.Tensor | None:
+        """The newest residual; None while there is none."""
+        if not self._snapshots:
+            return None
+        newest = self._snapshots[0]
+        return newest.float() / FP16_SHARE if newest.dtype is torch.float16 else newest
 
     def tensors(self) -> list[torch.Tensor]:
         """The stored snapshots, newest first."""
@@ -129,10 +150,13 @@ class FittedHistory(History):
         for sample, fit in enumerate(self._fits):
             one = slice(sample, sample + 1)
             history = [snapshot[one] for snapshot in self._snapshots]
-            using.linear_forecast(
-                None if base is None else base[one], history, fit(self.positions, position), out=out[one]
-            )
-        return out
+            weights = fit(self.positions, position)
+            if base is None:
+                using.linear_forecast(None, history, weights, out=out[one])
+            else:
+                halved = base.dtype is torch.float16
+                using.linear_forecast(base[one], history, _whole(weights) if halved else weights, out=out[one])
+        return _in_fp16(out) if base is not None and base.dtype is torch.float16 else out
 
     def weights(self, position: float) -> list[float] | None:
         """See `History.weights`."""
@@ -146,6 +170,15 @@ class FittedHistory(History):
         spacing = self.positions[0] - self.positions[1]
         noise = torch.finfo(self._snapshots[0].dtype).eps
         return [fit(products, spacing, noise) for products in inner_products(self._snapshots[:count], self._add)]
+
+
+def _whole(weights: Sequence[float]) -> list[float]:
+    """The weights of residuals, for their halves."""
+    return [weight / FP16_SHARE for weight in weights]
+
+
+def _in_fp16(forecast: torch.Tensor) -> torch.Tensor:
+    return forecast.clamp_(-FP16_MAX, FP16_MAX)
 
 
 def inner_products(snapshots: list[torch.Tensor], add: Add | None = None) -> np.ndarray:

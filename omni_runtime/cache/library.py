@@ -50,8 +50,13 @@ CALIBRATORS = {
     "foca": "FoCaCalibratorConfig",
     "dmd": "DMDCalibratorConfig",
 }
-#: Pipelines that the library takes and cannot run, or of which it skips nothing, and why.
-REFUSED: dict[str, str] = {}
+#: Pipelines that the library takes and cannot run, by how their names begin, and why.
+REFUSED = {
+    "LTX2": "it fails on blocks that take and return sound beside the video",
+    "Flux2KleinKV": "it makes another picture there, and skips nothing",
+}
+#: Pipelines that it cannot run with a ControlNet, by how their names begin.
+REFUSED_WITH_CONTROLNET = ("QwenImage", "StableDiffusion3", "HunyuanDiT")
 _ADAPTER = "caching.cache_adapters.CachedAdapter"
 _MANAGER = "caching.cache_contexts.CachedContextManager"
 _CONTEXT = "caching.cache_contexts.CachedContext"
@@ -153,6 +158,16 @@ def _configurations(module: ModuleType, config: Mapping[str, Any]) -> dict[str, 
     return {"cache_config": cache} | ({} if made is None else {"calibrator_config": made})
 
 
+def _refuse(pipe: Any) -> None:
+    """Raise ValueError for a pipeline of which is known that the library cannot run it (cache-dit 1.5.3)."""
+    kind = type(pipe).__name__
+    reasons = [reason for begin, reason in REFUSED.items() if kind.startswith(begin)]
+    if getattr(pipe, "controlnet", None) is not None and kind.startswith(REFUSED_WITH_CONTROLNET):
+        reasons.append("it fails where a ControlNet adds residuals between the blocks")
+    if reasons:
+        raise ValueError(f"engine 'library' cannot serve {kind}: {reasons[0]}. engine 'own' may, or velocity_cache")
+
+
 class _NotCopied:
     """On a transformer that the library works on: a copy would go on with the blocks of the original."""
 
@@ -221,9 +236,7 @@ class LibrarySession(CacheSession):
         mask: Callable[[Request], tuple[int, ...] | None],
     ) -> None:
         super().__init__(name, pipe)
-        kind = type(pipe).__name__
-        if kind in REFUSED:
-            raise ValueError(f"engine 'library' cannot serve {kind}: {REFUSED[kind]}")
+        _refuse(pipe)
         second = getattr(pipe, "transformer_2", None)
         self.transformers += [] if second is None else [second]
         self._config = config

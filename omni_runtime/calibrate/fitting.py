@@ -78,10 +78,10 @@ class RecordingPassage(Passage):
 
     def leave(self, hidden: torch.Tensor, encoder: torch.Tensor | None, base: Any) -> None:
         """See `Passage.leave`."""
-        before = self.hidden.tensors()
-        if before:
+        before = self.hidden.newest()
+        if before is not None:
             noise = slice(None, self._noise_tokens)
-            points = self._measure(hidden[:, noise], base[0][:, noise], before[0][:, noise])
+            points = self._measure(hidden[:, noise], base[0][:, noise], before[:, noise].to(hidden.dtype))
             self._points += [
                 self._point(self._branch.name, self._branch.called, place, point) for place, point in enumerate(points)
             ]

@@ -358,3 +358,25 @@ def test_history_starts_over_when_the_shape_changes():
     history.record(torch.ones(2, 3), torch.zeros(2, 3), 0.9)
     history.record(torch.ones(1, 3), torch.zeros(1, 3), 0.8)
     assert [tuple(t.shape) for t in history.tensors()] == [(1, 3)]
+
+
+# Half precision
+
+
+@pytest.mark.parametrize(("name", "order"), [("reuse", 1), ("taylorseer", 1), ("newton", 2), ("dmd", 1)])
+def test_fp16_states_at_the_ends_of_the_range_stay_finite(name, order):
+    """A block may move a state from one end of fp16 to the other: the difference is no number of fp16."""
+    before = torch.full((1, 4, 8), -60000.0, dtype=torch.float16)
+    history = history_of(make_forecaster(name, order))
+    for step in range(5):
+        history.record(-before, before, float(step))
+    torch.testing.assert_close(history.forecast(before, 5.0), -before, rtol=2e-3, atol=0.0)
+    assert history.forecast(-before, 5.0).eq(65504).all(), "clipped, as the model does"
+
+
+def test_fp16_residuals_are_kept_to_the_last_bit():
+    draw = torch.Generator().manual_seed(0)
+    before, after = (torch.randn(2, 16, 8, generator=draw).half() for _ in range(2))
+    history = history_of(make_forecaster("reuse"))
+    history.record(after, before, 0.0)
+    assert torch.equal(history.forecast(before, 1.0), (before.float() + (after - before).float()).half())
