@@ -70,18 +70,22 @@ def backends(options: argparse.Namespace) -> None:
 
 
 def _print_summaries() -> None:
-    names = sorted({entry.name for entry in metadata.entry_points(group="omni_kernels.cache_backends")})
-    names = [*(name for name in SUMMARIES if name in names), *(name for name in names if name not in SUMMARIES)]
-    width = max(map(len, names), default=0) + 2
+    registered = {entry.name for entry in metadata.entry_points(group="omni_kernels.cache_backends")}
+    names = [*SUMMARIES, *sorted(registered - SUMMARIES.keys())]
+    width = max(map(len, names)) + 2
     for name in names:
         _print_wrapped(SUMMARIES.get(name) or _summary(name), f"{name:<{width}}", " " * width)
     print(f"\nThe keys of one, with their defaults: omni backends NAME\n{USE}")
 
 
 def _summary(name: str) -> str:
+    """That of another distribution's backend; of one that cannot be used, why."""
     from omni_kernels.patching import backends as registry
 
-    return registry.get(name).summary
+    try:
+        return registry.get(name).summary
+    except ValueError as error:
+        return str(error)
 
 
 def _print_wrapped(text: str, first: str, others: str) -> None:
@@ -117,16 +121,21 @@ def models(options: argparse.Namespace) -> None:
     for name, about in embedded.items():
         print(f"  {name}{' (default)' * (name == DEFAULT_MODEL)}: {about['pipeline']}, {about['bytes'] / 1e6:.1f} MB")
         for key, value in about["defaults"].items():
-            print(f"    {key} {json.dumps(value)}")
+            _print_wrapped(f"{key} {json.dumps(value)}", " " * 4, " " * 6)
         for method, kind in calibration.KINDS.items():
-            print(f"    {method} {kind.key}: {about[method] or 'those published for its transformer'}")
+            own = about[method] or "those published for its transformer"
+            _print_wrapped(f"{method} {kind.key}: {own}", " " * 4, " " * 6)
     if not embedded:
         print("  none in this installation")
-    print("\nTransformers that the caches know, with their pipelines; any checkpoint of these can be loaded")
+    print()
+    _print_wrapped(
+        "Transformers that the caches know, with their pipelines; any checkpoint of these can be loaded", "", ""
+    )
     for transformer, row in MODELS.items():
         print(f"  {transformer}")
         if row.tea_coefficients is not None:
-            print(f"    tea_cache coefficients {', '.join(f'{one:g}' for one in row.tea_coefficients)}")
+            numbers = ", ".join(f"{one:g}" for one in row.tea_coefficients)
+            _print_wrapped(f"tea_cache coefficients {numbers}", " " * 4, " " * 6)
         if row.mag_ratios is not None:
             print(f"    mag_cache mag_ratios of {len(row.mag_ratios)} steps")
         for pipeline in row.pipelines:

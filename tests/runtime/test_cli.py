@@ -6,7 +6,9 @@ import re
 import signal
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -342,7 +344,7 @@ def test_backends_lists_keys_and_defaults_on_80_columns(
     listed = json.loads(capsys.readouterr().out)
     assert {"tea_cache", "cache_dit", "first_block_cache", "mag_cache", "sea_cache", "easy_cache"} <= set(listed)
     for name, backend in listed.items():
-        assert f"{name} {backend['summary']}" in " ".join(names.split()), "SUMMARIES says what the backend says"
+        assert f"{name} {backend['summary']}" in " ".join(names.split())
         assert run("backends", name) == 0
         text = capsys.readouterr().out
         assert backend["summary"] in " ".join(text.split())
@@ -359,11 +361,15 @@ def test_backends_lists_keys_and_defaults_on_80_columns(
     }.items()
 
 
-def test_models_lists_what_is_embedded_and_what_caches_know(embedded: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_lists_what_is_embedded_and_what_caches_know(
+    embedded: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     assert run("models") == 0
     text = capsys.readouterr().out
     assert f"{embedded}: QwenImagePipeline" in text
     assert "num_inference_steps 5" in text
+    assert max(map(len, text.splitlines())) <= 80
     assert run("models", "--json") == 0
     listed = json.loads(capsys.readouterr().out)
     assert listed["embedded"][embedded]["defaults"]["height"] == 64
@@ -372,8 +378,20 @@ def test_models_lists_what_is_embedded_and_what_caches_know(embedded: str, capsy
         assert all(pipeline in text for pipeline in about["pipelines"])
 
 
-def test_all_summaries_are_of_registered_backends() -> None:
-    assert set(listings.SUMMARIES) <= set(registry.entry_points())
+def test_the_list_of_backends_says_what_they_say() -> None:
+    assert {name: backend.summary for name, backend in registry.available().items()} == listings.SUMMARIES
+
+
+def test_backends_of_others_are_listed_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = SimpleNamespace(name="theirs", summary="skips what it likes", keys=(), check=None, install=None)
+    monkeypatch.setitem(sys.modules, "their_plugin", SimpleNamespace(BACKEND=backend))  # type: ignore[misc]
+    entry = metadata.EntryPoint("theirs", "their_plugin:BACKEND", registry.GROUP)
+    known = metadata.entry_points(group=registry.GROUP)
+    monkeypatch.setattr(metadata, "entry_points", lambda group: [*known, entry])
+    assert run("backends") == 0
+    assert re.search("^theirs +skips what it likes$", capsys.readouterr().out, re.MULTILINE)
+    assert run("backends", "theirs") == 0
+    assert capsys.readouterr().out.startswith("theirs: skips what it likes\n")
 
 
 def test_listings_do_not_load_diffusers() -> None:
