@@ -30,7 +30,7 @@ from omni_runtime import Omni
 from omni_runtime.cache import schedules
 from omni_runtime.calibrate.schedule import PATIENCE, TRIES, Images, Journal, Settings, about, starts, statistics
 from omni_runtime.calibrate.search import Tried, gain, search
-from omni_runtime.cli.commands import SCHEDULE_PROMPTS, SCHEDULE_SEEDS
+from omni_runtime.cli.calibrate import SCHEDULE_PROMPTS, SCHEDULE_SEEDS
 from omni_runtime.cli.options import DEFAULT_MODEL
 from omni_runtime.compare.comparison import COMPARED, prompts_left, prompts_of
 from omni_runtime.generation.request import GenerationRequest

@@ -30,7 +30,7 @@ from omni_runtime.cache import calibration
 from omni_runtime.cache.gates import AccumulatedPolynomialGate, Limits
 from omni_runtime.cache.models import row_of
 from omni_runtime.calibrate.fitting import Point, recording
-from omni_runtime.cli.commands import CALIBRATION_PROMPTS
+from omni_runtime.cli.calibrate import CALIBRATION_PROMPTS
 from omni_runtime.cli.options import DEFAULT_MODEL
 from omni_runtime.compare.comparison import prompts_of
 from omni_runtime.compare.quality import psnr

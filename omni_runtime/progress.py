@@ -1,23 +1,28 @@
 """A progress bar that says of each denoising step whether it was computed or reused.
 
-    a cat                [████░░█░░█░░····················]  12/50   7 computed, 5 reused
+    a cat                [████░░█░░█░░····················]  12/50  7 computed, 5 reused
 
-On a terminal the line is redrawn at every step; anywhere else it is written once, when the request is over. Of many
-requests, each line can also say how many there are and how long they will take.
+On a terminal tqdm draws the line anew at every step; anywhere else it is written once, when the request is over. Of
+many requests, each line can also say how many there are and how long they will take.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+
+from tqdm import tqdm
+from tqdm.utils import disp_len, disp_trim
 
 if TYPE_CHECKING:
     from omni_runtime.cache.report import StepEvent
 
-LABEL_WIDTH = 28
+#: Columns: of the label at most, of the steps at least, and of the line where it is written to no terminal.
+LABEL_WIDTH, CELLS, COLUMNS = 28, 6, 120
 #: computed, reused, to come
 BLOCKS, ASCII = ("█", "░", "·"), ("#", "-", ".")
 
@@ -56,52 +61,85 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
+class Line(tqdm):
+    """A line that is drawn anew on a terminal, without escapes; elsewhere, and on a dumb terminal, nothing is drawn.
+
+    Args:
+        stream: where to draw.
+        quiet: draw nothing.
+    """
+
+    monitor_interval = 0  # tqdm would start a thread
+
+    def __init__(self, stream: TextIO, quiet: bool = False) -> None:
+        self.live = not quiet and stream.isatty() and os.environ.get("TERM") != "dumb"
+        super().__init__(file=stream, disable=not self.live, bar_format="{desc}", leave=False)
+
+    def tell(self, text: str) -> None:
+        """Draw `text`, cut to the terminal, in the place of what was drawn before."""
+        self.set_description_str(disp_trim(text, columns_of(self.fp) - 1) if self.live else "")
+
+
+def columns_of(stream: Any) -> int:
+    """How wide the terminal is that `stream` writes to; what COLUMNS says, or 80, where it writes to none."""
+    try:
+        columns = os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        columns = 0
+    return columns or shutil.get_terminal_size().columns
+
+
 class StepBar:
     """The bar of one request.
 
     Args:
-        label: what the line starts with; cut to fit.
+        label: what the line starts with; cut to fit, and left out where the terminal is narrow.
         stream: where to draw.
         steps: how many steps there will be, if that is known before the first.
         note: what the line ends with.
     """
 
     def __init__(self, label: str, stream: TextIO, steps: int = 0, note: str = "") -> None:
-        self._label = _fitted(label, LABEL_WIDTH)
+        encoding = stream.encoding or "ascii"
+        self._label = " ".join(label.encode(encoding, "backslashreplace").decode(encoding).split())
         self._note = f"  {note}" if note else ""
         self._stream = stream
-        self._live = stream.isatty()
         self._steps = steps
         self._computed: list[bool] = []
         self._start = time.perf_counter()
-        self._draw()
+        self._line = Line(stream)
+        self._line.tell(self.line())
 
     def __call__(self, event: StepEvent) -> None:
         """Note a closed step."""
         self._steps = max(event.steps, event.step + 1)
         self._computed.append(event.computed)
-        self._draw()
+        self._line.tell(self.line())
 
     def __enter__(self) -> StepBar:
         return self
 
     def __exit__(self, *error: object) -> None:
         """Write the line as it stands at the end, and end it."""
-        seconds = time.perf_counter() - self._start
-        self._write(f"{self.line()}  {seconds:.2f} s", end="\n")
+        self._line.close()
+        self._stream.write(f"{self.line(f'  {time.perf_counter() - self._start:.2f} s')}\n")
+        self._stream.flush()
 
-    def line(self) -> str:
-        """The line as it stands, without its end."""
+    def line(self, end: str = "") -> str:
+        """The line as it stands, and `end`, in the columns that there are: what is said twice goes first."""
         done, computed = len(self._computed), sum(self._computed)
-        tail = f"  {done:>3}/{self._steps}  {computed} computed, {done - computed} reused{self._note}"
-        columns = shutil.get_terminal_size().columns if self._live else 120
-        cells = max(8, min(self._steps, columns - LABEL_WIDTH - len(tail) - 16))
-        return f"{self._label} [{self._cells(cells)}]{tail}"
+        columns = columns_of(self._stream) - 1 if self._stream.isatty() else COLUMNS
+        for words in (f"  {computed} computed, {done - computed} reused", f"  {computed} computed", ""):
+            tail = f"  {done:>2}/{self._steps}{words}{self._note}{end}"
+            room = columns - len(tail) - len("[]") - (0 if end else len("  100.00 s"))
+            if room >= CELLS:
+                break
+        cells = min(self._steps, max(CELLS, room - LABEL_WIDTH - 1))
+        return disp_trim(f"{_fitted(self._label, room - cells - 1)}[{self._cells(cells)}]{tail}", columns)
 
     def _cells(self, count: int) -> str:
         """One character per step; where there are more steps than `count`, one for several, computed if any was."""
         computed, reused, coming = self._characters()
-        count = min(count, self._steps)
         text = ""
         for cell in range(count):
             first, last = cell * self._steps // count, (cell + 1) * self._steps // count
@@ -116,16 +154,11 @@ class StepBar:
             return ASCII
         return BLOCKS
 
-    def _draw(self) -> None:
-        if self._live:
-            self._write(self.line(), end="")
-
-    def _write(self, text: str, end: str) -> None:
-        erase = "\r\x1b[2K" if self._live else ""
-        self._stream.write(f"{erase}{text}{end}")
-        self._stream.flush()
-
 
 def _fitted(text: str, width: int) -> str:
-    text = " ".join(text.split())
-    return f"{text[: width - 3]}..." if len(text) > width else text.ljust(width)
+    """`text` in at most `width` columns and a space; nothing where that leaves no word."""
+    width = min(width, LABEL_WIDTH)
+    if width < 4:
+        return ""
+    cut = text if disp_len(text) <= width else f"{disp_trim(text, width - 3)}..."
+    return cut + " " * (width - disp_len(cut) + 1)

@@ -10,26 +10,26 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib import import_module
 
-from omni_runtime.cli.options import WRONG_INPUT, parser
+from omni_runtime.cli.options import WRONG_INPUT, UsageError, parser
+from omni_runtime.cli.output import settle_streams
 
 OK, UNEXPECTED, INTERRUPTED = 0, 1, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    settle_streams()
     try:
         options = parser().parse_args(arguments)
     except SystemExit as stop:  # --help, --version, or an error of which argparse has told
         return stop.code if isinstance(stop.code, int) else WRONG_INPUT
     try:
-        from omni_runtime.cli import commands  # imports torch, which --help need not wait for
-    except KeyboardInterrupt:
-        return _say(INTERRUPTED, "interrupted")
-    try:
-        getattr(commands, options.command)(options)
+        # Imports torch, which --help need not wait for.
+        getattr(import_module(f"omni_runtime.cli.{options.module}"), options.command)(options)
         return OK
-    except commands.UsageError as error:
+    except UsageError as error:
         return _say(WRONG_INPUT, str(error))
     except KeyboardInterrupt as stop:
         return _say(INTERRUPTED, str(stop) or "interrupted")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
+import os
 import re
+import sys
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,9 +18,35 @@ DEFAULT_MODEL = "emoji-qwen-image"
 WRONG_INPUT = 2
 
 
+class UsageError(Exception):
+    """Wrong input; its text is all that the user needs."""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(WRONG_INPUT, f"omni: error: {message} (see {self.prog} --help)\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does it, but what is unknown is told before what is missing, which may be the same misspelt."""
+        self._check_names(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
+    def _check_names(self, arguments: Sequence[str]) -> None:
+        for word in arguments:
+            if word == "--" or (self._subparsers and not word.startswith("-")):  # from here on the command's own
+                return
+            name = word.partition("=")[0]
+            if (
+                re.match(r"--?[A-Za-z]", word)
+                and not re.search(r"\s", name)
+                and name not in self._option_string_actions
+            ):
+                self.error(f"unknown option {name}{_nearest(name, self._option_string_actions)}")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f": did you mean {close[0]}?" if close else ""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,12 +59,14 @@ def parser() -> argparse.ArgumentParser:
     _add_compare(commands, model)
     _add_calibrate(commands, model)
     for name, about in (
-        ("backends", "list the cache backends, with their keys and defaults"),
+        ("backends", "list the cache backends, or the keys of one with their defaults"),
         ("models", "list the embedded models and the transformers that caches know"),
     ):
         listing = commands.add_parser(name, help=about, description=f"{about.capitalize()}.", allow_abbrev=False)
-        listing.add_argument("--json", action="store_true", help="print one JSON document")
-        listing.set_defaults(command=name)
+        if name == "backends":
+            listing.add_argument("name", nargs="?", metavar="NAME", help="the backend whose keys are listed")
+        listing.add_argument("--json", action="store_true", help="print one JSON document, of all keys")
+        listing.set_defaults(module="listings", command=name)
     return root
 
 
@@ -56,7 +88,9 @@ def _model_options() -> argparse.ArgumentParser:
         help="CPU threads (default: 1 for an embedded model on the CPU, which is too small for more; else torch's own)",
     )
     request = options.add_argument_group("request")
-    request.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from; turns guidance on")
+    request.add_argument(
+        "--negative-prompt", type=text_of, metavar="TEXT", help="what to steer away from; turns guidance on"
+    )
     request.add_argument(
         "--image", action="append", type=Path, metavar="FILE", help="picture to start from; repeat for more references"
     )
@@ -79,8 +113,10 @@ def _add_generate(commands: Any, shared: argparse.ArgumentParser) -> None:
     command = commands.add_parser(
         "generate", help=about, description=f"{about.capitalize()}.", parents=[shared], allow_abbrev=False
     )
-    command.set_defaults(command="generate")
-    command.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="repeat for more images")
+    command.set_defaults(module="generate", command="generate")
+    command.add_argument(
+        "--prompt", action="append", type=text_of, required=True, metavar="TEXT", help="repeat for more images"
+    )
     command.add_argument("--steps", type=_whole, metavar="N", help="denoising steps (default: the model's own)")
     command.add_argument("--seed", type=_seed, metavar="N", help="the same images again (default: a random one, told)")
     command.add_argument(
@@ -110,7 +146,7 @@ def _add_compare(commands: Any, shared: argparse.ArgumentParser) -> None:
         parents=[shared],
         allow_abbrev=False,
     )
-    command.set_defaults(command="compare")
+    command.set_defaults(module="compare", command="compare")
     command.add_argument(
         "--prompts",
         "--prompt",
@@ -152,7 +188,7 @@ def _add_calibrate(commands: Any, shared: argparse.ArgumentParser) -> None:
         parents=[shared],
         allow_abbrev=False,
     )
-    command.set_defaults(command="calibrate")
+    command.set_defaults(module="calibrate", command="calibrate")
     command.add_argument(
         "method",
         choices=["tea_cache", "mag_cache", "schedule"],
@@ -189,6 +225,14 @@ def _add_calibrate(commands: Any, shared: argparse.ArgumentParser) -> None:
     )
     schedule.add_argument("--batch", type=_whole, metavar="N", help="images sampled at once at most (default: 8)")
     schedule.add_argument("--fresh", action="store_true", help="forget what an interrupted search has sampled")
+
+
+def text_of(argument: str) -> str:
+    """An argument as UTF-8, also where the environment's encoding is another and lacks some of its characters."""
+    try:
+        return argument if argument.isprintable() else os.fsencode(argument).decode("utf-8")
+    except UnicodeError:
+        raise argparse.ArgumentTypeError(f"UTF-8 is wanted, not {argument!r}") from None
 
 
 def _whole(text: str) -> int:

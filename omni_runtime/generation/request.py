@@ -9,6 +9,7 @@ import inspect
 import math
 import numbers
 import secrets
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,6 +241,8 @@ def _open(image: Any) -> Any:
                 return ImageOps.exif_transpose(picture).convert("RGB")
         except UnidentifiedImageError:
             raise ValueError(f"{image} is no image that Pillow can read") from None
+        except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+            raise ValueError(f"{image} cannot be read to its end: {error}") from error
     if not (hasattr(image, "convert") or hasattr(image, "shape")):
         raise TypeError(f"image must be a picture, a tensor, an array or a path, not {type(image).__name__}")
     return image

@@ -357,7 +357,8 @@ def test_a_calibration_is_found_again_and_tells_how_it_goes_on(saved, tmp_path, 
     told = capsys.readouterr()
     file = calibration.kept_for(model, "velocity_cache")
     assert str(file) in told.out
-    command = f"omni generate --model {model} --cache-backend velocity_cache"
+    made = "--prompt 'a cat' --steps 6 --size 64x64"
+    command = f"omni generate --model {model} {made} --cache-backend velocity_cache"
     assert f"""{command} --cache-config '{{"budget": 4}}'""" in told.out
     most = most_steps([4, 3], 3, 1, 1, 6)
     hours = f"{2 * most * 0.2 / 3600:.1f} hours at 0.2 s each"

@@ -1,11 +1,14 @@
 """The command line: what it writes, prints, lists and refuses, and with which exit code."""
 
+import io
 import json
 import re
 import signal
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +16,10 @@ import tiny
 import torch
 from PIL import Image
 
+from omni_kernels.patching import backends as registry
 from omni_runtime import cli
+from omni_runtime.cli import listings
+from omni_runtime.cli.inputs import texts
 from omni_runtime.generation.result import read_settings
 
 pytestmark = pytest.mark.usefixtures("no_environment")
@@ -137,7 +143,18 @@ def test_the_environment_variable_names_the_backend(
         ([], "the following arguments are required: COMMAND"),
         (["generat"], "invalid choice: 'generat'"),
         (["generate"], "the following arguments are required: --prompt"),
-        (["generate", "--prompt", "x", "--step", "3"], "unrecognized arguments: --step 3"),
+        (
+            ["generate", "--prompt", "x", "--step", "3"],
+            "unknown option --step: did you mean --steps? (see omni generate",
+        ),
+        (["generate", "--promt", "x"], "unknown option --promt: did you mean --prompt?"),
+        (["generate", "--promt=x"], "unknown option --promt: did you mean --prompt?"),
+        (["calibrate", "--promt", "x"], "unknown option --promt: did you mean --prompt?"),
+        (["--vesion", "generate"], "unknown option --vesion: did you mean --version? (see omni --help)"),
+        (["generate", "x", "--prompt", "y"], "unrecognized arguments: x"),
+        (["generate", "--prompt", "\udcf1"], "UTF-8 is wanted, not '\\udcf1'"),
+        (["generate", "--prompt", "x", "--out", "x.jpg"], "--out x.jpg: pictures are PNG: name a .png file or a dir"),
+        (["backends", "tee_cache"], "did you mean 'tea_cache'?"),
         (["generate", "--prompt", "x", "--steps", "0"], "a whole number of at least 1 is wanted, not '0'"),
         (["generate", "--prompt", "x", "--seed", "-1"], "--seed"),
         (["generate", "--prompt", "x", "--size", "64*64"], "a size is 512 or 768x512 (width x height), not '64*64'"),
@@ -180,6 +197,12 @@ def test_the_environment_variable_names_the_backend(
         (["generate", "--prompt", "x", "--model", "MODEL", "--device", "cuda:99"], "not available here"),
         (["generate", "--prompt", "x", "--prompt", "y", "--out", "x.png"], "is one file, for 2 prompts"),
         (["compare", "--model", "MODEL"], "has no prompts of its own"),
+        (["compare", "--model", "MODEL", "--prompts", "missing.txt"], "no file 'missing.txt'"),
+        (["compare", "--model", "MODEL", "--prompts", "no/such/file"], "no file 'no/such/file'"),
+        (["compare", "--model", "MODEL", "--prompts", "no prompts.txt"], "no file 'no prompts.txt'"),
+        (["compare", "--model", "MODEL", "--prompts", "EMPTY"], "empty.txt has no prompts: one per line is wanted"),
+        (["compare", "--model", "MODEL", "--prompts", "LATIN-1"], "latin-1.txt is not UTF-8"),
+        (["compare", "--model", "MODEL", "--prompt", "x", "--out", "x.png"], "--out x.png: several files are written"),
         (["compare", "--model", "MODEL", "--prompt", "x", "--run", "a=b=c"], "a run is NAME=BACKEND:JSON"),
         (["compare", "--model", "MODEL", "--prompt", "x", "--run", "tea_cache:{"], "is no JSON"),
         (["compare", "--model", "MODEL", "--prompt", "x", "--run", "tee_cache"], "did you mean 'tea_cache'"),
@@ -190,15 +213,38 @@ def test_the_environment_variable_names_the_backend(
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_two_before_loading(
-    saved: dict[str, Path], capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     stand_ins = {"MODEL": saved["qwen_image"], "EDIT": saved["qwen_image_edit"], "TESTS": Path(__file__).parent}
+    stand_ins |= {"EMPTY": tmp_path / "empty.txt", "LATIN-1": tmp_path / "latin-1.txt"}
+    stand_ins["EMPTY"].write_text(" \n\n")
+    stand_ins["LATIN-1"].write_text("ñandú", encoding="latin-1")
     assert run(*(stand_ins.get(argument, argument) for argument in arguments)) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("omni: error: ")
     assert err.count("\n") == 1
     assert message in err
+
+
+def test_what_looks_like_no_file_is_a_prompt(tmp_path: Path) -> None:
+    for prompt in ("a cat", "cat", "half man/half horse", "a cat, black/white", "cat.", "n" * 300):
+        assert texts(prompt) == [prompt]
+    file = tmp_path / "prompts of mine.txt"
+    file.write_text("a cat\n\n  ein Nandú \n", encoding="utf-8")
+    assert texts(str(file)) == ["a cat", "ein Nandú"]
+
+
+def test_a_truncated_picture_is_named(
+    saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = io.BytesIO()
+    tiny.reference_image().save(whole, format="PNG")
+    (tmp_path / "half.png").write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+    out = tmp_path / "out"
+    assert generate(saved["qwen_image_edit"], out, "--image", tmp_path / "half.png") == 2
+    assert f"omni: error: {tmp_path / 'half.png'} cannot be read" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_a_size_that_does_not_fit_is_refused(
@@ -288,27 +334,42 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         assert "1 for an embedded model on the CPU" in " ".join(out.split())
 
 
-def test_backends_lists_keys_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+def test_backends_lists_keys_and_defaults_on_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     assert run("backends") == 0
-    text = capsys.readouterr().out
+    names = capsys.readouterr().out
     assert run("backends", "--json") == 0
     listed = json.loads(capsys.readouterr().out)
     assert {"tea_cache", "cache_dit", "first_block_cache", "mag_cache", "sea_cache", "easy_cache"} <= set(listed)
     for name, backend in listed.items():
-        assert re.search(rf"^{name}$", text, re.MULTILINE)
-        assert backend["summary"] in text
+        assert f"{name} {backend['summary']}" in " ".join(names.split())
+        assert run("backends", name) == 0
+        text = capsys.readouterr().out
+        assert backend["summary"] in " ".join(text.split())
         for key in backend["keys"]:
-            assert re.search(rf"^ +{key['name']} +{re.escape(json.dumps(key['default']))} ", text, re.MULTILINE)
+            default = re.escape(json.dumps(key["default"])[:40])
+            assert re.search(rf"^  {key['name']} = {default}", text, re.MULTILINE)
+            assert f"{key['doc']} ({key['allowed']})" in " ".join(text.split())
+        lines = names.splitlines() + text.splitlines()
+        assert [line for line in lines if len(line) > 80] == []
+        assert run("backends", name, "--json") == 0
+        assert json.loads(capsys.readouterr().out) == {name: backend}
     assert {"rel_l1_thresh": 0.2, "coefficients": None}.items() <= {
         key["name"]: key["default"] for key in listed["tea_cache"]["keys"]
     }.items()
 
 
-def test_models_lists_what_is_embedded_and_what_caches_know(embedded: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_lists_what_is_embedded_and_what_caches_know(
+    embedded: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     assert run("models") == 0
     text = capsys.readouterr().out
     assert f"{embedded}: QwenImagePipeline" in text
     assert "num_inference_steps 5" in text
+    assert max(map(len, text.splitlines())) <= 80
     assert run("models", "--json") == 0
     listed = json.loads(capsys.readouterr().out)
     assert listed["embedded"][embedded]["defaults"]["height"] == 64
@@ -317,19 +378,70 @@ def test_models_lists_what_is_embedded_and_what_caches_know(embedded: str, capsy
         assert all(pipeline in text for pipeline in about["pipelines"])
 
 
+def test_the_list_of_backends_says_what_they_say() -> None:
+    assert {name: backend.summary for name, backend in registry.available().items()} == listings.SUMMARIES
+
+
+def test_backends_of_others_are_listed_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = SimpleNamespace(name="theirs", summary="skips what it likes", keys=(), check=None, install=None)
+    monkeypatch.setitem(sys.modules, "their_plugin", SimpleNamespace(BACKEND=backend))  # type: ignore[misc]
+    entry = metadata.EntryPoint("theirs", "their_plugin:BACKEND", registry.GROUP)
+    known = metadata.entry_points(group=registry.GROUP)
+    monkeypatch.setattr(metadata, "entry_points", lambda group: [*known, entry])
+    assert run("backends") == 0
+    assert re.search("^theirs +skips what it likes$", capsys.readouterr().out, re.MULTILINE)
+    assert run("backends", "theirs") == 0
+    assert capsys.readouterr().out.startswith("theirs: skips what it likes\n")
+
+
 def test_listings_do_not_load_diffusers() -> None:
     code = (
         "import sys; from omni_runtime.cli import main; "
-        "main(['backends']); main(['models']); print(*sys.modules, file=sys.stderr)"
+        "main(['backends', 'tea_cache']); main(['models']); print(*sys.modules, file=sys.stderr)"
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr.split()
     assert not {"diffusers", "transformers"} & set(loaded)
 
 
-def test_help_does_not_wait_for_torch() -> None:
-    code = "import sys; from omni_runtime.cli import main; main(['--help']); print(*sys.modules, file=sys.stderr)"
+def test_neither_help_nor_the_list_of_backends_waits_for_torch() -> None:
+    code = (
+        "import sys; from omni_runtime.cli import main; "
+        "main(['--help']); main(['backends']); print(*sys.modules, file=sys.stderr)"
+    )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr.split()
-    assert "torch" not in loaded
+    assert not {"torch", "omni_kernels"} & set(loaded)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_no_encoding_of_the_output_ends_a_command(
+    encoding: str, saved: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True) for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    assert run("backends", "cache_dit") == 0
+    assert run("compare", "--help") == 0
+    more = ("--prompt", "一 ñandú", "--size", 64, "--steps", 2, "--seed", 0)
+    assert run("generate", "--model", saved["z_image"], "--out", tmp_path, *more) == 0
+    out, err = (stream.buffer.getvalue().decode(encoding) for stream in streams)  # type: ignore[attr-defined]
+    sign = "≥" if encoding == "utf-8" else ">="
+    assert f"always computed and watched (a whole number {sign} 1)" in " ".join(out.split())
+    written = {"ascii": r"\u4e00-\xf1and\xfa", "latin-1": r"\u4e00-ñandú", "utf-8": "一-ñandú"}[encoding]
+    assert f"{tmp_path}/{written}-seed0.png" in out
+    assert written.replace("-", " ") in err
+    assert [path.name for path in tmp_path.iterdir()] == ["一-ñandú-seed0.png"]
+
+
+def test_a_locale_without_utf8_still_takes_utf8_prompts(
+    saved: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    argument = "a ñandú".encode().decode("ascii", "surrogateescape")  # as Python reads it there
+    more = ("--prompt", argument, "--size", 64, "--steps", 2, "--seed", 0, "--quiet")
+    assert run("generate", "--model", saved["z_image"], "--out", tmp_path, *more) == 0
+    (path,) = tmp_path.iterdir()
+    assert path.name == "a-and-seed0.png"
+    assert read_settings(path)["prompt"] == "a ñandú"
 
 
 def test_the_embedded_model_is_what_generate_runs_when_no_model_is_named(

@@ -1,6 +1,8 @@
 """Which prompts, images, seeds and sizes a pipeline class is asked for, and which are refused; no weights anywhere."""
 
 import inspect
+import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 
 from omni_runtime.generation import request
 
@@ -82,6 +85,20 @@ def test_an_image_may_be_a_path(tmp_path: Path) -> None:
     assert one.arguments["image"].size == PICTURE.size
     (one,) = request.build(EDIT, "a cat", image=str(tmp_path / "reference.png"))
     assert np.array_equal(np.asarray(one.arguments["image"]), np.asarray(PICTURE))
+
+
+def test_an_image_that_cannot_be_read_to_its_end_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in ("PNG", "JPEG", "WEBP", "TIFF"):
+        whole = io.BytesIO()
+        PICTURE.save(whole, format=kind)
+        path = tmp_path / f"half.{kind.lower()}"
+        path.write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            request.build(EDIT, "a cat", image=path)
+    PICTURE.save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)
+    with pytest.raises(ValueError, match=r"large\.png cannot be read to its end: Image size .* exceeds limit"):
+        request.build(EDIT, "a cat", image=tmp_path / "large.png")
 
 
 def test_images_of_pipelines_that_can_do_without_are_optional() -> None:

@@ -1,0 +1,218 @@
+"""`omni calibrate`: the file that a method goes by for one model, the fit in words, and the command that uses it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from omni_runtime.cache import calibration
+from omni_runtime.calibrate import fitting
+from omni_runtime.calibrate import schedule as finding
+from omni_runtime.calibrate.search import most_steps
+from omni_runtime.cli.inputs import (
+    bar,
+    make_directory,
+    make_omni,
+    own_prompts,
+    prompts_and_images,
+    settle,
+    with_seeds,
+    wrong_input,
+)
+from omni_runtime.cli.options import UsageError
+from omni_runtime.cli.output import print_json
+from omni_runtime.compare import comparison
+from omni_runtime.generation.request import GenerationRequest
+from omni_runtime.progress import Line, Progress, StepBar, duration
+
+Prompts = Sequence[tuple[str, Path | None]]
+
+#: How many of an embedded model's own prompts are calibrated with where none are given.
+CALIBRATION_PROMPTS = 24
+#: How many a schedule is searched on, and how many others it is measured on.
+SCHEDULE_PROMPTS, HELD_OUT_PROMPTS = 4, 8
+#: Seeds that a schedule is searched on where none are given: other ones than comparisons take.
+SCHEDULE_SEEDS = (1000, 1001)
+#: Seconds that a forward of a large model takes, to say what a search will cost: Qwen-Image's at 1024² on an H200.
+LARGE_FORWARD = 0.2
+
+
+def calibrate(options: argparse.Namespace) -> None:
+    """Fit a method's numbers, or search for schedules."""
+    if options.method == "schedule":
+        _calibrate_schedule(options)
+        return
+    given = [name for name in ("budgets", "held_out", "tries", "batch", "fresh") if getattr(options, name)]
+    if given:
+        raise UsageError(f"--{given[0].replace('_', '-')} is for a schedule: {options.method} has no search")
+    options.seeds = options.seeds or [0]
+    settle(options)
+    key = calibration.KINDS[options.method].key
+    with wrong_input():
+        # No weights are loaded: whether the method can serve the model is seen from its index. Five ones are numbers
+        # that every method takes.
+        out = _calibrated_file(options, options.method, {key: [1.0] * 5})
+        omni = make_omni(options, cache_backend=None)
+        prompts = prompts_and_images(options, CALIBRATION_PROMPTS, options.prompts)
+        requests = with_seeds(options, omni, prompts, options.seeds)
+    steps = requests[0].arguments.get("num_inference_steps", 0)
+    omni.pipe.set_progress_bar_config(disable=True)
+    start = time.perf_counter()
+
+    def listener(number: int, request: GenerationRequest) -> AbstractContextManager[StepBar | None]:
+        left = (time.perf_counter() - start) / number * (len(requests) - number) if number else None
+        return bar(options, request.prompt or "", steps, str(Progress(number + 1, len(requests), left)))
+
+    try:
+        fitted, document, _ = fitting.calibrate(omni, requests, listener, options.method)
+    except calibration.UselessFitError as error:
+        raise UsageError(f"no file was written: {error}") from error
+    calibration.write(document, out)
+    if options.json:
+        print_json({"file": str(out), **document})
+        return
+    config = {} if options.out is None else {key: str(out)}
+    print(fitted.words(), out, _taken(options, prompts[0], options.method, config), sep="\n")
+
+
+def _calibrated_file(options: argparse.Namespace, method: str, config: dict[str, Any]) -> Path:
+    """Where a calibration is to be written, once it is seen that the model can be served."""
+    location = make_omni(options, cache_backend=method, cache_config=config).location or options.model
+    out = calibration.kept_for(location, method) if options.out is None else options.out
+    if out.is_dir():
+        raise UsageError(f"--out {out} is a directory: give a file, like {out / calibration.file_name(method)}")
+    make_directory(out.parent)
+    return out
+
+
+def _taken(options: argparse.Namespace, first: tuple[str, Path | None], method: str, config: dict[str, Any]) -> str:
+    """A command, for a shell, that makes the first prompt's image as it was made here, with what was found.
+
+    A calibration that was kept for the model is found without being named.
+    """
+    prompt, picture = first
+    words = ["omni", "generate", "--model", options.model, "--prompt", prompt]
+    for image in options.image or [picture]:
+        words += [] if image is None else ["--image", str(image)]
+    words += [] if options.negative_prompt is None else ["--negative-prompt", options.negative_prompt]
+    words += [] if options.steps is None else ["--steps", str(options.steps)]
+    words += [] if options.size is None else ["--size", "x".join(map(str, options.size))]
+    for name, value in options.set:
+        words += ["--set", f"{name}={json.dumps(value, ensure_ascii=False)}"]
+    words += ["--cache-backend", method]
+    words += ["--cache-config", json.dumps(config, ensure_ascii=False)] if config else []
+    return shlex.join(words)
+
+
+def _calibrate_schedule(options: argparse.Namespace) -> None:
+    """The file, a plot of the search beside it, and the figures of each budget in words."""
+    method = finding.VELOCITY_CACHE.name
+    options.seeds = options.seeds or list(SCHEDULE_SEEDS)
+    settle(options)
+    with wrong_input():
+        out = _calibrated_file(options, method, {"budget": 2})
+        omni = make_omni(options, cache_backend=None)
+        searched, others = _searched_and_held_out(options)
+        requests = with_seeds(options, omni, searched, options.seeds)
+        other_seeds = [max(options.seeds) + 1 + place for place in range(len(options.seeds))]
+        held_out = with_seeds(options, omni, others, other_seeds)
+        steps = requests[0].arguments["num_inference_steps"]
+        budgets = options.budgets or sorted({max(2, round(steps / part)) for part in (2, 3, 4, 5)}, reverse=True)
+        journal = out.with_suffix(".search.jsonl")
+        if options.fresh:
+            journal.unlink(missing_ok=True)
+    omni.pipe.set_progress_bar_config(disable=True)
+    tries = options.tries or finding.TRIES
+    if not options.quiet:
+        most = most_steps(budgets, tries, len(requests), len(held_out), steps)
+        print(
+            f"{len(requests)} images; at most {most} computed steps of one image: with guidance {2 * most} forwards, "
+            f"{2 * most * LARGE_FORWARD / 3600:.1f} hours at {LARGE_FORWARD} s each",
+            file=sys.stderr,
+        )
+    told = _Told(options.quiet)
+    try:
+        with wrong_input():
+            found, document = finding.find(
+                omni, requests, held_out, budgets, tries=tries, batch=options.batch or finding.BATCH, journal=journal,
+                listener=told.of_schedule, on_step=told.of_step,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted; what was sampled is kept in {journal}: the same command goes on from there"
+        ) from None
+    finally:
+        told.line.close()
+    document = fitting.schedule_document(omni, requests, held_out, document)
+    calibration.write(document, out)
+    picture = out.with_suffix(".search.svg")
+    picture.write_text(finding.plot(found), encoding="utf-8")
+    if options.json:
+        print_json({"files": [str(out), str(picture)], **document})
+        return
+    config = ({} if options.out is None else {"calibration": str(out)}) | {"budget": budgets[0]}
+    print(*finding.words(found), out, picture, _taken(options, searched[0], method, config), sep="\n")
+
+
+class _Told:
+    """What is said of a search while it goes on: in one line on a terminal, elsewhere in a line each time."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.line = Line(sys.stderr, quiet)
+        self._lines = not quiet and not self.line.live
+        self._begun: list[float] = []
+
+    def of_schedule(self, event: finding.Event) -> None:
+        """A schedule was sampled."""
+        left = f"{duration(event.seconds_left)} left at most"
+        self._tell(
+            f"{event.budget} steps: {event.number} of {event.tries} schedules, {left}, best {event.best.score:.2f} dB"
+        )
+
+    def of_step(self, number: int, count: int) -> None:
+        """A run begins that shows how the latents respond to one step."""
+        self._begun.append(time.perf_counter())
+        each = (self._begun[-1] - self._begun[0]) / max(1, len(self._begun) - 1)
+        left = f", {duration(each * (count - number))} left" if len(self._begun) > 1 else ""
+        self._tell(f"how the latents respond to each step: {number} of {count} runs{left}")
+
+    def _tell(self, text: str) -> None:
+        self.line.tell(text)
+        if self._lines:
+            print(text, file=sys.stderr, flush=True)
+
+
+def _searched_and_held_out(options: argparse.Namespace) -> tuple[Prompts, Prompts]:
+    """The prompts that a schedule is searched on, and others that it is measured on.
+
+    Of an embedded model's own prompts, the former are those that no comparison of it is made on. Of prompts that are
+    given, every fourth is held out, unless others are given for that.
+    """
+    if options.prompts:
+        given = list(dict.fromkeys(prompts_and_images(options, SCHEDULE_PROMPTS, options.prompts)))
+        texts = list(dict.fromkeys(text for text, _ in given))
+        if not options.held_out and len(texts) < 2:
+            raise UsageError("--held-out is missing: a schedule is measured on prompts that it was not searched on")
+        if options.held_out:
+            searched, held_out = given, prompts_and_images(options, SCHEDULE_PROMPTS, options.held_out)
+        else:
+            searched = [one for one in given if one[0] not in texts[1::4]]
+            held_out = [one for one in given if one[0] in texts[1::4]]
+    else:
+        searched = own_prompts(options, comparison.prompts_left(options.model, SCHEDULE_PROMPTS))
+        known = {prompt for prompt, _ in searched}
+        everything = prompts_and_images(options, sys.maxsize, options.held_out)
+        held_out = [one for one in everything if options.held_out or one[0] not in known]
+        if not options.held_out:
+            held_out = held_out[:: max(1, len(held_out) // HELD_OUT_PROMPTS)][:HELD_OUT_PROMPTS]
+    both = {prompt for prompt, _ in searched} & {prompt for prompt, _ in held_out}
+    if both:
+        raise UsageError(f"--held-out has prompts that are searched on: {', '.join(sorted(both))}")
+    return searched, held_out

@@ -1,0 +1,59 @@
+"""`omni compare`: images under every run, a report of them, the numbers behind it, and their table."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import AbstractContextManager
+
+from omni_runtime.cli.inputs import bar, make_directory, make_omni, prompts_and_images, settle, with_seeds, wrong_input
+from omni_runtime.cli.options import UsageError
+from omni_runtime.cli.output import print_json
+from omni_runtime.compare import comparison
+from omni_runtime.generation.request import GenerationRequest
+from omni_runtime.progress import Progress, StepBar
+
+#: How many of an embedded model's own prompts are compared on where none are given.
+OWN_PROMPTS = 6
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Make the images that are not there yet, and measure all."""
+    if options.out.suffix.lower() in (".png", ".html", ".json") and not options.out.is_dir():
+        raise UsageError(f"--out {options.out}: several files are written: name a directory")
+    settle(options)
+    with wrong_input():
+        runs = comparison.make_runs(options.model, options.run, options.steps, options.fewer_steps)
+        for run in runs:
+            make_omni(options, cache_backend=run.backend, cache_config=run.config).check_steps(run.steps)
+        omni = make_omni(options, cache_backend=None)
+        requests = with_seeds(options, omni, prompts_and_images(options, OWN_PROMPTS, options.prompts), options.seeds)
+        make_directory(options.out)
+    pipe = omni.pipe
+    pipe.set_progress_bar_config(disable=True)
+    omni.close()
+    made = 0
+
+    def listener(
+        run: comparison.Run, request: GenerationRequest, progress: Progress
+    ) -> AbstractContextManager[StepBar | None]:
+        nonlocal made
+        made = progress.number - 1
+        return bar(options, f"{run.name}: {request.prompt}", run.steps, str(progress))
+
+    try:
+        results = comparison.compare(runs, pipe, requests, options.out, listener, options.fresh)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted; {made} images were made, and are kept in {options.out}: the same command goes on from there"
+        ) from None
+    found = sum(not cell.made_now for result in results for cell in result.cells)
+    if found and not options.quiet:
+        print(f"{found} images were there already: --fresh makes them anew", file=sys.stderr)
+    document = comparison.evaluate(results, comparison.about(options.model, pipe, requests))
+    files = comparison.write(document, options.out)
+    if options.json:
+        print_json({"files": [str(path) for path in files], **document})
+    else:
+        print(comparison.table(document))
+        print(*files, sep="\n")

@@ -1,0 +1,151 @@
+"""From a command's options to what is run: the model, and requests of it. What is wrong is told before it runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from omni_kernels.patching import PatchConflictError
+from omni_runtime.cli.options import UsageError
+from omni_runtime.generation import loading
+from omni_runtime.generation.omni import Omni
+from omni_runtime.generation.request import GenerationRequest
+from omni_runtime.progress import StepBar
+
+
+@contextmanager
+def wrong_input() -> Iterator[None]:
+    """While open, errors that tell of wrong input become a `UsageError`. The pipeline does not run in here."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError, PatchConflictError) as error:
+        raise UsageError(str(error) or type(error).__name__) from error
+
+
+def settle(options: argparse.Namespace) -> None:
+    """Silence the libraries that are imported from here on, and choose the number of threads."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    if options.quiet or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    with wrong_input():
+        on_cpu = loading.resolve_device(options.device).type == "cpu"
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    elif on_cpu and options.model in loading.embedded_models():
+        torch.set_num_threads(1)
+
+
+def make_omni(options: argparse.Namespace, **how: Any) -> Omni:
+    """The model, with nothing loaded yet; `how` goes to `Omni`."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    given = {name: getattr(options, name) for name in ("revision", "variant") if getattr(options, name) is not None}
+    return Omni(options.model, dtype=options.dtype, device=options.device, **how, **given)
+
+
+def request_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """What every request is called with, besides its prompt and seed."""
+    width, height = options.size or (None, None)
+    images = options.image or []
+    if dict(options.set).get("output_type", "pil") != "pil":
+        raise UsageError("images are written as PNG: output_type cannot be set")
+    return {
+        "negative_prompt": options.negative_prompt,
+        "image": images[0] if len(images) == 1 else images or None,
+        "num_inference_steps": options.steps,
+        "width": width,
+        "height": height,
+        **dict(options.set),
+    }
+
+
+def texts(given: str) -> list[str]:
+    """The prompt itself; of a file, its lines.
+
+    Raises:
+        UsageError: `given` looks like a file and is none that can be read, or one without prompts.
+    """
+    path = Path(given)
+    if len(given) >= 256 or not path.is_file():
+        if given.endswith(".txt") or (
+            any(mark in given for mark in {"/", os.sep}) and not any(map(str.isspace, given))
+        ):
+            raise UsageError(f"no file {given!r}: a prompt that looks like a file's name goes into a file")
+        return [given]
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{given} is not UTF-8: {error.reason} at byte {error.start}") from None
+    found = [line for line in lines if line]
+    if not found:
+        raise UsageError(f"{given} has no prompts: one per line is wanted")
+    return found
+
+
+def with_seeds(
+    options: argparse.Namespace, omni: Omni, prompts: Sequence[tuple[str, Path | None]], seeds: Sequence[int]
+) -> list[GenerationRequest]:
+    """Every prompt with every seed, checked against the pipeline."""
+    arguments = request_arguments(options)
+    return [
+        request
+        for prompt, image in prompts
+        for seed in seeds
+        for request in omni.prepare(prompt, seed=seed, **arguments | ({} if image is None else {"image": image}))
+    ]
+
+
+def prompts_and_images(
+    options: argparse.Namespace, count: int, given: Sequence[str] | None = None
+) -> list[tuple[str, Path | None]]:
+    """The prompts, each with a picture of its own where an embedded model brings one."""
+    from omni_runtime.compare import comparison
+
+    if not given:
+        return own_prompts(options, comparison.prompts_of(options.model, count))
+    prompts: list[tuple[str, Path | None]] = []
+    for one in given:
+        if one == "@model":
+            prompts += comparison.prompts_of(options.model, None)
+        elif one.startswith("@"):
+            known_set = comparison.PROMPT_SETS.get(one[1:])
+            if known_set is None:
+                known = ", ".join(f"@{name}" for name in ("model", *comparison.PROMPT_SETS))
+                raise UsageError(f"no set of prompts is called {one!r}: there are {known}")
+            prompts += [(text, None) for text in known_set]
+        else:
+            prompts += [(text, None) for text in texts(one)]
+    return prompts
+
+
+def own_prompts(options: argparse.Namespace, found: Sequence[tuple[str, Path | None]]) -> list[tuple[str, Path | None]]:
+    """Those that the model brings, with the picture that is given instead of theirs, if any."""
+    from omni_runtime.compare import comparison
+
+    if not found:
+        sets = " or ".join(f"@{name}" for name in comparison.PROMPT_SETS)
+        raise UsageError(f"{options.model} has no prompts of its own: give --prompts, such as {sets}")
+    return [(prompt, None if options.image else image) for prompt, image in found]
+
+
+def make_directory(path: Path) -> None:
+    """Now, and not when the first image is done: a directory that cannot be made is wrong input."""
+    path.mkdir(parents=True, exist_ok=True)
+    if not os.access(path, os.W_OK):
+        raise PermissionError(f"cannot write into {path}")
+
+
+def bar(options: argparse.Namespace, label: str, steps: int, note: str = "") -> AbstractContextManager[StepBar | None]:
+    """The bar of one request; nothing where that is wanted quiet."""
+    return nullcontext() if options.quiet else StepBar(label, sys.stderr, steps, note)

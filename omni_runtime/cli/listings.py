@@ -1,0 +1,160 @@
+"""`omni backends` and `omni models`: what there is to choose from.
+
+The list of backends alone is printed without torch, which takes longer to import than all else that a listing does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import textwrap
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from omni_runtime.cli.options import DEFAULT_MODEL, UsageError
+from omni_runtime.cli.output import print_json
+
+#: Our own cache backends, in the order of listings: the `summary` of each, which a test holds against it.
+SUMMARIES = {
+    "velocity_cache": "Velocity cache: skip whole steps on a schedule, and forecast the guided model output there",
+    "tea_cache": "TeaCache: skip all blocks while block 0's modulated input has changed little since the last computed "
+    "step",
+    "cache_dit": "DBCache, with TaylorSeer and SCM: skip the middle blocks while what the first Fn add has changed "
+    "little",
+    "first_block_cache": "First-block cache: skip all blocks but the first while its residual has changed little",
+    "mag_cache": "MagCache: skip all blocks while calibrated ratios say that the residual's magnitude has changed "
+    "little",
+    "sea_cache": "SeaCache: TeaCache on what a filter for the step's noise level leaves of block 0's modulated input",
+    "easy_cache": "EasyCache: skip whole steps while the guided model output is expected to have changed little",
+    "combined": "Velocity cache over a cache of blocks, which skips blocks in some of the steps that are computed",
+}
+#: Columns of a listing at most, where the terminal has more.
+WIDEST = 100
+
+USE = """omni generate --prompt TEXT --cache-backend NAME \\
+    --cache-config '{"key": value}'"""
+
+
+def backends(options: argparse.Namespace) -> None:
+    """`omni backends`: every cache backend in a line; of one that is named, the keys with their defaults."""
+    if options.name is None and not options.json:
+        _print_summaries()
+        return
+    from omni_kernels.patching import backends as registry
+
+    if options.name is None:
+        known = registry.available()
+        found = {name: known[name] for name in (*SUMMARIES, *known) if name in known}
+    else:
+        try:
+            found = {options.name: registry.get(options.name)}
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+    if options.json:
+        fields = ("name", "default", "type_name", "allowed", "doc")
+        print_json(
+            {
+                name: {"summary": one.summary, "keys": [{f: getattr(key, f) for f in fields} for key in one.keys]}
+                for name, one in found.items()
+            }
+        )
+        return
+    for name, one in found.items():
+        _print_wrapped(one.summary, f"{name}: ", "  ")
+        for key in one.keys:
+            _print_wrapped(json.dumps(key.default, ensure_ascii=False), f"  {key.name} = ", "      ")
+            _print_wrapped(f"{key.doc} ({key.allowed})", "      ", "      ")
+    print(f"\n{USE.replace('NAME', options.name)}")
+
+
+def _print_summaries() -> None:
+    registered = {entry.name for entry in metadata.entry_points(group="omni_kernels.cache_backends")}
+    names = [*SUMMARIES, *sorted(registered - SUMMARIES.keys())]
+    width = max(map(len, names)) + 2
+    for name in names:
+        _print_wrapped(SUMMARIES.get(name) or _summary(name), f"{name:<{width}}", " " * width)
+    print(f"\nThe keys of one, with their defaults: omni backends NAME\n{USE}")
+
+
+def _summary(name: str) -> str:
+    """That of another distribution's backend; of one that cannot be used, why."""
+    from omni_kernels.patching import backends as registry
+
+    try:
+        return registry.get(name).summary
+    except ValueError as error:
+        return str(error)
+
+
+def _print_wrapped(text: str, first: str, others: str) -> None:
+    """Print `text` with `first` before it and `others` before its other lines, no wider than the terminal."""
+    columns = max(40, min(WIDEST, shutil.get_terminal_size().columns))
+    print(
+        textwrap.fill(
+            text, columns - 1, initial_indent=first, subsequent_indent=others, break_long_words=False,
+            break_on_hyphens=False,
+        )
+    )  # fmt: skip
+
+
+def models(options: argparse.Namespace) -> None:
+    """`omni models`: the embedded models, and the transformers that the caches know."""
+    from omni_runtime.cache import calibration
+    from omni_runtime.cache.models import MODELS
+    from omni_runtime.generation import loading
+
+    embedded = {name: _embedded(path) for name, path in loading.embedded_models().items()}
+    if options.json:
+        transformers = {
+            name: {
+                "pipelines": list(row.pipelines),
+                "tea_coefficients": row.tea_coefficients,
+                "mag_ratios": row.mag_ratios,
+            }
+            for name, row in MODELS.items()
+        }
+        print_json({"embedded": embedded, "transformers": transformers})
+        return
+    print("Embedded models")
+    for name, about in embedded.items():
+        print(f"  {name}{' (default)' * (name == DEFAULT_MODEL)}: {about['pipeline']}, {about['bytes'] / 1e6:.1f} MB")
+        for key, value in about["defaults"].items():
+            _print_wrapped(f"{key} {json.dumps(value)}", " " * 4, " " * 6)
+        for method, kind in calibration.KINDS.items():
+            own = about[method] or "those published for its transformer"
+            _print_wrapped(f"{method} {kind.key}: {own}", " " * 4, " " * 6)
+    if not embedded:
+        print("  none in this installation")
+    print()
+    _print_wrapped(
+        "Transformers that the caches know, with their pipelines; any checkpoint of these can be loaded", "", ""
+    )
+    for transformer, row in MODELS.items():
+        print(f"  {transformer}")
+        if row.tea_coefficients is not None:
+            numbers = ", ".join(f"{one:g}" for one in row.tea_coefficients)
+            _print_wrapped(f"tea_cache coefficients {numbers}", " " * 4, " " * 6)
+        if row.mag_ratios is not None:
+            print(f"    mag_cache mag_ratios of {len(row.mag_ratios)} steps")
+        for pipeline in row.pipelines:
+            print(f"    {pipeline}")
+
+
+def _embedded(path: Path) -> dict[str, Any]:
+    from omni_runtime.cache import calibration
+
+    index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+    defaults = path / "defaults.json"
+    own = {method: calibration.own_file(str(path), method) for method in calibration.KINDS}
+    return {
+        "pipeline": index["_class_name"],
+        "path": str(path),
+        "bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+        "defaults": json.loads(defaults.read_text(encoding="utf-8")) if defaults.is_file() else {},
+        **{
+            method: f"calibrated on {calibration.summary(calibration.read(file, method))}" if file else None
+            for method, file in own.items()
+        },
+    }
