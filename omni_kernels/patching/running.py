@@ -54,8 +54,7 @@ def _derived(plain: type, opened: Callable[[], AbstractContextManager[object]]) 
 
     members = {"__call__": _around(plain.__call__, opened), "__new__": new, "__reduce_ex__": reduced, _PLAIN: plain}
     same = {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
-    derived = type(plain)(plain.__name__, (plain,), members | same)
-    return derived
+    return type(plain)(plain.__name__, (plain,), members | same)
 
 
 def _around(function: Callable[..., Any], opened: Callable[[], AbstractContextManager[object]]) -> Callable[..., Any]:

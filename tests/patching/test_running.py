@@ -67,7 +67,6 @@ def test_it_looks_like_its_class(pipe, followed):
     assert isinstance(pipe, Plain)
     assert (type(pipe).__name__, type(pipe).__module__) == ("Plain", __name__)
     assert inspect.signature(type(pipe).__call__) == inspect.signature(Plain.__call__)
-    assert pipe.config["_class_name"] == "Plain"
 
 
 @pytest.mark.parametrize(
