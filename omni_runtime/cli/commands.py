@@ -18,7 +18,7 @@ import torch
 from omni_kernels.patching import PatchConflictError
 from omni_kernels.patching import backends as registry
 from omni_runtime.cache import calibration
-from omni_runtime.cache.backends import METHODS
+from omni_runtime.cache.methods import METHODS
 from omni_runtime.cache.models import MODELS
 from omni_runtime.cli.options import DEFAULT_MODEL
 from omni_runtime.generation import loading

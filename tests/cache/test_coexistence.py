@@ -21,18 +21,10 @@ SKIPPING = {
     "sea_cache": {"threshold": 0.6},
     "easy_cache": {"thresh": 0.6, "ret_steps": 0},
     "velocity_cache": {"schedule": [0, 1, 3, 4]},
-    "combined": {
-        "velocity": {"schedule": [0, 1, 3, 4]},
-        "blocks": {"cache_backend": "first_block_cache", "cache_config": {"threshold": 0.6}},
-    },
 }
 #: Nothing skipped, of two steps.
 NEVER = {backend: {**config, next(iter(config)): 1e-9} for backend, config in SKIPPING.items()} | {
     "velocity_cache": {"schedule": [0, 1]},
-    "combined": {
-        "velocity": {"schedule": [0, 1]},
-        "blocks": {"cache_backend": "first_block_cache", "cache_config": {"threshold": 1e-9}},
-    },
 }
 
 

@@ -27,7 +27,6 @@ CONFIGS = {
     },
     "velocity_cache": {"speedup": 2.5},
     "easy_cache": {"thresh": 0.3, "ret_steps": 2, "forecaster": "newton"},
-    "combined": {"velocity": {"budget": 4}, "blocks": {"cache_config": {"residual_diff_threshold": 0.3}}},
 }
 EVERY_OTHER = {"steps_computation_mask": "10101011", "scm_steps_policy": "static", "max_warmup_steps": 0}
 
