@@ -390,7 +390,7 @@ def off_by(dtype, order):
     ("dtype", "first", "second"),
     [(torch.bfloat16, 0.0027, 0.0049), (torch.float16, 0.0007, 0.0006), (torch.float32, 0.0006, 0.00002)],
 )
-def test_order_two_in_half_precision_is_mostly_rounding(dtype, first, second):
+def test_what_rounding_leaves_of_order_two(dtype, first, second):
     assert off_by(dtype, 1) == pytest.approx(first, rel=0.1)
     assert off_by(dtype, 2) == pytest.approx(second, rel=0.25)
 

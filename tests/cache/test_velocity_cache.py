@@ -624,7 +624,7 @@ def test_only_one_of_the_four_is_given(pair):
         ({"schedule": [-1, 3]}, None, "from 0"),
         ({"schedule": []}, None, "each computed step"),
         ({"schedule": [0, 8]}, 8, "names step 8, but the request has 8 steps"),
-        ({"budget": 1}, None, "budget must be a whole number ≥ 2"),
+        ({"budget": 1}, None, "budget must be None or a whole number ≥ 2"),
         ({"budget": 9}, 8, "budget is 9 computed steps, but the request has 8"),
         ({"speedup": 1.0}, None, "speedup must be None or a finite number > 1"),
         ({"reach": 0}, None, "reach must be a finite number > 0"),

@@ -37,7 +37,7 @@ def _schedule_key() -> keys.Key:
             return str(value)
         found = tuple(sorted(map(keys.whole, keys.entries(value))))
         if not found or found[0] < 0 or len(set(found)) < len(found):
-            raise ValueError("each computed step is named once, from 0")
+            raise ValueError("it must name each computed step once, from 0")
         return found
 
     allowed = f"None, a list of step indices, or one of {', '.join(map(repr, schedules.NAMES))}"
