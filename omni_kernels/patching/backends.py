@@ -181,5 +181,5 @@ def get(name: str) -> CacheBackend:
         return ours[name]
     plugins = _plugins()
     if name not in plugins:
-        raise ValueError(f"unknown cache backend {shown(name)}: {nearest(name, [*ours, *plugins])}")
+        raise ValueError(f"unknown cache backend {shown(name)}: {nearest(name, {*ours, *plugins})}")
     return _loaded(name, plugins[name])

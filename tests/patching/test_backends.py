@@ -121,6 +121,9 @@ def test_a_built_in_name_cannot_be_taken(register, half_cache):
         "tea_cache": "cache backend 'tea_cache' of bad 1.0 (half_cache_backend:HALF) is not used: the built-in method "
         "has that name"
     }
+    with pytest.raises(ValueError, match="did you mean 'tea_cache'") as raised:
+        backends.get("tea_cach")
+    assert str(raised.value).partition("Known")[2].count("tea_cache") == 1
 
 
 def test_of_two_backends_of_one_name_neither_is_taken_and_the_rest_stay(register, half_cache, qwen_pipe):
