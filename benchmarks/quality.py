@@ -52,7 +52,7 @@ ABOVE_PLAIN = {25: 8.0, 17: 8.0, 13: 0.0, 10: 0.0}
 #: And, of the numbers of steps that it is asked for, above that of every cache of blocks with no fewer forwards.
 ABOVE_BLOCKS = {25: 3.0, 17: 3.0}
 #: What is no cache of blocks.
-WHOLE_STEPS = (None, "velocity_cache", "easy_cache", "combined")
+WHOLE_STEPS = (None, "velocity_cache", "easy_cache")
 
 FEWER_STEPS = (40, 32, 25, 20, 17, 16, 13, 10)
 DBCACHE = (0.04, 0.08, 0.12, 0.2, 0.3)
@@ -62,7 +62,6 @@ VELOCITY_SHARES = (0.64, 0.5, 0.34, 0.26, 0.2)  # of the steps: 32, 25, 17, 13 a
 UNDAMPED_SHARES = (0.26, 0.2)
 #: Lines are drawn as far as a gap is long, and nothing is corrected behind.
 UNDAMPED = {"reach": 1000.0, "corrector_order": 0}
-COMBINED_BLOCKS = {"residual_diff_threshold": 0.08}
 TEA_CACHE = (0.045, 0.05, 0.055, 0.075, 0.09, 0.13, 0.2, 0.3)  # with some near 25 and 17 of 50 steps on each model
 MASKS = ("slow", "medium", "fast", "ultra")
 MAG_CACHE = (0.03, 0.06, 0.12, 0.24)
@@ -114,10 +113,6 @@ def contest_of(ratios: Sequence[float] | None, quick: bool) -> Contest:
     for policy in some(MASKS):
         config = {"schedule": f"scm-{policy}"}
         contest.runs.append(Run(f"velocity, scm-{policy}", "velocity_cache", config, STEPS, "velocity, SCM"))
-    for budget in (round(STEPS * share) for share in some(VELOCITY_SHARES[:3])):
-        blocks = {"cache_backend": "cache_dit", "cache_config": {"enable_taylorseer": True, **COMBINED_BLOCKS}}
-        config = {"velocity": {"budget": budget}, "blocks": blocks}
-        contest.runs.append(Run(f"velocity {budget} + DBCache", "combined", config, STEPS, "velocity cache + DBCache"))
     for threshold in some(TEA_CACHE):
         config = {"rel_l1_thresh": threshold, "coefficients": IDENTITY}
         contest.runs.append(Run(f"TeaCache {threshold:g}", "tea_cache", config, STEPS, "TeaCache"))

@@ -11,9 +11,9 @@ pytest.importorskip("cache_dit")
 from benchmarks import libraries, quality, schedule_transfer
 from benchmarks.results import RESULTS
 from omni_runtime import Omni
-from omni_runtime.cache.backends import METHODS
 from omni_runtime.cache.forecasters import FORECASTERS
 from omni_runtime.cache.masks import POLICIES
+from omni_runtime.cache.methods import METHODS
 from omni_runtime.compare.cells import Run
 from omni_runtime.generation.loading import embedded_models
 from omni_runtime.generation.result import identified

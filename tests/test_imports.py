@@ -210,7 +210,7 @@ print(json.dumps({
 }))
 """
     )
-    assert {"omni_kernels.patching.engine", "omni_runtime.cache.engine", "omni_runtime.cache.backends"} <= set(
+    assert {"omni_kernels.patching.engine", "omni_runtime.cache.session", "omni_runtime.cache.methods"} <= set(
         found["names"]
     )
     assert found["changed"] == []
@@ -226,13 +226,27 @@ sys.modules["omni_runtime"] = None
 import torch, omni_kernels
 from omni_kernels import patching
 sums = omni_kernels.ops.relative_l1(torch.ones(1, 4), torch.ones(1, 4) * 2)
-print(json.dumps([sums.tolist(), sorted(patching.backends.entry_points())]))
+print(json.dumps([sums.tolist(), sorted(patching.backends.built_in())]))
 """
     )
-    assert found[0] == [[4.0, 8.0]]
-    assert {"tea_cache", "cache_dit", "first_block_cache", "mag_cache", "sea_cache", "easy_cache"} <= set(found[1]), (
-        "known by name, and not imported"
+    assert found == [[[4.0, 8.0]], []]
+
+
+def test_own_methods_are_found_in_a_checkout_that_is_not_installed():
+    """Without any distribution's metadata, and without a look at it."""
+    found = in_fresh_process(
+        """
+import json
+from importlib import metadata
+from omni_kernels import patching
+del metadata.entry_points
+known = patching.backends.built_in()
+print(json.dumps([name for name in known if patching.backends.get(name) is known[name]]))
+"""
     )
+    assert found == [
+        "velocity_cache", "tea_cache", "cache_dit", "first_block_cache", "mag_cache", "sea_cache", "easy_cache",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("package", [omni_kernels, omni_kernels.ops, omni_kernels.patching, omni_runtime])

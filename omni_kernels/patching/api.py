@@ -84,17 +84,17 @@ class PatchHandle:
         """What each denoising loop of the last call did: a pipeline may run several (videos in segments)."""
         return [] if self._installed is None else list(getattr(self._installed, "reports", ()))
 
-    def run(self) -> contextlib.AbstractContextManager[object]:
+    def sampling(self) -> contextlib.AbstractContextManager[object]:
         """While open, a denoising loop of your own counts as a call of the pipeline: the cache is at work in it.
 
-            with handle.run():
+            with handle.sampling():
                 pipe.scheduler.set_timesteps(50)
                 for t in pipe.scheduler.timesteps:
                     ...
 
-        A backend without a `run` of its own follows loops by itself.
+        A backend without a `sampling` of its own follows loops by itself.
         """
-        own = getattr(self._installed, "run", None)
+        own = getattr(self._installed, "sampling", None)
         return contextlib.nullcontext() if own is None else own()
 
     @property

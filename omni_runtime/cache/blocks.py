@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from omni_runtime.cache.lifecycle import CURRENT, Run
+from omni_runtime.cache.lifecycle import CURRENT, Sampling
 from omni_runtime.cache.models import Arguments, ListRow, ModelRow
 
 #: The (hidden, encoder) states, [B, S, D] and [B, T, D]; no encoder states where there is a single stream.
@@ -28,17 +28,17 @@ class BlockList(torch.nn.ModuleList):
     """A block list that lets the forward under way decide what is called in each block's place."""
 
     _start: int
-    _run: Run
+    _sampling: Sampling
 
-    def __init__(self, blocks: torch.nn.ModuleList, start: int, run: Run) -> None:
+    def __init__(self, blocks: torch.nn.ModuleList, start: int, sampling: Sampling) -> None:
         super().__init__()
-        self.__dict__.update({**vars(blocks), "_modules": blocks._modules, "_start": start, "_run": run})
+        self.__dict__.update({**vars(blocks), "_modules": blocks._modules, "_start": start, "_sampling": sampling})
 
     def __iter__(self) -> Iterator[Any]:
         """The blocks; within a forward under way, what stands for them."""
         blocks: Any = self._modules.values()
-        run = self._run
-        passage = run.passage if CURRENT.get() is run else None
+        sampling = self._sampling
+        passage = sampling.passage if CURRENT.get() is sampling else None
         return iter(blocks) if passage is None else passage.slots(blocks, self._start)
 
     def __getitem__(self, index: Any) -> Any:
@@ -49,7 +49,7 @@ class BlockList(torch.nn.ModuleList):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A copied or pickled list is a plain one: the copy is not patched."""
-        return torch.nn.ModuleList, (), {k: v for k, v in vars(self).items() if k not in ("_start", "_run")}
+        return torch.nn.ModuleList, (), {k: v for k, v in vars(self).items() if k not in ("_start", "_sampling")}
 
 
 class BlockCall:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from omni_kernels.patching.backends import shown
+from omni_runtime.cache.config import MOST, entries, finite
+
 VERSION = 1
+#: Bytes of a file: many times what a calibration of hundreds of steps has.
+LARGEST = 16 * 2**20
 
 
 class UselessFitError(ValueError):
@@ -51,44 +55,51 @@ class Kind:
 
 
 def _polynomial(parsed: Mapping[str, Any]) -> dict[str, Any]:
-    coefficients, ends = parsed.get("coefficients"), parsed.get("range")
-    if not _finite_numbers(coefficients, 5):
-        raise ValueError(f"coefficients must be 5 finite numbers, not {coefficients!r}")
-    if not _finite_numbers(ends, 2) or not 0 <= ends[0] < ends[1]:  # type: ignore[index]
-        raise ValueError(f"range must be the smallest and the largest distance seen, not {ends!r}")
-    return {"coefficients": [*map(float, coefficients)], "range": [*map(float, ends)]}  # type: ignore[arg-type]
+    coefficients, ends = _numbers(parsed.get("coefficients"), 5), _numbers(parsed.get("range"), 2)
+    if coefficients is None:
+        raise ValueError(f"coefficients must be 5 finite numbers, not {shown(parsed.get('coefficients'))}")
+    if ends is None or not 0 <= ends[0] < ends[1]:
+        raise ValueError(f"range must be the smallest and the largest distance seen, not {shown(parsed.get('range'))}")
+    return {"coefficients": coefficients, "range": ends}
 
 
 def _ratios(parsed: Mapping[str, Any]) -> dict[str, Any]:
-    ratios = parsed.get("mag_ratios")
-    if not _finite_numbers(ratios) or min(ratios) <= 0:  # type: ignore[arg-type]
-        raise ValueError(f"mag_ratios must be finite numbers > 0, one for each step, not {ratios!r}")
-    return {"mag_ratios": [*map(float, ratios)]}  # type: ignore[arg-type]
+    ratios = _numbers(parsed.get("mag_ratios"))
+    if not ratios or min(ratios) <= 0:
+        raise ValueError(
+            f"mag_ratios must be finite numbers > 0, one for each step, not {shown(parsed.get('mag_ratios'))}"
+        )
+    return {"mag_ratios": ratios}
 
 
 def _schedules(parsed: Mapping[str, Any]) -> dict[str, Any]:
     rows = parsed.get("schedules")
     if not isinstance(rows, list) or not rows:
-        raise ValueError(f"schedules must be a list of schedules, not {rows!r}")
+        raise ValueError(f"schedules must be a list of schedules, not {shown(rows)}")
     return {"schedules": [_schedule(row) for row in rows]}
 
 
 def _schedule(row: Any) -> dict[str, Any]:
     if not isinstance(row, Mapping):
-        raise ValueError(f"a schedule must be an object, not {row!r}")
+        raise ValueError(f"a schedule must be an object, not {shown(row)}")
     steps, computed, sigmas, psnr = (row.get(key) for key in ("steps", "computed", "sigmas", "psnr"))
     speedup = row.get("speedup")
     whole = isinstance(steps, int) and isinstance(computed, list) and all(isinstance(step, int) for step in computed)
-    if not whole or computed != sorted({0, steps - 1, *computed}):  # type: ignore[operator,misc]
-        raise ValueError(f"computed must be rising steps from 0 to steps − 1, not {computed!r} of {steps!r}")
-    if not _finite_numbers(sigmas, steps):
-        raise ValueError(f"sigmas must be the noise levels of {steps} steps")
-    if not isinstance(psnr, Mapping) or not _finite_numbers([psnr.get("mean")]):
-        raise ValueError(f"psnr must have a mean, not {psnr!r}")
-    if speedup is not None and (not _finite_numbers([speedup]) or speedup <= 0):
-        raise ValueError(f"speedup must be a number > 0, not {speedup!r}")
-    needed = {"steps": steps, "computed": computed, "sigmas": sigmas, "psnr": {"mean": float(psnr["mean"])}}
-    return needed if speedup is None else needed | {"speedup": float(speedup)}
+    if not whole or not 1 <= steps <= MOST or computed != sorted({0, steps - 1, *computed}):  # type: ignore[operator,misc]
+        raise ValueError(f"computed must be rising steps from 0 to steps − 1, not {shown(computed)} of {shown(steps)}")
+    levels = _numbers(sigmas, steps)
+    if levels is None:
+        raise ValueError(f"sigmas must be the noise levels of {steps} steps, not {shown(sigmas)}")
+    mean = _numbers([psnr.get("mean")]) if isinstance(psnr, Mapping) else None
+    if mean is None:
+        raise ValueError(f"psnr must have a mean, not {shown(psnr)}")
+    needed = {"steps": steps, "computed": computed, "sigmas": levels, "psnr": {"mean": mean[0]}}
+    if speedup is None:
+        return needed
+    gained = _numbers([speedup])
+    if gained is None or gained[0] <= 0:
+        raise ValueError(f"speedup must be a number > 0, not {shown(speedup)}")
+    return needed | {"speedup": gained[0]}
 
 
 #: method → its calibration
@@ -120,8 +131,11 @@ def kept_for(model: str, method: str) -> Path:
 
 def own_file(model: str, method: str) -> Path | None:
     """The calibration that is taken for a model where none is given: what was kept for it, else what it brings."""
-    places = kept_for(model, method), Path(model).expanduser() / file_name(method)
-    return next((place for place in places if place.is_file()), None)
+    try:
+        places = kept_for(model, method), Path(model).expanduser() / file_name(method)
+        return next((place for place in places if place.is_file()), None)
+    except (OSError, RuntimeError, ValueError):  # a name that no path can have, or nobody's home: nothing is kept there
+        return None
 
 
 # The file
@@ -163,17 +177,24 @@ def read(source: str | os.PathLike[str] | Mapping[str, Any], method: str) -> dic
     What `read` gave can be read again.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: no JSON, no calibration of the method, or a broken one.
+        FileNotFoundError, PermissionError: no such file, or none that may be read.
+        ValueError: no path, no JSON, more than LARGEST bytes, no calibration of the method, or a broken one.
     """
     if isinstance(source, Mapping):
         return _checked(source, "this dict", method)
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {os.fspath(source)!r}")
+    try:
+        path = Path(source).expanduser()
+        there = path.is_file()
+    except (OSError, RuntimeError, TypeError, ValueError) as error:  # too long, no such user, bytes, a zero in it
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"{shown(source)} is no path of a file: {why}") from None
+    if not there:
+        raise FileNotFoundError(f"there is no file {shown(os.fspath(source))}")
+    if path.stat().st_size > LARGEST:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes; a calibration has {LARGEST} at most")
     try:
         parsed = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
     return _checked(parsed, str(path), method) | {"file": path.name}
 
@@ -186,7 +207,7 @@ def _checked(parsed: Any, name: str, method: str) -> dict[str, Any]:
         )
     if parsed.get("version") != VERSION:
         raise ValueError(
-            f"{name} is a calibration of version {parsed.get('version')!r}; this version of omni reads {VERSION}"
+            f"{name} is a calibration of version {shown(parsed.get('version'))}; this version of omni reads {VERSION}"
         )
     try:
         needed = kind.fields(parsed)
@@ -194,17 +215,20 @@ def _checked(parsed: Any, name: str, method: str) -> dict[str, Any]:
         raise ValueError(f"{name}: {error}") from None
     about = parsed.get("calibrated_for")
     if not isinstance(about, Mapping):
-        raise ValueError(f"{name}: calibrated_for must say what was calibrated, not {about!r}")
+        raise ValueError(f"{name}: calibrated_for must say what was calibrated, not {shown(about)}")
+    if not isinstance(about.get("scheduler_settings") or {}, Mapping):
+        raise ValueError(f"{name}: scheduler_settings must be an object, not {shown(about['scheduler_settings'])}")
     kept = {key: parsed[key] for key in ("method", "version", "model", "r_squared", "file") if key in parsed}
     return kept | needed | {"calibrated_for": dict(about)}
 
 
-def _finite_numbers(value: Any, count: int | None = None) -> bool:
-    return (
-        isinstance(value, list | tuple)
-        and (len(value) == count if count else len(value) > 0)
-        and all(isinstance(one, int | float) and not isinstance(one, bool) and math.isfinite(one) for one in value)
-    )
+def _numbers(value: Any, count: int | None = None) -> list[float] | None:
+    """A list of so many finite numbers; None for anything else."""
+    try:
+        found = [finite(one) for one in entries(value)]
+    except (TypeError, ValueError):
+        return None
+    return found if count is None or len(found) == count else None
 
 
 def summary(calibration: Mapping[str, Any]) -> str:

@@ -31,11 +31,13 @@ from omni_kernels.patching.backends import nearest
 from omni_kernels.patching.cache_dit import NAME, Library, use_kernels
 from omni_kernels.patching.engine import describe
 from omni_runtime.cache.gates import Verdict
-from omni_runtime.cache.lifecycle import Request, Run, turn
+from omni_runtime.cache.lifecycle import Request, Sampling, turn
 from omni_runtime.cache.session import (
     GRADIENT,
     LIBRARY_MARK,
+    Args,
     CacheSession,
+    Kwargs,
     differentiates,
     refuse_cached,
     refuse_compiled,
@@ -212,7 +214,7 @@ class _Blocks:
 class LibrarySession(CacheSession):
     """The library's DBCache, installed on one pipeline.
 
-    The library is enabled when a run begins and taken out when it ends.
+    The library is enabled when a call begins and taken out when it ends.
 
     Args:
         name: the backend's.
@@ -245,14 +247,13 @@ class LibrarySession(CacheSession):
         self._manager: Any = None
         self._blocks: dict[torch.nn.Module, list[_Blocks]] = {}
         self._serving: Request | None = None
-        self._notes: list[str] = []
 
     def install(self, patch: Patch) -> None:
         """See `CacheSession.install`; our kernels are in the library for as long as the patch is there."""
         use_kernels(self._library.module, patch)
         super().install(patch)
 
-    def take(self, run: Run, seams: Patch) -> None:
+    def take(self, sampling: Sampling, seams: Patch) -> None:
         """Enable the library on the pipeline's transformers, and take the seams."""
         for transformer in self.transformers:
             refuse_cached(transformer)
@@ -261,7 +262,7 @@ class LibrarySession(CacheSession):
             seams.add(_Order(transformer))
         self._enable(self._library, seams)
         for transformer in self.transformers:
-            self.take_calls(run, transformer, seams)
+            self.take_calls(sampling, transformer, seams)
 
     def _enable(self, library: Library, patch: Patch) -> None:
         kind, module = type(self.pipe).__name__, library.module
@@ -294,9 +295,9 @@ class LibrarySession(CacheSession):
             ]  # fmt: skip
         self.blocks = sum(one.count for one in self._blocks[self.transformer])
         self._check_blocks(adapter.blocks_name[0])
-        self._notes = [f"decided by {NAME} {library.version}"]
+        self.notes = [f"decided by {NAME} {library.version}"]
         if len(adapter.blocks_name[0]) > 1:
-            self._notes.append(
+            self.notes.append(
                 f"{' and '.join(adapter.blocks_name[0])} were decided each by itself: a step counts as computed where "
                 "one of them ran, with the largest distance"
             )
@@ -344,7 +345,6 @@ class LibrarySession(CacheSession):
         for transformer in self.transformers:
             refuse_parallel(transformer, self.alone)
         super().opened(request)
-        request.notes += self._notes
 
     def _begin(self, request: Request) -> None:
         """Fresh contexts for the request."""
@@ -369,13 +369,13 @@ class LibrarySession(CacheSession):
                     calibrator.reset_cache()
         self._manager.clear_contexts()
 
-    def call_of_another(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_of_another(self, call: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
         """See `CacheSession.call_of_another`; the library is in the transformer, so another thread waits."""
         with turn(self.transformers), _quiet():  # it says of every list of blocks that it has no context
             return call(*args, **kwargs)
 
     def call(
-        self, run: Run, request: Request, transformer: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, sampling: Sampling, request: Request, transformer: Any, call: Any, args: Args, kwargs: Kwargs
     ) -> Any:
         """See `CacheSession.call`."""
         if request is not self._serving:
@@ -385,9 +385,9 @@ class LibrarySession(CacheSession):
                 f"{type(self.pipe).__name__} calls its transformer more than twice in a step: the library knows two "
                 "guidance branches"
             )
-        branch = request.branch(run.context)
+        branch = request.branch(sampling.context)
         if differentiates(transformer, args, kwargs):
-            raise ValueError(f"{GRADIENT} in a run on the cache-dit library, which has none: engine 'own' computes it")
+            raise ValueError(f"{GRADIENT} in a call on the cache-dit library, which has none: engine 'own' computes it")
         lists = self._blocks[transformer]
         contexts = [self._manager.get_context(one.context) for one in lists]
         if not request.calls:

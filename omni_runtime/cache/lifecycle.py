@@ -1,12 +1,12 @@
-"""Runs and requests: when a cache is at work, and on what.
+"""Samplings and requests: when a cache is at work, and on what.
 
-A `Run` is one call of a patched pipeline, in one thread. A `Request` is one denoising loop in it: `set_timesteps` of
-the pipeline's scheduler opens it, `step` closes each of its steps, and it ends with its last step or with the run.
-What a cache remembers hangs on the request, so no request sees another's.
+A `Sampling` is one call of a patched pipeline, in one thread. A `Request` is one denoising loop in it:
+`set_timesteps` of the pipeline's scheduler opens it, `step` closes each of its steps, and it ends with its last step
+or with the call. What a cache remembers hangs on the request, so no request sees another's.
 
-Pipelines share transformers and schedulers (`from_pipe`). So nothing stays on these between runs, and what is put on
-them for a run answers only the calls of that run: a `ContextVar` says which run a call belongs to. A second run on the
-same transformer waits until the first is over.
+Pipelines share transformers and schedulers (`from_pipe`). So nothing stays on these between samplings, and what is
+put on them for one answers only its own calls: a `ContextVar` says which sampling a call belongs to. A second one on
+the same transformer waits until the first is over.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from omni_kernels.patching import Patch
 from omni_runtime.cache.gates import Verdict
 from omni_runtime.cache.report import Decision
 
-#: The run that a call in this thread belongs to.
-CURRENT: ContextVar[Run | None] = ContextVar("omni_runtime_run", default=None)
+#: The sampling that a call in this thread belongs to.
+CURRENT: ContextVar[Sampling | None] = ContextVar("omni_runtime_sampling", default=None)
 
 #: More transformer calls than this without a step of the scheduler: it is another scheduler that steps.
 MOST_CALLS = 16
@@ -180,11 +180,11 @@ class Request:
 
 
 class _OfAnotherRun(int):
-    """What a pipeline says of its steps, where it was said before this run."""
+    """What a pipeline says of its steps, where it was said before this call."""
 
 
 class Listener(Protocol):
-    """Whoever follows the requests of a run; see `omni_runtime.cache.session.CacheSession`."""
+    """Whoever follows the requests of a sampling; see `omni_runtime.cache.session.CacheSession`."""
 
     name: str
 
@@ -201,13 +201,13 @@ class Listener(Protocol):
         """The last step has closed; what is held is freed next."""
 
 
-class Run:
+class Sampling:
     """One call of a patched pipeline.
 
     Args:
         pipe: the pipeline; the scheduler that it has at the time of each transformer call is the one followed.
         listener: follows the requests.
-        patch: records what is put on the scheduler; undone when the run is over.
+        patch: records what is put on the scheduler; undone when the call is over.
 
     Attributes:
         request: the one under way.
@@ -258,7 +258,7 @@ class Run:
             self.request = None
 
     def say_if_nothing_was_cached(self) -> None:
-        """Warn of a run that has come to its end and in which no step could be skipped."""
+        """Warn of a call that has come to its end and in which no step could be skipped."""
         if self._uncached and not self.requests:
             warnings.warn(
                 f"{type(self._pipe).__name__} has called its transformer outside a denoising loop of its own "
@@ -289,7 +289,7 @@ class Run:
         self._take_up()
 
     def _take_up(self) -> Request | None:
-        """A request whose timesteps were set before the run was there to see it, and none of whose steps was taken."""
+        """A request whose timesteps were set before anybody was there to see it, and none of whose steps was taken."""
         scheduler = self.scheduler
         if getattr(scheduler, "num_inference_steps", None) is None or _index(scheduler) is not None:
             return None
@@ -379,7 +379,7 @@ _asking = threading.Lock()
 
 @contextlib.contextmanager
 def turn(transformers: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """While open, no run in another thread works with these transformers: it waits until this one is over."""
+    """While open, no sampling in another thread works with these transformers: it waits until this one is over."""
     with _asking:
         locks = [_turns.setdefault(one, threading.RLock()) for one in sorted(transformers, key=id)]
     with contextlib.ExitStack() as stack:

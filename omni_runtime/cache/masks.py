@@ -8,9 +8,15 @@ computed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from typing import Any
+
+from omni_runtime.cache.config import entries
 
 POLICIES = ("slow", "medium", "fast", "ultra")
+
+#: What may stand in a given mask.
+_BITS: dict[Any, int] = {"0": 0, "1": 1, 0: 0, 1: 1}
 
 #: step count → a mask for each of POLICIES
 _MASKS: dict[int, tuple[str, str, str, str]] = {
@@ -50,16 +56,15 @@ def steps_mask(policy: str, steps: int) -> tuple[int, ...]:
     return tuple(stretched)
 
 
-def parse_mask(mask: Sequence[int] | str) -> tuple[int, ...]:
-    """A mask given as a list of 0 and 1 or as a string of them.
+def parse_mask(mask: Iterable[Any]) -> tuple[int, ...]:
+    """A mask given as a list (or an array) of 0 and 1, or as a string of them.
 
     Raises:
         TypeError: neither a list nor a string.
-        ValueError: anything else in it, or nothing.
+        ValueError: anything else in it, nothing, or more than `config.MOST` entries.
     """
-    if not isinstance(mask, Iterable):
-        raise TypeError(f"a steps computation mask must be a list or a string of 0 and 1, not {mask!r}")
-    bits = [int(bit) if bit in ("0", "1") else bit for bit in mask]
-    if not bits or any(isinstance(bit, bool) or bit not in (0, 1) for bit in bits):
-        raise ValueError(f"a steps computation mask holds only 0 and 1, and at least one of them; got {mask!r}")
-    return tuple(int(bit) for bit in bits)
+    given = entries(iter(mask) if isinstance(mask, str) else mask)
+    bits = [_BITS.get(bit) if type(bit) in (str, int, float) else None for bit in given]
+    if not bits or None in bits:
+        raise ValueError("it holds only 0 and 1, and at least one of them")
+    return tuple(bit for bit in bits if bit is not None)

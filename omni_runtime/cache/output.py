@@ -24,10 +24,10 @@ from omni_kernels.patching.backends import nearest
 from omni_runtime.cache.forecasters import Forecaster, newton
 from omni_runtime.cache.gates import Gate, Plan, Verdict
 from omni_runtime.cache.history import History, history_of
-from omni_runtime.cache.lifecycle import Branch, Request, Run
+from omni_runtime.cache.lifecycle import Branch, Request, Sampling
 from omni_runtime.cache.models import MODELS, block_lists
 from omni_runtime.cache.replay import Replays
-from omni_runtime.cache.session import GRADIENT, CacheSession, differentiates
+from omni_runtime.cache.session import GRADIENT, Args, CacheSession, Kwargs, differentiates
 from omni_runtime.cache.signals import ExpectedChange
 
 #: Schedulers that evaluate the model once a step, on the latents that they gave out: class → what `σ` is measured by.
@@ -385,24 +385,25 @@ class OutputSession(CacheSession):
         self.blocks = 0 if row is None else sum(map(len, block_lists(self.transformer, row)))
         self._site = output
         self.fitted_for = output.fitted_for
+        self.forecaster = output.forecaster
         if output.drift_tolerance is not None:
             self.replays = Replays(output.drift_tolerance)
 
-    def take(self, run: Run, seams: Patch) -> None:
+    def take(self, sampling: Sampling, seams: Patch) -> None:
         """See `CacheSession.take`."""
         check_scheduler(self.pipe.scheduler, self._site.residual)
-        super().take(run, seams)
+        super().take(sampling, seams)
 
     def call(
-        self, run: Run, request: Request, transformer: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, sampling: Sampling, request: Request, transformer: Any, call: Any, args: Args, kwargs: Kwargs
     ) -> Any:
         """See `CacheSession.call`."""
         steps: OutputSteps = request.outputs
         if steps is None:
-            check_scheduler(run.scheduler, self._site.residual)
+            check_scheduler(sampling.scheduler, self._site.residual)
             gate = self.gate_for(self._gate_of(request), self._site.signal is not None, request, "")
-            steps = request.outputs = OutputSteps(self._site, request, gate, run.scheduler)
-        branch = request.branch(run.context)
+            steps = request.outputs = OutputSteps(self._site, request, gate, sampling.scheduler)
+        branch = request.branch(sampling.context)
         batch = _batch_of(*args, *kwargs.values())
         verdict = steps.verdict(branch, batch, differentiates(transformer, args, kwargs))
         answer = None if verdict.computed else steps.stand_in(branch, batch)

@@ -106,7 +106,12 @@ def even(steps: int, budget: int) -> Schedule:
     """`budget` computed steps as evenly spread as can be: what is taken for a model that nothing is known of.
 
     With a forecast of order 1, evenly spread steps leave no gap longer than what the forecast looks back on.
+
+    Args:
+        steps: of the request, at least 1.
+        budget: as in `fitted`.
     """
+    budget = _possible(budget, steps)
     computed = tuple(round(i * (steps - 1) / (budget - 1)) for i in range(budget)) if budget > 1 else (0,)
     return Schedule(steps, computed, "evenly spread")
 
@@ -118,10 +123,17 @@ def fitted(
 
     The computed steps keep their places on the axis of σ, where both requests' levels are known, else on that of the
     step's index; a budget of its own spreads them more or less densely by the same pattern.
+
+    Args:
+        schedule: what is carried over.
+        steps: of the request, at least 1.
+        sigmas: its noise levels, one for each step; None where they are not known.
+        budget: of computed steps. The first and the last step always are: of one step that is the one, of more at least
+            2, and never more than there are.
     """
     if budget is None:
         budget = round(len(schedule.computed) * steps / schedule.steps)
-    budget = min(max(budget, 2), steps)
+    budget = _possible(budget, steps)
     same_levels = schedule.sigmas is None or sigmas is None or _alike(schedule.sigmas, sigmas)
     if steps == schedule.steps and budget == len(schedule.computed) and same_levels:
         return schedule
@@ -131,7 +143,7 @@ def fitted(
     else:
         levels, here = list(schedule.sigmas), sigmas
     knots = [levels[step] for step in schedule.computed]
-    wanted = [_between(knots, i * (len(knots) - 1) / (budget - 1)) for i in range(budget)]
+    wanted = [_between(knots, i * (len(knots) - 1) / max(budget - 1, 1)) for i in range(budget)]
     computed: list[int] = []
     for i, level in enumerate(wanted):
         nearest = min(range(steps), key=lambda step: abs(here[step] - level))
@@ -148,13 +160,21 @@ def fitted(
     )
 
 
+def _possible(budget: int, steps: int) -> int:
+    if steps < 1:
+        raise ValueError(f"a schedule is of at least 1 step, not of {steps}")
+    return min(max(budget, 2), steps)
+
+
 def _alike(a: Sequence[float], b: Sequence[float]) -> bool:
     return len(a) == len(b) and all(math.isclose(x, y, rel_tol=1e-3, abs_tol=1e-4) for x, y in zip(a, b, strict=True))
 
 
 def _between(knots: Sequence[float], place: float) -> float:
-    """The value at a place between knots 0, 1, 2, ..."""
-    low = min(int(place), len(knots) - 2)
+    """The value at a place between knots 0, 1, 2, ...; of one knot, its own."""
+    low = max(min(int(place), len(knots) - 2), 0)
+    if low + 1 == len(knots):
+        return knots[low]
     return knots[low] + (knots[low + 1] - knots[low]) * (place - low)
 
 
@@ -207,6 +227,8 @@ def fast_enough(candidates: Sequence[Schedule], steps: int, speedup: float) -> i
     Raises:
         ValueError: even two computed steps would take longer, by what was measured.
     """
+    if steps <= 2:  # of which none can be skipped
+        return steps
     measured = [(1 - len(one.computed) / one.steps, 1 - 1 / one.speedup) for one in candidates if one.speedup]
     squares = sum(skipped**2 for skipped, _ in measured)
     saved = sum(skipped * gained for skipped, gained in measured) / squares if squares else 1.0

@@ -1,14 +1,14 @@
 """A session: one cache method, installed on one pipeline.
 
-`CacheSession` follows the pipeline's runs and their requests, whatever the method. What is done with a transformer call
-is its site's business: `BlockSession` here has blocks passed over, `omni_runtime.cache.output.OutputSession` answers
+`CacheSession` follows the pipeline's calls and their requests, whatever the method. What is done with a transformer
+call is its site's business: `BlockSession` here has blocks passed over, `omni_runtime.cache.output.OutputSession` answers
 whole steps, `omni_runtime.cache.library.LibrarySession` leaves it to the cache-dit library.
 
 A transformer call goes this way:
 
-    transformer(...)        nn.Module.__call__ → `_compiled_call_impl`, which a run has put there
-    CacheSession._answer    is the call this run's, and part of a request?
-    BlockSession.call       which branch? then the model's own forward, over the run's `BlockList`
+    transformer(...)        nn.Module.__call__ → `_compiled_call_impl`, which a sampling has put there
+    CacheSession._answer    is the call this sampling's, and part of a request?
+    BlockSession.call       which branch? then the model's own forward, over the sampling's `BlockList`
     Passage                 decides, records, forecasts
 """
 
@@ -27,8 +27,9 @@ from omni_kernels.patching.engine import InstanceMethod, describe
 from omni_kernels.patching.running import around_calls
 from omni_runtime.cache import calibration
 from omni_runtime.cache.blocks import BlockCall, BlockList, ForwardCall
+from omni_runtime.cache.forecasters import Forecaster, rounding_note
 from omni_runtime.cache.gates import Gate, RehearsalGate, Verdict
-from omni_runtime.cache.lifecycle import CURRENT, Branch, Request, Run, turn
+from omni_runtime.cache.lifecycle import CURRENT, Branch, Request, Sampling, turn
 from omni_runtime.cache.models import ModelRow, block_lists, row_of
 from omni_runtime.cache.passage import Parts, Passage
 from omni_runtime.cache.ranks import Ranks, SplitCall, ranks_of
@@ -38,6 +39,8 @@ from omni_runtime.cache.signals import Nothing
 
 #: Of a transformer's attributes, the one by which `omni_runtime.cache.library` says that it works on it.
 LIBRARY_MARK = "_omni_kernels_library"
+#: The arguments of a transformer call, by position and by name.
+Args, Kwargs = tuple[Any, ...], dict[str, Any]
 #: Why a step whose gradient is asked for is computed: no cache has a derivative.
 GRADIENT = "a gradient is asked for"
 
@@ -52,6 +55,8 @@ class CacheSession:
     Attributes:
         on_step: told of each closed step; None for nobody.
         blocks: how many blocks the transformer has, where a row tells.
+        forecaster: what stands in for what is skipped; None where somebody else sees to it.
+        notes: what the report of each request says of the session.
         rehearsing: whether steps are computed and skipped by turns, whatever the method says.
 
     Raises:
@@ -71,8 +76,10 @@ class CacheSession:
         self.rehearsing = False
         self.replays: Replays | None = None
         self.fitted_for: Mapping[str, Any] | None = None
+        self.forecaster: Forecaster | None = None
+        self.notes: list[str] = []
         self._requests: list[Request] = []
-        self._run: Run | None = None
+        self._sampling: Sampling | None = None
         self._watch: _Watch | None = None
 
     def install(self, patch: Patch) -> None:
@@ -81,19 +88,24 @@ class CacheSession:
         Raises:
             ValueError, PatchConflictError: the pipeline cannot be served as it is now.
         """
-        around_calls(self.pipe, self.run, patch)
+        forecaster, dtype = self.forecaster, getattr(self.transformer, "dtype", None)
+        note = None if forecaster is None else rounding_note(forecaster.name, forecaster.order, dtype or torch.float32)
+        if note is not None:
+            self.notes.append(note)
+            warnings.warn(note, stacklevel=5)
+        around_calls(self.pipe, self.sampling, patch)
         with self._seams():  # what is in the way is told now
             pass
         self._watch = _Watch(self)
         patch.add(self._watch)
 
     def close(self) -> None:
-        """End a run that is under way; the rest of it is not cached."""
-        if self._run is not None:
-            self._run.end_request()
+        """End what is under way; the rest of that call is not cached."""
+        if self._sampling is not None:
+            self._sampling.end_request()
 
     @contextlib.contextmanager
-    def run(self) -> Iterator[Run]:
+    def sampling(self) -> Iterator[Sampling]:
         """While open, what happens in this thread is one call of the pipeline.
 
         Raises:
@@ -101,68 +113,69 @@ class CacheSession:
         """
         if self._watch is not None:
             self._watch.restore()
-        with turn(self.transformers), self._seams() as run:
-            outer, self._run, former = self._run, run, CURRENT.set(run)
+        with turn(self.transformers), self._seams() as sampling:
+            outer, self._sampling, former = self._sampling, sampling, CURRENT.set(sampling)
             try:
-                yield run
-                run.say_if_nothing_was_cached()
+                yield sampling
+                sampling.say_if_nothing_was_cached()
             finally:
-                run.end_request()
+                sampling.end_request()
                 CURRENT.reset(former)
-                self._run = outer
+                self._sampling = outer
 
     @contextlib.contextmanager
-    def _seams(self) -> Iterator[Run]:
-        """While open, the seams of a run are in place."""
+    def _seams(self) -> Iterator[Sampling]:
+        """While open, the seams of a sampling are in place."""
         patch = Patch()
-        run = Run(self.pipe, self, patch)
+        sampling = Sampling(self.pipe, self, patch)
         seams = Patch()
         try:
-            self.take(run, seams)
-            run.follow()
-            yield run
+            self.take(sampling, seams)
+            sampling.follow()
+            yield sampling
         finally:
             seams.release()
             patch.release()
 
-    def take(self, run: Run, seams: Patch) -> None:
-        """Take the seams of a run, recorded in `seams`.
+    def take(self, sampling: Sampling, seams: Patch) -> None:
+        """Take the seams of a sampling, recorded in `seams`.
 
         Raises:
             ValueError, PatchConflictError: the pipeline cannot be served as it is now.
         """
         for transformer in self.transformers:
             refuse_cached(transformer)
-            self.take_calls(run, transformer, seams)
+            self.take_calls(sampling, transformer, seams)
 
-    def take_calls(self, run: Run, transformer: Any, seams: Patch) -> None:
+    def take_calls(self, sampling: Sampling, transformer: Any, seams: Patch) -> None:
         """Have the transformer's calls, and the names that its pipeline gives them, come to this session."""
         call = transformer._compiled_call_impl or transformer._call_impl
-        seams.set_method(transformer, "_compiled_call_impl", functools.partial(self._answer, run, transformer, call))
+        answer = functools.partial(self._answer, sampling, transformer, call)
+        seams.set_method(transformer, "_compiled_call_impl", answer)
         if hasattr(transformer, "cache_context"):
-            seams.set_method(transformer, "cache_context", _context_of(run, transformer.cache_context))
+            seams.set_method(transformer, "cache_context", _context_of(sampling, transformer.cache_context))
 
-    def _answer(self, run: Run, transformer: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _answer(self, sampling: Sampling, transformer: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A call of the transformer; `call` makes it."""
-        if CURRENT.get() is not run:
+        if CURRENT.get() is not sampling:
             return self.call_of_another(call, args, kwargs)
         try:
-            request = run.current()
+            request = sampling.current()
             if request is None:
                 return self.call_of_another(call, args, kwargs)
-            return self.call(run, request, transformer, call, args, kwargs)
+            return self.call(sampling, request, transformer, call, args, kwargs)
         except BaseException:
-            run.end_request()
+            sampling.end_request()
             raise
 
     def call(
-        self, run: Run, request: Request, transformer: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, sampling: Sampling, request: Request, transformer: Any, call: Any, args: Args, kwargs: Kwargs
     ) -> Any:
         """What a transformer call of a request returns; `call` makes it."""
         raise NotImplementedError
 
-    def call_of_another(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A transformer call that is not of this run, or of none of its requests."""
+    def call_of_another(self, call: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+        """A transformer call that is not of this sampling, or of none of its requests."""
         return call(*args, **kwargs)
 
     @contextlib.contextmanager
@@ -183,7 +196,7 @@ class CacheSession:
 
     @property
     def reports(self) -> list[CacheReport]:
-        """What each request of the last run did: a pipeline may make a video in several segments."""
+        """What each request of the last call did: a pipeline may make a video in several segments."""
         return [self._report(request) for request in self._requests]
 
     def _report(self, request: Request) -> CacheReport:
@@ -201,7 +214,7 @@ class CacheSession:
 
     def held_tensors(self) -> list[torch.Tensor]:
         """Every tensor that the request under way holds; none between requests."""
-        request = None if self._run is None else self._run.request
+        request = None if self._sampling is None else self._sampling.request
         return [] if request is None else request.tensors()
 
     def gate_for(self, gate: Callable[[], Gate], measures: bool, request: Request, branch: str) -> Gate:
@@ -212,8 +225,9 @@ class CacheSession:
 
     def opened(self, request: Request) -> None:
         """See `omni_runtime.cache.lifecycle.Listener`."""
-        run = self._run
-        self._requests = [request] if run is None else run.requests
+        sampling = self._sampling
+        self._requests = [request] if sampling is None else sampling.requests
+        request.notes += self.notes
 
     def stepped_with(self, request: Request, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         """See `omni_runtime.cache.lifecycle.Listener`."""
@@ -297,16 +311,18 @@ class BlockSession(CacheSession):
         self._forward = ForwardCall(self.row, self.transformer.forward)
         self.parts = parts(self.row, self.blocks)
         self.fitted_for = self.parts.fitted_for
+        self.forecaster = self.parts.forecaster
+        self.notes += [] if self.parts.note is None else [self.parts.note]
         if self.parts.drift_tolerance is not None:
             self.replays = Replays(self.parts.drift_tolerance)
 
-    def take(self, run: Run, seams: Patch) -> None:
+    def take(self, sampling: Sampling, seams: Patch) -> None:
         """See `CacheSession.take`."""
         self._check()
-        super().take(run, seams)
+        super().take(sampling, seams)
         start = 0
         for row, blocks in zip(self.row.lists, block_lists(self.transformer, self.row), strict=True):
-            seams.set_module(self.transformer, row.name, BlockList(blocks, start, run))
+            seams.set_module(self.transformer, row.name, BlockList(blocks, start, sampling))
             start += len(blocks)
         if start != self.blocks:
             raise ValueError(
@@ -327,14 +343,12 @@ class BlockSession(CacheSession):
         if not self.calls or type(self.calls[0]) is not kind:
             self.calls = [kind(row, block) for row, block in self._flat]
         super().opened(request)
-        if self.parts.note is not None:
-            request.notes.append(self.parts.note)
 
     def call(
-        self, run: Run, request: Request, transformer: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, sampling: Sampling, request: Request, transformer: Any, call: Any, args: Args, kwargs: Kwargs
     ) -> Any:
         """See `CacheSession.call`."""
-        branch = request.branch(run.context)
+        branch = request.branch(sampling.context)
         if differentiates(transformer, args, kwargs):
             output, ran = call(*args, **kwargs), self.blocks
             branch.kept = None
@@ -345,11 +359,11 @@ class BlockSession(CacheSession):
                 passage = branch.kept = self.passage_class(self, request, branch)
             forward = self._forward
             passage.begin(request, forward.arguments(args, kwargs), forward.works_between(args, kwargs))
-            run.passage = passage
+            sampling.passage = passage
             try:
                 output = call(*args, **kwargs)
             finally:
-                run.passage = None
+                sampling.passage = None
             passage.finish()
             ran = passage.ran
         request.calls += 1
@@ -373,7 +387,7 @@ class BlockSession(CacheSession):
 
 
 class _Watch:
-    """Says once that a transformer call comes from outside the pipeline's runs, until the first run has begun."""
+    """Says once that a transformer call comes from outside the pipeline's calls, until the first of these has begun."""
 
     held = True
 
@@ -389,7 +403,7 @@ class _Watch:
         self.restore()
         warnings.warn(
             f"the transformer was called outside a call of the patched pipeline: {self._name} caches nothing there. "
-            "A loop of your own goes into `with handle.run():`",
+            "A loop of your own goes into `with handle.sampling():`",
             stacklevel=5,
         )
 
@@ -420,22 +434,22 @@ def differentiates(transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: 
     return any(tensor.requires_grad for tensor in (*given, *transformer.parameters()))
 
 
-def _context_of(run: Run, original: Callable[..., Any]) -> Callable[..., Any]:
-    """A transformer's `cache_context`, which tells the run the name, too."""
+def _context_of(sampling: Sampling, original: Callable[..., Any]) -> Callable[..., Any]:
+    """A transformer's `cache_context`, which tells the sampling the name, too."""
 
     @functools.wraps(original)
     @contextlib.contextmanager
     def cache_context(name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if CURRENT.get() is not run:
+        if CURRENT.get() is not sampling:
             with original(name, *args, **kwargs):
                 yield
             return
-        outer, run.context = run.context, name
+        outer, sampling.context = sampling.context, name
         try:
             with original(name, *args, **kwargs):
                 yield
         finally:
-            run.context = outer
+            sampling.context = outer
 
     return cache_context
 
@@ -462,7 +476,7 @@ def refuse_cached(transformer: torch.nn.Module) -> None:
         raise PatchConflictError(f"diffusers' own cache is enabled on this {kind}: transformer.disable_cache() first")
     if LIBRARY_MARK in vars(transformer):
         raise PatchConflictError(
-            f"engine 'library' works on this {kind} in a run of another pipeline that is under way: this one cannot "
+            f"engine 'library' works on this {kind} in a call of another pipeline that is under way: this one cannot "
             "begin within it"
         )
     if getattr(transformer, "_is_cached", False):
@@ -474,7 +488,7 @@ def refuse_cached(transformer: torch.nn.Module) -> None:
 def refuse_compiled(transformer: torch.nn.Module) -> None:
     """Raise for a transformer of which no block can be passed over, by name."""
     compiled = getattr(transformer, "_compiled_call_impl", None)
-    ours = isinstance(compiled, InstanceMethod)  # another run's, which this one begins within
+    ours = isinstance(compiled, InstanceMethod)  # another sampling's, which this one begins within
     if (compiled is not None and not ours) or hasattr(transformer, "_orig_mod"):
         raise PatchConflictError(
             f"this {_name(transformer)} was compiled as a whole ({describe(compiled or transformer)}): which blocks "

@@ -23,11 +23,11 @@ from PIL import Image
 from omni_kernels.device import synchronize
 from omni_kernels.patching import Patch
 from omni_runtime.cache import schedules
-from omni_runtime.cache.backends import VELOCITY_CACHE
 from omni_runtime.cache.forecasters import Forecaster, make_forecaster
 from omni_runtime.cache.gates import ScheduleGate
 from omni_runtime.cache.history import inner_products
 from omni_runtime.cache.lifecycle import Request
+from omni_runtime.cache.methods import VELOCITY_CACHE
 from omni_runtime.cache.output import OutputSession, OutputSite, steps_along
 from omni_runtime.cache.session import CacheSession
 from omni_runtime.calibrate.search import IDENTICAL, ROUNDS, Responses, Tried, hopeless, score, search, shape

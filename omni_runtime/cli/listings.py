@@ -28,7 +28,6 @@ SUMMARIES = {
     "little",
     "sea_cache": "SeaCache: TeaCache on what a filter for the step's noise level leaves of block 0's modulated input",
     "easy_cache": "EasyCache: skip whole steps while the guided model output is expected to have changed little",
-    "combined": "Velocity cache over a cache of blocks, which skips blocks in some of the steps that are computed",
 }
 #: Columns of a listing at most, where the terminal has more.
 WIDEST = 100
@@ -70,8 +69,9 @@ def backends(options: argparse.Namespace) -> None:
 
 
 def _print_summaries() -> None:
-    registered = {entry.name for entry in metadata.entry_points(group="omni_kernels.cache_backends")}
-    names = [*SUMMARIES, *sorted(registered - SUMMARIES.keys())]
+    plugins = metadata.entry_points(group="omni_kernels.cache_backends")
+    others = {entry.name for entry in plugins if entry.module.partition(".")[0] != "omni_runtime"}
+    names = [*SUMMARIES, *sorted(others - SUMMARIES.keys())]
     width = max(map(len, names)) + 2
     for name in names:
         _print_wrapped(SUMMARIES.get(name) or _summary(name), f"{name:<{width}}", " " * width)

@@ -379,10 +379,12 @@ def _config(cache_config: Mapping[str, Any] | str | None) -> dict[str, Any] | No
     if isinstance(cache_config, str):
         try:
             cache_config = json.loads(cache_config)
-        except ValueError as error:
-            raise ValueError(f"cache_config is no JSON: {error}: {cache_config!r}") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"cache_config is no JSON: {error}: {backends.shown(cache_config)}") from None
         if not isinstance(cache_config, dict):
-            raise TypeError(f'cache_config must be a JSON object, like {{"key": 1}}, not {cache_config!r}')
+            raise TypeError(
+                f'cache_config must be a JSON object, like {{"key": 1}}, not {backends.shown(cache_config)}'
+            )
     if cache_config is None:
         return None
     if not isinstance(cache_config, Mapping):

@@ -10,8 +10,8 @@ import tiny
 
 import omni_kernels
 from omni_runtime.cache import calibration, polynomial
-from omni_runtime.cache.backends import METHODS
 from omni_runtime.cache.gates import AccumulatedPolynomialGate, Limits
+from omni_runtime.cache.methods import METHODS
 
 X = np.linspace(0.04, 0.2, 200)
 NOISE = np.random.default_rng(0).normal(size=X.size)
@@ -197,7 +197,7 @@ def test_a_file_that_is_a_list_is_no_calibration(tmp_path):
 
 @pytest.mark.parametrize("name", ["no/such.json", "12345", "."])
 def test_a_file_that_is_not_there_is_named(name):
-    with pytest.raises(FileNotFoundError, match=f"coefficients: there is no file '{name}'"):
+    with pytest.raises(ValueError, match=f"coefficients: there is no file '{name}'"):
         METHODS["tea_cache"].check({"coefficients": name})
 
 

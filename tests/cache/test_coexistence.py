@@ -21,18 +21,10 @@ SKIPPING = {
     "sea_cache": {"threshold": 0.6},
     "easy_cache": {"thresh": 0.6, "ret_steps": 0},
     "velocity_cache": {"schedule": [0, 1, 3, 4]},
-    "combined": {
-        "velocity": {"schedule": [0, 1, 3, 4]},
-        "blocks": {"cache_backend": "first_block_cache", "cache_config": {"threshold": 0.6}},
-    },
 }
 #: Nothing skipped, of two steps.
 NEVER = {backend: {**config, next(iter(config)): 1e-9} for backend, config in SKIPPING.items()} | {
     "velocity_cache": {"schedule": [0, 1]},
-    "combined": {
-        "velocity": {"schedule": [0, 1]},
-        "blocks": {"cache_backend": "first_block_cache", "cache_config": {"threshold": 1e-9}},
-    },
 }
 
 
@@ -252,7 +244,7 @@ def test_gradient_checkpointing_calls_blocks_by_position(qwen_pipe, backend):
         "img_shapes": [[(1, 4, 4)]],
     }
     qwen_pipe.transformer.requires_grad_(False)  # else a gradient is asked for, and all is the model's own
-    with handle.run(), torch.enable_grad():
+    with handle.sampling(), torch.enable_grad():
         qwen_pipe.scheduler.set_timesteps(2, mu=0.5)
         checkpointed = qwen_pipe.transformer(**arguments).sample
     assert handle.report.branches["0"].decisions[0].reason == "nothing cached yet"
@@ -334,7 +326,7 @@ def test_computed_step_with_a_controlnet_changes_no_bit(name, samples):
     expected = output_of(pipe, call)
     assert not torch.allclose(expected, output_of(pipe, CALLS[name](0)), atol=1e-2), "the residuals count"
     for site in SITES:
-        with omni_kernels.patched(pipe, "cache_dit", site_config(site, 0.0)) as handle, handle.run():
+        with omni_kernels.patched(pipe, "cache_dit", site_config(site, 0.0)) as handle, handle.sampling():
             pipe.scheduler.set_timesteps(2, mu=0.5)
             assert torch.equal(output_of(pipe, call), expected)
 
@@ -348,7 +340,7 @@ def test_skipped_step_with_a_controlnet_counts_its_residuals_once(name, samples)
     backends.append(("tea_cache", {"rel_l1_thresh": 1.0}))
     expected = output_of(pipe, call)
     for backend, config in backends:
-        with omni_kernels.patched(pipe, backend, config) as handle, handle.run():
+        with omni_kernels.patched(pipe, backend, config) as handle, handle.sampling():
             pipe.scheduler.set_timesteps(3, mu=0.5)
             for step in range(2):
                 torch.testing.assert_close(output_of(pipe, call), expected, atol=2e-5, rtol=1e-5)
@@ -359,7 +351,7 @@ def test_skipped_step_with_a_controlnet_counts_its_residuals_once(name, samples)
 def test_controlnet_of_a_skipped_step_still_acts_behind_the_site():
     """The residual that the model adds after the last block is today's, not the stored one."""
     pipe, call = build("qwen_image"), qwen_call(4)
-    with omni_kernels.patched(pipe, "first_block_cache", {"threshold": 1.0}) as handle, handle.run():
+    with omni_kernels.patched(pipe, "first_block_cache", {"threshold": 1.0}) as handle, handle.sampling():
         pipe.scheduler.set_timesteps(3, mu=0.5)
         output_of(pipe, call)
         pipe.scheduler.step(torch.ones(1), pipe.scheduler.timesteps[0], torch.ones(1))

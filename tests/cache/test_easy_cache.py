@@ -220,7 +220,7 @@ def test_every_scheduler_of_flows(qwen_pipe, name, config):
     seen = steps_of(qwen_pipe)
     x = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(0))
     with omni_kernels.patched(qwen_pipe, "easy_cache", {"thresh": 1.0, "ret_steps": 2}) as handle, torch.no_grad():
-        with handle.run():
+        with handle.sampling():
             scheduler.set_timesteps(STEPS)
             for t in scheduler.timesteps:
                 (output,) = qwen_pipe.transformer(
@@ -527,7 +527,7 @@ def test_all_that_is_held_is_told_and_it_is_a_few_latents(qwen_pipe):
         session = handle._installed
 
         def look(pipe, index, timestep, tensors):
-            request = session._run.request
+            request = session._sampling.request
             if request is not None:
                 held = session.held_tensors()
                 kept = [request.outputs, [branch.kept for branch in request.branches.values()]]
@@ -561,7 +561,7 @@ def test_a_model_output_unlike_the_latents_is_refused_by_name(qwen_pipe):
     handle = omni_kernels.patch(qwen_pipe, "easy_cache")
     noise = torch.randn(1, 16, 64)
     scheduler = qwen_pipe.scheduler
-    with handle.run(), torch.no_grad():
+    with handle.sampling(), torch.no_grad():
         scheduler.set_timesteps(3, mu=0.5)
         qwen_pipe.transformer(
             hidden_states=noise,

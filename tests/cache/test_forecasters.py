@@ -11,7 +11,16 @@ from cache_dit.caching.cache_contexts.calibrators.foca import FoCaState
 from cache_dit.caching.cache_contexts.calibrators.taylorseer import TaylorSeerState
 
 from omni_runtime.cache import forecasters
-from omni_runtime.cache.forecasters import FORECASTERS, foca, hermite, make_forecaster, newton, reuse, taylorseer
+from omni_runtime.cache.forecasters import (
+    FORECASTERS,
+    foca,
+    hermite,
+    make_forecaster,
+    newton,
+    reuse,
+    rounding_note,
+    taylorseer,
+)
 from omni_runtime.cache.history import History, history_of, inner_products
 
 
@@ -380,3 +389,65 @@ def test_fp16_residuals_are_kept_to_the_last_bit():
     history = history_of(make_forecaster("reuse"))
     history.record(after, before, 0.0)
     assert torch.equal(history.forecast(before, 1.0), (before.float() + (after - before).float()).half())
+
+
+# Rounding
+
+
+def off_by(dtype, order):
+    """How far Newton's forecast one step on is off, in the mean, of a smooth trajectory in 50 steps."""
+    torch.manual_seed(0)
+    a, b, c = (torch.randn(4096, dtype=torch.float64) for _ in range(3))
+
+    def state(t):
+        return a + 0.3 * math.sin(2 * t) * b + 0.2 * math.cos(3 * t) * c
+
+    positions = [-0.02 * i for i in range(order + 1)]
+    weights = newton(positions, 0.02)
+    found = sum(w * state(t).to(dtype).double() for w, t in zip(weights, positions, strict=True))
+    return (found - state(0.02)).abs().mean().item()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "first", "second"),
+    [(torch.bfloat16, 0.0027, 0.0049), (torch.float16, 0.0007, 0.0006), (torch.float32, 0.0006, 0.00002)],
+)
+def test_what_rounding_leaves_of_order_two(dtype, first, second):
+    assert off_by(dtype, 1) == pytest.approx(first, rel=0.1)
+    assert off_by(dtype, 2) == pytest.approx(second, rel=0.25)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("name", ["newton", "taylorseer", "hermite"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_high_orders_in_half_precision_are_noted(name, order, dtype):
+    kind = str(dtype).removeprefix("torch.")
+    times = {2: 7, 3: 15}[order]
+    positions = [float(-i) for i in range(order + 1)]
+    assert sum(map(abs, newton(positions, 1.0))) == times
+    assert rounding_note(name, order, dtype).startswith(
+        f"{name} of order {order} in {kind}: a forecast has up to {times} "
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "order", "dtype"),
+    [
+        ("newton", 1, torch.bfloat16),
+        ("taylorseer", 0, torch.float16),
+        ("newton", 3, torch.float32),
+        ("hermite", 2, torch.float64),
+        ("reuse", 3, torch.bfloat16),
+        ("foca", 3, torch.bfloat16),
+        ("dmd", 3, torch.float16),
+    ],
+)
+def test_nothing_is_noted_where_rounding_does_no_harm(name, order, dtype):
+    assert rounding_note(name, order, dtype) is None
+
+
+def test_a_forecaster_says_by_what_it_was_chosen():
+    assert {name: make_forecaster(name, 2).order for name in FORECASTERS} == {
+        "reuse": 0, "taylorseer": 2, "newton": 2, "hermite": 2, "foca": 0, "dmd": 0,
+    }  # fmt: skip
+    assert all(make_forecaster(name).name == name for name in FORECASTERS)

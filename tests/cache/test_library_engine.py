@@ -20,8 +20,8 @@ import omni_kernels
 from omni_kernels import PatchConflictError
 from omni_runtime import Omni
 from omni_runtime.cache import library, models
-from omni_runtime.cache.backends import METHODS
 from omni_runtime.cache.masks import steps_mask
+from omni_runtime.cache.methods import METHODS
 from omni_runtime.cli import main
 
 STEPS = 12
@@ -580,11 +580,6 @@ def test_the_librarys_forecasters_run(qwen_pipe, forecaster):
     with omni_kernels.patched(qwen_pipe, "cache_dit", CONFIG | {"forecaster": forecaster}) as handle:
         assert torch.isfinite(run(qwen_pipe)).all()
         assert all(skipped(handle))
-
-
-def test_it_cannot_be_combined():
-    with pytest.raises(ValueError, match="engine 'library' cannot be combined"):
-        METHODS["combined"].check({"blocks": {"cache_config": {"engine": "library"}}})
 
 
 def test_without_the_library_the_extra_is_named(monkeypatch):

@@ -210,7 +210,7 @@ def test_next_request_drops_what_an_open_one_holds(pipe):
             img_shapes=[[(1, 4, 4)]],
         )
 
-    with torch.no_grad(), handle.run():
+    with torch.no_grad(), handle.sampling():
         one_step()
         assert len(living()) == 2
         pipe.scheduler.set_timesteps(3, mu=0.5)

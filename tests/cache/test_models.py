@@ -146,7 +146,7 @@ def test_layered_distance_is_over_all_layers():
         lambda _, args, kwargs, output: inputs.append(kwargs["hidden_states"]), with_kwargs=True
     )
     config = {"rel_l1_thresh": 1e-9, "coefficients": [0, 0, 0, 1, 0]}
-    with omni_kernels.patched(pipe, "tea_cache", config) as handle, handle.run(), torch.no_grad():
+    with omni_kernels.patched(pipe, "tea_cache", config) as handle, handle.sampling(), torch.no_grad():
         pipe.scheduler.set_timesteps(3, mu=0.5)
         for step in range(2):
             pipe.transformer(
@@ -276,7 +276,7 @@ def test_row_alone_makes_a_controlnet_work(sd3_pipe, monkeypatch):
             omni_kernels.patched(
                 sd3_pipe, "cache_dit", {"max_warmup_steps": 0, "residual_diff_threshold": 1}
             ) as handle,
-            handle.run(),
+            handle.sampling(),
         ):
             sd3_pipe.scheduler.set_timesteps(3)
             assert torch.equal(sd3_pipe.transformer(**call).sample, expected)

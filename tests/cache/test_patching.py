@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import sys
 from types import SimpleNamespace
 
 import cache_dit
@@ -12,7 +11,6 @@ import tiny
 import torch
 
 import omni_kernels
-from omni_kernels.patching import backends
 from omni_runtime.cache.session import CacheSession
 
 CONFIG = {"threshold": 0.3}
@@ -226,8 +224,8 @@ def test_copy_of_the_transformer_is_plain_and_works(qwen_pipe):
         assert duplicate.transformer_blocks[0] is not qwen_pipe.transformer.transformer_blocks[0]
         other.transformer = duplicate
         assert torch.equal(latents(other), expected)
-        with handle.run() as run, duplicate.cache_context("cond"):
-            assert run.context is None
+        with handle.sampling() as sampling, duplicate.cache_context("cond"):
+            assert sampling.context is None
     assert torch.equal(latents(qwen_pipe), cached)
     assert handle.active
 
@@ -444,69 +442,3 @@ def test_diffusers_cache_disabled_again_is_no_hindrance(qwen_pipe):
 def test_what_is_no_pipeline_is_refused_by_name(pipe):
     with pytest.raises(ValueError, match=rf"{type(pipe).__name__} has no transformer"):
         patch(pipe)
-
-
-# Backends of others
-
-
-def register(directory, distribution, entry):
-    info = directory / f"{distribution}-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[omni_kernels.cache_backends]\n{entry}\n")
-
-
-@pytest.fixture
-def third_party(tmp_path, monkeypatch):
-    """A distribution on sys.path that registers the backend `half_cache`."""
-    (tmp_path / "half_cache_backend.py").write_text(
-        "class Installed:\n"
-        "    report = 'halved'\n"
-        "    on_step = None\n"
-        "    closed = False\n"
-        "    def close(self):\n"
-        "        self.closed = True\n"
-        "class Half:\n"
-        "    name, summary, keys = 'half_cache', 'halves', ()\n"
-        "    def check(self, config, transformer=None):\n"
-        "        return {'factor': 2, **(config or {})}\n"
-        "    def install(self, pipe, config, patch):\n"
-        "        patch.set_method(pipe.scheduler, 'step', lambda *args: config['factor'])\n"
-        "        self.installed = Installed()\n"
-        "        return self.installed\n"
-        "HALF = Half()\n"
-    )
-    register(tmp_path, "half_cache", "half_cache = half_cache_backend:HALF")
-    monkeypatch.syspath_prepend(tmp_path)
-    yield tmp_path
-    sys.modules.pop("half_cache_backend", None)
-
-
-def test_third_party_backend_is_found_by_its_entry_point(third_party, qwen_pipe):
-    handle = omni_kernels.patch(qwen_pipe, "half_cache", {"factor": 4})
-    assert handle.report == "halved"
-    assert handle.cache_config == {"factor": 4}
-    assert qwen_pipe.scheduler.step() == 4
-    installed = backends.get("half_cache").installed
-    handle.undo()
-    assert installed.closed
-    assert "step" not in vars(qwen_pipe.scheduler)
-    assert {"half_cache", "tea_cache"} <= set(backends.available())
-
-
-def test_third_party_backend_is_suggested(third_party, qwen_pipe):
-    with pytest.raises(ValueError, match="did you mean 'half_cache'"):
-        omni_kernels.patch(qwen_pipe, "hafl_cache")
-
-
-def test_backend_that_cannot_be_imported_breaks_no_other(third_party, qwen_pipe):
-    register(third_party, "broken", "broken_cache = no_such_module:BROKEN")
-    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
-        omni_kernels.patch(qwen_pipe, "broken_cache")
-    patch(qwen_pipe).undo()
-
-
-def test_two_backends_of_one_name_are_named(third_party, qwen_pipe):
-    register(third_party, "other", "half_cache = other_backend:HALF")
-    with pytest.raises(ValueError, match="two cache backends are called 'half_cache'"):
-        omni_kernels.patch(qwen_pipe, "half_cache")

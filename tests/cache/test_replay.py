@@ -27,18 +27,11 @@ CONFIGS = {
     "cache_dit": {"residual_diff_threshold": 0.15, "max_warmup_steps": 1, "enable_taylorseer": True},
     "sea_cache": {"threshold": 0.2},
     "easy_cache": {"thresh": 0.2, "ret_steps": 2},
-    "combined": {
-        "velocity": {"schedule": [0, 1, 2, 3, 5, 6, 7, 9, 10, 11]},
-        "blocks": {"cache_backend": "first_block_cache", "cache_config": {"threshold": 0.2}},
-    },
 }
 
 
 def replaying(backend, tolerance=0.1, **change):
-    config, keys = CONFIGS[backend] | change, {"decision": "replay", "drift_tolerance": tolerance}
-    if backend != "combined":
-        return config | keys
-    return config | {"blocks": config["blocks"] | {"cache_config": config["blocks"]["cache_config"] | keys}}
+    return CONFIGS[backend] | change | {"decision": "replay", "drift_tolerance": tolerance}
 
 
 def latents(pipe, **arguments):

@@ -27,7 +27,6 @@ CONFIGS = {
     },
     "velocity_cache": {"speedup": 2.5},
     "easy_cache": {"thresh": 0.3, "ret_steps": 2, "forecaster": "newton"},
-    "combined": {"velocity": {"budget": 4}, "blocks": {"cache_config": {"residual_diff_threshold": 0.3}}},
 }
 EVERY_OTHER = {"steps_computation_mask": "10101011", "scm_steps_policy": "static", "max_warmup_steps": 0}
 
@@ -184,7 +183,7 @@ def test_prompts_of_different_length_keep_their_own_snapshots(qwen_pipe):
 def test_calls_without_names_are_told_apart_by_their_order(qwen_pipe):
     handle = omni_kernels.patch(qwen_pipe, "cache_dit", {"max_warmup_steps": 0, "residual_diff_threshold": 1})
     scheduler, texts = qwen_pipe.scheduler, (text(5), text(9, seed=1))
-    with handle.run():
+    with handle.sampling():
         for calls in (1, 4):  # the first request is left after one call of its second step
             scheduler.set_timesteps(2, mu=0.5)
             for index in range(2 + calls if calls == 1 else calls):
@@ -200,7 +199,7 @@ def test_calls_without_names_are_told_apart_by_their_order(qwen_pipe):
 
 def test_same_name_twice_in_a_step_is_two_branches(qwen_pipe):
     handle = omni_kernels.patch(qwen_pipe, "first_block_cache", {"threshold": 1.0})
-    with handle.run():
+    with handle.sampling():
         qwen_pipe.scheduler.set_timesteps(2, mu=0.5)
         for step in range(2):
             for seed in range(2):
@@ -226,7 +225,7 @@ def test_cfg_truncation_halves_the_batch_mid_run(z_pipe):
 def test_prompt_of_another_length_mid_run_drops_the_text_snapshots(qwen_pipe):
     config = {"max_warmup_steps": 0, "residual_diff_threshold": 1, "Bn_compute_blocks": 1}
     handle = omni_kernels.patch(qwen_pipe, "cache_dit", config)
-    with handle.run():
+    with handle.sampling():
         qwen_pipe.scheduler.set_timesteps(4, mu=0.5)
         for step, tokens in enumerate([5, 5, 8, 8]):
             forward(qwen_pipe, NOISE, text(tokens))
@@ -315,7 +314,7 @@ def test_exception_between_the_steps_ends_the_request(qwen_pipe, error):
 
 def test_exception_in_the_scheduler_ends_the_request(qwen_pipe):
     handle = omni_kernels.patch(qwen_pipe, "cache_dit", CONFIGS["cache_dit"])
-    with handle.run():
+    with handle.sampling():
         qwen_pipe.scheduler.set_timesteps(4, mu=0.5)
         forward(qwen_pipe, NOISE, text(5))
         assert handle._installed.held_tensors() != []
@@ -364,7 +363,7 @@ def test_steps_count_as_the_request_has_them_not_as_the_user_told(qwen_pipe):
 def test_transformer_called_by_hand_computes_fully_and_says_so_once(qwen_pipe):
     expected = forward(qwen_pipe, NOISE, text(5))
     handle = omni_kernels.patch(qwen_pipe, "first_block_cache", {"threshold": 1.0})
-    with pytest.warns(UserWarning, match=r"outside a call of the patched pipeline.* `with handle\.run\(\):`") as said:
+    with pytest.warns(UserWarning, match=r"outside a call of the patched.* `with handle\.sampling\(\):`") as said:
         assert torch.equal(forward(qwen_pipe, NOISE, text(5)), expected)
     assert [w.filename for w in said] == [__file__]
     latents(qwen_pipe)
@@ -381,7 +380,7 @@ def test_transformer_called_by_hand_computes_fully_and_says_so_once(qwen_pipe):
 def test_loop_of_ones_own_is_cached_where_it_says_so(qwen_pipe):
     handle = omni_kernels.patch(qwen_pipe, "first_block_cache", {"threshold": 1.0})
     qwen_pipe.scheduler.set_timesteps(3, mu=0.5)  # before it: the request is taken up
-    with handle.run():
+    with handle.sampling():
         for timestep in qwen_pipe.scheduler.timesteps:
             qwen_pipe.scheduler.step(forward(qwen_pipe, NOISE, text(5)), timestep, NOISE)
     assert handle.report.branches["0"].computed == [0]
@@ -392,7 +391,7 @@ def test_loop_of_ones_own_is_cached_where_it_says_so(qwen_pipe):
 
 def test_run_in_which_nothing_could_be_cached_says_so(qwen_pipe):
     handle = omni_kernels.patch(qwen_pipe, "first_block_cache", {"threshold": 1.0})
-    with pytest.warns(UserWarning, match="first_block_cache has cached nothing"), handle.run():
+    with pytest.warns(UserWarning, match="first_block_cache has cached nothing"), handle.sampling():
         forward(qwen_pipe, NOISE, text(5))
 
 
@@ -497,7 +496,7 @@ def test_sampler_of_second_order_forecasts_though_it_visits_a_sigma_twice(qwen_p
     config = {"forecaster": "newton", "forecaster_order": 2, "max_warmup_steps": 5, "residual_diff_threshold": 1}
     handle = omni_kernels.patch(qwen_pipe, "cache_dit", config)
     scheduler, noise = qwen_pipe.scheduler, NOISE
-    with handle.run():
+    with handle.sampling():
         scheduler.set_timesteps(4)
         for timestep in scheduler.timesteps:
             velocity = forward(qwen_pipe, noise, text(5), timestep.item() / 1000)

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from omni_runtime.cache import masks, schedules
-from omni_runtime.cache.schedules import PUBLISHED, Schedule, even, fast_enough, fitted, named, nearest
+from omni_runtime.cache.schedules import PUBLISHED, Schedule, even, fast_enough, fitted, good_enough, named, nearest
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -153,3 +153,70 @@ def test_nearest_goes_by_the_share_of_computed_steps() -> None:
     assert nearest([a, b], 50, 26) is a
     assert nearest([a, b], 100, 37) is b
     assert nearest([], 50, 25) is None
+
+
+@pytest.mark.parametrize("name", schedules.NAMES)
+@pytest.mark.parametrize("sigmas", [None, (0.7,)])
+def test_one_step_is_computed_by_every_schedule(name: str, sigmas: tuple[float, ...] | None) -> None:
+    assert named(name, 1, sigmas).computed == (0,)
+
+
+@pytest.mark.parametrize("budget", [None, 0, 1, 2, 3, 99])
+def test_one_step_is_computed_at_every_budget(budget: int | None) -> None:
+    levels = Schedule(4, (0, 1, 3), "here", sigmas=(1.0, 0.8, 0.5, 0.2))
+    single = Schedule(1, (0,), "here", sigmas=(1.0,))
+    for schedule in (levels, single, PUBLISHED["z-image-25"]):
+        assert fitted(schedule, 1, (0.9,), budget).computed == (0,)
+    assert even(1, budget or 0).computed == (0,)
+
+
+@pytest.mark.parametrize(
+    ("steps", "budget", "computed"),
+    [
+        (2, 0, (0, 1)),
+        (2, 1, (0, 1)),
+        (2, 5, (0, 1)),
+        (5, 0, (0, 4)),
+        (5, 1, (0, 4)),
+        (5, 3, (0, 2, 4)),
+        (5, 5, (0, 1, 2, 3, 4)),
+        (5, 9, (0, 1, 2, 3, 4)),
+    ],
+)
+def test_a_budget_is_two_at_least_and_all_steps_at_most(steps: int, budget: int, computed: tuple[int, ...]) -> None:
+    assert even(steps, budget).computed == computed
+    assert fitted(Schedule(9, (0, 4, 8), "here"), steps, None, budget).computed == computed
+
+
+def test_a_schedule_of_one_step_is_carried_over_to_more() -> None:
+    """Of one level nothing is known of how to spread others: the first steps, and the last."""
+    assert fitted(Schedule(1, (0,), "here", sigmas=(1.0,)), 4, (1.0, 0.7, 0.4, 0.1), 3).computed == (0, 1, 3)
+
+
+def test_a_schedule_of_no_steps_is_refused() -> None:
+    for made in (lambda: even(0, 2), lambda: fitted(PUBLISHED["z-image-25"], 0), lambda: named("z-image-25", 0)):
+        with pytest.raises(ValueError, match="at least 1 step, not of 0"):
+            made()
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("speedup", [1.5, 2.0, 50.0])
+def test_of_one_or_two_steps_no_speedup_is_asked(steps: int, speedup: float) -> None:
+    measured = [Schedule(50, even(50, 25).computed, "measured", psnr=40.0, speedup=1.8)]
+    assert fast_enough(measured, steps, speedup) == fast_enough([], steps, speedup) == steps
+
+
+def test_good_enough_goes_by_the_share_of_computed_steps_and_not_by_their_number() -> None:
+    """17 of 50 are 34%, 12 of 28 are 43%, 9 of 20 are 45%: the first is the fastest, though it computes the most."""
+    many = Schedule(50, even(50, 17).computed, "many", psnr=36.0)
+    some = Schedule(28, even(28, 12).computed, "some", psnr=38.0)
+    few = Schedule(20, even(20, 9).computed, "few", psnr=40.0)
+    for order in itertools.permutations((many, some, few)):
+        assert good_enough(order, 35.0) is many
+        assert good_enough(order, 36.0) is many, "as good as asked is good enough"
+        assert good_enough(order, 36.1) is some
+        assert good_enough(order, 39.0) is few
+    with pytest.raises(ValueError, match=r"quality 41 dB is more than .*: the best has 40\.0 dB, at 9 of 20 steps"):
+        good_enough([many, some, few], 41.0)
+    with pytest.raises(ValueError, match="run `omni calibrate schedule` first"):
+        good_enough([Schedule(50, (0, 49), "never measured")], 1.0)

@@ -15,8 +15,8 @@ from host_reads import HostReadError, Ops, Reads
 
 import omni_kernels
 from omni_runtime import Omni
-from omni_runtime.cache.backends import METHODS
 from omni_runtime.cache.history import History
+from omni_runtime.cache.methods import METHODS
 from omni_runtime.cache.output import SCHEDULERS, Corrector, OutputSession
 from omni_runtime.compare.comparison import prompts_of
 from omni_runtime.generation import loading
@@ -460,7 +460,7 @@ def test_every_scheduler_of_the_table(qwen_pipe, given, name, config):
     assert torch.equal(sampled(qwen_pipe, scheduler), plain)
     calls = counted(qwen_pipe)
     qwen_pipe.scheduler = scheduler
-    with omni_kernels.patched(qwen_pipe, "velocity_cache", {"budget": STEPS}) as handle, handle.run():
+    with omni_kernels.patched(qwen_pipe, "velocity_cache", {"budget": STEPS}) as handle, handle.sampling():
         assert torch.equal(sampled(qwen_pipe, scheduler), plain)
     calls.clear()
     given.clear()
@@ -472,7 +472,7 @@ def test_every_scheduler_of_the_table(qwen_pipe, given, name, config):
 
     scheduler.step = spy
     with omni_kernels.patched(qwen_pipe, "velocity_cache", {"schedule": SCHEDULE}) as handle:
-        with handle.run():
+        with handle.sampling():
             made = sampled(qwen_pipe, scheduler)
         (branch,) = handle.report.branches.values()
         assert branch.computed == list(SCHEDULE)
@@ -618,7 +618,7 @@ def test_only_one_of_the_four_is_given(pair):
         ({"schedule": [-1, 3]}, None, "from 0"),
         ({"schedule": []}, None, "each computed step"),
         ({"schedule": [0, 8]}, 8, "names step 8, but the request has 8 steps"),
-        ({"budget": 1}, None, "budget must be a whole number ≥ 2"),
+        ({"budget": 1}, None, "budget must be None or a whole number ≥ 2"),
         ({"budget": 9}, 8, "budget is 9 computed steps, but the request has 8"),
         ({"speedup": 1.0}, None, "speedup must be None or a finite number > 1"),
         ({"reach": 0}, None, "reach must be a finite number > 0"),
@@ -815,69 +815,8 @@ def test_quality_that_nothing_reaches_is_named(qwen_pipe):
         latents(qwen_pipe)
 
 
-# Over a cache of blocks
-
-
-BLOCKS = {"cache_backend": "cache_dit", "cache_config": {"max_warmup_steps": 2, "residual_diff_threshold": 1.0}}
-
-
-@pytest.mark.parametrize("name", tiny.PIPELINES)
-def test_combined_skips_blocks_in_computed_steps(name):
-    """Steps off the schedule run no transformer; of the others, what the cache of blocks decides."""
-    pipe = BUILDERS[name]()
-    calls = counted(pipe)
-    config = {"velocity": {"schedule": [0, 1, 2, 4, 6, 7]}, "blocks": BLOCKS}
-    with omni_kernels.patched(pipe, "combined", config) as handle:
-        made = latents(pipe)
-        assert torch.equal(latents(pipe), made)
-        branches = handle.report.branches
-    per_step = len(branches)
-    assert len(calls) == 2 * 6 * per_step
-    for branch in branches.values():
-        assert branch.computed == [0, 1, 7]
-        reasons = {d.step: d.reason for d in branch.decisions}
-        assert [step for step, reason in reasons.items() if reason == "schedule"] == [3, 5]
-        assert [step for step, reason in reasons.items() if reason == "threshold ≥ 1"] == [2, 4, 6]
-        assert reasons[7] == "max continuous cached steps"
-
-
-def test_combined_with_everything_computed_by_one_is_the_other(qwen_pipe):
-    def made(backend, config):
-        with omni_kernels.patched(qwen_pipe, backend, config):
-            return latents(qwen_pipe)
-
-    whole, never = {"budget": STEPS}, {"cache_backend": "cache_dit", "cache_config": {"residual_diff_threshold": 0.0}}
-    assert torch.equal(
-        made("combined", {"velocity": whole, "blocks": BLOCKS}), made("cache_dit", BLOCKS["cache_config"])
-    )
-    velocity = {"schedule": list(SCHEDULE)}
-    assert torch.equal(made("combined", {"velocity": velocity, "blocks": never}), made("velocity_cache", velocity))
-
-
-@pytest.mark.parametrize(
-    ("config", "error", "named"),
-    [
-        (
-            {"velocity": {"budgets": 3}},
-            ValueError,
-            "velocity: velocity_cache has no key 'budgets': did you mean 'budget'",
-        ),
-        ({"velocity": 3}, TypeError, "velocity must be an object"),
-        ({"blocks": {"cache_backend": "velocity_cache"}}, ValueError, "blocks: .*a method for blocks, not 'velocity"),
-        ({"blocks": {"cache_config": {"Fn": 3}}}, ValueError, "blocks: cache_dit has no key 'Fn'"),
-        ({"blocks": {"backend": "cache_dit"}}, ValueError, "blocks: no key 'backend'"),
-    ],
-)
-def test_wrong_parts_of_combined_are_named(config, error, named):
-    with pytest.raises(error, match=named):
-        METHODS["combined"].check(config)
-
-
 def test_what_a_models_directory_brings_is_taken_by_hand_too(qwen_pipe, tmp_path):
     (tmp_path / "velocity_cache.json").write_text(json.dumps(made_for(qwen_pipe)))
     qwen_pipe.register_to_config(_name_or_path=str(tmp_path))
     assert qwen_pipe.name_or_path == str(tmp_path)
     assert computed_by(qwen_pipe, {"quality": 35.0})[0] == [0, 1, 3, 4, 7]
-    with omni_kernels.patched(qwen_pipe, "combined", {"velocity": {"quality": 30.0}}) as handle:
-        latents(qwen_pipe)
-        assert "calibrated on tiny" in " ".join(handle.report.notes)

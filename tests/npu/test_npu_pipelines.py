@@ -23,7 +23,6 @@ CONFIGS = {
     "cache_dit": {"residual_diff_threshold": 0.4, "max_warmup_steps": 2},
     "velocity_cache": {"speedup": 2.5},
     "easy_cache": {"thresh": 0.4, "ret_steps": 2},
-    "combined": {"velocity": {"budget": 4}, "blocks": {"cache_config": {"residual_diff_threshold": 0.4}}},
 }
 #: Those that measure nothing, and so read nothing of the device to decide.
 BY_THE_STEP = {"velocity_cache", "mag_cache"}

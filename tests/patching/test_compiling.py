@@ -22,13 +22,6 @@ CACHES = {
     "sea_cache": {"threshold": 0.6},
     "easy_cache": {"thresh": 0.6, "ret_steps": 0},
     "velocity_cache": {"budget": 3},
-    "combined": {
-        "velocity": {"budget": 5},
-        "blocks": {
-            "cache_backend": "cache_dit",
-            "cache_config": {"max_warmup_steps": 1, "residual_diff_threshold": 0.5},
-        },
-    },
 }
 #: the same caches run otherwise
 VARIANTS = {

@@ -32,13 +32,6 @@ CACHES = {
     "easy_cache": {"thresh": 0.6, "ret_steps": 0},
     "velocity_cache": {"budget": 3},
     "sea_cache": {"threshold": 0.6},
-    "combined": {
-        "velocity": {"budget": 5},
-        "blocks": {
-            "cache_backend": "cache_dit",
-            "cache_config": {"max_warmup_steps": 1, "residual_diff_threshold": 0.5},
-        },
-    },
 }
 
 
@@ -47,7 +40,6 @@ FIRST_AND_OTHERS = {(0,), (1, 2, 3)}
 PARTS = {
     "first_block_cache": FIRST_AND_OTHERS,
     "cache_dit": {(0,), (1, 2, 3), (3,)},
-    "combined": FIRST_AND_OTHERS,
 }
 
 

@@ -28,10 +28,6 @@ BACKENDS: dict[str | None, dict[str, Any]] = {
     "sea_cache": {"threshold": 0.3},
     "easy_cache": {"thresh": 0.3, "ret_steps": 4},
     "velocity_cache": {"schedule": [*range(0, 20, 3), 19], "forecaster_order": 2},
-    "combined": {
-        "velocity": {"budget": 12},
-        "blocks": {"cache_backend": "cache_dit", "cache_config": {"residual_diff_threshold": 0.3}},
-    },
 }
 
 

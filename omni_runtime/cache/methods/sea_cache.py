@@ -1,0 +1,64 @@
+"""SeaCache (arXiv:2602.18993): TeaCache on what a filter for the noise level leaves of block 0's modulated input.
+
+At noise level σ only so much of an image is signal: of the modulated input, a Wiener filter over the grid of its tokens
+leaves what that is, for a signal whose spectrum falls as 1/|f|^p, p = `power_exp`
+(`omni_runtime.cache.signals.FilteredModulatedInput`). Of that, the distances to the step before are summed as they are,
+and the step is computed when the sum reaches `threshold`; the first and the last step always are, and no more than
+`max_consecutive_cached` are skipped in a row. Defaults as in vLLM-Omni; the paper takes p = 2 for images.
+
+site: all blocks · signal: block 0's modulated input, filtered · gate: accumulated distance, under limits ·
+forecaster: reuse, or another
+"""
+
+from __future__ import annotations
+
+from omni_runtime.cache import config as keys
+from omni_runtime.cache.gates import AccumulatedPolynomialGate, Limits
+from omni_runtime.cache.lifecycle import Request
+from omni_runtime.cache.methods.method import Config, Method
+from omni_runtime.cache.methods.shared_keys import (
+    DECISION_KEYS,
+    FORECASTER_KEYS,
+    chosen_forecaster,
+    drift_tolerance,
+)
+from omni_runtime.cache.models import ModelRow
+from omni_runtime.cache.passage import Parts
+from omni_runtime.cache.signals import FilteredModulatedInput
+
+
+def _parts(config: Config, row: ModelRow, blocks: int) -> Parts:
+    if row.modulation is None or row.noise_grid is None:
+        lacking = "modulation" if row.modulation is None else "noise_grid"
+        raise ValueError(
+            "sea_cache filters block 0's modulated input over the grid of its tokens: the transformer's ModelRow gives "
+            f"no {lacking}"
+        )
+
+    def gate(request: Request) -> AccumulatedPolynomialGate:
+        ends = tuple(int(step in (0, request.steps - 1)) for step in range(request.steps))
+        limits = Limits(mask=ends, longest_run=config["max_consecutive_cached"])
+        return AccumulatedPolynomialGate(limits, config["threshold"], (1.0, 0.0))
+
+    return Parts(
+        first=0,
+        last=blocks,
+        signal=FilteredModulatedInput(row.modulation, row.noise_grid, config["power_exp"]),
+        gate=gate,
+        forecaster=chosen_forecaster(config),
+        drift_tolerance=drift_tolerance(config),
+    )
+
+
+SEA_CACHE = Method(
+    name="sea_cache",
+    summary="SeaCache: TeaCache on what a filter for the step's noise level leaves of block 0's modulated input",
+    keys=(
+        keys.number("threshold", 0.25, "accumulated distance at which a step is computed", above=0.0),
+        keys.integer("max_consecutive_cached", 2, -1, None, "most steps skipped in a row; −1: no limit"),
+        keys.number("power_exp", 3.0, "p of the signal's spectrum 1/|f|^p that the filter assumes", above=0.0),
+        *DECISION_KEYS,
+        *FORECASTER_KEYS,
+    ),
+    parts=_parts,
+)

@@ -1,0 +1,76 @@
+"""Keys that several methods have: of the forecaster, of who decides, of the reach, and of what was calibrated."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from omni_runtime.cache import calibration
+from omni_runtime.cache import config as keys
+from omni_runtime.cache.forecasters import FORECASTERS, Forecaster, make_forecaster
+from omni_runtime.cache.methods.method import Config
+
+#: Of every method that skips blocks, and of those of whole steps whose default is to reuse.
+FORECASTER_KEYS = (
+    keys.choice("forecaster", None, tuple(FORECASTERS), "what stands in for a skipped residual; None: reuse"),
+    keys.integer(
+        "forecaster_order",
+        1,
+        0,
+        3,
+        "order of taylorseer, newton and hermite, which keep one snapshot more; in bfloat16 and float16, rounding may "
+        "outweigh what orders from 2 on add",
+    ),
+)
+
+
+def chosen_forecaster(config: Config) -> Forecaster:
+    """What FORECASTER_KEYS choose."""
+    return make_forecaster(config["forecaster"] or "reuse", config["forecaster_order"])
+
+
+#: Of every method that decides by what it measures.
+DECISION_KEYS = (
+    keys.choice(
+        "decision", "measure", ("measure", "replay"), "who decides: each request, or the first of its kind for all"
+    ),
+    keys.number(
+        "drift_tolerance", 0.1, "drift, in shares of the threshold, past which a request decides afresh", low=0.0
+    ),
+)
+
+
+def drift_tolerance(config: Config) -> float | None:
+    """What DECISION_KEYS choose: `Parts.drift_tolerance`."""
+    return config["drift_tolerance"] if config["decision"] == "replay" else None
+
+
+#: Of every method that forecasts whole steps.
+REACH_KEY = keys.number(
+    "reach", 1.0, "longest extrapolation, in distances between the two newest computed steps", above=0.0
+)
+
+
+def calibrated_key(method: str, numbers: keys.Key) -> keys.Key:
+    """A key that takes numbers, or a method's calibration: a file of `omni calibrate`, or the parsed file."""
+
+    def convert(value: Any) -> Any:
+        if not isinstance(value, str | os.PathLike | Mapping):
+            return numbers.convert(value)
+        try:
+            return calibration.read(value, method)
+        except (OSError, ValueError) as error:
+            raise keys.SaidInFullError(str(error)) from None
+
+    allowed = f"{numbers.allowed}, or a file of `omni calibrate`, by its path or parsed"
+    return keys.Key(numbers.name, None, f"{numbers.type_name} or a file", allowed, numbers.doc, convert)
+
+
+def calibrated_numbers(key: str, given: Any, published: Any) -> tuple[Mapping[str, Any], Mapping[str, Any] | None, str]:
+    """The numbers under `key` with whatever a file holds beside them, the runs that they were fitted to, and a note."""
+    if isinstance(given, Mapping):
+        return given, given["calibrated_for"], f"{key}: calibrated on {calibration.summary(given)}"
+    if given is None:
+        return {key: published}, None, f"{key}: those published for the transformer's class"
+    return {key: given}, None, f"{key}: given as numbers"

@@ -1,0 +1,140 @@
+"""Velocity cache: skip whole steps on a schedule, and forecast the guided model output there.
+
+What is cached is what the pipeline hands to `scheduler.step`, for flow matching a velocity (MeanCache, Gao et al. 2026,
+arXiv:2601.19961, caches it on a schedule, too). Which steps are computed is settled before the request begins: by
+`schedule`, a list or a name; by how many, `budget`; by how much faster, `speedup`; or by how good, `quality`, where
+that was measured. The last three take the schedules that `omni calibrate schedule` found for the model, else the
+published ones of its class, else evenly spread steps (`omni_runtime.cache.schedules`). A skipped step is given the line
+in σ through the last two outputs (`forecaster` and `forecaster_order`), drawn no farther than `reach`; the next
+computed step corrects for how far off that was (`corrector_order`, `omni_runtime.cache.output.Corrector`).
+
+site: whole steps · signal: nothing · gate: schedule · forecaster: Newton in σ, or another, within `reach`
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omni_kernels.patching.backends import nearest
+from omni_runtime.cache import config as keys
+from omni_runtime.cache import schedules
+from omni_runtime.cache.forecasters import FORECASTERS, make_forecaster
+from omni_runtime.cache.gates import ScheduleGate
+from omni_runtime.cache.lifecycle import Request
+from omni_runtime.cache.methods.method import Config, Method
+from omni_runtime.cache.methods.shared_keys import REACH_KEY, calibrated_key
+from omni_runtime.cache.output import OutputSite
+
+#: Keys that say which steps are computed: at most one is given.
+_ASKED = ("schedule", "budget", "speedup", "quality")
+
+
+def _schedule_key() -> keys.Key:
+    def convert(value: Any) -> str | tuple[int, ...]:
+        if isinstance(value, str):
+            if value not in schedules.NAMES:
+                raise ValueError(nearest(value, schedules.NAMES))
+            return str(value)
+        found = tuple(sorted(map(keys.whole, keys.entries(value))))
+        if not found or found[0] < 0 or len(set(found)) < len(found):
+            raise ValueError("it must name each computed step once, from 0")
+        return found
+
+    allowed = f"None, a list of step indices, or one of {', '.join(map(repr, schedules.NAMES))}"
+    doc = "the computed steps; the first and last are added"
+    return keys.Key("schedule", None, "steps or name", allowed, doc, convert)
+
+
+def _schedule(config: Config, request: Request, transformer: str) -> schedules.Schedule:
+    steps = request.steps
+    sigmas = request.sigmas[request.begin : request.begin + steps]
+    if isinstance(config["schedule"], str):
+        return schedules.named(config["schedule"], steps, sigmas)
+    if config["schedule"] is not None:
+        return schedules.Schedule(steps, tuple(sorted({0, steps - 1, *config["schedule"]})), "given")
+    calibrated = schedules.calibrated(config["calibration"])
+    if config["quality"] is not None:
+        return schedules.fitted(schedules.good_enough(calibrated, config["quality"]), steps, sigmas)
+    budget = _budget(config, steps)
+    published = [one for one in schedules.PUBLISHED.values() if one.transformer == transformer]
+    found = schedules.nearest(calibrated, steps, budget) or schedules.nearest(published, steps, budget)
+    return schedules.even(steps, budget) if found is None else schedules.fitted(found, steps, sigmas, budget)
+
+
+def _budget(config: Config, steps: int) -> int:
+    """How many steps are computed, where their number was asked for."""
+    if config["budget"] is not None:
+        return min(config["budget"], steps)
+    if config["speedup"] is None:
+        return min(max(2, steps // 2), steps)
+    return schedules.fast_enough(schedules.calibrated(config["calibration"]), steps, config["speedup"])
+
+
+def _output(config: Config) -> OutputSite:
+    def gate(request: Request, transformer: str) -> ScheduleGate:
+        _relations(config, None, request.steps)
+        schedule = _schedule(config, request, transformer)
+        request.notes.append(
+            f"schedule: {len(schedule.computed)} of {schedule.steps} steps computed, {schedule.origin}"
+        )
+        return ScheduleGate(schedule.mask)
+
+    given = config["calibration"]
+    return OutputSite(
+        gate=gate,
+        forecaster=make_forecaster(config["forecaster"], config["forecaster_order"]),
+        reach=config["reach"],
+        corrector_order=config["corrector_order"],
+        fitted_for=None if given is None or config["schedule"] is not None else given["calibrated_for"],
+    )
+
+
+def _relations(config: Config, blocks: int | None, steps: int | None) -> None:
+    asked = [name for name in _ASKED if config[name] is not None]
+    if len(asked) > 1:
+        raise ValueError(f"{' and '.join(asked)} exclude each other: give one of {', '.join(_ASKED)}")
+    if config["quality"] is not None and config["calibration"] is not None:
+        schedules.good_enough(schedules.calibrated(config["calibration"]), config["quality"])
+    if steps is None:
+        return
+    if config["budget"] is not None and config["budget"] > steps:
+        raise ValueError(f"budget is {config['budget']} computed steps, but the request has {steps}")
+    last = max(config["schedule"]) if isinstance(config["schedule"], tuple) else 0
+    if last >= steps:
+        raise ValueError(f"schedule names step {last}, but the request has {steps} steps, from 0 to {steps - 1}")
+
+
+VELOCITY_CACHE = Method(
+    name="velocity_cache",
+    summary="Velocity cache: skip whole steps on a schedule, and forecast the guided model output there",
+    keys=(
+        _schedule_key(),
+        keys.integer("budget", None, 2, None, "how many steps are computed"),
+        keys.number(
+            "speedup",
+            None,
+            "times as fast as with all steps, by what was measured where that was calibrated; nothing given: half of "
+            "the steps",
+            above=1.0,
+        ),
+        keys.number("quality", None, "mean PSNR in dB against the full run, where that was calibrated", above=0.0),
+        calibrated_key(
+            "velocity_cache", keys.nothing("calibration", "schedules found for a model; None: the model's own")
+        ),
+        keys.choice(
+            "forecaster", "newton", tuple(FORECASTERS), "what stands in for a skipped step's model output", none=True
+        ),
+        keys.integer(
+            "forecaster_order",
+            1,
+            0,
+            2,
+            "order of the forecaster, where it has one; in bfloat16 and float16, rounding may outweigh what 2 adds",
+        ),
+        REACH_KEY,
+        keys.integer("corrector_order", 2, 0, 3, "order of what corrects skipped steps behind them; 0: nothing"),
+    ),
+    relations=_relations,
+    calibrated_by="calibration",
+    output=_output,
+)
