@@ -1,8 +1,8 @@
 """A session: one cache method, installed on one pipeline.
 
 `CacheSession` follows the pipeline's calls and their requests, whatever the method. What is done with a transformer
-call is its site's business: `BlockSession` here has blocks passed over, `omni_runtime.cache.output.OutputSession` answers
-whole steps, `omni_runtime.cache.library.LibrarySession` leaves it to the cache-dit library.
+call is its site's business: `BlockSession` here has blocks passed over, `omni_runtime.cache.output.OutputSession`
+answers whole steps, `omni_runtime.cache.library.LibrarySession` leaves it to the cache-dit library.
 
 A transformer call goes this way:
 
@@ -40,7 +40,8 @@ from omni_runtime.cache.signals import Nothing
 #: Of a transformer's attributes, the one by which `omni_runtime.cache.library` says that it works on it.
 LIBRARY_MARK = "_omni_kernels_library"
 #: The arguments of a transformer call, by position and by name.
-Args, Kwargs = tuple[Any, ...], dict[str, Any]
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 #: Why a step whose gradient is asked for is computed: no cache has a derivative.
 GRADIENT = "a gradient is asked for"
 
