@@ -11,10 +11,13 @@ import json
 import math
 import os
 import re
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+from omni_runtime import files
 
 VERSION = 1
 
@@ -53,40 +56,42 @@ class Kind:
 def _polynomial(parsed: Mapping[str, Any]) -> dict[str, Any]:
     coefficients, ends = parsed.get("coefficients"), parsed.get("range")
     if not _finite_numbers(coefficients, 5):
-        raise ValueError(f"coefficients must be 5 finite numbers, not {coefficients!r}")
+        raise ValueError(f"coefficients must be 5 finite numbers, not {_short(coefficients)}")
     if not _finite_numbers(ends, 2) or not 0 <= ends[0] < ends[1]:  # type: ignore[index]
-        raise ValueError(f"range must be the smallest and the largest distance seen, not {ends!r}")
+        raise ValueError(f"range must be the smallest and the largest distance seen, not {_short(ends)}")
     return {"coefficients": [*map(float, coefficients)], "range": [*map(float, ends)]}  # type: ignore[arg-type]
 
 
 def _ratios(parsed: Mapping[str, Any]) -> dict[str, Any]:
     ratios = parsed.get("mag_ratios")
     if not _finite_numbers(ratios) or min(ratios) <= 0:  # type: ignore[arg-type]
-        raise ValueError(f"mag_ratios must be finite numbers > 0, one for each step, not {ratios!r}")
+        raise ValueError(f"mag_ratios must be finite numbers > 0, one for each step, not {_short(ratios)}")
     return {"mag_ratios": [*map(float, ratios)]}  # type: ignore[arg-type]
 
 
 def _schedules(parsed: Mapping[str, Any]) -> dict[str, Any]:
     rows = parsed.get("schedules")
     if not isinstance(rows, list) or not rows:
-        raise ValueError(f"schedules must be a list of schedules, not {rows!r}")
+        raise ValueError(f"schedules must be a list of schedules, not {_short(rows)}")
     return {"schedules": [_schedule(row) for row in rows]}
 
 
 def _schedule(row: Any) -> dict[str, Any]:
     if not isinstance(row, Mapping):
-        raise ValueError(f"a schedule must be an object, not {row!r}")
+        raise ValueError(f"a schedule must be an object, not {_short(row)}")
     steps, computed, sigmas, psnr = (row.get(key) for key in ("steps", "computed", "sigmas", "psnr"))
     speedup = row.get("speedup")
     whole = isinstance(steps, int) and isinstance(computed, list) and all(isinstance(step, int) for step in computed)
-    if not whole or computed != sorted({0, steps - 1, *computed}):  # type: ignore[operator,misc]
-        raise ValueError(f"computed must be rising steps from 0 to steps − 1, not {computed!r} of {steps!r}")
+    if not whole or steps < 2 or computed != sorted({0, steps - 1, *computed}):  # type: ignore[operator,misc]
+        raise ValueError(
+            f"computed must be rising steps from 0 to steps − 1, not {_short(computed)} of {_short(steps)}"
+        )
     if not _finite_numbers(sigmas, steps):
         raise ValueError(f"sigmas must be the noise levels of {steps} steps")
     if not isinstance(psnr, Mapping) or not _finite_numbers([psnr.get("mean")]):
-        raise ValueError(f"psnr must have a mean, not {psnr!r}")
+        raise ValueError(f"psnr must have a mean, not {_short(psnr)}")
     if speedup is not None and (not _finite_numbers([speedup]) or speedup <= 0):
-        raise ValueError(f"speedup must be a number > 0, not {speedup!r}")
+        raise ValueError(f"speedup must be a number > 0, not {_short(speedup)}")
     needed = {"steps": steps, "computed": computed, "sigmas": sigmas, "psnr": {"mean": float(psnr["mean"])}}
     return needed if speedup is None else needed | {"speedup": float(speedup)}
 
@@ -146,15 +151,13 @@ def document(result: Fit, calibrated_for: Mapping[str, Any], provenance: Mapping
 
 
 def write(made: Mapping[str, Any], path: Path) -> None:
-    """Write the document, or, if that fails, leave what was there. The directory is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        text = json.dumps(made, indent=1, ensure_ascii=False, allow_nan=False)
-        beside.write_text(text + "\n", encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    """Write the document, or, if that fails, leave what was there. The directory is made.
+
+    Raises:
+        files.WriteError: it could not be written.
+    """
+    files.make_directory(path.parent)
+    files.write(path, json.dumps(made, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read(source: str | os.PathLike[str] | Mapping[str, Any], method: str) -> dict[str, Any]:
@@ -164,18 +167,20 @@ def read(source: str | os.PathLike[str] | Mapping[str, Any], method: str) -> dic
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no JSON, no calibration of the method, or a broken one.
+        ValueError: no JSON, no calibration of the method, or a broken one; names the file, and says what to do.
     """
     if isinstance(source, Mapping):
         return _checked(source, "this dict", method)
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {os.fspath(source)!r}")
     try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
+        path = Path(source).expanduser()
+    except RuntimeError as error:  # ~ of nobody
+        raise ValueError(f"{os.fspath(source)[:80]!r} is no path: {error}") from None
+    if not files.is_there(path):
+        raise FileNotFoundError(f"there is no file {os.fspath(source)[:200]!r}")
+    try:
+        return _checked(files.read_json(path), str(path), method) | {"file": path.name}
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-    return _checked(parsed, str(path), method) | {"file": path.name}
+        raise ValueError(f"{error}; `omni calibrate` writes a new one, or take the file away") from None
 
 
 def _checked(parsed: Any, name: str, method: str) -> dict[str, Any]:
@@ -186,7 +191,7 @@ def _checked(parsed: Any, name: str, method: str) -> dict[str, Any]:
         )
     if parsed.get("version") != VERSION:
         raise ValueError(
-            f"{name} is a calibration of version {parsed.get('version')!r}; this version of omni reads {VERSION}"
+            f"{name} is a calibration of version {_short(parsed.get('version'))}; this version of omni reads {VERSION}"
         )
     try:
         needed = kind.fields(parsed)
@@ -194,7 +199,9 @@ def _checked(parsed: Any, name: str, method: str) -> dict[str, Any]:
         raise ValueError(f"{name}: {error}") from None
     about = parsed.get("calibrated_for")
     if not isinstance(about, Mapping):
-        raise ValueError(f"{name}: calibrated_for must say what was calibrated, not {about!r}")
+        raise ValueError(f"{name}: calibrated_for must say what was calibrated, not {_short(about)}")
+    if not isinstance(about.get("scheduler_settings") or {}, Mapping):
+        raise ValueError(f"{name}: scheduler_settings must be an object, not {_short(about['scheduler_settings'])}")
     kept = {key: parsed[key] for key in ("method", "version", "model", "r_squared", "file") if key in parsed}
     return kept | needed | {"calibrated_for": dict(about)}
 
@@ -202,9 +209,24 @@ def _checked(parsed: Any, name: str, method: str) -> dict[str, Any]:
 def _finite_numbers(value: Any, count: int | None = None) -> bool:
     return (
         isinstance(value, list | tuple)
-        and (len(value) == count if count else len(value) > 0)
-        and all(isinstance(one, int | float) and not isinstance(one, bool) and math.isfinite(one) for one in value)
+        and (len(value) > 0 if count is None else len(value) == count)
+        and all(map(_finite_number, value))
     )
+
+
+def _finite_number(value: Any) -> bool:
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False
+
+
+def _short(value: Any) -> str:
+    """As `repr`, of a few entries and digits."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # a whole number of more digits than Python writes
+        return f"<{type(value).__name__}>"
 
 
 def summary(calibration: Mapping[str, Any]) -> str:
