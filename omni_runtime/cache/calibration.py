@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 import reprlib
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from omni_runtime import files
+from omni_runtime.generation.checks import finite_number
 
 VERSION = 1
 
@@ -210,15 +210,8 @@ def _finite_numbers(value: Any, count: int | None = None) -> bool:
     return (
         isinstance(value, list | tuple)
         and (len(value) > 0 if count is None else len(value) == count)
-        and all(map(_finite_number, value))
+        and all(map(finite_number, value))
     )
-
-
-def _finite_number(value: Any) -> bool:
-    try:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # a whole number that no float can hold
-        return False
 
 
 def _short(value: Any) -> str:

@@ -25,7 +25,6 @@ import os
 import platform
 import re
 import reprlib
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -42,6 +41,7 @@ from omni_kernels.device import describe
 from omni_runtime import files
 from omni_runtime.cache.models import MODELS
 from omni_runtime.cache.report import CacheReport
+from omni_runtime.generation.checks import finite_number
 from omni_runtime.generation.omni import Omni
 from omni_runtime.generation.request import GenerationRequest
 from omni_runtime.generation.result import NotANumberError, OmniResult, identified, jsonable, png
@@ -194,12 +194,8 @@ def _wrong_in(record: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < sys.float_info.max
-
-
 def _whole(value: Any) -> bool:
-    return isinstance(value, int) and _number(value) and value >= 0
+    return isinstance(value, int) and finite_number(value) and value >= 0
 
 
 def _branch(value: Any) -> bool:
@@ -211,7 +207,7 @@ def _branch(value: Any) -> bool:
         set(computed) <= {"0", "1"}
         and isinstance(measured, list)
         and len(measured) == len(computed)
-        and all(one is None or _number(one) for one in measured)
+        and all(one is None or finite_number(one) for one in measured)
     )
 
 
@@ -220,13 +216,13 @@ _RECORD: dict[str, Callable[[Any], bool]] = {
     "prompt": lambda value: value is None or isinstance(value, str),
     "seed": lambda value: isinstance(value, int),
     "steps": _whole,
-    "seconds": lambda value: _number(value) and value > 0,
+    "seconds": lambda value: finite_number(value) and value > 0,
     "forwards": _whole,
     "blocks": lambda value: value is None or _whole(value),
     "branches": lambda value: isinstance(value, dict) and all(map(_branch, value.values())),
     "notes": lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value),
     "sitting": lambda value: isinstance(value, dict),
-    "reference_seconds": lambda value: value is None or (_number(value) and value > 0),
+    "reference_seconds": lambda value: value is None or (finite_number(value) and value > 0),
     "sha256": lambda value: isinstance(value, dict) and ".png" in value and value.keys() <= {".png", ".npy"},
 }
 
