@@ -36,7 +36,7 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -278,12 +278,7 @@ def compare(
     Warns:
         files.DamagedFileWarning: a cell that cannot be read, and is made again.
     """
-    _check_names(runs)
-    if not (runs and requests):
-        raise ValueError("there is nothing to compare: no runs, or no requests")
-    for request in requests:
-        if request.seed is None or request.arguments.get("num_images_per_prompt", 1) != 1:
-            raise ValueError("a comparison is of single images with a seed each")
+    _check(runs, requests)
     configs = {run.name: cells.complete_config(run, pipe) for run in runs}
     folder = Path(directory) / "cells"
     files.make_directory(folder)
@@ -310,13 +305,8 @@ def compare(
             if reference is not None and seconds is None:
                 seconds = cells.seconds_of(runs[0], pipe, request)
             progress = Progress(total - len(to_make) + 1, total, seconds_left(to_make.values(), taken))
-            try:
-                with listener(run, request, progress) as on_step:
-                    there[path] = made = cells.make(run, pipe, request, path, sitting, on_step, seconds)
-            except files.WriteError as error:
-                kept = sum(cell is not None for cell in there.values())
-                where = f"{kept} of {len(there)} pictures are kept in {directory}: the same call goes on from there"
-                raise error.keeping(where) from error
+            with _telling_what_is_kept(there, directory), listener(run, request, progress) as on_step:
+                there[path] = made = cells.make(run, pipe, request, path, sitting, on_step, seconds)
             taken.setdefault(run.name, []).append(made.record["seconds"])
             del to_make[path]
     by_run: dict[str, list[Cell]] = {run.name: [] for run in runs}
@@ -325,6 +315,26 @@ def compare(
         assert cell is not None  # found, or made just now
         by_run[run.name].append(cell)
     return [RunResult(run, by_run[run.name]) for run in runs]
+
+
+def _check(runs: Sequence[Run], requests: Sequence[GenerationRequest]) -> None:
+    _check_names(runs)
+    if not (runs and requests):
+        raise ValueError("there is nothing to compare: no runs, or no requests")
+    for request in requests:
+        if request.seed is None or request.arguments.get("num_images_per_prompt", 1) != 1:
+            raise ValueError("a comparison is of single images with a seed each")
+
+
+@contextlib.contextmanager
+def _telling_what_is_kept(there: Mapping[Path, Cell | None], directory: str | Path) -> Iterator[None]:
+    """While open, a file that could not be written also tells how many pictures are there."""
+    try:
+        yield
+    except files.WriteError as error:
+        kept = sum(cell is not None for cell in there.values())
+        where = f"{kept} of {len(there)} pictures are kept in {directory}: the same call goes on from there"
+        raise error.keeping(where) from error
 
 
 # Measuring them
