@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from omni_kernels.patching.backends import shown
+from omni_runtime import files
 from omni_runtime.cache.config import MOST, entries, finite
 
 VERSION = 1
-#: Bytes of a file: many times what a calibration of hundreds of steps has.
-LARGEST = 16 * 2**20
 
 
 class UselessFitError(ValueError):
@@ -160,15 +159,13 @@ def document(result: Fit, calibrated_for: Mapping[str, Any], provenance: Mapping
 
 
 def write(made: Mapping[str, Any], path: Path) -> None:
-    """Write the document, or, if that fails, leave what was there. The directory is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        text = json.dumps(made, indent=1, ensure_ascii=False, allow_nan=False)
-        beside.write_text(text + "\n", encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    """Write the document, or, if that fails, leave what was there. The directory is made.
+
+    Raises:
+        files.WriteError: it could not be written.
+    """
+    files.make_directory(path.parent)
+    files.write(path, json.dumps(made, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read(source: str | os.PathLike[str] | Mapping[str, Any], method: str) -> dict[str, Any]:
@@ -177,8 +174,8 @@ def read(source: str | os.PathLike[str] | Mapping[str, Any], method: str) -> dic
     What `read` gave can be read again.
 
     Raises:
-        FileNotFoundError, PermissionError: no such file, or none that may be read.
-        ValueError: no path, no JSON, more than LARGEST bytes, no calibration of the method, or a broken one.
+        FileNotFoundError: no such file.
+        ValueError: no path, no JSON, no calibration of the method, or a broken one; names the file, and says what to do.
     """
     if isinstance(source, Mapping):
         return _checked(source, "this dict", method)
@@ -190,13 +187,10 @@ def read(source: str | os.PathLike[str] | Mapping[str, Any], method: str) -> dic
         raise ValueError(f"{shown(source)} is no path of a file: {why}") from None
     if not there:
         raise FileNotFoundError(f"there is no file {shown(os.fspath(source))}")
-    if path.stat().st_size > LARGEST:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes; a calibration has {LARGEST} at most")
     try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-    return _checked(parsed, str(path), method) | {"file": path.name}
+        return _checked(files.read_json(path), str(path), method) | {"file": path.name}
+    except ValueError as error:
+        raise ValueError(f"{error}; `omni calibrate` writes a new one, or take the file away") from None
 
 
 def _checked(parsed: Any, name: str, method: str) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,11 +29,12 @@ from omni_runtime.cache.lifecycle import Request
 from omni_runtime.cache.methods import VELOCITY_CACHE
 from omni_runtime.cache.output import OutputSession, OutputSite, steps_along
 from omni_runtime.cache.session import CacheSession
+from omni_runtime.calibrate.journal import Journal, KeptResponses
 from omni_runtime.calibrate.search import IDENTICAL, ROUNDS, Responses, Tried, hopeless, score, search, shape
 from omni_runtime.compare import quality
 from omni_runtime.generation.omni import Omni
 from omni_runtime.generation.request import GenerationRequest
-from omni_runtime.generation.result import jsonable
+from omni_runtime.generation.result import NotANumberError, jsonable
 
 TRIES, PATIENCE, BATCH = 30, 20, 8
 #: Arguments that a batch takes one of per image; all others are shared.
@@ -111,68 +111,6 @@ class Replaying(OutputSession):
         return self._recorded[request.step] if request.step < self._first else made
 
 
-class Journal:
-    """The schedules that were sampled, in a file, so that a search goes on where it was.
-
-    Args:
-        path: one JSON document a line; the first says what is sampled. None keeps nothing.
-        about: what is sampled.
-
-    Raises:
-        ValueError: the file holds another search.
-    """
-
-    def __init__(self, path: Path | None, about: Mapping[str, Any]) -> None:
-        self._path = path
-        self._known: dict[tuple[int, ...], Tried] = {}
-        self._seconds: dict[tuple[int, ...], float] = {}
-        if path is None:
-            return
-        header = json.dumps(about, sort_keys=True, ensure_ascii=False)
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(header + "\n", encoding="utf-8")
-            return
-        first, *lines = path.read_text(encoding="utf-8").splitlines()
-        if first != header:
-            raise ValueError(f"{path} holds another search (other model, prompts, seeds or settings): --fresh drops it")
-        whole = [header]
-        for line in lines:
-            with contextlib.suppress(ValueError):
-                row = json.loads(line)
-                computed = tuple(row["computed"])
-                self._known[computed] = Tried(computed, tuple(row["psnr"]))
-                self._seconds[computed] = self._seconds.get(computed, 0.0) + row.get("seconds", 0.0)
-                whole.append(line)
-        if len(whole) <= len(lines):  # the last line of a search that was killed while it wrote
-            path.write_text("\n".join(whole) + "\n", encoding="utf-8")
-
-    def keep(self, tried: Tried, seconds: float = 0.0) -> None:
-        """Add a sampled schedule, and what it took."""
-        self._known[tried.computed] = tried
-        self._seconds[tried.computed] = self._seconds.get(tried.computed, 0.0) + seconds
-        if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"computed": tried.computed, "psnr": tried.psnr, "seconds": seconds}) + "\n")
-
-    def get(self, computed: tuple[int, ...]) -> Tried | None:
-        """A schedule that was sampled before."""
-        return self._known.get(computed)
-
-    def sample(self, images: Images, computed: tuple[int, ...], best: Tried | None = None) -> Tried:
-        """As `Images.sample`, unless that was done."""
-        known = self.get(computed)
-        if known is None or (best is None and len(known.psnr) < len(images.requests)):
-            start = time.perf_counter()
-            known = images.sample(computed, best)
-            self.keep(known, time.perf_counter() - start)
-        return known
-
-    def seconds(self, budget: int) -> float:
-        """What sampling with all schedules of so many computed steps has taken."""
-        return sum(seconds for computed, seconds in self._seconds.items() if len(computed) == budget)
-
-
 class Images:
     """Some requests of one model, run in full once, and then with any schedule.
 
@@ -214,22 +152,25 @@ class Images:
         return session
 
     def responses(
-        self, sigmas: Sequence[float], kept: Path | None = None, on_step: Callable[[int, int], Any] = lambda i, n: None
+        self,
+        sigmas: Sequence[float],
+        kept: KeptResponses | None = None,
+        on_step: Callable[[int, int], Any] = lambda i, n: None,
     ) -> Responses:
         """How the final latents of all respond to each step's forecast error; after `record`.
 
         Args:
             sigmas: noise levels of the steps, and of the end.
-            kept: a file that has what was found of each batch; so far, if it is there already. None keeps nothing.
+            kept: has what was found of each batch so far, and gets the rest. None keeps nothing.
             on_step: told after each run how many there were, and how many there are to be.
         """
         steps = range(1, len(sigmas) - 2)
-        known = dict(np.load(kept)) if kept is not None and kept.is_file() else {}
+        known = KeptResponses(None) if kept is None else kept
         names: list[str] = []
 
         def run(first: int, batch: Sequence[GenerationRequest], reference: torch.Tensor) -> None:
             name = f"{first}-{first + len(batch)}"
-            if f"changes {name}" not in known:
+            if not known.fitting(name, len(batch), len(steps)):
                 start = time.perf_counter()
                 recording = Recording(self.pipe)
                 full = self._latents(batch, recording)
@@ -240,17 +181,11 @@ class Images:
                     changed.append(self._latents(batch, replaying) - full)
                     error.append(replaying.error)
                     on_step(len(names) * len(steps) + step, len(self._batches) * len(steps))
-                known[f"changes {name}"], known[f"errors {name}"] = inner_products(changed), np.stack(error, 1)
-                known[f"seconds {name}"] = np.asarray(time.perf_counter() - start)
-                if kept is not None:
-                    part = kept.with_name(f".{kept.name}")
-                    with part.open("wb") as file:
-                        np.savez(file, **known)
-                    part.replace(kept)
+                known.keep(name, inner_products(changed), np.stack(error, 1), time.perf_counter() - start)
             names.append(name)
 
         self._each(run)
-        self.responding = float(sum(known.get(f"seconds {name}", 0.0) for name in names))
+        self.responding = float(sum(known[f"seconds {name}"] for name in names))
         return Responses(
             np.concatenate([known[f"changes {name}"] for name in names]),
             np.concatenate([known[f"errors {name}"] for name in names]),
@@ -368,6 +303,8 @@ class Images:
             arguments["generator"] = [call["generator"] for call in calls]
         with torch.no_grad():
             (made,) = self.pipe(**arguments)
+        if not made.isfinite().all():
+            raise NotANumberError("the pipeline's output is not finite (NaN or infinite): there is nothing to measure")
         return made
 
 
@@ -494,7 +431,11 @@ def find(
 
     Raises:
         ValueError: an Omni with a cache, no request, a budget that is none, another search's journal; what
-            `CacheSession` raises for a pipeline whose steps cannot be skipped.
+            `CacheSession` raises for a pipeline whose steps cannot be skipped. A picture that is not a number (NaN).
+        files.WriteError: the journal or the responses could not be written.
+
+    Warns:
+        files.DamagedFileWarning: what was kept cannot be read; it is set aside, and measured again.
     """
     if omni.cache_backend is not None or not requests or not held_out:
         raise ValueError("calibration needs an Omni without a cache, and at least one request of each kind")
@@ -505,13 +446,14 @@ def find(
         if not 2 <= budget <= steps:
             raise ValueError(f"a budget must be from 2 to the {steps} steps of a request, not {budget}")
     images, others = (Images(omni.pipe, some, settings, batch) for some in (requests, held_out))
-    responded = None if journal is None else journal.with_suffix(".responses.npz")
-    if journal is not None and responded is not None and not journal.is_file():
-        responded.unlink(missing_ok=True)  # of another search
-    kept = Journal(journal, about(omni, requests, settings))
+    searched = about(omni, requests, settings)
+    responded = None if journal is None else journal.with_suffix(".responses.safetensors")
+    if journal is not None and responded is not None and not journal.exists() and responded.is_file():
+        responded.unlink()  # begun anew
+    kept = Journal(journal, searched)
     recorded = images.record()
     others.record()
-    responses = images.responses(recorded.sigmas, responded, on_step)
+    responses = images.responses(recorded.sigmas, KeptResponses(responded, searched), on_step)
     found: dict[int, Found] = {}
     for place, budget in enumerate(budgets):
         begun, cost = starts(responses, recorded.sigmas, budget, type(omni.pipe.transformer).__name__)

@@ -14,6 +14,7 @@ from importlib import import_module
 
 from omni_runtime.cli.options import WRONG_INPUT, UsageError, parser
 from omni_runtime.cli.output import settle_streams
+from omni_runtime.files import WriteError
 
 OK, UNEXPECTED, INTERRUPTED = 0, 1, 130
 
@@ -39,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":
             return _say(UNEXPECTED, f"the device is out of memory: {error}")
+        if isinstance(error, WriteError) or type(error).__name__ == "NotANumberError":  # whose module needs torch
+            return _say(UNEXPECTED, str(error))
         traceback.print_exc()
         return _say(UNEXPECTED, f"unexpected {type(error).__name__}: {error}")
 

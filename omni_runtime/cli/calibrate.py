@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from omni_runtime import files
 from omni_runtime.cache import calibration
 from omni_runtime.calibrate import fitting
 from omni_runtime.calibrate import schedule as finding
@@ -153,7 +154,7 @@ def _calibrate_schedule(options: argparse.Namespace) -> None:
     document = fitting.schedule_document(omni, requests, held_out, document)
     calibration.write(document, out)
     picture = out.with_suffix(".search.svg")
-    picture.write_text(finding.plot(found), encoding="utf-8")
+    files.write(picture, finding.plot(found))
     if options.json:
         print_json({"files": [str(out), str(picture)], **document})
         return

@@ -12,6 +12,7 @@ from typing import Any
 from omni_runtime.cli.inputs import bar, make_directory, make_omni, request_arguments, settle, wrong_input
 from omni_runtime.cli.options import UsageError
 from omni_runtime.cli.output import print_json
+from omni_runtime.files import WriteError
 from omni_runtime.generation.result import OmniResult
 
 #: Endings of pictures that are not written.
@@ -42,7 +43,11 @@ def generate(options: argparse.Namespace) -> None:
     for request in requests:
         with bar(options, request.prompt or "", request.arguments.get("num_inference_steps", 0)) as on_step:
             result = omni.run(request, on_step)
-        files = result.save(options.out if to_file else _unused(options.out, result))
+        try:
+            files = result.save(options.out if to_file else _unused(options.out, result))
+        except WriteError as error:
+            kept = sum(len(one["files"]) for one in made)
+            raise error.keeping(f"pictures of earlier prompts that are kept: {kept}") if kept else error
         made.append({"files": [str(path) for path in files], **_as_json(result)})
         if not options.json:
             print(_summary(result, files), flush=True)

@@ -2,9 +2,9 @@
 
 A cell is three files, named after the prompt, the seed and a digest of everything that the image depends on: the
 picture as PNG with its settings inside, the final latents as .npy (float32), and a JSON record of what was computed and
-how long it took. The record is written last, and each file under another name first, so that a cell is there wholly or
-not at all. A cell that is there is not made again; whatever is changed, be it a setting, a weight or, for our own
-caches, a line of the cache engine, is another cell.
+how long it took. The record is written last, with digests of the others, so that a cell is there wholly or not at all,
+and damage is seen. A cell that is there is not made again; whatever is changed, be it a setting, a weight or, for our
+own caches, a line of the cache engine, is another cell.
 
 Pictures are what the pipeline returns to its user, 8 bits a channel, and PNG keeps them exactly: what is measured of a
 cell that was found on disk is what was measured when it was made.
@@ -19,10 +19,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import os
 import platform
 import re
+import reprlib
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -35,11 +38,13 @@ import numpy as np
 import torch
 
 from omni_kernels.device import describe
+from omni_runtime import files
 from omni_runtime.cache.models import MODELS
 from omni_runtime.cache.report import CacheReport
+from omni_runtime.generation.checks import finite_number
 from omni_runtime.generation.omni import Omni
 from omni_runtime.generation.request import GenerationRequest
-from omni_runtime.generation.result import OmniResult, identified, jsonable, write_png
+from omni_runtime.generation.result import NotANumberError, OmniResult, identified, jsonable, png
 
 PACKAGES = ("omni-kernels", "diffusers", "transformers", "torch")
 
@@ -81,7 +86,7 @@ class Cell:
 
     Attributes:
         path: of the PNG; the latents and the record lie beside it.
-        record: prompt, seed, seconds, forwards, blocks, branches, sitting: see `make`.
+        record: prompt, seed, seconds, forwards, blocks, branches, sitting, ...: see `make`.
         made_now: it was not there before.
     """
 
@@ -102,7 +107,7 @@ class Cell:
     def latents(self) -> torch.Tensor | None:
         """The final latents; None of a pipeline that does not show them."""
         path = self.path.with_suffix(".npy")
-        return torch.from_numpy(np.load(path)) if path.is_file() else None
+        return torch.from_numpy(np.load(path)) if ".npy" in self.record["sha256"] else None
 
 
 def complete_config(run: Run, pipe: Any) -> Any:
@@ -151,13 +156,71 @@ def path_of(directory: Path, cell: Mapping[str, Any]) -> Path:
 
 
 def find(path: Path) -> Cell | None:
-    """The cell whose PNG is at `path`; None if it is not there, or not whole."""
+    """The cell whose PNG is at `path`; None if it is not there, or not whole.
+
+    One that is damaged, in any of its files, is told of (`files.DamagedFileWarning`), for it is made again. What lies
+    in the place of a file and is none is set aside.
+    """
+    places = [path.with_suffix(suffix) for suffix in (".json", ".png", ".npy")]
+    for place in places:
+        if place.is_dir():
+            files.set_aside(place, "it is a directory", "and the picture is made again")
+    if not places[0].exists():
+        return None  # never made, or not to its end: the record is written last
     try:
-        record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record = files.read_object(places[0])
+        wrong = _wrong_in(record)
+        if wrong:
+            raise ValueError(f"{places[0]} is damaged: {wrong}")
+        for suffix, digest in record["sha256"].items():
+            file = path.with_suffix(suffix)
+            if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+                raise ValueError(f"{file} is {'damaged' if file.is_file() else 'missing'}")
+    except ValueError as error:
+        warnings.warn(f"{error}; the picture is made again", files.DamagedFileWarning, stacklevel=2)
         return None
-    there = path.is_file() and (path.with_suffix(".npy").is_file() or not record.get("latents"))
-    return Cell(path, record, made_now=False) if there else None
+    return Cell(path, record, made_now=False)
+
+
+def _wrong_in(record: Mapping[str, Any]) -> str | None:
+    """What a cell's record has that no record has, in a few words."""
+    for key, right in _RECORD.items():
+        if key not in record or not right(record[key]):
+            return f"{key} is {reprlib.repr(record[key]) if key in record else 'missing'}"
+    return None
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and finite_number(value) and value >= 0
+
+
+def _branch(value: Any) -> bool:
+    """{"computed": "1101...", "measured": [number or None, ...]}"""
+    if not isinstance(value, dict) or not isinstance(value.get("computed"), str):
+        return False
+    computed, measured = value["computed"], value.get("measured")
+    return (
+        set(computed) <= {"0", "1"}
+        and isinstance(measured, list)
+        and len(measured) == len(computed)
+        and all(one is None or finite_number(one) for one in measured)
+    )
+
+
+#: What a cell's record must have: key → whether a value is one.
+_RECORD: dict[str, Callable[[Any], bool]] = {
+    "prompt": lambda value: value is None or isinstance(value, str),
+    "seed": lambda value: isinstance(value, int),
+    "steps": _whole,
+    "seconds": lambda value: finite_number(value) and value > 0,
+    "forwards": _whole,
+    "blocks": lambda value: value is None or _whole(value),
+    "branches": lambda value: isinstance(value, dict) and all(map(_branch, value.values())),
+    "notes": lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value),
+    "sitting": lambda value: isinstance(value, dict),
+    "reference_seconds": lambda value: value is None or (finite_number(value) and value > 0),
+    "sha256": lambda value: isinstance(value, dict) and ".png" in value and value.keys() <= {".png", ".npy"},
+}
 
 
 def make(
@@ -180,8 +243,14 @@ def make(
         forwards: transformer forwards computed; blocks: transformer blocks run, None for an unknown transformer
         branches: name → {"computed": "1101...", one character per step; "measured": per step, what was held against the
             threshold, or None}
-        notes: what the cache had to say; latents: whether there are any; sitting: when and where it was made
+        notes: what the cache had to say; sitting: when and where it was made
         reference_seconds: as given
+        sha256: the digest of each of its other files, by suffix: ".png" and, where there are latents, ".npy"
+
+    Raises:
+        ValueError: several images; latents that are not numbers.
+        TypeError: no picture.
+        files.WriteError: a file that could not be written; there is no such cell then.
     """
     result, watch = _generated(run, pipe, request, on_step)
     if len(result.images) != 1:
@@ -199,7 +268,6 @@ def make(
         "blocks": watch.blocks,
         "branches": watch.branches() if result.cache is None else _branches(result.cache),
         "notes": [] if result.cache is None else list(result.cache.notes),
-        "latents": watch.latents is not None,
         "sitting": dict(sitting),
         "reference_seconds": reference_seconds,
     }
@@ -207,12 +275,18 @@ def make(
     settings |= {"run": run.name, "cache_backend": run.backend}
     if run.install is not None:
         settings["cache_config"] = jsonable(run.config)
+    contents = {".png": png(image, settings)}
     if watch.latents is not None:
         latents = watch.latents.float().cpu().numpy()
-        _write(path.with_suffix(".npy"), lambda part: np.save(part, latents))
-    _write(path, lambda part: write_png(image, part, settings))
-    text = json.dumps(record)
-    _write(path.with_suffix(".json"), lambda part: part.write_text(text, encoding="utf-8"))
+        if not np.isfinite(latents).all():
+            raise NotANumberError(f"{run.name}: the final latents are not finite numbers: no picture is made of them")
+        buffer = io.BytesIO()
+        np.save(buffer, latents)
+        contents[".npy"] = buffer.getvalue()
+    record["sha256"] = {suffix: hashlib.sha256(content).hexdigest() for suffix, content in contents.items()}
+    for suffix, content in contents.items():
+        files.write(path.with_suffix(suffix), content)
+    files.write(path.with_suffix(".json"), json.dumps(record))
     return Cell(path, record, made_now=True)
 
 
@@ -229,16 +303,6 @@ def _generated(run: Run, pipe: Any, request: GenerationRequest, on_step: Any) ->
     foreign = contextlib.nullcontext() if run.install is None else run.install(pipe)
     with watch, foreign, Omni(pipe, cache_backend=backend, cache_config=config) as omni:
         return omni.run(GenerationRequest(request.prompt, request.seed, arguments), on_step), watch
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file under another name, then rename it: nobody ever sees half of it."""
-    part = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        write(part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 # What the pipeline does meanwhile

@@ -36,15 +36,16 @@ import contextlib
 import json
 import math
 import re
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from omni_kernels.patching import backends
+from omni_runtime import files
 from omni_runtime.compare import cells, contact_sheet, quality, report_html
 from omni_runtime.compare.cells import Cell, Run
 from omni_runtime.generation.loading import embedded_models
@@ -209,17 +210,22 @@ def prompts_of(model: str, count: int | None = 6) -> list[tuple[str, Path | None
     They are in `prompts.json` beside the model: a list, or the list "contact_sheet" of an object, of texts or of
     objects with "prompt" and, for a model that edits, "image", a file beside it. None of other models. `count` None
     gives all.
+
+    Raises:
+        ValueError: the file is damaged; names it.
     """
     directory = embedded_models().get(model)
     path = directory / "prompts.json" if directory else None
     if directory is None or path is None or not path.is_file():
         return []
-    listed = json.loads(path.read_text(encoding="utf-8"))
+    listed = files.read_json(path)
     if isinstance(listed, dict):
         listed = listed.get("contact_sheet") or next(iter(listed.values()), [])
+    if not isinstance(listed, list):
+        raise ValueError(f"{path} must hold a list of prompts, not {type(listed).__name__}")
     entries = [one if isinstance(one, dict) else {"prompt": one} for one in listed]
     found = [
-        (one["prompt"], directory / one["image"] if one.get("image") else None)
+        (one["prompt"], directory / one["image"] if isinstance(one.get("image"), str) else None)
         for one in entries
         if isinstance(one.get("prompt"), str)
     ]
@@ -266,20 +272,19 @@ def compare(
 
     Raises:
         ValueError: two runs of one name; a request without a seed, or of several images; before anything runs. So is
-            whatever is wrong about a run's backend and configuration.
+            whatever is wrong about a run's backend and configuration. A picture that is not a number (NaN).
+        files.WriteError: a file that could not be written; says how many pictures are kept.
+
+    Warns:
+        files.DamagedFileWarning: a cell that cannot be read, and is made again.
     """
-    _check_names(runs)
-    if not (runs and requests):
-        raise ValueError("there is nothing to compare: no runs, or no requests")
-    for request in requests:
-        if request.seed is None or request.arguments.get("num_images_per_prompt", 1) != 1:
-            raise ValueError("a comparison is of single images with a seed each")
+    _check(runs, requests)
     configs = {run.name: cells.complete_config(run, pipe) for run in runs}
-    kept = Path(directory) / "cells"
-    kept.mkdir(parents=True, exist_ok=True)
+    folder = Path(directory) / "cells"
+    files.make_directory(folder)
     fingerprint = cells.fingerprint_of(pipe)
     plan = [
-        (run, request, cells.path_of(kept, cells.identity(run, configs[run.name], pipe, request, fingerprint)))
+        (run, request, cells.path_of(folder, cells.identity(run, configs[run.name], pipe, request, fingerprint)))
         for request in requests
         for run in runs
     ]
@@ -300,7 +305,7 @@ def compare(
             if reference is not None and seconds is None:
                 seconds = cells.seconds_of(runs[0], pipe, request)
             progress = Progress(total - len(to_make) + 1, total, seconds_left(to_make.values(), taken))
-            with listener(run, request, progress) as on_step:
+            with _telling_what_is_kept(there, directory), listener(run, request, progress) as on_step:
                 there[path] = made = cells.make(run, pipe, request, path, sitting, on_step, seconds)
             taken.setdefault(run.name, []).append(made.record["seconds"])
             del to_make[path]
@@ -310,6 +315,26 @@ def compare(
         assert cell is not None  # found, or made just now
         by_run[run.name].append(cell)
     return [RunResult(run, by_run[run.name]) for run in runs]
+
+
+def _check(runs: Sequence[Run], requests: Sequence[GenerationRequest]) -> None:
+    _check_names(runs)
+    if not (runs and requests):
+        raise ValueError("there is nothing to compare: no runs, or no requests")
+    for request in requests:
+        if request.seed is None or request.arguments.get("num_images_per_prompt", 1) != 1:
+            raise ValueError("a comparison is of single images with a seed each")
+
+
+@contextlib.contextmanager
+def _telling_what_is_kept(there: Mapping[Path, Cell | None], directory: str | Path) -> Iterator[None]:
+    """While open, a file that could not be written also tells how many pictures are there."""
+    try:
+        yield
+    except files.WriteError as error:
+        kept = sum(cell is not None for cell in there.values())
+        where = f"{kept} of {len(there)} pictures are kept in {directory}: the same call goes on from there"
+        raise error.keeping(where) from error
 
 
 # Measuring them
@@ -428,8 +453,8 @@ def statistics_of(values: Sequence[float]) -> dict[str, float | int | None]:
     """
     finite = [value for value in values if math.isfinite(value)]
     return {
-        "mean": statistics.fmean(finite) if finite else None,
-        "std": statistics.stdev(finite) if len(finite) > 1 else 0.0,
+        "mean": float(np.mean(finite)) if finite else None,
+        "std": float(np.std(finite, ddof=1)) if len(finite) > 1 else 0.0,
         "min": _finite(min(values)),
         "p5": _finite(percentile(values, 5)),
         **({"identical": len(values) - len(finite)} if len(finite) < len(values) else {}),
@@ -438,10 +463,8 @@ def statistics_of(values: Sequence[float]) -> dict[str, float | int | None]:
 
 def percentile(values: Sequence[float], percent: float) -> float:
     """The value below which `percent` of 100 lie, interpolated between neighbours."""
-    ordered = sorted(values)
-    place = (len(ordered) - 1) * percent / 100
-    below, above = ordered[math.floor(place)], ordered[math.ceil(place)]
-    return below if below == above else below + (above - below) * (place % 1)
+    # np.percentile has NaN beside infinite values, where np.interp has the value itself or infinity.
+    return float(np.interp((len(values) - 1) * percent / 100, np.arange(len(values)), np.sort(values)))
 
 
 def _finite(value: float) -> float | None:
@@ -548,7 +571,7 @@ def write(document: Mapping[str, Any], directory: str | Path) -> list[Path]:
     """Write `report.html`, `contact_sheet.png` and `results.json` beside the cells that `compare` keeps there."""
     directory = Path(directory)
     paths = [directory / name for name in ("report.html", "contact_sheet.png", "results.json")]
-    paths[2].write_text(to_json(document), encoding="utf-8")
+    files.write(paths[2], to_json(document))
     report_html.write(directory)
     settings = {key: value for key, value in document.items() if key != "runs"}
     settings["runs"] = [

@@ -26,6 +26,8 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from omni_runtime import files
+
 Document = Mapping[str, Any]
 Picture = Callable[[Mapping[str, Any]], Any]
 
@@ -56,9 +58,9 @@ MARKS = (
 def write(directory: str | Path) -> Path:
     """Write `report.html` beside the results.json of a comparison. Returns its path."""
     directory = Path(directory)
-    document = json.loads((directory / "results.json").read_text(encoding="utf-8"))
+    document = files.read_object(directory / "results.json", files.JOURNAL_BYTES)
     path = directory / "report.html"
-    path.write_text(render(document, pictures_in(directory)), encoding="utf-8")
+    files.write(path, render(document, pictures_in(directory)))
     return path
 
 

@@ -1,13 +1,15 @@
 """From a model's name to a loaded pipeline, with everything that can be known beforehand read and checked first.
 
 A model is named by an embedded model's name, a directory that `save_pretrained` wrote, or a hub id. `find` reads its
-`model_index.json` and its transformer's `config.json` only; `load` reads the weights.
+`model_index.json` and its transformer's `config.json` only; `load` reads the weights, and looks whether all are there
+and finite (`omni_runtime.generation.weights`).
 """
 
 from __future__ import annotations
 
-import json
+import inspect
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,8 @@ import torch
 
 from omni_kernels.device import load as load_kind
 from omni_kernels.patching.backends import nearest
+from omni_runtime import files
+from omni_runtime.generation import weights
 from omni_runtime.generation.checks import suggestion, whole_number
 
 EMBEDDED = Path(__file__).parent.parent / "embedded"
@@ -99,7 +103,7 @@ def find(name: str, arguments: Mapping[str, Any] | None = None) -> Source:
 
     Raises:
         FileNotFoundError: there is no such directory, embedded model or hub model, or the hub cannot be reached.
-        ValueError: it is there, and is no diffusers pipeline.
+        ValueError: it is there, and is no diffusers pipeline, or one of its files is damaged; the text names the file.
         TypeError: `from_pretrained` takes no such argument.
     """
     arguments = arguments or {}
@@ -108,22 +112,29 @@ def find(name: str, arguments: Mapping[str, Any] | None = None) -> Source:
     index = read("model_index.json")
     if not isinstance(index, dict) or "_class_name" not in index:
         raise ValueError(f"{name} is no diffusers pipeline: {_why_no_pipeline(name, kind, location)}")
+    _check_index(index, f"{location}/model_index.json")
     pipeline_class = None if "custom_pipeline" in arguments else _pipeline_class(name, index["_class_name"])
     if pipeline_class is not None:
         _check_arguments(pipeline_class, arguments)
+        _check_components(index, pipeline_class, f"{location}/model_index.json")
     return Source(
         name=name,
         location=location,
         kind=kind,
         pipeline_class=pipeline_class,
-        transformer_config=_transformer_config(index, arguments, read),
-        defaults=_optional_json(location, "defaults.json") if kind == "embedded" else {},
+        transformer_config=_transformer_config(index, arguments, read, location),
+        defaults=_optional_object(location, "defaults.json") if kind == "embedded" else {},
         reference_pixels=None if kind == "hub" else _reference_pixels(location, index["_class_name"]),
     )
 
 
 def load(source: Source, dtype: Any, device: torch.device, arguments: Mapping[str, Any]) -> Any:
-    """The pipeline, its weights in `dtype`, on `device` (left where `device_map` puts it, if that is given)."""
+    """The pipeline, its weights in `dtype`, on `device` (left where `device_map` puts it, if that is given).
+
+    Raises:
+        ValueError: weights that its files do not hold, or that are not finite numbers; the text names the files.
+        OSError, ...: what `from_pretrained` raises.
+    """
     import diffusers
 
     if source.reference_pixels is not None and source.pipeline_class is not None:
@@ -132,7 +143,11 @@ def load(source: Source, dtype: Any, device: torch.device, arguments: Mapping[st
         pipe = small_references.load(source.location, source.reference_pixels, {"dtype": dtype, **arguments})
     else:
         pipe = diffusers.DiffusionPipeline.from_pretrained(source.location, dtype=dtype, **arguments)
-    return pipe if arguments.get("device_map") else pipe.to(device)
+    loaded = {name: one for name, one in pipe.components.items() if name not in arguments}
+    weights.check_present(loaded, arguments.get("variant"))
+    pipe = pipe if arguments.get("device_map") else pipe.to(device)
+    weights.check_finite(loaded)
+    return pipe
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -185,7 +200,7 @@ class _DirectoryFiles:
     def __call__(self, name: str) -> Any:
         """The JSON file `name`; None where there is none."""
         path = self.directory / name
-        return _json(path) if path.is_file() else None
+        return files.read_json(path) if path.exists() else None
 
 
 class _HubFiles:
@@ -200,7 +215,7 @@ class _HubFiles:
         embedded = ", ".join(embedded_models()) or "there are none"
         neither = f"{self.model!r} is not a directory, not an embedded model ({embedded}), and "
         try:
-            return _json(Path(hf_hub_download(self.model, name, **self.arguments)))
+            return files.read_json(hf_hub_download(self.model, name, **self.arguments))
         except errors.GatedRepoError:
             raise FileNotFoundError(f"{neither}the hub's model is gated: log in with `hf auth login`") from None
         except errors.RepositoryNotFoundError:
@@ -217,21 +232,18 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-
-
 def _locate(name: str) -> tuple[Literal["embedded", "directory", "hub"], str]:
     embedded = embedded_models()
     if name in embedded:
         return "embedded", str(embedded[name])
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+        there = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, ~ of nobody, a null character
+        raise FileNotFoundError(f"no model {name[:80]!r}: {error}") from None
     if path.is_dir():
         return "directory", str(path)
-    if path.exists():
+    if there:
         raise ValueError(f"{name} is a file; a model is a directory with a model_index.json")
     if _HUB_ID.fullmatch(name):
         return "hub", name
@@ -250,6 +262,32 @@ def _why_no_pipeline(name: str, kind: str, location: str) -> str:
     return "it has no model_index.json"
 
 
+def _check_index(index: Mapping[str, Any], file: str) -> None:
+    """The class that `model_index.json` names: text, or [module, class] of a model that brings its own code."""
+    named = index["_class_name"]
+    own_code = isinstance(named, list) and len(named) == 2 and all(isinstance(one, str) for one in named)
+    if not (isinstance(named, str) or own_code):
+        raise ValueError(
+            f"{file} is damaged: _class_name must be the name of a pipeline class, not {reprlib.repr(named)}"
+        )
+    _check_component(index, "transformer", file)
+
+
+def _check_components(index: Mapping[str, Any], pipeline_class: type, file: str) -> None:
+    """Every component that the class cannot do without is given as [library, class]."""
+    parameters = inspect.signature(pipeline_class.__init__).parameters.values()  # type: ignore[misc]
+    for parameter in parameters:
+        if parameter.default is parameter.empty:
+            _check_component(index, parameter.name, file)
+
+
+def _check_component(index: Mapping[str, Any], name: str, file: str) -> None:
+    entry = index.get(name)
+    pair = isinstance(entry, list) and len(entry) == 2 and all(one is None or isinstance(one, str) for one in entry)
+    if not (entry is None or pair):
+        raise ValueError(f"{file} is damaged: {name} must be [library, class], not {reprlib.repr(entry)}")
+
+
 def _pipeline_class(name: str, class_name: Any) -> type | None:
     import diffusers
 
@@ -265,8 +303,6 @@ def _pipeline_class(name: str, class_name: Any) -> type | None:
 
 
 def _check_arguments(pipeline_class: type, arguments: Mapping[str, Any]) -> None:
-    import inspect
-
     known = FROM_PRETRAINED | set(inspect.signature(pipeline_class.__init__).parameters) - {"self"}  # type: ignore[misc]
     for key in arguments:
         if key not in known:
@@ -277,28 +313,36 @@ _OF_OMNI = ("model", "dtype", "device", "cache_backend", "cache_config")
 
 
 def _transformer_config(
-    index: Mapping[str, Any], arguments: Mapping[str, Any], read: _DirectoryFiles | _HubFiles
+    index: Mapping[str, Any], arguments: Mapping[str, Any], read: _DirectoryFiles | _HubFiles, location: str
 ) -> Mapping[str, Any] | None:
     given = arguments.get("transformer")
     if given is not None:
         return {"_class_name": type(given).__name__, **given.config}
     if not (index.get("transformer") or [None])[0]:
         return None
-    return read("transformer/config.json")
+    config, file = read("transformer/config.json"), f"{location}/transformer/config.json"
+    if config is None:
+        raise FileNotFoundError(f"there is no {file}, and model_index.json names a transformer: the model is not whole")
+    if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
+        raise ValueError(f"{file} is damaged: it must be a JSON object whose _class_name is the transformer's class")
+    return config
 
 
-def _optional_json(location: str, name: str) -> Mapping[str, Any]:
+def _optional_object(location: str, name: str) -> Mapping[str, Any]:
     path = Path(location) / name
-    return _json(path) if path.is_file() else {}
+    return files.read_object(path) if path.exists() else {}
 
 
 def _reference_pixels(location: str, class_name: Any) -> int | None:
     """What `pipeline.json`, which only models made for this package have, says of references."""
-    area = _optional_json(location, "pipeline.json").get("reference_pixels")
+    area = _optional_object(location, "pipeline.json").get("reference_pixels")
     if area is None:
         return None
     if class_name != "QwenImageEditPipeline":
         raise ValueError(
             f"{location}/pipeline.json: only QwenImageEditPipeline takes reference_pixels, not {class_name}"
         )
-    return whole_number("reference_pixels", area, least=32 * 32)
+    try:
+        return whole_number("reference_pixels", area, least=32 * 32)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{location}/pipeline.json: {error}") from None

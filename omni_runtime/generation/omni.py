@@ -27,7 +27,7 @@ from omni_runtime.cache import models
 from omni_runtime.cache.report import StepEvent
 from omni_runtime.generation import loading, request
 from omni_runtime.generation.clock import LoopClock
-from omni_runtime.generation.result import OmniResult, jsonable
+from omni_runtime.generation.result import OmniResult, jsonable, not_a_number
 
 #: Names the cache backend where the caller names none.
 ENVIRONMENT_VARIABLE = "DIFFUSION_CACHE_BACKEND"
@@ -268,7 +268,7 @@ class Omni:
         clock = LoopClock(pipe._execution_device, None if handle.cache_backend else _without_cache(on_step))
         former, handle.on_step = handle.on_step, on_step
         try:
-            with clock.following(pipe):
+            with clock.following(pipe), not_a_number():
                 output = pipe(**one.call())
         except BaseException:
             pipe.maybe_free_model_hooks()  # what the pipeline itself does last: offload, and the cache's end of request

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
+from omni_runtime import files
 
 if TYPE_CHECKING:
     from omni_runtime.cache.report import CacheReport
@@ -62,6 +67,10 @@ class OmniResult:
     settings: dict[str, Any] = field(default_factory=dict)
     peak_memory: int | None = None
 
+    def __post_init__(self) -> None:
+        if _has_nan(self.images):
+            raise NotANumberError(_NAN)
+
     def save(self, path: str | Path) -> list[Path]:
         """Write the images as PNG, with the settings in a text chunk.
 
@@ -69,6 +78,8 @@ class OmniResult:
 
         Raises:
             TypeError: the images are tensors or arrays (`output_type` other than "pil").
+            files.WriteError: a file that could not be written, such as on a full disk. It is not there, or as it was;
+                the pictures before it are kept, and the text says how many.
         """
         path = Path(path)
         for image in self.images:
@@ -78,19 +89,33 @@ class OmniResult:
             path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
             for number in range(1, len(self.images) + 1)
         ]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for image, target in zip(self.images, paths, strict=True):
-            write_png(image, target, self.settings)
+        files.make_directory(path.parent)
+        kept = 0
+        try:
+            for image, target in zip(self.images, paths, strict=True):
+                write_png(image, target, self.settings)
+                kept += 1
+        except files.WriteError as error:
+            if len(paths) == 1:
+                raise
+            raise error.keeping(f"{kept} of {len(paths)} pictures were kept") from error
         return paths
 
 
 def write_png(image: Any, path: Path, settings: Mapping[str, Any]) -> None:
-    """Write a PIL image as PNG whose tEXt chunk "omni" holds `settings` as JSON."""
+    """Write a PIL image as PNG whose tEXt chunk "omni" holds `settings` as JSON. Raises as `files.write` does."""
+    files.write(path, png(image, settings))
+
+
+def png(image: Any, settings: Mapping[str, Any]) -> bytes:
+    """A PIL image as PNG whose tEXt chunk "omni" holds `settings` as JSON."""
     from PIL.PngImagePlugin import PngInfo
 
     chunk = PngInfo()
     chunk.add_text(PNG_KEY, json.dumps(settings))  # ASCII, as tEXt wants it
-    image.save(path, format="PNG", pnginfo=chunk)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", pnginfo=chunk)
+    return buffer.getvalue()
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -101,7 +126,51 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         text = getattr(image, "text", {}).get(PNG_KEY)
     if text is None:
         raise ValueError(f"{path} holds no settings of omni")
-    return json.loads(text)
+    return files.parse_json(text, f"the text chunk {PNG_KEY!r} of {path}")
+
+
+class NotANumberError(ValueError):
+    """A result that holds NaN: no picture could be made of it but a black one."""
+
+
+_NAN = (
+    "the picture is not a number (NaN): the model, its weights or a scheduler with so few steps gave no finite values; "
+    "try more steps, another dtype (float16 overflows first), or no cache"
+)
+
+
+@contextmanager
+def not_a_number() -> Iterator[None]:
+    """While open, in this thread, a NaN that numpy is to turn into a pixel is an error.
+
+    diffusers makes pictures of 8 bits by `(images * 255).round().astype("uint8")`, of which numpy only warns where a
+    value is NaN; the pixel is black then. Other floating-point warnings of numpy stay warnings.
+
+    Raises:
+        NotANumberError: (a ValueError) from within the block.
+    """
+    with np.errstate(invalid="log", call=_CastsOfNaN()):
+        yield
+
+
+class _CastsOfNaN:
+    """What `np.errstate(invalid="log")` tells of invalid operations, by `write`."""
+
+    def write(self, message: str) -> None:
+        if "in cast" in message:
+            raise NotANumberError(_NAN)
+        warnings.warn(message.strip().removeprefix("Warning: "), RuntimeWarning, stacklevel=2)
+
+
+def _has_nan(images: Any) -> bool:
+    """Whether tensors or arrays among `images` hold NaN; PIL images cannot."""
+    if isinstance(images, list | tuple):
+        return any(map(_has_nan, images))
+    if isinstance(images, np.ndarray):
+        return images.dtype.kind in "fc" and bool(np.isnan(images).any())
+    if isinstance(images, torch.Tensor):
+        return images.is_floating_point() and bool(images.isnan().any())
+    return False
 
 
 def jsonable(value: Any) -> Any:

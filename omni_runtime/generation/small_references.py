@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from omni_runtime import files
+
 __all__ = ["load", "pipeline_class", "processor_class"]
 
 
@@ -67,7 +69,7 @@ def pipeline_class() -> Any:
             """As inherited, and `pipeline.json`."""
             super().save_pretrained(save_directory, *args, **kwargs)
             settings = json.dumps({"reference_pixels": self.reference_pixels})
-            (Path(save_directory) / "pipeline.json").write_text(settings + "\n", encoding="utf-8")
+            files.write(Path(save_directory) / "pipeline.json", settings + "\n")
 
     return QwenImageEditPipeline
 

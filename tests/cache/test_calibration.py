@@ -12,6 +12,7 @@ import omni_kernels
 from omni_runtime.cache import calibration, polynomial
 from omni_runtime.cache.gates import AccumulatedPolynomialGate, Limits
 from omni_runtime.cache.methods import METHODS
+from omni_runtime.files import WriteError
 
 X = np.linspace(0.04, 0.2, 200)
 NOISE = np.random.default_rng(0).normal(size=X.size)
@@ -168,7 +169,11 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         ({"coefficients": [1, 2, 3, 4, math.inf]}, "coefficients must be 5 finite numbers"),
         ({"range": None}, "range must be the smallest and the largest distance"),
         ({"range": [0.2, 0.1]}, "range must be"),
+        ({"range": [0, 10**400]}, "range must be"),
+        ({"coefficients": [0, 0, 0, 10**400, 0]}, r"coefficients must be 5 finite numbers, not \[0, 0, 0, 1000"),
+        ({"coefficients": list(range(10**5))}, r"coefficients must be 5 finite numbers, not \[0, .*, \.\.\.\]"),
         ({"calibrated_for": 3}, "calibrated_for must say"),
+        ({"calibrated_for": {"scheduler_settings": [1, 2]}}, r"scheduler_settings must be an object, not \[1, 2\]"),
     ],
 )
 def test_a_broken_file_is_named_before_anything_is_patched(tmp_path, change, message):
@@ -180,12 +185,66 @@ def test_a_broken_file_is_named_before_anything_is_patched(tmp_path, change, mes
         METHODS["tea_cache"].check({"coefficients": made() | change})
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"steps": 0, "computed": [-1, 0], "sigmas": [1.0], "psnr": {"mean": 3.0}},
+        {"steps": 0, "computed": [], "sigmas": [], "psnr": {"mean": 3.0}},
+        {"steps": 1, "computed": [0], "sigmas": [1.0], "psnr": {"mean": 3.0}},
+        {"steps": 10**400, "computed": [0], "sigmas": [1.0], "psnr": {"mean": 3.0}},
+        {"steps": 3, "computed": [0, 2], "sigmas": [1.0, 0.5], "psnr": {"mean": 3.0}},
+        {"steps": 3, "computed": [0, 2], "sigmas": [1.0, 0.5, 10**400], "psnr": {"mean": 3.0}},
+        {"steps": 3, "computed": [0, 2], "sigmas": [1.0, 0.5, 0.1], "psnr": {"mean": math.nan}},
+        {"steps": 3, "computed": [0, 2], "sigmas": [1.0, 0.5, 0.1], "psnr": {"mean": 3.0}, "speedup": 10**400},
+    ],
+    ids=["negative", "none", "one", "many", "few sigmas", "large sigma", "psnr", "speedup"],
+)
+def test_a_schedule_that_is_none_is_named(tmp_path, row):
+    path = tmp_path / "velocity.json"
+    path.write_text(json.dumps({"method": "velocity_cache", "version": 1, "schedules": [row], "calibrated_for": {}}))
+    with pytest.raises(ValueError, match=rf"{path}: (computed|sigmas|psnr|speedup) must .*writes a new one"):
+        calibration.read(path, "velocity_cache")
+
+
 @pytest.mark.parametrize("text", ["", "{", "[1, 2", "\x00"])
-def test_a_file_that_is_no_json_is_named(tmp_path, text):
+def test_a_file_that_is_no_json_is_named_and_what_to_do(tmp_path, text):
     path = tmp_path / "tea.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"coefficients: .*tea\.json is no JSON"):
+    message = r"coefficients: .*tea\.json is no JSON.*; `omni calibrate` writes a new one, or take the file away"
+    with pytest.raises(ValueError, match=message):
         METHODS["tea_cache"].check({"coefficients": path})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff" * 9, "is no text in UTF-8"),
+        (b"[" * 10**6, "is nested more than 64 deep"),
+        (b" " * (9 << 20), "has more than 8 MiB"),
+    ],
+    ids=["binary", "deep", "large"],
+)
+def test_a_file_that_is_not_read_through_is_named(tmp_path, content, message):
+    path = tmp_path / "tea.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{path} {message}"):
+        calibration.read(path, "tea_cache")
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a\0b"])
+def test_a_name_that_no_file_can_have(name):
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        calibration.read(name, "tea_cache")
+
+
+def test_a_home_of_nobody():
+    with pytest.raises(ValueError, match="'~nosuchuser/x' is no path"):
+        calibration.read("~nosuchuser/x", "tea_cache")
+
+
+def test_a_calibration_in_the_place_of_a_directory(tmp_path):
+    with pytest.raises(WriteError, match=f"cannot write {tmp_path}: it is a directory"):
+        calibration.write(made(), tmp_path)
 
 
 def test_a_file_that_is_a_list_is_no_calibration(tmp_path):

@@ -1,4 +1,4 @@
-"""`omni calibrate schedule`: batches, full runs, the journal, the file, on a tiny pipeline."""
+"""`omni calibrate schedule`: batches, full runs, what it keeps, the file, on a tiny pipeline."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ import omni_kernels
 from omni_runtime import Omni, cli
 from omni_runtime.cache import calibration, schedules
 from omni_runtime.calibrate import schedule as calibrate_schedule
-from omni_runtime.calibrate.schedule import Images, Journal, Settings, find, plot, words
+from omni_runtime.calibrate.journal import KeptResponses
+from omni_runtime.calibrate.schedule import Images, Settings, find, plot, words
 from omni_runtime.calibrate.search import Tried, most_steps
 from omni_runtime.compare import quality
 
@@ -84,11 +85,11 @@ def test_responses_are_what_skipping_one_step_does(omni, skipped):
 
 
 def test_responses_that_were_interrupted_go_on(omni, tmp_path):
-    kept, runs = tmp_path / "responses.npz", []
+    kept, runs = tmp_path / "responses.safetensors", []
 
     def responses(on_step, batch=2):
         images = Images(omni.pipe, requests_of(omni), Settings(), batch)
-        return images.responses(images.record().sigmas, kept, on_step).predict((0, 3, 7))
+        return images.responses(images.record().sigmas, KeptResponses(kept, {}), on_step).predict((0, 3, 7))
 
     def stop(number, count):
         if number == 8:
@@ -266,37 +267,6 @@ def test_find_searches_and_measures_on_other_images(omni, tmp_path, monkeypatch)
     further, _ = run(11)
     assert further[5].best.score >= found[5].best.score
     assert journal.read_text().splitlines()[: len(lines)] == lines
-
-
-def test_a_journal_that_was_cut_off_is_read_and_another_searchs_is_refused(tmp_path):
-    path = tmp_path / "search.jsonl"
-    Journal(path, {"model": "a"}).keep(Tried((0, 3), (30.0,)))
-    with path.open("a") as file:
-        file.write('{"computed": [0, 2')
-    kept = Journal(path, {"model": "a"})
-    assert kept.get((0, 3)) == Tried((0, 3), (30.0,))
-    assert kept.get((0, 2)) is None
-    kept.keep(Tried((0, 1), (20.0,)))
-    assert Journal(path, {"model": "a"}).get((0, 1)) == Tried((0, 1), (20.0,))
-    with pytest.raises(ValueError, match=r"holds another search.*--fresh"):
-        Journal(path, {"model": "b"})
-
-
-def test_a_schedule_that_was_given_up_is_sampled_on_all_images_when_it_is_measured(tmp_path):
-    class Sampled:
-        requests = (1, 2, 3)
-        calls = 0
-
-        def sample(self, computed, best=None):
-            self.calls += 1
-            return Tried(computed, (30.0, 31.0, 32.0)[: 1 if best else 3])
-
-    path, images = tmp_path / "search.jsonl", Sampled()
-    kept, best = Journal(path, {}), Tried((0, 2), (40.0, 40.0, 40.0))
-    assert [len(kept.sample(images, (0, 3), one).psnr) for one in (best, best, None, best)] == [1, 1, 3, 3]
-    assert images.calls == 2
-    assert Journal(path, {}).get((0, 3)).psnr == (30.0, 31.0, 32.0)
-    assert len(path.read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize("budgets", [[1], [9]])

@@ -2,9 +2,13 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
+import os
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,7 @@ from omni_runtime.cache.models import MODELS
 from omni_runtime.compare import cells, contact_sheet, quality
 from omni_runtime.compare import comparison as compare
 from omni_runtime.compare.cells import Run
+from omni_runtime.files import DamagedFileWarning, WriteError
 from omni_runtime.generation.result import read_settings
 from omni_runtime.progress import Progress
 
@@ -372,12 +377,133 @@ def test_other_weights_configs_and_adapters_have_other_fingerprints(pipe: Any) -
 def test_a_cell_that_is_not_whole_is_made_again(pipe: Any, tmp_path: Path, lost: str) -> None:
     run, requests = Run("a", steps=2), requests_of(pipe, (0,))
     (result,) = compare.compare([run], pipe, requests, tmp_path)
-    result.cells[0].path.with_suffix(lost).unlink()
-    (result,) = compare.compare([run], pipe, requests, tmp_path)
+    path = result.cells[0].path.with_suffix(lost)
+    path.unlink()
+    with told_of(path, "is missing; the picture is made again") if lost != ".json" else contextlib.nullcontext():
+        (result,) = compare.compare([run], pipe, requests, tmp_path)
     assert result.cells[0].made_now
     assert len(list((tmp_path / "cells").iterdir())) == 3, "and no half-written file is left"
     (result,) = compare.compare([run], pipe, requests, tmp_path, fresh=True)
     assert result.cells[0].made_now
+
+
+def told_of(path: Path, words: str) -> Any:
+    return pytest.warns(DamagedFileWarning, match=f"^{re.escape(str(path))}.*{re.escape(words)}$")
+
+
+def directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+    (path / "of the user").touch()
+
+
+def record(**changes: Any) -> Callable[[Path], Any]:
+    """A record with other entries; those that are `...` are taken out."""
+
+    def change(path: Path) -> None:
+        parsed = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({key: value for key, value in parsed.items() if value is not ...}))
+
+    return change
+
+
+def text(content: str | bytes) -> Callable[[Path], Any]:
+    return lambda path: path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def last_bit(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+DAMAGES: list[tuple[str, Callable[[Path], Any]]] = [
+    *((suffix, damage) for suffix in (".png", ".npy") for damage in (text(""), half, last_bit, text("GIF89a"))),
+    *((".json", damage) for damage in (text(""), half, text(b"\0\xff"), text("null"), text("[" * 10**5), text("{}"))),
+    *((suffix, directory) for suffix in (".png", ".npy", ".json")),
+    (".json", record(prompt=5)),
+    (".json", record(seed=None)),
+    (".json", record(seconds=0)),
+    (".json", record(seconds=math.nan)),
+    (".json", record(seconds=10**400)),
+    (".json", record(forwards=-1)),
+    (".json", record(blocks="many")),
+    (".json", record(branches=...)),
+    (".json", record(branches={"0": {"computed": "11", "measured": [None]}})),
+    (".json", record(branches={"0": {"computed": "1", "measured": ["far"]}})),
+    (".json", record(notes=[None])),
+    (".json", record(sitting=None)),
+    (".json", record(reference_seconds=-1.0)),
+    (".json", record(sha256={".npy": "?"})),
+    (".json", record(sha256={".png": "?", "/../../etc/passwd": "?"})),
+    (".json", record(sha256=...)),
+]
+
+
+@pytest.fixture(scope="module")
+def cell(tmp_path_factory: pytest.TempPathFactory) -> cells.Cell:
+    """A cell on disk; whoever damages it takes a copy."""
+    pipe = tiny.z_image()
+    pipe.set_progress_bar_config(disable=True)
+    directory = tmp_path_factory.mktemp("cell")
+    return compare.compare([Run("a", steps=2)], pipe, requests_of(pipe, (0,)), directory)[0].cells[0]
+
+
+@pytest.mark.parametrize("number", range(len(DAMAGES)))
+def test_every_damage_of_a_cell_is_seen_and_told(cell: cells.Cell, tmp_path: Path, number: int) -> None:
+    suffix, damage = DAMAGES[number]
+    for file in cell.path.parent.iterdir():
+        shutil.copy(file, tmp_path)
+    path = tmp_path / cell.path.name
+    assert cells.find(path) == dataclasses.replace(cell, path=path, made_now=False)
+    damage(path.with_suffix(suffix))
+    with told_of(path.with_suffix(suffix), "the picture is made again"):
+        assert cells.find(path) is None
+    aside = path.with_suffix(f"{suffix}.damaged")
+    assert aside.is_dir() == (damage is directory)
+    assert damage is not directory or (aside / "of the user").exists(), "nothing is lost"
+
+
+def test_a_damaged_cell_is_made_again_alone(pipe: Any, tmp_path: Path) -> None:
+    runs, requests = [Run("a", steps=2), Run("b", steps=3)], requests_of(pipe, (0,))
+    first = compare.evaluate(compare.compare(runs, pipe, requests, tmp_path))
+    path = next((tmp_path / "cells").glob("*-3-steps-*.png"))
+    half(path)
+    with told_of(path, "is damaged; the picture is made again"):
+        results = compare.compare(runs, pipe, requests, tmp_path)
+    assert [result.cells[0].made_now for result in results] == [False, True]
+    assert without_times(compare.evaluate(results)) == without_times(first)
+
+
+def test_a_full_disk_says_how_many_pictures_are_kept_and_the_same_call_goes_on(
+    pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, requests = [Run("a", steps=2), Run("b", steps=3)], requests_of(pipe, (0,))
+    synced: list[int] = []
+
+    def fsync(number: int) -> None:
+        synced.append(number)
+        if len(synced) > 4:  # three files of the first cell, and one of the second
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        message = rf"cannot write .*\.npy: No space left on device; 1 of 2 pictures are kept in {tmp_path}: the same"
+        with pytest.raises(WriteError, match=message):
+            compare.compare(runs, pipe, requests, tmp_path)
+    results = compare.compare(runs, pipe, requests, tmp_path)
+    assert [result.cells[0].made_now for result in results] == [False, True]
+
+
+def test_latents_that_are_no_numbers_make_no_cell(pipe: Any, tmp_path: Path) -> None:
+    with torch.no_grad():
+        next(pipe.transformer.parameters()).fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"a: the final latents are not finite numbers|the picture is not a number"):
+        compare.compare([Run("a", steps=2)], pipe, requests_of(pipe, (0,)), tmp_path)
+    assert list((tmp_path / "cells").iterdir()) == []
 
 
 # Caches of others

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchmetrics.functional.image as torchmetrics
 from PIL import Image
 
 from omni_runtime.compare import quality
@@ -269,3 +270,35 @@ def test_wrong_input_is_named(arguments: tuple, error: type[Exception], message:
 def test_images_smaller_than_the_window_are_refused(measure: Any) -> None:
     with pytest.raises(ValueError, match="11×11 pixels, got 10×64"):
         measure(torch.zeros(3, 10, 64), torch.zeros(3, 10, 64))
+
+
+# Against torchmetrics
+
+
+def torchmetrics_ssim(a: torch.Tensor, b: torch.Tensor, data_range: float) -> torch.Tensor:
+    """Means over the windows that lie inside: torchmetrics' own mean is over a padded image, too."""
+    how: dict[str, Any] = {"data_range": data_range, "reduction": "none", "return_full_image": True}
+    _, everywhere = torchmetrics.structural_similarity_index_measure(a, b, **how)
+    return everywhere[..., 5:-5, 5:-5].mean(dim=(1, 2, 3))
+
+
+@pytest.mark.parametrize("data_range", [1.0, 2.0])
+@pytest.mark.parametrize("shape", [(2, 3, 33, 41), (1, 1, 11, 64), (2, 3, 192, 180)])
+def test_measures_are_those_of_torchmetrics(shape: tuple[int, ...], data_range: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.rand(shape, generator=generator, dtype=torch.float64) * data_range
+    b = (a + 0.1 * torch.randn(shape, generator=generator, dtype=torch.float64)).clamp(0, data_range)
+    theirs = torchmetrics.peak_signal_noise_ratio(b, a, data_range, reduction="none", dim=(1, 2, 3))
+    torch.testing.assert_close(psnr(a, b, data_range), theirs, rtol=1e-7, atol=0)  # its 10 / log(10) is in float32
+    torch.testing.assert_close(ssim(a, b, data_range), torchmetrics_ssim(a, b, data_range), rtol=1e-9, atol=0)
+    ours = ms_ssim(a, b, data_range)
+    weights = quality.SCALE_WEIGHTS[: ms_ssim_scales(*shape[-2:])]
+    total = 1.0 if len(weights) == 5 else sum(weights)  # all five are taken as they are
+    product = torch.ones(shape[0], dtype=torch.float64)
+    for weight in weights[:-1]:
+        how: dict[str, Any] = {"data_range": data_range, "reduction": "none", "return_contrast_sensitivity": True}
+        _, structure = torchmetrics.structural_similarity_index_measure(a, b, **how)
+        product *= structure ** (weight / total)
+        a, b = (torch.nn.functional.avg_pool2d(one, 2) for one in (a, b))
+    product *= torchmetrics_ssim(a, b, data_range) ** (weights[-1] / total)
+    torch.testing.assert_close(ours, product, rtol=1e-9, atol=0)

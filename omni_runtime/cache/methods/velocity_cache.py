@@ -97,6 +97,8 @@ def _relations(config: Config, blocks: int | None, steps: int | None) -> None:
         schedules.good_enough(schedules.calibrated(config["calibration"]), config["quality"])
     if steps is None:
         return
+    if config["speedup"] is not None:
+        _budget(config, steps)
     if config["budget"] is not None and config["budget"] > steps:
         raise ValueError(f"budget is {config['budget']} computed steps, but the request has {steps}")
     last = max(config["schedule"]) if isinstance(config["schedule"], tuple) else 0
