@@ -175,7 +175,7 @@ def read(source: str | os.PathLike[str] | Mapping[str, Any], method: str) -> dic
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no path, no JSON, no calibration of the method, or a broken one; names the file, and says what to do.
+        ValueError: no path, no JSON, no calibration of the method, or a broken one. Names the file; says what to do.
     """
     if isinstance(source, Mapping):
         return _checked(source, "this dict", method)

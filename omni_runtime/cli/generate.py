@@ -39,15 +39,16 @@ def generate(options: argparse.Namespace) -> None:
         requests = omni.prepare(prompts, seed=options.seed, **request_arguments(options))
         make_directory(options.out.parent if to_file else options.out)
     omni.pipe.set_progress_bar_config(disable=True)
-    made = []
+    made: list[dict[str, Any]] = []
+    written: list[str] = []
     for request in requests:
         with bar(options, request.prompt or "", request.arguments.get("num_inference_steps", 0)) as on_step:
             result = omni.run(request, on_step)
         try:
             files = result.save(options.out if to_file else _unused(options.out, result))
         except WriteError as error:
-            kept = sum(len(one["files"]) for one in made)
-            raise error.keeping(f"pictures of earlier prompts that are kept: {kept}") if kept else error
+            raise error.keeping(f"kept of the prompts before: {', '.join(written) or 'nothing'}") from error
+        written += map(str, files)
         made.append({"files": [str(path) for path in files], **_as_json(result)})
         if not options.json:
             print(_summary(result, files), flush=True)
