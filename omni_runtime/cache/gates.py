@@ -60,7 +60,7 @@ class Limits:
 class Gate:
     """The limits; a subclass judges the distances.
 
-    A branch with nothing to reuse computes, whatever the gate would say: the engine asks for no plan then.
+    A branch with nothing to reuse computes, whatever the gate would say: no plan is asked for then.
 
     Attributes:
         unlimited: what is planned for a step of which the limits say nothing.

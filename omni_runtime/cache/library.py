@@ -174,7 +174,9 @@ class _NotCopied:
     """On a transformer that the library works on: a copy would go on with the blocks of the original."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError("the cache-dit library is enabled on this transformer: omni_kernels.unpatch(pipe) to copy it")
+        raise TypeError(
+            "the cache-dit library works on this transformer: it cannot be copied during a call of the pipeline"
+        )
 
 
 class _Order:
@@ -415,8 +417,8 @@ class LibrarySession(CacheSession):
         """Say once a request that the library was passed by in a call."""
         holder = describe(vars(transformer).get("forward", type(transformer).forward))
         note = (
-            f"{NAME} is no longer called: the transformer's forward is {holder}. Hooks that come and go, as those of "
-            "enable_model_cpu_offload, take the library out; nothing is cached"
+            f"{NAME} is no longer called: the transformer's forward is {holder}, which somebody has put there during "
+            "the call; nothing is cached"
         )
         if note not in request.notes:
             request.notes.append(note)

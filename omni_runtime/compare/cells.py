@@ -4,7 +4,7 @@ A cell is three files, named after the prompt, the seed and a digest of everythi
 picture as PNG with its settings inside, the final latents as .npy (float32), and a JSON record of what was computed and
 how long it took. The record is written last, with digests of the others, so that a cell is there wholly or not at all,
 and damage is seen. A cell that is there is not made again; whatever is changed, be it a setting, a weight or, for our
-own caches, a line of the cache engine, is another cell.
+own caches, a line of the caches or kernels, is another cell.
 
 Pictures are what the pipeline returns to its user, 8 bits a channel, and PNG keeps them exactly: what is measured of a
 cell that was found on disk is what was measured when it was made.
@@ -49,7 +49,7 @@ from omni_runtime.generation.result import NotANumberError, OmniResult, identifi
 PACKAGES = ("omni-kernels", "diffusers", "transformers", "torch")
 
 #: The sources that an image of our caches depends on; the rest of the package only shows and measures it.
-ENGINE = ("omni_kernels", "omni_runtime/cache")
+SOURCES = ("omni_kernels", "omni_runtime/cache")
 
 #: What runs where a block does, by where it lies in the block: the projection of its (self-)attention's output.
 PROJECTIONS = ("attn.to_out.0", "attention.to_out.0", "proj_out")
@@ -143,7 +143,7 @@ def identity(run: Run, config: Any, pipe: Any, request: GenerationRequest, finge
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "device": pipe._execution_device.type,
         "versions": versions(),
-        "engine": engine_digest() if run.backend is not None and run.install is None else None,
+        "sources": sources_digest() if run.backend is not None and run.install is None else None,
     }
 
 
@@ -426,10 +426,10 @@ def _some_values(weight: torch.Tensor) -> bytes:
 
 
 @functools.cache
-def engine_digest() -> str:
-    """A digest of the cache engine's sources, so that a changed engine makes its cells anew."""
+def sources_digest() -> str:
+    """A digest of the sources of caches and kernels: cells are made anew when these change."""
     root = Path(__file__).parents[2]
-    files = sorted(file for part in ENGINE for file in (root / part).rglob("*.py"))
+    files = sorted(file for part in SOURCES for file in (root / part).rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 

@@ -322,7 +322,7 @@ def test_another_engine_makes_the_cells_of_our_caches_anew(pipe: Any, monkeypatc
     before, after = [], []
     for paths in (before, after):
         paths += [cells.identity(run, run.config, pipe, request, "") for run in runs]
-        monkeypatch.setattr(cells, "engine_digest", lambda: "changed")
+        monkeypatch.setattr(cells, "sources_digest", lambda: "changed")
     assert [one == other for one, other in zip(before, after, strict=True)] == [False, True, True]
 
 
