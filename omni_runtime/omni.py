@@ -57,8 +57,6 @@ class Omni:
         fuse: whether transformer blocks run fused (`omni_kernels.patch`). Left out, they stay as they are found: what a
             cache computes is then what the pipeline itself does, bit for bit.
         compile: "regional" compiles each transformer block by itself, or a dict of arguments of torch.compile does.
-        graphs: whether transformer blocks are recorded as CUDA graphs and replayed.
-        reuse: whether what a model computes again, of the same input, is computed once and kept: the same bits.
         from_pretrained: what `DiffusionPipeline.from_pretrained` takes (variant, revision, token, components, ...).
 
     Attributes:
@@ -82,13 +80,11 @@ class Omni:
         cache_config: Mapping[str, Any] | str | None = None,
         fuse: bool | None = None,
         compile: str | Mapping[str, Any] | None = None,
-        graphs: bool = False,
-        reuse: bool = False,
         **from_pretrained: Any,
     ) -> None:
         backend, config = resolve_cache(cache_backend, cache_config)
-        options_of(compile, graphs, reuse)
-        self._fuse, self._compile, self._graphs, self._reuse = fuse, compile, graphs, reuse
+        options_of(compile)
+        self._fuse, self._compile = fuse, compile
         dtype = _one_dtype(dtype, from_pretrained)
         if isinstance(model, str | os.PathLike):
             source = loading.find(os.fspath(model), from_pretrained)
@@ -144,15 +140,11 @@ class Omni:
             pipe = self._load()
             before = handle_of(pipe)
             # What is left open stays as it is found.
-            fuse, compile, graphs, reuse = self._fuse or False, self._compile, self._graphs, self._reuse
+            fuse, compile = self._fuse or False, self._compile
             if before is not None:
                 fuse = before.fuse if self._fuse is None else self._fuse
                 compile = before.compile if compile is None else compile
-                graphs = graphs or before.graphs is not None
-                reuse = reuse or before.reuse
-            self._handle = patch(
-                pipe, self.cache_backend, self.cache_config, fuse=fuse, compile=compile, graphs=graphs, reuse=reuse
-            )
+            self._handle = patch(pipe, self.cache_backend, self.cache_config, fuse=fuse, compile=compile)
             self._patched_here = self._handle is not before
             self._pipe = pipe
         return self._pipe
@@ -282,8 +274,6 @@ class Omni:
             "cache_config": jsonable(self.cache_config),
             "fused_blocks": len(self._handle.fused.replaced) if self._handle else 0,
             "compiled_blocks": len(self._handle.compiled) if self._handle else 0,
-            "graphs": str(self._handle.graphs) if self._handle and self._handle.graphs is not None else None,
-            "reused": str(self._handle.reused) if self._handle and self._handle.reused is not None else None,
             "dtype": str(self.pipe.dtype).removeprefix("torch."),
             "device": self.pipe._execution_device.type,
             "versions": {

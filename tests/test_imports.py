@@ -210,7 +210,7 @@ print(json.dumps({
 }))
 """
     )
-    assert {"omni_kernels.patching.engine", "omni_runtime.cache.engine", "omni_runtime.cache.backends"} <= set(
+    assert {"omni_kernels.patching.changes", "omni_runtime.cache.engine", "omni_runtime.cache.backends"} <= set(
         found["names"]
     )
     assert found["changed"] == []

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from importlib import metadata
 from typing import Any, Protocol
 
-from omni_kernels.patching.engine import Patch
+from omni_kernels.patching.changes import Patch
 
 GROUP = "omni_kernels.cache_backends"
 

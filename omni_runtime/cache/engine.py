@@ -19,7 +19,7 @@ import torch
 
 from omni_kernels import ops
 from omni_kernels.patching import Patch, PatchConflictError
-from omni_kernels.patching.engine import describe
+from omni_kernels.patching.changes import describe
 from omni_runtime.cache import calibration
 from omni_runtime.cache.blocks import BlockCalls, BlockList, Passage
 from omni_runtime.cache.forecasters import Forecaster
@@ -359,7 +359,7 @@ class CacheSession:
             self.ranks = ranks_of(self.transformer)
             if self.ranks is not None and any(block._compiled_call_impl is not None for block in self._flat):
                 raise ValueError(
-                    f"the blocks of this {_name(self.transformer)} are compiled or recorded, and it is run by several "
+                    f"the blocks of this {_name(self.transformer)} are compiled, and it is run by several "
                     "ranks: a cache of blocks does not go with both yet"
                 )
             kind = BlockCalls if self.ranks is None else SplitCalls
