@@ -344,8 +344,7 @@ def reduced(backend):
     return {"backend": backend, "mode": "reduce-overhead"}
 
 
-@pytest.mark.parametrize("fuse", [False, True], ids=["as it is", "fused"])
-@pytest.mark.parametrize("cache", [*CACHES, *VARIANTS])
+@pytest.mark.parametrize(("cache", "fuse"), [(None, False), *((cache, True) for cache in (*CACHES, *VARIANTS))])
 def test_blocks_that_are_cuda_graphs_make_the_same_under_every_cache(qwen_pipe, cache, fuse):
     """A cache holds nothing that lies in a graph's memory from one forward to the next, nor does a block."""
     backend, config = VARIANTS.get(cache) or (cache, CACHES[cache])
