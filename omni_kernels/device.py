@@ -142,11 +142,6 @@ def on_device_of(t: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     return context
 
 
-def capturing(t: torch.Tensor) -> bool:
-    """Whether what is now done with `t` is recorded as a CUDA graph."""
-    return t.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
 @functools.cache
 def warp_size() -> int:
     """Threads of a GPU's warp: 32, and on AMD what the device says, 64 (CDNA) or 32 (RDNA)."""

@@ -92,7 +92,7 @@ def test_a_block_that_is_not_fused_is_an_error(monkeypatch):
 
 def test_graphs_are_measured_on_a_gpu_alone():
     assert bench_block.providers_on(torch.device("cuda")) == list(bench_block.PROVIDERS)
-    assert set(bench_block.PROVIDERS) - set(bench_block.providers_on(torch.device("cpu"))) == {"fused, graphs"}
+    assert set(bench_block.PROVIDERS) - set(bench_block.providers_on(torch.device("cpu"))) == {"fused, reduce-overhead"}
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,7 @@ print(json.dumps({
 }))
 """
     )
-    assert {"omni_kernels.patching.engine", "omni_runtime.cache.session", "omni_runtime.cache.methods"} <= set(
+    assert {"omni_kernels.patching.changes", "omni_runtime.cache.session", "omni_runtime.cache.methods"} <= set(
         found["names"]
     )
     assert found["changed"] == []

@@ -2,7 +2,7 @@
 
 from omni_kernels.patching.api import PatchHandle, handle_of, patch, patched, unpatch
 from omni_kernels.patching.cache_dit import LibraryHandle
-from omni_kernels.patching.engine import Patch, PatchConflictError
+from omni_kernels.patching.changes import Patch, PatchConflictError
 from omni_kernels.patching.warming import Warmup, warmup
 
 __all__ = [

@@ -5,19 +5,18 @@ passes that could be one. What is made ahead hangs on the very tensor that the b
 block only where it is called with that tensor, unchanged, and with the same modulation: whoever works between the
 blocks, or passes the next one over, gets what he would have had, and nothing is kept beyond the tensor.
 
-It is left to the blocks themselves where their calls are compiled, or recorded apart.
+It is left to the blocks themselves where their calls are compiled.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from omni_kernels.patching.engine import Forward, Patch
+from omni_kernels.patching.changes import Forward, Patch
 from omni_kernels.patching.structure import hooked
 
 _NEXT, _MADE = "_omni_kernels_next", "_omni_kernels_ahead"
@@ -45,22 +44,6 @@ def link(blocks: Sequence[torch.nn.Module], patch: Patch) -> None:
         patch.set_attribute(block, _NEXT, _Next((following,)))
 
 
-#: Blocks whose calls are replaced, but run one after the other all the same.
-_together: set[torch.nn.Module] = set()
-
-
-@contextlib.contextmanager
-def together(blocks: Collection[torch.nn.Module]) -> Iterator[None]:
-    """While open, each of these blocks may begin the next one of them, though something stands in for their calls."""
-    former = set(_together)
-    _together.update(blocks)
-    try:
-        yield
-    finally:
-        _together.clear()
-        _together.update(former)
-
-
 def next_of(block: torch.nn.Module, states: torch.Tensor, *called: str) -> Any:
     """The block that is likely to be called next, fused; None where nothing can be made ahead for it.
 
@@ -73,9 +56,7 @@ def next_of(block: torch.nn.Module, states: torch.Tensor, *called: str) -> Any:
     (following,) = vars(block).get(_NEXT) or (None,)
     if following is None or following._forward_hooks or following._forward_pre_hooks:
         return None
-    if (following._compiled_call_impl is not None and following not in _together) or not isinstance(
-        vars(following).get("forward"), Forward
-    ):
+    if following._compiled_call_impl is not None or not isinstance(vars(following).get("forward"), Forward):
         return None
     parts = (part for name in called for part in following._modules[name].modules())
     return None if any(map(hooked, parts)) else following

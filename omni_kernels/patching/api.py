@@ -9,10 +9,8 @@ from typing import Any, overload
 
 from omni_kernels.patching import backends, calls, rules
 from omni_kernels.patching.cache_dit import LibraryHandle
+from omni_kernels.patching.changes import HANDLE, Patch, PatchConflictError
 from omni_kernels.patching.compiled import Compiled
-from omni_kernels.patching.engine import HANDLE, Patch, PatchConflictError
-from omni_kernels.patching.graphs import Graphs
-from omni_kernels.patching.reuse import Reuse, compute_once
 
 
 class PatchHandle:
@@ -25,11 +23,6 @@ class PatchHandle:
         compile: what torch.compile was told for the blocks; None where they were not to be compiled.
         fused: which blocks were replaced, and which were left alone and why; prints as lines.
         compiled: the names of the blocks that were compiled; prints as lines, with what is compiled no more and why.
-        reuse: whether what is not changed was to be computed once.
-        graphs: which blocks were recorded as CUDA graphs, what they hold, and why others were not; prints as lines.
-            None where none were to be.
-        reused: what is computed once where the model would compute it again, and what was left alone and why; prints as
-            lines. None where nothing was to be.
     """
 
     def __init__(
@@ -39,8 +32,6 @@ class PatchHandle:
         cache_config: dict[str, Any],
         fuse: bool,
         compile: dict[str, Any] | None = None,
-        graphs: Graphs | None = None,
-        reuse: bool = False,
     ) -> None:
         self.cache_backend = cache_backend
         self.cache_config = cache_config
@@ -48,9 +39,6 @@ class PatchHandle:
         self.compile = compile
         self.fused = rules.Fusion()
         self.compiled = Compiled()
-        self.graphs = graphs
-        self.reuse = reuse
-        self.reused: Reuse | None = None
         self._pipe = pipe
         self._patch = Patch()
         self._installed: backends.InstalledBackend | None = None
@@ -59,8 +47,6 @@ class PatchHandle:
         state = "active" if self.active else "undone"
         blocks = f"{len(self.fused.replaced)} blocks fused" if self.fuse else "blocks not fused"
         blocks += f", {len(self.compiled)} compiled" if self.compiled else ""
-        blocks += f", {len(self.graphs.recorded)} recorded" if self.graphs is not None else ""
-        blocks += ", reuse" if self.reuse else ""
         return (
             f"PatchHandle(cache_backend={self.cache_backend!r}, cache_config={self.cache_config!r}, {blocks}, {state})"
         )
@@ -73,6 +59,10 @@ class PatchHandle:
     def active(self) -> bool:
         """Whether the pipeline still runs under this patch."""
         return vars(self._pipe).get(HANDLE) is self
+
+    def patches(self, pipe: Any) -> bool:
+        """Whether this is the patch of that very pipeline."""
+        return self._pipe is pipe
 
     @property
     def report(self) -> Any:
@@ -126,18 +116,14 @@ class PatchHandle:
         self._patch.undo()
         if self._installed is not None:
             self._installed.close()
-        if self.graphs is not None:
-            self.graphs.close()
         del vars(self._pipe)[HANDLE]
 
     def _install(self, backend: backends.CacheBackend | None) -> None:
         try:
             if self.fuse:
                 self.fused = rules.fuse(self._pipe, self._patch)
-            if self.compile is not None or self.graphs is not None:
-                self.compiled = calls.replace_calls(self._pipe, self.compile, self.graphs, self._patch)
-            if self.reuse:
-                self.reused = compute_once(self._pipe, self._patch)
+            if self.compile is not None:
+                self.compiled = calls.replace_calls(self._pipe, self.compile, self._patch)
             if backend is not None:
                 self._installed = backend.install(self._pipe, self.cache_config, self._patch)
         except BaseException:
@@ -157,8 +143,6 @@ def patch(
     *,
     fuse: bool | None = None,
     compile: str | Mapping[str, Any] | None = None,
-    graphs: bool | Graphs = False,
-    reuse: bool = False,
 ) -> PatchHandle: ...
 
 
@@ -169,10 +153,8 @@ def patch(
     *,
     fuse: bool | None = None,
     compile: str | Mapping[str, Any] | None = None,
-    graphs: bool | Graphs = False,
-    reuse: bool = False,
 ) -> PatchHandle | LibraryHandle:
-    """Fuse, compile or record the blocks of one diffusers pipeline, install a cache, or all; others are left alone.
+    """Fuse or compile the blocks of one diffusers pipeline, install a cache, or all; other pipelines are left alone.
 
     Fused blocks compute what the model's own do, up to rounding. Which blocks there is a fused forward for, and what
     was left alone and why, is in `.fused` of what is returned; where nothing fits, nothing is changed.
@@ -189,12 +171,8 @@ def patch(
             a computed step.
         compile: "regional" compiles each block by itself, without breaks in its graph, fused or not, under any cache;
             a dict does so with these arguments of torch.compile. Compiled blocks compute the same up to rounding. Where
-            Dynamo's limit of graphs is passed by far, others run uncompiled; `.compiled` says so.
-        graphs: whether blocks are recorded as CUDA graphs, once per shape, and replayed. What cannot be recorded runs
-            as ever; `.graphs` says why. See `omni_kernels.patching.graphs`.
-        reuse: whether what a model computes again, of the same input, is computed once and kept: the modulation of a
-            timestep for both branches of guidance (Qwen-Image), the refined caption of a request (Z-Image). The same
-            bits, for a little memory; `.reused` says what. See `omni_kernels.patching.reuse`.
+            Dynamo's limit of graphs is passed by far, others run uncompiled; `.compiled` says so. With
+            {"mode": "reduce-overhead"} they are CUDA graphs; see `omni_kernels.patching.calls`.
 
     Returns:
         The handle: `.fused` tells which blocks were replaced, `.report` what the last request did, `.undo()` takes the
@@ -206,36 +184,32 @@ def patch(
         PatchConflictError: the pipeline is patched otherwise already, or somebody else holds a slot that is needed.
     """
     if isinstance(pipe, ModuleType):
-        given = (cache_backend, cache_config, fuse, compile, graphs or None, reuse or None)
-        if any(one is not None for one in given):
+        if any(one is not None for one in (cache_backend, cache_config, fuse, compile)):
             raise TypeError(f"patch({pipe.__name__}) takes nothing else: a cache is installed on a pipeline")
         return handle_of(pipe) or LibraryHandle(pipe)
+    if fuse is not None and not isinstance(fuse, bool):
+        raise TypeError(f"fuse must be True, False or None, not {fuse!r}")
     name = None if cache_backend in (None, "none") else cache_backend
+    if name is None and not isinstance(cache_config, Mapping | None):
+        raise TypeError(f"cache_config must be a dict or None, and goes with a cache_backend, not {cache_config!r}")
     if name is None and cache_config:
         raise ValueError(f"cache_config {dict(cache_config)!r} was given without a cache_backend")
     backend = None if name is None else backends.get(name)
     config = {}
     if backend is not None:
-        backend.check(cache_config)
-        config = backend.check(backends.with_own(backend, cache_config, getattr(pipe, "name_or_path", None)))
-    fuse = name is None if fuse is None else bool(fuse)
-    options = calls.options_of(compile, bool(graphs), reuse)
+        config = backends.complete(backend, cache_config, getattr(pipe, "name_or_path", None))
+    fuse = name is None if fuse is None else fuse
+    options = calls.options_of(compile)
     present = handle_of(pipe)
     if present is not None:
-        asked = (name, config, fuse, options, bool(graphs), bool(reuse))
-        recorded = present.graphs is not None
-        there = (
-            present.cache_backend, present.cache_config, present.fuse, present.compile, recorded, present.reuse,
-        )  # fmt: skip
-        if there == asked:
+        there = present.cache_backend, present.cache_config, present.fuse, present.compile
+        if there == (name, config, fuse, options):
             return present
         raise PatchConflictError(
             f"this {type(pipe).__name__} is already patched with {present.cache_backend or 'no cache'} "
-            f"{present.cache_config}, fuse={present.fuse}, compile={present.compile}, graphs={recorded} and "
-            f"reuse={present.reuse}: unpatch(pipe) first"
+            f"{present.cache_config}, fuse={present.fuse} and compile={present.compile}: unpatch(pipe) first"
         )
-    recorder = Graphs() if graphs is True else graphs or None
-    handle = PatchHandle(pipe, name, config, fuse, options, recorder, bool(reuse))
+    handle = PatchHandle(pipe, name, config, fuse, options)
     handle._install(backend)
     vars(pipe)[HANDLE] = handle
     return handle
@@ -250,8 +224,9 @@ def handle_of(pipe: Any) -> PatchHandle | None: ...
 
 
 def handle_of(pipe: Any) -> PatchHandle | LibraryHandle | None:
-    """The patch that `pipe` runs under, if any."""
-    return getattr(pipe, "__dict__", {}).get(HANDLE)
+    """The patch that `pipe` runs under, if any: its own, and not that of a pipeline that it is a copy of."""
+    handle: PatchHandle | LibraryHandle | None = getattr(pipe, "__dict__", {}).get(HANDLE)
+    return handle if handle is not None and handle.patches(pipe) else None
 
 
 def unpatch(pipe: Any) -> None:
@@ -276,8 +251,6 @@ def patched(
     *,
     fuse: bool | None = None,
     compile: str | Mapping[str, Any] | None = None,
-    graphs: bool | Graphs = False,
-    reuse: bool = False,
 ) -> contextlib.AbstractContextManager[PatchHandle]: ...
 
 
@@ -289,12 +262,10 @@ def patched(
     *,
     fuse: bool | None = None,
     compile: str | Mapping[str, Any] | None = None,
-    graphs: bool | Graphs = False,
-    reuse: bool = False,
 ) -> Iterator[Any]:
     """`patch` for the length of a with-block. Inside a like block, the outer one keeps the patch."""
     outer = handle_of(pipe)
-    handle = patch(pipe, cache_backend, cache_config, fuse=fuse, compile=compile, graphs=graphs, reuse=reuse)
+    handle = patch(pipe, cache_backend, cache_config, fuse=fuse, compile=compile)
     try:
         yield handle
     finally:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from importlib import metadata
 from typing import Any, Protocol
 
-from omni_kernels.patching.engine import Patch
+from omni_kernels.patching.changes import Patch
 
 GROUP = "omni_kernels.cache_backends"
 #: The table of our own methods. The kernels know no runtime, so this is the one place that names it, by a string: it is
@@ -62,6 +62,20 @@ def with_own(backend: CacheBackend, config: Mapping[str, Any] | None, directory:
     """
     own = getattr(backend, "with_own", None)
     return own(config, directory) if own is not None and isinstance(directory, str) else config
+
+
+def complete(backend: CacheBackend, config: Mapping[str, Any] | None, directory: Any, *facts: Any) -> dict[str, Any]:
+    """A backend's complete configuration, with what a model's directory brings; each value is read once.
+
+    Args:
+        facts: what is known of the transformer, where something is.
+
+    Raises:
+        ValueError, TypeError: what the backend's `check` raises.
+    """
+    checked = backend.check(config)
+    own = with_own(backend, checked, directory)
+    return backend.check(own, *facts) if facts or own is not checked else checked
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -31,7 +31,7 @@ import torch
 
 from omni_kernels.ops import trusted
 from omni_kernels.ops._checks import alike
-from omni_kernels.patching.engine import HANDLE, Patch, PatchConflictError, describe
+from omni_kernels.patching.changes import HANDLE, Patch, PatchConflictError, describe
 
 #: The library's module, to tell it from others.
 NAME = "cache_dit"
@@ -368,6 +368,10 @@ class LibraryHandle:
     def active(self) -> bool:
         """Whether the library is still patched by this."""
         return vars(self._module).get(HANDLE) is self
+
+    def patches(self, module: Any) -> bool:
+        """Whether this is the patch of that very module."""
+        return self._module is module
 
     def undo(self) -> None:
         """Put the library's functions back; where a pipeline is patched that runs on them, with the last of those.

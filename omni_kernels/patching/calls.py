@@ -1,39 +1,37 @@
-"""Block by block: regional compilation, one graph shared by all blocks of a class, and recording (`graphs`).
+"""Block by block: regional compilation, one graph shared by all blocks of a class.
 
 What runs between the blocks, caches above all, stays as it is: which blocks run is decided outside. A block whose
-forward is fused is compiled with it, our kernels as operators in its graph; a compiled block is recorded as it runs.
+forward is fused is compiled with it, our kernels as operators in its graph.
+
+With `mode="reduce-overhead"`, torch records each block as a CUDA graph. What a block returns then lies in memory that
+is written over in a later forward of the transformer, and torch has to be told where one begins: else each block's call
+counts as one, and finds the states that it is called with gone (`torch._inductor.cudagraph_trees`). Within a forward,
+torch keeps what somebody holds. Whoever keeps what blocks return for longer must copy it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
+from omni_kernels.patching.changes import InstanceMethod, Patch, PatchConflictError, describe
 from omni_kernels.patching.compiled import Compiled
-from omni_kernels.patching.engine import InstanceMethod, Patch, PatchConflictError, describe
-from omni_kernels.patching.graphs import Graphs
 
 REGIONAL = "regional"
 #: What torch.compile is told where the caller says nothing else: a break in a graph is an error, not a slow block.
 OPTIONS = {"fullgraph": True}
 
 
-def options_of(compile: str | Mapping[str, Any] | None, graphs: bool, reuse: bool = False) -> dict[str, Any] | None:
+def options_of(compile: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
     """What torch.compile is to be told; None where nothing is to be compiled.
 
     Raises:
-        ValueError, TypeError: neither "regional", nor arguments of torch.compile, nor None; or arguments that do not go
-            with `graphs`, the recording of CUDA graphs; or either with `reuse`.
+        ValueError, TypeError: neither "regional", nor arguments of torch.compile, nor None.
     """
-    if reuse and (graphs or compile is not None):
-        kind = "recorded" if graphs else "compiled"
-        raise ValueError(f"reuse=True does not go with {kind} blocks: each computes all that is in it")
     if compile is None:
         return None
-    if graphs and isinstance(compile, Mapping) and not {"mode", "options"}.isdisjoint(compile):
-        raise ValueError(f"graphs=True with compile={compile!r}: a mode of torch.compile may record graphs of its own")
     if isinstance(compile, Mapping):
         return OPTIONS | dict(compile)
     if not isinstance(compile, str):
@@ -43,40 +41,55 @@ def options_of(compile: str | Mapping[str, Any] | None, graphs: bool, reuse: boo
     return dict(OPTIONS)
 
 
-def replace_calls(pipe: Any, options: Mapping[str, Any] | None, graphs: Graphs | None, patch: Patch) -> Compiled:
-    """Compile the repeated blocks of the pipeline's transformers, or record them, or both, through `patch`.
+def replace_calls(pipe: Any, options: Mapping[str, Any], patch: Patch) -> Compiled:
+    """Compile the repeated blocks of the pipeline's transformers, through `patch`.
 
     Blocks that somebody has compiled already are not compiled again.
 
     Args:
-        options: what torch.compile is told; None compiles nothing.
-        graphs: what records; None for nothing.
+        options: what torch.compile is told.
 
     Returns:
-        Which blocks were compiled; which were recorded, `graphs` will tell.
+        Which blocks were compiled.
 
     Raises:
         ValueError: the pipeline has no blocks of which diffusers knows that they repeat.
         PatchConflictError: a transformer is compiled as a whole, or its blocks are patched so already.
     """
-    compiled, found = Compiled(), False
-    for name, block in _repeated_blocks(pipe):
-        found = True
-        call: Callable[..., Any] | None = block._compiled_call_impl
+    compiled, blocks = Compiled(), list(_repeated_blocks(pipe))
+    for name, _, block in blocks:
+        call = block._compiled_call_impl
         if isinstance(call, InstanceMethod):
-            raise PatchConflictError(f"{name} is compiled or recorded already, through another pipeline that shares it")
-        if options is not None and call is None:
-            call = compiled.call_of(name, block, options)
-        if graphs is not None:
-            call = graphs.call_of(name, block, call or block._call_impl)
-        if call is not None and call is not block._compiled_call_impl:
-            patch.set_method(block, "_compiled_call_impl", call)
-    if not found:
+            raise PatchConflictError(f"{name} is compiled already, through another pipeline that shares it")
+        if call is None:
+            patch.set_method(block, "_compiled_call_impl", compiled.call_of(name, block, options))
+    if not blocks:
         raise ValueError(f"{type(pipe).__name__} has no transformer with blocks that repeat: nothing to work on")
+    if makes_cuda_graphs(options):
+        for model in {id(model): model for _, model, _ in blocks}.values():
+            hooks = model._forward_pre_hooks
+            before = dict(hooks)
+            model.register_forward_pre_hook(_begins)
+            patch.record(model, hooks, before)
     return compiled
 
 
-def _repeated_blocks(pipe: Any) -> Iterator[tuple[str, torch.nn.Module]]:
+def makes_cuda_graphs(options: Mapping[str, Any]) -> bool:
+    """Whether torch.compile records CUDA graphs, told these arguments, where it finds a GPU."""
+    from torch import _inductor
+    from torch._inductor import config
+
+    told = _inductor.list_mode_options().get(options.get("mode") or "default", {}) | (options.get("options") or {})
+    return options.get("backend") == "cudagraphs" or bool(told.get("triton.cudagraphs", config.triton.cudagraphs))
+
+
+def _begins(model: torch.nn.Module, args: tuple[Any, ...]) -> None:
+    """A transformer's forward begins. It is a hook, for whoever caches may have taken the forward's own place."""
+    torch.compiler.cudagraph_mark_step_begin()
+
+
+def _repeated_blocks(pipe: Any) -> Iterator[tuple[str, torch.nn.Module, torch.nn.Module]]:
+    """(name, transformer, block) of each."""
     seen: set[int] = set()
     for component, model in (getattr(pipe, "components", None) or vars(pipe)).items():
         kinds = getattr(model, "_repeated_blocks", None)
@@ -88,4 +101,4 @@ def _repeated_blocks(pipe: Any) -> Iterator[tuple[str, torch.nn.Module]]:
         for name, module in model.named_modules():
             if type(module).__name__ in kinds and id(module) not in seen:
                 seen.add(id(module))
-                yield f"{component}.{name}", module
+                yield f"{component}.{name}", model, module

@@ -102,7 +102,7 @@ def double_forward(
     """(text, image), as the block's own forward returns them; where that differs, that is what runs."""
     x, text = hidden_states, encoder_hidden_states
     if joint_attention_kwargs or not _serves(block, DOUBLE_STANDS_FOR, image_rotary_emb, x, text, temb):
-        return type(block).forward(block, x, text, temb, image_rotary_emb, joint_attention_kwargs)
+        return NotImplemented
     norm1, t_norm1 = block.norm1, block.norm1_context
     shift1, scale1, gate1, shift2, scale2, gate2 = norm1.linear(norm1.silu(temb)).chunk(6, 1)
     t_shift1, t_scale1, t_gate1, t_shift2, t_scale2, t_gate2 = t_norm1.linear(t_norm1.silu(temb)).chunk(6, 1)
@@ -133,7 +133,7 @@ def single_forward(
     """(text, image), as the block's own forward returns them; where that differs, that is what runs."""
     x, text = hidden_states, encoder_hidden_states
     if joint_attention_kwargs or not _serves(block, SINGLE_STANDS_FOR, image_rotary_emb, x, text, temb):
-        return type(block).forward(block, x, text, temb, image_rotary_emb, joint_attention_kwargs)
+        return NotImplemented
     norm, T = block.norm, text.shape[1]
     shift, scale, gate = norm.linear(norm.silu(temb)).chunk(3, 1)
     joint = torch.cat([text, x], 1)

@@ -81,9 +81,7 @@ def forward(
         or not attends(block.attn, PROCESSOR)
         or not stands(block, STANDS_FOR)
     ):
-        return type(block).forward(
-            block, x, text, encoder_hidden_states_mask, temb, image_rotary_emb, joint_attention_kwargs, index
-        )
+        return NotImplemented
     (_, _, gate1, shift2, scale2, gate2), y = _begin(block, "img", x, temb, index)
     (_, _, t_gate1, t_shift2, t_scale2, t_gate2), t_y = _begin(block, "txt", text, temb)
 

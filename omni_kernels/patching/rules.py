@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from omni_kernels.patching import ahead, flux, qwen_image, wan, z_image
-from omni_kernels.patching.engine import Patch, PatchConflictError
+from omni_kernels.patching.changes import Patch, PatchConflictError
 from omni_kernels.patching.structure import home, is_librarys
 
 
@@ -22,7 +22,8 @@ class BlockRule:
     """One class of blocks.
 
     Attributes:
-        forward: the fused forward, called with the block first and then as the block's own.
+        forward: the fused forward, called with the block first and then as the block's own; NotImplemented where it
+            leaves a call to that.
         unfit: why it cannot stand in for a block's own; None where it can.
         ahead: whether it begins the next block (`omni_kernels.patching.ahead`).
     """

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
 
-from omni_kernels.patching.engine import Patch, PatchConflictError, describe
+from omni_kernels.patching.changes import Patch, PatchConflictError, describe
 
 #: On a class made here: the class that it is derived from.
 _PLAIN = "_omni_kernels_plain_class"

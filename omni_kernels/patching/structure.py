@@ -14,7 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook as _any_hook
 
 from omni_kernels.ops._checks import DTYPES
 from omni_kernels.ops.qk_norm_rope import MAX_HEAD_SIZE
-from omni_kernels.patching.engine import Forward, describe
+from omni_kernels.patching.changes import Forward, describe
 
 #: Whose classes the rows tell of.
 LIBRARIES = ("diffusers", "torch")
@@ -50,18 +50,13 @@ def part(block: torch.nn.Module, path: str) -> Any:
 
 def hooked(module: torch.nn.Module) -> bool:
     """Whether calling `module` comes to more than the forward of its class, or ours for it."""
+    own = module.__dict__.get("forward")
     return (
-        shadowed(module)
+        (own is not None and not isinstance(own, Forward))
         or len(module._forward_hooks) > 0
         or len(module._forward_pre_hooks) > 0
         or module._compiled_call_impl is not None
     )
-
-
-def shadowed(module: torch.nn.Module) -> bool:
-    """Whether something else than ours stands in the place of the forward that `module` has from its class."""
-    own = module.__dict__.get("forward")
-    return own is not None and not isinstance(own, Forward)
 
 
 def stands(block: torch.nn.Module, parts: Mapping[str, str]) -> bool:

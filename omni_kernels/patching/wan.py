@@ -84,7 +84,7 @@ def forward(
         or not attends(attn2, PROCESSOR)
         or not stands(block, STANDS_FOR if attn2.add_k_proj is None else STANDS_FOR_WITH_IMAGE)
     ):
-        return type(block).forward(block, x, encoder_hidden_states, temb, rotary_emb)
+        return NotImplemented
     # temb [B, 6, D], or [B, S, 6, D]: the sum is fp32, whatever its terms are.
     shift1, scale1, gate1, shift2, scale2, gate2 = (temb + block.scale_shift_table.float()).unbind(-2)
     tables = None if rotary_emb is None else tuple(t.flatten(0, 2) for t in rotary_emb)  # of [1, S, 1, Dh]

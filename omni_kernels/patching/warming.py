@@ -1,4 +1,4 @@
-"""All that a first request would wait for, done before it: kernels compiled, blocks compiled or recorded."""
+"""All that a first request would wait for, done before it: kernels compiled, blocks compiled."""
 
 from __future__ import annotations
 

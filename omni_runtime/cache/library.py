@@ -29,7 +29,7 @@ import torch
 from omni_kernels.patching import Patch
 from omni_kernels.patching.backends import nearest
 from omni_kernels.patching.cache_dit import NAME, Library, use_kernels
-from omni_kernels.patching.engine import describe
+from omni_kernels.patching.changes import describe
 from omni_runtime.cache.gates import Verdict
 from omni_runtime.cache.lifecycle import Request, Sampling, turn
 from omni_runtime.cache.session import (

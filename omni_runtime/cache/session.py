@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from omni_kernels.patching import Patch, PatchConflictError
-from omni_kernels.patching.engine import InstanceMethod, describe
+from omni_kernels.patching.changes import InstanceMethod, describe
 from omni_kernels.patching.running import around_calls
 from omni_runtime.cache import calibration
 from omni_runtime.cache.blocks import BlockCall, BlockList, ForwardCall

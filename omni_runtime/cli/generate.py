@@ -29,8 +29,7 @@ def generate(options: argparse.Namespace) -> None:
     if to_file and len(options.prompt) > 1:
         raise UsageError(f"--out {options.out} is one file, for {len(options.prompt)} prompts: give a directory")
     settle(options)
-    how: dict[str, Any] = {"fuse": options.fuse or None, "compile": options.compile, "graphs": options.graphs}
-    how["reuse"] = options.reuse
+    how: dict[str, Any] = {"fuse": options.fuse or None, "compile": options.compile}
     if options.cache_backend is not None:
         how["cache_backend"] = options.cache_backend
     with wrong_input():

@@ -127,8 +127,6 @@ def _add_generate(commands: Any, shared: argparse.ArgumentParser) -> None:
     command.add_argument("--cache-config", metavar="JSON", help='such as {"rel_l1_thresh": 0.2}')
     command.add_argument("--fuse", action="store_true", help="run transformer blocks fused")
     command.add_argument("--compile", choices=["regional"], help="compile each transformer block by itself")
-    command.add_argument("--graphs", action="store_true", help="record transformer blocks as CUDA graphs")
-    command.add_argument("--reuse", action="store_true", help="keep what is computed again of the same input")
     command.add_argument(
         "--out", type=Path, default=Path("out"), metavar="PATH", help="a directory, or a .png file (default: out)"
     )

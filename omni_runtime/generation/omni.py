@@ -61,8 +61,6 @@ class Omni:
         fuse: whether transformer blocks run fused (`omni_kernels.patch`). Left out, they stay as they are found: what a
             cache computes is then what the pipeline itself does, bit for bit.
         compile: "regional" compiles each transformer block by itself, or a dict of arguments of torch.compile does.
-        graphs: whether transformer blocks are recorded as CUDA graphs and replayed.
-        reuse: whether what a model computes again, of the same input, is computed once and kept: the same bits.
         from_pretrained: what `DiffusionPipeline.from_pretrained` takes (variant, revision, token, components, ...).
 
     Attributes:
@@ -86,8 +84,6 @@ class Omni:
         cache_config: Mapping[str, Any] | str | None = None,
         fuse: bool | None = None,
         compile: str | Mapping[str, Any] | None = None,
-        graphs: bool = False,
-        reuse: bool = False,
         **from_pretrained: Any,
     ) -> None:
         backend, config = resolve_cache(cache_backend, cache_config)
@@ -102,13 +98,12 @@ class Omni:
             **from_pretrained,
         }
         self._turn = threading.RLock()
-        options_of(compile, graphs, reuse)
-        self._fuse, self._compile, self._graphs, self._reuse = fuse, compile, graphs, reuse
+        options_of(compile)
+        self._fuse, self._compile = fuse, compile
         dtype = _one_dtype(dtype, from_pretrained)
         if isinstance(model, str | os.PathLike):
             source = loading.find(os.fspath(model), from_pretrained)
-            own = _with_own(backend, config, source.location)
-            complete = check_cache(backend, own, source.transformer_config, source.name)
+            complete = _complete(backend, config, source.location, source.transformer_config, source.name)
             target = loading.resolve_device(device)
             dtype = loading.resolve_dtype(dtype, target)
             self.name = source.name
@@ -119,8 +114,7 @@ class Omni:
         else:
             _check_loaded(model, from_pretrained)
             self.location = getattr(model, "name_or_path", None)
-            own = _with_own(backend, config, self.location)
-            complete = check_cache(backend, own, _config_of(model), type(model).__name__)
+            complete = _complete(backend, config, self.location, _config_of(model), type(model).__name__)
             self.name = getattr(model, "name_or_path", None) or type(model).__name__
             self._defaults = {}
             self._pipeline_class = type(model)
@@ -166,15 +160,11 @@ class Omni:
             pipe = self._load()
             before = handle_of(pipe)
             # What is left open stays as it is found.
-            fuse, compile, graphs, reuse = self._fuse or False, self._compile, self._graphs, self._reuse
+            fuse, compile = self._fuse or False, self._compile
             if before is not None:
                 fuse = before.fuse if self._fuse is None else self._fuse
                 compile = before.compile if compile is None else compile
-                graphs = graphs or before.graphs is not None
-                reuse = reuse or before.reuse
-            self._handle = patch(
-                pipe, self.cache_backend, self.cache_config, fuse=fuse, compile=compile, graphs=graphs, reuse=reuse
-            )
+            self._handle = patch(pipe, self.cache_backend, self.cache_config, fuse=fuse, compile=compile)
             self._patched_here = self._handle is not before
             self._pipe = pipe
         return self._pipe
@@ -309,8 +299,6 @@ class Omni:
             "cache_config": jsonable(self.cache_config),
             "fused_blocks": len(self._handle.fused.replaced) if self._handle else 0,
             "compiled_blocks": len(self._handle.compiled) if self._handle else 0,
-            "graphs": str(self._handle.graphs) if self._handle and self._handle.graphs is not None else None,
-            "reused": str(self._handle.reused) if self._handle and self._handle.reused is not None else None,
             "dtype": str(self.pipe.dtype).removeprefix("torch."),
             "device": self.pipe._execution_device.type,
             "versions": {
@@ -348,17 +336,17 @@ def resolve_cache(
         backend = backends.get(cache_backend)
     except (ValueError, TypeError) as error:
         raise type(error)(f"{error}{origin}") from None
-    backend.check(config)
-    return cache_backend, config
+    return cache_backend, backend.check(config)
 
 
-def check_cache(
+def _complete(
     backend: str | None,
     config: Mapping[str, Any] | None,
+    directory: Any,
     transformer_config: Mapping[str, Any] | None,
     name: str,
 ) -> dict[str, Any]:
-    """A backend's complete configuration, checked against a transformer's config.json.
+    """A backend's complete configuration, with the model's own calibration, checked against its config.json.
 
     Raises:
         ValueError, TypeError: what the backend's `check` raises; a transformer that no cache knows; none at all.
@@ -367,12 +355,7 @@ def check_cache(
         return {}
     if transformer_config is None:
         raise ValueError(f"{name} has no transformer: cache backend {backend!r} cannot serve it")
-    return backends.get(backend).check(config, models.describe(transformer_config))
-
-
-def _with_own(backend: str | None, config: dict[str, Any] | None, directory: Any) -> Mapping[str, Any] | None:
-    """The configuration, with the model's own calibration for the backend where the caller gives none."""
-    return config if backend is None else backends.with_own(backends.get(backend), config, directory)
+    return backends.complete(backends.get(backend), config, directory, models.describe(transformer_config))
 
 
 def _config(cache_config: Mapping[str, Any] | str | None) -> dict[str, Any] | None:

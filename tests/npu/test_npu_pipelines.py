@@ -91,14 +91,6 @@ def test_fused_blocks_make_what_they_do_on_the_cpu(name, version):
     assert not [call for step in steps for call in step.reads]
 
 
-def test_graphs_are_left_to_other_devices_with_the_reason():
-    pipe = tiny.flux().to("npu")
-    with omni_kernels.patched(pipe, fuse=True, graphs=True) as handle:
-        tiny.generate(pipe, output_type="latent", num_inference_steps=2)
-        assert handle.graphs.recorded == {}
-        assert set(handle.graphs.reasons.values()) == {"it is not on cuda"}
-
-
 def test_omni_runs_on_an_npu_from_the_prompt_to_the_picture(saved):
     with Omni(str(saved["qwen_image"]), dtype="float32", device="cpu") as omni:
         (expected,) = omni.generate("a cat", num_inference_steps=4, height=64, width=64, seed=3, output_type="np")

@@ -14,7 +14,6 @@ from omni_kernels.device import Device, PeakMemory, Timer, describe, pretend
 #: Who names torch.cuda, and why nobody else has to.
 CUDA_ALONE = {
     "omni_kernels/device.py": "asks for everybody",
-    "omni_kernels/patching/graphs.py": "CUDA graphs",
     "omni_kernels/validation/timing.py": "CUDA graphs",
     "benchmarks/gpu.py": "measures on NVIDIA GPUs only",
 }

@@ -5,11 +5,9 @@ import copy
 import pytest
 import tiny
 import torch
-from tape import Tape
 
 import omni_kernels
 from omni_kernels.patching import ahead
-from omni_kernels.patching.graphs import Graphs
 
 CACHES = {
     "first_block_cache": {"threshold": 0.4},
@@ -81,15 +79,20 @@ def test_whoever_works_between_blocks_is_heard(qwen_pipe, taken):
     assert {hit for block, hit in taken if block is third} == {True, False}, "the text's is, the image's was exchanged"
 
 
-def test_a_change_in_place_is_heard(qwen_pipe):
-    def doubled(module, args, output):
-        output[1].mul_(2)
+def test_a_change_in_place_is_heard(qwen_pipe, taken):
+    def tilted(module, args, output):
+        tilt = torch.linspace(-1, 1, output[1].shape[-1])  # which a LayerNorm sees, unlike a factor
+        output[1].add_(tilt * output[1].abs().mean())
 
-    hook = qwen_pipe.transformer.transformer_blocks[1].register_forward_hook(doubled)
+    plain = latents(qwen_pipe)
+    hook = qwen_pipe.transformer.transformer_blocks[1].register_forward_hook(tilted)
     expected = latents(qwen_pipe)
+    assert off(plain, expected) > 1e-2
     with omni_kernels.patched(qwen_pipe):
         assert off(latents(qwen_pipe), expected) < 1e-5
     hook.remove()
+    third = qwen_pipe.transformer.transformer_blocks[2]
+    assert {hit for block, hit in taken if block is third} == {True, False}, "the text's is, the image's was changed"
 
 
 def test_hooks_on_the_modulation_are_called_in_their_turn(qwen_pipe, taken):
@@ -118,28 +121,6 @@ def test_compiled_blocks_begin_themselves(qwen_pipe, monkeypatch):
     with omni_kernels.patched(qwen_pipe, fuse=True, compile={"backend": "eager"}):
         assert off(latents(qwen_pipe), expected) < 1e-5
     assert not left
-
-
-@pytest.mark.parametrize(
-    ("backend", "config", "hits"),
-    [(None, None, 3), ("first_block_cache", {"threshold": 0.4}, 2)],
-    ids=["one graph of all four", "the first block apart"],
-)
-def test_blocks_that_are_recorded_together_begin_each_other(qwen_pipe, taken, backend, config, hits):
-    with omni_kernels.patched(qwen_pipe, backend, config, fuse=True):
-        expected = latents(qwen_pipe, negative_prompt=None)
-    with omni_kernels.patched(
-        qwen_pipe, backend, config, fuse=True, graphs=Graphs(Tape(operators=False), "cpu")
-    ) as handle:
-        for _ in range(2):
-            latents(qwen_pipe, negative_prompt=None)
-        recorded = {len(names) for names in handle.graphs.stretches}
-        assert recorded == ({4} if backend is None else {1, 3})
-        taken.clear()
-        # A tape computes anew what it replays.
-        assert torch.equal(latents(qwen_pipe, negative_prompt=None), expected)
-        forwards = 4 if handle.report is None else sum(one.computed for one in handle.report.branches["cond"].decisions)
-        assert sum(hit for _, hit in taken) == 2 * hits * forwards, "both streams"
 
 
 def test_inference_mode_counts_no_changes(qwen_pipe, taken):

@@ -6,11 +6,10 @@ import warnings
 import pytest
 import tiny
 import torch
-from tape import Tape
+from torch._inductor import cudagraph_trees
 
 import omni_kernels
-from omni_kernels.patching import compiled
-from omni_kernels.patching.graphs import Graphs
+from omni_kernels.patching import calls, compiled
 from omni_runtime import Omni
 
 CACHES = {
@@ -47,8 +46,35 @@ class Counting:
         return run
 
 
+class WrittenOver:
+    """Stands for CUDA graphs on the CPU: what its graphs return is gone as soon as another generation of them runs.
+
+    Which calls are of one generation is torch's own rule: those between two marks, and without any each by itself.
+    """
+
+    def __init__(self):
+        self.generation, self.generations, self.returned = None, 0, []
+
+    def __call__(self, graph, inputs, mode=None):
+        assert mode == "reduce-overhead"
+
+        def run(*inputs):
+            now = cudagraph_trees.CUDAGraphTreeManager.get_curr_generation()
+            if now != self.generation:
+                self.generation, self.generations = now, self.generations + 1
+                for tensor in self.returned:
+                    tensor.data.fill_(float("nan"))  # as a graph writes: no version counter sees it
+                self.returned.clear()
+            made = [one.clone() if isinstance(one, torch.Tensor) else one for one in graph.forward(*inputs)]
+            self.returned += [one for one in made if isinstance(one, torch.Tensor)]
+            return made
+
+        return run
+
+
 @pytest.fixture(autouse=True)
-def fresh_compiler():
+def fresh_compiler(monkeypatch):
+    monkeypatch.setattr(cudagraph_trees.MarkStepBox, "mark_step_counter", 0)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     yield
@@ -209,22 +235,6 @@ def test_what_gets_no_graph_runs_uncompiled(monkeypatch, whose):
     assert [dict(vars(block)) for block in pipe.transformer.transformer_blocks] == before
 
 
-def test_what_gets_no_graph_is_recorded_all_the_same(monkeypatch):
-    pipe, how = tiny.qwen_image(layers=2), {"num_inference_steps": 4, "negative_prompt": None}
-    monkeypatch.setattr(compiled, "MOST_GRAPHS", 0)
-    sides = (64, 96)
-    expected = [latents(pipe, height=side, **how) for side in sides]
-    graphs = Graphs(Tape(operators=False), "cpu")
-    with torch._dynamo.config.patch(recompile_limit=1), warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        with omni_kernels.patched(pipe, compile={"backend": "eager"}, graphs=graphs) as handle:
-            for side, wanted in zip(sides, expected, strict=True):
-                assert off(latents(pipe, height=side, **how), wanted) < 1e-5
-            assert handle.compiled.refused
-            assert len(handle.graphs.recorded) == 2
-            assert len(handle.graphs.stretches) == 2, "of both sizes"
-
-
 def test_a_break_in_a_graph_is_an_error(qwen_pipe):
     qwen_pipe.transformer.transformer_blocks[0].attn.register_forward_hook(lambda *of_it: torch._dynamo.graph_break())
     with omni_kernels.patched(qwen_pipe, fuse=False, compile={"backend": "eager"}) as handle:
@@ -321,3 +331,116 @@ def test_omni_takes_a_patched_pipeline_as_it_is(qwen_pipe):
         with Omni(qwen_pipe) as omni:
             assert omni._handle is handle
         assert handle.active
+
+
+def reduced(backend):
+    return {"backend": backend, "mode": "reduce-overhead"}
+
+
+@pytest.mark.parametrize(("cache", "fuse"), [(None, False), *((cache, True) for cache in (*CACHES, *VARIANTS))])
+def test_blocks_that_are_cuda_graphs_make_the_same_under_every_cache(qwen_pipe, cache, fuse):
+    """A cache holds nothing that lies in a graph's memory from one forward to the next, nor does a block."""
+    backend, config = VARIANTS.get(cache) or (cache, CACHES[cache])
+    with omni_kernels.patched(qwen_pipe, backend, config, fuse=fuse) as handle:
+        expected, other = latents(qwen_pipe), latents(qwen_pipe, **OTHER)
+        report = handle.report
+    graphs = WrittenOver()
+    with omni_kernels.patched(qwen_pipe, backend, config, fuse=fuse, compile=reduced(graphs)) as handle:
+        assert off(latents(qwen_pipe), expected) < 1e-4
+        assert off(latents(qwen_pipe, **OTHER), other) < 1e-4
+        if backend is not None:
+            assert handle.report.forwards_saved == report.forwards_saved > 0
+    assert graphs.generations > 2
+
+
+@pytest.mark.parametrize("name", sorted(tiny.PIPELINES))
+def test_a_forward_of_the_transformer_is_one_generation_of_graphs(name):
+    pipe, graphs, forwards = tiny.PIPELINES[name](), WrittenOver(), []
+    expected = latents(pipe)
+    models = [model for key, model in pipe.components.items() if key.startswith("transformer") and model is not None]
+    hooks = [model.register_forward_pre_hook(lambda *of_it: forwards.append(1)) for model in models]
+    with omni_kernels.patched(pipe, compile=reduced(graphs)):
+        assert off(latents(pipe), expected) < 1e-4
+        assert graphs.generations == len(forwards) > 1
+    for hook in hooks:
+        hook.remove()
+
+
+def test_what_a_block_returns_is_gone_in_the_next_forward(qwen_pipe):
+    """That is what whoever keeps it has to know, and what the stand-in for graphs shows."""
+    kept, block = [], qwen_pipe.transformer.transformer_blocks[0]
+    with omni_kernels.patched(qwen_pipe, compile=reduced(WrittenOver())):
+        call = block._compiled_call_impl
+
+        def keeping(*args, **kwargs):
+            kept.append(call(*args, **kwargs))
+            return kept[-1]
+
+        block._compiled_call_impl = keeping
+        latents(qwen_pipe, negative_prompt=None, num_inference_steps=3)
+        block._compiled_call_impl = call
+    assert [bool(hidden.isnan().all()) for _, hidden in kept] == [True, True, False]
+
+
+def test_cuda_graphs_are_undone_exactly(qwen_pipe):
+    transformer = qwen_pipe.transformer
+    theirs = transformer.register_forward_pre_hook(lambda module, args: None)
+    before, hooks = dict(vars(transformer)), dict(transformer._forward_pre_hooks)
+    blocks = [dict(vars(block)) for block in transformer.transformer_blocks]
+    with omni_kernels.patched(qwen_pipe, compile=reduced(WrittenOver())):
+        assert len(transformer._forward_pre_hooks) == 2
+    assert dict(vars(transformer)) == before
+    assert transformer._forward_pre_hooks == hooks
+    assert [dict(vars(block)) for block in transformer.transformer_blocks] == blocks
+    theirs.remove()
+
+
+@pytest.mark.parametrize(
+    ("options", "makes"),
+    [
+        ("regional", False),
+        ({"mode": "default"}, False),
+        ({"mode": "reduce-overhead"}, True),
+        ({"mode": "max-autotune"}, True),
+        ({"mode": "max-autotune-no-cudagraphs"}, False),
+        ({"options": {"triton.cudagraphs": True}}, True),
+        ({"options": {"max_autotune": True}}, False),
+        ({"backend": "cudagraphs"}, True),
+    ],
+)
+def test_torch_is_told_of_forwards_where_it_makes_cuda_graphs_alone(qwen_pipe, options, makes):
+    """The marks count for all that is compiled in the process, so that there are none without need."""
+    assert calls.makes_cuda_graphs(calls.options_of(options)) is makes
+    with omni_kernels.patched(qwen_pipe, compile=options):
+        assert bool(qwen_pipe.transformer._forward_pre_hooks) is makes
+    with torch._inductor.config.patch({"triton.cudagraphs": True}):
+        assert calls.makes_cuda_graphs(calls.options_of("regional"))
+
+
+OWN = {
+    "fused projections": ["flux", "wan"],
+    "a gradient": ["qwen_image", "flux", "wan"],
+}
+
+
+@pytest.mark.parametrize(("what", "name"), [(what, name) for what, names in OWN.items() for name in names])
+def test_a_block_that_leaves_its_fused_forward_to_its_own_compiles_whole(what, name):
+    pipe, compiler, given = getattr(tiny, name)(), Counting(), {}
+    transformer = pipe.transformer
+    if what == "fused projections":
+        transformer.fuse_qkv_projections()
+    hook = transformer.register_forward_pre_hook(lambda module, args, kwargs: given.update(kwargs), with_kwargs=True)
+    expected = latents(pipe, num_inference_steps=2)
+    hook.remove()
+    given = {key: value.detach().clone() if torch.is_tensor(value) else value for key, value in given.items()}
+
+    def gradient():
+        transformer.zero_grad()
+        transformer(**given)[0].float().square().mean().backward()
+        return torch.cat([p.grad.flatten() for p in transformer.parameters() if p.grad is not None])
+
+    plain = gradient() if what == "a gradient" else expected
+    with omni_kernels.patched(pipe, fuse=True, compile={"backend": compiler}):
+        assert off(gradient() if what == "a gradient" else latents(pipe, num_inference_steps=2), plain) < 1e-5
+    assert compiler.ran
+    assert not torch._dynamo.utils.counters["graph_break"]

@@ -17,7 +17,7 @@ from fused import off
 from models import MODELS, latents
 
 import omni_kernels
-from omni_kernels.patching.engine import Forward
+from omni_kernels.patching.changes import Forward
 
 CPU = torch.device("cpu")
 

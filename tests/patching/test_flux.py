@@ -17,7 +17,7 @@ from test_fusion import BACKENDS
 
 import omni_kernels
 from omni_kernels.patching import rules
-from omni_kernels.patching.engine import Forward, Patch
+from omni_kernels.patching.changes import Forward, Patch
 
 IMAGE, TEXT = 16, 7
 CLASSES = (FluxTransformerBlock, FluxSingleTransformerBlock)

@@ -22,7 +22,7 @@ from fused import boxed, off, unfused_fails, wide
 import omni_kernels
 from omni_kernels import ops
 from omni_kernels.patching import layers
-from omni_kernels.patching.engine import Forward, Patch
+from omni_kernels.patching.changes import Forward, Patch
 
 CPU = torch.device("cpu")
 TEXT = 7

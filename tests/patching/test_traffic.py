@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from omni_kernels.ops import OPS
 from omni_kernels.patching import rules
-from omni_kernels.patching.engine import Patch
+from omni_kernels.patching.changes import Patch
 
 IMAGE, TEXT, HEADS, HEAD = 4096, 128, 24, 128
 D = HEADS * HEAD
@@ -175,6 +175,23 @@ def test_qwen_image_blocks_in_a_row_move_less_than_22_in_30_launches_each():
     assert launches[1:-1] == [25] * (LAYERS - 2)
     assert sum(launches) == 25 * LAYERS + 2
     assert sum(launches) / LAYERS <= 30
+
+
+@torch.no_grad()
+def test_both_branches_of_guidance_read_qwen_images_modulation():
+    """Of one timestep, which gives both the same: 13.6 GB of weights that the second forward reads once more."""
+    LAYERS = 60
+    with torch.device("meta"):
+        block = transformer_qwenimage.QwenImageTransformerBlock(D, HEADS, HEAD).to(torch.bfloat16).eval()
+    Patch().set_forward(block, rules.RULES[type(block).__name__].forward)
+    rotary = [meta(tokens, HEAD // 2, dtype=torch.complex64) for tokens in (IMAGE, TEXT)]
+    temb, read = meta(1, D), []
+    for part in (block.img_mod, block.txt_mod):
+        part[1].register_forward_pre_hook(lambda linear, args: read.append(sum(map(memory, linear.parameters()))))
+    for _ in ("cond", "uncond"):
+        block(meta(1, IMAGE, D), meta(1, TEXT, D), None, temb, rotary)
+    assert read == [2 * (6 * D * D + 6 * D)] * 4, "both streams, both branches: weights and biases, in bytes"
+    assert 13.5e9 < LAYERS * sum(read) / 2 < 13.7e9
 
 
 def test_z_image_block_moves_a_seventh_in_a_twelfth_of_the_launches():

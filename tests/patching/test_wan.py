@@ -15,7 +15,7 @@ from fused import boxed, off, unfused_fails, wide
 
 import omni_kernels
 from omni_kernels.patching import rules
-from omni_kernels.patching.engine import Forward, Patch
+from omni_kernels.patching.changes import Forward, Patch
 
 RULE = rules.RULES["WanTransformerBlock"]
 

@@ -14,7 +14,7 @@ from test_fusion import BACKENDS
 
 import omni_kernels
 from omni_kernels.patching import rules
-from omni_kernels.patching.engine import Patch
+from omni_kernels.patching.changes import Patch
 
 B, S, D = 2, 9, 64
 RULE = rules.RULES["ZImageTransformerBlock"]

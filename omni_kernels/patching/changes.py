@@ -63,17 +63,29 @@ def _same(value: Any) -> Any:
 class Forward(functools.partial[Any]):
     """A function in the place of one module's forward, called with the module first. A copy of the module is plain.
 
-    Without a closure, so that compiled blocks of one class, with one such forward each, share one graph.
+    Where the function returns NotImplemented, the module's own forward runs, of the same arguments. Without a closure,
+    so that compiled blocks of one class, with one such forward each, share one graph.
     """
 
     def __new__(cls, module: torch.nn.Module, function: Callable[..., Any]) -> Forward:
         """`function` in the place of `module`'s forward, whose signature it shows."""
-        self = super().__new__(cls, function, module)
+        self = super().__new__(cls, _or_own, function, type(module).forward, module)
         functools.update_wrapper(self, own_forward(module))
         return self
 
     def __reduce__(self) -> Any:
-        return own_forward, self.args
+        return own_forward, self.args[-1:]
+
+
+def _or_own(
+    function: Callable[..., Any], own: Callable[..., Any], module: torch.nn.Module, *args: Any, **kwargs: Any
+) -> Any:
+    result = function(module, *args, **kwargs)
+    if result is not NotImplemented:
+        return result
+    # Dynamo does not trace the methods of a class that diffusers allows in graphs, but functions that it is given.
+    own = own if torch.compiler.is_compiling() else type(module).forward
+    return own(module, *args, **kwargs)
 
 
 def own_forward(module: torch.nn.Module) -> Callable[..., Any]:
@@ -90,7 +102,7 @@ def _forwards(module: torch.nn.Module) -> Iterator[tuple[MutableMapping[str, Any
         yield vars(reference), "original_forward"
 
 
-class Slot(Protocol):
+class Change(Protocol):
     """One change that a `Patch` has made."""
 
     @property
@@ -131,7 +143,7 @@ class _ClassNamespace(MutableMapping[str, Any]):
 
 
 @dataclass(eq=False)
-class _ForwardSlot:
+class _ForwardChange:
     owner: torch.nn.Module
     installed: Forward
     bare: bool  # nothing stood on the instance
@@ -165,10 +177,10 @@ class _ForwardSlot:
 
 
 @dataclass(eq=False)
-class _Slot:
+class _Entry:
     owner: object
-    mapping: MutableMapping[str, Any]
-    key: str
+    mapping: MutableMapping[Any, Any]
+    key: Any
     installed: Any
     former: Any
 
@@ -193,15 +205,15 @@ class Patch:
     """A record of changes, made through it and undone by it."""
 
     def __init__(self) -> None:
-        self._slots: list[Slot] = []
+        self._changes: list[Change] = []
 
-    def add(self, slot: Slot) -> None:
+    def add(self, change: Change) -> None:
         """Take up a change of another kind, which is undone with the rest."""
-        self._slots.append(slot)
+        self._changes.append(change)
 
     def take_over(self, other: Patch) -> None:
         """Take up all changes that were made through another record."""
-        self._slots += other._slots
+        self._changes += other._changes
 
     def set_function(self, owner: type, name: str, function: Callable[..., Any]) -> None:
         """Replace the method `name` of a library's class, for all its instances."""
@@ -222,7 +234,8 @@ class Patch:
     def set_forward(self, module: torch.nn.Module, function: Callable[..., Any]) -> None:
         """Shadow the forward of this one module by `function`, which is called with the module first.
 
-        It takes the place of the forward that the module has from its class, beneath every hook.
+        It takes the place of the forward that the module has from its class, beneath every hook. Where it returns
+        NotImplemented, that one runs.
 
         Raises:
             PatchConflictError: somebody else's forward stands there.
@@ -244,23 +257,23 @@ class Patch:
         installed = Forward(module, function)
         for mapping, key in places:
             mapping[key] = installed
-        self._slots.append(_ForwardSlot(module, installed, bare))
+        self._changes.append(_ForwardChange(module, installed, bare))
 
-    def record(self, owner: object, mapping: MutableMapping[str, Any], former: Mapping[str, Any]) -> None:
+    def record(self, owner: object, mapping: MutableMapping[Any, Any], former: Mapping[Any, Any]) -> None:
         """Take up what somebody else has just written into `mapping`, which held `former` before."""
         for key in {**former, **mapping}:
             then, now = former.get(key, _ABSENT), mapping.get(key, _ABSENT)
             if now is not then:
-                self._slots.append(_Slot(owner, mapping, key, now, then))
+                self._changes.append(_Entry(owner, mapping, key, now, then))
 
     def _fill(self, owner: object, mapping: MutableMapping[str, Any], key: str, value: Any) -> None:
-        self._slots.append(_Slot(owner, mapping, key, value, mapping.get(key, _ABSENT)))
+        self._changes.append(_Entry(owner, mapping, key, value, mapping.get(key, _ABSENT)))
         mapping[key] = value
 
     def conflicts(self, owner: object = None) -> list[str]:
         """Who holds the slots that are no longer as they were filled; with `owner`, those of that one instance."""
-        slots = [slot for slot in self._slots if owner is None or slot.owner is owner]
-        return [slot.conflict() for slot in slots if not slot.held]
+        changes = [change for change in self._changes if owner is None or change.owner is owner]
+        return [change.conflict() for change in changes if not change.held]
 
     def undo(self, owner: object = None) -> None:
         """Put every slot back as it was; with `owner`, only the slots of that one instance.
@@ -268,23 +281,23 @@ class Patch:
         Raises:
             PatchConflictError: somebody else replaced what was installed; nothing is changed then.
         """
-        slots = [slot for slot in self._slots if owner is None or slot.owner is owner]
+        changes = [change for change in self._changes if owner is None or change.owner is owner]
         conflicts = self.conflicts(owner)
         if conflicts:
             raise PatchConflictError(
                 f"cannot undo the patch, because it was patched over: {'; '.join(conflicts)}. "
                 "Undo what was installed on top of it first"
             )
-        for slot in reversed(slots):
-            slot.restore()
-        self._slots = [slot for slot in self._slots if slot not in slots]
+        for change in reversed(changes):
+            change.restore()
+        self._changes = [change for change in self._changes if change not in changes]
 
     def release(self) -> None:
-        """Put back every slot that is as it was filled, and forget the others: for what is installed for a while only.
+        """Put back all changes that are still there, and forget the others: for what is installed for a while only.
 
-        What somebody else has put over it stays; he goes on calling what he found there.
+        What somebody else has put over one stays; he goes on calling what he found there.
         """
-        for slot in reversed(self._slots):
-            if slot.held:
-                slot.restore()
-        self._slots = []
+        for change in reversed(self._changes):
+            if change.held:
+                change.restore()
+        self._changes = []
