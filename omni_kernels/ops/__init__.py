@@ -12,8 +12,6 @@ from types import SimpleNamespace
 import torch
 
 from omni_kernels.ops.ada_layer_norm import ada_layer_norm
-from omni_kernels.ops.cfg_combine import cfg_combine
-from omni_kernels.ops.euler_step import euler_step
 from omni_kernels.ops.gate_residual_norm import gate_residual_norm
 from omni_kernels.ops.gelu import gelu
 from omni_kernels.ops.linear_forecast import linear_forecast
@@ -28,8 +26,6 @@ from omni_kernels.registration import Op, eager_on_cpu
 __all__ = [
     "OPS",
     "ada_layer_norm",
-    "cfg_combine",
-    "euler_step",
     "gate_residual_norm",
     "gelu",
     "linear_forecast",
@@ -62,8 +58,6 @@ OPS = {
         "qk_norm_rope",
         "gelu",
         "swiglu",
-        "cfg_combine",
-        "euler_step",
     )
 }
 

@@ -39,7 +39,6 @@ TILES = {
     "qk_norm_rope": 4096,
     "gelu": 8192,
     "swiglu": 4096,
-    "cfg_combine": 2048,
 }
 
 

@@ -174,9 +174,6 @@ def widest() -> dict[str, Callable[[], object]]:
         for count in (1, 3, 16):
             add(str(count), "linear_forecast", new(1, n), [new(1, n) for _ in range(count)], [0.5] * count)
         add("tensor", "linear_forecast", new(1, n), [new(1, n) for _ in range(16)], torch.empty(16))
-        add("", "cfg_combine", *(new(1, 3 * tiles["cfg_combine"] + 1) for _ in range(2)), 4.0)
-        for D in (64, tiles["cfg_combine"] - 1):
-            add(f"token {D}", "cfg_combine", new(9 * D, D), new(9 * D, D), 4.0, "token")
         for D in (128, tiles["rms_norm"] - 1):
             add(str(D), "rms_norm", new(3, 4096, D), new(D))
         D = tiles["modulated_relative_l1"] - 1
@@ -279,8 +276,7 @@ def support(lowered: Sequence[dict[str, Any]], computed: Sequence[dict[str, Any]
     """What can be said of every op that anything was done for, and why not more."""
     rows = []
     for op in OPS:
-        # euler_step is a call of linear_forecast's launcher; its launch stands under that name.
-        own = [r for r in lowered if r["op"] == ("linear_forecast" if op == "euler_step" else op)]
+        own = [r for r in lowered if r["op"] == op]
         kernels = [r for r in own if r["status"] != "plain torch"]
         checked = [r for r in computed if r["op"] == op and r["status"] != "plain torch"]
         if not kernels and not checked:

@@ -14,8 +14,6 @@ from omni_kernels.ops import OPS
 # Those that return what they compute; qk_norm_rope, which writes it where it is told to, has the same tests of its own.
 NAMES = [
     "ada_layer_norm",
-    "cfg_combine",
-    "euler_step",
     "gate_residual_norm",
     "gelu",
     "linear_forecast",
@@ -25,8 +23,6 @@ NAMES = [
     "rms_norm",
     "swiglu",
 ]
-# Calls of other ops.
-COMPOSED = {"euler_step"}
 
 
 def tensors(count, *shape, dtype=torch.float32, device="cpu"):
@@ -40,8 +36,6 @@ def arguments(name, dtype=torch.float32, device="cpu"):
     return {
         "gelu": (h[0],),
         "swiglu": (h[0], h[1]),
-        "cfg_combine": (h[0], h[1], 4.0),
-        "euler_step": (h[0].float(), h[1], -0.25),
         "relative_l1": (h[0], h[1]),
         "residual_relative_l1": (h[0], h[1], h[2]),
         "modulated_relative_l1": (h[0], rows[0], rows[1], h[1]),
@@ -106,10 +100,6 @@ OVERLOADS = {
     "gelu": [("default", arguments("gelu"))],
     "gelu_into": [("default", (*arguments("gelu"), torch.zeros(2, 5, 30)[..., 6:]))],
     "swiglu": [("default", arguments("swiglu", torch.bfloat16))],
-    "cfg_combine": [
-        ("default", (*arguments("cfg_combine"), None)),
-        ("default", (*arguments("cfg_combine", torch.float16), "token")),
-    ],
 }
 
 
@@ -187,10 +177,7 @@ def test_plain_torch_stays_on_the_device(name):
 
 @pytest.mark.parametrize(
     "name",
-    sorted(
-        {*OPS, "gelu_into", "linear_forecast_into", "linear_forecast.tensor", "gate_residual_norm.without_norm"}
-        - COMPOSED
-    ),
+    sorted({*OPS, "gelu_into", "linear_forecast_into", "linear_forecast.tensor", "gate_residual_norm.without_norm"}),
 )
 @pytest.mark.parametrize("key", ["CPU", "CUDA", "PrivateUse1", "CompositeExplicitAutograd"])
 def test_every_device_has_an_implementation(name, key):
@@ -225,8 +212,6 @@ def test_trusted_ops_are_plain_where_nobody_watches_and_the_public_ones_elsewher
         ("rms_norm", 2, 24 * 4),
         ("gelu", 2, 0),
         ("swiglu", 3, 0),
-        ("cfg_combine", 3, 0),
-        ("euler_step", 4, 4),
     ],
 )
 def test_bytes_moved_counts_every_tensor_once(name, elements, rest):
