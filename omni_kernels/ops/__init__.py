@@ -6,7 +6,6 @@ is the table that benchmarks and validation go through.
 
 from __future__ import annotations
 
-import importlib
 from types import SimpleNamespace
 
 import torch
@@ -21,7 +20,7 @@ from omni_kernels.ops.relative_l1 import relative_l1
 from omni_kernels.ops.residual_relative_l1 import residual_relative_l1
 from omni_kernels.ops.rms_norm import rms_norm
 from omni_kernels.ops.swiglu import swiglu
-from omni_kernels.registration import Op, eager_on_cpu
+from omni_kernels.registration import DEFINED, eager_on_cpu
 
 __all__ = [
     "OPS",
@@ -39,14 +38,8 @@ __all__ = [
 ]
 
 
-def _op(name: str) -> Op:
-    # The package's attribute of that name is the function, hence the detour to the file.
-    file = importlib.import_module(f"{__name__}.{name}")
-    return Op(getattr(file, name), file.reference, file.launch, file.bytes_moved)
-
-
 OPS = {
-    name: _op(name)
+    name: DEFINED[name]
     for name in (
         "relative_l1",
         "residual_relative_l1",

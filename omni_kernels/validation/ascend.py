@@ -38,8 +38,9 @@ from unittest import mock
 import torch
 
 from omni_kernels import ops as ops_package
+from omni_kernels.ascend import limits
 from omni_kernels.device import Device, pretend
-from omni_kernels.ops import OPS, _ascend
+from omni_kernels.ops import OPS
 from omni_kernels.validation import aot, checks, launches, record
 from omni_kernels.validation.ascend_ir import (
     TARGETS,
@@ -167,7 +168,7 @@ def widest() -> dict[str, Callable[[], object]]:
             word = str(args[0].dtype).removeprefix("torch.")
             found[f"{op} widest {name} {word}".replace("  ", " ")] = partial(OPS[op].launcher, *args, **kwargs)
 
-        tiles = _ascend.TILES
+        tiles = limits.TILES
         for op, count in (("relative_l1", 2), ("residual_relative_l1", 3), ("gelu", 1), ("swiglu", 2)):
             add("", op, *(new(1, 3 * tiles[op] + 1) for _ in range(count)))
         n = 3 * tiles["linear_forecast"] + 1
@@ -292,7 +293,7 @@ def support(lowered: Sequence[dict[str, Any]], computed: Sequence[dict[str, Any]
                 "checks": len(checked),
                 "dtypes": " ".join(sorted({r["dtype"] for r in checked if r["status"] == "passed"})),
                 "worst": max((r["worst"] for r in checked if r["worst"] is not None), default=None),
-                "tile": _ascend.TILES.get(op),
+                "tile": limits.TILES.get(op),
             }
         )
     return rows
