@@ -25,7 +25,6 @@ NAMESPACE = "omni_kernels"
 # Bound once: each step of each request asks, when none of this is in the processor's caches any more, and every lookup
 # on the way is a wait for memory: 2 µs less in all.
 _Tensor, _grad_enabled, _dispatch_modes = torch.Tensor, torch.is_grad_enabled, torch._C._len_torch_dispatch_stack
-_BelowAutograd = torch._C._AutoDispatchBelowAutograd
 
 # Registrations live as long as the library object that made them.
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -94,15 +93,20 @@ def define(
         "PrivateUse1": _on_npu(name, reference, launcher, npu),
         "CompositeExplicitAutograd": reference,
     }
-    overloads = {}
+    watched, unwatched = {}, {}
     for schema in _schemas(function, mutates):
-        base, _, variant = schema.partition("(")[0].partition(".")
+        overload, _, _ = schema.partition("(")
+        base, _, variant = overload.partition(".")
         adapted = _adapted(schema)
-        overloads[base != name, variant] = _registered(
-            schema, {key: adapted(one) for key, one in by_device.items()}, adapted(fake)
-        )
+        implementations = {key: adapted(one) for key, one in by_device.items()}
+        watched[base != name, variant] = op = _registered(schema, implementations, adapted(fake))
+        _library.impl(overload, _refusing_gradients(op), "Autograd", with_keyset=True)
+        # The same for calls of which no gradient is recorded: the key that refuses one would cost 3 µs, and an
+        # overload's own __call__ is one more Python frame.
+        unwatched[base != name, variant] = _registered(_no_grad(schema), implementations, adapted(fake))._op
     DEFINED[name] = Op(function, reference, launcher, _bytes_moved(signature, fake))
-    return _caller(reference, _chosen_by_arguments(overloads) if len(overloads) > 1 else overloads[False, ""])
+    results = len(get_args(made)) if schema.endswith("[]") else 0
+    return _caller(reference, _chosen_by_arguments(watched, results), _chosen_by_arguments(unwatched, results))
 
 
 def _take_defaults(implementation: Any, signature: inspect.Signature) -> None:
@@ -157,6 +161,13 @@ def _schema(name: str, types: Mapping[str, Any], made: Any, mutates: Sequence[st
     return torch.library.infer_schema(prototype, op_name=name, mutates_args=mutates)
 
 
+def _no_grad(schema: str) -> str:
+    """The schema of the op that refuses no gradient."""
+    name, paren, rest = schema.partition("(")
+    base, dot, variant = name.partition(".")
+    return f"{base}_no_grad{dot}{variant}{paren}{rest}"
+
+
 def _adapted(schema: str) -> Callable[[Implementation], Implementation]:
     """Makes an implementation return what its schema says."""
 
@@ -167,7 +178,11 @@ def _adapted(schema: str) -> Callable[[Implementation], Implementation]:
         return run
 
     def as_list(implementation: Implementation) -> Implementation:
-        return lambda *args: [t for t in implementation(*args) if t is not None]
+        def run(*args: Any) -> Any:
+            made = implementation(*args)
+            return made if made[-1] is not None else [t for t in made if t is not None]
+
+        return run
 
     made = schema.rpartition(" -> ")[2]
     return {"()": without_result, "Tensor[]": as_list}.get(made, lambda implementation: implementation)
@@ -184,9 +199,7 @@ def _registered(schema: str, by_device: Mapping[str, Implementation], fake: Impl
         _library.impl(name, implementation, key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     base, _, variant = name.partition(".")
-    overload = getattr(getattr(getattr(torch.ops, NAMESPACE), base), variant or "default")
-    _library.impl(name, _refusing_gradients(overload), "Autograd", with_keyset=True)
-    return overload
+    return getattr(getattr(getattr(torch.ops, NAMESPACE), base), variant or "default")
 
 
 def _refusing_gradients(overload: Any) -> Implementation:
@@ -203,7 +216,7 @@ def _refusing_gradients(overload: Any) -> Implementation:
                         "to train, or to sample with gradients, take fused blocks and caches out first: "
                         "omni_kernels.unpatch(pipe)"
                     )
-        with _BelowAutograd():
+        with torch._C._AutoDispatchBelowAutograd():
             return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     return run
@@ -234,32 +247,41 @@ def eager_on_cpu(t: torch.Tensor) -> bool:
     return not (is_dynamo_compiling() or not t.is_cpu or type(t) is not _Tensor or _grad_enabled() or _dispatch_modes())
 
 
-def _caller(reference: Implementation, overload: Callable[..., Any]) -> Callable[..., Any]:
+def _caller(
+    reference: Implementation, watched: Callable[..., Any], unwatched: Callable[..., Any]
+) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         first = args[0] if args[0] is not None else _first(args)
-        if eager_on_cpu(first):
-            return reference(*args)
-        if _grad_enabled() or is_dynamo_compiling():
-            return overload(*args)
-        # Nothing is recorded, so nothing is to be refused: past autograd, an op costs 1 µs less.
-        with _BelowAutograd():
-            return overload(*args)
+        # As `eager_on_cpu`, which would be one more Python frame.
+        if _grad_enabled() or is_dynamo_compiling() or type(first) is not _Tensor or _dispatch_modes():
+            return watched(*args)
+        return reference(*args) if first.is_cpu else unwatched(*args)
 
     return call
 
 
-def _chosen_by_arguments(overloads: Mapping[tuple[bool, str], Any]) -> Callable[..., Any]:
-    """The overload for whether there is an `out`, the last argument, and whether the one before is a tensor."""
-    into, either = (True, "") in overloads, (False, "tensor") in overloads
+def _chosen_by_arguments(overloads: Mapping[tuple[bool, str], Any], results: int) -> Callable[..., Any]:
+    """Calls the overload for whether there is an `out`, the last argument, and whether the one before is a tensor.
+
+    `results` is how many there are where some may be left out, or 0.
+    """
+    plain, into = overloads[False, ""], overloads.get((True, ""))
+    by_tensor, into_by_tensor = overloads.get((False, "tensor")), overloads.get((True, "tensor"))
+
+    def of_list(*args: Any) -> tuple[torch.Tensor | None, ...]:
+        made = plain(*args)
+        return tuple(made) if len(made) == results else (*made, *[None] * (results - len(made)))
 
     def call(*args: Any) -> Any:
-        writes = into and args[-1] is not None
-        given = args if writes or not into else args[:-1]
-        variant = "tensor" if either and isinstance(given[-2 if writes else -1], _Tensor) else ""
-        made = overloads[writes, variant](*given)
-        return args[-1] if writes else made
+        tensor = by_tensor is not None and isinstance(args[-2], _Tensor)
+        if args[-1] is None:
+            return (by_tensor if tensor else plain)(*args[:-1])
+        (into_by_tensor if tensor else into)(*args)
+        return args[-1]
 
-    return call
+    if into is not None:
+        return call
+    return of_list if results else plain
 
 
 def _first(args: Sequence[Any]) -> torch.Tensor:

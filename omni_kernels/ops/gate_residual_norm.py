@@ -87,9 +87,7 @@ def gate_residual_norm(
                 )
     _norms.check_modulation(op, "residual", residual, index, gate=gate, scale=scale, shift=shift)
     _norms.check_vectors(op, "residual", residual, x_weight=x_weight, weight=weight, bias=bias)
-    # Through the dispatcher, it is a list, without what is None.
-    h, *y = _op(residual, x, gate, scale, shift, index, gate_tanh, x_weight, x_eps, norm, weight, bias, eps)
-    return h, y[0] if y else None
+    return _op(residual, x, gate, scale, shift, index, gate_tanh, x_weight, x_eps, norm, weight, bias, eps)
 
 
 def reference(

@@ -269,3 +269,9 @@ def test_triton_kernels_run_on_tensors_of_the_device_and_are_chosen_once(monkeyp
     for _ in range(2):
         torch.testing.assert_close(run(x.to(NPU), y.to(NPU)).cpu(), ops.relative_l1(x, y))
     assert chosen == [("relative_l1", op.reference, op.launcher, None)]
+
+
+def test_a_gradient_is_refused_on_the_device():
+    x = torch.ones(2, 3, device=NPU).requires_grad_()
+    with pytest.raises(RuntimeError, match="swiglu: up requires a gradient"):
+        ops.swiglu(x.detach(), x)
