@@ -260,13 +260,13 @@ def _caller(
     return call
 
 
-def _chosen_by_arguments(overloads: Mapping[tuple[bool, str], Any], results: int) -> Callable[..., Any]:
+def _chosen_by_arguments(overloads: dict[Any, Any], results: int) -> Callable[..., Any]:
     """Calls the overload for whether there is an `out`, the last argument, and whether the one before is a tensor.
 
     `results` is how many there are where some may be left out, or 0.
     """
-    plain, into = overloads[False, ""], overloads.get((True, ""))
-    by_tensor, into_by_tensor = overloads.get((False, "tensor")), overloads.get((True, "tensor"))
+    found: list[Any] = [overloads.get((writes, variant)) for variant in ("", "tensor") for writes in (False, True)]
+    plain, into, by_tensor, into_by_tensor = found
 
     def of_list(*args: Any) -> tuple[torch.Tensor | None, ...]:
         made = plain(*args)
