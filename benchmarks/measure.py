@@ -56,14 +56,10 @@ TIMED: dict[str, Case] = CASES | {case.name: case for case in VARIANTS}
 
 QWEN_TEXT = Shape("qwen-image-text", 1, 128, QWEN_IMAGE.D, QWEN_IMAGE.dtype)
 QWEN_FEED_FORWARD = Shape("qwen-image-1024-ffn", 1, QWEN_IMAGE.S, 4 * QWEN_IMAGE.D, QWEN_IMAGE.dtype)
-QWEN_LATENTS = Shape("qwen-image-1024-latents", 1, QWEN_IMAGE.S, 64, QWEN_IMAGE.dtype)
 _STREAMS = (QWEN_IMAGE, QWEN_IMAGE_EDIT, QWEN_TEXT)
 #: Case → Qwen-Image's shapes, where they are others than those of the hidden states.
 QWEN_SHAPES: dict[str, tuple[Shape, ...]] = {
     "gelu": (QWEN_FEED_FORWARD, Shape("qwen-image-text-ffn", 1, 128, 4 * QWEN_IMAGE.D, QWEN_IMAGE.dtype)),
-    "cfg_combine": (QWEN_LATENTS,),
-    "cfg_combine token": (QWEN_LATENTS,),
-    "euler_step": (QWEN_LATENTS,),
     "ada_layer_norm index": (QWEN_IMAGE_EDIT,),
     "gate_residual_norm index": (QWEN_IMAGE_EDIT,),
     "ada_layer_norm layer": _STREAMS,

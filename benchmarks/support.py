@@ -72,9 +72,7 @@ def compiled(directory: Path) -> Iterator[tuple[str, str, str]]:
     launches: dict[tuple[str, str], dict[str, list[str]]] = {}  # of an op and vendor: targets by the launch
     for row in csv.DictReader(lines):
         vendor = ARCHITECTURES[row["target"][:2]]
-        op, *words = row["launch"].split()
-        # euler_step is a call of linear_forecast's launcher, and its launch is named so.
-        of_op = launches.setdefault(("euler_step" if "euler_step" in words else op, vendor), {})
+        of_op = launches.setdefault((row["launch"].split()[0], vendor), {})
         of_op.setdefault(row["launch"], []).append(row["target"])
     for (op, vendor), by_launch in launches.items():
         first, *others = by_launch.values()

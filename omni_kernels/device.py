@@ -1,8 +1,8 @@
 """Devices: what one is, and everything that is asked of one otherwise than by operators.
 
 What it is (vendor, architecture, number of multiprocessors) is asked of the driver only when asked here. Nothing in
-`ops` decides by it but whether tiles and grids must be Ascend's (`ops/_ascend.py`), so that results do not depend on a
-GPU's model; benchmarks and validation report it. Tests put a device that is not there in its place with `pretend`.
+`ops` decides by it but whether tiles and grids must be Ascend's (`ascend/limits.py`), so that results do not depend on
+a GPU's model; benchmarks and validation report it. Tests put a device that is not there in its place with `pretend`.
 
 Streams, events, memory figures and the like are torch's for each kind of device, under one interface: torch.cuda
 (NVIDIA, AMD) and torch.npu (Ascend) are asked alike, here and nowhere else. What only CUDA has, graphs, is asked where

@@ -40,10 +40,7 @@ COMMAND = "python -m omni_kernels.tune"
 NO_DEVICE = 3
 TARGET = "sm_90"
 #: The ops that have their tile from `_tiles`.
-TUNABLE = (
-    "ada_layer_norm", "gate_residual_norm", "rms_norm", "qk_norm_rope", "gelu", "swiglu", "cfg_combine",
-    "linear_forecast",
-)  # fmt: skip
+TUNABLE = ("ada_layer_norm", "gate_residual_norm", "rms_norm", "qk_norm_rope", "gelu", "swiglu", "linear_forecast")
 #: Elements of a tile that are tried.
 CANDIDATES = (1024, 2048, 4096, 8192)
 #: The share of the time that another tile must save.

@@ -87,8 +87,7 @@ def implementation_on(device: torch.device) -> tuple[str, Implementation]:
         return "Triton kernels, interpreted on the CPU", lambda op: OPS[op].launcher
     words = "plain torch"
     if device.type == "npu":
-        # euler_step is a call of linear_forecast.
-        kernels = [op for op in OPS if by_triton("linear_forecast" if op == "euler_step" else op)]
+        kernels = [op for op in OPS if by_triton(op)]
         words = ", ".join(([f"Triton kernels for {' and '.join(kernels)}"] if kernels else []) + [*present(), words])
     elif device.type == "cuda" and find_spec("triton") is not None:
         words = "Triton kernels"

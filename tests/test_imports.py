@@ -17,10 +17,10 @@ ROOT = Path(omni_kernels.__file__).parents[1]
 
 #: Who may be imported by whom: a module imports nothing of a higher layer. The longest matching name counts.
 LAYERS = {
-    "omni_kernels.registration": 0,
     "omni_kernels.device": 0,
+    "omni_kernels.ascend": 0,
+    "omni_kernels.registration": 0,
     "omni_kernels.ops": 1,
-    "omni_kernels.ascend": 1,
     "omni_kernels.compilations": 1,
     "omni_kernels.patching": 2,
     "omni_kernels": 3,
@@ -84,6 +84,47 @@ def test_imports_point_one_way(package):
                     wrong.append(f"{name} imports {target}")
     assert wrong == []
     assert seen > 10, "the check has seen the imports"
+
+
+def imports(packages):
+    """Module → the modules that it imports, in functions too; to import from another package runs that first."""
+    found = {}
+    for package in packages:
+        for name, path, tree in sources(package):
+            targets = set()
+            for target in imported(name, path, ast.walk(tree)):
+                while target.partition(".")[0] in packages and target != name:
+                    targets.add(target)
+                    target = target.rpartition(".")[0]
+                    if not target or f"{name}.".startswith(f"{target}."):
+                        break
+            found[name] = targets
+    return found
+
+
+def circles(graph):
+    """The largest sets of modules each of which imports all the others, by whatever way."""
+    reached = {}
+    for name in graph:
+        todo, seen = [*graph[name]], set()
+        while todo:
+            if (other := todo.pop()) in graph and other not in seen:
+                seen.add(other)
+                todo += graph[other]
+        reached[name] = seen
+    of = [frozenset(o for o in reached[name] if name in reached[o]) for name in graph if name in reached[name]]
+    return sorted(map(sorted, set(of)))
+
+
+def test_no_modules_import_each_other():
+    graph = imports(["omni_kernels", "omni_runtime"])
+    assert "omni_kernels.registration" in graph["omni_kernels.ops.gelu"], "the check has seen the imports"
+    assert circles(graph) == []
+
+
+def test_a_circle_is_seen():
+    graph = {"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": {"e"}, "e": {"d", "torch"}, "f": {"a"}}
+    assert circles(graph) == [["a", "b", "c"], ["d", "e"]]
 
 
 @pytest.mark.parametrize("package", ["omni_kernels", "omni_runtime"])

@@ -10,7 +10,6 @@ names those that are. Others run only where `OMNI_KERNELS_TRITON_ASCEND` names t
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 from collections.abc import Callable
@@ -18,45 +17,32 @@ from importlib import resources
 from importlib.util import find_spec
 from typing import Any
 
-from omni_kernels.ascend.gelu import gelu
-from omni_kernels.ascend.qk_norm_rope import qk_norm_rope
-from omni_kernels.ascend.rms_norm import normed, rms_norm
-from omni_kernels.ascend.swiglu import swiglu
-from omni_kernels.ops.ada_layer_norm import reference as ada_layer_norm
-from omni_kernels.ops.gate_residual_norm import reference as gate_residual_norm
-from omni_kernels.ops.gate_residual_norm import without_norm
-from omni_kernels.ops.gelu import into
-from omni_kernels.ops.modulated_relative_l1 import reference as modulated_relative_l1
-
 #: Names ops, separated by commas, or says "all": their Triton kernels run through triton-ascend, proven or not.
 TRITON_VARIABLE = "OMNI_KERNELS_TRITON_ASCEND"
 PROVEN = frozenset(json.loads((resources.files(__name__) / "proven.json").read_text(encoding="utf-8"))["ops"])
 
-#: By the name of the op's schema; the others are their plain-torch implementations.
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
-    "ada_layer_norm": functools.partial(ada_layer_norm, normed=normed),
-    "gate_residual_norm": functools.partial(gate_residual_norm, normed=normed),
-    "gate_residual_norm.without_norm": without_norm(functools.partial(gate_residual_norm, normed=normed)),
-    "gelu": gelu,
-    "gelu_into": into(gelu),
-    "modulated_relative_l1": functools.partial(modulated_relative_l1, normed=normed),
-    "qk_norm_rope": qk_norm_rope,
-    "rms_norm": rms_norm,
-    "swiglu": swiglu,
-}
 
-
-def implementation(name: str, reference: Callable[..., Any], triton: Callable[..., Any]) -> Callable[..., Any]:
+def implementation(
+    op: str, reference: Callable[..., Any], triton: Callable[..., Any], own: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
     """What an op is here.
 
     Args:
-        name: of its schema, with the overload.
+        op: its name.
         reference: its plain-torch implementation.
         triton: what launches its kernel.
+        own: by torch_npu's operators; where it returns NotImplemented, the reference computes.
     """
-    if by_triton(name.partition(".")[0].removesuffix("_into")):
+    if by_triton(op):
         return triton
-    return IMPLEMENTATIONS.get(name, reference)
+    if own is None:
+        return reference
+
+    def run(*args: Any) -> Any:
+        made = own(*args)
+        return reference(*args) if made is NotImplemented else made
+
+    return run
 
 
 def by_triton(op: str) -> bool:

@@ -9,18 +9,17 @@ from __future__ import annotations
 import torch
 
 from omni_kernels.ascend.operators import fused
-from omni_kernels.ops.swiglu import reference
 
 #: Dimensions that the operator takes.
 MOST_DIMENSIONS = 8
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """See `omni_kernels.ops.swiglu`."""
+    """See `omni_kernels.ops.swiglu`; NotImplemented where the operator is not there, or does not take these."""
     operator = fused("npu_swiglu")
     both = None if operator is None else packed(gate, up)
     if operator is None or both is None or gate.dim() > MOST_DIMENSIONS:
-        return reference(gate, up)
+        return NotImplemented
     if gate.dtype is torch.float16:
         both = both.float()
     out: torch.Tensor = operator(both, -1).to(gate.dtype)

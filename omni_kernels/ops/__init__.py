@@ -6,14 +6,11 @@ is the table that benchmarks and validation go through.
 
 from __future__ import annotations
 
-import importlib
 from types import SimpleNamespace
 
 import torch
 
 from omni_kernels.ops.ada_layer_norm import ada_layer_norm
-from omni_kernels.ops.cfg_combine import cfg_combine
-from omni_kernels.ops.euler_step import euler_step
 from omni_kernels.ops.gate_residual_norm import gate_residual_norm
 from omni_kernels.ops.gelu import gelu
 from omni_kernels.ops.linear_forecast import linear_forecast
@@ -23,13 +20,11 @@ from omni_kernels.ops.relative_l1 import relative_l1
 from omni_kernels.ops.residual_relative_l1 import residual_relative_l1
 from omni_kernels.ops.rms_norm import rms_norm
 from omni_kernels.ops.swiglu import swiglu
-from omni_kernels.registration import Op, eager_on_cpu
+from omni_kernels.registration import DEFINED, eager_on_cpu
 
 __all__ = [
     "OPS",
     "ada_layer_norm",
-    "cfg_combine",
-    "euler_step",
     "gate_residual_norm",
     "gelu",
     "linear_forecast",
@@ -43,14 +38,8 @@ __all__ = [
 ]
 
 
-def _op(name: str) -> Op:
-    # The package's attribute of that name is the function, hence the detour to the file.
-    file = importlib.import_module(f"{__name__}.{name}")
-    return Op(getattr(file, name), file.reference, file.launch, file.bytes_moved)
-
-
 OPS = {
-    name: _op(name)
+    name: DEFINED[name]
     for name in (
         "relative_l1",
         "residual_relative_l1",
@@ -62,8 +51,6 @@ OPS = {
         "qk_norm_rope",
         "gelu",
         "swiglu",
-        "cfg_combine",
-        "euler_step",
     )
 }
 

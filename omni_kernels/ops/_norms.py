@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 
+from omni_kernels.ascend.rms_norm import rms_norm
 from omni_kernels.ops import _samples
 from omni_kernels.ops._checks import DTYPES, unlike
 from omni_kernels.ops._triton import tl, triton
@@ -103,6 +104,20 @@ def normed(
     return y if bias is None else y.add_(bias)
 
 
+def normed_on_npu(
+    x: torch.Tensor,
+    norm: str,
+    eps: float,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As `normed`, by torch_npu's operator where it is there; RMSNorm without a bias also in x's and weight's dtype."""
+    y = rms_norm(x, eps, weight) if norm == "rms" else None
+    if y is None:
+        return normed(x.float(), norm, eps, weight, bias)
+    return y if bias is None else y.add_(bias)
+
+
 def modulate(
     y: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None, index: torch.Tensor | None
 ) -> torch.Tensor:
@@ -114,7 +129,7 @@ def modulate(
 
 
 @triton.jit
-def norm_rows(x, m_d, eps, D: tl.constexpr, LAYER: tl.constexpr):  # type: ignore[no-untyped-def]
+def norm_rows(x, m_d, eps, D: tl.constexpr, LAYER: tl.constexpr):
     """The rows of x [ROWS, BLOCK] in fp32, normed over the D channels that m_d lets through; x is 0 in the others."""
     if LAYER:
         mean = tl.sum(x, axis=1, keep_dims=True) / D
@@ -123,7 +138,7 @@ def norm_rows(x, m_d, eps, D: tl.constexpr, LAYER: tl.constexpr):  # type: ignor
 
 
 @triton.jit
-def modulate_rows(x, b_weight, b_bias, b_scale, b_shift):  # type: ignore[no-untyped-def]
+def modulate_rows(x, b_weight, b_bias, b_scale, b_shift):
     """(x · weight + bias) · (1 + scale) + shift, of which each may be None."""
     if b_weight is not None:
         x *= b_weight.to(tl.float32)
@@ -137,7 +152,7 @@ def modulate_rows(x, b_weight, b_bias, b_scale, b_shift):  # type: ignore[no-unt
 
 
 @triton.jit
-def row_of(p_index, sample, samples, index_sample, o_s, index_token, tokens):  # type: ignore[no-untyped-def]
+def row_of(p_index, sample, samples, index_sample, o_s, index_token, tokens):
     """The row of a modulation that tokens o_s of a sample take."""
     row = sample
     if p_index is not None:

@@ -82,7 +82,7 @@ def warps(threads: int = THREADS) -> int:
 
 
 @triton.jit(do_not_specialize=["programs"])
-def add_partials_kernel(p_partials, p_sums, programs, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def add_partials_kernel(p_partials, p_sums, programs, BLOCK: tl.constexpr):
     """Program i adds row i of `partials` [2B, programs], in the order of its columns modulo BLOCK, into sums[i]."""
     row = tl.program_id(0).to(tl.int64)
     p_partials += row * programs

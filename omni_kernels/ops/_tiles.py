@@ -1,6 +1,6 @@
 """How many elements a tile has: what the op's own file says and why, unless the device is known to want another.
 
-On Ascend that is what fits (`_ascend.TILES`). On a GPU it is what was measured to be faster there: a file of
+On Ascend that is what fits (`ascend.limits.TILES`). On a GPU it is what was measured to be faster there: a file of
 `python -m omni_kernels.tune` in omni_kernels/tuned, whose entry of the op and dtype with the nearest number of channels
 counts. Only a pass over rows or elements has its tile from here: sums over a sample are cut alike on every GPU.
 """
@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from omni_kernels.ascend import limits
 from omni_kernels.device import describe
-from omni_kernels.ops import _ascend
 
 TUNED = Path(__file__).parents[1] / "tuned"
 #: Op → the tile that is being tried, and what asked for it: channels and dtype of the tensor.
@@ -34,7 +34,7 @@ def tile(op: str, t: torch.Tensor, own: int) -> int:
     if t.is_cuda:
         table = _tuned(t.device)
         return _nearest(table[op], t) or own if op in table else own
-    return _ascend.tile(op, t, own)
+    return limits.tile(op, t, own)
 
 
 @contextlib.contextmanager

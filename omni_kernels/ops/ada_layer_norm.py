@@ -10,14 +10,15 @@ of its inputs and of y, once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from omni_kernels.ops import _ascend, _norms, _samples, _tiles
+from omni_kernels.ascend import limits
+from omni_kernels.ops import _norms, _samples, _tiles
 from omni_kernels.ops._checks import alike, unlike
 from omni_kernels.ops._triton import tl, triton
-from omni_kernels.registration import define, eager_on_cpu, nbytes
+from omni_kernels.registration import define
 
 # A tile is as many rows as fill it, or one row: on sm_90 47 registers, 64 with a modulation in fp32 per token.
 TILE = 4096
@@ -63,44 +64,17 @@ def ada_layer_norm(
     _norms.check_norm("ada_layer_norm", norm)
     _norms.check_modulation("ada_layer_norm", "x", x, index, scale=scale, shift=shift)
     _norms.check_vectors("ada_layer_norm", "x", x, weight=weight, bias=bias)
-    run = reference if eager_on_cpu(x) else _op
-    return run(x, scale, shift, index, norm, weight, bias, eps)
+    return _op(x, scale, shift, index, norm, weight, bias, eps)
 
 
-def bytes_moved(
-    x: torch.Tensor,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None = None,
-    *,
-    index: torch.Tensor | None = None,
-    norm: str = "layer",
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    eps: float = 1e-6,
-) -> int:
-    """Bytes read and written."""
-    return nbytes((x, scale, shift, index, weight, bias, x))
-
-
-def reference(
-    x: torch.Tensor,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None = None,
-    index: torch.Tensor | None = None,
-    norm: str = "layer",
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    eps: float = 1e-6,
-    *,
-    normed: Callable[..., torch.Tensor] = _norms.normed,
-) -> torch.Tensor:
+def reference(x, scale, shift, index, norm, weight, bias, eps, *, normed=_norms.normed):
     """In plain torch, but for the norm where another `normed` computes it."""
     y = _norms.modulate(normed(x.float(), norm, eps, weight, bias), scale, shift, index)
     return y.to(x.dtype).contiguous()
 
 
 @triton.jit(do_not_specialize=["samples", "tokens", "tiles", "eps"])
-def ada_layer_norm_kernel(  # type: ignore[no-untyped-def]
+def ada_layer_norm_kernel(
     p_x, p_scale, p_shift, p_index, p_weight, p_bias, p_y, samples, tokens, x_sample, x_token,
     scale_sample, scale_token, shift_sample, shift_token, index_sample, index_token, eps, tiles,
     D: tl.constexpr, LAYER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -130,56 +104,24 @@ def ada_layer_norm_kernel(  # type: ignore[no-untyped-def]
     tl.store(p_y + (sample * tokens + o_s) * D + o_d, y.to(p_y.dtype.element_ty), mask=m)
 
 
-@_ascend.falls_back(reference)
-def launch(
-    x: torch.Tensor,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None = None,
-    index: torch.Tensor | None = None,
-    norm: str = "layer",
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    eps: float = 1e-6,
-) -> torch.Tensor:
+def launch(x, scale, shift, index, norm, weight, bias, eps):
     """With the Triton kernel; rows too long for it take the plain-torch implementation."""
     B, S, D = x.shape
-    longest = _ascend.tile("ada_layer_norm", x, MAX_TRITON_CHANNELS)
-    if longest < D:
-        return reference(x, scale, shift, index, norm, weight, bias, eps)
+    limits.whole_row("ada_layer_norm", x, D, MAX_TRITON_CHANNELS)
     y = x.new_empty((B, S, D))
     if y.numel() == 0:
         return y
     x, scale, shift = _norms.rows(x), _norms.modulation_rows(scale), _norms.modulation_rows(shift)
-    rows, block, num_warps = _norms.cut(S, D, 1 if _ascend.here(x) else _tiles.tile("ada_layer_norm", x, TILE))
+    rows, block, num_warps = _norms.cut(S, D, 1 if limits.here(x) else _tiles.tile("ada_layer_norm", x, TILE))
     tiles = triton.cdiv(S, rows)
     with _samples.on_device_of(x):
-        ada_layer_norm_kernel[_ascend.grid(x, B * tiles)](
+        ada_layer_norm_kernel[limits.grid(x, B * tiles)](
             x, scale, shift, index, _norms.vector(weight), _norms.vector(bias), y, B, S, *_norms.strides(x),
             *_norms.strides(scale), *_norms.strides(shift), *_norms.strides(index), eps, tiles,
-            D=D, LAYER=norm == "layer", ROWS=rows, BLOCK=block, ONE=_ascend.here(x), num_warps=num_warps,
+            D=D, LAYER=norm == "layer", ROWS=rows, BLOCK=block, ONE=limits.here(x), num_warps=num_warps,
             enable_fp_fusion=True,
         )  # fmt: skip
     return y
 
 
-def fake(
-    x: torch.Tensor,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None = None,
-    index: torch.Tensor | None = None,
-    norm: str = "layer",
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    eps: float = 1e-6,
-) -> torch.Tensor:
-    """The output's shape and dtype."""
-    return x.new_empty(x.shape)
-
-
-_op = define(
-    "ada_layer_norm(Tensor x, Tensor? scale, Tensor? shift, Tensor? index, str norm, Tensor? weight, Tensor? bias, "
-    "float eps) -> Tensor",
-    reference=reference,
-    triton=launch,
-    fake=fake,
-)
+_op = define(ada_layer_norm, reference, launch, npu=partial(reference, normed=_norms.normed_on_npu))

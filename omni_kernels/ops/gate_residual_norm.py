@@ -11,14 +11,15 @@ that it is `ada_layer_norm(h, scale, shift)`. Moves the bytes of its inputs, of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from omni_kernels.ops import _ascend, _norms, _samples, _tiles
+from omni_kernels.ascend import limits
+from omni_kernels.ops import _norms, _samples, _tiles
 from omni_kernels.ops._checks import alike, unlike
 from omni_kernels.ops._triton import tl, triton
-from omni_kernels.registration import define, eager_on_cpu, nbytes
+from omni_kernels.registration import define
 
 # A tile is as many rows as fill it, or one row: on sm_90 48 registers, 63 with Z-Image's RMSNorm and tanh.
 TILE = 4096
@@ -86,51 +87,13 @@ def gate_residual_norm(
                 )
     _norms.check_modulation(op, "residual", residual, index, gate=gate, scale=scale, shift=shift)
     _norms.check_vectors(op, "residual", residual, x_weight=x_weight, weight=weight, bias=bias)
-    if eager_on_cpu(residual):
-        return reference(residual, x, gate, scale, shift, index, gate_tanh, x_weight, x_eps, norm, weight, bias, eps)
-    if norm is None:
-        return _op_without_norm(residual, x, gate, index, gate_tanh, x_weight, x_eps), None
     return _op(residual, x, gate, scale, shift, index, gate_tanh, x_weight, x_eps, norm, weight, bias, eps)
 
 
-def bytes_moved(
-    residual: torch.Tensor,
-    x: torch.Tensor,
-    gate: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
-    *,
-    index: torch.Tensor | None = None,
-    gate_tanh: bool = False,
-    x_weight: torch.Tensor | None = None,
-    x_eps: float = 1e-6,
-    norm: str | None = "layer",
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    eps: float = 1e-6,
-) -> int:
-    """Bytes read and written."""
-    written = (residual, None if norm is None else residual)
-    return nbytes((residual, x, gate, scale, shift, index, x_weight, weight, bias, *written))
-
-
 def reference(
-    residual: torch.Tensor,
-    x: torch.Tensor,
-    gate: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
-    index: torch.Tensor | None = None,
-    gate_tanh: bool = False,
-    x_weight: torch.Tensor | None = None,
-    x_eps: float = 1e-6,
-    norm: str | None = "layer",
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    eps: float = 1e-6,
-    *,
-    normed: Callable[..., torch.Tensor] = _norms.normed,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    residual, x, gate, scale, shift, index, gate_tanh, x_weight, x_eps, norm, weight, bias, eps,
+    *, normed=_norms.normed,
+):  # fmt: skip
     """In plain torch, but for the norms where another `normed` computes them."""
     h = x.float() if x_weight is None else normed(x.float(), "rms", x_eps, x_weight)
     if gate is None:
@@ -146,7 +109,7 @@ def reference(
 
 
 @triton.jit
-def _tanh(v):  # type: ignore[no-untyped-def]
+def _tanh(v):
     """tanh to a few units in the last place, for small v as well, where the quotient of exponentials cancels."""
     magnitude = tl.abs(v)
     power = tl.exp(-2.0 * magnitude)
@@ -157,7 +120,7 @@ def _tanh(v):  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["samples", "tokens", "tiles", "x_eps", "eps"])
-def gate_residual_norm_kernel(  # type: ignore[no-untyped-def]
+def gate_residual_norm_kernel(
     p_residual, p_x, p_gate, p_scale, p_shift, p_index, p_x_weight, p_weight, p_bias, p_h, p_y, samples, tokens,
     residual_sample, residual_token, x_sample, x_token, gate_sample, gate_token, scale_sample, scale_token,
     shift_sample, shift_token, index_sample, index_token, x_eps, eps, tiles,
@@ -203,27 +166,10 @@ def gate_residual_norm_kernel(  # type: ignore[no-untyped-def]
         tl.store(p_y + o_out, y.to(p_y.dtype.element_ty), mask=m)
 
 
-@_ascend.falls_back(reference)
-def launch(
-    residual: torch.Tensor,
-    x: torch.Tensor,
-    gate: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
-    index: torch.Tensor | None = None,
-    gate_tanh: bool = False,
-    x_weight: torch.Tensor | None = None,
-    x_eps: float = 1e-6,
-    norm: str | None = "layer",
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    eps: float = 1e-6,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def launch(residual, x, gate, scale, shift, index, gate_tanh, x_weight, x_eps, norm, weight, bias, eps):
     """With the Triton kernel; rows too long for it take the plain-torch implementation."""
     B, S, D = residual.shape
-    longest = _ascend.tile("gate_residual_norm", residual, MAX_TRITON_CHANNELS)
-    if longest < D:
-        return reference(residual, x, gate, scale, shift, index, gate_tanh, x_weight, x_eps, norm, weight, bias, eps)
+    limits.whole_row("gate_residual_norm", residual, D, MAX_TRITON_CHANNELS)
     h = residual.new_empty((B, S, D))
     y = None if norm is None else residual.new_empty((B, S, D))
     if h.numel() == 0:
@@ -231,71 +177,24 @@ def launch(
     residual, x = _norms.rows(residual), _norms.rows(x)
     gate, scale, shift = (_norms.modulation_rows(t) for t in (gate, scale, shift))
     x_weight, weight, bias = (_norms.vector(t) for t in (x_weight, weight, bias))
-    tile = 1 if _ascend.here(residual) else _tiles.tile("gate_residual_norm", residual, TILE)
+    tile = 1 if limits.here(residual) else _tiles.tile("gate_residual_norm", residual, TILE)
     rows, block, num_warps = _norms.cut(S, D, tile)
     tiles = triton.cdiv(S, rows)
     with _samples.on_device_of(residual):
-        gate_residual_norm_kernel[_ascend.grid(residual, B * tiles)](
+        gate_residual_norm_kernel[limits.grid(residual, B * tiles)](
             residual, x, gate, scale, shift, index, x_weight, weight, bias, h, y, B, S, *_norms.strides(residual),
             *_norms.strides(x), *_norms.strides(gate), *_norms.strides(scale), *_norms.strides(shift),
             *_norms.strides(index), x_eps, eps, tiles,
-            D=D, TANH=gate_tanh, LAYER=norm == "layer", ROWS=rows, BLOCK=block, ONE=_ascend.here(residual),
+            D=D, TANH=gate_tanh, LAYER=norm == "layer", ROWS=rows, BLOCK=block, ONE=limits.here(residual),
             num_warps=num_warps, enable_fp_fusion=True,
         )  # fmt: skip
     return h, y
 
 
-def fake(
-    residual: torch.Tensor,
-    x: torch.Tensor,
-    gate: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
-    index: torch.Tensor | None = None,
-    gate_tanh: bool = False,
-    x_weight: torch.Tensor | None = None,
-    x_eps: float = 1e-6,
-    norm: str | None = "layer",
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    eps: float = 1e-6,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def fake(residual, x, gate, scale, shift, index, gate_tanh, x_weight, x_eps, norm, weight, bias, eps):
     """The outputs' shapes and dtypes."""
-    return residual.new_empty(residual.shape), residual.new_empty(residual.shape)
+    return residual.new_empty(residual.shape), None if norm is None else residual.new_empty(residual.shape)
 
 
-def without_norm(
-    implementation: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
-) -> Callable[..., torch.Tensor]:
-    """An implementation as the op of h alone."""
-
-    def run(
-        residual: torch.Tensor,
-        x: torch.Tensor,
-        gate: torch.Tensor | None,
-        index: torch.Tensor | None,
-        gate_tanh: bool,
-        x_weight: torch.Tensor | None,
-        x_eps: float,
-    ) -> torch.Tensor:
-        return implementation(residual, x, gate, None, None, index, gate_tanh, x_weight, x_eps, None)[0]
-
-    return run
-
-
-_op = define(
-    "gate_residual_norm(Tensor residual, Tensor x, Tensor? gate, Tensor? scale, Tensor? shift, Tensor? index, "
-    "bool gate_tanh, Tensor? x_weight, float x_eps, str norm, Tensor? weight, Tensor? bias, float eps) "
-    "-> (Tensor, Tensor)",
-    reference=reference,
-    triton=launch,
-    fake=fake,
-)
-# An op's outputs are tensors, each time as many.
-_op_without_norm = define(
-    "gate_residual_norm.without_norm(Tensor residual, Tensor x, Tensor? gate, Tensor? index, bool gate_tanh, "
-    "Tensor? x_weight, float x_eps) -> Tensor",
-    reference=without_norm(reference),
-    triton=without_norm(launch),
-    fake=without_norm(fake),
-)
+on_npu = partial(reference, normed=_norms.normed_on_npu)
+_op = define(gate_residual_norm, reference, launch, fake=fake, npu=on_npu)

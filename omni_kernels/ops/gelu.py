@@ -8,15 +8,15 @@ in fp32 from load to store. Moves the bytes of x and of out, once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 
-from omni_kernels.ops import _ascend, _rows, _samples, _tiles
+from omni_kernels.ascend import limits
+from omni_kernels.ascend.gelu import gelu as on_npu
+from omni_kernels.ops import _rows, _samples, _tiles
 from omni_kernels.ops._checks import alike, unlike
 from omni_kernels.ops._triton import tl, triton
-from omni_kernels.registration import define, eager_on_cpu, nbytes
+from omni_kernels.registration import define
 
 # 16 elements a thread: on sm_90 40 registers and 48 KB of loads under way per multiprocessor. With 8 it is 24 and 32.
 BLOCK = 4096
@@ -38,33 +38,23 @@ def gelu(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """
     if not alike(x, out):
         raise unlike("gelu", x=x, out=out)
-    if eager_on_cpu(x):
-        return reference(x, out)
-    if out is None:
-        return _op(x)
-    _op_into(x, out)
-    return out
+    return _op(x, out)
 
 
-def bytes_moved(x: torch.Tensor, out: torch.Tensor | None = None) -> int:
-    """Bytes read and written."""
-    return nbytes((x, x if out is None else out))
-
-
-def reference(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+def reference(x, out):
     """In plain torch."""
     y = F.gelu(x, approximate="tanh")
     return y.contiguous() if out is None else out.copy_(y)
 
 
 @triton.jit
-def gelu_of(x):  # type: ignore[no-untyped-def]
+def gelu_of(x):
     """x in fp32. ½·(1 + tanh(u)) is the logistic function of 2u, which loses nothing where tanh(u) is near −1."""
     return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
 
 
 @triton.jit(do_not_specialize=["n", "blocks"])
-def gelu_kernel(p_x, p_out, n, x_stride, out_stride, blocks, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def gelu_kernel(p_x, p_out, n, x_stride, out_stride, blocks, BLOCK: tl.constexpr):
     """A program writes one block of one row of n elements."""
     pid = tl.program_id(0)
     row = (pid // blocks).to(tl.int64)
@@ -81,8 +71,7 @@ def gelu_kernel(p_x, p_out, n, x_stride, out_stride, blocks, BLOCK: tl.constexpr
         tl.store(p_out + o, gelu_of(x).to(p_out.dtype.element_ty), mask=m)
 
 
-@_ascend.falls_back(reference)
-def launch(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+def launch(x, out):
     """With the Triton kernel."""
     if out is None:
         out = x.new_empty(x.shape)
@@ -92,7 +81,7 @@ def launch(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     block = _tiles.tile("gelu", out, BLOCK)
     blocks = -(-n // block)
     with _samples.on_device_of(out):
-        gelu_kernel[_ascend.grid(out, R * blocks)](
+        gelu_kernel[limits.grid(out, R * blocks)](
             x, target, n, *strides, blocks,
             BLOCK=block, num_warps=_samples.warps(), enable_fp_fusion=True,
         )  # fmt: skip
@@ -100,26 +89,4 @@ def launch(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     return out if target.data_ptr() == out.data_ptr() else out.copy_(target.view(out.shape))
 
 
-def into(implementation: Callable[..., torch.Tensor]) -> Callable[..., None]:
-    """An implementation as the op that writes to its argument."""
-
-    def run(x: torch.Tensor, out: torch.Tensor) -> None:
-        implementation(x, out)
-
-    return run
-
-
-def _nothing(x: torch.Tensor, out: torch.Tensor) -> None:
-    pass
-
-
-def fake(x: torch.Tensor) -> torch.Tensor:
-    """The output's shape and dtype."""
-    return x.new_empty(x.shape)
-
-
-_op = define("gelu(Tensor x) -> Tensor", reference=reference, triton=launch, fake=fake)
-# An op that writes to an argument must return nothing for torch.compile to take it.
-_op_into = define(
-    "gelu_into(Tensor x, Tensor(a!) out) -> ()", reference=into(reference), triton=into(launch), fake=_nothing
-)
+_op = define(gelu, reference, launch, npu=on_npu)

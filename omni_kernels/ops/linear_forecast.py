@@ -9,14 +9,15 @@ its inputs and of `out`, once, where a ladder of derivatives moves several times
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from omni_kernels.ops import _ascend, _samples, _tiles
+from omni_kernels.ascend import limits
+from omni_kernels.ops import _samples, _tiles
 from omni_kernels.ops._checks import DTYPES, alike, unlike
 from omni_kernels.ops._triton import tl, triton
-from omni_kernels.registration import define, eager_on_cpu, nbytes
+from omni_kernels.registration import define
 
 # A program reads all snapshots at once; more than any forecaster keeps would only cost registers.
 MAX_HISTORY = 16
@@ -58,21 +59,12 @@ def linear_forecast(
     if isinstance(weights, torch.Tensor):
         if weights.shape != (len(history),) or weights.device != like.device or weights.dtype not in DTYPES:
             raise _wrong_weights(weights, len(history), like)
-        if out is None:
-            return _op_tensor(base, history, weights)
-        _op_into_tensor(base, history, weights, out)
-        return out
+        return _op(base, history, weights, out)
     if len(weights) != len(history):
         raise ValueError(
             f"linear_forecast: weights has {len(weights)} numbers; it must have {len(history)}, one per snapshot"
         )
-    numbers = [float(w) for w in weights]
-    if eager_on_cpu(like):
-        return reference(base, history, numbers, out)
-    if out is None:
-        return _op(base, history, numbers)
-    _op_into(base, history, numbers, out)
-    return out
+    return _op(base, history, [float(w) for w in weights], out)
 
 
 def _wrong_weights(weights: torch.Tensor, K: int, like: torch.Tensor) -> ValueError:
@@ -81,25 +73,9 @@ def _wrong_weights(weights: torch.Tensor, K: int, like: torch.Tensor) -> ValueEr
     return unlike("linear_forecast", history=like.new_empty(K), weights=weights)
 
 
-def bytes_moved(
-    base: torch.Tensor | None,
-    history: Sequence[torch.Tensor],
-    weights: Sequence[float] | torch.Tensor,
-    out: torch.Tensor | None = None,
-) -> int:
-    """Bytes read and written."""
-    written = next(t for t in (out, base, *history) if t is not None)
-    return nbytes((base, *history, written)) + 4 * len(history)
-
-
-def reference(
-    base: torch.Tensor | None,
-    history: Sequence[torch.Tensor],
-    weights: Sequence[float] | torch.Tensor,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
+def reference(base, history, weights, out):
     """In plain torch."""
-    scales: Sequence[float] | Sequence[torch.Tensor] = weights  # type: ignore[assignment]
+    scales = weights
     if isinstance(weights, torch.Tensor):
         scales = weights.tolist() if weights.is_cpu else weights.unbind()
     elif out is None and history and base is not None and base.dtype is torch.float32:  # as at every skipped step
@@ -138,7 +114,7 @@ def reference(
 
 
 @triton.jit(do_not_specialize=["n", "blocks"])
-def linear_forecast_kernel(  # type: ignore[no-untyped-def]
+def linear_forecast_kernel(
     p_base, p_history, p_weights, weights, p_out, n, base_stride, history_strides, out_stride, blocks,
     K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -169,13 +145,7 @@ def linear_forecast_kernel(  # type: ignore[no-untyped-def]
         tl.store(p_out + o, total.to(p_out.dtype.element_ty), mask=m)
 
 
-@_ascend.falls_back(reference)
-def launch(
-    base: torch.Tensor | None,
-    history: Sequence[torch.Tensor],
-    weights: Sequence[float] | torch.Tensor,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
+def launch(base, history, weights, out):
     """With the Triton kernel; a base alone is copied by torch."""
     if not history:
         return reference(base, history, weights, out)
@@ -200,56 +170,11 @@ def launch(
     blocks = -(-n // block)
     p_weights, numbers = (weights, None) if isinstance(weights, torch.Tensor) else (None, tuple(weights))
     with _samples.on_device_of(target):
-        linear_forecast_kernel[_ascend.grid(target, B * blocks)](
+        linear_forecast_kernel[limits.grid(target, B * blocks)](
             base, tuple(read), p_weights, numbers, target, n, base_stride, tuple(strides), out_stride, blocks,
             K=len(read), BLOCK=block, num_warps=_samples.warps(), enable_fp_fusion=True,
         )  # fmt: skip
     return out if target is out else out.copy_(target)
 
 
-def fake(
-    base: torch.Tensor | None, history: Sequence[torch.Tensor], weights: Sequence[float] | torch.Tensor
-) -> torch.Tensor:
-    """The output's shape and dtype."""
-    like = base if base is not None else history[0]
-    return like.new_empty(like.shape)
-
-
-def _into(implementation: Callable[..., torch.Tensor]) -> Callable[..., None]:
-    def run(
-        base: torch.Tensor | None,
-        history: Sequence[torch.Tensor],
-        weights: Sequence[float] | torch.Tensor,
-        out: torch.Tensor,
-    ) -> None:
-        implementation(base, history, weights, out)
-
-    return run
-
-
-def _nothing(
-    base: torch.Tensor | None,
-    history: Sequence[torch.Tensor],
-    weights: Sequence[float] | torch.Tensor,
-    out: torch.Tensor,
-) -> None:
-    pass
-
-
-_INPUTS = "Tensor? base, Tensor[] history, {} weights"
-_op, _op_tensor = (
-    define(
-        f"linear_forecast{overload}({_INPUTS.format(kind)}) -> Tensor", reference=reference, triton=launch, fake=fake
-    )
-    for overload, kind in (("", "float[]"), (".tensor", "Tensor"))
-)
-# An op that writes to an argument must return nothing for torch.compile to take it.
-_op_into, _op_into_tensor = (
-    define(
-        f"linear_forecast_into{overload}({_INPUTS.format(kind)}, Tensor(a!) out) -> ()",
-        reference=_into(reference),
-        triton=_into(launch),
-        fake=_nothing,
-    )
-    for overload, kind in (("", "float[]"), (".tensor", "Tensor"))
-)
+_op = define(linear_forecast, reference, launch)

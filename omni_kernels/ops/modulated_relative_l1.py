@@ -9,14 +9,15 @@ returned, rounded to its dtype. Moves the bytes of its inputs and of m, once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from omni_kernels.ops import _ascend, _norms, _samples
+from omni_kernels.ascend import limits
+from omni_kernels.ops import _norms, _samples
 from omni_kernels.ops._checks import alike, unlike
 from omni_kernels.ops._triton import tl, triton
-from omni_kernels.registration import define, nbytes
+from omni_kernels.registration import define
 
 # A tile is as many rows as fill it, or one row: on sm_90 79 registers and 36 KB of loads under way per multiprocessor.
 TILE = 4096
@@ -61,31 +62,7 @@ def modulated_relative_l1(
     return _op(h, scale, shift, m_prev, norm, weight, eps)
 
 
-def bytes_moved(
-    h: torch.Tensor,
-    scale: torch.Tensor,
-    shift: torch.Tensor | None,
-    m_prev: torch.Tensor | None,
-    *,
-    norm: str = "layer",
-    weight: torch.Tensor | None = None,
-    eps: float = 1e-6,
-) -> int:
-    """Bytes read and written."""
-    return nbytes((h, scale, shift, m_prev, weight, h)) + 8 * h.shape[0]
-
-
-def reference(
-    h: torch.Tensor,
-    scale: torch.Tensor,
-    shift: torch.Tensor | None,
-    m_prev: torch.Tensor | None,
-    norm: str = "layer",
-    weight: torch.Tensor | None = None,
-    eps: float = 1e-6,
-    *,
-    normed: Callable[..., torch.Tensor] = _norms.normed,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def reference(h, scale, shift, m_prev, norm, weight, eps, *, normed=_norms.normed):
     """In plain torch, but for the norm where another `normed` computes it."""
     m = normed(h.float(), norm, eps)
     gain = _norms.per_token(scale).float() + 1.0
@@ -99,7 +76,7 @@ def reference(
 
 
 @triton.jit(do_not_specialize=["tokens", "tiles", "programs", "eps"])
-def modulated_relative_l1_kernel(  # type: ignore[no-untyped-def]
+def modulated_relative_l1_kernel(
     p_h, p_scale, p_shift, p_weight, p_prev, p_m, p_partials, tokens, h_sample, h_token, scale_sample, scale_token,
     shift_sample, shift_token, prev_sample, prev_token, eps, tiles, programs,
     D: tl.constexpr, LAYER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -147,21 +124,10 @@ def modulated_relative_l1_kernel(  # type: ignore[no-untyped-def]
         tl.store(p_partials + programs, magnitude)
 
 
-@_ascend.falls_back(reference)
-def launch(
-    h: torch.Tensor,
-    scale: torch.Tensor,
-    shift: torch.Tensor | None,
-    m_prev: torch.Tensor | None,
-    norm: str = "layer",
-    weight: torch.Tensor | None = None,
-    eps: float = 1e-6,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def launch(h, scale, shift, m_prev, norm, weight, eps):
     """With the Triton kernel; rows too long for it take the plain-torch implementation."""
     B, S, D = h.shape
-    longest = _ascend.tile("modulated_relative_l1", h, _norms.MAX_TRITON_CHANNELS)
-    if longest < D:
-        return reference(h, scale, shift, m_prev, norm, weight, eps)
+    limits.whole_row("modulated_relative_l1", h, D, _norms.MAX_TRITON_CHANNELS)
     m = h.new_empty((B, S, D))
     sums = h.new_empty((B, 2), dtype=torch.float32)
     if m_prev is None or m.numel() == 0:
@@ -170,11 +136,11 @@ def launch(
         return m, sums
     h, scale, shift = _norms.rows(h), _norms.rows(_norms.per_token(scale)), _norms.modulation_rows(shift)
     m_prev = None if m_prev is None else _norms.rows(m_prev)
-    rows, block, num_warps = _norms.cut(S, D, 1 if _ascend.here(h) else TILE)
+    rows, block, num_warps = _norms.cut(S, D, 1 if limits.here(h) else TILE)
     tiles, programs = _samples.cut(S, rows)
     partials = sums if m_prev is None else _samples.new_partials(sums, programs)
     with _samples.on_device_of(h):
-        modulated_relative_l1_kernel[_ascend.grid(h, B * programs)](
+        modulated_relative_l1_kernel[limits.grid(h, B * programs)](
             h, scale, shift, _norms.vector(weight), m_prev, m, partials, S, *_norms.strides(h), *_norms.strides(scale),
             *_norms.strides(shift), *_norms.strides(m_prev), eps, tiles, programs,
             D=D, LAYER=norm == "layer", ROWS=rows, BLOCK=block, num_warps=num_warps,
@@ -184,23 +150,10 @@ def launch(
     return m, sums
 
 
-def fake(
-    h: torch.Tensor,
-    scale: torch.Tensor,
-    shift: torch.Tensor | None,
-    m_prev: torch.Tensor | None,
-    norm: str = "layer",
-    weight: torch.Tensor | None = None,
-    eps: float = 1e-6,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def fake(h, *_):
     """The outputs' shapes and dtypes."""
     return h.new_empty(h.shape), h.new_empty((h.shape[0], 2), dtype=torch.float32)
 
 
-_op = define(
-    "modulated_relative_l1(Tensor h, Tensor scale, Tensor? shift, Tensor? m_prev, str norm, Tensor? weight, float eps)"
-    " -> (Tensor, Tensor)",
-    reference=reference,
-    triton=launch,
-    fake=fake,
-)
+on_npu = partial(reference, normed=_norms.normed_on_npu)
+_op = define(modulated_relative_l1, reference, launch, fake=fake, npu=on_npu)

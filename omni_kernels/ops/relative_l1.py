@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import torch
 
-from omni_kernels.ops import _ascend, _samples
+from omni_kernels.ascend import limits
+from omni_kernels.ops import _samples
 from omni_kernels.ops._checks import alike, unlike
 from omni_kernels.ops._triton import tl, triton
-from omni_kernels.registration import define, nbytes
+from omni_kernels.registration import define
 
 # 16 elements a thread: on sm_90 57 registers, so that 4 programs of a multiprocessor have 64 KB of loads under way.
 BLOCK = 4096
@@ -38,18 +39,13 @@ def relative_l1(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return _op(x, y)
 
 
-def bytes_moved(x: torch.Tensor, y: torch.Tensor) -> int:
-    """Bytes read and written."""
-    return nbytes((x, y)) + 8 * x.shape[0]
-
-
-def reference(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def reference(x, y):
     """In plain torch."""
     return _samples.abs_sums(torch.sub(x.float(), y), y)
 
 
 @triton.jit(do_not_specialize=["n", "blocks", "programs"])
-def relative_l1_kernel(p_x, p_y, p_partials, n, x_stride, y_stride, blocks, programs, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def relative_l1_kernel(p_x, p_y, p_partials, n, x_stride, y_stride, blocks, programs, BLOCK: tl.constexpr):
     """A program sums `blocks` blocks of one sample of n elements; partials: [B, 2, programs]."""
     pid = tl.program_id(0)
     sample = (pid // programs).to(tl.int64)
@@ -81,8 +77,7 @@ def relative_l1_kernel(p_x, p_y, p_partials, n, x_stride, y_stride, blocks, prog
     tl.store(p_partials + programs, tl.sum(magnitude))
 
 
-@_ascend.falls_back(reference)
-def launch(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def launch(x, y):
     """With the Triton kernel."""
     B = x.shape[0]
     sums = x.new_empty((B, 2), dtype=torch.float32)
@@ -91,11 +86,11 @@ def launch(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     n = x.numel() // B
     x, x_stride = _samples.by_sample(x)
     y, y_stride = _samples.by_sample(y)
-    block = _ascend.tile("relative_l1", x, BLOCK)
+    block = limits.tile("relative_l1", x, BLOCK)
     blocks, programs = _samples.cut(n, block)
     partials = _samples.new_partials(sums, programs)
     with _samples.on_device_of(x):
-        relative_l1_kernel[_ascend.grid(x, B * programs)](
+        relative_l1_kernel[limits.grid(x, B * programs)](
             x, y, partials, n, x_stride, y_stride, blocks, programs,
             BLOCK=block, num_warps=_samples.warps(), enable_fp_fusion=True,
         )  # fmt: skip
@@ -103,9 +98,9 @@ def launch(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return sums
 
 
-def fake(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def fake(x, y):
     """The output's shape and dtype."""
     return x.new_empty((x.shape[0], 2), dtype=torch.float32)
 
 
-_op = define("relative_l1(Tensor x, Tensor y) -> Tensor", reference=reference, triton=launch, fake=fake)
+_op = define(relative_l1, reference, launch, fake=fake)

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import torch
 
-from omni_kernels.ops import _ascend, _samples
+from omni_kernels.ascend import limits
+from omni_kernels.ops import _samples
 from omni_kernels.ops._checks import alike, unlike
 from omni_kernels.ops._triton import tl, triton
-from omni_kernels.registration import define, eager_on_cpu, nbytes
+from omni_kernels.registration import define
 
 # 8 elements a thread: on sm_90 48 registers and 60 KB of loads under way per multiprocessor. With 16 it is 98 and 48.
 BLOCK = 2048
@@ -41,17 +42,10 @@ def residual_relative_l1(
     """
     if not alike(h_out, h_in, r_prev):
         raise unlike("residual_relative_l1", h_out=h_out, h_in=h_in, r_prev=r_prev)
-    return reference(h_out, h_in, r_prev) if eager_on_cpu(h_out) else _op(h_out, h_in, r_prev)
+    return _op(h_out, h_in, r_prev)
 
 
-def bytes_moved(h_out: torch.Tensor, h_in: torch.Tensor, r_prev: torch.Tensor | None) -> int:
-    """Bytes read and written."""
-    return nbytes((h_out, h_in, r_prev, h_out)) + 8 * h_out.shape[0]
-
-
-def reference(
-    h_out: torch.Tensor, h_in: torch.Tensor, r_prev: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def reference(h_out, h_in, r_prev):
     """In plain torch."""
     exact = h_out.dtype is torch.float32
     residual = (h_out - h_in if exact else (h_out.float() - h_in).to(h_out.dtype)).contiguous()
@@ -61,7 +55,7 @@ def reference(
 
 
 @triton.jit(do_not_specialize=["n", "blocks", "programs"])
-def residual_relative_l1_kernel(  # type: ignore[no-untyped-def]
+def residual_relative_l1_kernel(
     p_out, p_in, p_prev, p_residual, p_partials, n, out_stride, in_stride, prev_stride, residual_stride, blocks,
     programs, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -110,8 +104,7 @@ def residual_relative_l1_kernel(  # type: ignore[no-untyped-def]
         tl.store(p_partials + programs, tl.sum(magnitude))
 
 
-@_ascend.falls_back(reference)
-def launch(h_out: torch.Tensor, h_in: torch.Tensor, r_prev: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def launch(h_out, h_in, r_prev):
     """With the Triton kernel."""
     B = h_out.shape[0]
     residual = h_out.new_empty(h_out.shape)
@@ -124,11 +117,11 @@ def launch(h_out: torch.Tensor, h_in: torch.Tensor, r_prev: torch.Tensor | None)
     h_out, out_stride = _samples.by_sample(h_out)
     h_in, in_stride = _samples.by_sample(h_in)
     r_prev, prev_stride = (None, 0) if r_prev is None else _samples.by_sample(r_prev)
-    block = _ascend.tile("residual_relative_l1", h_out, BLOCK)
+    block = limits.tile("residual_relative_l1", h_out, BLOCK)
     blocks, programs = _samples.cut(n, block)
     partials = sums if r_prev is None else _samples.new_partials(sums, programs)
     with _samples.on_device_of(h_out):
-        residual_relative_l1_kernel[_ascend.grid(h_out, B * programs)](
+        residual_relative_l1_kernel[limits.grid(h_out, B * programs)](
             h_out, h_in, r_prev, residual, partials, n, out_stride, in_stride, prev_stride, 0 if B == 1 else n, blocks,
             programs, BLOCK=block, num_warps=_samples.warps(), enable_fp_fusion=True,
         )  # fmt: skip
@@ -136,14 +129,9 @@ def launch(h_out: torch.Tensor, h_in: torch.Tensor, r_prev: torch.Tensor | None)
     return residual, sums
 
 
-def fake(h_out: torch.Tensor, h_in: torch.Tensor, r_prev: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def fake(h_out, h_in, r_prev):
     """The outputs' shapes and dtypes."""
     return h_out.new_empty(h_out.shape), h_out.new_empty((h_out.shape[0], 2), dtype=torch.float32)
 
 
-_op = define(
-    "residual_relative_l1(Tensor h_out, Tensor h_in, Tensor? r_prev) -> (Tensor, Tensor)",
-    reference=reference,
-    triton=launch,
-    fake=fake,
-)
+_op = define(residual_relative_l1, reference, launch, fake=fake)

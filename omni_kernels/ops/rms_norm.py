@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import torch
 
-from omni_kernels.ops import _ascend, _norms, _samples, _tiles
+from omni_kernels.ascend import limits
+from omni_kernels.ops import _norms, _samples, _tiles
 from omni_kernels.ops._checks import DTYPES, unlike
 from omni_kernels.ops._triton import tl, triton
-from omni_kernels.registration import define, eager_on_cpu, nbytes
+from omni_kernels.registration import define
 
 # A tile is as many rows as fill it, or one row: 32 heads of 128 channels, 40 registers on sm_90.
 TILE = 4096
@@ -38,21 +39,22 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, *, eps: float 
     if x.dtype not in DTYPES:
         raise unlike("rms_norm", x=x)
     _norms.check_vectors("rms_norm", "x", x, weight=weight)
-    return (reference if eager_on_cpu(x) else _op)(x, weight, eps)
+    return _op(x, weight, eps)
 
 
-def bytes_moved(x: torch.Tensor, weight: torch.Tensor | None = None, *, eps: float = 1e-6) -> int:
-    """Bytes read and written."""
-    return nbytes((x, weight, x))
-
-
-def reference(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6) -> torch.Tensor:
+def reference(x, weight, eps):
     """In plain torch."""
     return _norms.normed(x.float(), "rms", eps, weight).to(x.dtype).contiguous()
 
 
+def on_npu(x, weight, eps):
+    """By torch_npu's operator, which takes one dtype."""
+    y = x if weight is None or weight.dtype == x.dtype else x.float()
+    return _norms.normed_on_npu(y, "rms", eps, weight).to(x.dtype).contiguous()
+
+
 @triton.jit(do_not_specialize=["n1", "n2", "tiles", "eps"])
-def rms_norm_kernel(  # type: ignore[no-untyped-def]
+def rms_norm_kernel(
     p_x, p_weight, p_y, n1, n2, stride_0, stride_1, stride_2, eps, tiles,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -85,13 +87,10 @@ def _levels(x: torch.Tensor) -> list[tuple[int, int]]:
     return levels
 
 
-@_ascend.falls_back(reference)
-def launch(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6) -> torch.Tensor:
+def launch(x, weight, eps):
     """With the Triton kernel; rows too long for it take the plain-torch implementation."""
     D = x.shape[-1]
-    longest = _ascend.tile("rms_norm", x, _norms.MAX_TRITON_CHANNELS)
-    if longest < D:
-        return reference(x, weight, eps)
+    limits.whole_row("rms_norm", x, D, _norms.MAX_TRITON_CHANNELS)
     y = x.new_empty(x.shape)
     if y.numel() == 0:
         return y
@@ -104,16 +103,11 @@ def launch(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-
     rows, block, num_warps = _norms.cut(n2, D, _tiles.tile("rms_norm", x, TILE))
     tiles = triton.cdiv(n2, rows)
     with _samples.on_device_of(x):
-        rms_norm_kernel[_ascend.grid(x, n0 * n1 * tiles)](
+        rms_norm_kernel[limits.grid(x, n0 * n1 * tiles)](
             x, _norms.vector(weight), y, n1, n2, stride_0, stride_1, stride_2, eps, tiles,
             D=D, ROWS=rows, BLOCK=block, num_warps=num_warps, enable_fp_fusion=True,
         )  # fmt: skip
     return y
 
 
-def fake(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6) -> torch.Tensor:
-    """The output's shape and dtype."""
-    return x.new_empty(x.shape)
-
-
-_op = define("rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor", reference=reference, triton=launch, fake=fake)
+_op = define(rms_norm, reference, launch, npu=on_npu)

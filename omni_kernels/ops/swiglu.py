@@ -11,10 +11,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from omni_kernels.ops import _ascend, _rows, _samples, _tiles
+from omni_kernels.ascend import limits
+from omni_kernels.ascend.swiglu import swiglu as on_npu
+from omni_kernels.ops import _rows, _samples, _tiles
 from omni_kernels.ops._checks import alike, unlike
 from omni_kernels.ops._triton import tl, triton
-from omni_kernels.registration import define, eager_on_cpu, nbytes
+from omni_kernels.registration import define
 
 # 8 elements a thread: on sm_90 29 registers and 64 KB of loads under way per multiprocessor.
 BLOCK = 2048
@@ -35,29 +37,22 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """
     if not alike(gate, up):
         raise unlike("swiglu", gate=gate, up=up)
-    return reference(gate, up) if eager_on_cpu(gate) else _op(gate, up)
+    return _op(gate, up)
 
 
-def bytes_moved(gate: torch.Tensor, up: torch.Tensor) -> int:
-    """Bytes read and written."""
-    return nbytes((gate, up, gate))
-
-
-def reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def reference(gate, up):
     """In plain torch."""
     return F.silu(gate.float()).mul_(up).to(gate.dtype).contiguous()
 
 
 @triton.jit
-def silu_of(x):  # type: ignore[no-untyped-def]
+def silu_of(x):
     """x in fp32."""
     return x / (1.0 + tl.exp(-x))
 
 
 @triton.jit(do_not_specialize=["n", "blocks"])
-def swiglu_kernel(  # type: ignore[no-untyped-def]
-    p_gate, p_up, p_out, n, gate_stride, up_stride, out_stride, blocks, BLOCK: tl.constexpr
-):
+def swiglu_kernel(p_gate, p_up, p_out, n, gate_stride, up_stride, out_stride, blocks, BLOCK: tl.constexpr):
     """A program writes one block of one row of n elements."""
     pid = tl.program_id(0)
     row = (pid // blocks).to(tl.int64)
@@ -78,8 +73,7 @@ def swiglu_kernel(  # type: ignore[no-untyped-def]
         tl.store(p_out + o, (silu_of(gate) * up).to(p_out.dtype.element_ty), mask=m)
 
 
-@_ascend.falls_back(reference)
-def launch(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def launch(gate, up):
     """With the Triton kernel."""
     out = gate.new_empty(gate.shape)
     if out.numel() == 0:
@@ -88,16 +82,11 @@ def launch(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     block = _tiles.tile("swiglu", out, BLOCK)
     blocks = -(-n // block)
     with _samples.on_device_of(out):
-        swiglu_kernel[_ascend.grid(out, R * blocks)](
+        swiglu_kernel[limits.grid(out, R * blocks)](
             gate, up, target, n, *strides, blocks,
             BLOCK=block, num_warps=_samples.warps(), enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
 
-def fake(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """The output's shape and dtype."""
-    return gate.new_empty(gate.shape)
-
-
-_op = define("swiglu(Tensor gate, Tensor up) -> Tensor", reference=reference, triton=launch, fake=fake)
+_op = define(swiglu, reference, launch, npu=on_npu)

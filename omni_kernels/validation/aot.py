@@ -55,8 +55,6 @@ BUDGETS: dict[str, tuple[int, int]] = {
     "qk_norm_rope_kernel": (128, 96),
     "gelu_kernel": (40, 96),
     "swiglu_kernel": (40, 80),
-    "cfg_combine_kernel": (40, 64),
-    "cfg_rescale_kernel": (40, 64),
     "add_partials_kernel": (40, 64),
 }
 

@@ -38,8 +38,9 @@ from unittest import mock
 import torch
 
 from omni_kernels import ops as ops_package
+from omni_kernels.ascend import limits
 from omni_kernels.device import Device, pretend
-from omni_kernels.ops import OPS, _ascend
+from omni_kernels.ops import OPS
 from omni_kernels.validation import aot, checks, launches, record
 from omni_kernels.validation.ascend_ir import (
     TARGETS,
@@ -167,16 +168,13 @@ def widest() -> dict[str, Callable[[], object]]:
             word = str(args[0].dtype).removeprefix("torch.")
             found[f"{op} widest {name} {word}".replace("  ", " ")] = partial(OPS[op].launcher, *args, **kwargs)
 
-        tiles = _ascend.TILES
+        tiles = limits.TILES
         for op, count in (("relative_l1", 2), ("residual_relative_l1", 3), ("gelu", 1), ("swiglu", 2)):
             add("", op, *(new(1, 3 * tiles[op] + 1) for _ in range(count)))
         n = 3 * tiles["linear_forecast"] + 1
         for count in (1, 3, 16):
             add(str(count), "linear_forecast", new(1, n), [new(1, n) for _ in range(count)], [0.5] * count)
         add("tensor", "linear_forecast", new(1, n), [new(1, n) for _ in range(16)], torch.empty(16))
-        add("", "cfg_combine", *(new(1, 3 * tiles["cfg_combine"] + 1) for _ in range(2)), 4.0)
-        for D in (64, tiles["cfg_combine"] - 1):
-            add(f"token {D}", "cfg_combine", new(9 * D, D), new(9 * D, D), 4.0, "token")
         for D in (128, tiles["rms_norm"] - 1):
             add(str(D), "rms_norm", new(3, 4096, D), new(D))
         D = tiles["modulated_relative_l1"] - 1
@@ -279,8 +277,7 @@ def support(lowered: Sequence[dict[str, Any]], computed: Sequence[dict[str, Any]
     """What can be said of every op that anything was done for, and why not more."""
     rows = []
     for op in OPS:
-        # euler_step is a call of linear_forecast's launcher; its launch stands under that name.
-        own = [r for r in lowered if r["op"] == ("linear_forecast" if op == "euler_step" else op)]
+        own = [r for r in lowered if r["op"] == op]
         kernels = [r for r in own if r["status"] != "plain torch"]
         checked = [r for r in computed if r["op"] == op and r["status"] != "plain torch"]
         if not kernels and not checked:
@@ -296,7 +293,7 @@ def support(lowered: Sequence[dict[str, Any]], computed: Sequence[dict[str, Any]
                 "checks": len(checked),
                 "dtypes": " ".join(sorted({r["dtype"] for r in checked if r["status"] == "passed"})),
                 "worst": max((r["worst"] for r in checked if r["worst"] is not None), default=None),
-                "tile": _ascend.TILES.get(op),
+                "tile": limits.TILES.get(op),
             }
         )
     return rows

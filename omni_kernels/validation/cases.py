@@ -362,47 +362,6 @@ def _swiglu() -> Case:
     )
 
 
-def _cfg_combine(rescale: str | None) -> Case:
-    """As Qwen-Image's pipeline writes it; without the rescaling, as most do."""
-
-    def eager(i: Inputs) -> Values:
-        combined = i["uncond"] + 4.0 * (i["cond"] - i["uncond"])
-        if rescale is None:
-            return (combined,)
-        norms = (torch.norm(t, dim=-1, keepdim=True) for t in (i["cond"], combined))
-        return (combined * torch.div(*norms),)
-
-    return Case(
-        name="cfg_combine" + (f" {rescale}" if rescale else ""),
-        op="cfg_combine",
-        inputs=lambda shape, device: dict(zip(("cond", "uncond"), _hidden(shape, device, 2), strict=True)),
-        ours=lambda i: ((i["cond"], i["uncond"], 4.0), {"rescale": rescale}),
-        eager=eager,
-        values=lambda out: (out,),
-    )
-
-
-def _euler_step() -> Case:
-    """As FlowMatchEulerDiscreteScheduler writes it, with σ on the device."""
-
-    def inputs(shape: Shape, device: torch.device) -> Inputs:
-        sample, velocity = _hidden(shape, device, 2)
-        return {"sample": sample, "velocity": velocity, "dt": torch.tensor(-0.04, device=device)}
-
-    def eager(i: Inputs) -> Values:
-        sample = i["sample"] if i["sample"].dtype == torch.float64 else i["sample"].float()
-        return ((sample + i["dt"] * i["velocity"]).to(i["velocity"].dtype),)
-
-    return Case(
-        name="euler_step",
-        op="euler_step",
-        inputs=inputs,
-        ours=lambda i: ((i["sample"], i["velocity"], i["dt"]), {}),
-        eager=eager,
-        values=lambda out: (out,),
-    )
-
-
 CASES: dict[str, Case] = {
     case.name: case
     for case in (
@@ -418,9 +377,6 @@ CASES: dict[str, Case] = {
         _qk_norm_rope(across_heads=True, names="qk"),
         _gelu(),
         _swiglu(),
-        _cfg_combine(None),
-        _cfg_combine("token"),
-        _euler_step(),
         _ada_layer_norm("layer"),
         _ada_layer_norm("rms"),
         _gate_residual_norm("layer"),

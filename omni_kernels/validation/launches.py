@@ -94,9 +94,7 @@ def models() -> dict[str, Launch]:
     ada_layer_norm, gate_residual_norm, rms_norm = (
         OPS[name].launcher for name in ("ada_layer_norm", "gate_residual_norm", "rms_norm")
     )
-    gelu, swiglu, cfg_combine, euler_step = (
-        OPS[name].launcher for name in ("gelu", "swiglu", "cfg_combine", "euler_step")
-    )
+    gelu, swiglu = (OPS[name].launcher for name in ("gelu", "swiglu"))
     h = _tensor(1, TOKENS - 1, CHANNELS)
     # fp32, one for every token, as views of one projection.
     timesteps = torch.empty(1, TOKENS - 1, 6, CHANNELS).chunk(6, 2)
@@ -179,9 +177,6 @@ def models() -> dict[str, Launch]:
         ),
         "swiglu odd": partial(swiglu, _odd(), _odd()),
         "swiglu packed": partial(swiglu, *_tensor(1, TOKENS, 2 * 10240).chunk(2, -1)),
-        "cfg_combine odd": partial(cfg_combine, _odd(), _odd(), 4.0),
-        "cfg_combine token": partial(cfg_combine, _tensor(1, TOKENS - 1, 64), _tensor(1, TOKENS - 1, 64), 4.0, "token"),
-        "linear_forecast euler_step": partial(euler_step, torch.empty(1, TOKENS * CHANNELS + 1), _odd(), -0.05),
     }
 
 
@@ -198,7 +193,6 @@ def configurations() -> dict[str, Launch]:
             "residual_relative_l1": (x, x, x),
             "gelu": (x,),
             "swiglu": (x, x),
-            "cfg_combine": (x, x, 4.0),
             "linear_forecast": (x, [x], _tensor(1, dtype=dtype)),
         }.items():
             found[f"{op} {name}, odd"] = partial(OPS[op].launcher, *inputs)
@@ -232,11 +226,9 @@ def _rows(block: int, dtype: torch.dtype) -> dict[str, Launch]:
     x, modulation, vector = (2, -1, D), (4, D), (D,)
     h, scale, shift, prev, weight = tensors("modulated_relative_l1", x, (2, D), (2, D), x, vector)
     y, gain = tensors("rms_norm", x, vector)
-    cond, uncond = tensors("cfg_combine", x, x)
     found = {
         "modulated_relative_l1": partial(OPS["modulated_relative_l1"].launcher, h, scale, shift, prev, weight=weight),
         "rms_norm": partial(OPS["rms_norm"].launcher, y, gain),
-        "cfg_combine": partial(OPS["cfg_combine"].launcher, cond, uncond, 4.0, "token"),
     }
     if block <= _file("ada_layer_norm").MAX_TRITON_CHANNELS:
         h, scale, shift, weight, bias = tensors("ada_layer_norm", x, modulation, modulation, vector, vector)

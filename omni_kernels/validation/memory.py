@@ -67,7 +67,7 @@ def poisoned_outputs() -> Iterator[Callable[[], bool]]:
     unguarded = torch.Tensor.new_empty
 
     def new_empty(self: torch.Tensor, *size: Any, dtype: torch.dtype | None = None, **where: Any) -> torch.Tensor:
-        if where:  # the interpreter's own
+        if where or self.is_meta:  # the interpreter's own, and what has no memory
             return unguarded(self, *size, dtype=dtype, **where)
         shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
         buffer = torch.full((shape.numel() + 2 * GUARD,), SENTINEL, dtype=dtype or self.dtype, device=self.device)

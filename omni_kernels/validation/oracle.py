@@ -130,22 +130,6 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return gate.double() / (1 + torch.exp(-gate.double())) * up.double()
 
 
-def cfg_combine(
-    cond: torch.Tensor, uncond: torch.Tensor, scale: float, rescale: str | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The combination, and the magnitude of the terms that it is the sum of."""
-    c, u = cond.double(), uncond.double()
-    out = u + scale * (c - u)
-    terms = u.abs() + abs(scale) * (c.abs() + u.abs())
-    if rescale == "token":
-        size = (out * out).sum(-1, keepdim=True).sqrt()
-        factor = (c * c).sum(-1, keepdim=True).sqrt() / size
-        # What is lost on the terms shows in the norm as well.
-        terms = factor * (terms + out.abs() * (terms * terms).sum(-1, keepdim=True).sqrt() / size)
-        out = out * factor
-    return out, terms
-
-
 #: The name of a result, what it should be, and the magnitude of the terms that it is the sum of (None: its own).
 Expected = tuple[str, torch.Tensor, torch.Tensor | None]
 
@@ -187,12 +171,6 @@ def _linear_forecast(
 ) -> list[Expected]:
     numbers = weights.tolist() if isinstance(weights, torch.Tensor) else weights
     return [("out", *linear_forecast(base, history, numbers))]
-
-
-def _euler_step(
-    got: Sequence[torch.Tensor], sample: torch.Tensor, velocity: torch.Tensor, dt: float | torch.Tensor
-) -> list[Expected]:
-    return [("out", *linear_forecast(sample, [velocity], [float(dt)]))]
 
 
 def _ada_layer_norm(
@@ -265,12 +243,6 @@ def _swiglu(got: Sequence[torch.Tensor], gate: torch.Tensor, up: torch.Tensor) -
     return [("out", swiglu(gate, up), None)]
 
 
-def _cfg_combine(
-    got: Sequence[torch.Tensor], cond: torch.Tensor, uncond: torch.Tensor, scale: float, *, rescale: str | None = None
-) -> list[Expected]:
-    return [("out", *cfg_combine(cond, uncond, scale, rescale))]
-
-
 ORACLES: dict[str, Callable[..., list[Expected]]] = {
     "relative_l1": _relative_l1,
     "residual_relative_l1": _residual_relative_l1,
@@ -282,8 +254,6 @@ ORACLES: dict[str, Callable[..., list[Expected]]] = {
     "qk_norm_rope": _qk_norm_rope,
     "gelu": _gelu,
     "swiglu": _swiglu,
-    "cfg_combine": _cfg_combine,
-    "euler_step": _euler_step,
 }
 
 

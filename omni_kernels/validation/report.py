@@ -5,26 +5,18 @@ Both are made of the document that `validation.json` holds. What was not measure
 
 from __future__ import annotations
 
-import html
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import jinja2
 
 Document = Mapping[str, Any]
 
 NOT_MEASURED = "not measured"
 STATUSES = ("passed", "failed", "not run")
-
-STYLE = """
-:root{color-scheme:light dark;--line:#8884;--bad:#c62828;--good:#2e7d32;--bar:#4a7fb5}
-body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}
-table{border-collapse:collapse;margin:.5rem 0 1.5rem;font-variant-numeric:tabular-nums}
-th,td{padding:.2rem .7rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
-td.n,th.n{text-align:right}code{font-size:.9em;overflow-wrap:anywhere}
-.failed{color:var(--bad);font-weight:600}.passed{color:var(--good)}.missing{opacity:.6}
-.bar{background:var(--line);width:8rem;height:.7rem}.bar i{display:block;height:100%;background:var(--bar)}
-"""
 
 
 def by_op(document: Document) -> dict[str, dict[str, Counter[str]]]:
@@ -144,130 +136,50 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def page(document: Document) -> str:
-    """The HTML file."""
-    about = document["machine"]
-    sections = [
-        ("Device", _facts(document)),
-        ("Failures", _failures(document)),
-        ("Results", _table(HEADS, _rows(document), numbers=0) if document["checks"] else "<p>not run</p>"),
-        ("Speed", _speed(document)),
-        ("First calls", _first_calls_table(document)),
-        ("Compiled ahead of time", _compiled_table(document)),
-        ("Every check", _checks(document)),
-    ]
-    title = f"Omni Kernels on {about['name']}: {document['verdict']}"
-    body = "\n".join(f"<section><h2>{head}</h2>\n{content}\n</section>" for head, content in sections if content)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{_text(title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>{_text(title)}</h1>
-<p class="{document["verdict"]}">{_text(verdict(document))}</p>
-{body}
-</body>
-</html>
-"""
+    """The HTML file, by page.html.jinja."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    checks: dict[tuple[str, str], list[Mapping[str, str]]] = {}  # by use and shape
+    for check in document["checks"]:
+        checks.setdefault((check["case"], check["shape"]), []).append(check)
+    return environment.get_template("page.html.jinja").render(
+        document=document,
+        title=f"Omni Kernels on {document['machine']['name']}: {document['verdict']}",
+        verdict=verdict(document),
+        facts=_facts(document).items(),
+        failures=[check for check in document["checks"] if check["status"] == "failed"],
+        heads=HEADS,
+        results=_rows(document),
+        speeds=[_speed(m) for m in speeds(document)],
+        first_calls_heads=FIRST_CALLS,
+        first_calls=_first_calls(document),
+        compiled=_compiled(document),
+        checks=checks,
+    )
 
 
-def _text(value: Any) -> str:
-    return html.escape(str(value))
-
-
-def _table(heads: Iterable[str], rows: Iterable[Sequence[str]], numbers: int = 1, raw: bool = False) -> str:
-    """`numbers`: the first column that is aligned to the right; `raw`: cells are HTML already."""
-
-    def line(cells: Iterable[str], tag: str, escape: Any) -> str:
-        return "".join(
-            f"<{tag}{' class=n' if numbers and j >= numbers else ''}>{escape(cell)}</{tag}>"
-            for j, cell in enumerate(cells)
-        )
-
-    body = "\n".join(f"<tr>{line(row, 'td', str if raw else _text)}</tr>" for row in rows)
-    return f"<table>\n<thead><tr>{line(heads, 'th', _text)}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
-
-
-def _facts(document: Document) -> str:
+def _facts(document: Document) -> dict[str, Any]:
     about = dict(document["machine"])
     versions = about.pop("versions")
-    facts = {
+    return {
         "device": document["device"],
         "ops run as": document["implementation"],
         **{key.replace("_", " "): "not known" if value is None else value for key, value in about.items()},
         **{name: value or "not installed" for name, value in versions.items()},
-        "command": document["command"],
-        "seed": document["seed"],
-        "date": document["date"],
-        "seconds": document["seconds"],
+        **{key: document[key] for key in ("command", "seed", "date", "seconds")},
     }
-    return _table(("what", "found"), [(key, str(value)) for key, value in facts.items()], numbers=0)
 
 
-def _failures(document: Document) -> str:
-    rows = [
-        [
-            f"<code>{_text(c['id'])}</code>",
-            _text(c["problem"]),
-            f"<code>{_text(c['repeat'])}</code>",
-        ]
-        for c in document["checks"]
-        if c["status"] == "failed"
-    ]
-    return _table(("check", "what is wrong", "repeat"), rows, numbers=0, raw=True) if rows else ""
-
-
-def _speed(document: Document) -> str:
-    roof = document["copy_gb_per_s"]
-    if roof is None:
-        return f"<p>{NOT_MEASURED}: {_text(document['not_measured'])}</p>"
-    rows = [
-        [
-            _text(m["case"]),
-            _text(m["shape"]),
-            number(m["gb_per_s"]),
-            f'<div class="bar"><i style="width:{min(m["share"], 1):.0%}"></i></div>',
-            f"{m['share']:.0%}",
-            number(m["us"]),
-            number(m["plain_us"]),
-            NOT_MEASURED if m["plain_us"] is None else f"{m['plain_us'] / m['us']:.2f}×",
-        ]
-        for m in speeds(document)
-    ]
-    heads = ("case", "shape", "GB/s", "", "of roof", "µs", "plain torch µs", "as fast")
-    left_out = document["not_measured"]
-    return (
-        f"<p>The roof is the bandwidth at which the device copies memory: {roof:.1f} GB/s, read and written. "
-        f"{_text(document['timing'])}</p>\n"
-        + (_table(heads, rows, numbers=2, raw=True) if rows else "")
-        + (f"<p>{NOT_MEASURED}: {_text(left_out)}</p>" if left_out else "")
-    )
-
-
-def _first_calls_table(document: Document) -> str:
-    return _table(FIRST_CALLS, _first_calls(document), numbers=1) if document["first_calls"] else ""
-
-
-def _compiled_table(document: Document) -> str:
-    if not document["compiled"]:
-        return ""
-    return _table(("launch", "target", "registers", "shared bytes", "spilt bytes"), _compiled(document), numbers=2)
-
-
-def _checks(document: Document) -> str:
-    """Use × shape, with the dtypes and layouts of each."""
-    if not document["checks"]:
-        return ""
-    cells: dict[tuple[str, str], list[str]] = {}
-    for c in document["checks"]:
-        mark = {"passed": "✓", "failed": "✗", "not run": "–"}[c["status"]]
-        shown = (
-            f'<span class="{_text(c["status"].replace("not run", "missing"))}">{c["dtype"]} {c["layout"]} {mark}</span>'
-        )
-        cells.setdefault((c["case"], c["shape"]), []).append(shown)
-    rows = [[_text(case), _text(shape), " ".join(shown)] for (case, shape), shown in cells.items()]
-    return _table(("case", "shape", "dtype, layout"), rows, numbers=0, raw=True)
+def _speed(m: Mapping[str, Any]) -> dict[str, str]:
+    """What was measured of one use, as the page shows it."""
+    return {
+        "case": m["case"],
+        "shape": m["shape"],
+        "gb_per_s": number(m["gb_per_s"]),
+        "width": f"{min(m['share'], 1):.0%}",
+        "share": f"{m['share']:.0%}",
+        "us": number(m["us"]),
+        "plain_us": number(m["plain_us"]),
+        "as_fast": NOT_MEASURED if m["plain_us"] is None else f"{m['plain_us'] / m['us']:.2f}×",
+    }

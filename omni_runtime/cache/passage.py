@@ -16,7 +16,7 @@ import functools
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
@@ -26,13 +26,10 @@ from omni_runtime.cache.forecasters import Forecaster
 from omni_runtime.cache.gates import Gate, Plan, Verdict, by_image
 from omni_runtime.cache.history import history_of
 from omni_runtime.cache.lifecycle import Branch, Request
-from omni_runtime.cache.models import Arguments
+from omni_runtime.cache.models import Arguments, ModelRow
 from omni_runtime.cache.offloading import fetched, released
-from omni_runtime.cache.ranks import Shard
+from omni_runtime.cache.ranks import Ranks, Shard
 from omni_runtime.cache.signals import Signal
-
-if TYPE_CHECKING:
-    from omni_runtime.cache.session import BlockSession
 
 
 @dataclass(frozen=True)
@@ -59,6 +56,19 @@ class Parts:
     fitted_for: Mapping[str, Any] | None = None
     note: str | None = None
     drift_tolerance: float | None = None
+
+
+class Blocks(Protocol):
+    """What a passage has to know of the session: see `omni_runtime.cache.session.BlockSession`."""
+
+    parts: Parts
+    row: ModelRow
+    blocks: int
+    calls: list[BlockCall]
+    ranks: Ranks | None
+
+    def gate(self, request: Request, branch: Branch) -> Gate:
+        """A fresh gate for a branch."""
 
 
 class Passage:
@@ -102,9 +112,9 @@ class Passage:
         "stepwise",
     )
 
-    def __init__(self, session: BlockSession, request: Request, branch: Branch) -> None:
+    def __init__(self, session: Blocks, request: Request, branch: Branch) -> None:
         parts = session.parts
-        self._calls: list[BlockCall] = session.calls
+        self._calls = session.calls
         self._first, self._last = parts.first, parts.last
         self._branch = branch
         self._shard = None if session.ranks is None else Shard(session.ranks)

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from omni_kernels import ascend, ops, registration, validate
 from omni_kernels.ascend import operators
+from omni_kernels.ascend.swiglu import swiglu
 from omni_kernels.device import Device, pretend
 from omni_kernels.ops import OPS
 from omni_kernels.validation import checks
@@ -232,14 +233,15 @@ def test_triton_runs_where_it_compiles_for_npus_and_is_asked_for_or_proven(monke
     monkeypatch.setenv(ascend.TRITON_VARIABLE, "relative_l1, gelu")
     assert chosen("relative_l1") == "plain", "Triton has no driver for NPUs here"
     monkeypatch.setattr(ascend, "triton_compiles", lambda: True)
-    assert chosen("relative_l1") == chosen("gelu") == chosen("gelu_into") == "kernel"
-    assert chosen("swiglu") is ascend.IMPLEMENTATIONS["swiglu"]
+    assert chosen("relative_l1") == chosen("gelu") == "kernel"
+    assert chosen("swiglu") == "plain"
+    assert callable(ascend.implementation("swiglu", "plain", "kernel", swiglu))
     monkeypatch.setenv(ascend.TRITON_VARIABLE, "all")
     assert {chosen(name) for name in OPS} == {"kernel"}
     monkeypatch.delenv(ascend.TRITON_VARIABLE)
     assert chosen("relative_l1") == "plain"
     monkeypatch.setattr(ascend, "PROVEN", frozenset({"linear_forecast"}))
-    assert chosen("linear_forecast.tensor") == chosen("linear_forecast_into") == "kernel"
+    assert (chosen("linear_forecast"), chosen("gelu")) == ("kernel", "plain")
 
 
 def test_no_kernel_is_called_proven_that_was_not_run_on_an_npu():
@@ -262,8 +264,14 @@ def test_triton_kernels_run_on_tensors_of_the_device_and_are_chosen_once(monkeyp
     monkeypatch.setenv(ascend.TRITON_VARIABLE, "relative_l1")
     chosen, choose, op = [], ascend.implementation, OPS["relative_l1"]
     monkeypatch.setattr(ascend, "implementation", lambda *args: chosen.append(args) or choose(*args))
-    run = registration._on_npu("relative_l1", op.reference, op.launcher)
+    run = registration._on_npu("relative_l1", op.reference, op.launcher, None)
     x, y = torch.randn(2, 2, 50)
     for _ in range(2):
         torch.testing.assert_close(run(x.to(NPU), y.to(NPU)).cpu(), ops.relative_l1(x, y))
-    assert chosen == [("relative_l1", op.reference, op.launcher)]
+    assert chosen == [("relative_l1", op.reference, op.launcher, None)]
+
+
+def test_a_gradient_is_refused_on_the_device():
+    x = torch.ones(2, 3, device=NPU).requires_grad_()
+    with pytest.raises(RuntimeError, match="swiglu: up requires a gradient"):
+        ops.swiglu(x.detach(), x)

@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 
-from omni_kernels.ops import _ascend
+from omni_kernels.ascend import limits
 from omni_kernels.validation import ascend, checks, launches
 from omni_kernels.validation.ascend_ir import Tools, cache_directory
 
@@ -28,7 +28,7 @@ def main() -> None:
     assert tools is not None
     table = {LAUNCH: launches.table()[LAUNCH]}
     found = {"lowered": [*ascend.lower_all(tools, table)]}
-    with mock.patch.dict(_ascend.TILES, relative_l1=16 * _ascend.TILES["relative_l1"]):
+    with mock.patch.dict(limits.TILES, relative_l1=16 * limits.TILES["relative_l1"]):
         found["overflow"] = [*ascend.lower_all(tools, table)]
     for name, these in (("computed", tools), ("wrong", Wrong(tools.adapter.parents[3]))):
         with tempfile.TemporaryDirectory() as directory:

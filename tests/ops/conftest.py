@@ -43,12 +43,11 @@ def no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
 def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer programs, which is what the interpreter's time goes by."""
     if INTERPRETED:
-        for op in ("relative_l1", "residual_relative_l1", "linear_forecast", "gelu", "swiglu", "cfg_combine"):
+        for op in ("relative_l1", "residual_relative_l1", "linear_forecast", "gelu", "swiglu"):
             monkeypatch.setattr(importlib.import_module(f"omni_kernels.ops.{op}"), "BLOCK", 2**16)
         for op in ("modulated_relative_l1", "ada_layer_norm", "gate_residual_norm", "rms_norm"):
             monkeypatch.setattr(importlib.import_module(f"omni_kernels.ops.{op}"), "TILE", 2**17)
-        for op in ("cfg_combine", "qk_norm_rope"):
-            monkeypatch.setattr(importlib.import_module(f"omni_kernels.ops.{op}"), "TILE", 2**16)
+        monkeypatch.setattr(importlib.import_module("omni_kernels.ops.qk_norm_rope"), "TILE", 2**16)
 
 
 def _ready(name: str) -> Implementation:

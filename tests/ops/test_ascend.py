@@ -12,8 +12,9 @@ import pytest
 import torch
 from implementations import INTERPRETED
 
+from omni_kernels.ascend import limits
 from omni_kernels.device import Device, pretend
-from omni_kernels.ops import OPS, _ascend
+from omni_kernels.ops import OPS
 from omni_kernels.validation import ascend, ascend_ir, checks
 from omni_kernels.validation.ascend_ir import ToolError, Tools
 
@@ -28,24 +29,24 @@ def npu():
 
 def test_tiles_are_ascends_on_ascend_alone(npu):
     x = torch.empty(1)
-    assert _ascend.tile("gelu", x, 4096) == _ascend.TILES["gelu"]
-    assert _ascend.tile("gelu", x.to("meta"), 4096) == 4096
+    assert limits.tile("gelu", x, 4096) == limits.TILES["gelu"]
+    assert limits.tile("gelu", x.to("meta"), 4096) == 4096
 
 
 def test_tiles_are_as_elsewhere_on_a_cpu():
-    assert _ascend.tile("gelu", torch.empty(1), 123) == 123
+    assert limits.tile("gelu", torch.empty(1), 123) == 123
 
 
 def test_every_op_with_a_kernel_of_its_own_has_a_tile():
-    assert set(_ascend.TILES) == set(OPS) - {"euler_step"}
-    assert all(n & (n - 1) == 0 for n in _ascend.TILES.values())
+    assert set(limits.TILES) == set(OPS)
+    assert all(n & (n - 1) == 0 for n in limits.TILES.values())
 
 
 def test_a_grid_is_refused_from_65536_programs_on(npu):
-    assert _ascend.grid(torch.empty(1), 65535) == (65535,)
-    with pytest.raises(_ascend.TooManyProgramsError, match="65536"):
-        _ascend.grid(torch.empty(1), 65536)
-    assert _ascend.grid(torch.empty(1, device="meta"), 65536) == (65536,)
+    assert limits.grid(torch.empty(1), 65535) == (65535,)
+    with pytest.raises(limits.NotLaunchableError, match="65536"):
+        limits.grid(torch.empty(1), 65536)
+    assert limits.grid(torch.empty(1, device="meta"), 65536) == (65536,)
 
 
 def test_the_kept_results_are_of_these_kernels_launches_and_checks(npu):
@@ -75,7 +76,7 @@ def test_another_kernel_is_another_digest(monkeypatch, tmp_path):
 @interpreted
 @pytest.mark.parametrize("op", ["gelu", "swiglu", "relative_l1"])
 def test_what_cannot_be_launched_is_computed_in_plain_torch(npu, monkeypatch, op):
-    monkeypatch.setattr(_ascend, "MAX_PROGRAMS", 0)
+    monkeypatch.setattr(limits, "MAX_PROGRAMS", 0)
     kernel = f"{op}_kernel"
     monkeypatch.setattr(importlib.import_module(f"omni_kernels.ops.{op}"), kernel, _NotToBeLaunched())
     args = [torch.randn(2, 3, 8) for _ in range(1 if op == "gelu" else 2)]
@@ -110,7 +111,7 @@ def test_what_launchers_do_otherwise_on_ascend_is_right(npu, use, dtype):
 
 @interpreted
 def test_heads_that_do_not_fill_a_tile_are_cut_by_token(npu, monkeypatch):
-    monkeypatch.setitem(_ascend.TILES, "qk_norm_rope", 64)  # 3 programs for 3 heads of 50
+    monkeypatch.setitem(limits.TILES, "qk_norm_rope", 64)  # 3 programs for 3 heads of 50
     check = checks.parse("qk_norm_rope/2x5x200/float32/model")
     assert not checks.run(check, lambda op: OPS[op].launcher, torch.device("cpu"), 0)
 

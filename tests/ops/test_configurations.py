@@ -57,7 +57,6 @@ def norms(D, S, x_dtype, dtype, every=False):
         yield partial(OPS["modulated_relative_l1"].launcher, x, row[:2], shift, prev, norm, weight)
     for weight in (vector, None):
         yield partial(OPS["rms_norm"].launcher, x, weight)
-    yield partial(OPS["cfg_combine"].launcher, x, x.to(dtype), 4.0, "token")
 
 
 def heads(D, H, S, x_dtype, dtype):
@@ -82,8 +81,6 @@ def elementwise(x_dtype, dtype):
         yield partial(OPS["residual_relative_l1"].launcher, x, y, None)
         yield partial(OPS["gelu"].launcher, x, y)
         yield partial(OPS["swiglu"].launcher, x, y)
-        yield partial(OPS["cfg_combine"].launcher, x, y, 4.0)
-        yield partial(OPS["euler_step"].launcher, x, y, 0.5)
         for K, base in itertools.product(range(1, 17), (x, None)):
             for weights in ([0.5] * K, tensor(K, dtype=dtype)):
                 yield partial(OPS["linear_forecast"].launcher, base, [y] * K, weights)

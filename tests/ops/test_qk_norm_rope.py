@@ -398,11 +398,11 @@ def arguments(dtype=torch.float32, device="cpu", B=2, S=5, H=3, D=16):
 def test_opcheck():
     tensors, options = arguments()
     op = torch.ops.omni_kernels.qk_norm_rope.default
-    opcheck(op, (*tensors, options["q_weight"], None, 1e-6, options["freqs"], "half", False))
-    opcheck(op, (*arguments(torch.bfloat16)[0], None, None, 1e-6, None, "interleaved", True))
+    opcheck(op, (*tensors, options["q_weight"], None, 1e-6, options["freqs"], "half", False, None, None))
+    opcheck(op, (*arguments(torch.bfloat16)[0], None, None, 1e-6, None, "interleaved", True, None, None))
     opcheck(op, (*tensors, None, None, 1e-6, None, "half", False, *tables(options["freqs"], "half").values()))
     q, k, _, q_out, k_out, _ = tensors
-    opcheck(op, (q, k, None, q_out, k_out, None, None, None, 1e-6, None, "half", False))
+    opcheck(op, (q, k, None, q_out, k_out, None, None, None, 1e-6, None, "half", False, None, None))
 
 
 def test_torch_compile_takes_two_streams_into_one_sequence():

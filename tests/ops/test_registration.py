@@ -1,5 +1,6 @@
 """The ops in torch's dispatcher: under torch.compile, on fake tensors, on devices that are not there."""
 
+import inspect
 import subprocess
 import sys
 
@@ -14,8 +15,6 @@ from omni_kernels.ops import OPS
 # Those that return what they compute; qk_norm_rope, which writes it where it is told to, has the same tests of its own.
 NAMES = [
     "ada_layer_norm",
-    "cfg_combine",
-    "euler_step",
     "gate_residual_norm",
     "gelu",
     "linear_forecast",
@@ -25,8 +24,6 @@ NAMES = [
     "rms_norm",
     "swiglu",
 ]
-# Calls of other ops.
-COMPOSED = {"euler_step"}
 
 
 def tensors(count, *shape, dtype=torch.float32, device="cpu"):
@@ -40,8 +37,6 @@ def arguments(name, dtype=torch.float32, device="cpu"):
     return {
         "gelu": (h[0],),
         "swiglu": (h[0], h[1]),
-        "cfg_combine": (h[0], h[1], 4.0),
-        "euler_step": (h[0].float(), h[1], -0.25),
         "relative_l1": (h[0], h[1]),
         "residual_relative_l1": (h[0], h[1], h[2]),
         "modulated_relative_l1": (h[0], rows[0], rows[1], h[1]),
@@ -58,6 +53,8 @@ def equal(a, b):
 
 
 INDEX = torch.tensor([[0, 1, 0, 0, 1], [1, 1, 0, 0, 0]])
+# Of h alone: no index, a tanh, no norm of x, and none after.
+ALONE = (None, True, None, 1e-6, None, None, None, 1e-6)
 OVERLOADS = {
     "relative_l1": [("default", arguments("relative_l1"))],
     "residual_relative_l1": [
@@ -93,7 +90,7 @@ OVERLOADS = {
                 1e-6,
             ),
         ),
-        ("without_norm", (*arguments("gate_residual_norm", torch.bfloat16)[:3], None, True, None, 1e-6)),
+        ("default", (*arguments("gate_residual_norm", torch.bfloat16)[:3], None, None, *ALONE)),
     ],
     "rms_norm": [
         ("default", (*arguments("rms_norm"), 1e-6)),
@@ -106,10 +103,6 @@ OVERLOADS = {
     "gelu": [("default", arguments("gelu"))],
     "gelu_into": [("default", (*arguments("gelu"), torch.zeros(2, 5, 30)[..., 6:]))],
     "swiglu": [("default", arguments("swiglu", torch.bfloat16))],
-    "cfg_combine": [
-        ("default", (*arguments("cfg_combine"), None)),
-        ("default", (*arguments("cfg_combine", torch.float16), "token")),
-    ],
 }
 
 
@@ -187,14 +180,104 @@ def test_plain_torch_stays_on_the_device(name):
 
 @pytest.mark.parametrize(
     "name",
-    sorted(
-        {*OPS, "gelu_into", "linear_forecast_into", "linear_forecast.tensor", "gate_residual_norm.without_norm"}
-        - COMPOSED
-    ),
+    sorted({*OPS, "gelu_into", "linear_forecast_into", "linear_forecast.tensor", "linear_forecast_into.tensor"}),
 )
-@pytest.mark.parametrize("key", ["CPU", "CUDA", "PrivateUse1", "CompositeExplicitAutograd"])
+@pytest.mark.parametrize("key", ["CPU", "CUDA", "PrivateUse1", "CompositeExplicitAutograd", "Autograd"])
 def test_every_device_has_an_implementation(name, key):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"omni_kernels::{name}", key)
+
+
+WITH_GRADIENT = [
+    *((name, {}) for name in NAMES),
+    ("gelu", {"out": torch.empty(2, 5, 24)}),
+    ("linear_forecast", {"out": torch.empty(2, 5, 24)}),
+    ("linear_forecast", {"weights": torch.ones(2)}),
+    ("linear_forecast", {"weights": torch.ones(2), "out": torch.empty(2, 5, 24)}),
+    ("gate_residual_norm", {"scale": None, "shift": None, "norm": None}),
+]
+
+
+def by_name(name, options):
+    given = inspect.signature(OPS[name].function).bind(*arguments(name)).arguments
+    return given | options
+
+
+def launched_on_the_cpu():
+    """The dispatcher runs the launchers, in Triton's interpreter, as it does where there is a GPU."""
+    library = torch.library.Library("omni_kernels", "IMPL")
+    for name, op in OPS.items():
+        for base in (name, f"{name}_into", f"{name}_no_grad", f"{name}_into_no_grad"):
+            packet = getattr(torch.ops.omni_kernels, base, None)
+            for overload in packet.overloads() if packet else ():
+                found = getattr(packet, overload)
+                adapted = registration._adapted(str(found._schema))
+                name_of = base if overload == "default" else f"{base}.{overload}"
+                library.impl(name_of, adapted(op.launcher), "CPU", allow_override=True)
+    return library
+
+
+@pytest.mark.parametrize("launched", [False, True], ids=["plain torch", "Triton"])
+@pytest.mark.parametrize(("name", "options"), WITH_GRADIENT)
+def test_a_gradient_is_refused_by_the_name_of_who_wants_it(name, options, launched, request):
+    if launched:
+        library = launched_on_the_cpu()
+        request.addfinalizer(library._destroy)
+    given = by_name(name, options)
+    OPS[name].function(**given)  # nothing wants one
+    for argument, value in given.items():
+        if isinstance(value, torch.Tensor):
+            wanting = given | {argument: value.clone().requires_grad_()}
+        elif isinstance(value, list) and isinstance(value[0], torch.Tensor):
+            wanting = given | {argument: [*value[:-1], value[-1].clone().requires_grad_()]}
+        else:
+            continue
+        with pytest.raises(RuntimeError, match=rf"{name}: {argument} requires a gradient.*no_grad.*unpatch\(pipe\)"):
+            OPS[name].function(**wanting)
+        with torch.no_grad():
+            OPS[name].function(**wanting)
+
+
+def test_places_that_want_a_gradient_are_refused():
+    q, k, v, *places = tensors(6, 1, 3, 2, 8)
+    with pytest.raises(RuntimeError, match="qk_norm_rope: v requires a gradient"):
+        ops.qk_norm_rope(q, k, v.requires_grad_(), *places)
+    places[1] = places[1].requires_grad_()
+    with pytest.raises(RuntimeError, match="qk_norm_rope: k_out requires a gradient"):
+        ops.qk_norm_rope(q, k, v.detach(), *places)
+
+
+def test_who_calls_the_dispatchers_op_is_refused_too():
+    x = torch.ones(2, 3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="gelu: x requires a gradient"):
+        torch.ops.omni_kernels.gelu(x)
+    with pytest.raises(RuntimeError, match="gelu: out requires a gradient"):
+        torch.ops.omni_kernels.gelu_into(x.detach(), x)
+
+
+def test_a_compiled_function_refuses_a_gradient():
+    torch._dynamo.reset()
+    compiled = torch.compile(ops.gelu, backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match="gelu: x requires a gradient"):
+        compiled(torch.ones(2, 3, requires_grad=True))
+
+
+def test_an_implementation_must_take_the_ops_arguments():
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        return _op(x)
+
+    def reference(y):
+        return y * 2
+
+    with pytest.raises(TypeError, match="reference takes y; it must take x, as the op does"):
+        _op = registration.define(doubled, reference, reference)
+
+
+def test_what_is_written_to_counts_as_changed():
+    """Whoever saved it for a gradient of its own is told."""
+    x, out = torch.ones(2, 3), torch.zeros(2, 3)
+    before = out._version
+    ops.gelu(x, out=out)
+    assert out._version > before
 
 
 def test_table_and_exports_agree():
@@ -225,8 +308,6 @@ def test_trusted_ops_are_plain_where_nobody_watches_and_the_public_ones_elsewher
         ("rms_norm", 2, 24 * 4),
         ("gelu", 2, 0),
         ("swiglu", 3, 0),
-        ("cfg_combine", 3, 0),
-        ("euler_step", 4, 4),
     ],
 )
 def test_bytes_moved_counts_every_tensor_once(name, elements, rest):

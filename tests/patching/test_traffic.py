@@ -49,8 +49,6 @@ class Traffic(TorchDispatchMode):
         if function.namespace == "omni_kernels":
             given = dict(zip((a.name for a in function._schema.arguments), args, strict=False)) | (kwargs or {})
             name = name.removesuffix("_into")
-            if function._overloadname == "without_norm":
-                given["norm"] = None
             self.ops[name] += 1
             self.launches += 1
             self.bytes += OPS[name].bytes_moved(**given)

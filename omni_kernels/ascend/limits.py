@@ -39,7 +39,6 @@ TILES = {
     "qk_norm_rope": 4096,
     "gelu": 8192,
     "swiglu": 4096,
-    "cfg_combine": 2048,
 }
 
 
@@ -54,32 +53,39 @@ def tile(op: str, t: torch.Tensor, elsewhere: int) -> int:
     return TILES[op] if here(t) else elsewhere
 
 
-class TooManyProgramsError(Exception):
-    """A grid that Ascend does not launch."""
+class NotLaunchableError(Exception):
+    """What no kernel can be launched for; `falls_back` knows what to do."""
+
+
+def whole_row(op: str, t: torch.Tensor, length: int, elsewhere: int) -> None:
+    """Asks whether a program can hold a row of so many elements where `t` is, `elsewhere` being the most on a GPU.
+
+    Raises:
+        NotLaunchableError: it cannot.
+    """
+    if length > (longest := tile(op, t, elsewhere)):
+        raise NotLaunchableError(f"{op}: a row of {length} elements; a program holds {longest}")
 
 
 def grid(t: torch.Tensor, programs: int) -> tuple[int]:
     """The grid of so many programs, to be launched where `t` is.
 
     Raises:
-        TooManyProgramsError: it cannot be; `falls_back` knows what to do.
+        NotLaunchableError: it has more programs than Ascend launches.
     """
     if programs > MAX_PROGRAMS and here(t):
-        raise TooManyProgramsError(f"{programs} programs; a launch may have {MAX_PROGRAMS}")
+        raise NotLaunchableError(f"{programs} programs; a launch may have {MAX_PROGRAMS}")
     return (programs,)
 
 
-def falls_back(reference: Callable[..., R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Has a launcher's work done in plain torch where its grid has too many programs; nothing was launched by then."""
+def falls_back(reference: Callable[P, R], launch: Callable[P, R]) -> Callable[P, R]:
+    """A launcher whose work is done in plain torch where it cannot be launched; nothing was launched by then."""
 
-    def decorate(launch: Callable[P, R]) -> Callable[P, R]:
-        @functools.wraps(launch)
-        def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            try:
-                return launch(*args, **kwargs)
-            except TooManyProgramsError:
-                return reference(*args, **kwargs)
+    @functools.wraps(launch)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return launch(*args, **kwargs)
+        except NotLaunchableError:
+            return reference(*args, **kwargs)
 
-        return run
-
-    return decorate
+    return run
