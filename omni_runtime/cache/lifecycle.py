@@ -226,6 +226,7 @@ class Sampling:
         self._pipe = pipe
         self._patch = patch
         self._uncached = 0
+        self._told = False
 
     def follow(self) -> None:
         """Take the scheduler's seam."""
@@ -259,10 +260,11 @@ class Sampling:
 
     def say_if_nothing_was_cached(self) -> None:
         """Warn of a call that has come to its end and in which no step could be skipped."""
-        if self._uncached and not self.requests:
+        called = self._uncached > 0 or len(self.requests) > 0
+        if called and not self._told and not any(request.step for request in self.requests):
             warnings.warn(
-                f"{type(self._pipe).__name__} has called its transformer outside a denoising loop of its own "
-                f"scheduler: {self.listener.name} has cached nothing",
+                f"{type(self._pipe).__name__} has called its transformer, and its own scheduler has made no step: "
+                f"{self.listener.name} has cached nothing",
                 stacklevel=6,
             )
 
@@ -279,6 +281,7 @@ class Sampling:
         )
         request.notes.append(note)
         self.end_request()
+        self._told = True
         warnings.warn(note, stacklevel=6)
 
     def _change_scheduler(self) -> None:
@@ -332,11 +335,13 @@ class Sampling:
     def _step(self, request: Request, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One step of the scheduler, which closes the request's."""
         scheduler = self.scheduler
+        before = _index(scheduler)
         try:
             given = self._signature.bind(scheduler, *args, **kwargs)
-            output, sample = given.arguments["model_output"], given.arguments["sample"]
+            output, sample = given.arguments.get("model_output"), given.arguments.get("sample")
             request.by_token = given.arguments.get("per_token_timesteps") is not None
-            given.arguments["model_output"] = self.listener.stepped_with(request, output, sample)
+            if output is not None and sample is not None:
+                given.arguments["model_output"] = self.listener.stepped_with(request, output, sample)
             result = step(*given.args[1:], **given.kwargs)
         except BaseException:
             self.end_request()
@@ -344,11 +349,13 @@ class Sampling:
         if not request.step:
             request.images, *latents = getattr(sample, "shape", None) or (0,)
             request.latents = tuple(latents)
-        request.sample = result[0] if isinstance(result, tuple) else result.prev_sample
+        request.sample = result[0] if isinstance(result, tuple) else getattr(result, "prev_sample", None)
         request.close_step()
-        index = _index(scheduler)
-        if request.step == 1 and index is not None and index - 1 != request.begin:
-            request.begins_at(index - 1)
+        if request.step == 1:
+            behind = _index(scheduler)  # some know where they begin only now
+            began = before if before is not None or behind is None else behind - 1
+            if began is not None and began != request.begin:
+                request.begins_at(began)
         if request.complete:
             try:
                 if not request.ended:

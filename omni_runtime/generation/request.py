@@ -52,8 +52,11 @@ class GenerationRequest:
     arguments: dict[str, Any]
 
     def call(self) -> dict[str, Any]:
-        """The pipeline's arguments. The generator lives on the CPU, so that a seed gives the same noise everywhere."""
-        arguments = dict(self.arguments)
+        """The pipeline's arguments. The generator lives on the CPU, so that a seed gives the same noise everywhere.
+
+        Lists are copies: Z-Image's pipeline writes into the list of prompts that it is given.
+        """
+        arguments = {name: list(value) if type(value) is list else value for name, value in self.arguments.items()}
         if self.prompt is not None:
             arguments["prompt"] = self.prompt
         if self.seed is not None:

@@ -275,3 +275,66 @@ def test_steps_whose_gradient_is_asked_for_are_computed_and_right(pipe, backend,
     assert handle.report.forwards_saved > 0
     assert {6, 7} <= set(handle.report.branches["0"].computed)
     assert reasons[6] == "a gradient is asked for" or backend != "first_block_cache"
+
+
+class Unusual(diffusers.FlowMatchEulerDiscreteScheduler):
+    """A scheduler that names its arguments otherwise, and returns something of its own."""
+
+    def step(self, velocity, t, latents):
+        return {"latents": super().step(velocity, t, latents).prev_sample}
+
+
+def test_scheduler_with_names_of_its_own_serves_a_cache_of_blocks(pipe):
+    pipe.scheduler = Unusual(shift=3.0)
+
+    def loop(pipe):
+        pipe.scheduler.set_timesteps(6)
+        latents = NOISE
+        for t in pipe.scheduler.timesteps:
+            latents = pipe.scheduler.step(pipe.velocity(latents, t), t, latents)["latents"]
+        return latents
+
+    with omni_kernels.patched(pipe, "first_block_cache", {"threshold": 1.0}) as handle:
+        assert torch.isfinite(pipe(loop)).all()
+    assert handle.report.branches["0"].computed == [0]
+    assert handle.report.complete
+
+
+def test_few_calls_without_a_step_are_told_of_too(pipe):
+    with (
+        omni_kernels.patched(pipe, "velocity_cache", {"budget": 2}),
+        pytest.warns(UserWarning, match="its own scheduler has made no step: velocity_cache has cached nothing"),
+    ):
+        pipe(lambda pipe: pipe.scheduler.set_timesteps(4) or pipe.velocity(NOISE, pipe.scheduler.timesteps[0]))
+
+
+def test_modular_pipeline_is_cached_and_undone():
+    pipe = diffusers.ZImageAutoBlocks().init_pipeline()
+    pipe.update_components(**tiny.z_image().components)
+    pipe.set_progress_bar_config(disable=True)
+
+    def made():
+        with torch.no_grad():
+            return torch.stack(
+                list(
+                    pipe(
+                        prompt="a cat",
+                        height=64,
+                        width=64,
+                        num_inference_steps=6,
+                        generator=torch.Generator().manual_seed(0),
+                        output_type="pt",
+                        output="images",
+                    )
+                )
+            )
+
+    plain = made()
+    for backend in ("velocity_cache", "first_block_cache"):
+        config = {"budget": 3} if backend == "velocity_cache" else {"threshold": 1.0}
+        with omni_kernels.patched(pipe, backend, config) as handle:
+            cached = made()
+        assert handle.report.complete
+        assert handle.report.forwards_saved > 0
+        assert not torch.equal(cached, plain)
+        assert torch.equal(made(), plain)

@@ -168,3 +168,11 @@ def test_step_count_is_known_only_where_the_pipeline_does_just_that_many() -> No
     assert request.step_count(TEXT, {}) == 50
     assert request.step_count(TEXT, {"sigmas": [1.0, 0.5]}) is None
     assert request.step_count(diffusers.QwenImageImg2ImgPipeline, {"num_inference_steps": 9}) is None
+
+
+def test_a_pipeline_that_writes_into_its_lists_changes_no_request() -> None:
+    """Z-Image's writes the chat's template into the list of prompts."""
+    one = request.GenerationRequest("a cat", 0, {"image": ["reference"], "height": 64})
+    one.call()["image"][0] = "rewritten"
+    assert one.arguments == {"image": ["reference"], "height": 64}
+    assert one.call()["image"] == ["reference"]
