@@ -77,8 +77,12 @@ def next_of(block: torch.nn.Module, states: torch.Tensor, *called: str) -> Any:
         vars(following).get("forward"), Forward
     ):
         return None
-    parts = (part for name in called for part in following._modules[name].modules())
-    return None if any(map(hooked, parts)) else following
+    return following if all(_quiet(following._modules[name]) for name in called) else None
+
+
+def _quiet(module: Any) -> bool:
+    """Whether neither the module nor one within it is hooked."""
+    return not hooked(module) and all(map(_quiet, module._modules.values()))
 
 
 def leave(states: torch.Tensor, block: torch.nn.Module, given: tuple[Any, ...], result: Any) -> None:
