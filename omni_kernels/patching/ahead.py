@@ -20,7 +20,7 @@ import torch
 from omni_kernels.patching.engine import Forward, Patch
 from omni_kernels.patching.structure import hooked
 
-_NEXT, _MADE = "_omni_kernels_next", "_omni_kernels_ahead"
+_NEXT, _MADE, _APART = "_omni_kernels_next", "_omni_kernels_ahead", "_omni_kernels_apart"
 
 
 class _Next(tuple[torch.nn.Module, ...]):
@@ -61,6 +61,25 @@ def together(blocks: Collection[torch.nn.Module]) -> Iterator[None]:
         _together.update(former)
 
 
+class Apart:
+    """While open, this block begins no other: whether the next one runs is decided once its states are there.
+
+    For whoever may pass the next block over, a cache of blocks above all, around the call of the last block before.
+    It is a mark on the block itself, so that no other block, of this model or another, hears of it.
+    """
+
+    def __init__(self, block: torch.nn.Module) -> None:
+        self._own, self._former = vars(block), False
+
+    def __enter__(self) -> None:
+        self._former = _APART in self._own
+        self._own[_APART] = True
+
+    def __exit__(self, *of_an_error: object) -> None:
+        if not self._former:
+            del self._own[_APART]
+
+
 def next_of(block: torch.nn.Module, states: torch.Tensor, *called: str) -> Any:
     """The block that is likely to be called next, fused; None where nothing can be made ahead for it.
 
@@ -70,8 +89,9 @@ def next_of(block: torch.nn.Module, states: torch.Tensor, *called: str) -> Any:
     """
     if torch.compiler.is_compiling() or states.is_inference():  # whose changes in place nobody counts
         return None
-    (following,) = vars(block).get(_NEXT) or (None,)
-    if following is None or following._forward_hooks or following._forward_pre_hooks:
+    own = vars(block)
+    (following,) = own.get(_NEXT) or (None,)
+    if following is None or _APART in own or following._forward_hooks or following._forward_pre_hooks:
         return None
     if (following._compiled_call_impl is not None and following not in _together) or not isinstance(
         vars(following).get("forward"), Forward

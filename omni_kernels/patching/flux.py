@@ -15,6 +15,7 @@ from omni_kernels import ops
 from omni_kernels.patching.layers import (
     clipped,
     feed_forward,
+    for_each,
     joint_attention,
     modulations,
     real_rotation,
@@ -111,6 +112,7 @@ def double_forward(
     if joint_attention_kwargs or not _serves(block, DOUBLE_STANDS_FOR, image_rotary_emb, x, text, temb):
         return type(block).forward(block, x, text, temb, image_rotary_emb, joint_attention_kwargs)
     norm1, t_norm1, run = block.norm1, block.norm1_context, ops.trusted(x)
+    text = for_each(x, text)
     shift1, scale1, gate1, shift2, scale2, gate2 = modulations(norm1.linear(norm1.silu(temb)), 6)
     t_shift1, t_scale1, t_gate1, t_shift2, t_scale2, t_gate2 = modulations(t_norm1.linear(t_norm1.silu(temb)), 6)
 
@@ -155,10 +157,14 @@ def single_forward(
     return h[:, :T], h[:, T:]
 
 
-def _serves(block: Any, parts: dict[str, str], tables: Tables | None, *states: torch.Tensor) -> bool:
+def _serves(
+    block: Any, parts: dict[str, str], tables: Tables | None, x: torch.Tensor, text: torch.Tensor, temb: torch.Tensor
+) -> bool:
     attn = block.attn
     return (
-        computes(*states, beside=tables or ())
+        computes(x, text, temb, beside=tables or ())
+        and len(text) in (1, len(x))
+        and len(temb) in (1, len(x))
         and attends(attn, PROCESSOR)
         and not attn.fused_projections
         and stands(block, parts)

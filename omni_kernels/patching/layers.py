@@ -30,6 +30,11 @@ def modulations(given: torch.Tensor, count: int, index: torch.Tensor | None = No
     return (given if index is not None else given.unsqueeze(1)).chunk(count, -1)
 
 
+def for_each(x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """text [B or 1, T, D] for each sample of x [B, S, D]: modulation would broadcast it, as diffusers leaves it to."""
+    return text.expand(len(x), -1, -1) if len(text) < len(x) else text
+
+
 def complex_rotation(table: torch.Tensor | None) -> Rotation:
     """By a complex64 table [S, Dh/2] or [B, S, Dh/2]."""
     return {} if table is None else {"freqs": torch.view_as_real(table)}

@@ -15,7 +15,7 @@ import torch
 
 from omni_kernels import ops
 from omni_kernels.patching import ahead
-from omni_kernels.patching.layers import clipped, complex_rotation, feed_forward, joint_attention, modulations
+from omni_kernels.patching.layers import clipped, complex_rotation, feed_forward, for_each, joint_attention, modulations
 from omni_kernels.patching.structure import (
     attends,
     computes,
@@ -77,6 +77,7 @@ def forward(
     x, text, index = hidden_states, encoder_hidden_states, modulate_index
     if (
         joint_attention_kwargs
+        or len(text) not in (1, len(x))
         or not computes(x, text, temb)
         or not attends(block.attn, PROCESSOR)
         or not stands(block, STANDS_FOR)
@@ -84,7 +85,7 @@ def forward(
         return type(block).forward(
             block, x, text, encoder_hidden_states_mask, temb, image_rotary_emb, joint_attention_kwargs, index
         )
-    run = ops.trusted(x)
+    run, text = ops.trusted(x), for_each(x, text)
     (_, _, gate1, shift2, scale2, gate2), y = _begin(block, "img", x, temb, index)
     (_, _, t_gate1, t_shift2, t_scale2, t_gate2), t_y = _begin(block, "txt", text, temb)
 

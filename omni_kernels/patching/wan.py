@@ -78,6 +78,7 @@ def forward(
     x, attn1, attn2, norm2 = hidden_states, block.attn1, block.attn2, block.norm2
     if (
         not computes(x, beside=(encoder_hidden_states, temb, *(rotary_emb or ())))
+        or len(temb) not in (1, len(x))
         or attn1.fused_projections
         or attn2.fused_projections
         or not attends(attn1, PROCESSOR)

@@ -489,6 +489,16 @@ def test_dropouts_in_training_drop(qwen_pipe):
         assert off(output(transformer), given) > 1e-3
 
 
+@torch.no_grad()
+def test_one_text_serves_all_samples(qwen_pipe):
+    given = arguments(qwen_pipe.transformer, batch=2)
+    given["encoder_hidden_states"] = given["encoder_hidden_states"][:1]
+    expected = qwen_pipe.transformer(**given)[0]
+    omni_kernels.patch(qwen_pipe)
+    with all_blocks_fused():
+        assert off(qwen_pipe.transformer(**given)[0], expected) < 1e-5
+
+
 @pytest.mark.parametrize("text", [torch.bfloat16, torch.float64])
 def test_streams_of_two_dtypes_run_unfused(qwen_pipe, text):
     block = qwen_pipe.transformer.transformer_blocks[0]
