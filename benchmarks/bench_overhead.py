@@ -19,6 +19,13 @@ what was added by a tenth from one process to the next, so all of it is done in 
   what their plain-torch implementation for the CPU is made of. *H-sized* operators read or write a tensor of the
   hidden states' shape, views apart. Again what the cache adds.
 
+On the CPU an op calls its plain-torch implementation straight away (`eager_on_cpu`). *Dispatcher* is the way that a GPU
+takes, through torch's dispatcher and the checks of each op; on the CPU it is that way to the same implementations.
+
+A *fused* forward, of the same transformer with its blocks fused, is compared with the plain one, as it is and through
+the dispatcher. In the latter, what an op computes is left out, its outputs being allocated and no more: what is left is
+what a GPU's host has to do, but for Triton's launches.
+
 First it is made sure that every contender skips and computes when it is meant to, and that ours yields its peer's
 output. `--check` exits with 1 where a target is missed; so does a wrong result, always.
 """
@@ -40,13 +47,14 @@ from typing import Any
 
 import diffusers
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.contenders import ALWAYS_SMALL, CONTENDERS, NEVER_SMALL, STEPS, Contender
+from benchmarks.counting import Counter
+from benchmarks.dispatcher import nothing_computed, through_dispatcher
 from benchmarks.measure import device_here
 from benchmarks.results import RESULTS
+from omni_kernels import patched
 from omni_kernels.device import synchronize
-from omni_kernels.registration import NAMESPACE
 from omni_kernels.validation.record import device_name, machine, slug, write
 
 BLOCKS = 60
@@ -176,11 +184,11 @@ class Run:
         return self.request(steps, clock)
 
 
-def time_in_turns(runs: Sequence[Run], rounds: int) -> None:
-    """Whole requests, one contender after the other: each forward follows others of its kind, as in use."""
+def time_in_turns(runs: Sequence[Run], rounds: int, steps: int = STEPS) -> None:
+    """Requests of so many steps, one contender after the other: each forward follows others of its kind, as in use."""
     for index in range(rounds):
         for run in runs if index % 2 else reversed(runs):
-            for _ in run.timed(STEPS):
+            for _ in run.timed(steps):
                 pass
 
 
@@ -197,56 +205,17 @@ class Counts:
     names: list[str] = field(default_factory=list)
 
 
-class _Counter(TorchDispatchMode):
-    """Counts operators; with `expand`, ours are replaced by the operators of their implementation."""
-
-    def __init__(self, h: tuple[int, ...], expand: bool) -> None:
-        super().__init__()
-        self._h, self._expand = h, expand
-        self.names: list[str] = []
-        self.h_sized: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self._expand:
-            with self:
-                if func.namespace == NAMESPACE:
-                    return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
-                parts = func.decompose(*args, **kwargs)  # within ours, composite operators come undecomposed
-            if parts is not NotImplemented:
-                return parts
-        output = func(*args, **kwargs)
-        self.names.append(str(func))
-        if not _is_view(func) and any(t.shape == self._h for t in _tensors((args, kwargs, output))):
-            self.h_sized.append(str(func))
-        return output
-
-
-def _is_view(func: Any) -> bool:
-    return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-
-
 def count(run: Run, expandable: bool = True) -> tuple[Counts, list[torch.Tensor], list[int]]:
     """The operators of the last of a few forwards, their outputs, and how many blocks each ran."""
     ran: list[int] = []
-    counters: list[_Counter] = []
+    counters: list[Counter] = []
 
     def note(module: torch.nn.Module, args: Any) -> None:
         ran[-1] += 1
 
     def counting(step: int, expand: bool) -> contextlib.AbstractContextManager[Any]:
         ran.append(0)
-        counters.append(_Counter((1, IMAGE * IMAGE, CHANNELS), expand))
+        counters.append(Counter((1, IMAGE * IMAGE, CHANNELS), expand))
         return counters[-1]
 
     hooks = [b.attn.register_forward_pre_hook(note) for b in _blocks_of(run.pipe.transformer)]
@@ -291,7 +260,41 @@ KINDS = {
     "skipped": (ALWAYS_SMALL, False),
     "skipped, idle": (ALWAYS_SMALL, True),
     "computed, idle": (NEVER_SMALL, True),
+    "skipped, dispatcher": (ALWAYS_SMALL, False),
 }
+DISPATCHER = "skipped, dispatcher"
+
+
+@dataclass
+class Fused:
+    """A forward with fused blocks beside the plain one, in µs, and its share of it, turn by turn."""
+
+    way: str
+    us: float
+    plain_us: float
+    share: float
+
+
+#: way → what is open while it is measured
+WAYS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
+    "straight to plain torch": contextlib.nullcontext,
+    "dispatcher, nothing computed": nothing_computed,
+}
+
+
+HELD = ("dispatcher, nothing computed",)
+
+
+@torch.no_grad()
+def fused(weights: Weights, way: str, rounds: int) -> Fused:
+    """The first steps of requests with fused blocks and without, in turns."""
+    plain, ours = Run(weights, weights.blocks), Run(weights, weights.blocks)
+    with patched(ours.pipe) as handle, WAYS[way]():
+        assert not handle.fused.left_alone, handle.fused
+        time_in_turns([plain, ours], rounds, FIRST + 4)
+    shares = [a / b for a, b in zip(ours.seconds, plain.seconds, strict=True)]
+    us, plain_us = (statistics.median(run.seconds) * 1e6 if rounds else 0.0 for run in (ours, plain))
+    return Fused(way, round(us, 1), round(plain_us, 1), round(statistics.median(shares), 3) if rounds else 0.0)
 
 
 @torch.no_grad()
@@ -306,7 +309,8 @@ def costs(weights: Weights, kind: str, rounds: int, contenders: Sequence[Contend
     plain = {blocks: Run(weights, blocks, idle=idle) for blocks in sorted(set(ran.values()))}
     runs = {c.name: Run(weights, weights.blocks, c, distance, idle) for c in contenders}
     counts = _counted(contenders, plain, runs, ran)
-    time_in_turns([*plain.values(), *runs.values()], rounds)
+    with through_dispatcher() if kind == DISPATCHER else contextlib.nullcontext():
+        time_in_turns([*plain.values(), *runs.values()], rounds)
     found = []
     for c in contenders:
         mine, base, without = counts[c.name], counts[ran[c.name]], plain[ran[c.name]]
@@ -328,24 +332,29 @@ def costs(weights: Weights, kind: str, rounds: int, contenders: Sequence[Contend
     return found
 
 
-def in_processes(count: int, rounds: int, cpu: bool) -> list[Cost]:
-    """The costs of all kinds, each figure the median over `count` processes, one after the other."""
+def in_processes(count: int, rounds: int, cpu: bool) -> tuple[list[Cost], list[Fused]]:
+    """The costs of all kinds, and fused forwards, each figure the median over `count` processes."""
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         found = pool.starmap(_in_this_process, [(rounds, cpu)] * count, chunksize=1)
-    return [_median(same) for same in zip(*found, strict=True)]
+    costs_found, forwards = zip(*found, strict=True)
+    return [_median(same) for same in zip(*costs_found, strict=True)], [
+        _median(same) for same in zip(*forwards, strict=True)
+    ]
 
 
-def _in_this_process(rounds: int, cpu: bool) -> list[Cost]:
+def _in_this_process(rounds: int, cpu: bool) -> tuple[list[Cost], list[Fused]]:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)  # the library logs its configuration at every request
     weights = Weights(BLOCKS, torch.device("cpu") if cpu else device_here())
-    return [cost for kind in KINDS for cost in costs(weights, kind, rounds)]
+    forwards = [fused(weights, way, rounds) for way in WAYS] if weights.device.type == "cpu" else []
+    return [cost for kind in KINDS for cost in costs(weights, kind, rounds)], forwards
 
 
-def _median(same: Sequence[Cost]) -> Cost:
-    figures = [f.name for f in fields(Cost) if f.name.endswith("us")]
+def _median(same: Sequence[Any]) -> Any:
+    figures = {f.name: 1 if f.name.endswith("us") else 3 for f in fields(same[0]) if f.name.endswith(("us", "share"))}
     return replace(
-        same[0], **{name: round(statistics.median(getattr(cost, name) for cost in same), 1) for name in figures}
+        same[0],
+        **{name: round(statistics.median(getattr(one, name) for one in same), n) for name, n in figures.items()},
     )
 
 
@@ -412,14 +421,24 @@ def operator_targets(found: Sequence[Cost]) -> list[Target]:
     return [*shares, Target("tea_cache, skipped: added operators of H size", h_sized, 3)]
 
 
-def time_targets(found: Sequence[Cost]) -> list[Target]:
-    """The targets of host time."""
-    return _shares(found, "added_us", "added host time", 1 / 3)
+def time_targets(found: Sequence[Cost], forwards: Sequence[Fused]) -> list[Target]:
+    """The targets of host time. What is aimed at and not reached is only shown.
+
+    That is a quarter of cache-dit's host time through the dispatcher, and a fused forward straight to plain torch.
+    """
+    return [
+        *_shares(found, "added_us", "added host time", 1 / 3),
+        *(
+            Target(f"fused forward, {one.way}: host time, of the plain one's", one.share, 1.0)
+            for one in forwards
+            if one.way in HELD
+        ),
+    ]
 
 
 def table(found: Sequence[Cost]) -> str:
     """The costs, for reading."""
-    head = f"{'':33} {'':14}"
+    head = f"{'':33} {'':19}"
     lines = [
         f"{head} {'forward':>10} {'unpatched':>10} {'added':>9} {'':>9} {'of':>6}   {'added operators':^25}",
         f"{head} {'µs':>10} {'µs':>10} {'µs':>9} {'± µs':>9} {'peer':>6}   {'all':>8} {'expanded':>8} {'H-sized':>8}",
@@ -430,7 +449,7 @@ def table(found: Sequence[Cost]) -> str:
         share = f"{c.added_us / peer.added_us:.2f}" if peer and peer.added_us > 0 else ""
         times = f"{c.us:10.1f} {c.plain_us:10.1f} {c.added_us:9.1f} {c.spread_us:9.1f} {share:>6}"
         operators = f"{c.added_operators:8} {c.added_expanded:8} {c.added_h_sized:8}"
-        lines.append(f"{c.contender:33} {c.forward:14} {times}   {operators}")
+        lines.append(f"{c.contender:33} {c.forward:19} {times}   {operators}")
     return "\n".join(lines)
 
 
@@ -444,9 +463,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cpu", action="store_true", help="on the CPU, even where there is a GPU")
     options = parser.parse_args(argv)
     device = torch.device("cpu") if options.cpu else device_here()
-    found = in_processes(options.processes, options.rounds, options.cpu)
-    targets = operator_targets(found) + (time_targets(found) if device.type == "cpu" else [])
+    found, forwards = in_processes(options.processes, options.rounds, options.cpu)
+    targets = operator_targets(found) + (time_targets(found, forwards) if device.type == "cpu" else [])
     print(table(found))
+    for one in forwards:
+        print(f"fused forward, {one.way}: {one.us:.1f} µs, plain {one.plain_us:.1f} µs, share {one.share:.3f}")
     for target in targets:
         print(f"{'reached' if target.met else 'MISSED '}  {target.what}: {target.figure:g}, at most {target.limit:.3g}")
     report = {
@@ -456,6 +477,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rounds": options.rounds,
         "processes": options.processes,
         "costs": [vars(c) for c in found],
+        "fused": [vars(one) for one in forwards],
         "targets": [vars(t) | {"met": t.met} for t in targets],
     }
     write(options.out or RESULTS / f"overhead-{slug(device_name(device))}.json", report)

@@ -19,7 +19,7 @@ import torch
 from omni_kernels.patching.changes import Forward, Patch
 from omni_kernels.patching.structure import hooked
 
-_NEXT, _MADE = "_omni_kernels_next", "_omni_kernels_ahead"
+_NEXT, _MADE, _APART = "_omni_kernels_next", "_omni_kernels_ahead", "_omni_kernels_apart"
 
 
 class _Next(tuple[torch.nn.Module, ...]):
@@ -44,6 +44,25 @@ def link(blocks: Sequence[torch.nn.Module], patch: Patch) -> None:
         patch.set_attribute(block, _NEXT, _Next((following,)))
 
 
+class Apart:
+    """While open, this block begins no other: whether the next one runs is decided once its states are there.
+
+    For whoever may pass the next block over, a cache of blocks above all, around the call of the last block before.
+    It is a mark on the block itself, so that no other block, of this model or another, hears of it.
+    """
+
+    def __init__(self, block: torch.nn.Module) -> None:
+        self._own, self._former = vars(block), False
+
+    def __enter__(self) -> None:
+        self._former = _APART in self._own
+        self._own[_APART] = True
+
+    def __exit__(self, *of_an_error: object) -> None:
+        if not self._former:
+            del self._own[_APART]
+
+
 def next_of(block: torch.nn.Module, states: torch.Tensor, *called: str) -> Any:
     """The block that is likely to be called next, fused; None where nothing can be made ahead for it.
 
@@ -53,13 +72,18 @@ def next_of(block: torch.nn.Module, states: torch.Tensor, *called: str) -> Any:
     """
     if torch.compiler.is_compiling() or states.is_inference():  # whose changes in place nobody counts
         return None
-    (following,) = vars(block).get(_NEXT) or (None,)
-    if following is None or following._forward_hooks or following._forward_pre_hooks:
+    own = vars(block)
+    (following,) = own.get(_NEXT) or (None,)
+    if following is None or _APART in own or following._forward_hooks or following._forward_pre_hooks:
         return None
     if following._compiled_call_impl is not None or not isinstance(vars(following).get("forward"), Forward):
         return None
-    parts = (part for name in called for part in following._modules[name].modules())
-    return None if any(map(hooked, parts)) else following
+    return following if all(_quiet(following._modules[name]) for name in called) else None
+
+
+def _quiet(module: Any) -> bool:
+    """Whether neither the module nor one within it is hooked."""
+    return not hooked(module) and all(map(_quiet, module._modules.values()))
 
 
 def leave(states: torch.Tensor, block: torch.nn.Module, given: tuple[Any, ...], result: Any) -> None:

@@ -12,7 +12,15 @@ from typing import Any
 import torch
 
 from omni_kernels import ops
-from omni_kernels.patching.layers import clipped, feed_forward, joint_attention, real_rotation, self_attention
+from omni_kernels.patching.layers import (
+    clipped,
+    feed_forward,
+    for_each,
+    joint_attention,
+    modulations,
+    real_rotation,
+    self_attention,
+)
 from omni_kernels.patching.structure import (
     attends,
     computes,
@@ -103,22 +111,23 @@ def double_forward(
     x, text = hidden_states, encoder_hidden_states
     if joint_attention_kwargs or not _serves(block, DOUBLE_STANDS_FOR, image_rotary_emb, x, text, temb):
         return NotImplemented
-    norm1, t_norm1 = block.norm1, block.norm1_context
-    shift1, scale1, gate1, shift2, scale2, gate2 = norm1.linear(norm1.silu(temb)).chunk(6, 1)
-    t_shift1, t_scale1, t_gate1, t_shift2, t_scale2, t_gate2 = t_norm1.linear(t_norm1.silu(temb)).chunk(6, 1)
+    norm1, t_norm1, run = block.norm1, block.norm1_context, ops.trusted(x)
+    text = for_each(x, text)
+    shift1, scale1, gate1, shift2, scale2, gate2 = modulations(norm1.linear(norm1.silu(temb)), 6)
+    t_shift1, t_scale1, t_gate1, t_shift2, t_scale2, t_gate2 = modulations(t_norm1.linear(t_norm1.silu(temb)), 6)
 
     T = text.shape[1]
     attended_text, attended = joint_attention(
         block.attn,
-        ops.ada_layer_norm(x, scale1, shift1, eps=norm1.norm.eps),
-        ops.ada_layer_norm(text, t_scale1, t_shift1, eps=t_norm1.norm.eps),
+        run.ada_layer_norm(x, scale1, shift1, eps=norm1.norm.eps),
+        run.ada_layer_norm(text, t_scale1, t_shift1, eps=t_norm1.norm.eps),
         real_rotation(image_rotary_emb, T),
         real_rotation(image_rotary_emb, 0, T),
     )
-    h, y = ops.gate_residual_norm(x, attended, gate1, scale2, shift2, eps=block.norm2.eps)
-    t_h, t_y = ops.gate_residual_norm(text, attended_text, t_gate1, t_scale2, t_shift2, eps=block.norm2_context.eps)
-    h, _ = ops.gate_residual_norm(h, feed_forward(block.ff, y), gate2, norm=None)
-    t_h, _ = ops.gate_residual_norm(t_h, feed_forward(block.ff_context, t_y), t_gate2, norm=None)
+    h, y = run.gate_residual_norm(x, attended, gate1, scale2, shift2, eps=block.norm2.eps)
+    t_h, t_y = run.gate_residual_norm(text, attended_text, t_gate1, t_scale2, t_shift2, eps=block.norm2_context.eps)
+    h, _ = run.gate_residual_norm(h, feed_forward(block.ff, y), gate2, norm=None)
+    t_h, _ = run.gate_residual_norm(t_h, feed_forward(block.ff_context, t_y), t_gate2, norm=None)
     return clipped(t_h), h
 
 
@@ -134,24 +143,28 @@ def single_forward(
     x, text = hidden_states, encoder_hidden_states
     if joint_attention_kwargs or not _serves(block, SINGLE_STANDS_FOR, image_rotary_emb, x, text, temb):
         return NotImplemented
-    norm, T = block.norm, text.shape[1]
-    shift, scale, gate = norm.linear(norm.silu(temb)).chunk(3, 1)
+    norm, T, run = block.norm, text.shape[1], ops.trusted(x)
+    shift, scale, gate = modulations(norm.linear(norm.silu(temb)), 3)
     joint = torch.cat([text, x], 1)
-    y = ops.ada_layer_norm(joint, scale, shift, eps=norm.norm.eps)
+    y = run.ada_layer_norm(joint, scale, shift, eps=norm.norm.eps)
     attended = self_attention(block.attn, y, real_rotation(image_rotary_emb))
     fed, D = block.proj_mlp(y), attended.shape[2]
     both = fed.new_empty((*fed.shape[:2], D + fed.shape[2]))
     both[..., :D].copy_(attended)
-    ops.gelu(fed, out=both[..., D:])
-    h, _ = ops.gate_residual_norm(joint, block.proj_out(both), gate, norm=None)
+    run.gelu(fed, out=both[..., D:])
+    h, _ = run.gate_residual_norm(joint, block.proj_out(both), gate, norm=None)
     h = clipped(h)
     return h[:, :T], h[:, T:]
 
 
-def _serves(block: Any, parts: dict[str, str], tables: Tables | None, *states: torch.Tensor) -> bool:
+def _serves(
+    block: Any, parts: dict[str, str], tables: Tables | None, x: torch.Tensor, text: torch.Tensor, temb: torch.Tensor
+) -> bool:
     attn = block.attn
     return (
-        computes(*states, beside=tables or ())
+        computes(x, text, temb, beside=tables or ())
+        and len(text) in (1, len(x))
+        and len(temb) in (1, len(x))
         and attends(attn, PROCESSOR)
         and not attn.fused_projections
         and stands(block, parts)

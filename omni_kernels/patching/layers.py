@@ -3,6 +3,9 @@
 Queries and keys are normed and rotated by one op, which writes them where attention reads them. Values are projected
 to that place, or copied there by the op where the projection is no plain one. Attention runs through the dispatcher
 that the block's processor calls, with that processor's backend and parallel configuration.
+
+The ops are `ops.trusted` ones: a fused forward has made sure of the states, and what it calls does not change their
+shape.
 """
 
 from __future__ import annotations
@@ -13,10 +16,23 @@ from typing import Any
 import torch
 
 from omni_kernels import ops
-from omni_kernels.patching.structure import dispatcher, multiplies
+from omni_kernels.patching.structure import dispatcher, idles, multiplies
 
 #: How `qk_norm_rope` is told to rotate: by `freqs`, by `cos` and `sin`, or not at all.
 Rotation = Mapping[str, Any]
+
+
+def modulations(given: torch.Tensor, count: int, index: torch.Tensor | None = None) -> Sequence[torch.Tensor]:
+    """A projected timestep [B, count·D] in `count` parts, [B, 1, D] each; under an `index` [2B, D].
+
+    The ops take [B, D] as well, but would have to make each part [B, 1, D] whenever they read it.
+    """
+    return (given if index is not None else given.unsqueeze(1)).chunk(count, -1)
+
+
+def for_each(x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """text [B or 1, T, D] for each sample of x [B, S, D]: modulation would broadcast it, as diffusers leaves it to."""
+    return text.expand(len(x), -1, -1) if len(text) < len(x) else text
 
 
 def complex_rotation(table: torch.Tensor | None) -> Rotation:
@@ -68,9 +84,10 @@ def self_attention(
     """Attention within x [B, S, D], before its output layers; with `across_heads`, q and k are normed so."""
     q, k, v = _heads(attn, x, attn.to_q, attn.to_k, attn.to_v)
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
-    ops.qk_norm_rope(
+    norm_q = attn.norm_q
+    ops.trusted(x).qk_norm_rope(
         q, k, None, q_out, k_out, None, **rotation, across_heads=across_heads,
-        q_weight=attn.norm_q.weight, k_weight=attn.norm_k.weight, eps=attn.norm_q.eps,
+        q_weight=norm_q.weight, k_weight=attn.norm_k.weight, eps=norm_q.eps,
     )  # fmt: skip
     return attend(attn.processor, q_out, k_out, v, mask=mask)
 
@@ -84,22 +101,25 @@ def joint_attention(
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(text, image) of the attention of both streams, text first, to each other, with their output layers."""
-    T = text.shape[1]
+    T, run = text.shape[1], ops.trusted(x)
+    norm_q, t_norm_q = attn.norm_q, attn.norm_added_q
     q, k = _heads(attn, x, attn.to_q, attn.to_k)
     t_q, t_k = _heads(attn, text, attn.add_q_proj, attn.add_k_proj)
     joint_q, joint_k = _empty_joint(t_q, q), _empty_joint(t_k, k)
     joint_v, (t_v, t_v_out), (v, v_out) = _joint_values(attn, text, x)
-    ops.qk_norm_rope(
-        t_q, t_k, t_v, joint_q[:, :T], joint_k[:, :T], t_v_out, **text_rotation,
-        q_weight=attn.norm_added_q.weight, k_weight=attn.norm_added_k.weight, eps=attn.norm_added_q.eps,
+    (t_q_out, q_out), (t_k_out, k_out) = _halves(joint_q, T), _halves(joint_k, T)
+    run.qk_norm_rope(
+        t_q, t_k, t_v, t_q_out, t_k_out, t_v_out, **text_rotation,
+        q_weight=t_norm_q.weight, k_weight=attn.norm_added_k.weight, eps=t_norm_q.eps,
     )  # fmt: skip
-    ops.qk_norm_rope(
-        q, k, v, joint_q[:, T:], joint_k[:, T:], v_out, **rotation,
-        q_weight=attn.norm_q.weight, k_weight=attn.norm_k.weight, eps=attn.norm_q.eps,
+    run.qk_norm_rope(
+        q, k, v, q_out, k_out, v_out, **rotation,
+        q_weight=norm_q.weight, k_weight=attn.norm_k.weight, eps=norm_q.eps,
     )  # fmt: skip
     attended = attend(attn.processor, joint_q, joint_k, joint_v, mask=mask)
-    out = through(attn.to_out, attended[:, T:].contiguous())
-    return attn.to_add_out(attended[:, :T].contiguous()), out
+    attended_text, attended = _halves(attended, T)
+    out = through(attn.to_out, attended.contiguous())
+    return attn.to_add_out(attended_text.contiguous()), out
 
 
 #: The values of a stream and their place in the joint sequence, where they are yet to be copied there.
@@ -109,24 +129,33 @@ _Copy = tuple[torch.Tensor, torch.Tensor] | tuple[None, None]
 def _joint_values(attn: Any, text: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, _Copy, _Copy]:
     """The joint sequence of values, [B, T + S, H, Dh], and what of text and image is not in it yet."""
     T = text.shape[1]
+    to_v, text_to_v = attn.to_v, attn.add_v_proj
     # Of one sample: the places of several are no matrix.
-    if len(x) == 1 and multiplies(attn.add_v_proj, text) and multiplies(attn.to_v, x):
-        joint = x.new_empty((1, T + x.shape[1], attn.to_v.out_features))
-        _multiply(attn.add_v_proj, text[0], joint[0, :T])
-        _multiply(attn.to_v, x[0], joint[0, T:])
-        return joint.unflatten(2, (-1, attn.inner_dim // attn.heads)), (None, None), (None, None)
-    (t_v,), (v,) = _heads(attn, text, attn.add_v_proj), _heads(attn, x, attn.to_v)
+    if len(x) == 1 and multiplies(x, to_v, text_to_v):
+        joint = x.new_empty((T + x.shape[1], to_v.out_features))
+        t_v_out, v_out = _halves(joint, T, 0)
+        _multiply(text_to_v, text[0], t_v_out)
+        _multiply(to_v, x[0], v_out)
+        return joint.view(1, len(joint), -1, attn.inner_dim // attn.heads), (None, None), (None, None)
+    (t_v,), (v,) = _heads(attn, text, text_to_v), _heads(attn, x, to_v)
     joint = _empty_joint(t_v, v)
-    return joint, (t_v, joint[:, :T]), (v, joint[:, T:])
+    t_v_out, v_out = _halves(joint, T)
+    return joint, (t_v, t_v_out), (v, v_out)
 
 
 def _multiply(linear: Any, x: torch.Tensor, out: torch.Tensor) -> None:
     """What `linear` makes of x [S, C], written to out [S, D]."""
-    weight = linear.weight.t()
-    if linear.bias is None:
+    weight, bias = linear.weight.t(), linear.bias
+    if bias is None:
         torch.mm(x, weight, out=out)
     else:
-        torch.addmm(linear.bias, x, weight, out=out)
+        torch.addmm(bias, x, weight, out=out)
+
+
+def _halves(joint: torch.Tensor, T: int, dim: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first T tokens, the text's, and the others."""
+    text, x = joint.tensor_split((T,), dim)
+    return text, x
 
 
 def _empty_joint(text: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -142,13 +171,15 @@ def _heads(attn: Any, x: torch.Tensor, *projections: Any) -> Iterable[torch.Tens
 def feed_forward(mlp: Any, x: torch.Tensor | None) -> torch.Tensor:
     """A diffusers `FeedForward` whose activation is GELU's tanh approximation."""
     first, *others = mlp.net
-    return through(others, ops.gelu(first.proj(x)))
+    x = first.proj(x)
+    return through(others, ops.trusted(x).gelu(x))
 
 
 def through(modules: Iterable[Any], x: torch.Tensor) -> torch.Tensor:
-    """x through one module after the other."""
+    """x through one module after the other; those that would return what they are given are not called."""
     for module in modules:
-        x = module(x)
+        if not idles(module):
+            x = module(x)
     return x
 
 

@@ -15,7 +15,7 @@ import torch
 
 from omni_kernels import ops
 from omni_kernels.patching import ahead
-from omni_kernels.patching.layers import clipped, complex_rotation, feed_forward, joint_attention
+from omni_kernels.patching.layers import clipped, complex_rotation, feed_forward, for_each, joint_attention, modulations
 from omni_kernels.patching.structure import (
     attends,
     computes,
@@ -77,11 +77,13 @@ def forward(
     x, text, index = hidden_states, encoder_hidden_states, modulate_index
     if (
         joint_attention_kwargs
+        or len(text) not in (1, len(x))
         or not computes(x, text, temb)
         or not attends(block.attn, PROCESSOR)
         or not stands(block, STANDS_FOR)
     ):
         return NotImplemented
+    run, text = ops.trusted(x), for_each(x, text)
     (_, _, gate1, shift2, scale2, gate2), y = _begin(block, "img", x, temb, index)
     (_, _, t_gate1, t_shift2, t_scale2, t_gate2), t_y = _begin(block, "txt", text, temb)
 
@@ -92,8 +94,8 @@ def forward(
     attended_text, attended = joint_attention(
         block.attn, y, t_y, complex_rotation(freqs), complex_rotation(t_freqs), mask
     )
-    h, z = ops.gate_residual_norm(x, attended, gate1, scale2, shift2, index=index, eps=block.img_norm2.eps)
-    t_h, t_z = ops.gate_residual_norm(text, attended_text, t_gate1, t_scale2, t_shift2, eps=block.txt_norm2.eps)
+    h, z = run.gate_residual_norm(x, attended, gate1, scale2, shift2, index=index, eps=block.img_norm2.eps)
+    t_h, t_z = run.gate_residual_norm(text, attended_text, t_gate1, t_scale2, t_shift2, eps=block.txt_norm2.eps)
     h = _end(block, "img", h, feed_forward(block.img_mlp, z), gate2, temb, index)
     t_h = _end(block, "txt", t_h, feed_forward(block.txt_mlp, t_z), t_gate2, temb)
     return t_h, h
@@ -106,10 +108,10 @@ def _begin(
     made = ahead.take(x, block, (temb, index))
     if made is not None:
         return made
-    modulation = _modulation(block, stream, temb)
+    modulation = _modulation(block, stream, temb, index)
     shift, scale, *_ = modulation
     norm = getattr(block, f"{stream}_norm1")
-    return modulation, ops.ada_layer_norm(x, scale, shift, index=index, eps=norm.eps)
+    return modulation, ops.trusted(x).ada_layer_norm(x, scale, shift, index=index, eps=norm.eps)
 
 
 def _end(
@@ -124,18 +126,19 @@ def _end(
     """What a stream leaves the block as, and with it, where it can be told, what the next block begins with."""
     # Of fp16 the states have to be clipped first.
     following = None if x.dtype == torch.float16 else ahead.next_of(block, x, f"{stream}_mod")
+    run = ops.trusted(x)
     if following is None:
-        h, _ = ops.gate_residual_norm(x, fed, gate, index=index, norm=None)
+        h, _ = run.gate_residual_norm(x, fed, gate, index=index, norm=None)
         return clipped(h)
-    modulation = _modulation(following, stream, temb)
+    modulation = _modulation(following, stream, temb, index)
     shift, scale, *_ = modulation
     norm = getattr(following, f"{stream}_norm1")
-    h, y = ops.gate_residual_norm(x, fed, gate, scale, shift, index=index, eps=norm.eps)
+    h, y = run.gate_residual_norm(x, fed, gate, scale, shift, index=index, eps=norm.eps)
     ahead.leave(h, following, (temb, index), (modulation, y))
     return h
 
 
-def _modulation(block: Any, stream: str, temb: torch.Tensor) -> Sequence[torch.Tensor]:
+def _modulation(block: Any, stream: str, temb: torch.Tensor, index: torch.Tensor | None) -> Sequence[torch.Tensor]:
     if stream == "txt" and block.zero_cond_t:
         temb = temb.chunk(2, 0)[0]
-    return getattr(block, f"{stream}_mod")(temb).chunk(6, -1)
+    return modulations(getattr(block, f"{stream}_mod")(temb), 6, index)

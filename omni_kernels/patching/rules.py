@@ -14,7 +14,7 @@ import torch
 
 from omni_kernels.patching import ahead, flux, qwen_image, wan, z_image
 from omni_kernels.patching.changes import Patch, PatchConflictError
-from omni_kernels.patching.structure import home, is_librarys
+from omni_kernels.patching.structure import home, is_librarys, remember
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ def _fuse(block: torch.nn.Module, patch: Patch) -> str | None:
     if reason is None:
         try:
             patch.set_forward(block, rule.forward)
+            remember(block, patch)
         except PatchConflictError as error:
             return str(error)
     return reason

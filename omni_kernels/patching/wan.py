@@ -78,6 +78,7 @@ def forward(
     x, attn1, attn2, norm2 = hidden_states, block.attn1, block.attn2, block.norm2
     if (
         not computes(x, beside=(encoder_hidden_states, temb, *(rotary_emb or ())))
+        or len(temb) not in (1, len(x))
         or attn1.fused_projections
         or attn2.fused_projections
         or not attends(attn1, PROCESSOR)
@@ -86,15 +87,18 @@ def forward(
     ):
         return NotImplemented
     # temb [B, 6, D], or [B, S, 6, D]: the sum is fp32, whatever its terms are.
-    shift1, scale1, gate1, shift2, scale2, gate2 = (temb + block.scale_shift_table.float()).unbind(-2)
+    modulation = temb + block.scale_shift_table.float()
+    by_token = modulation.dim() == 4
+    shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(-2) if by_token else modulation.chunk(6, -2)
+    run = ops.trusted(x)
     tables = None if rotary_emb is None else tuple(t.flatten(0, 2) for t in rotary_emb)  # of [1, S, 1, Dh]
 
-    normed = ops.ada_layer_norm(x, scale1, shift1, eps=block.norm1.eps)
+    normed = run.ada_layer_norm(x, scale1, shift1, eps=block.norm1.eps)
     attended = through(attn1.to_out, self_attention(attn1, normed, real_rotation(tables), across_heads=True))
-    h, y = ops.gate_residual_norm(x, attended, gate1, weight=norm2.weight, bias=norm2.bias, eps=norm2.eps)
+    h, y = run.gate_residual_norm(x, attended, gate1, weight=norm2.weight, bias=norm2.bias, eps=norm2.eps)
     attended = through(attn2.to_out, _cross_attention(attn2, y, encoder_hidden_states))
-    h, y = ops.gate_residual_norm(h, attended, None, scale2, shift2, eps=block.norm3.eps)
-    h, _ = ops.gate_residual_norm(h, feed_forward(block.ffn, y), gate2, norm=None)
+    h, y = run.gate_residual_norm(h, attended, None, scale2, shift2, eps=block.norm3.eps)
+    h, _ = run.gate_residual_norm(h, feed_forward(block.ffn, y), gate2, norm=None)
     return h
 
 
@@ -103,7 +107,7 @@ def _cross_attention(attn: Any, x: torch.Tensor | None, context: torch.Tensor) -
     size = (attn.heads, -1)
 
     def normed(norm: Any, t: torch.Tensor) -> torch.Tensor:
-        return ops.rms_norm(t, norm.weight, eps=norm.eps).unflatten(2, size)
+        return ops.trusted(t).rms_norm(t, norm.weight, eps=norm.eps).unflatten(2, size)
 
     q = normed(attn.norm_q, attn.to_q(x))
     to_image = None

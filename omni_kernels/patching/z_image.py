@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from omni_kernels import ops
-from omni_kernels.patching.layers import complex_rotation, self_attention, through
+from omni_kernels.patching.layers import complex_rotation, modulations, self_attention, through
 from omni_kernels.patching.structure import (
     attends,
     computes,
@@ -70,22 +70,23 @@ def forward(
     if tanh and noise_mask is not None:
         index = noise_mask != 1
         both = [block.adaLN_modulation(adaln_noisy), block.adaLN_modulation(adaln_clean)]
-        scale1, gate1, scale2, gate2 = torch.cat(both).chunk(4, -1)
+        scale1, gate1, scale2, gate2 = modulations(torch.cat(both), 4, index)
     elif tanh:
-        scale1, gate1, scale2, gate2 = block.adaLN_modulation(adaln_input).chunk(4, -1)
+        scale1, gate1, scale2, gate2 = modulations(block.adaLN_modulation(adaln_input), 4)
     norm1, norm2, norm3, norm4 = block.attention_norm1, block.attention_norm2, block.ffn_norm1, block.ffn_norm2
 
-    y = ops.ada_layer_norm(x, scale1, index=index, norm="rms", weight=norm1.weight, eps=norm1.eps)
+    run = ops.trusted(x)
+    y = run.ada_layer_norm(x, scale1, index=index, norm="rms", weight=norm1.weight, eps=norm1.eps)
     mask = attn_mask[:, None, None, :] if attn_mask is not None and attn_mask.ndim == 2 else attn_mask
     attended = self_attention(block.attention, y, complex_rotation(freqs_cis), mask)
     attended = through(block.attention.to_out, attended)
-    h, fed = ops.gate_residual_norm(
+    h, fed = run.gate_residual_norm(
         x, attended, gate1, scale2, x_weight=norm2.weight, x_eps=norm2.eps,
         norm="rms", weight=norm3.weight, eps=norm3.eps, gate_tanh=tanh, index=index,
     )  # fmt: skip
     mlp = block.feed_forward
-    fed = mlp.w2(ops.swiglu(mlp.w1(fed), mlp.w3(fed)))
-    h, _ = ops.gate_residual_norm(
+    fed = mlp.w2(run.swiglu(mlp.w1(fed), mlp.w3(fed)))
+    h, _ = run.gate_residual_norm(
         h, fed, gate2, x_weight=norm4.weight, x_eps=norm4.eps, norm=None, gate_tanh=tanh, index=index
     )
     return h

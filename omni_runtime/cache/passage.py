@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 
 from omni_kernels import ops
+from omni_kernels.patching.ahead import Apart
 from omni_runtime.cache.blocks import BlockCall, Slot, States
 from omni_runtime.cache.forecasters import Forecaster
 from omni_runtime.cache.gates import Gate, Plan, Verdict, by_image
@@ -264,6 +265,8 @@ class Passage:
                     next(itertools.islice(numbered, skipped, skipped), None)
             elif index == 0:
                 yield Slot(self._run_zeroth, block)
+            elif index == first - 1:
+                yield Slot(self._run_apart, block)
             elif not first <= index < last or (self._computing is not False and index != last - 1):
                 self.ran += 1
                 yield block
@@ -281,14 +284,19 @@ class Passage:
 
     def _run_zeroth(self, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         self.entered, _ = self._calls[0].inputs(args, kwargs)
-        return self._run(block, args, kwargs)
+        return self._run_apart(block, *args, **kwargs) if self._first == 1 else self._run(block, args, kwargs)
+
+    def _run_apart(self, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Block first − 1 runs, and begins no other: whether the next one runs is yet to be decided."""
+        with Apart(block):
+            return self._run(block, args, kwargs)
 
     def _run_before(self, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Block first − 1 runs, and what it returns is all that is to be known of what enters block `first`."""
         call, index = self._calls[self._first - 1], self._first - 1
         if index == 0:
             self.entered, _ = call.inputs(args, kwargs)
-        output = self._run(block, args, kwargs)
+        output = self._run_apart(block, *args, **kwargs)
         base = call.streams(output)
         computing = self.enter(block, base, call.arguments(args, kwargs) if args else kwargs)
         self.entered = None

@@ -113,6 +113,29 @@ def test_another_order_of_blocks_is_heard(qwen_pipe):
     assert off(found, latents(qwen_pipe)) < 1e-5
 
 
+def test_a_block_whose_successor_is_undecided_begins_none(qwen_pipe, taken):
+    expected = latents(qwen_pipe)
+    first, second, third, fourth = qwen_pipe.transformer.transformer_blocks
+    own = dict(vars(first))
+    with omni_kernels.patched(qwen_pipe):
+        installed = dict(vars(first))
+        with ahead.Apart(first), ahead.Apart(first):
+            assert off(latents(qwen_pipe), expected) < 1e-5
+        assert dict(vars(first)) == installed, "no mark is left"
+    assert dict(vars(first)) == own
+    hits = {block: {hit for of, hit in taken if of is block} for block in (first, second, third, fourth)}
+    assert hits == {first: {False}, second: {False}, third: {True}, fourth: {True}}
+
+
+def test_a_call_apart_that_fails_leaves_no_mark(qwen_pipe):
+    block = qwen_pipe.transformer.transformer_blocks[0]
+    with omni_kernels.patched(qwen_pipe):
+        installed = dict(vars(block))
+        with pytest.raises(TypeError), ahead.Apart(block):
+            block()
+        assert dict(vars(block)) == installed
+
+
 def test_compiled_blocks_begin_themselves(qwen_pipe, monkeypatch):
     torch._dynamo.reset()
     left = []

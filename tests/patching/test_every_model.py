@@ -15,6 +15,7 @@ import pytest
 import torch
 from fused import off
 from models import MODELS, latents
+from torch.utils.checkpoint import checkpoint
 
 import omni_kernels
 from omni_kernels.patching.changes import Forward
@@ -191,6 +192,118 @@ def test_adapter_that_is_loaded_into_compiled_blocks_counts(model, lora_file):
     handle.undo()
     pipe.unload_lora_weights()
     assert torch.equal(latents(pipe), without)
+
+
+# Gradients
+
+
+def gradients(model, pipe, wrapped):
+    """What comes out of a transformer whose blocks are called through `wrapped`, and the gradients of its weights."""
+    transformer = pipe.transformer
+    calls = []
+
+    def note(module, args, kwargs):
+        calls.append((args, kwargs))
+
+    with transformer.register_forward_pre_hook(note, with_kwargs=True), torch.no_grad():
+        latents(pipe)
+    args, kwargs = calls[0]
+    transformer.zero_grad()
+    with contextlib.ExitStack() as stack:
+        for block in model.blocks_of(pipe):
+            stack.enter_context(wrapped(block))
+        output = transformer(*args, **kwargs)[0]
+    output = torch.stack(output) if isinstance(output, list) else output
+    output.square().mean().backward()
+    # What has no gradient, and what has a gradient of 0, learns nothing.
+    found = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in transformer.parameters()]
+    return output.detach(), found
+
+
+class Checkpointed(contextlib.AbstractContextManager):
+    """While open, a block keeps nothing for the backward pass, and runs again in it."""
+
+    def __init__(self, block, reentrant):
+        self.block, self.reentrant = block, reentrant
+
+    def __enter__(self):
+        call = self.block._call_impl
+
+        def run(*args, **kwargs):
+            def by_place(*values):  # in which alone one kind of checkpointing sees tensors
+                return call(*values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True)))
+
+            return checkpoint(by_place, *args, *kwargs.values(), use_reentrant=self.reentrant)
+
+        vars(self.block)["_call_impl"] = run
+
+    def __exit__(self, *of_an_error):
+        del self.block._call_impl
+
+
+KEPT = {
+    "kept": contextlib.nullcontext,
+    "run again": functools.partial(Checkpointed, reentrant=False),
+    "run again, without gradients first": functools.partial(Checkpointed, reentrant=True),
+}
+
+
+@pytest.mark.parametrize("how", KEPT)
+def test_gradients_through_fused_blocks_are_the_blocks_own(model, how):
+    pipe = model.build()
+    output, expected = gradients(model, pipe, contextlib.nullcontext)
+    assert sum(bool(gradient.any()) for gradient in expected) > 10 * model.blocks
+    patch(pipe, model)
+    result, found = gradients(model, pipe, KEPT[how])
+    assert off(result, output) < 1e-5
+    for now, then in zip(found, expected, strict=True):
+        assert torch.allclose(now, then, rtol=1e-3, atol=1e-5 * then.abs().max().item() + 1e-8)
+
+
+def test_without_weights_that_learn_nothing_is_asked_of_the_ops(model):
+    """Gradients are recorded, and nothing requires one: a block's own forward, as it would with one."""
+    pipe = model.build()
+    pipe.transformer.requires_grad_(False)
+    block = model.blocks_of(pipe)[-1]
+    seen = []
+    hook = block.register_forward_pre_hook(lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    latents(pipe)
+    hook.remove()
+    args, kwargs = seen[0]
+    expected = block(*args, **kwargs)
+    patch(pipe, model)
+    result = block(*args, **kwargs)
+    assert all(map(torch.equal, result, expected))
+    with torch.inference_mode(), model.all_fused():
+        assert off(torch.stack(list(block(*args, **kwargs)[-1])), torch.stack(list(expected[-1]))) < 1e-5
+
+
+def test_derivatives_that_go_along_are_the_blocks_own(model):
+    pipe = model.build()
+    block = model.blocks_of(pipe)[-1]
+    seen = []
+    hook = block.register_forward_pre_hook(lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    pipe.transformer.set_attention_backend("_native_math")  # the other has no derivative of this kind
+    latents(pipe)
+    hook.remove()
+    args, kwargs = seen[0]
+    name = next((name for name in ("hidden_states", "x") if name in kwargs), None)
+
+    def derivative():
+        x = args[0] if name is None else kwargs[name]
+
+        def run(x):
+            given = (x, *args[1:]) if name is None else args
+            output = block(*given, **(kwargs if name is None else kwargs | {name: x}))
+            return output if isinstance(output, torch.Tensor) else output[1]
+
+        with torch.no_grad():
+            return torch.func.jvp(run, (x,), (torch.ones_like(x),))
+
+    expected = derivative()
+    assert expected[1].abs().max() > 0
+    patch(pipe, model)
+    assert all(map(torch.equal, derivative(), expected))
 
 
 # Attention

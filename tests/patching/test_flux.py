@@ -56,6 +56,12 @@ def arguments(transformer, seed=0, batch=1, controlled=False, side=4):
     return given
 
 
+def one_text(transformer):
+    """Arguments of two samples with one text, which the model broadcasts."""
+    given = arguments(transformer, batch=2)
+    return given | {"encoder_hidden_states": given["encoder_hidden_states"][:1]}
+
+
 @torch.no_grad()
 def output(transformer, **options):
     return transformer(**arguments(transformer, **options))[0]
@@ -85,6 +91,46 @@ def test_fp32_agrees_and_undo_restores(flux_pipe, case):
     handle.undo()
     assert [dict(vars(block)) for block in blocks(flux_pipe)] == before
     assert torch.equal(output(flux_pipe.transformer, **CASES[case]), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_one_text_serves_all_samples(flux_pipe, dtype):
+    transformer = flux_pipe.transformer.to(dtype)
+    given = one_text(transformer)
+    expected = transformer(**given)[0]
+    assert off(expected[1], expected[0]) > 1e-2
+    omni_kernels.patch(flux_pipe)
+    with all_blocks_fused():
+        assert off(transformer(**given)[0], expected) < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_one_prompts_embeddings_serve_several_images(flux_pipe):
+    with torch.no_grad():
+        embeds, pooled, _ = flux_pipe.encode_prompt(prompt="a cat", prompt_2=None, max_sequence_length=64)
+    asked = {"prompt": None, "prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "num_images_per_prompt": 2}
+    expected = latents(flux_pipe, **asked)
+    assert len(expected) == 2
+    with omni_kernels.patched(flux_pipe), all_blocks_fused():
+        assert off(latents(flux_pipe, **asked), expected) < 1e-5
+
+
+@pytest.mark.parametrize(("images", "texts", "times"), [(1, 2, 2), (2, 2, 3), (1, 1, 2)])
+@torch.no_grad()
+def test_batches_that_the_ops_do_not_take_are_the_blocks_own(flux_pipe, images, texts, times):
+    block = flux_pipe.transformer.transformer_blocks[0]
+    given = torch.randn(images, 9, 64), torch.randn(texts, 5, 64), torch.randn(times, 64)
+
+    def returned():
+        try:
+            return block(*given)
+        except RuntimeError as error:
+            return str(error)
+
+    expected = returned()
+    omni_kernels.patch(flux_pipe)
+    result = returned()
+    assert result == expected if isinstance(expected, str) else all(map(torch.equal, result, expected))
 
 
 def test_fp32_requests_agree(flux_pipe):

@@ -415,16 +415,88 @@ LATER = [
 ]
 
 
+def another_list(block):
+    class Doubled(torch.nn.GELU):
+        def __init__(self, own):
+            super().__init__(approximate="tanh")
+            self.proj = own.proj
+
+        def forward(self, x):
+            return 2 * super().forward(self.proj(x))
+
+    first, *others = block.img_mlp.net
+    block.img_mlp.net = torch.nn.ModuleList([Doubled(first), *others])
+
+
+def hooks_of_its_own(block):
+    block.img_norm1._forward_hooks = type(block.img_norm1._forward_hooks)()
+    hook_on_norm(block)
+
+
+def children_of_its_own(block):
+    block.attn._modules = dict(block.attn._modules)
+    layer_norm_of_q(block)
+
+
+def hook_on_dropout(block):
+    block.attn.to_out[1].register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def dropout_of_theirs(block):
+    block.img_mlp.net[1].forward = lambda x: 2 * x
+
+
+LATER += [another_list, hooks_of_its_own, children_of_its_own, hook_on_dropout, dropout_of_theirs]
+
+
 @pytest.mark.parametrize("change", LATER)
-def test_what_changes_after_patching_counts(qwen_pipe, change):
+@pytest.mark.parametrize("used", [True, False], ids=["used before", "fresh"])
+def test_what_changes_after_patching_counts(qwen_pipe, change, used):
     other = tiny.qwen_image()
     before = output(other.transformer)
     change(other.transformer.transformer_blocks[2])
     expected = output(other.transformer)
     assert off(expected, before) > 1e-4
     omni_kernels.patch(qwen_pipe)
+    if used:
+        with all_blocks_fused():
+            output(qwen_pipe.transformer)
     change(qwen_pipe.transformer.transformer_blocks[2])
     assert off(output(qwen_pipe.transformer), expected) < 1e-5
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_what_somebody_makes_of_a_class_between_forwards_counts(qwen_pipe, monkeypatch, cls):
+    omni_kernels.patch(qwen_pipe)
+    with all_blocks_fused():
+        before = output(qwen_pipe.transformer)
+    doubled(cls, "__call__" if cls.__name__ in PROCESSORS else "forward", monkeypatch)
+    result = output(qwen_pipe.transformer)
+    assert off(result, before) > 1e-3
+    omni_kernels.unpatch(qwen_pipe)
+    assert torch.equal(output(qwen_pipe.transformer), result)
+
+
+def test_dropouts_in_training_drop(qwen_pipe):
+    transformer = qwen_pipe.transformer
+    for block in transformer.transformer_blocks:
+        block.img_mlp.net[1].p = 0.5
+    given = output(transformer)
+    omni_kernels.patch(qwen_pipe)
+    assert off(output(transformer), given) < 1e-5
+    transformer.train()
+    with all_blocks_fused():
+        assert off(output(transformer), given) > 1e-3
+
+
+@torch.no_grad()
+def test_one_text_serves_all_samples(qwen_pipe):
+    given = arguments(qwen_pipe.transformer, batch=2)
+    given["encoder_hidden_states"] = given["encoder_hidden_states"][:1]
+    expected = qwen_pipe.transformer(**given)[0]
+    omni_kernels.patch(qwen_pipe)
+    with all_blocks_fused():
+        assert off(qwen_pipe.transformer(**given)[0], expected) < 1e-5
 
 
 @pytest.mark.parametrize("text", [torch.bfloat16, torch.float64])
@@ -477,12 +549,18 @@ def test_projection_of_any_class_is_called(qwen_pipe):
 @pytest.fixture
 def copied(monkeypatch):
     """Of each call of qk_norm_rope, whether it was given values to copy."""
-    calls, op = [], ops.qk_norm_rope
-    monkeypatch.setattr(
-        ops,
-        "qk_norm_rope",
-        lambda q, k, v, *args, **options: calls.append(v is not None) or op(q, k, v, *args, **options),
-    )
+    calls, trusted = [], ops.trusted
+
+    def noted(like):
+        run = trusted(like)
+
+        def noting(q, k, v, *args, **options):
+            calls.append(v is not None)
+            return run.qk_norm_rope(q, k, v, *args, **options)
+
+        return SimpleNamespace(**vars(run) | {"qk_norm_rope": noting})
+
+    monkeypatch.setattr(ops, "trusted", noted)
     return calls
 
 
@@ -604,7 +682,8 @@ def slots(pipe):
 def test_undo_puts_back_what_was_there_and_class_is_untouched(qwen_pipe):
     before, own = slots(qwen_pipe), QwenImageTransformerBlock.forward
     handle = omni_kernels.patch(qwen_pipe)
-    names = {(str(i), "forward") for i in range(4)} | {(str(i), "_omni_kernels_next") for i in range(3)}
+    names = {(str(i), name) for i in range(4) for name in ("forward", "_omni_kernels_seen")}
+    names |= {(str(i), "_omni_kernels_next") for i in range(3)}
     assert slots(qwen_pipe).keys() - before.keys() == names
     assert QwenImageTransformerBlock.forward is own
     assert omni_kernels.patch(qwen_pipe) is handle

@@ -90,6 +90,24 @@ CASES = {
 }
 
 
+@torch.no_grad()
+def test_one_text_serves_all_samples():
+    pipe = Pipe(made(False))
+    given = arguments(pipe.transformer, batch=2)
+    given["encoder_hidden_states"] = given["encoder_hidden_states"][:1]
+
+    def returned():
+        try:
+            return pipe.transformer(**given)[0]
+        except RuntimeError as error:
+            return str(error)
+
+    expected = returned()
+    omni_kernels.patch(pipe)
+    result = returned()
+    assert result == expected if isinstance(expected, str) else off(result, expected) < 1e-5
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_fp32_agrees_and_undo_restores(case):
     pipe = Pipe(made("image" in CASES[case]))
