@@ -161,8 +161,12 @@ def _stretch(t: torch.Tensor) -> tuple[int, int]:
 
 def _complex(t: torch.Tensor) -> torch.Tensor:
     """The last dimension's pairs as numbers; what starts or lies at odd elements cannot be seen so and is copied."""
-    odd = t.storage_offset() % 2 or t.stride(-1) != 1 or any(s % 2 for s in t.stride()[:-1])
-    return torch.view_as_complex(t.clone(memory_format=torch.contiguous_format) if odd else t)
+    return torch.view_as_complex(t.clone(memory_format=torch.contiguous_format) if _odd(t) else t)
+
+
+def _odd(t: torch.Tensor) -> bool:
+    """Whether its pairs lie where no complex number can."""
+    return bool(t.storage_offset() % 2) or t.stride(-1) != 1 or any(s % 2 for s in t.stride()[:-1])
 
 
 def _rms_normed(y: torch.Tensor, eps: float, weight: torch.Tensor) -> torch.Tensor:
@@ -172,19 +176,26 @@ def _rms_normed(y: torch.Tensor, eps: float, weight: torch.Tensor) -> torch.Tens
 def _pairs(
     freqs: torch.Tensor | None, cos: torch.Tensor | None, sin: torch.Tensor | None, layout: str
 ) -> torch.Tensor | None:
-    """The cosine and sine of every angle, as freqs has them: as the kernel does, one of a pair's and the other's."""
-    if cos is None or sin is None:
-        return freqs
-    apart, pair = ((-1, 2), -1) if layout == "interleaved" else ((2, -1), -2)
-    first, other = cos.unflatten(1, apart).select(pair, 0), sin.unflatten(1, apart).select(pair, 1)
-    return torch.stack((first, other), -1).float()
+    """The cosine and sine of every angle, as freqs has them, or, interleaved, as complex numbers.
+
+    Of cos and sin, as the kernel does, one of a pair's and the other's.
+    """
+    if cos is not None and sin is not None:
+        apart, pair = ((-1, 2), -1) if layout == "interleaved" else ((2, -1), -2)
+        first, other = cos.unflatten(1, apart).select(pair, 0), sin.unflatten(1, apart).select(pair, 1)
+        freqs = torch.stack((first, other), -1).float()
+    return _complex(freqs) if freqs is not None and layout == "interleaved" else freqs
 
 
 def _rotate(y: torch.Tensor, freqs: torch.Tensor, layout: str, out: torch.Tensor) -> None:
     if layout == "interleaved":
         # Two operators where real arithmetic takes six: at 16 tokens of 4 heads of 48, 45 µs against 112 in all.
-        rotated = _complex(y.unflatten(-1, (-1, 2))) * _complex(freqs).unsqueeze(-2)
-        out.copy_(torch.view_as_real(rotated).flatten(-2))
+        numbers, angles = _complex(y.unflatten(-1, (-1, 2))), freqs.unsqueeze(-2)
+        if out.dtype == torch.float32 and not _odd(out):
+            # Where they belong at once: of 60 tiny blocks' host time, this and `_pairs` save a tenth.
+            torch.mul(numbers, angles, out=torch.view_as_complex(out.unflatten(-1, (-1, 2))))
+        else:
+            out.copy_(torch.view_as_real(numbers * angles).flatten(-2))
         return
     cos, sin = freqs.unsqueeze(-3).unbind(-1)
     a, b = y.unflatten(-1, (2, -1)).unbind(-2)
