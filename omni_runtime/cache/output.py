@@ -310,16 +310,25 @@ class OutputSteps:
             self._signal.leave(sample, output if computed else None)
         # In the wider of the two dtypes: pipelines may keep latents in fp32 beside a model in bf16.
         base = sample.to(torch.promote_types(sample.dtype, output.dtype)) if self._residual else None
-        if computed:
-            if self._corrector is not None and (self._history.shape != output.shape or self._request.by_token):
-                self._corrector.clear()
-            self._history.record(output if base is None else output.to(base.dtype), base, position)
-            return output if self._corrector is None else self._corrected(output, self._corrector)
+        return self._recorded(output, base, position) if computed else self._forecast(output, base, position)
+
+    def _recorded(self, output: torch.Tensor, base: torch.Tensor | None, position: float) -> torch.Tensor:
+        """A computed step: its output is remembered, and makes up for the skipped steps before it."""
+        corrector = self._corrector
+        # Moves of another shape, or of tokens that have each a length of their own, cannot be added up.
+        if corrector is not None and (self._history.shape != output.shape or self._request.by_token):
+            corrector.clear()
+        self._history.record(output if base is None else output.to(base.dtype), base, position)
+        return output if corrector is None else self._corrected(output, corrector)
+
+    def _forecast(self, output: torch.Tensor, base: torch.Tensor | None, position: float) -> torch.Tensor:
+        """A skipped step: the output is only what guidance has made of stand-ins. Its shape and dtype count."""
         if self._history.shape != output.shape:
             raise RuntimeError(
                 f"the model output has the shape {tuple(output.shape)} in a skipped step, {self._history.shape} in the "
                 "last computed one: whole steps of this pipeline cannot be skipped"
             )
+        # No farther than `reach`: a line drawn over a long gap is worse than none.
         position = reached(self._history.positions, position, self._reach)
         weights = None if self._corrector is None else self._history.weights(position)
         if weights is not None and self._corrector is not None:

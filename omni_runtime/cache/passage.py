@@ -172,6 +172,7 @@ class Passage:
         hidden, encoder = base
         gate, history = self.gate, self.encoder
         self._using = ops.trusted(hidden)
+        # Three ways to a verdict: nothing fits what is remembered; the gate knows without measuring; it has to measure.
         verdict = None
         if hidden.shape == self.hidden.shape and (history is None or encoder is None or encoder.shape == history.shape):
             plan, reason = gate.plan(self._branch.called)
@@ -252,6 +253,9 @@ class Passage:
 
     def slots(self, blocks: Collection[torch.nn.Module], start: int) -> Iterator[Callable[..., Any]]:
         """What is called in place of each of `blocks`, the first of which is block `start` of the model."""
+        # Blocks before the site run. At `decided` the gate is asked: within block `first`, or, where nothing can come
+        # between, right behind the block before it. Then the site's blocks run, or are left out: at once, or, where
+        # the model adds to the states between them (ControlNet), one by one, passing the states on.
         first, last, end = self._first, self._last, start + len(blocks)
         decided = first if self.stepwise or not start < first < end else first - 1
         numbered = enumerate(blocks, start)

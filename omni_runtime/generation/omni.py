@@ -47,6 +47,8 @@ class Omni:
     Threads may share one: their requests run one after the other. Copied or pickled, it is made anew from its
     arguments, and loads when it is first used; a pipeline that was given is copied or pickled with it.
 
+    diffusers keeps rotary tables of the last 128 sizes in each process: 2 MB a size for Qwen-Image at 1024².
+
     Args:
         model: an embedded model's name, a directory written by `save_pretrained`, a hub id, or a loaded pipeline.
         dtype: torch.dtype or its name; "auto" is float32 on the CPU and bfloat16 elsewhere. A loaded pipeline is

@@ -90,6 +90,17 @@ def test_lora_file_loads_into_a_patched_pipeline(qwen_pipe, tmp_path):
     torch.testing.assert_close(latents(qwen_pipe), expected, atol=1e-3, rtol=1e-3)
 
 
+def test_lora_is_prepared_for_hot_swaps_on_a_cached_pipeline(qwen_pipe):
+    """peft takes a transformer whose calls somebody has taken for a compiled one, and refuses."""
+    expected = cached(qwen_pipe, "tea_cache")
+    omni_kernels.patch(qwen_pipe, "tea_cache", SKIPPING["tea_cache"])
+    for _ in range(2):
+        assert torch.equal(latents(qwen_pipe), expected)
+        add_lora(qwen_pipe)
+        peft.utils.hotswap.prepare_model_for_compiled_hotswap(qwen_pipe.transformer, target_rank=4)
+        qwen_pipe.transformer.delete_adapters("lora0")
+
+
 # Hooks
 
 
@@ -195,6 +206,18 @@ def test_group_offload_keeps_working(qwen_pipe, level, patch_first):
     assert torch.equal(latents(qwen_pipe), expected)
     omni_kernels.unpatch(qwen_pipe)
     assert torch.equal(latents(qwen_pipe), plain)
+
+
+@pytest.mark.parametrize("backend", ["tea_cache", "sea_cache"])
+def test_weights_that_group_offload_keeps_on_the_disk_are_there_when_they_are_watched(qwen_pipe, tmp_path, backend):
+    """Block 0's modulation is read before block 0 is called, or instead: until then its weights are elsewhere."""
+    plain, expected = latents(qwen_pipe), cached(qwen_pipe, backend)
+    qwen_pipe.transformer.enable_group_offload(
+        onload_device=CPU, offload_device=CPU, offload_type="block_level", num_blocks_per_group=1,
+        offload_to_disk_path=str(tmp_path),
+    )  # fmt: skip
+    torch.testing.assert_close(cached(qwen_pipe, backend), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(latents(qwen_pipe), plain, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["qwen_image", "z_image", "flux"])

@@ -421,6 +421,21 @@ def test_replaced_scheduler_is_followed(qwen_pipe, used_before):
     assert not {"step", "set_timesteps"} & set(vars(qwen_pipe.scheduler))
 
 
+@pytest.mark.parametrize("backend", CONFIGS)
+def test_exception_in_the_first_request_of_a_replaced_scheduler_leaves_nothing(qwen_pipe, backend):
+    handle = omni_kernels.patch(qwen_pipe, backend, CONFIGS[backend])
+    qwen_pipe.scheduler = other_scheduler(qwen_pipe)
+
+    def fail(pipe, step, timestep, tensors):
+        assert handle._installed.held_tensors() != []
+        raise KeyError(step)
+
+    with pytest.raises(KeyError):
+        latents(qwen_pipe, callback_on_step_end=fail)
+    assert handle._installed.held_tensors() == []
+    assert not {"step", "set_timesteps"} & set(vars(qwen_pipe.scheduler))
+
+
 def test_call_by_hand_after_replacing_the_scheduler_opens_no_request(qwen_pipe):
     handle = omni_kernels.patch(qwen_pipe, "first_block_cache", {"threshold": 1.0})
     qwen_pipe.scheduler = other_scheduler(qwen_pipe)

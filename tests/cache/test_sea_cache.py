@@ -119,6 +119,13 @@ def test_every_pipelines_grid_is_that_of_its_latents(name, monkeypatch):
     assert set(grids) == {(1, 6, 4)}
 
 
+def test_tokens_none_of_which_is_of_the_first_picture_have_no_grid():
+    """VisualCloze numbers its pictures from 1."""
+    ids = torch.tensor([[1.0, 0.0, 0.0], [2.0, 0.0, 1.0]])
+    with pytest.raises(ValueError, match="none of the transformer's img_ids begins with 0"):
+        MODELS["FluxTransformer2DModel"].noise_grid({"img_ids": ids})
+
+
 def test_rows_of_the_grid_are_rows_of_the_picture():
     """The tokens of a picture that changes along its height alone differ along the grid's first axis alone."""
     for name in ("qwen_image", "z_image", "flux"):
