@@ -20,14 +20,17 @@ COMMAND = "python -m benchmarks.kernels"
 
 
 def text(costs: dict[str, dict[str, list[aot.Cost]]]) -> str:
-    """The file's lines: the command and the version, the columns, then launches in order, targets in order."""
+    """The file's lines: the command and the version, the columns, then launches in order, targets in order.
+
+    Of a launch that was compiled for some targets alone, there are those.
+    """
     out = io.StringIO()
     out.write(f"# {COMMAND}, triton {triton.__version__}\n")
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["launch", "target", "kernel", "registers", "shared", "spills"])
     shared: set[tuple[str, str]] = set()
     for launch, by_target in costs.items():
-        for target in aot.TARGETS:
+        for target in (target for target in aot.TARGETS if target in by_target):
             first, *others = by_target[target]
             for cost in (first, *(c for c in others if (c.kernel, target) not in shared)):
                 writer.writerow([launch, target, cost.kernel, cost.registers, cost.shared, cost.spills])

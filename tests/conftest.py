@@ -17,6 +17,20 @@ import torch
 torch.set_num_threads(1)  # two are 3–18 times slower at the sizes of these tests
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="run the tests that are marked long, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked long, unless --all or `-m` asks for it."""
+    if config.getoption("--all") or "long" in config.getoption("markexpr"):
+        return
+    long = {item for item in items if item.get_closest_marker("long")}
+    if long:
+        config.hook.pytest_deselected(items=[*long])
+        items[:] = [item for item in items if item not in long]
+
+
 @pytest.fixture(autouse=True, scope="session")
 def users_calibrations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What somebody has calibrated on this machine counts for no test."""

@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -211,13 +211,15 @@ class Result:
 
 
 def compiled(
-    targets: Sequence[str], names: Sequence[str] | None = None, table: str = "omni_kernels.validation.launches:table"
+    targets: Sequence[str],
+    names: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+    table: str = "omni_kernels.validation.launches:table",
 ) -> Iterator[Result]:
     """What the launches of a table come to on `targets`, each as soon as it is compiled.
 
     Args:
         targets: keys of `TARGETS`.
-        names: keys of the table; None: all.
+        names: keys of the table, for all targets or by target; None: all.
         table: "module:function", a function of no arguments that returns names and functions that launch. The work is
             done in a process of its own, without the interpreter.
 
@@ -225,7 +227,8 @@ def compiled(
         RuntimeError: the process ended early; with what it wrote.
     """
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    wanted = json.dumps({"targets": [*targets], "names": None if names is None else [*names], "table": table})
+    by_target = {target: names[target] if isinstance(names, Mapping) else names for target in targets}
+    wanted = json.dumps({"names": {t: None if n is None else [*n] for t, n in by_target.items()}, "table": table})
     with tempfile.TemporaryFile("w+") as log:
         command = [sys.executable, "-m", __name__, wanted]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment) as process:
@@ -242,8 +245,15 @@ def compiled(
             raise RuntimeError(f"ahead-of-time compilation failed:\n{log.read()[-4000:]}")
 
 
-def costs(table: str, targets: Sequence[str]) -> dict[str, dict[str, list[Cost]]]:
-    """What every launch of a table costs on every target: a launch's name → a target → its kernels, in order.
+def costs(
+    table: str, targets: Sequence[str], names: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, dict[str, list[Cost]]]:
+    """What the launches of a table cost: a launch's name → a target → its kernels, in order.
+
+    Args:
+        table: as in `compiled`.
+        targets: keys of `TARGETS`.
+        names: the keys of the table for each target; None: every launch on every target.
 
     Raises:
         RuntimeError: one of them cannot be compiled.
@@ -251,7 +261,7 @@ def costs(table: str, targets: Sequence[str]) -> dict[str, dict[str, list[Cost]]
     found: dict[str, dict[str, list[Cost]]] = {}
     # Two processes: a compiler takes one processor.
     with ThreadPoolExecutor(2) as pool:
-        halves = pool.map(lambda part: list(compiled(part, table=table)), (targets[::2], targets[1::2]))
+        halves = pool.map(lambda part: list(compiled(part, names, table)), (targets[::2], targets[1::2]))
         for result in itertools.chain.from_iterable(halves):
             if result.error is not None:
                 raise RuntimeError(f"{result.launch} cannot be compiled for {result.target}: {result.error}")
@@ -262,8 +272,8 @@ def costs(table: str, targets: Sequence[str]) -> dict[str, dict[str, list[Cost]]
 def _main(wanted: dict[str, Any]) -> None:
     module, _, function = wanted["table"].partition(":")
     table = getattr(importlib.import_module(module), function)()
-    for target in wanted["targets"]:
-        for name in table if wanted["names"] is None else wanted["names"]:
+    for target, names in wanted["names"].items():
+        for name in table if names is None else names:
             try:
                 with following() as compilations:
                     kernels = launches(target, table[name])

@@ -2,6 +2,8 @@
 
 The library is run as its users run it (`cache_dit.enable_cache` on a pipeline of its own), for one image: it averages
 the distance over all images of a batch, which is one of the things that are done better here (`test_batches.py`).
+
+Every setting is run on one pipeline, in turn, and two of them on all; `make test-all` runs every setting on each.
 """
 
 import functools
@@ -60,6 +62,17 @@ def quiet_library():
     logging.disable(logging.NOTSET)
 
 
+def in_turn(everywhere):
+    """(case, setting): a setting with the next of the cases, or with all; the other pairs are long."""
+    chosen = {(setting, [*CASES][place % len(CASES)]) for place, setting in enumerate(SETTINGS)}
+    chosen |= {(setting, case) for setting in everywhere for case in CASES}
+    return [
+        pytest.param(case, setting, marks=() if (setting, case) in chosen else pytest.mark.long)
+        for setting in SETTINGS
+        for case in CASES
+    ]
+
+
 def run_library(build, setting, guidance, order=None):
     """(skipped steps by branch, latents) of the cache-dit library; with TaylorSeer, of this order."""
     ours = {"max_warmup_steps": 4, "max_continuous_cached_steps": 3, "residual_diff_threshold": 0.24} | setting
@@ -90,28 +103,49 @@ def run_ours(build, setting, guidance, backend="cache_dit"):
         return [branch.skipped for branch in handle.report.branches.values()], latents
 
 
-@pytest.mark.parametrize("setting", sorted(SETTINGS))
-@pytest.mark.parametrize("case", sorted(CASES))
-def test_computed_steps_and_images_are_the_librarys(case, setting):
+@functools.cache
+def of_library(case, setting):
     build, guidance = CASES[case]
-    theirs, their_latents = run_library(build, SETTINGS[setting], guidance)
-    ours, our_latents = run_ours(build, SETTINGS[setting], guidance)
+    return run_library(build, SETTINGS[setting], guidance)
+
+
+@functools.cache
+def of_ours(case, setting):
+    build, guidance = CASES[case]
+    return run_ours(build, SETTINGS[setting], guidance)
+
+
+@pytest.mark.parametrize(("case", "setting"), in_turn(everywhere=["F1B0", "F2B1"]))
+def test_computed_steps_and_images_are_the_librarys(case, setting):
+    theirs, their_latents = of_library(case, setting)
+    ours, our_latents = of_ours(case, setting)
     assert ours == theirs
     torch.testing.assert_close(our_latents, their_latents, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("setting", ["F1B0", "F2B1", "limits", "warmup interval", "SCM slow, dynamic", "SCM explicit"])
-@pytest.mark.parametrize("case", sorted(CASES))
+ENGINE_SETTINGS = ("F1B0", "F2B1", "limits", "warmup interval", "SCM slow, dynamic", "SCM explicit")
+
+
+@pytest.mark.parametrize(
+    ("case", "setting"), [pair for pair in in_turn(everywhere=["F1B0"]) if pair.values[1] in ENGINE_SETTINGS]
+)
 def test_engine_library_is_the_library_as_it_is_told_by_hand_of_the_branches(case, setting):
     build, guidance = CASES[case]
-    theirs, their_latents = run_library(build, SETTINGS[setting], guidance)
+    theirs, their_latents = of_library(case, setting)
     ours, our_latents = run_ours(build, SETTINGS[setting] | {"engine": "library"}, guidance)
     assert ours == theirs
     torch.testing.assert_close(our_latents, their_latents, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("case", ["Qwen-Image with CFG", "Z-Image with CFG"])
+@pytest.mark.parametrize(
+    ("case", "order"),
+    [
+        ("Qwen-Image with CFG", 2),
+        ("Z-Image with CFG", 1),
+        pytest.param("Qwen-Image with CFG", 1, marks=pytest.mark.long),
+        pytest.param("Z-Image with CFG", 2, marks=pytest.mark.long),
+    ],
+)
 def test_engine_library_forecasts_as_the_library(case, order):
     build, guidance = CASES[case]
     theirs, their_latents = run_library(build, SETTINGS["F2B1"], guidance, order)
@@ -121,10 +155,11 @@ def test_engine_library_forecasts_as_the_library(case, order):
     torch.testing.assert_close(our_latents, their_latents, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", sorted(CASES))
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case == [*CASES][0] else pytest.mark.long) for case in CASES]
+)
 def test_the_settings_cover_steps_that_compute_and_steps_that_skip(case):
-    build, guidance = CASES[case]
-    counts = {len(run_ours(build, SETTINGS[s], guidance)[0][0]) for s in ("F1B0", "F1B0, tight", "F2B1", "limits")}
+    counts = {len(of_ours(case, setting)[0][0]) for setting in ("F1B0", "F1B0, tight", "F2B1", "limits")}
     assert len(counts) >= 3
     assert min(counts) < STEPS - 8
     assert max(counts) > 4

@@ -62,6 +62,13 @@ def test_distance_at_the_threshold_computes():
     assert not gate.judge([(0.2499, 1.0)], 1).computed
 
 
+def test_sum_at_the_threshold_computes():
+    gate = AccumulatedPolynomialGate(Limits(), 0.5, (0.25,))  # a quarter whatever the distance, without rounding
+    first, second = gate.judge([(0.1, 1.0)], 1), gate.judge([(0.1, 1.0)], 1)
+    assert (first.accumulated, first.computed) == (0.25, False)
+    assert (second.accumulated, second.computed) == (0.5, True)
+
+
 @pytest.mark.parametrize("gate", [ThresholdGate(Limits(), 0.9), AccumulatedPolynomialGate(Limits(), 0.9, (1, 0))])
 @pytest.mark.parametrize("numerators", [(0.1, math.nan), (math.nan, 0.1), (math.inf, 0.1)])
 def test_distances_that_are_no_numbers_compute(gate, numerators):

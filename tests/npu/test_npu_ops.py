@@ -129,6 +129,32 @@ def test_rotations_are_the_cpus_fused_where_the_operator_takes_them(heads, table
             torch.testing.assert_close(mine.cpu(), other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("layout", "samples", "heads", "takes"),
+    [
+        ("interleaved", 1, 999, True),
+        ("interleaved", 1, 1000, False),
+        ("interleaved", 3, 333, True),
+        ("interleaved", 4, 250, False),
+        ("half", 1, 999, True),
+        ("half", 1, 1000, False),
+        ("half", 999, 1, True),
+        ("half", 1000, 1, False),
+        ("half", 4, 250, True),
+    ],
+)
+@torch.no_grad()
+def test_the_operator_is_asked_to_rotate_999_heads_at_most(layout, samples, heads, takes):
+    x = torch.ones(samples, 1, heads, 4, device=NPU)
+    turn = {"cos": torch.zeros(1, 4, device=NPU), "sin": torch.ones(1, 4, device=NPU)}  # by 90°
+    out = [torch.empty_like(x) for _ in range(3)]
+    with simulated_npu.fused("2.13.0"), simulated_npu.log() as calls:
+        ops.qk_norm_rope(x, x, x, *out, layout=layout, **turn)
+    assert ("npu::npu_rotary_mul" in calls.names) is takes
+    turned = torch.tensor([-1.0, 1.0, -1.0, 1.0] if layout == "interleaved" else [-1.0, -1.0, 1.0, 1.0])
+    assert torch.equal(out[0].cpu(), turned.expand(samples, 1, heads, 4))
+
+
 @torch.no_grad()
 def test_products_that_rotate_few_sizes_are_not_asked_to():
     x = torch.randn(1, 3, 2, 8, device=NPU)

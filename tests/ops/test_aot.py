@@ -1,5 +1,10 @@
-"""The kernels, compiled for GPUs that are not there: what Triton makes of exactly what the launchers launch."""
+"""The kernels, compiled for GPUs that are not there: what Triton makes of exactly what the launchers launch.
 
+Every kernel is compiled for every target, and every launch for one, the targets in turn. `make test-all` compiles every
+launch for every target.
+"""
+
+import csv
 import difflib
 import re
 from itertools import islice
@@ -33,10 +38,27 @@ WIDE = {"sm": (".v4.b32",), "gf": ("_dwordx4", "_b128")}
 PINNED = re.search(r"^triton==(\S+)", (Path(__file__).parents[2] / "constraints.txt").read_text(), re.MULTILINE)[1]
 
 
-@pytest.fixture(scope="module")
-def costs():
-    """Of every launch on every target: its kernels' costs."""
-    return aot.costs("launches:table", TARGETS)
+def first_of_their_kernels():
+    """The launches, one a kernel, that are compiled for all targets in any case."""
+    found = {}
+    for name, launch in LAUNCHES.items():
+        found.setdefault(launches.configurations(launch)[0].kernel, name)
+    return {*found.values(), "control"}
+
+
+def in_turn():
+    """Target → names of launches."""
+    everywhere, names = first_of_their_kernels(), [*launches.table()]
+    return {
+        target: [name for i, name in enumerate(names) if name in everywhere or i % len(TARGETS) == place]
+        for place, target in enumerate(TARGETS)
+    }
+
+
+@pytest.fixture(scope="module", params=["targets in turn", pytest.param("all targets", marks=pytest.mark.long)])
+def costs(request):
+    """Of launches on targets: their kernels' costs."""
+    return aot.costs("launches:table", TARGETS, in_turn() if request.param == "targets in turn" else None)
 
 
 def wide(accesses, target):
@@ -80,9 +102,8 @@ def accesses(launch, warp_size):
 
 @every_launch
 def test_every_tensor_is_accessed_in_128_bits(costs, launch):
-    for target in TARGETS:
+    for target, (cost, *_) in costs[launch].items():
         loads, stores = accesses(launch, aot.TARGETS[target][2])
-        cost = costs[launch][target][0]
         assert wide(cost.loads, target) >= loads, (target, cost)
         assert wide(cost.stores, target) >= stores, (target, cost)
 
@@ -95,14 +116,16 @@ def test_what_a_model_launches_needs_accesses_of_128_bits():
 
 @every_launch
 def test_sums_are_not_added_by_atomics(costs, launch):
-    for cost in costs[launch]["sm_90"]:
-        assert not cost.atomics
+    for found in costs[launch].values():
+        for cost in found:
+            assert not cost.atomics
 
 
 @every_launch
 def test_offsets_of_programs_have_64_bits(costs, launch):
-    for cost in costs[launch]["sm_90"]:
-        assert not cost.narrow_offsets
+    for found in costs[launch].values():
+        for cost in found:
+            assert not cost.narrow_offsets
 
 
 @pytest.mark.parametrize("launch", ["relative_l1 odd", "residual_relative_l1 odd", "modulated_relative_l1 layer"])
@@ -114,10 +137,20 @@ def test_every_kernel_has_a_budget():
     assert set(aot.BUDGETS) == launches.kernels()
 
 
+def test_every_launch_is_compiled_and_every_kernel_for_every_target(costs):
+    assert {*costs} == {*launches.table()}
+    compiled = {(cost.kernel, target) for c in costs.values() for target, found in c.items() for cost in found}
+    assert compiled == {(kernel, target) for kernel in launches.kernels() | {"control_kernel"} for target in TARGETS}
+
+
 @pytest.mark.skipif(triton.__version__ != PINNED, reason=f"another Triton than {PINNED} compiles otherwise")
 def test_costs_are_as_written(costs):
     found = kernels.text({name: costs[name] for name in LAUNCHES}).splitlines()
-    written = kernels.PATH.read_text(encoding="utf-8").splitlines()
+    head, columns, *written = kernels.PATH.read_text(encoding="utf-8").splitlines()
+    pairs = [tuple(row[:2]) for row in csv.reader(written)]
+    assert [*dict.fromkeys(pairs)] == [(name, target) for name in LAUNCHES for target in TARGETS]
+    written = [line for line, (name, target) in zip(written, pairs, strict=True) if target in costs[name]]
+    written = [head, columns, *written]
     lines = difflib.unified_diff(written, found, "written", "compiled", lineterm="", n=0)
     changed = [*islice((line for line in lines if not line.startswith("@@")), 22)]
     if changed:

@@ -1,4 +1,7 @@
-"""Everything that the launchers choose between is among what is compiled: `omni_kernels.validation.launches`."""
+"""Everything that the launchers choose between is among what is compiled: `omni_kernels.validation.launches`.
+
+Sizes are those at which a launcher may turn to something else; `make test-all` takes those between, too.
+"""
 
 import itertools
 from functools import cache, partial
@@ -12,8 +15,10 @@ from omni_kernels.ops import OPS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Around every power of two: a launcher rounds to these.
-WIDTHS = sorted({n for k in range(15) for n in (1 << k, (1 << k) + 1, 3 << k)})
-TOKENS = sorted({n for k in range(9) for n in (1 << k, (1 << k) + 1)} | {4096})
+WIDTHS = sorted({n for k in range(15) for n in (1 << k, (1 << k) + 1)})
+MORE_WIDTHS = sorted({*WIDTHS, *(3 << k for k in range(15))})
+TOKENS = sorted({1 << k for k in range(9)} | {4096})
+MORE_TOKENS = sorted({*TOKENS, *((1 << k) + 1 for k in range(9))})
 # Constants of which a program with more does all that one with less does.
 MORE = ("ROWS", "LAYER", "TANH")
 # The caller's own sizes.
@@ -22,11 +27,6 @@ SIZES = ("D", "H")
 
 def tensor(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def given(*tensors):
-    """Every choice of them: each there or not."""
-    return itertools.product(*((t, None) for t in tensors))
 
 
 def choices(every, *options):
@@ -59,14 +59,15 @@ def norms(D, S, x_dtype, dtype, every=False):
         yield partial(OPS["rms_norm"].launcher, x, weight)
 
 
-def heads(D, H, S, x_dtype, dtype):
-    """Launches of qk_norm_rope."""
+def heads(D, H, S, x_dtype, dtype, every=True):
+    """Launches of qk_norm_rope: every choice, or rotated by tables, with all weights and with none."""
     q, k = tensor(2, S, H, D, dtype=x_dtype), tensor(2, S, H, D, dtype=dtype)
     freqs, table = tensor(S, D // 2, 2, dtype=torch.float32), tensor(S, D, dtype=dtype)
     rotations = [{}, {"freqs": freqs}, {"cos": table, "sin": table}]
+    rotations = rotations if every else rotations[2:]
     for across, layout, rotation in itertools.product((False, True), ("interleaved", "half"), rotations):
         weight = tensor(H * D if across else D, dtype=dtype)
-        for q_weight, k_weight in given(weight, weight):
+        for q_weight, k_weight in choices(every, (weight, None), (weight, None)):
             options = {"q_weight": q_weight, "k_weight": k_weight, "layout": layout, "across_heads": across}
             for v in (k, None):
                 yield partial(OPS["qk_norm_rope"].launcher, q, k, v, q, k, v, **options, **rotation)
@@ -86,10 +87,11 @@ def elementwise(x_dtype, dtype):
                 yield partial(OPS["linear_forecast"].launcher, base, [y] * K, weights)
 
 
-def launched(warp_size):
+def launched(warp_size, every):
     """The configurations of all these, each once."""
+    widths, tokens = (MORE_WIDTHS, MORE_TOKENS) if every else (WIDTHS, TOKENS)
     with launches.recorded(warp_size) as found:
-        for D, S in itertools.product(WIDTHS, TOKENS):
+        for D, S in itertools.product(widths, tokens):
             for run in norms(D, S, torch.float32, torch.float32):
                 run()
         for x_dtype, dtype in itertools.product(DTYPES, DTYPES):
@@ -98,7 +100,7 @@ def launched(warp_size):
             for run in itertools.chain(heads(128, 24, 4096, x_dtype, dtype), elementwise(x_dtype, dtype)):
                 run()
         for D, H, S in itertools.product((2, 6, 16, 18, 48, 64, 130, 256), (1, 2, 3, 5, 24, 40, 64, 300, 512), (1, 9)):
-            for run in heads(D, H, S, torch.float32, torch.float32):
+            for run in heads(D, H, S, torch.float32, torch.float32, every):
                 run()
     return [*{repr(c): c for c in found}.values()]
 
@@ -140,14 +142,25 @@ def axes(c: Configuration, names: frozenset[str]) -> set[tuple]:
     return found | {(c.kernel, name, None) for name in names - {name for name, _ in there}}
 
 
-@pytest.fixture(scope="module", params=[32, 64], ids="warps of {}".format)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((warp_size, every), marks=pytest.mark.long if every else (), id=f"warps of {warp_size}, {sizes}")
+        for warp_size in (32, 64)
+        for every, sizes in ((False, "turning points"), (True, "all sizes"))
+    ],
+)
 def both(request):
     """What is launched, and what is compiled, with warps of so many threads."""
-    return launched(request.param), compiled(request.param)
+    warp_size, every = request.param
+    return launched(warp_size, every), compiled(warp_size)
 
 
 def missing(launched, compiled):
-    return [c for c in launched if not any(covers(entry, c) for entry in compiled)]
+    by_kernel = {}
+    for entry in compiled:
+        by_kernel.setdefault(entry.kernel, []).append(entry)
+    return [c for c in launched if not any(covers(entry, c) for entry in by_kernel.get(c.kernel, ()))]
 
 
 def test_whatever_is_launched_is_compiled_or_less_than_what_is(both):
@@ -173,5 +186,6 @@ def test_every_kernel_is_launched(both):
 def test_what_is_not_compiled_is_found(both, dropped):
     launched, compiled = both
     widest = max(c.constants["BLOCK"] for c in compiled if c.kernel == dropped)
-    left = [c for c in compiled if (c.kernel, c.constants["BLOCK"]) != (dropped, widest)]
-    assert {(c.kernel, c.constants["BLOCK"]) for c in missing(launched, left)} == {(dropped, widest)}
+    left = [c for c in compiled if c.kernel == dropped and c.constants["BLOCK"] != widest]
+    asked = [c for c in launched if c.kernel == dropped]
+    assert {c.constants["BLOCK"] for c in missing(asked, left)} == {widest}

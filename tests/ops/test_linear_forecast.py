@@ -116,6 +116,29 @@ def test_out_may_overlap_an_input_in_part(implementation, dtype):
     assert torch.equal(out[0], before)
 
 
+@pytest.mark.parametrize("start", [0, 1, 4999, 5001, 9999], ids="from {}".format)
+@pytest.mark.parametrize("place", ["base", "first", "last"])
+def test_out_may_begin_or_end_within_any_input(implementation, place, start):
+    """What lies at 5000, 5001, ..., 9999 is read before it is overwritten, from one element in common to all but one."""
+    memory = torch.arange(15000.0, device=implementation.device)
+    inside, ones = memory[None, 5000:10000], torch.ones(1, 5000, device=implementation.device)
+    base, history, weights = {
+        "base": (inside, [ones, ones], [1.0, 2.0]),
+        "first": (None, [inside, ones], [1.0, 3.0]),
+        "last": (ones, [ones, inside], [2.0, 1.0]),
+    }[place]
+    out = memory[None, start : start + 5000] if start else memory[None, 1:10001:2]
+    assert implementation["linear_forecast"](base, history, weights, out=out) is out
+    assert torch.equal(out.cpu(), torch.arange(5003.0, 10003.0)[None])
+
+
+def test_out_may_be_an_input_in_another_order(implementation):
+    square = torch.arange(9.0, device=implementation.device).view(1, 3, 3)
+    ones = torch.ones(1, 3, 3, device=implementation.device)
+    implementation["linear_forecast"](square, [ones], [1.0], out=square.transpose(1, 2))
+    assert square.tolist() == [[[1, 4, 7], [2, 5, 8], [3, 6, 9]]]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("place", ["aligned", "offset by one", "first tokens", "transposed"])
 def test_out_is_written_and_nothing_around_it(implementation, place, dtype):
