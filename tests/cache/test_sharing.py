@@ -172,15 +172,20 @@ def test_two_threads_on_one_omni_take_turns(z_pipe):
 # Copies
 
 
-def test_omni_is_copied_and_pickled_by_what_it_was_made_with(qwen_pipe):
+def test_omni_is_copied_and_pickled_by_what_it_was_made_with(qwen_pipe, saved):
     arguments = {"seed": 0, "num_inference_steps": 4, "height": 32, "width": 32, "output_type": "latent"}
-    omni = Omni(qwen_pipe, cache_backend="velocity_cache", cache_config={"budget": 2})
-    (expected,) = omni.generate("a cat", **arguments)
-    for made in (copy.deepcopy(omni), pickle.loads(pickle.dumps(omni))):
-        assert made.pipe is not qwen_pipe
+    cache = {"cache_backend": "velocity_cache", "cache_config": {"budget": 2}}
+    given, named = Omni(qwen_pipe, **cache), Omni(str(saved["qwen_image"]), **cache)
+    copies = (given, copy.deepcopy(given)), (named, copy.deepcopy(named)), (named, pickle.loads(pickle.dumps(named)))
+    for omni, made in copies:
+        (expected,) = omni.generate("a cat", **arguments)
         (result,) = made.generate("a cat", **arguments)
+        assert made.pipe is not omni.pipe
         assert torch.equal(result.images, expected.images)
         assert result.cache.forwards == expected.cache.forwards
-    by_name = pickle.loads(pickle.dumps(Omni("emoji-qwen-image", cache_backend=None, dtype="bf16")))
-    assert by_name._pipe is None
-    assert (by_name.name, by_name.cache_backend) == ("emoji-qwen-image", None)
+
+
+def test_omni_that_has_not_loaded_is_pickled_without_weights():
+    made = pickle.loads(pickle.dumps(Omni("emoji-qwen-image", cache_backend=None, dtype="bf16")))
+    assert made._pipe is None
+    assert (made.name, made.cache_backend) == ("emoji-qwen-image", None)
