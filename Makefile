@@ -1,5 +1,6 @@
 # make demo  an environment, the embedded model's pictures under every cache, and the table of what it cost
-# make test  an environment, then lint, types and all tests
+# make test  an environment, then lint, types and the tests, on two workers
+# make test-all  the same, and the tests that are marked long
 # make quality  the caches beside other libraries' on the embedded models, a few settings of each
 # make validate-ascend  every kernel through Ascend's compilers, fetched by pip, and computed from their IR; no NPU is needed
 # make train MODEL=emoji-z-image  one of the embedded models, from nothing, in out/
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 OUT ?= out/demo
 MODEL ?= emoji-qwen-image
 
-.PHONY: demo test check gpu bench quality validate-ascend train clean
+.PHONY: demo test test-all check gpu bench quality validate-ascend train clean
 
 # The stamp is remade when what it was made from changes.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -33,7 +34,10 @@ $(VENV)/.quantised: $(VENV)/.installed
 	touch $@
 
 test: check $(VENV)/.quantised
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations=20
+
+test-all: check $(VENV)/.quantised
+	$(BIN)/python -m pytest --durations=20 --all
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest benchmarks

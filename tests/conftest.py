@@ -21,6 +21,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run the tests that are marked long, too")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Folders are run by two workers where nothing else is said; files, and whatever runs at a GPU, by one process."""
+    option = config.option
+    if hasattr(config, "workerinput") or getattr(option, "numprocesses", 0) is not None or option.tx:
+        return  # a worker itself, or pytest-xdist is not there, or it was told
+    if option.usepdb or option.collectonly or "TRITON_INTERPRET" not in os.environ:
+        return
+    if all(os.path.isdir(argument) for argument in config.args):
+        option.numprocesses, option.dist = 2, "worksteal"
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what is marked long, unless --all or `-m` asks for it."""
     if config.getoption("--all") or "long" in config.getoption("markexpr"):

@@ -156,7 +156,7 @@ def test_engine_library_forecasts_as_the_library(case, order):
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=() if case == [*CASES][0] else pytest.mark.long) for case in CASES]
+    "case", [pytest.param(case, marks=() if case == next(iter(CASES)) else pytest.mark.long) for case in CASES]
 )
 def test_the_settings_cover_steps_that_compute_and_steps_that_skip(case):
     counts = {len(of_ours(case, setting)[0][0]) for setting in ("F1B0", "F1B0, tight", "F2B1", "limits")}

@@ -1,4 +1,4 @@
-"""What was kept in the middle of a request, and no longer fits, is forgotten: forecasts are made from what came after."""
+"""What was kept amid a request, and no longer fits, is forgotten: forecasts are made from what came after."""
 
 import tiny
 import torch

@@ -6,6 +6,8 @@ launch for every target.
 
 import csv
 import difflib
+import os
+import pickle
 import re
 from itertools import islice
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 import launches
 import pytest
 import triton
+from filelock import FileLock
 
 from benchmarks import kernels
 from omni_kernels.validation import aot
@@ -56,9 +59,16 @@ def in_turn():
 
 
 @pytest.fixture(scope="module", params=["targets in turn", pytest.param("all targets", marks=pytest.mark.long)])
-def costs(request):
-    """Of launches on targets: their kernels' costs."""
-    return aot.costs("launches:table", TARGETS, in_turn() if request.param == "targets in turn" else None)
+def costs(request, tmp_path_factory):
+    """Of launches on targets: their kernels' costs, which one of the workers finds for all."""
+    names = in_turn() if request.param == "targets in turn" else None
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return aot.costs("launches:table", TARGETS, names)
+    kept = tmp_path_factory.getbasetemp().parent / f"costs, {request.param}"
+    with FileLock(f"{kept}.lock"):
+        if not kept.exists():
+            kept.write_bytes(pickle.dumps(aot.costs("launches:table", TARGETS, names)))
+    return pickle.loads(kept.read_bytes())
 
 
 def wide(accesses, target):

@@ -119,7 +119,7 @@ def test_out_may_overlap_an_input_in_part(implementation, dtype):
 @pytest.mark.parametrize("start", [0, 1, 4999, 5001, 9999], ids="from {}".format)
 @pytest.mark.parametrize("place", ["base", "first", "last"])
 def test_out_may_begin_or_end_within_any_input(implementation, place, start):
-    """What lies at 5000, 5001, ..., 9999 is read before it is overwritten, from one element in common to all but one."""
+    """What lies at 5000, 5001, ..., 9999 is read before it is overwritten: one in common, or half, or all but one."""
     memory = torch.arange(15000.0, device=implementation.device)
     inside, ones = memory[None, 5000:10000], torch.ones(1, 5000, device=implementation.device)
     base, history, weights = {
