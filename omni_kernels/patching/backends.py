@@ -73,9 +73,16 @@ def complete(backend: CacheBackend, config: Mapping[str, Any] | None, directory:
     Raises:
         ValueError, TypeError: what the backend's `check` raises.
     """
-    checked = backend.check(config)
+    checked = _checked(backend, config)
     own = with_own(backend, checked, directory)
-    return backend.check(own, *facts) if facts or own is not checked else checked
+    return _checked(backend, own, *facts) if facts or own is not checked else checked
+
+
+def _checked(backend: CacheBackend, config: Mapping[str, Any] | None, *facts: Any) -> dict[str, Any]:
+    checked: Any = backend.check(config, *facts)
+    if not isinstance(checked, dict):
+        raise TypeError(f"cache backend {backend.name!r}: its check gave {shown(checked)}, not a configuration")
+    return checked
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
