@@ -82,8 +82,14 @@ class PatchHandle:
                 for t in pipe.scheduler.timesteps:
                     ...
 
-        A backend without a `sampling` of its own follows loops by itself.
+        A backend without a `sampling` of its own follows loops by itself. To be left in the thread and the context in
+        which it was entered: not across the `yield` of a generator.
+
+        Raises:
+            RuntimeError: the patch was undone.
         """
+        if not self.active:
+            raise RuntimeError("this patch was undone: there is no cache to run a loop under")
         own = getattr(self._installed, "sampling", None)
         return contextlib.nullcontext() if own is None else own()
 

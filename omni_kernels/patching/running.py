@@ -7,7 +7,9 @@ from it, are of the plain class.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import types
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,14 +21,17 @@ from omni_kernels.patching.changes import Patch, PatchConflictError, describe
 _PLAIN = "_omni_kernels_plain_class"
 
 
-def plain_class(pipe: object) -> type:
-    """The class of a pipeline, as it is without our patch."""
-    found: type = getattr(type(pipe), _PLAIN, type(pipe))
-    return found
+#: Arguments by which diffusers' pipelines take a function that they call between their steps.
+CALLBACKS = ("callback_on_step_end", "callback")
+
+Opened = Callable[[], AbstractContextManager[object]]
 
 
-def around_calls(pipe: Any, opened: Callable[[], AbstractContextManager[object]], patch: Patch) -> None:
+def around_calls(pipe: Any, opened: Opened, patch: Patch, outside: Opened = contextlib.nullcontext) -> None:
     """Open what `opened` gives around each call of `pipe`, until `patch` is undone.
+
+    Args:
+        outside: gives what is open while a callback of the caller's runs within a call.
 
     Raises:
         TypeError: the class of `pipe` cannot be exchanged (an extension type, or one with slots).
@@ -35,12 +40,12 @@ def around_calls(pipe: Any, opened: Callable[[], AbstractContextManager[object]]
     plain = type(pipe)
     if hasattr(plain, _PLAIN):
         raise PatchConflictError(f"this {plain.__name__} is cached already: omni_kernels.unpatch(pipe) first")
-    change = _Class(pipe, plain, _derived(plain, opened))
+    change = _Class(pipe, plain, _derived(plain, opened, outside))
     pipe.__class__ = change.installed
     patch.add(change)
 
 
-def _derived(plain: type, opened: Callable[[], AbstractContextManager[object]]) -> type:
+def _derived(plain: type, opened: Opened, outside: Opened) -> type:
     """A class like `plain`, whose one instance opens something around its calls."""
 
     def new(cls: type, *args: Any, **kwargs: Any) -> Any:
@@ -52,22 +57,39 @@ def _derived(plain: type, opened: Callable[[], AbstractContextManager[object]]) 
         _, _, *state = cast("tuple[Any, ...]", object.__reduce_ex__(self, max(protocol, 2)))
         return object.__new__, (plain,), *state
 
-    members = {"__call__": _around(plain.__call__, opened), "__new__": new, "__reduce_ex__": reduced, _PLAIN: plain}
+    members = {
+        "__call__": _around(plain.__call__, opened, outside),
+        "__new__": new,
+        "__reduce_ex__": reduced,
+        _PLAIN: plain,
+    }
     same = {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(plain)(plain.__name__, (plain,), members | same)
 
 
-def _around(function: Callable[..., Any], opened: Callable[[], AbstractContextManager[object]]) -> Callable[..., Any]:
+def _around(function: Callable[..., Any], opened: Opened, outside: Opened) -> Callable[..., Any]:
     """`function` with something open while it runs; so is what it wraps, which is how to sample with a gradient."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
+        for name in CALLBACKS:
+            if isinstance(kwargs.get(name), types.FunctionType | types.MethodType | functools.partial):
+                kwargs[name] = _within(kwargs[name], outside)
         with opened():
             return function(*args, **kwargs)
 
     inner = getattr(function, "__wrapped__", None)
     if inner is not None:
-        call.__wrapped__ = _around(inner, opened)
+        call.__wrapped__ = _around(inner, opened, outside)
+    return call
+
+
+def _within(function: Callable[..., Any], context: Opened) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with context():
+            return function(*args, **kwargs)
+
     return call
 
 

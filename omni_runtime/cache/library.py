@@ -31,7 +31,7 @@ from omni_kernels.patching.backends import nearest
 from omni_kernels.patching.cache_dit import NAME, Library, use_kernels
 from omni_kernels.patching.changes import describe
 from omni_runtime.cache.gates import Verdict
-from omni_runtime.cache.lifecycle import Request, Sampling, turn
+from omni_runtime.cache.lifecycle import CURRENT, Request, Sampling, turn
 from omni_runtime.cache.session import (
     GRADIENT,
     LIBRARY_MARK,
@@ -374,6 +374,11 @@ class LibrarySession(CacheSession):
     def call_of_another(self, call: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
         """See `CacheSession.call_of_another`; the library is in the transformer, so another thread waits."""
         with turn(self.transformers), _quiet():  # it says of every list of blocks that it has no context
+            if self._serving is not None and CURRENT.get() is None:  # in this thread: from a callback
+                raise ValueError(
+                    f"the transformer of this {type(self.pipe).__name__} was called from a callback: the library would "
+                    "count it as one of the pipeline's own calls"
+                )
             return call(*args, **kwargs)
 
     def call(

@@ -72,6 +72,7 @@ class Request:
         step: index of the step under way, from 0 at `begin`.
         branches: by name. Names come from the pipeline's cache context, else from the order of calls within a step.
         calls: transformer calls in the step under way.
+        opened: whether a transformer call has come, and the session was told.
         outputs: the cache of whole steps, where there is one; dropped like what branches keep.
         sample: what the last step left, the latents that the step under way begins with; None before the first.
         by_token: whether the scheduler is told of a noise level of each token, by which it steps then.
@@ -91,6 +92,7 @@ class Request:
         self.blocks_run = 0
         self.blocks_total = 0
         self.complete = False
+        self.opened = False
         self.ended = False
         self.outputs: Any = None
         self.sample: torch.Tensor | None = None
@@ -129,8 +131,9 @@ class Request:
         """
         if type(announced) is int and 0 < announced <= self._scheduled:
             self._announced = announced
-        left_out = 0 if self._announced is None else self._scheduled - self._announced
-        self.begin = left_out if begin_index is None else begin_index
+        if self.step == 0:  # else the scheduler's own count has told
+            left_out = 0 if self._announced is None else self._scheduled - self._announced
+            self.begin = left_out if begin_index is None else begin_index
 
     def branch(self, context: str | None) -> Branch:
         """The branch of the transformer call under way, by the pipeline's name for it, if any."""
@@ -194,6 +197,9 @@ class Listener(Protocol):
     def stepped_with(self, request: Request, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         """What the scheduler is to step with, where the pipeline gives it `output`."""
 
+    def repeated(self, request: Request) -> None:
+        """The step that has just closed is taken once more; raises ValueError where that cannot be served."""
+
     def stepped(self, request: Request) -> None:
         """A step has closed."""
 
@@ -202,7 +208,7 @@ class Listener(Protocol):
 
 
 class Sampling:
-    """One call of a patched pipeline.
+    """One call of a patched pipeline, from its beginning to its end, in one thread.
 
     Args:
         pipe: the pipeline; the scheduler that it has at the time of each transformer call is the one followed.
@@ -226,7 +232,7 @@ class Sampling:
         self._pipe = pipe
         self._patch = patch
         self._uncached = 0
-        self._told = False
+        self._told = self._closed = False
 
     def follow(self) -> None:
         """Take the scheduler's seam."""
@@ -242,15 +248,20 @@ class Sampling:
         request = self.request
         if request is None and not self.requests:
             request = self._take_up()
-        if request is None or request.ended:
+        if request is None:
             self._uncached += 1
             return None
-        if request.step == 0 and request.calls == 0:
+        if not request.opened:
             self._starts(request)
         elif request.calls >= MOST_CALLS:
             self._lost(request)
             return None
         return request
+
+    def close(self) -> None:
+        """End the request under way, and open no other: the rest of the call is not cached."""
+        self._closed = True
+        self.end_request()
 
     def end_request(self) -> None:
         """End the request under way, if any."""
@@ -270,8 +281,8 @@ class Sampling:
 
     def _starts(self, request: Request) -> None:
         request.starts(getattr(self.scheduler, "begin_index", None), getattr(self._pipe, "_num_timesteps", None))
-        if request not in self.requests:
-            self.requests.append(request)
+        request.opened = True
+        self.requests.append(request)
         self.listener.opened(request)
 
     def _lost(self, request: Request) -> None:
@@ -315,7 +326,10 @@ class Sampling:
         @functools.wraps(step)
         def wrapped_step(*args: Any, **kwargs: Any) -> Any:
             request = self.request if CURRENT.get() is self and self.scheduler is scheduler else None
-            if request is None or _repeats(request, scheduler):
+            if request is None:
+                return step(*args, **kwargs)
+            if _repeats(request, scheduler):
+                self.listener.repeated(request)
                 return step(*args, **kwargs)
             return self._step(request, step, args, kwargs)
 
@@ -326,6 +340,8 @@ class Sampling:
         self._signature = inspect.signature(type(scheduler).step)
 
     def _open(self) -> None:
+        if self._closed:
+            return
         scheduler = self.scheduler
         # One transfer to the host a request, before the loop starts.
         levels = getattr(scheduler, "sigmas", None)
@@ -337,12 +353,16 @@ class Sampling:
         scheduler = self.scheduler
         before = _index(scheduler)
         try:
-            given = self._signature.bind(scheduler, *args, **kwargs)
+            given = self._given(args, kwargs)
             output, sample = given.arguments.get("model_output"), given.arguments.get("sample")
             request.by_token = given.arguments.get("per_token_timesteps") is not None
             if output is not None and sample is not None:
-                given.arguments["model_output"] = self.listener.stepped_with(request, output, sample)
-            result = step(*given.args[1:], **given.kwargs)
+                instead = self.listener.stepped_with(request, output, sample)
+                if instead is not output:
+                    given.arguments["model_output"] = instead
+                    others = {name: value for name, value in kwargs.items() if name not in self._signature.parameters}
+                    args, kwargs = given.args[1:], given.kwargs | others
+            result = step(*args, **kwargs)
         except BaseException:
             self.end_request()
             raise
@@ -367,6 +387,13 @@ class Sampling:
         self.listener.stepped(request)
         return result
 
+    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
+        """The arguments of a step by name: those that the scheduler's class knows."""
+        known = self._signature.parameters
+        return self._signature.bind_partial(
+            self.scheduler, *args, **{name: value for name, value in kwargs.items() if name in known}
+        )
+
 
 def _index(scheduler: Any) -> int | None:
     """The scheduler's own count of its steps, where it keeps one on the host."""
@@ -380,15 +407,25 @@ def _repeats(request: Request, scheduler: Any) -> bool:
     return index is not None and request.step > 0 and index - request.begin < request.step
 
 
-_turns: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+@contextlib.contextmanager
+def outside() -> Iterator[None]:
+    """While open, what happens in this thread is no part of the sampling: a callback may run other pipelines."""
+    former = CURRENT.set(None)
+    try:
+        yield
+    finally:
+        CURRENT.reset(former)
+
+
+_turns: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
 _asking = threading.Lock()
 
 
 @contextlib.contextmanager
-def turn(transformers: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """While open, no sampling in another thread works with these transformers: it waits until this one is over."""
+def turn(shared: Sequence[Any]) -> Iterator[None]:
+    """While open, no sampling in another thread works with these transformers and schedulers: it waits for this one."""
     with _asking:
-        locks = [_turns.setdefault(one, threading.RLock()) for one in sorted(transformers, key=id)]
+        locks = [_turns.setdefault(one, threading.RLock()) for one in sorted(shared, key=id)]
     with contextlib.ExitStack() as stack:
         for lock in locks:
             stack.enter_context(lock)

@@ -434,6 +434,14 @@ class OutputSession(CacheSession):
         """See `CacheSession.stepped_with`."""
         return output if request.outputs is None else request.outputs.output(output, sample)
 
+    def repeated(self, request: Request) -> None:
+        """See `CacheSession.repeated`; what the second step is taken with is not what was forecast for the first."""
+        if request.outputs is not None:
+            raise ValueError(
+                f"{type(self.pipe).__name__} takes a step of its scheduler twice: whole steps cannot be skipped. A "
+                "cache of blocks (cache_dit, first_block_cache) works with it"
+            )
+
     def gates_of(self, request: Request) -> Sequence[tuple[Gate, list[Any]]]:
         """See `CacheSession.gates_of`."""
         return [] if request.outputs is None else [(request.outputs.gate, list(request.decisions.values()))]

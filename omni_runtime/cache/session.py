@@ -29,7 +29,7 @@ from omni_runtime.cache import calibration
 from omni_runtime.cache.blocks import BlockCall, BlockList, ForwardCall
 from omni_runtime.cache.forecasters import Forecaster, rounding_note
 from omni_runtime.cache.gates import Gate, RehearsalGate, Verdict
-from omni_runtime.cache.lifecycle import CURRENT, Branch, Request, Sampling, turn
+from omni_runtime.cache.lifecycle import CURRENT, Branch, Request, Sampling, outside, turn
 from omni_runtime.cache.models import ModelRow, block_lists, row_of
 from omni_runtime.cache.passage import Parts, Passage
 from omni_runtime.cache.ranks import Ranks, SplitCall, ranks_of
@@ -94,8 +94,8 @@ class CacheSession:
         if note is not None:
             self.notes.append(note)
             warnings.warn(note, stacklevel=5)
-        around_calls(self.pipe, self.sampling, patch)
-        with self._seams():  # what is in the way is told now
+        around_calls(self.pipe, self.sampling, patch, outside)
+        with turn(self._shared()), self._seams():  # what is in the way is told now
             pass
         self._watch = _Watch(self)
         patch.add(self._watch)
@@ -103,7 +103,11 @@ class CacheSession:
     def close(self) -> None:
         """End what is under way; the rest of that call is not cached."""
         if self._sampling is not None:
-            self._sampling.end_request()
+            self._sampling.close()
+
+    def _shared(self) -> list[Any]:
+        """What other pipelines may work with, too."""
+        return [*self.transformers, self.pipe.scheduler]
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[Sampling]:
@@ -112,17 +116,20 @@ class CacheSession:
         Raises:
             ValueError, PatchConflictError: the pipeline can no longer be served; nothing is left behind.
         """
-        if self._watch is not None:
-            self._watch.restore()
-        with turn(self.transformers), self._seams() as sampling:
+        with turn(self._shared()), self._seams() as sampling:
             outer, self._sampling, former = self._sampling, sampling, CURRENT.set(sampling)
+            if self._watch is not None:
+                self._watch.restore()
             try:
                 yield sampling
                 sampling.say_if_nothing_was_cached()
             finally:
                 sampling.end_request()
-                CURRENT.reset(former)
                 self._sampling = outer
+                if self._watch is not None and outer is None:
+                    self._watch.listen()
+                with contextlib.suppress(ValueError):  # a generator that is closed in another thread's context
+                    CURRENT.reset(former)
 
     @contextlib.contextmanager
     def _seams(self) -> Iterator[Sampling]:
@@ -234,6 +241,9 @@ class CacheSession:
         """See `omni_runtime.cache.lifecycle.Listener`."""
         return output
 
+    def repeated(self, request: Request) -> None:
+        """See `omni_runtime.cache.lifecycle.Listener`."""
+
     def stepped(self, request: Request) -> None:
         """See `omni_runtime.cache.lifecycle.Listener`."""
         if request.step == 1 and not request.branches:
@@ -250,7 +260,8 @@ class CacheSession:
             return
         step = request.step - 1
         made = {name: d[-1] for name, d in request.decisions.items() if d[-1].step == step}
-        self.on_step(StepEvent(step, request.steps, any(d.computed for d in made.values()), made))
+        with outside():
+            self.on_step(StepEvent(step, request.steps, any(d.computed for d in made.values()), made))
 
     def completed(self, request: Request) -> None:
         """See `omni_runtime.cache.lifecycle.Listener`; what was replayed is looked at, and its schedules are kept."""
@@ -304,8 +315,8 @@ class BlockSession(CacheSession):
         super().__init__(name, pipe)
         self._check()
         self.row = row_of(_name(self.transformer))
-        self._lists = block_lists(self.transformer, self.row)
-        self._flat = [(row, block) for row, blocks in zip(self.row.lists, self._lists, strict=True) for block in blocks]
+        lists = zip(self.row.lists, block_lists(self.transformer, self.row), strict=True)
+        self._flat = [(row, block) for row, blocks in lists for block in blocks]
         self.blocks = len(self._flat)
         self.ranks: Ranks | None = None
         self.calls: list[BlockCall] = []
@@ -388,23 +399,32 @@ class BlockSession(CacheSession):
 
 
 class _Watch:
-    """Says once that a transformer call comes from outside the pipeline's calls, until the first of these has begun."""
+    """Says once that a transformer call comes from outside the pipeline's calls."""
 
     held = True
 
     def __init__(self, session: CacheSession) -> None:
         self.owner = session.transformer
         self._name = session.name
-        self._hook = self.owner.register_forward_pre_hook(self)
+        self._hook: Any = None
+        self._over = False
+        self.listen()
+
+    def listen(self) -> None:
+        """Listen at the transformer, between the pipeline's calls, until something was said."""
+        if self._hook is None and not self._over:
+            self._hook = self.owner.register_forward_pre_hook(self)
 
     def __call__(self, transformer: torch.nn.Module, args: Any) -> None:
         """A call of the transformer comes."""
         if torch.compiler.is_compiling():
             return
         self.restore()
+        self._over = True
         warnings.warn(
             f"the transformer was called outside a call of the patched pipeline: {self._name} caches nothing there. "
-            "A loop of your own goes into `with handle.sampling():`",
+            "Another pipeline that shares it may have a cache of its own; a loop of your own goes into "
+            "`with handle.sampling():`",
             stacklevel=5,
         )
 
@@ -412,7 +432,9 @@ class _Watch:
         return ""
 
     def restore(self) -> None:
-        self._hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def __reduce__(self) -> Any:
         return _no_watch, ()

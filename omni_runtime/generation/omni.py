@@ -89,7 +89,7 @@ class Omni:
         **from_pretrained: Any,
     ) -> None:
         backend, config = resolve_cache(cache_backend, cache_config)
-        self._arguments: dict[str, Any] = {
+        self._arguments: dict[str, Any] | None = {
             "model": model,
             "dtype": dtype,
             "device": device,
@@ -132,6 +132,8 @@ class Omni:
         return f"Omni({self.name!r}, cache_backend={self.cache_backend!r}, cache_config={self.cache_config!r})"
 
     def __reduce__(self) -> Any:
+        if self._arguments is None:
+            raise TypeError("this Omni is closed: it can be neither copied nor pickled")
         return _made_anew, (type(self), self._arguments)
 
     def __enter__(self) -> Omni:
@@ -181,6 +183,7 @@ class Omni:
             if self._handle is not None and self._patched_here:
                 self._handle.undo()
             self._handle = self._pipe = None
+            self._load, self._arguments = _closed, None
             self._closed = True
 
     def generate(
@@ -263,7 +266,7 @@ class Omni:
             with clock.following(pipe), not_a_number():
                 output = pipe(**one.call())
         except BaseException:
-            pipe.maybe_free_model_hooks()  # what the pipeline itself does last: offload, and the cache's end of request
+            pipe.maybe_free_model_hooks()  # what the pipeline itself does last: offload
             raise
         finally:
             handle.on_step = former
@@ -273,7 +276,7 @@ class Omni:
             timings=clock.timings(),
             prompt=one.prompt,
             seed=one.seed,
-            settings=self._settings(one),
+            settings=self._settings(one, pipe, handle),
             peak_memory=memory.bytes(),
         )
 
@@ -285,30 +288,34 @@ class Omni:
         if "steps" in inspect.signature(check).parameters:
             check(self.cache_config, steps=steps)
 
-    def _settings(self, one: request.GenerationRequest) -> dict[str, Any]:
+    def _settings(self, one: request.GenerationRequest, pipe: Any, handle: PatchHandle) -> dict[str, Any]:
         import diffusers
 
         import omni_kernels
 
         return {
             "model": str(self.name),
-            "pipeline": type(self.pipe).__name__,
+            "pipeline": type(pipe).__name__,
             "prompt": one.prompt,
             "seed": one.seed,
-            "num_inference_steps": request.step_count(type(self.pipe), one.arguments),
+            "num_inference_steps": request.step_count(type(pipe), one.arguments),
             **jsonable(one.arguments),
             "cache_backend": self.cache_backend,
             "cache_config": jsonable(self.cache_config),
-            "fused_blocks": len(self._handle.fused.replaced) if self._handle else 0,
-            "compiled_blocks": len(self._handle.compiled) if self._handle else 0,
-            "dtype": str(self.pipe.dtype).removeprefix("torch."),
-            "device": self.pipe._execution_device.type,
+            "fused_blocks": len(handle.fused.replaced),
+            "compiled_blocks": len(handle.compiled),
+            "dtype": str(pipe.dtype).removeprefix("torch."),
+            "device": pipe._execution_device.type,
             "versions": {
                 "omni_kernels": omni_kernels.__version__,
                 "diffusers": diffusers.__version__,
                 "torch": torch.__version__,
             },
         }
+
+
+def _closed() -> Any:
+    raise RuntimeError("this Omni is closed")
 
 
 def _made_anew(kind: type[Omni], arguments: dict[str, Any]) -> Omni:

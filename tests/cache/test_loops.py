@@ -172,6 +172,71 @@ def test_step_that_is_taken_twice_is_one(pipe):
     assert handle.report.branches["0"].computed == [0]
 
 
+def test_whole_steps_that_are_taken_twice_are_refused(pipe):
+    with (
+        omni_kernels.patched(pipe, "velocity_cache", {"budget": 4}) as handle,
+        pytest.raises(ValueError, match=r"LoopPipeline takes a step of its scheduler twice.*cache of blocks"),
+    ):
+        pipe(step_twice)
+    assert handle._installed.held_tensors() == []
+
+
+@pytest.mark.parametrize("backend", SKIPPING)
+def test_loop_whose_first_step_needs_no_transformer(pipe, backend):
+    def loop(pipe):
+        pipe.scheduler.set_timesteps(8)
+        first, *others = pipe.scheduler.timesteps
+        latents = pipe.scheduler.step(NOISE, first, NOISE, return_dict=False)[0]
+        return denoise(pipe, others, latents)
+
+    with omni_kernels.patched(pipe, backend, SKIPPING[backend]) as handle:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a step without the transformer is told of
+            pipe(loop)
+        assert handle.report.steps == 8
+        assert handle.report.complete
+        assert handle.report.branches["0"].decisions[0].step == 1
+        assert handle.report.forwards_saved > 0
+
+
+def test_undone_within_a_call_nothing_more_is_cached(pipe):
+    def loop(pipe):
+        omni_kernels.unpatch(pipe)
+        pipe.scheduler.set_timesteps(4)
+        return denoise(pipe, pipe.scheduler.timesteps)
+
+    plain = pipe(loop)
+    handle = omni_kernels.patch(pipe, "first_block_cache", {"threshold": 1.0})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.equal(pipe(loop), plain)
+    assert handle.report is None
+    with pytest.raises(RuntimeError, match="this patch was undone"):
+        handle.sampling()
+
+
+def test_keywords_that_a_wrapped_step_takes_reach_it(pipe):
+    own, seen = pipe.scheduler.step, []
+
+    def step(*args, mine=None, **kwargs):
+        seen.append(mine)
+        return own(*args, **kwargs)
+
+    pipe.scheduler.step = step
+
+    def loop(pipe):
+        pipe.scheduler.set_timesteps(6)
+        latents = NOISE
+        for t in pipe.scheduler.timesteps:
+            latents = pipe.scheduler.step(pipe.velocity(latents, t), t, latents, mine=1, return_dict=False)[0]
+
+    for backend in SKIPPING:
+        with omni_kernels.patched(pipe, backend, SKIPPING[backend]) as handle:
+            pipe(loop)
+            assert handle.report.complete
+    assert seen == [1] * 6 * len(SKIPPING)
+
+
 class PictureAndSound(diffusers.ModelMixin, diffusers.ConfigMixin):
     """A transformer with two outputs, each for a scheduler of its own."""
 

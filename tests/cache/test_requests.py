@@ -374,6 +374,18 @@ def test_transformer_called_by_hand_computes_fully_and_says_so_once(qwen_pipe):
             assert torch.equal(forward(qwen_pipe, NOISE, text(5)), expected)
     assert handle.report == report
     assert handle._installed.held_tensors() == []
+    handle.undo()
+    assert not qwen_pipe.transformer._forward_pre_hooks
+
+
+def test_loop_of_ones_own_after_a_call_is_told_of_too(qwen_pipe):
+    handle = omni_kernels.patch(qwen_pipe, "first_block_cache", {"threshold": 1.0})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        latents(qwen_pipe)
+    with pytest.warns(UserWarning, match="outside a call of the patched pipeline"):
+        forward(qwen_pipe, NOISE, text(5))
+    handle.undo()
     assert not qwen_pipe.transformer._forward_pre_hooks
 
 

@@ -130,6 +130,30 @@ def test_call_within_a_call_keeps_its_request_to_itself(qwen_pipe, backend):
     assert inner.report.complete
 
 
+@pytest.mark.parametrize("backend", CONFIGS)
+def test_callback_may_run_a_pipeline_that_nobody_patched(qwen_pipe, backend):
+    """A preview by a sibling on the same transformer is as ever, and changes nothing."""
+    other = sibling(qwen_pipe, own_scheduler=True)
+    preview = latents(other, num_inference_steps=3)
+    handle = omni_kernels.patch(qwen_pipe, backend, CONFIGS[backend])
+    expected, seen = latents(qwen_pipe), []
+
+    def look(pipe, step, timestep, tensors):
+        seen.append(latents(other, num_inference_steps=3))
+        return {}
+
+    if CONFIGS[backend].get("engine") == "library":
+        with pytest.raises(ValueError, match="was called from a callback"):
+            latents(qwen_pipe, callback_on_step_end=look)
+    else:
+        assert torch.equal(latents(qwen_pipe, callback_on_step_end=look), expected)
+        handle.on_step = lambda event: seen.append(latents(other, num_inference_steps=3))
+        assert torch.equal(latents(qwen_pipe), expected)
+        assert all(torch.equal(one, preview) for one in seen)
+    handle.on_step = None
+    assert torch.equal(latents(qwen_pipe), expected)
+
+
 # At the same time
 
 
