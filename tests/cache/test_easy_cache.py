@@ -143,8 +143,14 @@ ARGUMENTS = {
 }
 
 
-@pytest.mark.parametrize("thresh", [0.06, 0.12, 0.2, 0.4])
-@pytest.mark.parametrize("kind", ARGUMENTS)
+@pytest.mark.parametrize(
+    ("kind", "thresh"),
+    [
+        pytest.param(kind, thresh, marks=() if (turn + place) % 2 == 0 else pytest.mark.long)
+        for turn, kind in enumerate(ARGUMENTS)
+        for place, thresh in enumerate((0.06, 0.12, 0.2, 0.4))
+    ],
+)
 def test_decisions_and_latents_are_those_of_the_loop_written_out(qwen_pipe, kind, thresh):
     def arguments():
         seeded = {"generator": [torch.Generator().manual_seed(s) for s in range(3)]} if kind == "batch" else {}
@@ -245,8 +251,13 @@ def test_schedulers_of_noise_are_refused_by_name(qwen_pipe, name):
         omni_kernels.patch(qwen_pipe, "easy_cache")
 
 
-@pytest.mark.parametrize("truncation", [0.2, 0.3, 0.4, 0.5, 0.7])
-@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize(
+    ("images", "truncation"),
+    [
+        *((1, 0.2), (2, 0.3), (1, 0.4), (2, 0.5), (1, 0.7)),
+        *(pytest.param(*pair, marks=pytest.mark.long) for pair in ((2, 0.2), (1, 0.3), (2, 0.4), (1, 0.5), (2, 0.7))),
+    ],
+)
 def test_guidance_that_ends_within_a_run_of_skipped_steps(z_pipe, truncation, images):
     arguments = {"cfg_truncation": truncation, "num_inference_steps": 16, "num_images_per_prompt": images}
     batches = []

@@ -8,6 +8,7 @@ import functools
 import gc
 import json
 import logging
+from unittest import mock
 
 import accelerate
 import cache_dit
@@ -568,7 +569,7 @@ REACHES = {
 
 
 @pytest.mark.parametrize("key", [key.name for key in METHODS["cache_dit"].keys])
-def test_every_key_reaches_the_library_or_is_refused_by_name(qwen_pipe, monkeypatch, key):
+def test_every_key_reaches_the_library_or_is_refused_by_name(qwen_pipe, key):
     if key == "engine":
         return  # by which all the others come here
     if key in ("decision", "drift_tolerance"):  # the latter counts where decisions are replayed
@@ -583,22 +584,31 @@ def test_every_key_reaches_the_library_or_is_refused_by_name(qwen_pipe, monkeypa
             run(qwen_pipe)
         return
     given, found, expected = REACHES[key]
+    assert found(settings_of(qwen_pipe, CONFIG | given)) == expected != found(settings_by_default())
+
+
+@functools.cache
+def settings_by_default():
+    return settings_of(tiny.qwen_image(), CONFIG)
+
+
+def settings_of(pipe, config):
+    """What the library's manager is told in a request with this configuration."""
     told, reset = [], CachedContextManager.reset_context
 
     def recording(self, *args, **settings):
         told.append((self, settings))
         return reset(self, *args, **settings)
 
-    monkeypatch.setattr(CachedContextManager, "reset_context", recording)
-    reached = []
-    for config in (CONFIG, CONFIG | given):
-        with omni_kernels.patched(qwen_pipe, "cache_dit", config) as handle:
-            run(qwen_pipe)
-            # A pipeline that the library itself has cached leaves its own contexts on the class for good.
-            manager = handle._installed._manager
-        reached += [settings for whose, settings in told if whose is manager]
-    without, settings = reached
-    assert found(settings) == expected != found(without)
+    with (
+        mock.patch.object(CachedContextManager, "reset_context", recording),
+        omni_kernels.patched(pipe, "cache_dit", config) as handle,
+    ):
+        run(pipe)
+        # A pipeline that the library itself has cached leaves its own contexts on the class for good.
+        manager = handle._installed._manager
+    (settings,) = (settings for whose, settings in told if whose is manager)
+    return settings
 
 
 @pytest.mark.parametrize("forecaster", ["reuse", "taylorseer", "foca", "dmd"])

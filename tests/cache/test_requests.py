@@ -97,19 +97,29 @@ NOISE = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(7))
 # One request after another
 
 
-@pytest.mark.parametrize("backend", CONFIGS)
+CHANGES = [
+    {},
+    {"num_inference_steps": 9},
+    {"height": 96},
+    {"num_images_per_prompt": 2},
+    {"prompt": "a dog that is not a cat at all"},
+    {"negative_prompt": None},
+    {"seed": 5},
+]
+
+
 @pytest.mark.parametrize(
-    "change",
-    [
-        {},
-        {"num_inference_steps": 9},
-        {"height": 96},
-        {"num_images_per_prompt": 2},
-        {"prompt": "a dog that is not a cat at all"},
-        {"negative_prompt": None},
-        {"seed": 5},
+    ("backend", "change"),
+    [  # every cache with every third change, another one's with the next
+        pytest.param(
+            backend,
+            change,
+            marks=() if (place + turn) % 3 == 0 else pytest.mark.long,
+            id=f"{backend}-{next(iter(change), 'nothing')}",
+        )
+        for turn, backend in enumerate(CONFIGS)
+        for place, change in enumerate(CHANGES)
     ],
-    ids=lambda change: next(iter(change), "nothing"),
 )
 def test_second_request_starts_clean(qwen_pipe, backend, change):
     handle = omni_kernels.patch(qwen_pipe, backend, CONFIGS[backend])

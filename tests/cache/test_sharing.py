@@ -57,8 +57,14 @@ def in_two_threads(first, second):
 # One after the other
 
 
-@pytest.mark.parametrize("backend", CONFIGS)
-@pytest.mark.parametrize("own_scheduler", [False, True])
+@pytest.mark.parametrize(
+    ("own_scheduler", "backend"),
+    [
+        pytest.param(own, backend, marks=() if own == bool(turn % 2) else pytest.mark.long)
+        for turn, backend in enumerate(CONFIGS)
+        for own in (False, True)
+    ],
+)
 def test_sibling_that_nobody_patched_is_not_cached(qwen_pipe, backend, own_scheduler):
     plain = latents(qwen_pipe)
     before = sibling(qwen_pipe, own_scheduler)
@@ -90,8 +96,14 @@ def test_sibling_that_dies_holds_nothing(qwen_pipe, backend):
     assert torch.equal(latents(sibling(qwen_pipe, own_scheduler=True)), plain)
 
 
-@pytest.mark.parametrize("first", CONFIGS)
-@pytest.mark.parametrize("second", ["velocity_cache", "first_block_cache", "cache_dit"])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        pytest.param(first, second, marks=() if (turn + place) % 3 == 0 else pytest.mark.long)
+        for turn, first in enumerate(CONFIGS)
+        for place, second in enumerate(("velocity_cache", "first_block_cache", "cache_dit"))
+    ],
+)
 def test_siblings_are_each_cached_as_they_were_told_and_undone_in_any_order(qwen_pipe, first, second):
     other = sibling(qwen_pipe)
     plain = latents(qwen_pipe)
