@@ -55,6 +55,7 @@ from benchmarks.measure import device_here
 from benchmarks.results import RESULTS
 from omni_kernels import patched
 from omni_kernels.device import synchronize
+from omni_kernels.patching import handle_of
 from omni_kernels.validation.record import device_name, machine, slug, write
 
 BLOCKS = 60
@@ -155,20 +156,22 @@ class Run:
         text = torch.randn(1, TEXT, 32, generator=random).to(self._device)
         if self._announce:
             self._announce()
-        scheduler.set_timesteps(STEPS, device=self._device)
-        for step, t in enumerate(scheduler.timesteps[:steps]):
-            arguments = {
-                "hidden_states": latents,
-                "timestep": t.expand(1) / 1000,
-                "encoder_hidden_states": text,
-                "encoder_hidden_states_mask": None,
-                "img_shapes": [[(1, IMAGE, IMAGE)]],
-                "return_dict": False,
-            }
-            with transformer.cache_context("cond"), around(step):
-                output = transformer(**arguments)[0]
-            latents = scheduler.step(output, t, latents, return_dict=False)[0]
-            yield output
+        handle = handle_of(self.pipe)
+        with contextlib.nullcontext() if handle is None else handle.sampling():
+            scheduler.set_timesteps(STEPS, device=self._device)
+            for step, t in enumerate(scheduler.timesteps[:steps]):
+                arguments = {
+                    "hidden_states": latents,
+                    "timestep": t.expand(1) / 1000,
+                    "encoder_hidden_states": text,
+                    "encoder_hidden_states_mask": None,
+                    "img_shapes": [[(1, IMAGE, IMAGE)]],
+                    "return_dict": False,
+                }
+                with transformer.cache_context("cond"), around(step):
+                    output = transformer(**arguments)[0]
+                latents = scheduler.step(output, t, latents, return_dict=False)[0]
+                yield output
 
     def timed(self, steps: int) -> Iterator[torch.Tensor]:
         """`request`, its forwards from `FIRST` on added to `seconds`."""

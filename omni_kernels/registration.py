@@ -237,6 +237,10 @@ def _on_npu(
 # Calls
 
 
+#: Whether ops on the CPU may go round the dispatcher. A benchmark turns it off, to time the way that a GPU takes.
+_straight = True
+
+
 def eager_on_cpu(t: torch.Tensor) -> bool:
     """Whether an op on `t` may call its plain-torch implementation straight away.
 
@@ -244,7 +248,8 @@ def eager_on_cpu(t: torch.Tensor) -> bool:
     a small input.
     Whoever watches or transforms operators (compilation, dispatch modes, tensor subclasses, autograd) sees the op.
     """
-    return not (is_dynamo_compiling() or not t.is_cpu or type(t) is not _Tensor or _grad_enabled() or _dispatch_modes())
+    watched = is_dynamo_compiling() or type(t) is not _Tensor or _grad_enabled() or _dispatch_modes()
+    return t.is_cpu and _straight and not watched
 
 
 def _caller(
@@ -255,7 +260,7 @@ def _caller(
         # As `eager_on_cpu`, which would be one more Python frame.
         if _grad_enabled() or is_dynamo_compiling() or type(first) is not _Tensor or _dispatch_modes():
             return watched(*args)
-        return reference(*args) if first.is_cpu else unwatched(*args)
+        return reference(*args) if first.is_cpu and _straight else unwatched(*args)
 
     return call
 

@@ -170,7 +170,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         ({"range": None}, "range must be the smallest and the largest distance"),
         ({"range": [0.2, 0.1]}, "range must be"),
         ({"range": [0, 10**400]}, "range must be"),
-        ({"coefficients": [0, 0, 0, 10**400, 0]}, r"coefficients must be 5 finite numbers, not \[0, 0, 0, 1000"),
+        ({"coefficients": [0, 0, 0, 10**400, 0]}, r"coefficients must be 5 finite numbers, not \[0, 0, 0, <int"),
         ({"coefficients": list(range(10**5))}, r"coefficients must be 5 finite numbers, not \[0, .*, \.\.\.\]"),
         ({"calibrated_for": 3}, "calibrated_for must say"),
         ({"calibrated_for": {"scheduler_settings": [1, 2]}}, r"scheduler_settings must be an object, not \[1, 2\]"),
@@ -190,14 +190,13 @@ def test_a_broken_file_is_named_before_anything_is_patched(tmp_path, change, mes
     [
         {"steps": 0, "computed": [-1, 0], "sigmas": [1.0], "psnr": {"mean": 3.0}},
         {"steps": 0, "computed": [], "sigmas": [], "psnr": {"mean": 3.0}},
-        {"steps": 1, "computed": [0], "sigmas": [1.0], "psnr": {"mean": 3.0}},
         {"steps": 10**400, "computed": [0], "sigmas": [1.0], "psnr": {"mean": 3.0}},
         {"steps": 3, "computed": [0, 2], "sigmas": [1.0, 0.5], "psnr": {"mean": 3.0}},
         {"steps": 3, "computed": [0, 2], "sigmas": [1.0, 0.5, 10**400], "psnr": {"mean": 3.0}},
         {"steps": 3, "computed": [0, 2], "sigmas": [1.0, 0.5, 0.1], "psnr": {"mean": math.nan}},
         {"steps": 3, "computed": [0, 2], "sigmas": [1.0, 0.5, 0.1], "psnr": {"mean": 3.0}, "speedup": 10**400},
     ],
-    ids=["negative", "none", "one", "many", "few sigmas", "large sigma", "psnr", "speedup"],
+    ids=["negative", "none", "many", "few sigmas", "large sigma", "psnr", "speedup"],
 )
 def test_a_schedule_that_is_none_is_named(tmp_path, row):
     path = tmp_path / "velocity.json"
@@ -231,10 +230,11 @@ def test_a_file_that_is_not_read_through_is_named(tmp_path, content, message):
         calibration.read(path, "tea_cache")
 
 
-@pytest.mark.parametrize("name", ["a" * 5000, "a\0b"])
-def test_a_name_that_no_file_can_have(name):
+def test_a_name_that_no_file_can_have():
+    with pytest.raises(ValueError, match=r"is no path of a file: File name too long"):
+        calibration.read("a" * 5000, "tea_cache")
     with pytest.raises(FileNotFoundError, match="there is no file"):
-        calibration.read(name, "tea_cache")
+        calibration.read("a\0b", "tea_cache")
 
 
 def test_a_home_of_nobody():

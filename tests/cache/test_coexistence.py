@@ -10,6 +10,7 @@ import tiny
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers.hooks import HookRegistry
+from peft.utils import hotswap
 
 import omni_kernels
 
@@ -97,7 +98,7 @@ def test_lora_is_prepared_for_hot_swaps_on_a_cached_pipeline(qwen_pipe):
     for _ in range(2):
         assert torch.equal(latents(qwen_pipe), expected)
         add_lora(qwen_pipe)
-        peft.utils.hotswap.prepare_model_for_compiled_hotswap(qwen_pipe.transformer, target_rank=4)
+        hotswap.prepare_model_for_compiled_hotswap(qwen_pipe.transformer, target_rank=4)
         qwen_pipe.transformer.delete_adapters("lora0")
 
 

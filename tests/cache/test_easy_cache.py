@@ -215,7 +215,6 @@ FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
     ("name", "config"),
     [
         ("FlowMatchEulerDiscreteScheduler", {}),
-        ("FlowMatchLCMScheduler", {}),
         ("UniPCMultistepScheduler", FLOW),
         ("DPMSolverMultistepScheduler", FLOW),
     ],
@@ -243,7 +242,7 @@ def test_every_scheduler_of_flows(qwen_pipe, name, config):
     assert_skipped_steps_add_the_last_difference(seen, computed)
 
 
-@pytest.mark.parametrize("name", sorted(set(SCHEDULERS) - {"FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler"}))
+@pytest.mark.parametrize("name", sorted(set(SCHEDULERS) - {"FlowMatchEulerDiscreteScheduler"}))
 def test_schedulers_of_noise_are_refused_by_name(qwen_pipe, name):
     """What a model of noise adds to the latents is as large as they are, and changes as they do."""
     qwen_pipe.scheduler = getattr(diffusers, name)()

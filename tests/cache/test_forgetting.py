@@ -42,7 +42,7 @@ def test_text_of_another_size_of_picture_is_forgotten(qwen_pipe):
 
     def last_of(pictures):
         handle = omni_kernels.patch(qwen_pipe, "cache_dit", config)
-        with handle.run():
+        with handle.sampling():
             qwen_pipe.scheduler.set_timesteps(len(pictures), mu=0.5)
             for step, picture in enumerate(pictures):
                 (output,) = qwen_pipe.transformer(

@@ -1,8 +1,7 @@
 """The velocity cache: whole steps skipped on a schedule, in every pipeline, against the rule written out."""
 
-from __future__ import annotations
-
 import collections
+import contextlib
 import itertools
 import json
 
@@ -174,51 +173,61 @@ def on_a_parabola(pipe, whole, config):
         behind.append(tensors["latents"].clone())
         return {}
 
-    with omni_kernels.patched(pipe, "velocity_cache", config):
-        step = pipe.scheduler.step
-
+    def made(step):
         def on_parabola(output, t, sample, **rest):
             sigma = float(t) / 1000
             return step(torch.full_like(output, 3 * sigma**2 - sigma + 0.5), t, sample, **rest)
 
-        vars(pipe.scheduler)["step"] = on_parabola
-        try:
-            latents(pipe, callback_on_step_end=keep)
-        finally:
-            vars(pipe.scheduler)["step"] = step
+        return on_parabola
+
+    with omni_kernels.patched(pipe, "velocity_cache", config), above_the_cache(pipe, made):
+        latents(pipe, callback_on_step_end=keep)
     whole.append(behind)
 
 
-def test_corrector_is_left_out_where_the_step_is_no_straight_one(qwen_pipe, given):
-    """Stochastic sampling draws other noise at each step; and dmd weighs each sample by itself."""
+@contextlib.contextmanager
+def above_the_cache(pipe, made):
+    """While open, calls of the scheduler's step go through what `made` makes of it, and then through the cache."""
+    bar, own = pipe.progress_bar, vars(pipe.scheduler).get("step")
+
+    def progress_bar(*args, **kwargs):  # called within the pipeline's call, right before the loop
+        pipe.scheduler.step = made(pipe.scheduler.step)
+        return bar(*args, **kwargs)
+
+    pipe.progress_bar = progress_bar
+    try:
+        yield
+    finally:
+        del pipe.progress_bar, pipe.scheduler.step
+        if own is not None:
+            pipe.scheduler.step = own
+
+
+def test_corrector_is_left_out_where_each_sample_has_weights_of_its_own(qwen_pipe):
+    """dmd weighs each sample by itself."""
     made = []
     for corrector in (0, 2):
         config = {"schedule": SCHEDULE, "forecaster": "dmd", "corrector_order": corrector}
         with omni_kernels.patched(qwen_pipe, "velocity_cache", config):
             made.append(latents(qwen_pipe))
     assert torch.equal(*made)
-    qwen_pipe.scheduler.register_to_config(stochastic_sampling=True)
-    seen = outputs_of(qwen_pipe)
-    given.clear()
-    with omni_kernels.patched(qwen_pipe, "velocity_cache", {"schedule": SCHEDULE}):
-        latents(qwen_pipe)
-    assert_stepped_with(seen, written_out(given, SCHEDULE, corrector=0))
 
 
 def test_tokens_with_levels_of_their_own_are_not_corrected(qwen_pipe, given):
     """Image-to-video pipelines hold some tokens at other noise levels: the scheduler's own σ is not theirs."""
     seen = outputs_of(qwen_pipe)
-    with omni_kernels.patched(qwen_pipe, "velocity_cache", {"schedule": SCHEDULE}):
-        step = qwen_pipe.scheduler.step
 
+    def made(step):
         def by_token(output, t, sample, **rest):
             return step(output, t, sample, per_token_timesteps=t.expand(sample.shape[:2]), **rest)
 
-        vars(qwen_pipe.scheduler)["step"] = by_token
-        try:
-            latents(qwen_pipe)
-        finally:
-            vars(qwen_pipe.scheduler)["step"] = step
+        return by_token
+
+    with (
+        omni_kernels.patched(qwen_pipe, "velocity_cache", {"schedule": SCHEDULE}),
+        above_the_cache(qwen_pipe, made),
+    ):
+        latents(qwen_pipe)
     assert_stepped_with(seen, written_out(given, SCHEDULE, corrector=0))
 
 
@@ -371,19 +380,28 @@ def test_new_call_in_a_skipped_step_runs(qwen_pipe, given):
     calls = counted(qwen_pipe)
     seen = outputs_of(qwen_pipe)
 
-    def begin_guidance(pipe, index, timestep, tensors):
-        if index == 1:
-            with torch.no_grad(), pipe.transformer.cache_context("late"):
-                pipe.transformer(
-                    hidden_states=tensors["latents"],
-                    encoder_hidden_states=torch.zeros(1, 3, 32),
-                    timestep=torch.full((1,), 0.5),
-                    img_shapes=[[(1, 4, 4)]],
-                )
-        return {}
+    def guided(step):
+        taken = []
 
-    with omni_kernels.patched(qwen_pipe, "velocity_cache", {"schedule": SCHEDULE}) as handle:
-        latents(qwen_pipe, callback_on_step_end=begin_guidance)
+        def stepped(output, t, sample, **rest):
+            taken.append(t)
+            if len(taken) == 3:
+                with torch.no_grad(), qwen_pipe.transformer.cache_context("late"):
+                    qwen_pipe.transformer(
+                        hidden_states=sample,
+                        encoder_hidden_states=torch.zeros(1, 3, 32),
+                        timestep=torch.full((1,), 0.5),
+                        img_shapes=[[(1, 4, 4)]],
+                    )
+            return step(output, t, sample, **rest)
+
+        return stepped
+
+    with (
+        omni_kernels.patched(qwen_pipe, "velocity_cache", {"schedule": SCHEDULE}) as handle,
+        above_the_cache(qwen_pipe, guided),
+    ):
+        latents(qwen_pipe)
         (late,) = handle.report.branches["late"].decisions
     assert (late.step, late.computed, late.reason) == (2, True, "no stand-in for this call")
     assert len(calls) == 2 * len(SCHEDULE) + 1

@@ -560,8 +560,8 @@ def test_a_cache_within_the_blocks_is_counted_by_what_they_compute(qwen_pipe: An
 @pytest.mark.parametrize("make", [tiny.qwen_image, tiny.z_image, tiny.flux, tiny.qwen_image_edit])
 def test_every_block_of_a_known_model_can_be_counted(make: Any) -> None:
     transformer = make().transformer
-    lists = MODELS[type(transformer).__name__].block_lists
-    assert len(cells.projections(transformer)) == sum(len(getattr(transformer, name)) for name in lists) > 0
+    lists = MODELS[type(transformer).__name__].lists
+    assert len(cells.projections(transformer)) == sum(len(getattr(transformer, one.name)) for one in lists) > 0
 
 
 def test_what_is_counted_at_the_model_is_what_our_caches_report(pipe: Any, tmp_path: Path) -> None:

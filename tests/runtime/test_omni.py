@@ -422,11 +422,11 @@ def test_close_puts_the_pipeline_back(qwen_pipe: Any) -> None:
 
 def test_a_close_that_cannot_undo_can_be_tried_again(z_pipe: Any) -> None:
     omni = Omni(z_pipe, cache_backend="tea_cache")
-    installed = z_pipe.scheduler.step
-    z_pipe.scheduler.step = lambda *args, **kwargs: installed(*args, **kwargs)
+    installed = type(z_pipe)
+    z_pipe.__class__ = type("Theirs", (installed,), {})
     with pytest.raises(omni_kernels.PatchConflictError):
         omni.close()
-    z_pipe.scheduler.step = installed
+    z_pipe.__class__ = installed
     omni.close()
     assert handle_of(z_pipe) is None
 
