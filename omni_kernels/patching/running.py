@@ -3,6 +3,8 @@
 Python looks `pipe(...)` up in the pipeline's class. So this one instance is given a class of its own, derived from its
 class and called the same; no other instance is touched. Copies and pickles of the pipeline, and pipelines that are made
 from it, are of the plain class.
+
+`isinstance` holds as before; `type(pipe) is` its class does not, and the class made here cannot be pickled by itself.
 """
 
 from __future__ import annotations

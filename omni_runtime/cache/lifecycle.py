@@ -423,7 +423,10 @@ _asking = threading.Lock()
 
 @contextlib.contextmanager
 def turn(shared: Sequence[Any]) -> Iterator[None]:
-    """While open, no sampling in another thread works with these transformers and schedulers: it waits for this one."""
+    """While open, no sampling in another thread works with these transformers and schedulers: it waits for this one.
+
+    A callback must not wait for another thread that wants the same transformer: neither would go on.
+    """
     with _asking:
         locks = [_turns.setdefault(one, threading.RLock()) for one in sorted(shared, key=id)]
     with contextlib.ExitStack() as stack:

@@ -205,6 +205,35 @@ def test_two_threads_on_one_omni_take_turns(z_pipe):
             assert result.cache.to_dict()["branches"] == alone[seed].cache.to_dict()["branches"]
 
 
+def test_patching_waits_for_a_sampling_under_way_on_the_same_transformer(qwen_pipe):
+    other = sibling(qwen_pipe, own_scheduler=True)
+    handle = omni_kernels.patch(qwen_pipe, "first_block_cache", CONFIGS["first_block_cache"])
+    patched = threading.Event()
+
+    def patch():
+        omni_kernels.patch(other, "first_block_cache", CONFIGS["first_block_cache"])
+        patched.set()
+
+    thread = threading.Thread(target=patch)
+    with handle.sampling():
+        thread.start()
+        assert not patched.wait(0.3)
+    thread.join()
+    assert patched.is_set()
+    for pipe in (qwen_pipe, other):
+        omni_kernels.unpatch(pipe)
+    assert qwen_pipe.transformer._compiled_call_impl is None
+    assert type(qwen_pipe.transformer.transformer_blocks) is torch.nn.ModuleList
+
+
+def test_omni_that_is_closed_from_on_step_still_gives_the_picture(qwen_pipe):
+    omni = Omni(qwen_pipe, cache_backend="velocity_cache", cache_config={"budget": 2})
+    arguments = {"seed": 0, "num_inference_steps": 4, "height": 32, "width": 32, "output_type": "latent"}
+    (result,) = omni.generate("a cat", on_step=lambda event: omni.close(), **arguments)
+    assert torch.isfinite(result.images).all()
+    assert type(qwen_pipe) is diffusers.QwenImagePipeline
+
+
 # Copies
 
 

@@ -167,3 +167,15 @@ def test_copies_are_plain_and_undoing_leaves_nothing(qwen_pipe):
         with torch.no_grad():
             assert all(ahead.next_of(block, torch.ones(1)) is None for block in copied.transformer_blocks)
     assert [set(vars(block)) for block in qwen_pipe.transformer.transformer_blocks] == before
+
+
+def test_a_cache_of_blocks_begins_no_block_that_it_may_skip(monkeypatch):
+    pipe, begun = tiny.qwen_image(), []
+    leave = ahead.leave
+    monkeypatch.setattr(ahead, "leave", lambda states, block, *made: begun.append(block) or leave(states, block, *made))
+    blocks = list(pipe.transformer.transformer_blocks)
+    with omni_kernels.patched(pipe, "first_block_cache", {"threshold": 1.0}, fuse=True) as handle:
+        tiny.generate(pipe, output_type="latent", num_inference_steps=4)
+    assert handle.report.forwards_saved > 0
+    assert blocks[1] not in begun
+    assert begun.count(blocks[2]) == 2 * handle.report.forwards, "both streams, where the site was computed"
