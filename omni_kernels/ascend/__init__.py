@@ -38,9 +38,9 @@ def implementation(
     if own is None:
         return reference
 
-    def run(*args: Any) -> Any:
-        made = own(*args)
-        return reference(*args) if made is NotImplemented else made
+    def run(*args: Any, **kwargs: Any) -> Any:
+        made = own(*args, **kwargs)
+        return reference(*args, **kwargs) if made is NotImplemented else made
 
     return run
 

@@ -20,7 +20,7 @@ from omni_kernels.ops.relative_l1 import relative_l1
 from omni_kernels.ops.residual_relative_l1 import residual_relative_l1
 from omni_kernels.ops.rms_norm import rms_norm
 from omni_kernels.ops.swiglu import swiglu
-from omni_kernels.registration import DEFINED, eager_on_cpu
+from omni_kernels.registration import DEFINED, direct
 
 __all__ = [
     "OPS",
@@ -55,13 +55,12 @@ OPS = {
 }
 
 _CHECKED = SimpleNamespace(**{name: op.function for name, op in OPS.items()})
-_PLAIN = SimpleNamespace(**{name: op.reference for name, op in OPS.items()})
 
 
 def trusted(like: torch.Tensor) -> SimpleNamespace:
     """The ops by name, to be called with tensors like this one that are known to fit.
 
-    Where an op would call its plain-torch implementation straight away (`eager_on_cpu`), that implementation itself:
-    whoever calls several ops a step on small tensors is spared asking each of them what was asked once.
+    Where an op may call its implementation directly, that implementation itself: whoever calls several ops a step is
+    spared their checks, and asking each of them what was asked once.
     """
-    return _PLAIN if eager_on_cpu(like) else _CHECKED
+    return direct(like) or _CHECKED

@@ -82,7 +82,7 @@ def per_token(t: torch.Tensor) -> torch.Tensor:
 def selected(t: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
     """The rows of a modulation that the tokens take, [B, 1, D] or [B, S, D]."""
     if index is None:
-        return per_token(t)
+        return t.unsqueeze(1) if t.dim() == 2 else t
     first, second = t.unsqueeze(1).chunk(2)
     return torch.where(index.unsqueeze(-1) == 0, first, second)
 

@@ -15,6 +15,7 @@ of q, k, v and of the outputs, once, and those of freqs and the weights.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -160,17 +161,64 @@ def _stretch(t: torch.Tensor) -> tuple[int, int]:
 
 
 def _complex(t: torch.Tensor) -> torch.Tensor:
-    """The last dimension's pairs as numbers; what starts or lies at odd elements cannot be seen so and is copied."""
-    return torch.view_as_complex(t.clone(memory_format=torch.contiguous_format) if _odd(t) else t)
+    """The pairs [..., 2] as complex numbers [...]: a view, or a copy where they lie so that torch makes no view."""
+    seen = _complex_view(t)
+    return torch.view_as_complex(t.clone(memory_format=torch.contiguous_format)) if seen is None else seen
 
 
-def _odd(t: torch.Tensor) -> bool:
-    """Whether its pairs lie where no complex number can."""
-    return bool(t.storage_offset() % 2) or t.stride(-1) != 1 or any(s % 2 for s in t.stride()[:-1])
+def _complex_view(t: torch.Tensor) -> torch.Tensor | None:
+    try:
+        return torch.view_as_complex(t)
+    except RuntimeError:  # a pair starts at an odd element, or is no fp32
+        return None
 
 
-def _rms_normed(y: torch.Tensor, eps: float, weight: torch.Tensor) -> torch.Tensor:
-    return torch.rms_norm(y, weight.shape, weight.float(), eps)
+def _rms_normed(y: torch.Tensor, eps: float, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    if len(weights) == 1:
+        return torch.rms_norm(y, weights[0].shape, weights[0].float(), eps)
+    y = torch.rms_norm(y, weights[0].shape, None, eps)
+    for one, weight in zip(y.unbind(), weights, strict=True):
+        one.mul_(weight)
+    return y
+
+
+#: A tensor to be normed and rotated, the weights of its norm if it is normed, and where it is written.
+_Part = tuple[torch.Tensor, Sequence[torch.Tensor], torch.Tensor]
+
+
+def _apart(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    q_out: torch.Tensor,
+    k_out: torch.Tensor,
+) -> Sequence[_Part]:
+    return (q, () if q_weight is None else (q_weight,), q_out), (k, () if k_weight is None else (k_weight,), k_out)
+
+
+def _together(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    q_out: torch.Tensor,
+    k_out: torch.Tensor,
+) -> Sequence[_Part]:
+    """q and k as one tensor, where both lie in one: half the operators, which small tensors consist of."""
+    both, out = _stacked(q, k), _stacked(q_out, k_out)
+    if both is None or out is None or (q_weight is None) is not (k_weight is None):
+        return _apart(q, k, q_weight, k_weight, q_out, k_out)
+    return ((both, () if q_weight is None or k_weight is None else (q_weight, k_weight), out),)
+
+
+def _stacked(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
+    """[2, ...] over the memory of a and b, two views of one tensor; None where they are not."""
+    base, strides = a._base, a.stride()
+    if base is None or base is not b._base or strides != b.stride() or a.dtype != b.dtype:
+        return None
+    first, second = a.storage_offset(), b.storage_offset()
+    return a.as_strided((2, *a.shape), (second - first, *strides), first) if second > first else None
 
 
 def _pairs(
@@ -191,11 +239,12 @@ def _rotate(y: torch.Tensor, freqs: torch.Tensor, layout: str, out: torch.Tensor
     if layout == "interleaved":
         # Two operators where real arithmetic takes six: at 16 tokens of 4 heads of 48, 45 µs against 112 in all.
         numbers, angles = _complex(y.unflatten(-1, (-1, 2))), freqs.unsqueeze(-2)
-        if out.dtype == torch.float32 and not _odd(out):
-            # Where they belong at once: of 60 tiny blocks' host time, this and `_pairs` save a tenth.
-            torch.mul(numbers, angles, out=torch.view_as_complex(out.unflatten(-1, (-1, 2))))
-        else:
+        place = _complex_view(out.unflatten(-1, (-1, 2))) if out.dtype == torch.float32 else None
+        if place is None:
             out.copy_(torch.view_as_real(numbers * angles).flatten(-2))
+        else:
+            # Where they belong at once: of 60 tiny blocks' host time, this and `_pairs` save a tenth.
+            torch.mul(numbers, angles, out=place)
         return
     cos, sin = freqs.unsqueeze(-3).unbind(-1)
     a, b = y.unflatten(-1, (2, -1)).unbind(-2)
@@ -204,20 +253,20 @@ def _rotate(y: torch.Tensor, freqs: torch.Tensor, layout: str, out: torch.Tensor
     b_out.copy_((a * sin).addcmul_(b, cos))
 
 
-def _rms_normed_on_npu(y: torch.Tensor, eps: float, weight: torch.Tensor) -> torch.Tensor:
-    return _norms.normed_on_npu(y, "rms", eps, weight)
+def _rms_normed_on_npu(y: torch.Tensor, eps: float, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    return _norms.normed_on_npu(y, "rms", eps, *weights)
 
 
 def reference(
     q, k, v, q_out, k_out, v_out, q_weight, k_weight, eps, freqs, layout, across_heads, cos, sin,
-    *, normed=_rms_normed, prepared=_pairs, rotate=_rotate,
+    *, parts=_together, normed=_rms_normed, prepared=_pairs, rotate=_rotate,
 ):  # fmt: skip
     """In plain torch, but for the norm and the rotation where others compute them."""
     rotation = prepared(freqs, cos, sin, layout)
-    for x, weight, out in ((q, q_weight, q_out), (k, k_weight, k_out)):
+    for x, weights, out in parts(q, k, q_weight, k_weight, q_out, k_out):
         y = x.float()
-        if weight is not None:
-            y = normed(y.flatten(2) if across_heads else y, eps, weight).view(x.shape)
+        if weights:
+            y = normed(y.flatten(-2) if across_heads else y, eps, weights).view(x.shape)
         if rotation is None:
             out.copy_(y)
         else:
@@ -404,5 +453,5 @@ def launch(q, k, v, q_out, k_out, v_out, q_weight, k_weight, eps, freqs, layout,
         )  # fmt: skip
 
 
-on_npu = partial(reference, normed=_rms_normed_on_npu, prepared=tables, rotate=rotate_real)
+on_npu = partial(reference, parts=_apart, normed=_rms_normed_on_npu, prepared=tables, rotate=rotate_real)
 _op = define(qk_norm_rope, reference, launch, npu=on_npu, mutates=("q_out", "k_out", "v_out"))

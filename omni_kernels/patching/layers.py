@@ -32,7 +32,7 @@ def modulations(given: torch.Tensor, count: int, index: torch.Tensor | None = No
 
 def for_each(x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     """text [B or 1, T, D] for each sample of x [B, S, D]: modulation would broadcast it, as diffusers leaves it to."""
-    return text.expand(len(x), -1, -1) if len(text) < len(x) else text
+    return text.expand(x.shape[0], -1, -1) if text.shape[0] < x.shape[0] else text
 
 
 def complex_rotation(table: torch.Tensor | None) -> Rotation:
@@ -82,8 +82,10 @@ def self_attention(
     across_heads: bool = False,
 ) -> torch.Tensor:
     """Attention within x [B, S, D], before its output layers; with `across_heads`, q and k are normed so."""
-    q, k, v = _heads(attn, x, attn.to_q, attn.to_k, attn.to_v)
-    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    to_q, to_k = attn.to_q, attn.to_k
+    q, k = _pair(attn, x, to_q, to_k, multiplies(x, to_q, to_k))
+    (v,) = _heads(attn, x, attn.to_v)
+    q_out, k_out = _empty_pair(q, k, q.shape[1])
     norm_q = attn.norm_q
     ops.trusted(x).qk_norm_rope(
         q, k, None, q_out, k_out, None, **rotation, across_heads=across_heads,
@@ -102,50 +104,54 @@ def joint_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(text, image) of the attention of both streams, text first, to each other, with their output layers."""
     T, run = text.shape[1], ops.trusted(x)
-    norm_q, t_norm_q = attn.norm_q, attn.norm_added_q
-    q, k = _heads(attn, x, attn.to_q, attn.to_k)
-    t_q, t_k = _heads(attn, text, attn.add_q_proj, attn.add_k_proj)
-    joint_q, joint_k = _empty_joint(t_q, q), _empty_joint(t_k, k)
-    joint_v, (t_v, t_v_out), (v, v_out) = _joint_values(attn, text, x)
+    own = attn._modules  # as attributes they would be looked up in Python, one after the other
+    to_q, to_k, to_v = own["to_q"], own["to_k"], own["to_v"]
+    t_to_q, t_to_k, t_to_v = own["add_q_proj"], own["add_k_proj"], own["add_v_proj"]
+    norm_q, norm_k, t_norm_q, t_norm_k = own["norm_q"], own["norm_k"], own["norm_added_q"], own["norm_added_k"]
+    plain = multiplies(x, to_q, to_k, to_v, t_to_q, t_to_k, t_to_v)
+    (q, k), (t_q, t_k) = _pair(attn, x, to_q, to_k, plain), _pair(attn, text, t_to_q, t_to_k, plain)
+    joint_q, joint_k = _empty_pair(q, k, T + x.shape[1])
+    joint_v, (t_v, t_v_out), (v, v_out) = _joint_values(attn, text, x, t_to_v, to_v, plain)
     (t_q_out, q_out), (t_k_out, k_out) = _halves(joint_q, T), _halves(joint_k, T)
     run.qk_norm_rope(
         t_q, t_k, t_v, t_q_out, t_k_out, t_v_out, **text_rotation,
-        q_weight=t_norm_q.weight, k_weight=attn.norm_added_k.weight, eps=t_norm_q.eps,
+        q_weight=t_norm_q.weight, k_weight=t_norm_k.weight, eps=t_norm_q.eps,
     )  # fmt: skip
     run.qk_norm_rope(
         q, k, v, q_out, k_out, v_out, **rotation,
-        q_weight=norm_q.weight, k_weight=attn.norm_k.weight, eps=norm_q.eps,
+        q_weight=norm_q.weight, k_weight=norm_k.weight, eps=norm_q.eps,
     )  # fmt: skip
     attended = attend(attn.processor, joint_q, joint_k, joint_v, mask=mask)
     attended_text, attended = _halves(attended, T)
-    out = through(attn.to_out, attended.contiguous())
-    return attn.to_add_out(attended_text.contiguous()), out
+    out = through(own["to_out"], attended.contiguous())
+    return own["to_add_out"](attended_text.contiguous()), out
 
 
 #: The values of a stream and their place in the joint sequence, where they are yet to be copied there.
 _Copy = tuple[torch.Tensor, torch.Tensor] | tuple[None, None]
 
 
-def _joint_values(attn: Any, text: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, _Copy, _Copy]:
+def _joint_values(
+    attn: Any, text: torch.Tensor, x: torch.Tensor, text_to_v: Any, to_v: Any, plain: bool
+) -> tuple[torch.Tensor, _Copy, _Copy]:
     """The joint sequence of values, [B, T + S, H, Dh], and what of text and image is not in it yet."""
     T = text.shape[1]
-    to_v, text_to_v = attn.to_v, attn.add_v_proj
-    # Of one sample: the places of several are no matrix.
-    if len(x) == 1 and multiplies(x, to_v, text_to_v):
+    if plain and x.shape[0] == 1:  # the places of several samples are no matrix
         joint = x.new_empty((T + x.shape[1], to_v.out_features))
         t_v_out, v_out = _halves(joint, T, 0)
         _multiply(text_to_v, text[0], t_v_out)
         _multiply(to_v, x[0], v_out)
-        return joint.view(1, len(joint), -1, attn.inner_dim // attn.heads), (None, None), (None, None)
+        return joint.view(1, joint.shape[0], -1, attn.inner_dim // attn.heads), (None, None), (None, None)
     (t_v,), (v,) = _heads(attn, text, text_to_v), _heads(attn, x, to_v)
-    joint = _empty_joint(t_v, v)
+    joint = v.new_empty((v.shape[0], T + x.shape[1], *v.shape[2:]))
     t_v_out, v_out = _halves(joint, T)
     return joint, (t_v, t_v_out), (v, v_out)
 
 
 def _multiply(linear: Any, x: torch.Tensor, out: torch.Tensor) -> None:
     """What `linear` makes of x [S, C], written to out [S, D]."""
-    weight, bias = linear.weight.t(), linear.bias
+    parameters = linear._parameters  # of which torch looks up attributes in Python
+    weight, bias = parameters["weight"].t(), parameters["bias"]
     if bias is None:
         torch.mm(x, weight, out=out)
     else:
@@ -158,9 +164,25 @@ def _halves(joint: torch.Tensor, T: int, dim: int = 1) -> tuple[torch.Tensor, to
     return text, x
 
 
-def _empty_joint(text: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Memory for text [B, T, H, Dh] and image [B, S, H, Dh] in one sequence."""
-    return x.new_empty((x.shape[0], text.shape[1] + x.shape[1], *x.shape[2:]))
+def _empty_pair(q: torch.Tensor, k: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for q and k [B, S, H, Dh] of so many tokens: of one dtype one tensor, which the op takes as a whole."""
+    B, _, H, Dh = q.shape
+    if q.dtype != k.dtype:
+        return q.new_empty((B, tokens, H, Dh)), k.new_empty((B, tokens, H, Dh))
+    q_out, k_out = q.new_empty((2, B, tokens, H, Dh)).unbind()
+    return q_out, k_out
+
+
+def _pair(attn: Any, x: torch.Tensor, to_q: Any, to_k: Any, plain: bool) -> Iterable[torch.Tensor]:
+    """q and k [B, S, H, Dh], in one tensor where their projections are plain layers."""
+    width = to_q.out_features if plain else 0
+    if not plain or to_k.out_features != width or not x.is_contiguous():
+        return _heads(attn, x, to_q, to_k)
+    B, S, C = x.shape
+    rows, both = x.view(-1, C), x.new_empty((2, B * S, width))
+    for projection, out in zip((to_q, to_k), both.unbind(), strict=True):
+        _multiply(projection, rows, out)
+    return both.view(2, B, S, -1, attn.inner_dim // attn.heads).unbind()
 
 
 def _heads(attn: Any, x: torch.Tensor, *projections: Any) -> Iterable[torch.Tensor]:

@@ -77,7 +77,7 @@ def forward(
     x, text, index = hidden_states, encoder_hidden_states, modulate_index
     if (
         joint_attention_kwargs
-        or len(text) not in (1, len(x))
+        or text.shape[0] not in (1, x.shape[0])
         or not computes(x, text, temb)
         or not attends(block.attn, PROCESSOR)
         or not stands(block, STANDS_FOR)

@@ -37,7 +37,7 @@ def is_librarys(method: Any) -> bool:
 
     A graph that is being compiled holds what its classes did before.
     """
-    if torch.compiler.is_compiling() or method in _own:
+    if method in _own or torch.compiler.is_compiling():
         return True
     if home(method).partition(".")[0] not in LIBRARIES:
         return False
@@ -56,18 +56,11 @@ def part(block: torch.nn.Module, path: str) -> Any:
 
 def hooked(module: torch.nn.Module) -> bool:
     """Whether calling `module` comes to more than the forward of its class, or ours for it."""
-    return (
-        len(module._forward_hooks) > 0
-        or len(module._forward_pre_hooks) > 0
-        or module._compiled_call_impl is not None
-        or shadowed(module)
-    )
-
-
-def shadowed(module: torch.nn.Module) -> bool:
-    """Whether something else than ours stands in the place of the forward that `module` has from its class."""
-    own = module.__dict__.get("forward")
-    return own is not None and not isinstance(own, Forward)
+    own = vars(module)
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or module._compiled_call_impl is not None:
+        return True
+    forward = own.get("forward")
+    return forward is not None and not isinstance(forward, Forward)
 
 
 _SEEN = "_omni_kernels_seen"

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from diffusers.models.transformers import transformer_flux, transformer_qwenimage, transformer_wan, transformer_z_image
@@ -7,6 +9,8 @@ from torch.library import opcheck
 from omni_kernels.ops import OPS, qk_norm_rope
 from omni_kernels.validation import oracle
 from omni_kernels.validation.tolerances import assert_near
+
+module = sys.modules["omni_kernels.ops.qk_norm_rope"]  # the package has the function under this name
 
 LAYOUTS = ["interleaved", "half"]
 # B, S, H, Dh: sizes of one, sizes that divide by nothing, the heads of models.
@@ -532,3 +536,41 @@ def test_tables_that_do_not_fit_are_refused():
     refused("cos has dtype float64", *tensors, cos=cos.double(), sin=sin)
     refused("sin is on meta; it must be on cpu", *tensors, cos=cos, sin=sin.to("meta"))
     refused("cos is on meta; it must be on cpu", *tensors, cos=cos.to("meta"), sin=sin.to("meta"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize(("layout", "across_heads"), [("interleaved", False), ("half", False), ("interleaved", True)])
+def test_q_and_k_of_one_tensor_are_computed_together_and_have_the_bits_that_they_have_apart(
+    layout, across_heads, weighted, dtype, monkeypatch
+):
+    torch.manual_seed(0)
+    both = torch.randn(2, 2, 5, 3, 8).to(dtype)
+    size = 24 if across_heads else 8
+    weights = torch.randn(2, size) if weighted else (None, None)
+    options = {"layout": layout, "across_heads": across_heads, "freqs": torch.randn(5, 4, 2)}
+    options |= {"q_weight": weights[0], "k_weight": weights[1]}
+    joint, apart = torch.zeros(2, 2, 7, 3, 8, dtype=dtype), torch.zeros(2, 2, 7, 3, 8, dtype=dtype)
+    computed = []
+    stacked = module._stacked
+    monkeypatch.setattr(module, "_stacked", lambda a, b: computed.append(stacked(a, b)) or computed[-1])
+    with torch.no_grad():
+        q, k = both.unbind()
+        q_out, k_out = (t[:, 2:] for t in joint.unbind())
+        OPS["qk_norm_rope"].reference(q, k, None, q_out, k_out, None, **options)
+        q_out, k_out = (t[:, 2:] for t in (apart[0].clone(), apart[1].clone()))
+        OPS["qk_norm_rope"].reference(q.clone(), k.clone(), None, q_out, k_out, None, **options)
+    assert [one is not None for one in computed] == [True, True, False, False]
+    assert torch.equal(joint[0, :, 2:], q_out)
+    assert torch.equal(joint[1, :, 2:], k_out)
+    assert not joint[:, :, :2].any()
+
+
+def test_q_and_k_that_lie_otherwise_are_computed_apart():
+    """k before q, of other strides, of another dtype, of another tensor, or nobody's view."""
+    both = torch.randn(2, 1, 5, 3, 8)
+    q, k = both.unbind()
+    others = [(k, q), (q, both[1].transpose(1, 2)), (q, k.view(torch.int32)), (q, k.clone()), (q.clone(), k.clone())]
+    for a, b in others:
+        assert module._stacked(a, b) is None
+    assert torch.equal(module._stacked(q, k), both)

@@ -206,7 +206,7 @@ def launched_on_the_cpu():
     """The dispatcher runs the launchers, in Triton's interpreter, as it does where there is a GPU."""
     library = torch.library.Library("omni_kernels", "IMPL")
     for name, op in OPS.items():
-        for base in (name, f"{name}_into", f"{name}_no_grad", f"{name}_into_no_grad"):
+        for base in (name, f"{name}_into"):
             packet = getattr(torch.ops.omni_kernels, base, None)
             for overload in packet.overloads() if packet else ():
                 found = getattr(packet, overload)
@@ -391,7 +391,42 @@ def test_whoever_watches_operators_sees_the_op_without_gradients_too(name):
     with torch.no_grad(), Watch():
         OPS[name].function(*inputs)
     assert [func.namespace for func in seen] == [registration.NAMESPACE]
-    assert not any(registration.eager_on_cpu(t) for t in tensors(1, 2, 3, device="meta"))
+
+
+@pytest.mark.parametrize("name", [*NAMES, "qk_norm_rope"])
+def test_each_kind_of_device_has_its_implementation_directly(name):
+    op = OPS[name]
+    assert getattr(registration.DIRECT["cpu"], name) is op.reference
+    assert getattr(registration.DIRECT["cuda"], name) is op.launcher
+    assert callable(getattr(registration.DIRECT["npu"], name))
+
+
+class OnAGpu(torch.Tensor):
+    """Says that it is on a GPU, and is nothing but a tensor to whoever asks for its class."""
+
+    is_cpu, is_cuda = False, True
+
+
+def test_kernels_are_launched_directly_unless_somebody_watches(monkeypatch):
+    """Of a GPU that is not there: what would be called, by what the tensor says of itself."""
+    monkeypatch.setattr(registration, "_Tensor", OnAGpu)
+    x = torch.ones(2, 3).as_subclass(OnAGpu)
+    assert registration.direct(x) is None  # autograd
+    with torch.no_grad():
+        assert registration.direct(x).gelu is OPS["gelu"].launcher
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+            assert registration.direct(x) is None
+        seen = []
+        torch.func.vmap(lambda row: seen.append(registration.direct(x)) or row)(torch.ones(2, 3))
+        torch.jit.trace(lambda row: seen.append(registration.direct(x)) or row, torch.ones(2), check_trace=False)
+        assert seen == [None, None]
+        assert registration.direct(torch.ones(2, device="meta")) is None  # another class, here
+
+
+def test_a_profile_names_the_ops():
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        ops.gelu(torch.ones(2, 3))
+    assert "omni_kernels::gelu" in {event.key for event in profile.key_averages()}
 
 
 @pytest.mark.parametrize("shape", [(1, 1 << 14), (1, (1 << 14) + 16), (3, 1 << 13), (1, 1 << 20)])
