@@ -128,7 +128,7 @@ def off(made, expected):
 
 
 def shared(name, caches):
-    """Each of the caches on one rank alone (they take turns), and then on all together; the first over fused blocks, too."""
+    """Each of the caches on one rank alone, by turns, and then on all together; the first over fused blocks, too."""
     build, arguments, parallel, _ = SHARED[name]
     pipe, alone = build(), {}
     for of_a_rank in of_all_ranks({cache: cached(pipe, cache, arguments) for cache in caches[own_rank() :: RANKS]}):
