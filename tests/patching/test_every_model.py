@@ -5,6 +5,7 @@ Caches of diffusers and of the cache-dit library, adapters, attention backends, 
 
 import contextlib
 import functools
+import itertools
 import logging
 import sys
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from fused import off
 from models import MODELS, latents
+from pairs import in_turn
 from torch.utils.checkpoint import checkpoint
 
 import omni_kernels
@@ -102,9 +104,12 @@ def unfused_under(cache, name):
 CACHED = [(Diffusers, name) for name in MODELS if name != "z_image"] + [(Library, name) for name in MODELS]
 
 
-@pytest.mark.parametrize("ours_goes_first", [True, False])
-@pytest.mark.parametrize(("cache", "name"), CACHED)
-def test_users_own_cache_comes_and_goes_in_any_order(cache, name, patch_first, ours_goes_first):
+@pytest.mark.parametrize(
+    ("cached", "order"),
+    in_turn(CACHED, itertools.product(["patched first", "patched last"], ["undone first", "undone last"])),
+)
+def test_users_own_cache_comes_and_goes_in_any_order(cached, order):
+    (cache, name), patch_first, ours_goes_first = cached, order[0] == "patched first", order[1] == "undone first"
     model, (plain, expected) = MODELS[name], unfused_under(cache, name)
     assert off(expected, plain) > 1e-3, "steps are skipped"
     pipe = model.build()
