@@ -8,7 +8,11 @@ def in_turn(first, second):
     first, second = [*first], [*second]
     chosen = {(place % len(first), place % len(second)) for place in range(max(len(first), len(second)))}
     return [
-        pytest.param(one, other, marks=() if (i, j) in chosen else pytest.mark.long)
+        pytest.param(one, other, id=f"{_name(one)}-{_name(other)}", marks=() if (i, j) in chosen else pytest.mark.long)
         for i, one in enumerate(first)
         for j, other in enumerate(second)
     ]
+
+
+def _name(value):
+    return "-".join(map(_name, value)) if isinstance(value, tuple) else getattr(value, "__name__", str(value))

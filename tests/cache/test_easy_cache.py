@@ -559,7 +559,7 @@ def test_all_that_is_held_is_told_and_it_is_a_few_latents(qwen_pipe):
 
 @torch._dynamo.config.patch(recompile_limit=64)
 def test_compiled_transformer():
-    qwen_pipe = tiny.qwen_image(layers=2)
+    qwen_pipe = tiny.qwen_image(layers=1)
     config = {"thresh": 0.2, "ret_steps": 3}
     with omni_kernels.patched(qwen_pipe, "easy_cache", config) as handle:
         expected, decided = latents(qwen_pipe), computed_of(handle)

@@ -259,7 +259,7 @@ def test_prompt_of_another_length_mid_run_drops_the_text_snapshots(qwen_pipe):
 @pytest.mark.parametrize(
     ("backend", "error", "call"),
     [
-        pytest.param(*pair.values[:1], *pair.values[1], marks=pair.marks)
+        pytest.param(pair.values[0], *pair.values[1], id=pair.id, marks=pair.marks)
         for pair in in_turn(CONFIGS, itertools.product([RuntimeError, KeyboardInterrupt], ["cond", "uncond"]))
     ],
 )

@@ -183,6 +183,11 @@ def test_adapter_from_a_file_counts_loaded_and_fused(model, lora_file, patch_fir
         assert off(latents(pipe), without) > 1e-2
 
 
+@pytest.mark.parametrize(  # of every model that it is heard: test_adapter_counts_loaded_fused_and_unloaded
+    "model",
+    [pytest.param(name, marks=() if name in ("qwen_image", "wan") else pytest.mark.long) for name in MODELS],
+    indirect=True,
+)
 def test_adapter_that_is_loaded_into_compiled_blocks_counts(model, lora_file):
     _, directory = lora_file
     pipe, other = model.build(), model.build()
@@ -357,7 +362,13 @@ def test_group_offload_keeps_working(model, level, patch_first):
 
 # The rest is asked in the models' own tests.
 @pytest.mark.parametrize(
-    ("name", "patch_first"), [("z_image", True), ("z_image", False), ("flux", False), ("wan", False)]
+    ("name", "patch_first"),
+    [
+        ("z_image", True),
+        pytest.param("z_image", False, marks=pytest.mark.long),
+        ("flux", False),
+        ("wan", False),
+    ],
 )
 def test_compiled_blocks_are_fused_and_compiled_once(name, patch_first):
     model = MODELS[name]
