@@ -1,5 +1,6 @@
 """For all tests: no network, Triton's interpreter where there is no GPU, one torch thread, tiny pipelines."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -41,6 +42,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if long:
         config.hook.pytest_deselected(items=[*long])
         items[:] = [item for item in items if item not in long]
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected by now stays: passing over it took 0.5 s of every full garbage collection."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or nanobind tells of what is left at the end
 
 
 @pytest.fixture(autouse=True, scope="session")

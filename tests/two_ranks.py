@@ -1,4 +1,4 @@
-"""Two ranks that share a sequence, as processes on the CPU with gloo, which run what a test module computes.
+"""Fresh processes, and two of them that share a sequence, with gloo on the CPU, which run what a test module computes.
 
 Where diffusers needs what gloo, or attention on the CPU, lacks, there are stand-ins: gathering tensors of unequal
 lengths (`ulysses_anything`), and the log-sum-exp of attention (ring). Tensor parallelism is allowed on the CPU.
@@ -7,8 +7,12 @@ lengths (`ulysses_anything`), and the log-sum-exp of attention (ring). Tensor pa
 import datetime
 import json
 import logging
+import multiprocessing
+import os
 import sys
 import warnings
+from pathlib import Path
+from unittest import mock
 
 import diffusers
 import pytest
@@ -35,8 +39,19 @@ def enable(transformer, config=ULYSSES):
 
 def of_each_rank(compute, directory):
     """What `compute()`, of a test module, gives on each rank, as JSON has it."""
-    torch.multiprocessing.spawn(_rank, (compute, str(directory)), RANKS)
+    start(_rank, (compute, str(directory)), RANKS)
     return [json.loads((directory / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(RANKS)]
+
+
+def start(function, arguments, processes):
+    """Run `function(number, *arguments)` in processes that have imported what tests need, and run nothing."""
+    start_method = "spawn"
+    if sys.platform == "linux":  # imports, of 7 s, are made once for all processes of all test modules
+        start_method = "forkserver"
+        multiprocessing.set_forkserver_preload(["two_ranks", "tiny", "omni_runtime"])
+    folders = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(folders)):  # where the fork server finds them
+        torch.multiprocessing.start_processes(function, arguments, processes, start_method=start_method)
 
 
 def _rank(rank, compute, directory):

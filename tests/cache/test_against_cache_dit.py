@@ -115,7 +115,7 @@ def of_ours(case, setting):
     return run_ours(build, SETTINGS[setting], guidance)
 
 
-@pytest.mark.parametrize(("case", "setting"), in_turn(everywhere=["F1B0", "F2B1"]))
+@pytest.mark.parametrize(("case", "setting"), in_turn(everywhere=["F1B0"]))
 def test_computed_steps_and_images_are_the_librarys(case, setting):
     theirs, their_latents = of_library(case, setting)
     ours, our_latents = of_ours(case, setting)

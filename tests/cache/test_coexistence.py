@@ -10,6 +10,7 @@ import tiny
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers.hooks import HookRegistry
+from pairs import in_turn
 from peft.utils import hotswap
 
 import omni_kernels
@@ -142,8 +143,7 @@ def diffusers_hook(transformer):
 
 
 @pytest.mark.parametrize("attach", [accelerate_hook, diffusers_hook])
-@pytest.mark.parametrize("hook_first", [True, False])
-@pytest.mark.parametrize("undo_first", [True, False])
+@pytest.mark.parametrize(("hook_first", "undo_first"), in_turn([True, False], [True, False]))
 def test_hooks_and_patch_come_and_go_in_any_order(qwen_pipe, attach, hook_first, undo_first):
     plain = latents(qwen_pipe)
     expected = cached(qwen_pipe, "first_block_cache")
@@ -182,8 +182,7 @@ def test_hooks_on_blocks_see_the_blocks_that_run(qwen_pipe):
     assert sum(hook.calls for hook in hooks) == handle.report.blocks_run
 
 
-@pytest.mark.parametrize("name", ["qwen_image", "z_image", "flux"])
-@pytest.mark.parametrize("backend", SKIPPING)
+@pytest.mark.parametrize(("backend", "name"), in_turn(SKIPPING, ["qwen_image", "z_image", "flux"]))
 def test_weights_offloaded_by_accelerate_are_fetched(name, backend):
     pipe = build(name)
     expected = cached(pipe, backend)

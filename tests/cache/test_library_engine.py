@@ -163,7 +163,7 @@ def test_every_list_must_leave_a_block_to_skip():
 # Requests
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def fresh():
     """What a freshly patched pipeline makes, and the steps that it skips."""
     pipe = tiny.qwen_image()

@@ -17,11 +17,9 @@ STEPS = 5
 
 @pytest.fixture(scope="module", autouse=True)
 def _only_objects_of_these_tests():
-    """What was there before is not looked through, which is faster."""
+    """What was there before is not looked through, which is faster; it stays frozen, as tests/conftest.py has it."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

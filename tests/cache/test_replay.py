@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from host_reads import HostReadError, Reads
+from pairs import in_turn
 
 import omni_kernels
 from omni_runtime.cache import replay
@@ -98,18 +99,21 @@ def test_same_request_again_replays_and_has_not_drifted(qwen_pipe, backend):
         ]
 
 
-def test_every_pipeline_replays_every_method(any_pipe):
-    for backend in CONFIGS:
-        with omni_kernels.patched(any_pipe, backend, replaying(backend)) as handle:
-            first, asked = latents(any_pipe), measured(handle.report)
-            assert torch.equal(latents(any_pipe), first)
-            assert handle.report.drift == 0.0
-            assert replayed(handle.report) == asked
-            assert all(asked.values())
+@pytest.mark.parametrize(("name", "backend"), in_turn(tiny.PIPELINES, CONFIGS))
+def test_every_pipeline_replays_every_method(name, backend):
+    pipe = tiny.PIPELINES[name]()
+    with omni_kernels.patched(pipe, backend, replaying(backend)) as handle:
+        first, asked = latents(pipe), measured(handle.report)
+        assert torch.equal(latents(pipe), first)
+        assert handle.report.drift == 0.0
+        assert replayed(handle.report) == asked
+        assert all(asked.values())
 
 
-@pytest.mark.parametrize("change", [{"seed": 5}, {"prompt": "a dog that is not a cat at all"}])
-@pytest.mark.parametrize("name", ["qwen_image", "z_image", "flux"])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    in_turn(["qwen_image", "z_image", "flux"], [{"seed": 5}, {"prompt": "a dog that is not a cat at all"}]),
+)
 def test_another_prompt_or_seed_replays(name, change):
     pipe = tiny.PIPELINES[name]()
     handle = omni_kernels.patch(pipe, "first_block_cache", replaying("first_block_cache", tolerance=1e9))
@@ -405,8 +409,7 @@ def test_other_noise_levels_are_a_kind_of_their_own(qwen_pipe):
     assert handle.report.drift == 0.0
 
 
-@pytest.mark.parametrize("backend", CONFIGS)
-@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize(("backend", "images"), in_turn(CONFIGS, [2, 1]))
 def test_guidance_in_one_batch_is_judged_by_image(z_pipe, backend, images):
     """What is kept holds both halves of the batch: read later, an image's distance is what it was when read at once."""
     handle = omni_kernels.patch(z_pipe, backend, replaying(backend))
@@ -532,8 +535,7 @@ def fail_at(when):
     return fail
 
 
-@pytest.mark.parametrize("end", [interrupt_at, fail_at])
-@pytest.mark.parametrize("backend", CONFIGS)
+@pytest.mark.parametrize(("backend", "end"), in_turn(CONFIGS, [interrupt_at, fail_at]))
 def test_request_that_dies_changes_nothing(qwen_pipe, backend, end):
     """Whether it was the first of its kind, which would have recorded, or a replay, which would have drifted."""
     handle = omni_kernels.patch(qwen_pipe, backend, replaying(backend, tolerance=0.0))

@@ -1,15 +1,15 @@
 """Requests: whatever ends one, and however the next differs, the next is as in a fresh pipeline, bit for bit."""
 
-import os
-import subprocess
-import sys
+import functools
+import itertools
 import warnings
-from pathlib import Path
 
 import diffusers
 import pytest
 import tiny
 import torch
+from pairs import in_turn
+from two_ranks import start
 
 import omni_kernels
 from omni_runtime.cache import forecasters
@@ -46,8 +46,13 @@ def fresh(backend, build=tiny.qwen_image, **arguments):
     return latents(pipe, **arguments), decisions(handle.report)
 
 
+@functools.cache
+def fresh_once(backend, **arguments):
+    return fresh(backend, **arguments)
+
+
 def assert_as_fresh(handle, pipe, backend, **arguments):
-    expected, expected_decisions = fresh(backend, **arguments)
+    expected, expected_decisions = fresh_once(backend, **arguments)
     assert torch.equal(latents(pipe, **arguments), expected)
     assert decisions(handle.report) == expected_decisions
     assert handle.report.complete
@@ -144,7 +149,7 @@ def test_unpatched_again_the_pipeline_computes_as_before(any_pipe):
 
 
 def test_cache_that_never_skips_changes_no_bit(any_pipe):
-    before = latents(any_pipe)
+    before = latents(any_pipe, num_inference_steps=4)
     for backend, config in {
         "first_block_cache": {"threshold": 0.0},
         "cache_dit": {"residual_diff_threshold": 1e-9, "Bn_compute_blocks": 1, "Fn_compute_blocks": 2},
@@ -154,7 +159,7 @@ def test_cache_that_never_skips_changes_no_bit(any_pipe):
         "easy_cache": {"thresh": 1e-9, "ret_steps": 0},
     }.items():
         with omni_kernels.patched(any_pipe, backend, config) as handle:
-            assert torch.equal(latents(any_pipe), before)
+            assert torch.equal(latents(any_pipe, num_inference_steps=4), before)
             assert handle.report.forwards_saved == 0
             assert handle.report.blocks_run == handle.report.blocks_total > 0
 
@@ -251,14 +256,19 @@ def test_prompt_of_another_length_mid_run_drops_the_text_snapshots(qwen_pipe):
 # Requests that die
 
 
-@pytest.mark.parametrize("backend", CONFIGS)
-@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()], ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("call", [2, 3], ids=["cond", "uncond"])
+@pytest.mark.parametrize(
+    ("backend", "error", "call"),
+    [
+        pytest.param(pair.values[0], *pair.values[1], id=pair.id, marks=pair.marks)
+        for pair in in_turn(CONFIGS, itertools.product([RuntimeError, KeyboardInterrupt], ["cond", "uncond"]))
+    ],
+)
 def test_exception_inside_a_block_leaves_nothing_behind(qwen_pipe, backend, error, call):
     handle = omni_kernels.patch(qwen_pipe, backend, CONFIGS[backend])
     block = qwen_pipe.transformer.transformer_blocks[0 if backend != "tea_cache" else 2]
-    hook = raise_at(block, call if backend != "tea_cache" else call % 2, error)
-    with pytest.raises(type(error)):
+    first = 0 if backend == "tea_cache" else 2  # of the calls of the step to fail in
+    hook = raise_at(block, first + (call == "uncond"), error("broken"))
+    with pytest.raises(error):
         latents(qwen_pipe)
     hook.remove()
     assert not handle.report.complete
@@ -267,20 +277,14 @@ def test_exception_inside_a_block_leaves_nothing_behind(qwen_pipe, backend, erro
     assert_as_fresh(handle, qwen_pipe, backend)
 
 
-IN_A_FRESH_PROCESS = """
-import sys, torch
-torch.set_num_threads(1)
-import test_requests
-torch.save([test_requests.fresh(backend)[0] for backend in test_requests.CONFIGS], sys.argv[1])
-"""
+def in_a_fresh_process(_, path):
+    torch.set_num_threads(1)
+    torch.save([fresh(backend)[0] for backend in CONFIGS], path)
 
 
 def test_request_after_a_dead_one_equals_a_fresh_process(tmp_path):
     path = tmp_path / "latents.pt"
-    tests = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
-    command = [sys.executable, "-c", IN_A_FRESH_PROCESS, str(path)]
-    subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    start(in_a_fresh_process, (path,), processes=1)
     for backend, expected in zip(CONFIGS, torch.load(path), strict=True):
         pipe = tiny.qwen_image()
         with omni_kernels.patched(pipe, backend, CONFIGS[backend]):

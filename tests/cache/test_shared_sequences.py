@@ -65,7 +65,28 @@ SHARED = {
     "qwen_image, ring": (tiny.qwen_image, EVEN, RING, FEW),
     "qwen_image_edit, tensor parallel": (tiny.qwen_image_edit, {}, TENSOR, (*FEW, "cache_dit, dmd")),
 }
-EACH = [(name, cache) for name, (*_, caches) in SHARED.items() for cache in caches]
+#: Every cache once, and every way of sharing, uneven shards and tensor parallelism of a measure that sums up; the other
+#: pairs are long.
+CHOSEN = {
+    "flux": ("tea_cache, replayed", "cache_dit, static mask", "cache_dit, newton"),
+    "qwen_image": ("cache_dit, dynamic mask", "cache_dit, hermite", "cache_dit, foca"),
+    "qwen_image_edit": ("tea_cache", "first_block_cache"),
+    "wan": ("cache_dit, F2B1",),
+    "flux, uneven shards": ("first_block_cache", "cache_dit, dmd"),
+    "qwen_image_edit, uneven shards": ("sea_cache",),
+    "qwen_image, ring": ("mag_cache",),
+    "qwen_image_edit, tensor parallel": ("tea_cache", "cache_dit, dmd"),
+}
+OTHERS = {name: tuple(cache for cache in caches if cache not in CHOSEN[name]) for name, (*_, caches) in SHARED.items()}
+
+
+def each(*names):
+    """Pairs of a way of sharing and a cache, as parameters."""
+    return [
+        pytest.param(name, cache, marks=() if cache in CHOSEN[name] else pytest.mark.long)
+        for name in names
+        for cache in SHARED[name][-1]
+    ]
 
 
 def request(pipe, handle, seed=0, **arguments):
@@ -92,15 +113,26 @@ def cached(pipe, cache, arguments, fuse=False):
         return request(pipe, handle, **arguments)
 
 
+def own_rank():
+    return torch.distributed.get_rank()
+
+
+def of_all_ranks(one):
+    made = [None] * RANKS
+    torch.distributed.all_gather_object(made, one)
+    return made
+
+
 def off(made, expected):
     return ((made - expected).abs().max() / expected.abs().max()).item()
 
 
-def shared(name):
-    """Every cache on one rank alone, and then on all together."""
-    build, arguments, parallel, caches = SHARED[name]
-    pipe = build()
-    alone = {cache: cached(pipe, cache, arguments) for cache in caches}
+def shared(name, caches):
+    """Each of the caches on one rank alone, by turns, and then on all together; the first over fused blocks, too."""
+    build, arguments, parallel, _ = SHARED[name]
+    pipe, alone = build(), {}
+    for of_a_rank in of_all_ranks({cache: cached(pipe, cache, arguments) for cache in caches[own_rank() :: RANKS]}):
+        alone |= of_a_rank
     enable(pipe.transformer, parallel)
     results = {}
     for cache, (expected, told) in alone.items():
@@ -161,8 +193,7 @@ def on_either_side(name):
         omni_kernels.patched(pipe, "first_block_cache", {"threshold": 1e-9}) as handle,
     ):
         _, told = request(pipe, handle, **arguments)
-    own = [None] * RANKS
-    torch.distributed.all_gather_object(own, next(iter(told["decisions"].values()))[1][3])
+    own = of_all_ranks(next(iter(told["decisions"].values()))[1][3])
     config = {"threshold": sum(own) / RANKS}
     with omni_kernels.patched(pipe_alone, "first_block_cache", config) as handle:
         expected, alone = request(pipe_alone, handle, **arguments)
@@ -187,7 +218,7 @@ def recorded_before():
     """Each rank has recorded a schedule of its own, while it was alone."""
     pipe = tiny.flux()
     with omni_kernels.patched(pipe, *CACHES["tea_cache, replayed"]) as handle:
-        request(pipe, handle, seed=torch.distributed.get_rank())
+        request(pipe, handle, seed=own_rank())
         enable(pipe.transformer)
         return request(pipe, handle)[1]
 
@@ -230,9 +261,9 @@ def compiled_blocks():
 
 
 def on_a_rank():
-    """Everything that is asserted."""
+    """All that is asserted, but for the long ones."""
     with mock.patch.dict(MODELS, {"WanTransformer3DModel": WAN}):
-        return {name: shared(name) for name in SHARED} | {
+        return {name: shared(name, caches) for name, caches in CHOSEN.items()} | {
             "installed before": {name: installed_before(name) for name in ("flux", "qwen_image")},
             "either side": {name: on_either_side(name) for name in ("flux", "qwen_image")},
             "another size": replayed_at_another_size(),
@@ -242,10 +273,28 @@ def on_a_rank():
         }
 
 
+def others_on_a_rank():
+    with mock.patch.dict(MODELS, {"WanTransformer3DModel": WAN}):
+        return {name: shared(name, caches) for name, caches in OTHERS.items()}
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What each rank has computed."""
     return of_each_rank(on_a_rank, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """The same, of the pairs that are long."""
+    return of_each_rank(others_on_a_rank, tmp_path_factory.mktemp("others"))
+
+
+@pytest.fixture
+def pair(request, name, cache):
+    """Each rank's results of a way of sharing under a cache."""
+    computed = request.getfixturevalue("ranks" if cache in CHOSEN[name] else "others")
+    return [rank[name][cache] for rank in computed]
 
 
 def settled(told):
@@ -271,9 +320,9 @@ def check(results, kinds=frozenset({True, False})):
         assert one["off"] < 1e-5
 
 
-@pytest.mark.parametrize(("name", "cache"), EACH)
-def test_ranks_decide_together_as_one_alone(ranks, name, cache):
-    check([rank[name][cache] for rank in ranks])
+@pytest.mark.parametrize(("name", "cache"), each(*SHARED))
+def test_ranks_decide_together_as_one_alone(pair, name, cache):
+    check(pair)
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -281,12 +330,11 @@ def test_ranks_decide_together_over_fused_blocks(ranks, name):
     check([rank[name]["fused"] for rank in ranks])
 
 
-@pytest.mark.parametrize(("name", "cache"), [(name, cache) for name, cache in EACH if SHARED[name][2] is not TENSOR])
-def test_a_rank_holds_its_share_alone(ranks, name, cache):
+@pytest.mark.parametrize(("name", "cache"), each(*(name for name in SHARED if SHARED[name][2] is not TENSOR)))
+def test_a_rank_holds_its_share_alone(pair, name, cache):
     """Of shards that are uneven, the largest has 8 of 15 tokens, and of an edit's noise rank 0 has all."""
     most = 0.55 if "edit" not in name or cache in ("first_block_cache", "mag_cache", "sea_cache") else 0.7
-    for rank in ranks:
-        one = rank[name][cache]
+    for one in pair:
         assert 0 < one["together"]["held"] <= most * one["alone"]["held"]
 
 

@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import tiny
 import torch
+from pairs import in_turn
 
 import omni_kernels
 from omni_runtime import Omni
@@ -169,8 +170,7 @@ def test_callback_may_run_a_pipeline_that_nobody_patched(qwen_pipe, backend):
 # At the same time
 
 
-@pytest.mark.parametrize("backend", CONFIGS)
-@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize(("backend", "both"), in_turn(CONFIGS, [True, False]))
 def test_two_threads_on_one_transformer(qwen_pipe, backend, both):
     """Each has a pipeline and a scheduler of its own; one is cached, or both are."""
     other = sibling(qwen_pipe, own_scheduler=True)

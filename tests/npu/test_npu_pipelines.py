@@ -6,6 +6,7 @@ import pytest
 import simulated_npu
 import tiny
 import torch
+from pairs import in_turn
 
 import omni_kernels
 from omni_runtime import Omni
@@ -54,8 +55,7 @@ def off(found, expected):
     return float((found.cpu() - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("backend", CONFIGS)
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize(("name", "backend"), in_turn(PIPELINES, CONFIGS))
 def test_every_cache_decides_and_makes_what_it_does_on_the_cpu(name, backend):
     expected, report, _, _ = made(tiny.PIPELINES[name](layers=2), backend)
     pipe = tiny.PIPELINES[name](layers=2).to("npu")
@@ -74,8 +74,7 @@ def test_every_cache_decides_and_makes_what_it_does_on_the_cpu(name, backend):
             assert not [call for call in calls.names if call.startswith(ATTENTION)]
 
 
-@pytest.mark.parametrize("version", [None, "2.13.0"])
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize(("name", "version"), in_turn(PIPELINES, ["2.13.0", None]))
 def test_fused_blocks_make_what_they_do_on_the_cpu(name, version):
     expected = made(tiny.PIPELINES[name](layers=2))[0]
     pipe = tiny.PIPELINES[name](layers=2).to("npu")

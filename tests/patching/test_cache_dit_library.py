@@ -130,7 +130,7 @@ PAIRS = [
         model,
         setting,
         order,
-        marks=() if setting == "F2B1" or model == sorted(MODELS)[place % len(MODELS)] else pytest.mark.long,
+        marks=() if model == sorted(MODELS)[place % len(MODELS)] else pytest.mark.long,
     )
     for place, (setting, order) in enumerate(ORDERS)
     for model in sorted(MODELS)

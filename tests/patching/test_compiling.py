@@ -6,6 +6,7 @@ import warnings
 import pytest
 import tiny
 import torch
+from pairs import in_turn
 from torch._inductor import cudagraph_trees
 
 import omni_kernels
@@ -53,10 +54,11 @@ class WrittenOver:
     """
 
     def __init__(self):
-        self.generation, self.generations, self.returned = None, 0, []
+        self.graphs, self.generation, self.generations, self.returned = [], None, 0, []
 
     def __call__(self, graph, inputs, mode=None):
         assert mode == "reduce-overhead"
+        self.graphs.append(graph)
 
         def run(*inputs):
             now = cudagraph_trees.CUDAGraphTreeManager.get_curr_generation()
@@ -89,15 +91,21 @@ def off(now, expected):
     return ((now - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("fuse", [False, True], ids=["as it is", "fused"])
-@pytest.mark.parametrize("cache", [*CACHES, *VARIANTS])
-def test_no_break_and_nothing_compiled_again(qwen_pipe, cache, fuse):
+def reduced(backend):
+    return {"backend": backend, "mode": "reduce-overhead"}
+
+
+@pytest.mark.parametrize("kind", [WrittenOver, pytest.param(Counting, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("cache", "fuse"), in_turn([*CACHES, *VARIANTS], [False, True]))
+def test_no_break_and_nothing_compiled_again(qwen_pipe, cache, fuse, kind):
+    """Nor does a cache hold what lies in a graph's memory from one forward to the next, nor does a block."""
     backend, config = VARIANTS.get(cache) or (cache, CACHES[cache])
     with omni_kernels.patched(qwen_pipe, backend, config, fuse=fuse) as handle:
         expected, other = latents(qwen_pipe), latents(qwen_pipe, **OTHER)
         report = handle.report
-    compiler = Counting()
-    with omni_kernels.patched(qwen_pipe, backend, config, fuse=fuse, compile={"backend": compiler}) as handle:
+    compiler = kind()
+    how = reduced(compiler) if kind is WrittenOver else {"backend": compiler}
+    with omni_kernels.patched(qwen_pipe, backend, config, fuse=fuse, compile=how) as handle:
         assert len(handle.compiled) == len(qwen_pipe.transformer.transformer_blocks)
         assert off(latents(qwen_pipe), expected) < 1e-4
         warm = len(compiler.graphs)
@@ -107,6 +115,7 @@ def test_no_break_and_nothing_compiled_again(qwen_pipe, cache, fuse):
         assert warm <= 2, "all blocks share a graph, another text length takes one more"
         if backend is not None:
             assert handle.report.forwards_saved == report.forwards_saved > 0
+    assert kind is Counting or compiler.generations > 2
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
@@ -245,16 +254,20 @@ def test_a_break_in_a_graph_is_an_error(qwen_pipe):
 
 @pytest.mark.parametrize("name", sorted(tiny.PIPELINES))
 def test_every_pipelines_blocks_compile_whole(name):
-    pipe, compiler = tiny.PIPELINES[name](), Counting()
-    expected = latents(pipe)
-    with omni_kernels.patched(pipe, compile={"backend": compiler}) as handle:
+    """And a forward of the transformer is one generation of CUDA graphs."""
+    pipe, graphs, forwards = tiny.PIPELINES[name](), WrittenOver(), []
+    expected = latents(pipe, num_inference_steps=3)
+    hook = pipe.transformer.register_forward_pre_hook(lambda *of_it: forwards.append(1))
+    with omni_kernels.patched(pipe, compile=reduced(graphs)) as handle:
         assert {type(_at(pipe, path)).__name__ for path in handle.compiled} <= set(pipe.transformer._repeated_blocks)
-        assert off(latents(pipe), expected) < 1e-4
-        assert len(compiler.graphs) > 0
-        warm = len(compiler.graphs)
+        assert off(latents(pipe, num_inference_steps=3), expected) < 1e-4
+        assert graphs.generations == len(forwards) > 1
+        warm = len(graphs.graphs)
+        assert warm > 0
         with torch.compiler.set_stance("fail_on_recompile"):
-            latents(pipe, seed=1)
-        assert len(compiler.graphs) == warm
+            latents(pipe, seed=1, num_inference_steps=3)
+        assert len(graphs.graphs) == warm
+    hook.remove()
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
@@ -331,39 +344,6 @@ def test_omni_takes_a_patched_pipeline_as_it_is(qwen_pipe):
         with Omni(qwen_pipe) as omni:
             assert omni._handle is handle
         assert handle.active
-
-
-def reduced(backend):
-    return {"backend": backend, "mode": "reduce-overhead"}
-
-
-@pytest.mark.parametrize(("cache", "fuse"), [(None, False), *((cache, True) for cache in (*CACHES, *VARIANTS))])
-def test_blocks_that_are_cuda_graphs_make_the_same_under_every_cache(qwen_pipe, cache, fuse):
-    """A cache holds nothing that lies in a graph's memory from one forward to the next, nor does a block."""
-    backend, config = VARIANTS.get(cache) or (cache, CACHES[cache])
-    with omni_kernels.patched(qwen_pipe, backend, config, fuse=fuse) as handle:
-        expected, other = latents(qwen_pipe), latents(qwen_pipe, **OTHER)
-        report = handle.report
-    graphs = WrittenOver()
-    with omni_kernels.patched(qwen_pipe, backend, config, fuse=fuse, compile=reduced(graphs)) as handle:
-        assert off(latents(qwen_pipe), expected) < 1e-4
-        assert off(latents(qwen_pipe, **OTHER), other) < 1e-4
-        if backend is not None:
-            assert handle.report.forwards_saved == report.forwards_saved > 0
-    assert graphs.generations > 2
-
-
-@pytest.mark.parametrize("name", sorted(tiny.PIPELINES))
-def test_a_forward_of_the_transformer_is_one_generation_of_graphs(name):
-    pipe, graphs, forwards = tiny.PIPELINES[name](), WrittenOver(), []
-    expected = latents(pipe)
-    models = [model for key, model in pipe.components.items() if key.startswith("transformer") and model is not None]
-    hooks = [model.register_forward_pre_hook(lambda *of_it: forwards.append(1)) for model in models]
-    with omni_kernels.patched(pipe, compile=reduced(graphs)):
-        assert off(latents(pipe), expected) < 1e-4
-        assert graphs.generations == len(forwards) > 1
-    for hook in hooks:
-        hook.remove()
 
 
 def test_what_a_block_returns_is_gone_in_the_next_forward(qwen_pipe):

@@ -5,6 +5,7 @@ Caches of diffusers and of the cache-dit library, adapters, attention backends, 
 
 import contextlib
 import functools
+import itertools
 import logging
 import sys
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from fused import off
 from models import MODELS, latents
+from pairs import in_turn
 from torch.utils.checkpoint import checkpoint
 
 import omni_kernels
@@ -102,9 +104,12 @@ def unfused_under(cache, name):
 CACHED = [(Diffusers, name) for name in MODELS if name != "z_image"] + [(Library, name) for name in MODELS]
 
 
-@pytest.mark.parametrize("ours_goes_first", [True, False])
-@pytest.mark.parametrize(("cache", "name"), CACHED)
-def test_users_own_cache_comes_and_goes_in_any_order(cache, name, patch_first, ours_goes_first):
+@pytest.mark.parametrize(
+    ("cached", "order"),
+    in_turn(CACHED, itertools.product(["patched first", "patched last"], ["undone first", "undone last"])),
+)
+def test_users_own_cache_comes_and_goes_in_any_order(cached, order):
+    (cache, name), patch_first, ours_goes_first = cached, order[0] == "patched first", order[1] == "undone first"
     model, (plain, expected) = MODELS[name], unfused_under(cache, name)
     assert off(expected, plain) > 1e-3, "steps are skipped"
     pipe = model.build()
@@ -178,6 +183,11 @@ def test_adapter_from_a_file_counts_loaded_and_fused(model, lora_file, patch_fir
         assert off(latents(pipe), without) > 1e-2
 
 
+@pytest.mark.parametrize(  # of every model that it is heard: test_adapter_counts_loaded_fused_and_unloaded
+    "model",
+    [pytest.param(name, marks=() if name in ("qwen_image", "wan") else pytest.mark.long) for name in MODELS],
+    indirect=True,
+)
 def test_adapter_that_is_loaded_into_compiled_blocks_counts(model, lora_file):
     _, directory = lora_file
     pipe, other = model.build(), model.build()
@@ -352,7 +362,13 @@ def test_group_offload_keeps_working(model, level, patch_first):
 
 # The rest is asked in the models' own tests.
 @pytest.mark.parametrize(
-    ("name", "patch_first"), [("z_image", True), ("z_image", False), ("flux", False), ("wan", False)]
+    ("name", "patch_first"),
+    [
+        ("z_image", True),
+        pytest.param("z_image", False, marks=pytest.mark.long),
+        ("flux", False),
+        ("wan", False),
+    ],
 )
 def test_compiled_blocks_are_fused_and_compiled_once(name, patch_first):
     model = MODELS[name]

@@ -259,7 +259,7 @@ def test_all_requests_are_pooled_and_each_is_told_of() -> None:
     assert document["provenance"]["prompts"] == ["a cat", "a dog"]
 
 
-def test_the_pictures_that_were_edited_are_told_apart_by_their_pixels() -> None:
+def test_the_pictures_that_were_edited_are_told_apart_by_their_pixels(small_references: None) -> None:
     omni = omni_of(tiny.qwen_image_edit())
     red, blue = (Image.new("RGB", (64, 64), color) for color in ("red", "blue"))
     small = {"height": 64, "width": 64, "num_inference_steps": 4, "seed": 0}

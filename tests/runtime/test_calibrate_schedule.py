@@ -27,7 +27,7 @@ ARGUMENTS = {"num_inference_steps": STEPS, "height": 64, "width": 64, "negative_
 
 @pytest.fixture
 def omni():
-    pipe = tiny.qwen_image()
+    pipe = tiny.qwen_image(layers=2)
     pipe.set_progress_bar_config(disable=True)
     with Omni(pipe, cache_backend=None) as made:
         yield made

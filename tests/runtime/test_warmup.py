@@ -1,5 +1,6 @@
 """What a warm-up runs: every variant of every op that later requests of its kind run, and nothing that stays."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from pairs import in_turn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -57,11 +59,11 @@ def latents(pipe: Any, steps: int = 20, **arguments: Any) -> Any:
     return tiny.generate(pipe, output_type="latent", num_inference_steps=steps, **arguments)
 
 
-@pytest.mark.parametrize("fuse", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("build", [tiny.qwen_image, tiny.z_image])
-def test_it_runs_all_that_a_request_runs_and_leaves_nothing(build: Any, backend: str | None, fuse: bool) -> None:
-    pipe = build()
+@pytest.mark.parametrize(
+    ("backend", "pipeline"), in_turn(BACKENDS, itertools.product(["qwen_image", "z_image"], ["fused", "not fused"]))
+)
+def test_it_runs_all_that_a_request_runs_and_leaves_nothing(backend: str | None, pipeline: tuple[str, str]) -> None:
+    pipe, fuse = tiny.PIPELINES[pipeline[0]](), pipeline[1] == "fused"
     pipe.set_progress_bar_config(disable=True)
     guided = tiny.default_arguments(pipe)
     with omni_kernels.patched(pipe, backend, BACKENDS[backend], fuse=fuse) as handle:
