@@ -5,8 +5,8 @@ Everything is the real class of diffusers or transformers, built from a config; 
 8 steps of 64×64 pixels with a fixed seed in 0.1–0.3 s on one thread. Weights are the same at every build.
 
     pipe = tiny.qwen_image(layers=6)
-    image = tiny.generate(pipe)                       # float tensor 1×3×64×64 in [0, 1]
-    latents = tiny.generate(pipe, output_type="latent", seed=1, num_inference_steps=20)
+    latents = tiny.generate(pipe, seed=1, num_inference_steps=20)
+    image = tiny.generate(pipe, output_type="pt")     # float tensor 1×3×64×64 in [0, 1]
 """
 
 from __future__ import annotations
@@ -201,16 +201,16 @@ def default_arguments(pipe: Any) -> dict[str, Any]:
 
 
 def generate(pipe: Any, seed: int = 0, **overrides: Any) -> torch.Tensor:
-    """One request: 8 steps, 64×64, "a cat". Float images N×3×H×W in [0, 1], or latents for `output_type="latent"`.
+    """One request: 8 steps, 64×64, "a cat". The latents, which tell all that an image does and need no decoding.
 
-    A video is N×F×3×H×W.
+    Of `output_type="pt"` float images N×3×H×W in [0, 1], or a video N×F×3×H×W.
     """
     arguments: dict[str, Any] = {
         "prompt": "a cat",
         "height": 64,
         "width": 64,
         "num_inference_steps": 8,
-        "output_type": "pt",
+        "output_type": "latent",
         "generator": torch.Generator().manual_seed(seed),
     }
     pipe.set_progress_bar_config(disable=True)

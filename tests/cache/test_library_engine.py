@@ -592,19 +592,27 @@ def settings_by_default():
     return settings_of(tiny.qwen_image(), CONFIG)
 
 
+class EnoughError(Exception):
+    """Ends a request whose rest would tell nothing more."""
+
+
 def settings_of(pipe, config):
-    """What the library's manager is told in a request with this configuration."""
+    """What the library's manager is told in the first step of a request with this configuration."""
     told, reset = [], CachedContextManager.reset_context
 
     def recording(self, *args, **settings):
         told.append((self, settings))
         return reset(self, *args, **settings)
 
+    def enough(*args):
+        raise EnoughError
+
     with (
         mock.patch.object(CachedContextManager, "reset_context", recording),
         omni_kernels.patched(pipe, "cache_dit", config) as handle,
     ):
-        run(pipe)
+        with pytest.raises(EnoughError):
+            run(pipe, callback_on_step_end=enough)
         # A pipeline that the library itself has cached leaves its own contexts on the class for good.
         manager = handle._installed._manager
     (settings,) = (settings for whose, settings in told if whose is manager)

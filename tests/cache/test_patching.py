@@ -379,7 +379,7 @@ def test_what_came_later_is_refused_by_name_at_the_next_request(qwen_pipe, state
 
 
 def test_the_library_is_refused_under_parallelism(qwen_pipe):
-    """Ranks that decide alike: `tests/cache/test_shared_sequences.py`."""
+    """Ranks that decide alike: `tests/parallel/test_shared_sequences.py`."""
     enable_context_parallelism(qwen_pipe)
     before = contents(qwen_pipe)
     with pytest.raises(ValueError, match=r"context parallelism, where engine 'library'.*engine 'own'"):
@@ -409,7 +409,7 @@ def test_parallelism_enabled_under_the_library_is_refused_before_anything_is_com
 
 @pytest.mark.parametrize("backend", ["velocity_cache", "easy_cache"])
 def test_whole_steps_are_skipped_under_context_parallelism(qwen_pipe, backend):
-    """By the model's output, which every rank has all of; two ranks in `tests/patching/test_context_parallel.py`."""
+    """By the model's output, which every rank has all of; two ranks in `tests/parallel/test_context_parallel.py`."""
     handle = omni_kernels.patch(qwen_pipe, backend)
     expected = latents(qwen_pipe)
     enable_context_parallelism(qwen_pipe)

@@ -1,7 +1,7 @@
 """Fused blocks, and caches of whole steps, under context parallelism: two ranks that share a sequence (Ulysses).
 
 A model's small relative is built on each (`two_ranks`), with the same weights and inputs; what every test asserts was
-computed by both, at once for all tests. Caches of blocks: `tests/cache/test_shared_sequences.py`.
+computed by both, at once for all tests. Caches of blocks: `tests/parallel/test_shared_sequences.py`.
 """
 
 from types import SimpleNamespace
