@@ -144,30 +144,21 @@ class ScheduleGate(Gate):
         return (Plan.COMPUTE if self._schedule[step] else Plan.SKIP), "schedule"
 
 
-#: What a rehearsal computes, over and over: every third step of one cache. Of one over another, which is asked only at
-#: the steps that the upper one computes, enough that the lower one skips twice and computes twice in between.
-REHEARSAL = (1, 0, 0)
-REHEARSAL_ABOVE = (1, 0, 0, 1, 0, 0, 1, 0, 1, 1)
-REHEARSAL_BENEATH = (1, 0, 0, 0, 0, 0, 1, 0, 1, 0)
-
-
 class RehearsalGate(Gate):
-    """Computes the steps of a pattern and skips those between: a short request then runs all that a long one may.
+    """Computes every third step and skips the others: a short request then runs all that a long one may.
 
     Args:
         measures: whether distances are to be measured at each step.
-        pattern: 1 computes the step.
     """
 
-    def __init__(self, measures: bool, pattern: Sequence[int] = REHEARSAL) -> None:
+    def __init__(self, measures: bool) -> None:
         super().__init__(Limits())
         self._measures = measures
-        self._pattern = pattern
         self._computes = True
 
     def plan(self, step: int) -> tuple[Plan, str]:
         """See `Gate.plan`."""
-        self._computes = bool(self._pattern[step % len(self._pattern)])
+        self._computes = step % 3 == 0
         if self._measures:
             return Plan.MEASURE, ""
         return (Plan.COMPUTE if self._computes else Plan.SKIP), "rehearsal"

@@ -342,12 +342,6 @@ class LibrarySession(CacheSession):
     def _contexts(self) -> list[Any]:
         return [self._manager.get_context(one.context) for lists in self._blocks.values() for one in lists]
 
-    def opened(self, request: Request) -> None:
-        """See `CacheSession.opened`."""
-        for transformer in self.transformers:
-            refuse_parallel(transformer, self.alone)
-        super().opened(request)
-
     def _begin(self, request: Request) -> None:
         """Fresh contexts for the request."""
         mask = self._mask(request)

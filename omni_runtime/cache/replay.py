@@ -99,10 +99,8 @@ class ReplayGate(Gate):
         """See `Gate.judge`. The schedule lacks this step: it is not followed any further."""
         self._schedule = {}
         if kept := self.kept():
-            assert self._now.step is not None  # it was planned for
             self.read(iter(torch.cat(kept).tolist()))
             self._gate = self._judged_again()[0]
-            self._gate.plan(self._now.step)
         self._now.sums, self._now.elements = sums, elements
         return self._gate.judge(sums, elements)
 
@@ -142,8 +140,6 @@ class ReplayGate(Gate):
     def _judged_again(self) -> tuple[Gate, list[tuple[_Forward, Verdict]]]:
         gate, measured = copy.deepcopy(self._fresh), []
         for forward in self._done:
-            if forward.step is not None:
-                gate.plan(forward.step)
             if forward.sums is not None:
                 measured.append((forward, gate.judge(forward.sums, forward.elements)))
             gate.settle(forward.computed)

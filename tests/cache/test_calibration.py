@@ -31,6 +31,13 @@ def made(**changes):
 # The fit
 
 
+def test_as_many_points_as_are_needed_are_enough():
+    x = np.linspace(0.1, 1.0, polynomial.MIN_POINTS)
+    polynomial.fit(x, x)
+    with pytest.raises(calibration.UselessFitError, match=f"{polynomial.MIN_POINTS - 1} points are too few"):
+        polynomial.fit(x[1:], x[1:])
+
+
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 50.0])
 def test_a_polynomial_is_found_again(scale):
     true = np.array([3.0, -1.0, 0.5, 2.0, 0.1]) / scale ** np.arange(4, -1, -1)
@@ -203,6 +210,14 @@ def test_a_schedule_that_is_none_is_named(tmp_path, row):
     path.write_text(json.dumps({"method": "velocity_cache", "version": 1, "schedules": [row], "calibrated_for": {}}))
     with pytest.raises(ValueError, match=rf"{path}: (computed|sigmas|psnr|speedup) must .*writes a new one"):
         calibration.read(path, "velocity_cache")
+
+
+def test_a_schedule_of_one_step_is_one(tmp_path):
+    path = tmp_path / "velocity.json"
+    row = {"steps": 1, "computed": [0], "sigmas": [1.0], "psnr": {"mean": 3.0}}
+    path.write_text(json.dumps({"method": "velocity_cache", "version": 1, "schedules": [row], "calibrated_for": {}}))
+    (schedule,) = calibration.read(path, "velocity_cache")["schedules"]
+    assert schedule["computed"] == [0]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1, 2", "\x00"])

@@ -54,6 +54,19 @@ def test_undo_puts_every_slot_back(any_pipe):
     assert contents(any_pipe) == before
 
 
+def test_blocks_are_found_by_their_places_during_a_request(qwen_pipe):
+    blocks, found = [*qwen_pipe.transformer.transformer_blocks], []
+
+    def look(pipe, step, timestep, tensors):
+        there = pipe.transformer.transformer_blocks
+        found.append((there[1], there[-1], [*there[1:3]], len(there)))
+        return {}
+
+    patch(qwen_pipe)
+    latents(qwen_pipe, num_inference_steps=2, callback_on_step_end=look)
+    assert found == 2 * [(blocks[1], blocks[3], blocks[1:3], 4)]
+
+
 def test_undo_during_a_request_frees_it_and_leaves_a_working_pipeline(qwen_pipe):
     expected = latents(qwen_pipe)
     handle = patch(qwen_pipe)

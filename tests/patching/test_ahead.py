@@ -169,8 +169,15 @@ def test_copies_are_plain_and_undoing_leaves_nothing(qwen_pipe):
     assert [set(vars(block)) for block in qwen_pipe.transformer.transformer_blocks] == before
 
 
-def test_a_cache_of_blocks_begins_no_block_that_it_may_skip(monkeypatch):
+@pytest.mark.parametrize("controlled", [False, True])
+def test_a_cache_of_blocks_begins_no_block_that_it_may_skip(controlled, monkeypatch):
+    """Also where a ControlNet adds to the states between blocks, which then run one by one."""
     pipe, begun = tiny.qwen_image(), []
+    if controlled:
+        residuals = {"controlnet_block_samples": [torch.zeros(1, 16, 64)]}
+        pipe.transformer.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, kwargs | residuals), with_kwargs=True
+        )
     leave = ahead.leave
     monkeypatch.setattr(ahead, "leave", lambda states, block, *made: begun.append(block) or leave(states, block, *made))
     blocks = list(pipe.transformer.transformer_blocks)
@@ -179,3 +186,14 @@ def test_a_cache_of_blocks_begins_no_block_that_it_may_skip(monkeypatch):
     assert handle.report.forwards_saved > 0
     assert blocks[1] not in begun
     assert begun.count(blocks[2]) == 2 * handle.report.forwards, "both streams, where the site was computed"
+
+
+def test_a_cache_whose_site_begins_later_leaves_what_comes_before_to_begin_ahead(taken):
+    pipe = tiny.qwen_image()
+    first, second, third, fourth = pipe.transformer.transformer_blocks
+    config = {"Fn_compute_blocks": 3, "residual_diff_threshold": 1.0, "max_warmup_steps": 1}
+    with omni_kernels.patched(pipe, "cache_dit", config, fuse=True) as handle:
+        tiny.generate(pipe, num_inference_steps=4)
+    assert handle.report.blocks_run < handle.report.blocks_total
+    hits = {block: {hit for of, hit in taken if of is block} for block in (first, second, third, fourth)}
+    assert hits == {first: {False}, second: {True}, third: {True}, fourth: {False}}

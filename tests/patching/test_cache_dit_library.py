@@ -17,8 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import omni_kernels
 from omni_kernels import PatchConflictError
+from omni_kernels.ops import OPS
 from omni_kernels.patching import Patch, handle_of
 from omni_kernels.patching.cache_dit import use_kernels
+from omni_kernels.registration import DIRECT
 from omni_runtime.cache.masks import steps_mask
 
 STEPS = 28
@@ -298,6 +300,22 @@ def test_a_skipped_forward_dispatches_fewer_operators(order, fewer):
     with omni_kernels.patched(cache_dit):
         (ours,) = operators_of_skipped_forwards(order)
     assert theirs - ours >= fewer
+
+
+@torch.no_grad()
+def test_a_forecast_is_one_op(monkeypatch):
+    """The library's own takes two operators a derivative, and yields the same up to rounding."""
+    state, called = TaylorSeerState(n_derivatives=1), []
+    for step in (1.0, 2.0, 4.0):
+        state.mark_step_begin()
+        state.update(torch.full((1, 2, 3), step))
+    state.mark_step_begin()
+    expected = state.approximate()
+    forecast = OPS["linear_forecast"].reference
+    monkeypatch.setattr(DIRECT["cpu"], "linear_forecast", lambda *args: called.append(args) or forecast(*args))
+    with omni_kernels.patched(cache_dit):
+        torch.testing.assert_close(state.approximate(), expected)
+    assert len(called) == 1
 
 
 # In and out
