@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from benchmarks.providers import PROVIDERS, unavailable
 from omni_kernels.device import device_count
 from omni_kernels.validation import measurement
-from omni_kernels.validation.cases import CASES, USES, Case, Inputs, Values
+from omni_kernels.validation.cases import CASES, Case, Inputs, Values
 from omni_kernels.validation.measurement import Row
 from omni_kernels.validation.shapes import CPU_DIVISOR, QWEN_IMAGE, QWEN_IMAGE_EDIT, Shape, shapes_for
+from omni_kernels.validation.uses import USES
 
 
 def _variant(name: str, eager: Callable[[Inputs], Values], values: Callable[[Any], Values]) -> Case:

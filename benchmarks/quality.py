@@ -36,7 +36,7 @@ from omni_kernels.validation.record import machine, write
 from omni_runtime import Omni
 from omni_runtime.cache.schedules import even
 from omni_runtime.compare import comparison as compare
-from omni_runtime.compare import report_html
+from omni_runtime.compare import report_html, showing
 from omni_runtime.compare.cells import Run
 from omni_runtime.compare.comparison import IDENTITY, REFERENCE
 from omni_runtime.generation.loading import embedded_models
@@ -316,7 +316,7 @@ def measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
     results = compare.compare(contest.runs, pipe, requests, options.work / model, _told)
     print(file=sys.stderr)
     document = compare.evaluate(results, compare.about(model, pipe, requests))
-    compare.write(document, options.work / model)
+    showing.write(document, options.work / model)
     return {
         "command": options.command.format(model),
         "machine": machine(torch.device("cpu")),
@@ -354,7 +354,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = measure(model, options)
         write(out / f"quality-{model}.json", summary(found))
         (out / f"quality-{model}.svg").write_text(report_html.plot_svg(found), encoding="utf-8")
-        print(f"\n{model}\n{compare.table(found)}")
+        print(f"\n{model}\n{showing.table(found)}")
         for pair in found["pairs"]:
             met = pair["as_good"] and pair["as_fast"]
             holds = holds and met

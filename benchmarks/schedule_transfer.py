@@ -28,7 +28,8 @@ from benchmarks.results import RESULTS
 from omni_kernels.validation.record import machine, write
 from omni_runtime import Omni
 from omni_runtime.cache import schedules
-from omni_runtime.calibrate.schedule import PATIENCE, TRIES, Images, Journal, Settings, about, starts, statistics
+from omni_runtime.calibrate.images import Images, Settings
+from omni_runtime.calibrate.schedule import PATIENCE, TRIES, Journal, about, starts, statistics
 from omni_runtime.calibrate.search import Tried, gain, search
 from omni_runtime.cli.calibrate import SCHEDULE_PROMPTS, SCHEDULE_SEEDS
 from omni_runtime.cli.options import DEFAULT_MODEL

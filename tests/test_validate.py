@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from omni_kernels import validate
 from omni_kernels.ops import OPS
 from omni_kernels.validation import aot, checks, measurement, memory, oracle, roof
-from omni_kernels.validation.cases import CASES, USES
+from omni_kernels.validation.cases import CASES
 from omni_kernels.validation.layouts import offset
 from omni_kernels.validation.tolerances import mismatch
+from omni_kernels.validation.uses import USES
 
 CPU = torch.device("cpu")
 CHECK = "gelu/3x37x200/float32/contiguous"

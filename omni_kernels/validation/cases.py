@@ -76,8 +76,8 @@ class Case(Use):
         return tuple(inputs[name] for name in self.written) if self.written else result
 
 
-def _hidden(shape: Shape, device: torch.device, count: int) -> list[torch.Tensor]:
-    # Each is near the one before, as the states of successive steps are; none holds a value twice.
+def hidden_states(shape: Shape, device: torch.device, count: int) -> list[torch.Tensor]:
+    """So many tensors, each near the one before, as the states of successive steps are; none holds a value twice."""
     first = torch.randn(shape.size, device=device)
     return [(first + 0.1 * j * torch.randn_like(first)).to(shape.dtype) for j in range(count)]
 
@@ -96,7 +96,7 @@ def _relative_l1() -> Case:
     return Case(
         name="relative_l1",
         op="relative_l1",
-        inputs=lambda shape, device: dict(zip("xy", _hidden(shape, device, 2), strict=True)),
+        inputs=lambda shape, device: dict(zip("xy", hidden_states(shape, device, 2), strict=True)),
         ours=lambda i: ((i["x"], i["y"]), {}),
         eager=lambda i: (_ratio(i["x"] - i["y"], i["y"]),),
         values=lambda sums: (_ratio_of_sums(sums),),
@@ -105,7 +105,7 @@ def _relative_l1() -> Case:
 
 def _residual_relative_l1() -> Case:
     def inputs(shape: Shape, device: torch.device) -> Inputs:
-        h_in, added, r_prev = _hidden(shape, device, 3)
+        h_in, added, r_prev = hidden_states(shape, device, 3)
         return {"h_out": h_in + added, "h_in": h_in, "r_prev": r_prev}
 
     def eager(i: Inputs) -> Values:
@@ -124,7 +124,7 @@ def _residual_relative_l1() -> Case:
 
 def _modulated_relative_l1(norm: str) -> Case:
     def inputs(shape: Shape, device: torch.device) -> Inputs:
-        h, m_prev = _hidden(shape, device, 2)
+        h, m_prev = hidden_states(shape, device, 2)
         vectors = torch.randn(3, shape.B, shape.D, device=device).mul_(0.2).to(shape.dtype)
         made = {"h": h, "m_prev": m_prev, "scale": vectors[0]}
         return made | ({"shift": vectors[1]} if norm == "layer" else {"weight": 1 + vectors[2, 0]})
@@ -155,7 +155,7 @@ def _linear_forecast(order: int) -> Case:
     gap, k = 2.0, 2.0
 
     def inputs(shape: Shape, device: torch.device) -> Inputs:
-        base, *history = _hidden(shape, device, order + 2)
+        base, *history = hidden_states(shape, device, order + 2)
         ladder, level = [history[0]], history
         while len(level) > 1:
             level = [(a - b) / gap for a, b in itertools.pairwise(level)]
@@ -183,7 +183,7 @@ def _linear_forecast(order: int) -> Case:
     )
 
 
-def _modulation(shape: Shape, device: torch.device) -> list[torch.Tensor]:
+def modulation(shape: Shape, device: torch.device) -> list[torch.Tensor]:
     """Shift, scale and gate as blocks have them, chunks of one projection."""
     return list(torch.randn(shape.B, 6 * shape.D, device=device).mul_(0.2).to(shape.dtype).chunk(6, 1)[:3])
 
@@ -196,8 +196,8 @@ def _ada_layer_norm(norm: str) -> Case:
     """As Qwen-Image and FLUX write it, or Z-Image."""
 
     def inputs(shape: Shape, device: torch.device) -> Inputs:
-        shift, scale, _ = _modulation(shape, device)
-        made = {"x": _hidden(shape, device, 1)[0], "scale": scale}
+        shift, scale, _ = modulation(shape, device)
+        made = {"x": hidden_states(shape, device, 1)[0], "scale": scale}
         return made | ({"shift": shift} if norm == "layer" else {"weight": _weight(shape, device)})
 
     def eager(i: Inputs) -> Values:
@@ -220,8 +220,8 @@ def _gate_residual_norm(norm: str) -> Case:
     """As Qwen-Image and FLUX write it, or Z-Image."""
 
     def inputs(shape: Shape, device: torch.device) -> Inputs:
-        shift, scale, gate = _modulation(shape, device)
-        residual, x = _hidden(shape, device, 2)
+        shift, scale, gate = modulation(shape, device)
+        residual, x = hidden_states(shape, device, 2)
         made = {"residual": residual, "x": x, "gate": gate, "scale": scale}
         if norm == "layer":
             return made | {"shift": shift}
@@ -255,7 +255,7 @@ def _rms_norm() -> Case:
 
     def inputs(shape: Shape, device: torch.device) -> Inputs:
         D = next(n for n in (128, 64, shape.D) if shape.D % n == 0)
-        return {"x": _hidden(shape, device, 1)[0].unflatten(-1, (-1, D)), "weight": _weight(shape, device, D)}
+        return {"x": hidden_states(shape, device, 1)[0].unflatten(-1, (-1, D)), "weight": _weight(shape, device, D)}
 
     return Case(
         name="rms_norm heads",
@@ -275,7 +275,7 @@ def _has_heads(shape: Shape) -> bool:
     return shape.D % 8 == 0
 
 
-def _qk_norm_rope(across_heads: bool, names: str = "qkv") -> Case:
+def qk_norm_rope(across_heads: bool, names: str = "qkv") -> Case:
     """The image's q, k and v into a sequence that has the text's already: one of 32 tokens is of the prompt.
 
     Per head with the complex rotation of Qwen-Image and Z-Image, or across heads with the real one of Wan. Without v
@@ -343,7 +343,7 @@ def _gelu() -> Case:
     return Case(
         name="gelu",
         op="gelu",
-        inputs=lambda shape, device: {"x": _hidden(shape, device, 1)[0]},
+        inputs=lambda shape, device: {"x": hidden_states(shape, device, 1)[0]},
         ours=lambda i: ((i["x"],), {}),
         eager=lambda i: (F.gelu(i["x"], approximate="tanh"),),
         values=lambda out: (out,),
@@ -355,7 +355,7 @@ def _swiglu() -> Case:
     return Case(
         name="swiglu",
         op="swiglu",
-        inputs=lambda shape, device: {"packed": torch.cat(_hidden(shape, device, 2), -1)},
+        inputs=lambda shape, device: {"packed": torch.cat(hidden_states(shape, device, 2), -1)},
         ours=lambda i: (i["packed"].chunk(2, -1), {}),
         eager=lambda i: (F.silu(i["packed"].chunk(2, -1)[0]) * i["packed"].chunk(2, -1)[1],),
         values=lambda out: (out,),
@@ -371,10 +371,10 @@ CASES: dict[str, Case] = {
         _modulated_relative_l1("rms"),
         _linear_forecast(0),
         _linear_forecast(1),
-        _qk_norm_rope(across_heads=False),
-        _qk_norm_rope(across_heads=True),
-        _qk_norm_rope(across_heads=False, names="qk"),
-        _qk_norm_rope(across_heads=True, names="qk"),
+        qk_norm_rope(across_heads=False),
+        qk_norm_rope(across_heads=True),
+        qk_norm_rope(across_heads=False, names="qk"),
+        qk_norm_rope(across_heads=True, names="qk"),
         _gelu(),
         _swiglu(),
         _ada_layer_norm("layer"),
@@ -385,176 +385,6 @@ CASES: dict[str, Case] = {
     )
 }
 
-
-def _index(shape: Shape, device: torch.device) -> torch.Tensor:
-    """Which of two modulations a token takes: the second for the last half, as a reference image's tokens do."""
-    return (torch.arange(shape.S, device=device) >= shape.S // 2).int().expand(shape.B, -1).contiguous()
-
-
-def _two_rows(shape: Shape, device: torch.device) -> list[torch.Tensor]:
-    """Shift, scale and gate, two rows for each sample."""
-    return list(torch.randn(2 * shape.B, 6 * shape.D, device=device).mul_(0.2).to(shape.dtype).chunk(6, 1)[:3])
-
-
-def _first_residual() -> Use:
-    """The first step's, which has none before it."""
-    return Use(
-        name="residual_relative_l1 first",
-        op="residual_relative_l1",
-        inputs=lambda shape, device: dict(zip(("h_out", "h_in"), _hidden(shape, device, 2), strict=True)),
-        ours=lambda i: ((i["h_out"], i["h_in"], None), {}),
-    )
-
-
-def _forecast_into() -> Use:
-    """Into a given tensor, by weights that are on the device."""
-
-    def inputs(shape: Shape, device: torch.device) -> Inputs:
-        made = dict(zip(("base", "last", "before", "out"), _hidden(shape, device, 4), strict=True))
-        return made | {"weights": torch.tensor([1.5, -0.5], device=device)}
-
-    return Use(
-        name="linear_forecast into",
-        op="linear_forecast",
-        inputs=inputs,
-        ours=lambda i: ((i["base"], [i["last"], i["before"]], i["weights"], i["out"]), {}),
-        places=(3,),
-    )
-
-
-def _ada_layer_norm_index() -> Use:
-    """As Qwen-Image-Edit-2511 has it."""
-
-    def inputs(shape: Shape, device: torch.device) -> Inputs:
-        shift, scale, _ = _two_rows(shape, device)
-        return {
-            "x": _hidden(shape, device, 1)[0],
-            "scale": scale,
-            "shift": shift,
-            "index": _index(shape, device),
-        }
-
-    return Use(
-        name="ada_layer_norm index",
-        op="ada_layer_norm",
-        inputs=inputs,
-        ours=lambda i: ((i["x"], i["scale"], i["shift"]), {"index": i["index"]}),
-    )
-
-
-def _gate_residual_norm_index() -> Use:
-    """As Qwen-Image-Edit-2511 has it."""
-
-    def inputs(shape: Shape, device: torch.device) -> Inputs:
-        shift, scale, gate = _two_rows(shape, device)
-        residual, x = _hidden(shape, device, 2)
-        return {
-            "residual": residual,
-            "x": x,
-            "gate": gate,
-            "scale": scale,
-            "shift": shift,
-            "index": _index(shape, device),
-        }
-
-    return Use(
-        name="gate_residual_norm index",
-        op="gate_residual_norm",
-        inputs=inputs,
-        ours=lambda i: (
-            (i["residual"], i["x"], i["gate"], i["scale"], i["shift"]),
-            {"index": i["index"]},
-        ),
-    )
-
-
-def _gated_residual() -> Use:
-    """A block's last, behind which no norm stands."""
-
-    def inputs(shape: Shape, device: torch.device) -> Inputs:
-        residual, x = _hidden(shape, device, 2)
-        return {"residual": residual, "x": x, "gate": _modulation(shape, device)[2]}
-
-    return Use(
-        name="gate_residual_norm h alone",
-        op="gate_residual_norm",
-        inputs=inputs,
-        ours=lambda i: ((i["residual"], i["x"], i["gate"]), {"norm": None}),
-    )
-
-
-def _rotated_halves() -> Use:
-    """Pairs of a head's two halves, without a norm."""
-    case = _qk_norm_rope(across_heads=False)
-
-    def ours(i: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        args, kwargs = case.ours(i)
-        return args, {"freqs": kwargs["freqs"], "layout": "half"}
-
-    return Use(
-        name="qk_norm_rope half",
-        op="qk_norm_rope",
-        inputs=case.inputs,
-        ours=ours,
-        places=case.places,
-        fits=case.fits,
-    )
-
-
-def _rotated_by_tables(across_heads: bool) -> Use:
-    """By a cosine and a sine for each element, as FLUX has them, or Wan."""
-    case = _qk_norm_rope(across_heads)
-
-    def inputs(shape: Shape, device: torch.device) -> Inputs:
-        made = case.inputs(shape, device)
-        cos, sin = (t.repeat_interleave(2, -1) for t in made["freqs"].unbind(-1))
-        return made | {"cos": cos, "sin": sin}
-
-    def ours(i: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        args, kwargs = case.ours(i)
-        return args, kwargs | {"freqs": None, "cos": i["cos"], "sin": i["sin"]}
-
-    return Use(
-        name="qk_norm_rope cos and sin" + (" across heads" if across_heads else ""),
-        op="qk_norm_rope",
-        inputs=inputs,
-        ours=ours,
-        places=case.places,
-        fits=case.fits,
-    )
-
-
-def _gelu_behind() -> Use:
-    """Behind other channels, as FLUX's blocks of one stream have it."""
-
-    def inputs(shape: Shape, device: torch.device) -> Inputs:
-        x, others = _hidden(shape, device, 2)
-        return {"x": x, "packed": torch.cat((others, others), -1)}
-
-    return Use(
-        name="gelu behind",
-        op="gelu",
-        inputs=inputs,
-        ours=lambda i: ((i["x"], i["packed"][..., i["x"].shape[-1] :]), {}),
-        places=(1,),
-    )
-
-
-#: What is checked: the cases, and uses that are not timed.
-USES: dict[str, Use] = CASES | {
-    use.name: use
-    for use in (
-        _first_residual(),
-        _forecast_into(),
-        _rotated_halves(),
-        _rotated_by_tables(across_heads=False),
-        _rotated_by_tables(across_heads=True),
-        _gelu_behind(),
-        _ada_layer_norm_index(),
-        _gate_residual_norm_index(),
-        _gated_residual(),
-    )
-}
 
 #: name → (case → what runs on its inputs). What ours returned still has to go through `Case.values`.
 PROVIDERS: dict[str, Callable[[Case], Callable[[Inputs], Any]]] = {

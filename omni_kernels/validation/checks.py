@@ -19,10 +19,11 @@ from torch.utils._pytree import tree_map_only
 
 from omni_kernels.device import has_fp64
 from omni_kernels.validation import layouts, oracle
-from omni_kernels.validation.cases import USES, Use
+from omni_kernels.validation.cases import Use
 from omni_kernels.validation.memory import Placed, poisoned_outputs, same_bits
 from omni_kernels.validation.shapes import FLUX, QWEN_IMAGE, QWEN_IMAGE_EDIT, TINY, WAN, Z_IMAGE, Shape
 from omni_kernels.validation.tolerances import Mismatch, mismatch, worst
+from omni_kernels.validation.uses import USES
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -56,6 +56,7 @@ CALIBRATORS = {
 REFUSED = {
     "LTX2": "it fails on blocks that take and return sound beside the video",
     "Flux2KleinKV": "it makes another picture there, and skips nothing",
+    "SkyReelsV2DiffusionForcing": "there each frame has steps of its own, and the library counts steps by calls",
 }
 #: Pipelines that it cannot run with a ControlNet, by how their names begin.
 REFUSED_WITH_CONTROLNET = ("QwenImage", "StableDiffusion3", "HunyuanDiT")

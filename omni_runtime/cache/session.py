@@ -36,6 +36,7 @@ from omni_runtime.cache.ranks import Ranks, SplitCall, ranks_of
 from omni_runtime.cache.replay import ReplayGate, Replays
 from omni_runtime.cache.report import BranchReport, CacheReport, StepEvent
 from omni_runtime.cache.signals import Nothing
+from omni_runtime.cache.watch import Watch
 
 #: Of a transformer's attributes, the one by which `omni_runtime.cache.library` says that it works on it.
 LIBRARY_MARK = "_omni_kernels_library"
@@ -81,7 +82,7 @@ class CacheSession:
         self.notes: list[str] = []
         self._requests: list[Request] = []
         self._sampling: Sampling | None = None
-        self._watch: _Watch | None = None
+        self._watch: Watch | None = None
 
     def install(self, patch: Patch) -> None:
         """Follow the pipeline's calls.
@@ -97,7 +98,7 @@ class CacheSession:
         around_calls(self.pipe, self.sampling, patch, outside)
         with turn(self._shared()), self._seams():  # what is in the way is told now
             pass
-        self._watch = _Watch(self)
+        self._watch = Watch(self.transformer, self.name)
         patch.add(self._watch)
 
     def close(self) -> None:
@@ -396,57 +397,6 @@ class BlockSession(CacheSession):
         """Raise for what a cache of blocks cannot live with, by name."""
         refuse_compiled(self.transformer)
         refuse_parallel(self.transformer, self.alone)
-
-
-class _Watch:
-    """Says once that a transformer call comes from outside the pipeline's calls."""
-
-    held = True
-
-    def __init__(self, session: CacheSession) -> None:
-        self.owner = session.transformer
-        self._name = session.name
-        self._hook: Any = None
-        self._over = False
-        self.listen()
-
-    def listen(self) -> None:
-        """Listen at the transformer, between the pipeline's calls, until something was said."""
-        if self._hook is None and not self._over:
-            self._hook = self.owner.register_forward_pre_hook(self)
-
-    def __call__(self, transformer: torch.nn.Module, args: Any) -> None:
-        """A call of the transformer comes."""
-        if torch.compiler.is_compiling():
-            return
-        self.restore()
-        self._over = True
-        warnings.warn(
-            f"the transformer was called outside a call of the patched pipeline: {self._name} caches nothing there. "
-            "Another pipeline that shares it may have a cache of its own; a loop of your own goes into "
-            "`with handle.sampling():`",
-            stacklevel=5,
-        )
-
-    def conflict(self) -> str:
-        return ""
-
-    def restore(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-
-    def __reduce__(self) -> Any:
-        return _no_watch, ()
-
-
-def _no_watch() -> Callable[..., None]:
-    """What a copy of the transformer has instead."""
-    return _unwatched
-
-
-def _unwatched(transformer: torch.nn.Module, args: Any) -> None:
-    return None
 
 
 def differentiates(transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

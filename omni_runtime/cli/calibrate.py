@@ -14,6 +14,7 @@ from typing import Any
 
 from omni_runtime import files
 from omni_runtime.cache import calibration
+from omni_runtime.cache.methods import VELOCITY_CACHE
 from omni_runtime.calibrate import fitting
 from omni_runtime.calibrate import schedule as finding
 from omni_runtime.calibrate.search import most_steps
@@ -114,7 +115,7 @@ def _taken(options: argparse.Namespace, first: tuple[str, Path | None], method: 
 
 def _calibrate_schedule(options: argparse.Namespace) -> None:
     """The file, a plot of the search beside it, and the figures of each budget in words."""
-    method = finding.VELOCITY_CACHE.name
+    method = VELOCITY_CACHE.name
     options.seeds = options.seeds or list(SCHEDULE_SEEDS)
     settle(options)
     with wrong_input():

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from omni_runtime.cli.inputs import bar, make_directory, make_omni, prompts_and_images, settle, with_seeds, wrong_input
 from omni_runtime.cli.options import UsageError
 from omni_runtime.cli.output import print_json
-from omni_runtime.compare import comparison
+from omni_runtime.compare import comparison, showing
 from omni_runtime.generation.request import GenerationRequest
 from omni_runtime.progress import Progress, StepBar
 
@@ -51,9 +51,9 @@ def compare(options: argparse.Namespace) -> None:
     if found and not options.quiet:
         print(f"{found} images were there already: --fresh makes them anew", file=sys.stderr)
     document = comparison.evaluate(results, comparison.about(options.model, pipe, requests))
-    files = comparison.write(document, options.out)
+    files = showing.write(document, options.out)
     if options.json:
         print_json({"files": [str(path) for path in files], **document})
     else:
-        print(comparison.table(document))
+        print(showing.table(document))
         print(*files, sep="\n")

@@ -46,12 +46,12 @@ import torch
 
 from omni_kernels.patching import backends
 from omni_runtime import files
-from omni_runtime.compare import cells, contact_sheet, quality, report_html
+from omni_runtime.compare import cells, quality
 from omni_runtime.compare.cells import Cell, Run
 from omni_runtime.generation.loading import embedded_models
 from omni_runtime.generation.omni import Omni
 from omni_runtime.generation.request import GenerationRequest
-from omni_runtime.generation.result import jsonable, write_png
+from omni_runtime.generation.result import jsonable
 from omni_runtime.progress import Progress, seconds_left
 
 REFERENCE = "no cache"
@@ -64,7 +64,6 @@ IDENTITY = [0.0, 0.0, 0.0, 1.0, 0.0]
 COMPARED = 32
 
 PIXELS = 1 << 20  # measured at once
-SHEET_ROWS = 24  # of the contact sheet; of more prompts and seeds it shows so many, spread over all
 
 
 _VELOCITY = (
@@ -229,7 +228,7 @@ def prompts_of(model: str, count: int | None = 6) -> list[tuple[str, Path | None
         for one in entries
         if isinstance(one.get("prompt"), str)
     ]
-    return found if count is None else _spread_over(found, count)
+    return found if count is None else spread_over(found, count)
 
 
 def prompts_left(model: str, count: int, compared: int = COMPARED) -> list[tuple[str, Path | None]]:
@@ -239,10 +238,11 @@ def prompts_left(model: str, count: int, compared: int = COMPARED) -> list[tuple
     """
     taken = prompts_of(model, compared)
     everything = prompts_of(model, None)
-    return _spread_over([one for one in everything if one not in taken] or everything, count)
+    return spread_over([one for one in everything if one not in taken] or everything, count)
 
 
-def _spread_over(entries: list[Any], count: int) -> list[Any]:
+def spread_over(entries: list[Any], count: int) -> list[Any]:
+    """At most `count` of the entries, at even distances."""
     return [entries[i * len(entries) // count] for i in range(count)] if len(entries) > count else entries
 
 
@@ -493,95 +493,3 @@ def about(model: str, pipe: Any, requests: Sequence[GenerationRequest]) -> dict[
         "threads": torch.get_num_threads(),
         "versions": cells.versions(),
     }
-
-
-# Showing them
-
-#: Columns of the printed table: measure, statistic, heading.
-COLUMNS = (
-    ("nfe", "mean", "NFE"),
-    ("blocks", "mean", "blocks"),
-    ("seconds", "mean", "s/image"),
-    ("speedup", "mean", "speedup"),
-    ("psnr", "spread", "PSNR dB"),
-    ("psnr", "p5", "p5"),
-    ("ssim", "mean", "SSIM"),
-    ("ms_ssim", "mean", "MS-SSIM"),
-    ("latents_psnr", "mean", "latents dB"),
-    ("lpips", "mean", "LPIPS"),
-)
-
-
-def table(document: Mapping[str, Any]) -> str:
-    """The runs as aligned text: means, PSNR with its standard deviation and 5th percentile.
-
-    The reference has no quality of its own.
-    """
-    measures = document["measures"]
-    columns = [column for column in COLUMNS if column[0] in measures]
-    lines = [["run", *(heading for _, _, heading in columns)]]
-    for number, run in enumerate(document["runs"]):
-        entries = [
-            "–" if number == 0 and not measures[name]["cost"] else _told(run[name], statistic, measures[name])
-            for name, statistic, _ in columns
-        ]
-        lines.append([run["name"], *entries])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
-
-
-def _told(values: Mapping[str, Any], statistic: str, measure: Mapping[str, Any]) -> str:
-    value = values["mean" if statistic == "spread" else statistic]
-    if value is None:
-        return "identical"
-    unit = measure["unit"] if measure["unit"] in ("%", "×") else ""
-    text = f"{value:.{measure['digits']}f}{unit}"
-    return f"{text} ± {values['std']:.{measure['digits']}f}" if statistic == "spread" else text
-
-
-def sheet(document: Mapping[str, Any], picture: Callable[[Mapping[str, Any]], Any]) -> Any:
-    """The contact sheet: a row per prompt and seed, a column per run; at most `SHEET_ROWS` rows.
-
-    Args:
-        document: what `evaluate` returns.
-        picture: one of its cells → the image.
-    """
-    runs = document["runs"]
-    several_seeds = len({cell["seed"] for cell in runs[0]["cells"]}) > 1
-    columns = [[run["name"], f"{run['nfe']['mean']:.0f} forwards, {run['speedup']['mean']:.2f}x"] for run in runs]
-    rows, images, captions = [], [], []
-    for row in _spread_over(list(zip(*(run["cells"] for run in runs), strict=True)), SHEET_ROWS):
-        rows.append((row[0]["prompt"] or "") + (f" (seed {row[0]['seed']})" if several_seeds else ""))
-        images.append([picture(cell) for cell in row])
-        captions.append(["reference", *(_decibels(cell["psnr"]) for cell in row[1:])])
-    return contact_sheet.draw(images, captions, rows, columns)
-
-
-def _decibels(value: float | None) -> str:
-    return "identical" if value is None else f"{value:.1f} dB"
-
-
-def write(document: Mapping[str, Any], directory: str | Path) -> list[Path]:
-    """Write `report.html`, `contact_sheet.png` and `results.json` beside the cells that `compare` keeps there."""
-    directory = Path(directory)
-    paths = [directory / name for name in ("report.html", "contact_sheet.png", "results.json")]
-    files.write(paths[2], to_json(document))
-    report_html.write(directory)
-    settings = {key: value for key, value in document.items() if key != "runs"}
-    settings["runs"] = [
-        {key: run[key] for key in ("name", "cache_backend", "cache_config", "steps")} for run in document["runs"]
-    ]
-    write_png(sheet(document, report_html.pictures_in(directory)), paths[1], settings)
-    return paths
-
-
-def to_json(document: Mapping[str, Any]) -> str:
-    """As text: indented, with lists of numbers on one line."""
-    text = json.dumps(document, indent=1, allow_nan=False)
-    return re.sub(r"\[[-\d\s.,eE+nul]*\]", lambda found: " ".join(found[0].split()), text) + "\n"

@@ -487,6 +487,7 @@ def test_the_transformer_cannot_be_copied_while_the_library_is_in_it(qwen_pipe):
     [
         ("LTX2Pipeline", None, "sound beside the video"),
         ("Flux2KleinKVPipeline", None, "makes another picture"),
+        ("SkyReelsV2DiffusionForcingPipeline", None, "each frame has steps of its own"),
         ("QwenImageControlNetPipeline", object(), "ControlNet"),
         ("StableDiffusion3ControlNetPipeline", object(), "ControlNet"),
     ],

@@ -14,7 +14,7 @@ from omni_kernels.ascend.swiglu import swiglu
 from omni_kernels.device import Device, pretend
 from omni_kernels.ops import OPS
 from omni_kernels.validation import checks
-from omni_kernels.validation.cases import USES
+from omni_kernels.validation.uses import USES
 
 NPU = "npu"
 #: None: without fused operators.

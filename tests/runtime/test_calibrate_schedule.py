@@ -15,9 +15,10 @@ import torch
 import omni_kernels
 from omni_runtime import Omni, cli
 from omni_runtime.cache import calibration, schedules
-from omni_runtime.calibrate import schedule as calibrate_schedule
+from omni_runtime.calibrate import images as module
+from omni_runtime.calibrate.images import Images, Settings
 from omni_runtime.calibrate.journal import KeptResponses
-from omni_runtime.calibrate.schedule import Images, Settings, find, plot, words
+from omni_runtime.calibrate.schedule import find, plot, words
 from omni_runtime.calibrate.search import Tried, most_steps
 from omni_runtime.compare import quality
 
@@ -177,7 +178,7 @@ def test_speedups_are_medians_of_a_single_image_in_turns(omni, monkeypatch):
     images.under_way = None
     monkeypatch.setattr(type(omni.pipe), "__call__", timed)
     monkeypatch.setattr(Images, "_scheduled", noted)
-    monkeypatch.setattr(calibrate_schedule.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
     assert images.speedups([(0, 3, 7), (0, 7)]) == [2.5, 4.0]
     assert made == [None, *[None, (0, 3, 7), (0, 7)] * 3]
 
@@ -260,7 +261,7 @@ def test_find_searches_and_measures_on_other_images(omni, tmp_path, monkeypatch)
     assert plot(found).count("<polyline") == 2
 
     lines = journal.read_text().splitlines()
-    monkeypatch.setattr(calibrate_schedule, "Replaying", None)  # nothing responds a second time
+    monkeypatch.setattr(module, "Replaying", None)  # nothing responds a second time
     again, _ = run(8)
     assert journal.read_text().splitlines() == lines, "what was sampled is not sampled again"
     assert {b: one.best for b, one in again.items()} == {b: one.best for b, one in found.items()}

@@ -24,7 +24,7 @@ from omni_runtime import Omni, cli
 from omni_runtime.cache import calibration
 from omni_runtime.cache.methods import CACHE_DIT
 from omni_runtime.cache.models import MODELS
-from omni_runtime.compare import cells, contact_sheet, quality
+from omni_runtime.compare import cells, contact_sheet, quality, showing
 from omni_runtime.compare import comparison as compare
 from omni_runtime.compare.cells import Run
 from omni_runtime.files import DamagedFileWarning, WriteError
@@ -609,7 +609,7 @@ def test_statistics_are_mean_sample_deviation_smallest_and_percentile() -> None:
         "min": 30.0,
         "p5": pytest.approx(np.percentile(values, 5)),
     }
-    text = compare.table(document_of(values, [1.0, 1.0, 2.0]))
+    text = showing.table(document_of(values, [1.0, 1.0, 2.0]))
     heading, first, second = text.splitlines()
     assert heading.split()[:2] == ["run", "NFE"]
     assert "–" in first
@@ -628,13 +628,13 @@ def test_percentile_interpolates() -> None:
 def test_identical_images_are_left_out_of_the_mean_and_counted() -> None:
     found = compare.statistics_of([math.inf, 30.0, 40.0])
     assert (found["mean"], found["min"], found["identical"]) == (35.0, 30.0, 1)
-    assert "identical" in compare.table(document_of([math.inf] * 3, [1.0] * 3))
-    assert json.loads(compare.to_json(document_of([math.inf] * 3, [1.0] * 3)))["runs"][1]["psnr"]["mean"] is None
+    assert "identical" in showing.table(document_of([math.inf] * 3, [1.0] * 3))
+    assert json.loads(showing.to_json(document_of([math.inf] * 3, [1.0] * 3)))["runs"][1]["psnr"]["mean"] is None
 
 
 def test_json_keeps_lists_of_numbers_on_one_line() -> None:
     document = {"a": [1, -2.5e-07, None], "b": [{"c": []}], "text": "[1, 2]"}
-    text = compare.to_json(document)
+    text = showing.to_json(document)
     assert json.loads(text) == document
     assert "[1, -2.5e-07, null]" in text.replace("[ ", "[").replace(" ]", "]")
 

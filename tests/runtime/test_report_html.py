@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from omni_runtime.compare import comparison as compare
-from omni_runtime.compare import report_html
+from omni_runtime.compare import report_html, showing
 
 RUNS = (
     ("no cache", "fewer steps", None, 12),
@@ -82,7 +82,7 @@ def document_in(directory: Path, size: int = 64, seeds: int = 2) -> dict[str, An
         "sittings": [sitting, sitting | {"started": "2026-01-03T03:04:05+00:00"}],
         "runs": runs,
     }
-    (directory / "results.json").write_text(compare.to_json(document))
+    (directory / "results.json").write_text(showing.to_json(document))
     return document
 
 

@@ -1,0 +1,181 @@
+"""What is checked and not timed: the ops' other forms, with an index, into a place that is given, or without a norm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from omni_kernels.validation.cases import CASES, Inputs, Use, hidden_states, modulation, qk_norm_rope
+from omni_kernels.validation.shapes import Shape
+
+
+def _index(shape: Shape, device: torch.device) -> torch.Tensor:
+    """Which of two modulations a token takes: the second for the last half, as a reference image's tokens do."""
+    return (torch.arange(shape.S, device=device) >= shape.S // 2).int().expand(shape.B, -1).contiguous()
+
+
+def _two_rows(shape: Shape, device: torch.device) -> list[torch.Tensor]:
+    """Shift, scale and gate, two rows for each sample."""
+    return list(torch.randn(2 * shape.B, 6 * shape.D, device=device).mul_(0.2).to(shape.dtype).chunk(6, 1)[:3])
+
+
+def _first_residual() -> Use:
+    """The first step's, which has none before it."""
+    return Use(
+        name="residual_relative_l1 first",
+        op="residual_relative_l1",
+        inputs=lambda shape, device: dict(zip(("h_out", "h_in"), hidden_states(shape, device, 2), strict=True)),
+        ours=lambda i: ((i["h_out"], i["h_in"], None), {}),
+    )
+
+
+def _forecast_into() -> Use:
+    """Into a given tensor, by weights that are on the device."""
+
+    def inputs(shape: Shape, device: torch.device) -> Inputs:
+        made = dict(zip(("base", "last", "before", "out"), hidden_states(shape, device, 4), strict=True))
+        return made | {"weights": torch.tensor([1.5, -0.5], device=device)}
+
+    return Use(
+        name="linear_forecast into",
+        op="linear_forecast",
+        inputs=inputs,
+        ours=lambda i: ((i["base"], [i["last"], i["before"]], i["weights"], i["out"]), {}),
+        places=(3,),
+    )
+
+
+def _ada_layer_norm_index() -> Use:
+    """As Qwen-Image-Edit-2511 has it."""
+
+    def inputs(shape: Shape, device: torch.device) -> Inputs:
+        shift, scale, _ = _two_rows(shape, device)
+        return {
+            "x": hidden_states(shape, device, 1)[0],
+            "scale": scale,
+            "shift": shift,
+            "index": _index(shape, device),
+        }
+
+    return Use(
+        name="ada_layer_norm index",
+        op="ada_layer_norm",
+        inputs=inputs,
+        ours=lambda i: ((i["x"], i["scale"], i["shift"]), {"index": i["index"]}),
+    )
+
+
+def _gate_residual_norm_index() -> Use:
+    """As Qwen-Image-Edit-2511 has it."""
+
+    def inputs(shape: Shape, device: torch.device) -> Inputs:
+        shift, scale, gate = _two_rows(shape, device)
+        residual, x = hidden_states(shape, device, 2)
+        return {
+            "residual": residual,
+            "x": x,
+            "gate": gate,
+            "scale": scale,
+            "shift": shift,
+            "index": _index(shape, device),
+        }
+
+    return Use(
+        name="gate_residual_norm index",
+        op="gate_residual_norm",
+        inputs=inputs,
+        ours=lambda i: (
+            (i["residual"], i["x"], i["gate"], i["scale"], i["shift"]),
+            {"index": i["index"]},
+        ),
+    )
+
+
+def _gated_residual() -> Use:
+    """A block's last, behind which no norm stands."""
+
+    def inputs(shape: Shape, device: torch.device) -> Inputs:
+        residual, x = hidden_states(shape, device, 2)
+        return {"residual": residual, "x": x, "gate": modulation(shape, device)[2]}
+
+    return Use(
+        name="gate_residual_norm h alone",
+        op="gate_residual_norm",
+        inputs=inputs,
+        ours=lambda i: ((i["residual"], i["x"], i["gate"]), {"norm": None}),
+    )
+
+
+def _rotated_halves() -> Use:
+    """Pairs of a head's two halves, without a norm."""
+    case = qk_norm_rope(across_heads=False)
+
+    def ours(i: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = case.ours(i)
+        return args, {"freqs": kwargs["freqs"], "layout": "half"}
+
+    return Use(
+        name="qk_norm_rope half",
+        op="qk_norm_rope",
+        inputs=case.inputs,
+        ours=ours,
+        places=case.places,
+        fits=case.fits,
+    )
+
+
+def _rotated_by_tables(across_heads: bool) -> Use:
+    """By a cosine and a sine for each element, as FLUX has them, or Wan."""
+    case = qk_norm_rope(across_heads)
+
+    def inputs(shape: Shape, device: torch.device) -> Inputs:
+        made = case.inputs(shape, device)
+        cos, sin = (t.repeat_interleave(2, -1) for t in made["freqs"].unbind(-1))
+        return made | {"cos": cos, "sin": sin}
+
+    def ours(i: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = case.ours(i)
+        return args, kwargs | {"freqs": None, "cos": i["cos"], "sin": i["sin"]}
+
+    return Use(
+        name="qk_norm_rope cos and sin" + (" across heads" if across_heads else ""),
+        op="qk_norm_rope",
+        inputs=inputs,
+        ours=ours,
+        places=case.places,
+        fits=case.fits,
+    )
+
+
+def _gelu_behind() -> Use:
+    """Behind other channels, as FLUX's blocks of one stream have it."""
+
+    def inputs(shape: Shape, device: torch.device) -> Inputs:
+        x, others = hidden_states(shape, device, 2)
+        return {"x": x, "packed": torch.cat((others, others), -1)}
+
+    return Use(
+        name="gelu behind",
+        op="gelu",
+        inputs=inputs,
+        ours=lambda i: ((i["x"], i["packed"][..., i["x"].shape[-1] :]), {}),
+        places=(1,),
+    )
+
+
+#: What is checked: the cases, and uses that are not timed.
+USES: dict[str, Use] = CASES | {
+    use.name: use
+    for use in (
+        _first_residual(),
+        _forecast_into(),
+        _rotated_halves(),
+        _rotated_by_tables(across_heads=False),
+        _rotated_by_tables(across_heads=True),
+        _gelu_behind(),
+        _ada_layer_norm_index(),
+        _gate_residual_norm_index(),
+        _gated_residual(),
+    )
+}

@@ -1,0 +1,67 @@
+"""Between the calls of a patched pipeline: whoever calls its transformer then is told that nothing is cached."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class Watch:
+    """Says once that a transformer call comes from outside the pipeline's calls.
+
+    Args:
+        transformer: the one that is called.
+        name: the backend's, for the warning.
+    """
+
+    held = True
+
+    def __init__(self, transformer: torch.nn.Module, name: str) -> None:
+        self.owner = transformer
+        self._name = name
+        self._hook: Any = None
+        self._over = False
+        self.listen()
+
+    def listen(self) -> None:
+        """Listen at the transformer, between the pipeline's calls, until something was said."""
+        if self._hook is None and not self._over:
+            self._hook = self.owner.register_forward_pre_hook(self)
+
+    def __call__(self, transformer: torch.nn.Module, args: Any) -> None:
+        """A call of the transformer comes."""
+        if torch.compiler.is_compiling():
+            return
+        self.restore()
+        self._over = True
+        warnings.warn(
+            f"the transformer was called outside a call of the patched pipeline: {self._name} caches nothing there. "
+            "Another pipeline that shares it may have a cache of its own; a loop of your own goes into "
+            "`with handle.sampling():`",
+            stacklevel=5,
+        )
+
+    def conflict(self) -> str:
+        """See `omni_kernels.patching.changes`: a hook can be taken out at any time."""
+        return ""
+
+    def restore(self) -> None:
+        """Listen no more."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def __reduce__(self) -> Any:
+        return _no_watch, ()
+
+
+def _no_watch() -> Callable[..., None]:
+    """What a copy of the transformer has instead."""
+    return _unwatched
+
+
+def _unwatched(transformer: torch.nn.Module, args: Any) -> None:
+    return None
