@@ -506,6 +506,14 @@ def test_a_pipeline_that_the_library_caches_already_is_refused(qwen_pipe):
     cache_dit.disable_cache(qwen_pipe)
 
 
+def test_the_librarys_messages_are_not_printed(qwen_pipe, caplog):
+    logging.disable(logging.NOTSET)
+    with caplog.at_level(logging.DEBUG), omni_kernels.patched(qwen_pipe, "cache_dit", CONFIG):
+        run(qwen_pipe, steps=3)
+    assert [record for record in caplog.records if "cache" in record.name and record.levelno <= logging.WARNING] == []
+    assert logging.root.manager.disable == logging.NOTSET
+
+
 # Configurations
 
 CHECK = METHODS["cache_dit"].check
