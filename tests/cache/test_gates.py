@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from omni_runtime.cache.gates import AccumulatedPolynomialGate, Limits, Plan, ThresholdGate
+from omni_runtime.cache.gates import AccumulatedPolynomialGate, Limits, Plan, ThresholdGate, by_image
 
 
 def run(gate, steps, distance=0.1):
@@ -100,3 +100,11 @@ def test_polynomial_sums_are_kept_per_sample_and_cleared_by_a_computed_step():
 def test_negative_polynomial_values_count_as_positive():
     gate = AccumulatedPolynomialGate(Limits(), 1.0, (-3.0, 0.0))
     assert gate.judge([(0.2, 1.0)], 1).accumulated == pytest.approx(0.6)
+
+
+def test_of_several_samples_an_image_those_of_one_image_count_together():
+    sums = [[1.0, 10.0], [2.0, 20.0], [3.0, 30.0], [4.0, 40.0]]
+    assert by_image(sums, 2) == [[4.0, 40.0], [6.0, 60.0]]
+    assert by_image(sums, 4) == sums
+    assert by_image(sums, 0) == sums, "how many images there are is not known"
+    assert by_image(sums, 3) == sums, "they are no whole number of times as many"

@@ -9,6 +9,7 @@ import tiny
 import torch
 
 import omni_kernels
+from omni_runtime.cache.lifecycle import outside
 
 NOISE = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(7))
 TEXT = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(1))
@@ -403,3 +404,21 @@ def test_modular_pipeline_is_cached_and_undone():
         assert handle.report.forwards_saved > 0
         assert not torch.equal(cached, plain)
         assert torch.equal(made(), plain)
+
+
+def test_scheduler_that_others_set_during_a_request_does_as_they_say(pipe):
+    """What runs outside, a callback for one, is not the request's: it is let through, and begins none."""
+
+    def loop(pipe):
+        pipe.scheduler.set_timesteps(4)
+        latents = NOISE
+        for t in pipe.scheduler.timesteps:
+            latents = pipe.scheduler.step(pipe.velocity(latents, t), t, latents, return_dict=False)[0]
+        with outside():
+            pipe.scheduler.set_timesteps(9)
+        return latents
+
+    with omni_kernels.patched(pipe, "first_block_cache", {"threshold": 1.0}) as handle:
+        pipe(loop)
+    assert pipe.scheduler.num_inference_steps == 9
+    assert [report.steps for report in handle.reports] == [4]

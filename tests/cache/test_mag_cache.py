@@ -274,3 +274,9 @@ def test_a_run_unlike_the_calibrated_ones_is_warned_of():
 def test_a_broken_file_is_named(change, message):
     with pytest.raises(ValueError, match=f"mag_ratios: this dict.*{message}"):
         omni_kernels.patching.backends.get("mag_cache").check({"mag_ratios": document() | change})
+
+
+def test_a_fit_is_told_without_its_first_step_which_has_none_before_it():
+    told = magnitudes.Ratios((1.0, 1.5, 1.25), 0.1, 6).words()
+    assert "by a factor of 1.25 to 1.5;" in told
+    assert told.endswith("mag_ratios 1, 1.5, 1.25")

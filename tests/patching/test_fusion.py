@@ -391,6 +391,13 @@ ODD |= {
 }
 
 
+def test_heads_that_the_kernel_does_not_take_are_left_alone_and_said_so():
+    pipe = tiny.qwen_image(layers=1, attention_head_dim=264, num_attention_heads=1, axes_dims_rope=(88, 88, 88))
+    handle = omni_kernels.patch(pipe)
+    assert not handle.fused.replaced
+    assert "heads have 264 channels" in str(handle.fused)
+
+
 @pytest.mark.parametrize("change", ODD)
 def test_block_that_does_not_fit_is_left_alone_and_said_why(qwen_pipe, change):
     change(qwen_pipe.transformer.transformer_blocks[2])
