@@ -451,3 +451,11 @@ def test_a_forecaster_says_by_what_it_was_chosen():
         "reuse": 0, "taylorseer": 2, "newton": 2, "hermite": 2, "foca": 0, "dmd": 0,
     }  # fmt: skip
     assert all(make_forecaster(name).name == name for name in FORECASTERS)
+
+
+def test_what_is_recorded_at_the_newest_position_takes_its_place_alone():
+    history = History(make_forecaster("taylorseer", 2))
+    for position, value in ((3.0, 1.0), (2.0, 2.0), (1.0, 3.0), (1.0, 4.0)):
+        history.record(torch.full((1, 2), value), None, position)
+    assert history.positions == [1.0, 2.0, 3.0]
+    assert [snapshot[0, 0].item() for snapshot in history.tensors()] == [4.0, 2.0, 1.0]
