@@ -368,6 +368,20 @@ def test_somebody_who_patched_over_it_is_named(monkeypatch):
     omni_kernels.unpatch(cache_dit)
 
 
+def test_somebody_who_patched_over_it_hinders_only_the_last_to_leave():
+    first, second = Patch(), Patch()
+    use_kernels(cache_dit, first)
+    use_kernels(cache_dit, second)
+    ours = TaylorSeerState.approximate
+    TaylorSeerState.approximate = theirs = lambda self: None
+    first.undo()
+    assert TaylorSeerState.approximate is theirs
+    with pytest.raises(PatchConflictError, match=r"TaylorSeerState\.approximate is now"):
+        second.undo()
+    TaylorSeerState.approximate = ours
+    second.undo()
+
+
 def test_somebody_who_patched_before_is_named(monkeypatch):
     def theirs(self):
         return None
