@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import omni_kernels
-from omni_runtime.cache.config import MOST
+from omni_runtime.cache.config import MOST, plain
 from omni_runtime.cache.methods import METHODS
 from omni_runtime.generation.omni import resolve_cache
 
@@ -189,3 +189,10 @@ def test_broken_settings_of_a_scheduler_are_named():
     made = calibrated(1.0) | {"calibrated_for": {"scheduler_settings": [1]}}
     with pytest.raises(ValueError, match=r"^coefficients: this dict: scheduler_settings must be an object, not \[1\]"):
         METHODS["tea_cache"].check({"coefficients": made})
+
+
+def test_a_scalar_without_data_is_refused_as_it_is():
+    scalar = torch.empty((), device="meta")
+    assert plain(scalar) is scalar
+    with pytest.raises((ValueError, TypeError), match="rel_l1_thresh must be"):
+        METHODS["tea_cache"].check({"rel_l1_thresh": scalar})

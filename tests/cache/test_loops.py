@@ -422,3 +422,17 @@ def test_scheduler_that_others_set_during_a_request_does_as_they_say(pipe):
         pipe(loop)
     assert pipe.scheduler.num_inference_steps == 9
     assert [report.steps for report in handle.reports] == [4]
+
+
+@pytest.mark.parametrize("backend", SKIPPING)
+def test_scheduler_that_the_call_itself_changes_is_followed(pipe, backend):
+    def loop(pipe):
+        pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0)
+        pipe.scheduler.set_timesteps(6)
+        return denoise(pipe, pipe.scheduler.timesteps)
+
+    with omni_kernels.patched(pipe, backend, SKIPPING[backend]) as handle:
+        pipe(loop)
+    assert handle.report.steps == 6
+    assert handle.report.complete
+    assert handle.report.forwards_saved > 0

@@ -309,3 +309,7 @@ def test_what_a_row_lacks_is_known_before_weights_are_loaded(monkeypatch):
     facts = models.describe({"_class_name": "SD3Transformer2DModel", "num_layers": 4})
     with pytest.raises(ValueError, match="gives no modulation"):
         omni_kernels.patching.backends.get("tea_cache").check(None, facts)
+
+
+def test_a_class_that_no_row_tells_of_has_no_known_depth():
+    assert models.describe({"_class_name": "Another"}) == models.TransformerFacts("Another", None)
