@@ -5,10 +5,11 @@
 One tiny Qwen-Image transformer of 60 blocks, the same weights for all, no guidance. Each contender is installed on a
 pipeline of its own, as its users install it, and is driven through whole requests (`set_timesteps`, then a forward and
 a `step` at a time). All contenders take turns in one process. Times on the CPU are of the thread alone, so that other
-processes count for less. What is reported is the median time of a forward, and,
-as what was added, the median difference between forwards that were timed in the same turn, with the width of the
-middle half of these differences (±) to tell how much of it is noise. Where code and data come to lie in memory moves
-what was added by a tenth from one process to the next, so all of it is done in several, and medians are reported.
+processes count for less. What is reported is the tenth percentile of a forward's times, for what else happens on a
+machine only adds to them, and, as what was added, the difference of two such. Beside it (±) stands the width of the
+middle half of the differences between forwards that were timed in the same turn: how much of them is noise. Where code
+and data come to lie in memory moves what was added by a tenth from one process to the next, so all of it is done in
+several, and medians are reported.
 
 - A *skipped* forward is one whose distance was measured and found small. What a cache adds is its time less that of an
   unpatched transformer of just the blocks that still run: 1, or none for tea_cache.
@@ -271,7 +272,7 @@ KINDS = {
 
 @dataclass
 class Fused:
-    """A forward with fused blocks beside the plain one, in µs, and its share of it, turn by turn."""
+    """A forward with fused blocks beside the plain one, in µs, and its share of it."""
 
     way: str
     us: float
@@ -312,9 +313,10 @@ def fused(weights: Weights, way: str, rounds: int) -> Fused:
     with patched(ours.pipe) as handle, WAYS[way]():
         assert not handle.fused.left_alone, handle.fused
         time_in_turns([plain, ours], rounds, FIRST + 4)
-    shares = [a / b for a, b in zip(ours.seconds, plain.seconds, strict=True)]
-    us, plain_us = (statistics.median(run.seconds) * 1e6 if rounds else 0.0 for run in (ours, plain))
-    return Fused(way, round(us, 1), round(plain_us, 1), round(statistics.median(shares), 3) if rounds else 0.0)
+    if not rounds:
+        return Fused(way, 0.0, 0.0, 0.0)
+    us, plain_us = (_tenth(run.seconds) * 1e6 for run in (ours, plain))
+    return Fused(way, round(us, 1), round(plain_us, 1), round(us / plain_us, 3))
 
 
 @torch.no_grad()
@@ -381,11 +383,15 @@ def _times(run: Run, plain: Run) -> tuple[float, float, float, float]:
     """In µs: a forward, an unpatched one, what was added, and how wide the middle half of the differences is."""
     if not run.seconds:
         return 0.0, 0.0, 0.0, 0.0
-    added = [a - b for a, b in zip(run.seconds, plain.seconds, strict=True)]
-    low, median, high = statistics.quantiles(added)
-    times = (statistics.median(run.seconds), statistics.median(plain.seconds), median, high - low)
-    us, plain_us, added_us, spread_us = (round(t * 1e6, 1) for t in times)
+    low, _, high = statistics.quantiles(a - b for a, b in zip(run.seconds, plain.seconds, strict=True))
+    us, plain_us = _tenth(run.seconds), _tenth(plain.seconds)
+    us, plain_us, added_us, spread_us = (round(t * 1e6, 1) for t in (us, plain_us, us - plain_us, high - low))
     return us, plain_us, added_us, spread_us
+
+
+def _tenth(seconds: Sequence[float]) -> float:
+    """The tenth percentile."""
+    return statistics.quantiles(seconds, n=10, method="inclusive")[0]
 
 
 def _counted(

@@ -217,11 +217,13 @@ def test_a_fused_forward_is_compared_with_the_plain_one():
     assert target.figure == found.share
 
 
-def test_time_added_is_the_difference_of_the_same_turn():
+def test_time_added_is_what_is_left_where_nothing_else_happened():
     patched, plain = bench_overhead.Run.__new__(bench_overhead.Run), bench_overhead.Run.__new__(bench_overhead.Run)
-    plain.seconds = [1e-3, 2e-3, 9e-3, 1e-3]
-    patched.seconds = [s + 1e-4 for s in plain.seconds]
-    assert bench_overhead._times(patched, plain) == (1600.0, 1500.0, 100.0, 0.0)
+    plain.seconds = [1e-3] * 5 + [2e-3, 9e-3, 3e-3]
+    patched.seconds = [1.1e-3] * 4 + [7e-3, 2e-3, 1.1e-3, 5e-3]
+    us, plain_us, added_us, spread_us = bench_overhead._times(patched, plain)
+    assert (us, plain_us, added_us) == (1100.0, 1000.0, 100.0)
+    assert spread_us > 100.0
 
 
 def test_of_several_processes_each_figure_is_the_median():
