@@ -8,6 +8,7 @@ asserts was computed by both, at once for all tests.
 import contextlib
 import itertools
 import math
+from types import SimpleNamespace
 from unittest import mock
 
 import diffusers
@@ -18,7 +19,7 @@ from two_ranks import NEEDED, RANKS, RING, TENSOR, ULYSSES, UNEVEN, enable, of_e
 
 import omni_kernels
 from omni_runtime.cache.models import MODELS, ListRow, ModelRow
-from omni_runtime.cache.ranks import Ranks
+from omni_runtime.cache.ranks import Ranks, Shard
 
 pytestmark = NEEDED
 
@@ -383,3 +384,13 @@ def test_a_shape_that_changes_on_one_rank_has_changed_for_all(ranks):
 def test_compiled_blocks_are_refused_by_name(ranks):
     for rank in ranks:
         assert "FluxTransformer2DModel are compiled" in rank["compiled blocks"]
+
+
+def test_of_the_first_tokens_each_of_three_ranks_has_what_lies_in_its_part():
+    sizes = [4, 3, 2]
+    shard = Shard(SimpleNamespace(split=True, count=3, rank=2, tokens=lambda own, device: sizes))
+    shard.measure(torch.zeros(1, 2, 8), None)
+    assert shard.parts(9) == [4, 3, 2]
+    assert shard.parts(6) == [4, 2, 0]
+    assert shard.parts(8) == [4, 3, 1]
+    assert shard.part(8) == 1
