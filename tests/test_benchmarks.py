@@ -17,6 +17,7 @@ import torch
 from benchmarks import bench_overhead, goals, measure
 from benchmarks.providers import PROVIDERS
 from omni_kernels import patched
+from omni_kernels.registration import DIRECT
 from omni_kernels.validation import measurement, record, roof
 from omni_kernels.validation.cases import CASES, wrong
 from omni_kernels.validation.shapes import FULL, ON_CPU, TINY
@@ -186,16 +187,25 @@ def test_a_contender_that_does_not_skip_is_noticed(monkeypatch):
         bench_overhead.costs(bench_overhead.Weights(3, CPU), "skipped", 0, first)
 
 
-def test_with_nothing_computed_a_fused_forward_has_the_shapes_that_it_has():
+def test_with_nothing_computed_a_fused_forward_has_the_shapes_that_it_has(monkeypatch):
+    computed = []
+
+    def counted(name, op):
+        return lambda *args, **kwargs: computed.append(name) or op(*args, **kwargs)
+
+    for name, op in list(vars(DIRECT["cpu"]).items()):
+        monkeypatch.setattr(DIRECT["cpu"], name, counted(name, op))
     with torch.no_grad():
         run = bench_overhead.Run(bench_overhead.Weights(2, CPU), 2)
         with patched(run.pipe):
             (right,) = run.request(1, lambda step: contextlib.nullcontext())
+            assert set(computed) == {"ada_layer_norm", "gelu", "gate_residual_norm", "qk_norm_rope"}
+            computed.clear()
             with bench_overhead.nothing_computed():
                 (left,) = run.request(1, lambda step: contextlib.nullcontext())
+            assert not computed
             (again,) = run.request(1, lambda step: contextlib.nullcontext())
     assert left.shape == right.shape
-    assert not torch.equal(left, right)
     assert torch.equal(again, right)
 
 

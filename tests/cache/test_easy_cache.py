@@ -557,19 +557,6 @@ def test_all_that_is_held_is_told_and_it_is_a_few_latents(qwen_pipe):
         assert shapes.count((1,)) == (2 if step else 0)
 
 
-@torch._dynamo.config.patch(recompile_limit=64)
-def test_compiled_transformer():
-    qwen_pipe = tiny.qwen_image(layers=1)
-    config = {"thresh": 0.2, "ret_steps": 3}
-    with omni_kernels.patched(qwen_pipe, "easy_cache", config) as handle:
-        expected, decided = latents(qwen_pipe), computed_of(handle)
-    qwen_pipe.transformer.compile(backend="eager")
-    with omni_kernels.patched(qwen_pipe, "easy_cache", config) as handle:
-        torch.testing.assert_close(latents(qwen_pipe), expected, rtol=1e-4, atol=1e-4)
-        assert computed_of(handle) == decided
-    assert len(decided) < STEPS
-
-
 def test_a_model_output_unlike_the_latents_is_refused_by_name(qwen_pipe):
     handle = omni_kernels.patch(qwen_pipe, "easy_cache")
     noise = torch.randn(1, 16, 64)

@@ -527,25 +527,6 @@ def test_multistep_scheduler(qwen_pipe, given):
 # Beneath it
 
 
-@torch._dynamo.config.patch(recompile_limit=64)
-def test_compiled_transformer(monkeypatch):
-    """A transformer that was compiled as a whole is called compiled, and left so."""
-    qwen_pipe = tiny.qwen_image(layers=1)
-    qwen_pipe.transformer.compile(backend="eager")
-    compiled = qwen_pipe.transformer._compiled_call_impl
-    plain = latents(qwen_pipe)
-    calls = []
-    monkeypatch.setitem(
-        vars(qwen_pipe.transformer), "_compiled_call_impl", lambda *a, **k: calls.append(1) or compiled(*a, **k)
-    )
-    spy = qwen_pipe.transformer._compiled_call_impl
-    with omni_kernels.patched(qwen_pipe, "velocity_cache", {"schedule": SCHEDULE}):
-        latents(qwen_pipe)
-        assert len(calls) == 2 * len(SCHEDULE)
-    assert qwen_pipe.transformer._compiled_call_impl is spy
-    assert torch.equal(latents(qwen_pipe), plain)
-
-
 class Int8Linear(torch.nn.Linear):
     """A quantised linear as libraries make them: the weight is int8, with a scale per row, and no parameter."""
 

@@ -31,7 +31,7 @@ SEAMS = {
 }
 OWN = {name: vars(owner)[function] for name, (owner, function) in SEAMS.items()}
 
-#: settings of tests/cache/test_against_cache_dit.py, under the library's keys
+#: settings of tests/library/test_against_cache_dit.py, under the library's keys
 SETTINGS = {
     "F1B0": {"residual_diff_threshold": 0.3},
     "F1B0, tight": {"residual_diff_threshold": 0.06, "max_warmup_steps": 2, "max_continuous_cached_steps": -1},
