@@ -1,6 +1,7 @@
 # make demo  an environment, the embedded model's pictures under every cache, and the table of what it cost
 # make test  an environment, then lint, types and the tests, on two workers
 # make test-all  the same, and the tests that are marked long
+# make docs  the documentation, in out/site
 # make quality  the caches beside other libraries' on the embedded models, a few settings of each
 # make validate-ascend  every kernel through Ascend's compilers, fetched by pip, and computed from their IR; no NPU is needed
 # make train MODEL=emoji-z-image  one of the embedded models, from nothing, in out/
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 OUT ?= out/demo
 MODEL ?= emoji-qwen-image
 
-.PHONY: demo test test-all check gpu bench quality validate-ascend train clean
+.PHONY: demo test test-all check docs gpu bench quality validate-ascend train clean
 
 # The stamp is remade when what it was made from changes.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -33,7 +34,14 @@ $(VENV)/.quantised: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[quantised]"
 	touch $@
 
-test: check $(VENV)/.quantised
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $@
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict --quiet
+
+test: check docs $(VENV)/.quantised
 	$(BIN)/python -m pytest --durations=20
 
 test-all: check $(VENV)/.quantised

@@ -1,7 +1,7 @@
-"""What is known of every op on every vendor's devices, from the files under results/, as the README's table.
+"""What is known of every op on every vendor's devices, from the files under results/, as the table of docs/results.md.
 
     python -m benchmarks.support           # prints the table
-    python -m benchmarks.support --write   # puts it into README.md
+    python -m benchmarks.support --write   # puts it into docs/results.md
 
 A cell says the most that a file shows: measured on a device (which, when, GB/s and the share of the bandwidth at which
 it copies), computed on a CPU from the vendor's IR, compiled, or not covered. Files of measurements are those that
@@ -23,7 +23,7 @@ from omni_kernels.ops import OPS
 from omni_kernels.validation.cases import CASES
 
 COMMAND = "python -m benchmarks.support --write"
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 BEGIN, END = f"<!-- {COMMAND} -->", "<!-- end of the table -->"
 NOT_COVERED = "not covered"
 
@@ -94,7 +94,7 @@ def table(directory: Path = RESULTS) -> str:
 
 
 def written(text: str, made: str) -> str:
-    """A README's text with the table in its place.
+    """A page's text with the table in its place.
 
     Raises:
         ValueError: it has no place for one.
@@ -109,11 +109,11 @@ def written(text: str, made: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.support", description=__doc__.split("\n")[0])
-    parser.add_argument("--write", action="store_true", help=f"into {README.name}")
+    parser.add_argument("--write", action="store_true", help=f"into {PAGE.name}")
     options = parser.parse_args(argv)
     made = table()
     if options.write:
-        README.write_text(written(README.read_text(encoding="utf-8"), made), encoding="utf-8")
+        PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), made), encoding="utf-8")
     print(made)
     return 0
 

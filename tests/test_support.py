@@ -1,4 +1,4 @@
-"""The README's table of what is known of each op: from files alone, and as they are."""
+"""The table of docs/results.md of what is known of each op: from files alone, and as they are."""
 
 import json
 from pathlib import Path
@@ -70,11 +70,11 @@ def test_each_device_is_told(results: Path) -> None:
     assert told == "NVIDIA H200, 2026-03-01: 3600 GB/s, 90%; NVIDIA L40S, 2026-03-01: 3600 GB/s, 90%"
 
 
-def test_the_readme_has_the_table_of_the_files() -> None:
-    text = support.README.read_text(encoding="utf-8")
+def test_the_page_of_results_has_the_table_of_the_files() -> None:
+    text = support.PAGE.read_text(encoding="utf-8")
     assert text == support.written(text, support.table()), f"made again by `{support.COMMAND}`"
 
 
-def test_a_readme_without_a_place_is_refused() -> None:
+def test_a_page_without_a_place_is_refused() -> None:
     with pytest.raises(ValueError, match="there is no"):
         support.written("# Title\n", "table")

@@ -1,0 +1,99 @@
+"""README and docs: their code runs, on the embedded model where they name a big one, and their commands exist."""
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+
+import omni_kernels
+from omni_runtime import Omni
+from omni_runtime.cache.methods import METHODS
+from omni_runtime.cli.options import parser
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+#: what stands for a big model on a GPU
+STAND_INS = {"Qwen/Qwen-Image": "emoji-qwen-image", '"cuda"': '"cpu"', "height=1024, width=1024": "height=64, width=64"}
+
+
+def blocks(page, language):
+    """(line, text) of each block of that language."""
+    text = page.read_text(encoding="utf-8")
+    found = re.finditer(rf"^( *)```{language}[^\n]*\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+    return [(text.count("\n", 0, one.start()) + 2, one[2]) for one in found]
+
+
+def names(page):
+    return str(page.relative_to(ROOT))
+
+
+def with_code(language):
+    return [pytest.param(page, id=names(page)) for page in PAGES if blocks(page, language)]
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """The embedded model; its pipeline makes pictures of its own size when it is not told one."""
+    pipe = Omni("emoji-qwen-image", cache_backend=None).pipe
+    omni_kernels.unpatch(pipe)
+    pipe.default_sample_size = 8
+    pipe.set_progress_bar_config(disable=True)
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda *args, **kwargs: pipe)
+    return pipe
+
+
+@pytest.mark.parametrize("page", with_code("python"))
+def test_the_code_of_a_page_runs(page, loaded, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    space = {"pipe": loaded, "__name__": "page"}
+    with torch.random.fork_rng(devices=[]):
+        for line, code in blocks(page, "python"):
+            for big, small in STAND_INS.items():
+                code = code.replace(big, small)
+            exec(compile("\n" * (line - 1) + code, str(page), "exec"), space)
+
+
+@pytest.mark.parametrize("page", with_code("console"))
+def test_the_commands_of_a_page_exist(page):
+    for line, text in blocks(page, "console"):
+        for command in text.replace("\\\n", " ").splitlines():
+            program, *arguments = shlex.split(command, comments=True) or ["#"]
+            if program == "omni" and not {"--help", "--version"} & set(arguments):
+                assert parser().parse_args(arguments).command, f"{page}:{line}"
+            elif program == "make":
+                targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+                assert {a for a in arguments if "=" not in a} <= set(targets), f"{page}:{line}"
+            elif program.startswith("python") and arguments[0] == "-m":
+                place = ROOT / arguments[1].replace(".", "/")
+                known = place.with_suffix(".py").is_file() or (place / "__main__.py").is_file()
+                assert known or arguments[1] == "pytest", f"{page}:{line}"
+
+
+def test_the_readme_is_short():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 200
+    links = re.findall(r"\]\(([^)]+)\)", "\n".join(lines))
+    assert all(link.startswith("https://") for link in links), "a package index shows it away from the repository"
+
+
+def test_every_key_of_every_method_is_in_the_reference():
+    pytest.importorskip("mkdocs")
+    text = runpy.run_path(str(ROOT / "docs" / "_hooks.py"))["keys"]()
+    for name, method in METHODS.items():
+        section = text.partition(f"## {name}\n")[2].partition("\n## ")[0]
+        assert [key.name for key in method.keys] == re.findall(r"^\| `(\w+)`", section, re.MULTILINE)
+
+
+def test_every_method_has_a_page():
+    assert {p.stem for p in (ROOT / "docs" / "methods").glob("*.md")} >= set(METHODS)
+
+
+def test_the_address_of_the_project_is_the_same_everywhere():
+    urls = dict(re.findall(r'^(\w+) = "(https://[^"]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M))
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert f"site_url: {urls['Documentation']}\n" in site
+    assert f"repo_url: {urls['Repository']}\n" in site
