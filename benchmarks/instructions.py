@@ -89,14 +89,16 @@ def counted() -> dict[str, int]:
         command = ["valgrind", "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={directory}/out"]
         command += [sys.executable, "-m", "benchmarks.instructions", "--inside"]
         subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": "0"}, stderr=subprocess.DEVNULL)
-        return dict(_read(path) for path in Path(directory).glob("out.*") if path.stat().st_size)
+        found = dict(_read(path) for path in Path(directory).glob("out.*"))
+    labels = ["unpatched", *(c.name for c in COUNTED), "plain forward", "fused forward"]
+    return {label: found[label.replace(" ", "_")] for label in labels}
 
 
 def _read(path: Path) -> tuple[str, int]:
     text = path.read_text(encoding="utf-8")
-    (name,) = re.findall(r"^desc: Trigger: .*?dump ?(.*)$", text, re.MULTILINE) or [""]
+    (name,) = re.findall(r"^desc: Trigger: dump (.*)$", text, re.MULTILINE) or [""]  # none: the rest, at the end
     (total,) = re.findall(r"^totals: (\d+)$", text, re.MULTILINE)
-    return name.strip().replace("_", " "), int(total)
+    return name.strip(), int(total)
 
 
 def shares(counts: dict[str, int]) -> list[Target]:

@@ -9,7 +9,7 @@ second is measured where it was searched, and its search goes on from the first,
 from what its own responses favour, measured on one seed of each prompt: for as many tries the loss is, if anything, too
 large. `--check` exits 1 where the mean PSNR loses 1 dB or more.
 
-What is sampled is kept in `--work`; after Ctrl-C, or with more tries, the same command goes on from there.
+What is sampled is kept in `--work`; after Ctrl-C, or with more tries, run the same command to continue.
 """
 
 from __future__ import annotations

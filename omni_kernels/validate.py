@@ -70,7 +70,9 @@ def find_device(wanted: str | None) -> torch.device | None:
     for name in [wanted] if wanted else KINDS:
         kind, _, index = name.partition(":")
         if kind not in KINDS or (index and not index.isdigit()):
-            raise ValueError(f"--device: {name!r} is none of {', '.join(KINDS)}, nor one with an index, as in cuda:1")
+            raise ValueError(
+                f"--device: {name!r} is not one of {', '.join(KINDS)}, nor one with an index, as in cuda:1"
+            )
         if int(index or 0) < device_count(kind):
             return torch.device(name)
     return None

@@ -159,7 +159,7 @@ def read_text(path: str | os.PathLike[str], limit: int = JSON_BYTES) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: {error}") from None
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
 
 
 def read_json(path: str | os.PathLike[str], limit: int = JSON_BYTES) -> Any:
@@ -181,12 +181,12 @@ def read_object(path: str | os.PathLike[str], limit: int = JSON_BYTES) -> dict[s
 
 
 def parse_json(text: str, name: str) -> Any:
-    """`text` parsed. Raises ValueError, with `name`, for what is no JSON or nested deeper than `JSON_DEPTH`."""
+    """`text` parsed. Raises ValueError, with `name`, for what is not valid JSON or nested deeper than `JSON_DEPTH`."""
     too_deep = f"{name} is nested more than {JSON_DEPTH} deep"
     try:
         parsed = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{name} is no JSON: {error}") from None
+        raise ValueError(f"{name} is not valid JSON: {error}") from None
     except RecursionError:
         raise ValueError(too_deep) from None
     level = [parsed]

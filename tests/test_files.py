@@ -118,14 +118,14 @@ def test_the_error_says_what_was_kept_and_can_be_pickled() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is no JSON"),
-        (b'{"a": ', "is no JSON"),
-        (b"\xff\xfe\x00", "is no text in UTF-8"),
+        (b"", "is not valid JSON"),
+        (b'{"a": ', "is not valid JSON"),
+        (b"\xff\xfe\x00", "is not UTF-8 text"),
         (b"[" * 10**6, "is nested more than 64 deep"),
         (b"[" * 65 + b"]" * 65, "is nested more than 64 deep"),
         (b'{"a":' * 65 + b"1" + b"}" * 65, "is nested more than 64 deep"),
         (b" " * 1001, r"has more than 0 MiB \(1001 bytes\)"),
-        (b"9" * 5000, "is no JSON|has more"),
+        (b"9" * 5000, "is not valid JSON|has more"),
     ],
     ids=["empty", "truncated", "binary", "recursion", "lists", "objects", "large", "digits"],
 )

@@ -150,7 +150,7 @@ def _loaded(name: str, entries: list[metadata.EntryPoint]) -> CacheBackend:
         told = f"{type(error).__name__}: {error}"[:300]
         raise ValueError(f"cache backend {name!r} of {origin} cannot be loaded: {told}") from error
     if lacking:
-        raise ValueError(f"cache backend {name!r} of {origin} is none: it lacks {', '.join(lacking)}")
+        raise ValueError(f"cache backend {name!r} of {origin} is not usable: it lacks {', '.join(lacking)}")
     return backend
 
 

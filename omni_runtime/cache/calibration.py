@@ -184,7 +184,7 @@ def read(source: str | os.PathLike[str] | Mapping[str, Any], method: str) -> dic
         there = path.is_file()
     except (OSError, RuntimeError, TypeError, ValueError) as error:  # too long, no such user, bytes, a zero in it
         why = getattr(error, "strerror", None) or error
-        raise ValueError(f"{shown(source)} is no path of a file: {why}") from None
+        raise ValueError(f"{shown(source)} is not a file path: {why}") from None
     if not there:
         raise FileNotFoundError(f"there is no file {shown(os.fspath(source))}")
     try:
@@ -197,7 +197,7 @@ def _checked(parsed: Any, name: str, method: str) -> dict[str, Any]:
     kind = KINDS[method]
     if not isinstance(parsed, Mapping) or parsed.get("method") != method:
         raise ValueError(
-            f'{name} is no calibration of {kind.title} ("method": "{method}"), as `omni calibrate` writes it'
+            f'{name} is not a calibration of {kind.title} ("method": "{method}"), as `omni calibrate` writes it'
         )
     if parsed.get("version") != VERSION:
         raise ValueError(

@@ -64,7 +64,7 @@ def fit(points: Iterable[tuple[int, float]]) -> Ratios:
     wrong = sum(np.count_nonzero(~(np.isfinite(one) & (one > 0))) for one in found)
     if wrong:
         raise UselessFitError(
-            f"{wrong} of {count} recorded ratios are no finite numbers above 0: the model gives infinities, NaN or "
+            f"{wrong} of {count} recorded ratios are not finite numbers above 0: the model gives infinities, NaN or "
             "nothing at all with these settings"
         )
     means = tuple(round(float(one.mean()), 5) for one in found)

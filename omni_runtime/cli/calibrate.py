@@ -148,7 +148,7 @@ def _calibrate_schedule(options: argparse.Namespace) -> None:
             )  # fmt: skip
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            f"interrupted; what was sampled is kept in {journal}: the same command goes on from there"
+            f"interrupted; what was sampled is kept in {journal}; run the same command to continue"
         ) from None
     finally:
         told.line.close()

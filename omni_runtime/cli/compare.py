@@ -45,7 +45,7 @@ def compare(options: argparse.Namespace) -> None:
         results = comparison.compare(runs, pipe, requests, options.out, listener, options.fresh)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            f"interrupted; {made} images were made, and are kept in {options.out}: the same command goes on from there"
+            f"interrupted; {made} images were made, and are kept in {options.out}; run the same command to continue"
         ) from None
     found = sum(not cell.made_now for result in results for cell in result.cells)
     if found and not options.quiet:

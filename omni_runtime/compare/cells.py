@@ -121,7 +121,7 @@ def complete_config(run: Run, pipe: Any) -> Any:
     with Omni(pipe, cache_backend=run.backend, cache_config=run.config) as omni:
         omni.check_steps(run.steps)
         if omni.cache_config.get("decision") == "replay":
-            raise ValueError(f"{run.name}: a comparison makes each image by itself, so that nothing could be replayed")
+            raise ValueError(f"{run.name}: a comparison makes each image by itself, so there is nothing to replay")
         return omni.cache_config
 
 

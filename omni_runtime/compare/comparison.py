@@ -154,7 +154,7 @@ def parse_run(text: str, steps: int) -> Run:
     try:
         config = json.loads(match["config"] or "{}")
     except ValueError as error:
-        raise ValueError(f"the configuration of run {text!r} is no JSON: {error}") from None
+        raise ValueError(f"the configuration of run {text!r} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"the configuration of run {text!r} must be a JSON object")
     backend = None if match["backend"] == "none" else match["backend"]

@@ -103,7 +103,7 @@ def find(name: str, arguments: Mapping[str, Any] | None = None) -> Source:
 
     Raises:
         FileNotFoundError: there is no such directory, embedded model or hub model, or the hub cannot be reached.
-        ValueError: it is there, and is no diffusers pipeline, or one of its files is damaged; the text names the file.
+        ValueError: it is not a diffusers pipeline, or one of its files is damaged; the text names the file.
         TypeError: `from_pretrained` takes no such argument.
     """
     arguments = arguments or {}
@@ -111,7 +111,7 @@ def find(name: str, arguments: Mapping[str, Any] | None = None) -> Source:
     read = _HubFiles(location, arguments) if kind == "hub" else _DirectoryFiles(Path(location))
     index = read("model_index.json")
     if not isinstance(index, dict) or "_class_name" not in index:
-        raise ValueError(f"{name} is no diffusers pipeline: {_why_no_pipeline(name, kind, location)}")
+        raise ValueError(f"{name} is not a diffusers pipeline: {_why_no_pipeline(name, kind, location)}")
     _check_index(index, f"{location}/model_index.json")
     pipeline_class = None if "custom_pipeline" in arguments else _pipeline_class(name, index["_class_name"])
     if pipeline_class is not None:
@@ -296,7 +296,7 @@ def _pipeline_class(name: str, class_name: Any) -> type | None:
     found = getattr(diffusers, class_name, None)
     if not (isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)):
         raise ValueError(
-            f"{name} is no pipeline that diffusers {diffusers.__version__} knows: "
+            f"{name} is not a pipeline that diffusers {diffusers.__version__} knows: "
             f"its model_index.json says {class_name!r}"
         )
     return found
@@ -322,7 +322,9 @@ def _transformer_config(
         return None
     config, file = read("transformer/config.json"), f"{location}/transformer/config.json"
     if config is None:
-        raise FileNotFoundError(f"there is no {file}, and model_index.json names a transformer: the model is not whole")
+        raise FileNotFoundError(
+            f"there is no {file}, and model_index.json names a transformer: the model is incomplete"
+        )
     if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
         raise ValueError(f"{file} is damaged: it must be a JSON object whose _class_name is the transformer's class")
     return config

@@ -329,7 +329,7 @@ def resolve_cache(
     """The backend's name, None without a cache, and its configuration as a dict, both checked.
 
     Raises:
-        ValueError: unknown backend or key, value out of range, text that is no JSON, configuration without backend.
+        ValueError: unknown backend or key, value out of range, text that is not JSON, configuration without backend.
         TypeError: a wrong type.
     """
     origin = ""
@@ -372,7 +372,7 @@ def _config(cache_config: Mapping[str, Any] | str | None) -> dict[str, Any] | No
         try:
             cache_config = json.loads(cache_config)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"cache_config is no JSON: {error}: {backends.shown(cache_config)}") from None
+            raise ValueError(f"cache_config is not valid JSON: {error}: {backends.shown(cache_config)}") from None
         if not isinstance(cache_config, dict):
             raise TypeError(
                 f'cache_config must be a JSON object, like {{"key": 1}}, not {backends.shown(cache_config)}'

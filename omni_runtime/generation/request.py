@@ -113,7 +113,7 @@ def check_size(pipe: Any, requests: Sequence[GenerationRequest]) -> None:
             if value is not None and value % multiple:
                 below = value - value % multiple
                 near = f"{below} or {below + multiple}" if below else f"{multiple}"
-                raise ValueError(f"{side} {value} is no multiple of {multiple}; nearest: {near}")
+                raise ValueError(f"{side} {value} is not a multiple of {multiple}; nearest: {near}")
 
 
 def step_count(pipeline_class: type, arguments: Mapping[str, Any]) -> int | None:
@@ -243,7 +243,7 @@ def _open(image: Any) -> Any:
             with Image.open(path) as picture:
                 return ImageOps.exif_transpose(picture).convert("RGB")
         except UnidentifiedImageError:
-            raise ValueError(f"{image} is no image that Pillow can read") from None
+            raise ValueError(f"{image} is not an image that Pillow can read") from None
         except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
             raise ValueError(f"{image} cannot be read to its end: {error}") from error
     if not (hasattr(image, "convert") or hasattr(image, "shape")):

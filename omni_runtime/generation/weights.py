@@ -46,7 +46,7 @@ def check_present(components: Mapping[str, Any], variant: str | None = None) -> 
         if missing:
             raise ValueError(
                 f"the {name}'s files in {directory} lack {len(missing)} of its weights, such as "
-                f"{', '.join(missing[:NAMED])}: the model is not whole; download or save it again"
+                f"{', '.join(missing[:NAMED])}: the model is incomplete; download or save it again"
             )
 
 

@@ -169,7 +169,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "mag_cache"}, "is no calibration of TeaCache"),
+        ({"method": "mag_cache"}, "is not a calibration of TeaCache"),
         ({"version": 2}, "of version 2; this version of omni reads 1"),
         ({"coefficients": [1, 2, 3]}, r"coefficients must be 5 finite numbers, not \[1, 2, 3\]"),
         ({"coefficients": [1, 2, 3, 4, True]}, "coefficients must be 5 finite numbers"),
@@ -224,7 +224,7 @@ def test_a_schedule_of_one_step_is_one(tmp_path):
 def test_a_file_that_is_no_json_is_named_and_what_to_do(tmp_path, text):
     path = tmp_path / "tea.json"
     path.write_text(text)
-    message = r"coefficients: .*tea\.json is no JSON.*; `omni calibrate` writes a new one, or take the file away"
+    message = r"coefficients: .*tea\.json is not valid JSON.*; `omni calibrate` writes a new one, or take the file away"
     with pytest.raises(ValueError, match=message):
         METHODS["tea_cache"].check({"coefficients": path})
 
@@ -232,7 +232,7 @@ def test_a_file_that_is_no_json_is_named_and_what_to_do(tmp_path, text):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"\xff" * 9, "is no text in UTF-8"),
+        (b"\xff" * 9, "is not UTF-8 text"),
         (b"[" * 10**6, "is nested more than 64 deep"),
         (b" " * (9 << 20), "has more than 8 MiB"),
     ],
@@ -246,7 +246,7 @@ def test_a_file_that_is_not_read_through_is_named(tmp_path, content, message):
 
 
 def test_a_name_that_no_file_can_have():
-    with pytest.raises(ValueError, match=r"is no path of a file: File name too long"):
+    with pytest.raises(ValueError, match=r"is not a file path: File name too long"):
         calibration.read("a" * 5000, "tea_cache")
     with pytest.raises(FileNotFoundError, match="there is no file"):
         calibration.read("a\0b", "tea_cache")
@@ -265,7 +265,7 @@ def test_a_calibration_in_the_place_of_a_directory(tmp_path):
 def test_a_file_that_is_a_list_is_no_calibration(tmp_path):
     path = tmp_path / "tea.json"
     path.write_text("[1, 2, 3, 4, 5]")
-    with pytest.raises(ValueError, match=r"tea\.json is no calibration of TeaCache"):
+    with pytest.raises(ValueError, match=r"tea\.json is not a calibration of TeaCache"):
         METHODS["tea_cache"].check({"coefficients": path})
 
 

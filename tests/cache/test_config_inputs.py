@@ -149,9 +149,9 @@ def test_strange_keys_are_refused(qwen_pipe, key):
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
-        ('{"a":' * 100_000, ValueError, "cache_config is no JSON: "),
-        ("{" + "a" * 10**6, ValueError, "cache_config is no JSON: "),
-        ('{"rel_l1_thresh": 1' + "0" * 5000 + "}", ValueError, "cache_config is no JSON: "),
+        ('{"a":' * 100_000, ValueError, "cache_config is not valid JSON: "),
+        ("{" + "a" * 10**6, ValueError, "cache_config is not valid JSON: "),
+        ('{"rel_l1_thresh": 1' + "0" * 5000 + "}", ValueError, "cache_config is not valid JSON: "),
         ('["a"]', TypeError, "cache_config must be a JSON object"),
     ],
     ids=["deep", "long", "digits", "list"],

@@ -263,7 +263,7 @@ def test_a_run_unlike_the_calibrated_ones_is_warned_of():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "tea_cache"}, "is no calibration of MagCache"),
+        ({"method": "tea_cache"}, "is not a calibration of MagCache"),
         ({"mag_ratios": []}, "mag_ratios must be finite numbers > 0"),
         ({"mag_ratios": [1.0, 0.0]}, "mag_ratios must be finite numbers > 0"),
         ({"mag_ratios": [1.0, math.nan]}, "mag_ratios must be finite numbers > 0"),

@@ -86,7 +86,7 @@ def test_bf16_is_no_farther_from_fp64_than_the_unpatched():
 
 
 def transformer_arguments(seed, dtype=torch.float32):
-    """Images, timesteps and captions of two lengths, the second of which is no multiple of 32 tokens long."""
+    """Images, timesteps and captions of two lengths, the second of which is not a multiple of 32 tokens long."""
     generator = torch.Generator().manual_seed(seed)
     images = [torch.randn(16, 1, 8, 8, generator=generator).to(dtype) for _ in range(2)]
     captions = [torch.randn(tokens, 32, generator=generator).to(dtype) for tokens in (5, 40)]

@@ -313,7 +313,7 @@ def test_given_coefficients_and_other_methods_do_not_look_at_the_models_own(ship
     assert omni.cache_config["coefficients"] == (0, 0, 0, 1, 0)
     assert "coefficients" not in Omni(embedded, cache_backend="cache_dit").cache_config
     assert Omni(embedded, cache_backend=None).cache_config == {}
-    with pytest.raises(ValueError, match=r"tea_cache\.json is no JSON"):
+    with pytest.raises(ValueError, match=r"tea_cache\.json is not valid JSON"):
         Omni(embedded, cache_backend="tea_cache")
 
 
@@ -455,7 +455,7 @@ def test_a_wrong_file_is_named_before_loading(
     saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "tea.json").write_text('{"method": "other"}')
-    for name, message in (("no.json", "there is no file"), ("tea.json", "is no calibration of TeaCache")):
+    for name, message in (("no.json", "there is no file"), ("tea.json", "is not a calibration of TeaCache")):
         config = json.dumps({"coefficients": str(tmp_path / name)})
         more = ("--cache-backend", "tea_cache", "--cache-config", config)
         assert run("generate", "--model", saved["qwen_image"], "--prompt", "x", *more) == 2

@@ -366,7 +366,7 @@ def test_an_interrupted_search_goes_on_with_the_same_command(saved, tmp_path, ca
     with monkeypatch.context() as patch:
         patch.setattr(Images, "sample", interrupted)
         assert cli.main(arguments) == 130
-    assert "the same command goes on from there" in capsys.readouterr().err
+    assert "run the same command to continue" in capsys.readouterr().err
     monkeypatch.setattr(Images, "sample", lambda *given: [sampled.append(given[1]), sample(*given)][1])
     assert cli.main(arguments) == 0
     (row,) = json.loads(capsys.readouterr().out)["schedules"]

@@ -161,11 +161,11 @@ def test_the_environment_variable_names_the_backend(
         (["generate", "--prompt", "x", "--set", "scale"], "KEY=JSON is wanted, not 'scale'"),
         (["generate", "--prompt", "x", "--model", "no/such/directory"], "no model 'no/such/directory'"),
         (["generate", "--prompt", "x", "--model", "owner/name"], "the hub could not be reached"),
-        (["generate", "--prompt", "x", "--model", "TESTS"], "is no diffusers pipeline: it has no model_index.json"),
+        (["generate", "--prompt", "x", "--model", "TESTS"], "is not a diffusers pipeline: it has no model_index.json"),
         (["generate", "--prompt", "x", "--model", "MODEL", "--cache-backend", "teacache"], "did you mean 'tea_cache'?"),
         (
             ["generate", "--prompt", "x", "--model", "MODEL", "--cache-backend", "tea_cache", "--cache-config", "{"],
-            "cache_config is no JSON",
+            "cache_config is not valid JSON",
         ),
         (
             [
@@ -204,7 +204,7 @@ def test_the_environment_variable_names_the_backend(
         (["compare", "--model", "MODEL", "--prompts", "LATIN-1"], "latin-1.txt is not UTF-8"),
         (["compare", "--model", "MODEL", "--prompt", "x", "--out", "x.png"], "--out x.png: several files are written"),
         (["compare", "--model", "MODEL", "--prompt", "x", "--run", "a=b=c"], "a run is NAME=BACKEND:JSON"),
-        (["compare", "--model", "MODEL", "--prompt", "x", "--run", "tea_cache:{"], "is no JSON"),
+        (["compare", "--model", "MODEL", "--prompt", "x", "--run", "tea_cache:{"], "is not valid JSON"),
         (["compare", "--model", "MODEL", "--prompt", "x", "--run", "tee_cache"], "did you mean 'tea_cache'"),
         (["compare", "--model", "MODEL", "--prompt", "x", "--run", 'tea_cache:{"rel_l1_thresh":0}'], "rel_l1_thresh"),
         (["compare", "--model", "MODEL", "--prompt", "x", "--run", "tea_cache", "--run", "tea_cache"], "two runs are"),
@@ -254,7 +254,7 @@ def test_a_size_that_does_not_fit_is_refused(
         "generate", "--model", saved["qwen_image"], "--prompt", "x", "--size", "64x72", "--out", tmp_path / "out"
     )
     assert code == 2
-    assert "omni: error: height 72 is no multiple of 16; nearest: 64 or 80\n" in capsys.readouterr().err
+    assert "omni: error: height 72 is not a multiple of 16; nearest: 64 or 80\n" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -714,7 +714,7 @@ def test_an_interrupted_command_says_how_to_go_on(
     assert cli.main([*arguments, "--size", "64", "--run", "tea_cache", "--out", str(tmp_path)]) == 130
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == (
-        f"omni: error: interrupted; 2 images were made, and are kept in {tmp_path}: the same command goes on from there"
+        f"omni: error: interrupted; 2 images were made, and are kept in {tmp_path}; run the same command to continue"
     )
 
 

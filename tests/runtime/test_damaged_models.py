@@ -35,7 +35,7 @@ def changed(path: Path, change: str | dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("model_index.json", "", "is no JSON"),
+        ("model_index.json", "", "is not valid JSON"),
         ("model_index.json", DEEP, "is nested more than 64 deep"),
         ("model_index.json", LARGE, "has more than 8 MiB"),
         ("model_index.json", {"transformer": 5}, r"transformer must be \[library, class\], not 5"),
@@ -50,7 +50,7 @@ def changed(path: Path, change: str | dict[str, Any]) -> None:
         ("pipeline.json", "null", "must hold a JSON object, not NoneType"),
         ("pipeline.json", {"reference_pixels": 4096}, "only QwenImageEditPipeline"),
         ("tea_cache.json", DEEP, "is nested more than 64 deep.*`omni calibrate` writes a new one"),
-        ("tea_cache.json", "{", r"is no JSON.*`omni calibrate` writes a new one, or take the file away"),
+        ("tea_cache.json", "{", r"is not valid JSON.*`omni calibrate` writes a new one, or take the file away"),
     ],
     ids=lambda value: str(value)[:24].strip(),
 )

@@ -52,9 +52,9 @@ def test_a_file_is_no_model(tmp_path: Path) -> None:
         ({}, "it has no model_index.json"),
         ({"config.json": "{}"}, "it holds a single model"),
         ({"model_index.json": "{}"}, "names no pipeline class"),
-        ({"model_index.json": "{"}, "is no JSON"),
+        ({"model_index.json": "{"}, "is not valid JSON"),
         ({"model_index.json": '{"_class_name": "NoSuchPipeline"}'}, "'NoSuchPipeline'"),
-        ({"model_index.json": '{"_class_name": "AutoencoderKL"}'}, "is no pipeline that diffusers"),
+        ({"model_index.json": '{"_class_name": "AutoencoderKL"}'}, "is not a pipeline that diffusers"),
     ],
 )
 def test_a_directory_that_is_no_pipeline(tmp_path: Path, files: dict[str, str], message: str) -> None:
@@ -109,7 +109,7 @@ def test_a_hub_model_is_known_from_two_small_files(monkeypatch: pytest.MonkeyPat
 
 def test_hub_model_that_is_no_pipeline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     hub(monkeypatch, tmp_path)
-    with pytest.raises(ValueError, match=r"someone/text-model is no diffusers pipeline: it has no model_index.json"):
+    with pytest.raises(ValueError, match=r"someone/text-model is not a diffusers pipeline: it has no model_index.json"):
         loading.find("someone/text-model")
 
 
@@ -168,5 +168,5 @@ def test_wrong_device(device: object, error: type[Exception], message: str) -> N
 def test_broken_defaults_are_named(embedded: str) -> None:
     path = loading.EMBEDDED / embedded / "defaults.json"
     path.write_text(json.dumps({"height": 32})[:-1])
-    with pytest.raises(ValueError, match=r"defaults.json is no JSON"):
+    with pytest.raises(ValueError, match=r"defaults.json is not valid JSON"):
         loading.find(embedded)

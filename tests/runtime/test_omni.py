@@ -290,7 +290,7 @@ def test_tensors_are_not_saved_as_png(z_pipe: Any, tmp_path: Path) -> None:
         ({"cache_backend": 7}, TypeError, "must be the name of a backend, not int"),
         ({"cache_backend": "tea_cache", "cache_config": {"rel_l1_tresh": 1}}, ValueError, "mean 'rel_l1_thresh'"),
         ({"cache_backend": "tea_cache", "cache_config": '{"rel_l1_tresh": 1}'}, ValueError, "mean 'rel_l1_thresh'"),
-        ({"cache_backend": "tea_cache", "cache_config": "{rel"}, ValueError, "cache_config is no JSON"),
+        ({"cache_backend": "tea_cache", "cache_config": "{rel"}, ValueError, "cache_config is not valid JSON"),
         ({"cache_backend": "tea_cache", "cache_config": "[1]"}, TypeError, "must be a JSON object"),
         ({"cache_backend": "tea_cache", "cache_config": [1]}, TypeError, "must be a dict or JSON text, not list"),
         ({"cache_backend": "tea_cache", "cache_config": {"rel_l1_thresh": 0}}, ValueError, "rel_l1_thresh .* not 0"),
@@ -375,7 +375,7 @@ def test_a_loaded_pipeline_takes_no_arguments_of_from_pretrained(z_pipe: Any) ->
 
 
 def test_a_size_that_would_be_rounded_fails_before_the_pipeline_runs(z_pipe: Any) -> None:
-    with pytest.raises(ValueError, match="height 72 is no multiple of 16"):
+    with pytest.raises(ValueError, match="height 72 is not a multiple of 16"):
         Omni(z_pipe).generate("a cat", **SMALL | {"height": 72})
 
 

@@ -123,7 +123,7 @@ def test_images_of_pipelines_that_can_do_without_are_optional() -> None:
         (EDIT, {"prompt": ["a", "b"], "image": [PICTURE] * 3}, ValueError, "3 images for 2 prompts"),
         (EDIT, {"image": 7}, TypeError, "image must be a picture"),
         (EDIT, {"image": "no/such.png"}, FileNotFoundError, "no image file 'no/such.png'"),
-        (EDIT, {"image": __file__}, ValueError, "is no image that Pillow can read"),
+        (EDIT, {"image": __file__}, ValueError, "is not an image that Pillow can read"),
         (TEXT, {"num_inference_steps": 0}, ValueError, "num_inference_steps must be at least 1, not 0"),
         (TEXT, {"num_inference_steps": -1}, ValueError, "num_inference_steps must be at least 1, not -1"),
         (TEXT, {"num_inference_steps": 4.5}, TypeError, "num_inference_steps must be a whole number, not 4.5"),
@@ -158,7 +158,7 @@ def test_what_a_pipeline_cannot_take(
 @pytest.mark.parametrize(("height", "nearest"), [(72, "64 or 80"), (8, "16")])
 def test_sizes_that_the_pipeline_would_round(height: int, nearest: str) -> None:
     pipe = tiny.qwen_image()
-    with pytest.raises(ValueError, match=f"height {height} is no multiple of 16; nearest: {nearest}"):
+    with pytest.raises(ValueError, match=f"height {height} is not a multiple of 16; nearest: {nearest}"):
         request.check_size(pipe, request.build(TEXT, "a cat", height=height))
     request.check_size(pipe, request.build(TEXT, "a cat", height=64, width=80))
 

@@ -96,7 +96,7 @@ def _relations(config: Config, blocks: int | None, steps: int | None) -> None:
     if config["enable_taylorseer"] and config["forecaster"] not in (None, "taylorseer"):
         raise ValueError(f"enable_taylorseer contradicts forecaster={config['forecaster']!r}: give one of them")
     if config["scm_steps_mask_policy"] is not None and config["steps_computation_mask"] is not None:
-        raise ValueError("scm_steps_mask_policy and steps_computation_mask exclude each other: give one of them")
+        raise ValueError("scm_steps_mask_policy and steps_computation_mask cannot be combined: give one of them")
     told = config["num_inference_steps"] if steps is None else steps
     if told is not None and config["steps_computation_mask"] is not None:
         _mask(config, told)

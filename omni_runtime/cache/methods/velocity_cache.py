@@ -92,7 +92,7 @@ def _output(config: Config) -> OutputSite:
 def _relations(config: Config, blocks: int | None, steps: int | None) -> None:
     asked = [name for name in _ASKED if config[name] is not None]
     if len(asked) > 1:
-        raise ValueError(f"{' and '.join(asked)} exclude each other: give one of {', '.join(_ASKED)}")
+        raise ValueError(f"{' and '.join(asked)} cannot be combined: give one of {', '.join(_ASKED)}")
     if config["quality"] is not None and config["calibration"] is not None:
         schedules.good_enough(schedules.calibrated(config["calibration"]), config["quality"])
     if steps is None:
