@@ -89,7 +89,7 @@ def _model_options() -> argparse.ArgumentParser:
     )
     request = options.add_argument_group("request")
     request.add_argument(
-        "--negative-prompt", type=text_of, metavar="TEXT", help="what to steer away from; turns guidance on"
+        "--negative-prompt", type=text_of, metavar="TEXT", help="what the image should not show; turns guidance on"
     )
     request.add_argument(
         "--image", action="append", type=Path, metavar="FILE", help="picture to start from; repeat for more references"
@@ -118,7 +118,9 @@ def _add_generate(commands: Any, shared: argparse.ArgumentParser) -> None:
         "--prompt", action="append", type=text_of, required=True, metavar="TEXT", help="repeat for more images"
     )
     command.add_argument("--steps", type=_whole, metavar="N", help="denoising steps (default: the model's own)")
-    command.add_argument("--seed", type=_seed, metavar="N", help="the same images again (default: a random one, told)")
+    command.add_argument(
+        "--seed", type=_seed, metavar="N", help="makes the same images again (default: random; it is printed)"
+    )
     command.add_argument(
         "--cache-backend",
         metavar="NAME",
@@ -139,8 +141,8 @@ def _add_compare(commands: Any, shared: argparse.ArgumentParser) -> None:
         help=about,
         description=f"{about.capitalize()}. Writes report.html, contact_sheet.png, results.json and a PNG of each "
         "image, and prints a table: transformer forwards computed (NFE), time, speedup, PSNR (mean ± standard "
-        "deviation, 5th percentile), SSIM. Among the runs are always no cache, and plain sampling with fewer steps. "
-        "Images that are in the output directory already, made with the same settings, are not made again.",
+        "deviation, 5th percentile), SSIM. It always runs without a cache, and with fewer steps, too. "
+        "Images that the output directory already holds, made with the same settings, are kept.",
         parents=[shared],
         allow_abbrev=False,
     )
@@ -167,22 +169,22 @@ def _add_compare(commands: Any, shared: argparse.ArgumentParser) -> None:
         action="append",
         type=_whole,
         metavar="N",
-        help="plain sampling with N steps, as one gets for free; repeatable (default: a half and a third)",
+        help="plain sampling with N steps; repeatable (default: a half and a third)",
     )
-    command.add_argument("--fresh", action="store_true", help="make all images, also those that are there already")
+    command.add_argument("--fresh", action="store_true", help="make all images again")
     command.add_argument("--out", type=Path, default=Path("out/compare"), metavar="DIR", help="default: %(default)s")
 
 
 def _add_calibrate(commands: Any, shared: argparse.ArgumentParser) -> None:
-    about = "fit the numbers that a cache method goes by to a model"
+    about = "fit the numbers of a cache method to a model"
     command = commands.add_parser(
         "calibrate",
         help=about,
-        description=f"{about.capitalize()}: tea_cache's polynomial or mag_cache's ratios, to how full runs move from "
-        "step to step; or velocity_cache's schedule, by sampling with one after the other. The file is kept "
-        "in the user's data directory and taken for that model by itself; one that is written elsewhere (--out) is for "
-        "the method's key (coefficients, mag_ratios, calibration) or, called METHOD.json (velocity_cache.json for a "
-        "schedule), for the model's directory. Calibrate with the steps, size and scheduler that you will use.",
+        description=f"{about.capitalize()}. For tea_cache it fits a polynomial, and for mag_cache ratios, to full "
+        "runs. For a schedule of velocity_cache it samples with one schedule after the other. The file is kept in the "
+        "user's data directory, and that model finds it there. With --out, give the file to the method's key "
+        "(coefficients, mag_ratios, calibration), or put it into the model's directory as METHOD.json "
+        "(velocity_cache.json for a schedule). Calibrate with the steps, size and scheduler that you will use.",
         parents=[shared],
         allow_abbrev=False,
     )
@@ -216,7 +218,7 @@ def _add_calibrate(commands: Any, shared: argparse.ArgumentParser) -> None:
         action="append",
         metavar="TEXT|FILE",
         help="prompts to measure the schedules on, like --prompts (default: 8 others of @model; of --prompts, every "
-        "fourth, which is not searched on then); their seeds follow the largest of --seeds",
+        "fourth, which is then left out of the search); their seeds follow the largest of --seeds",
     )
     schedule.add_argument(
         "--tries", type=_whole, metavar="N", help="schedules sampled per budget at most (default: 30)"
@@ -226,7 +228,7 @@ def _add_calibrate(commands: Any, shared: argparse.ArgumentParser) -> None:
 
 
 def text_of(argument: str) -> str:
-    """An argument as UTF-8, also where the environment's encoding is another and lacks some of its characters."""
+    """An argument as UTF-8, also where the environment has another encoding, which lacks some characters."""
     try:
         return argument if argument.isprintable() else os.fsencode(argument).decode("utf-8")
     except UnicodeError:
