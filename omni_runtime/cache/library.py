@@ -301,8 +301,8 @@ class LibrarySession(CacheSession):
         self.notes = [f"decided by {NAME} {library.version}"]
         if len(adapter.blocks_name[0]) > 1:
             self.notes.append(
-                f"{' and '.join(adapter.blocks_name[0])} were decided each by itself: a step counts as computed where "
-                "one of them ran, with the largest distance"
+                f"{' and '.join(adapter.blocks_name[0])} were each decided alone: a step counts as computed if one of "
+                "them ran, with the largest distance"
             )
 
     def _namespaces(self) -> Iterator[tuple[object, MutableMapping[str, Any]]]:

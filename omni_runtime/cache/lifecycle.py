@@ -274,7 +274,7 @@ class Sampling:
         called = self._uncached > 0 or len(self.requests) > 0
         if called and not self._told and not any(request.step for request in self.requests):
             warnings.warn(
-                f"{type(self._pipe).__name__} has called its transformer, and its own scheduler has made no step: "
+                f"{type(self._pipe).__name__} called its transformer, but its own scheduler made no step, so "
                 f"{self.listener.name} has cached nothing",
                 stacklevel=6,
             )

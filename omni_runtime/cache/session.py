@@ -249,8 +249,8 @@ class CacheSession:
         """See `omni_runtime.cache.lifecycle.Listener`."""
         if request.step == 1 and not request.branches:
             warnings.warn(
-                f"a step was taken without the patched {_name(self.transformer)}: where the pipeline's transformer was "
-                "replaced or compiled after patching, nothing is cached",
+                f"a step ran without the patched {_name(self.transformer)}, so nothing is cached: was the transformer "
+                "replaced or compiled after patching?",
                 stacklevel=5,
             )
         if self.rehearsing:

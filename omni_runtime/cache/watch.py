@@ -39,8 +39,8 @@ class Watch:
         self._over = True
         warnings.warn(
             f"the transformer was called outside a call of the patched pipeline: {self._name} caches nothing there. "
-            "Another pipeline that shares it may have a cache of its own; a loop of your own goes into "
-            "`with handle.sampling():`",
+            "For a denoising loop of your own, use `with handle.sampling():`. Another pipeline that shares the "
+            "transformer can have a cache of its own",
             stacklevel=5,
         )
 

@@ -369,7 +369,7 @@ def test_scheduler_with_names_of_its_own_serves_a_cache_of_blocks(pipe):
 def test_few_calls_without_a_step_are_told_of_too(pipe):
     with (
         omni_kernels.patched(pipe, "velocity_cache", {"budget": 2}),
-        pytest.warns(UserWarning, match="its own scheduler has made no step: velocity_cache has cached nothing"),
+        pytest.warns(UserWarning, match="its own scheduler made no step, so velocity_cache has cached nothing"),
     ):
         pipe(lambda pipe: pipe.scheduler.set_timesteps(4) or pipe.velocity(NOISE, pipe.scheduler.timesteps[0]))
 

@@ -122,7 +122,7 @@ def test_with_two_lists_of_blocks_a_step_is_computed_where_one_of_them_ran():
     with omni_kernels.patched(pipe, "cache_dit", CONFIG) as handle:
         run(pipe)
         report = handle.report
-    assert "transformer_blocks and single_transformer_blocks were decided each by itself" in report.notes[1]
+    assert "transformer_blocks and single_transformer_blocks were each decided alone" in report.notes[1]
     assert report.blocks_total == 2 * STEPS * 5
     assert 2 * STEPS * 2 < report.blocks_run < report.blocks_total
     assert any(branch.skipped for branch in report.branches.values())
@@ -588,7 +588,7 @@ def test_every_key_reaches_the_library_or_is_refused_by_name(qwen_pipe, key):
     if key == "num_inference_steps":
         with (
             omni_kernels.patched(qwen_pipe, "cache_dit", CONFIG | {key: STEPS + 1}),
-            pytest.warns(UserWarning, match=f"num_inference_steps={STEPS + 1}; the request has {STEPS} steps"),
+            pytest.warns(UserWarning, match=f"num_inference_steps={STEPS + 1}, but the request has {STEPS} steps"),
         ):
             run(qwen_pipe)
         return

@@ -51,7 +51,8 @@ def _request_mask(config: Config, request: Request) -> tuple[int, ...] | None:
     told = config["num_inference_steps"]
     if told is not None and told != request.steps:
         warnings.warn(
-            f"cache_config says num_inference_steps={told}; the request has {request.steps} steps, which counts",
+            f"cache_config says num_inference_steps={told}, but the request has {request.steps} steps, and "
+            "the request's number is used",
             stacklevel=3,
         )
     return _mask(config, request.steps)
