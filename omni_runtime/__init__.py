@@ -1,6 +1,6 @@
 """Run diffusers pipelines with step caches: `Omni` in Python, `omni` on the command line.
 
-Importing this package loads neither torch nor diffusers; what is named here is imported when it is first used.
+Importing this package loads neither torch nor diffusers. The names below are imported when they are first used.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Files are written whole or not at all, and read with bounds.
+"""File helpers: complete writes, and reads with limits.
 
-`write` puts a file beside its place, and then in its place: a full disk leaves what was there before. `read_json` reads
-JSON of a bounded size and depth. `set_aside` renames what cannot be read, so that nothing is lost and work can go on.
+`write` renames a finished temporary file, so a full disk leaves the old file unchanged. `read_json` reads JSON
+of limited size and depth. `set_aside` renames a file that cannot be read, so nothing is lost and work can go on.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-#: Bytes of a JSON file at most: a model's configuration, a calibration, a record of one image.
+#: The largest JSON file in bytes: a model's configuration, a calibration, a record of one image.
 JSON_BYTES = 8 << 20
-#: Bytes of a file with a line for each thing that was done, such as a journal.
+#: The largest journal in bytes: a file with one line per sampled schedule.
 JOURNAL_BYTES = 64 << 20
-#: How deep lists and objects of a JSON file may lie within each other.
+#: The largest nesting depth of lists and objects in a JSON file.
 JSON_DEPTH = 64
 
 __all__ = [
@@ -40,11 +40,11 @@ __all__ = [
 
 
 class WriteError(OSError):
-    """A file that could not be written. Its text names the file, why, and what is kept.
+    """A file could not be written. The message names the file, the reason, and what is kept.
 
     Attributes:
-        errno, strerror, filename: as of any OSError.
-        kept: what was kept, as a sentence; empty where there is nothing to say.
+        errno, strerror, filename: as for any OSError.
+        kept: a sentence about what was kept; empty if there is nothing to say.
     """
 
     def __init__(self, number: int | None, reason: str, path: str | os.PathLike[str], kept: str = "") -> None:
@@ -58,25 +58,26 @@ class WriteError(OSError):
         return f"cannot write {self.filename}: {self.strerror}" + (f"; {self.kept}" if self.kept else "")
 
     def keeping(self, kept: str) -> WriteError:
-        """The same, with what was kept."""
+        """Return a copy of this error whose message says what was kept."""
         return type(self)(self.errno, self.strerror or "", self.filename, kept)
 
 
 class DamagedFileWarning(UserWarning):
-    """A file that this package keeps could not be read; the text says what is done instead."""
+    """A file that this package wrote cannot be read. The message says what is done instead."""
 
 
 # Writing
 
 
 def write(path: str | os.PathLike[str], content: bytes | str) -> None:
-    """Write a file, or, if that fails, leave what was there. Text becomes UTF-8.
+    """Write a file completely, or leave the old one unchanged. Text is encoded as UTF-8.
 
-    A temporary file beside it takes its place once it is on the disk. A link stays one, and a file keeps its
-    permissions. What is neither a file nor a directory, such as /dev/stdout, is written as it is.
+    The content is written to a temporary file in the same directory, which replaces the file once it is on the disk. A
+    link stays a link, and a file keeps its permissions. A path that is neither a file nor a directory, such as
+    /dev/stdout, is written to directly.
 
     Raises:
-        WriteError: the disk is full, there is no such directory, it is read-only, the path is a directory, ...
+        WriteError: the disk is full, the directory does not exist or is read-only, the path is a directory, ...
     """
     data = content.encode() if isinstance(content, str) else content
     try:
@@ -109,7 +110,7 @@ def append(path: str | os.PathLike[str], text: str) -> None:
     """Add text to the end of a file, and wait until it is on the disk.
 
     Raises:
-        WriteError: as of `write`. Part of the text may have been written.
+        WriteError: for the reasons given at `write`. Part of the text may have been written.
     """
     try:
         with open(path, "a", encoding="utf-8") as file:
@@ -121,10 +122,10 @@ def append(path: str | os.PathLike[str], text: str) -> None:
 
 
 def make_directory(path: str | os.PathLike[str]) -> None:
-    """Make a directory and those that it lies in, unless it is there.
+    """Create a directory and its parents, if they do not exist.
 
     Raises:
-        WriteError: it cannot be made, or is a file.
+        WriteError: it cannot be created, or is a file.
     """
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
@@ -136,7 +137,7 @@ def make_directory(path: str | os.PathLike[str]) -> None:
 
 
 def is_there(path: str | os.PathLike[str]) -> bool:
-    """Whether there is a file of that name. False, too, for names that no file can have."""
+    """Whether there is a file of that name. False also for names that no file can have."""
     try:
         return Path(path).is_file()
     except (OSError, ValueError):
@@ -144,11 +145,11 @@ def is_there(path: str | os.PathLike[str]) -> bool:
 
 
 def read_text(path: str | os.PathLike[str], limit: int = JSON_BYTES) -> str:
-    """A file's text.
+    """Read a file's text.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: a directory, more than `limit` bytes, no UTF-8; the text names the file.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is a directory, has more than `limit` bytes, or is not UTF-8; the message names the file.
     """
     if Path(path).is_dir():
         raise ValueError(f"{path} is a directory, not a file")
@@ -163,17 +164,17 @@ def read_text(path: str | os.PathLike[str], limit: int = JSON_BYTES) -> str:
 
 
 def read_json(path: str | os.PathLike[str], limit: int = JSON_BYTES) -> Any:
-    """What a JSON file holds.
+    """Read a JSON file.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: as of `read_text`, and: no JSON, or one that is nested deeper than `JSON_DEPTH`.
+        FileNotFoundError: the file does not exist.
+        ValueError: `read_text` raises it, the text is not JSON, or it is nested deeper than `JSON_DEPTH`.
     """
     return parse_json(read_text(path, limit), str(path))
 
 
 def read_object(path: str | os.PathLike[str], limit: int = JSON_BYTES) -> dict[str, Any]:
-    """As `read_json`, of a file that must hold an object."""
+    """Like `read_json`, but raise ValueError if the file does not hold a JSON object."""
     parsed = read_json(path, limit)
     if not isinstance(parsed, dict):
         raise ValueError(f"{path} must hold a JSON object, not {type(parsed).__name__}")
@@ -181,7 +182,11 @@ def read_object(path: str | os.PathLike[str], limit: int = JSON_BYTES) -> dict[s
 
 
 def parse_json(text: str, name: str) -> Any:
-    """`text` parsed. Raises ValueError, with `name`, for what is not valid JSON or nested deeper than `JSON_DEPTH`."""
+    """Parse JSON text.
+
+    Raises:
+        ValueError: it is not JSON, or nested deeper than `JSON_DEPTH`; the message starts with `name`.
+    """
     too_deep = f"{name} is nested more than {JSON_DEPTH} deep"
     try:
         parsed = json.loads(text)
@@ -205,18 +210,18 @@ def _entries(value: Any) -> Any:
 
 
 def set_aside(path: Path, why: str, instead: str) -> Path:
-    """Rename a damaged file or directory to `NAME.damaged` (`.damaged-2`, ...), and warn of it.
+    """Rename a damaged file or directory to `NAME.damaged` (`.damaged-2`, ...), and warn about it.
 
     Args:
-        path: what cannot be read.
+        path: the file or directory that cannot be read.
         why: what is wrong with it.
-        instead: what is done instead, as in "the search begins anew".
+        instead: what is done instead, such as "and the search begins anew".
 
     Returns:
-        Where it is now.
+        The new path.
 
     Raises:
-        WriteError: it cannot be renamed.
+        WriteError: the path cannot be renamed.
     """
     aside, number = path.with_name(f"{path.name}.damaged"), 1
     while os.path.lexists(aside):

@@ -1,9 +1,9 @@
-"""A progress bar that says of each denoising step whether it was computed or reused.
+"""A progress bar that shows for each denoising step whether it was computed or reused.
 
     a cat                [████░░█░░█░░····················]  12/50  7 computed, 5 reused
 
-On a terminal tqdm draws the line anew at every step; anywhere else it is written once, when the request is over. Of
-many requests, each line can also say how many there are and how long they will take.
+On a terminal tqdm redraws the line at every step. Elsewhere it is written once, after the request. If there are several
+requests, each line can also show how many there are and how long they will take.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from tqdm.utils import disp_len, disp_trim
 if TYPE_CHECKING:
     from omni_runtime.cache.report import StepEvent
 
-#: Columns: of the label at most, of the steps at least, and of the line where it is written to no terminal.
+#: Columns: the label's largest width, the steps' smallest width, and the line's width outside a terminal.
 LABEL_WIDTH, CELLS, COLUMNS = 28, 6, 120
 #: computed, reused, to come
 BLOCKS, ASCII = ("█", "░", "·"), ("#", "-", ".")
 
 
 class Progress(NamedTuple):
-    """Which of many requests begins, from 1; of how many; and how long it and the rest will take, None if unknown."""
+    """The number of the request that begins (from 1), the total, and the seconds that are left, None if unknown."""
 
     number: int
     total: int
@@ -40,11 +40,11 @@ class Progress(NamedTuple):
 
 
 def seconds_left(to_come: Iterable[str], taken: Mapping[str, Sequence[float]]) -> float | None:
-    """How long the requests `to_come` will take; None before the first one is done.
+    """Estimate the seconds that the remaining requests will take; None before the first one is done.
 
     Args:
-        to_come: the kind of each.
-        taken: kind → seconds of those that are done. A kind of which none is done takes the mean of all kinds.
+        to_come: the kind of each remaining request.
+        taken: kind → seconds of its finished requests. A kind without any is estimated by the mean of all kinds.
     """
     if not taken:
         return None
@@ -54,7 +54,7 @@ def seconds_left(to_come: Iterable[str], taken: Mapping[str, Sequence[float]]) -
 
 
 def duration(seconds: float) -> str:
-    """Words for a person: "under a minute", "12 min", "3 h 05 min"."""
+    """Return a readable duration: "under a minute", "12 min", "3 h 05 min"."""
     minutes = round(seconds / 60)
     if minutes < 1:
         return "under a minute"
@@ -62,7 +62,7 @@ def duration(seconds: float) -> str:
 
 
 class Line(tqdm):
-    """A line that is drawn anew on a terminal, without escapes; elsewhere, and on a dumb terminal, nothing is drawn.
+    """A line that is redrawn on a terminal, without escapes. Elsewhere, and on a dumb terminal, nothing is drawn.
 
     Args:
         stream: where to draw.
@@ -76,12 +76,12 @@ class Line(tqdm):
         super().__init__(file=stream, disable=not self.live, bar_format="{desc}", leave=False)
 
     def tell(self, text: str) -> None:
-        """Draw `text`, cut to the terminal, in the place of what was drawn before."""
+        """Replace the line with `text`, cut to the terminal's width."""
         self.set_description_str(disp_trim(text, columns_of(self.fp) - 1) if self.live else "")
 
 
 def columns_of(stream: Any) -> int:
-    """How wide the terminal is that `stream` writes to; what COLUMNS says, or 80, where it writes to none."""
+    """Return the width of the terminal that `stream` writes to. Without a terminal: the variable COLUMNS, else 80."""
     try:
         columns = os.get_terminal_size(stream.fileno()).columns
     except (OSError, ValueError):
@@ -93,10 +93,10 @@ class StepBar:
     """The bar of one request.
 
     Args:
-        label: what the line starts with; cut to fit, and left out where the terminal is narrow.
+        label: the start of the line; cut to fit, and left out on a narrow terminal.
         stream: where to draw.
-        steps: how many steps there will be, if that is known before the first.
-        note: what the line ends with.
+        steps: the number of steps, if it is known before the first step.
+        note: the end of the line.
     """
 
     def __init__(self, label: str, stream: TextIO, steps: int = 0, note: str = "") -> None:
@@ -120,13 +120,13 @@ class StepBar:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Write the line as it stands at the end, and end it."""
+        """Write the final line and a line break."""
         self._line.close()
         self._stream.write(f"{self.line(f'  {time.perf_counter() - self._start:.2f} s')}\n")
         self._stream.flush()
 
     def line(self, end: str = "") -> str:
-        """The line as it stands, and `end`, in the columns that there are: what is said twice goes first."""
+        """Return the current line followed by `end`, in the available columns. Redundant words are left out first."""
         done, computed = len(self._computed), sum(self._computed)
         columns = columns_of(self._stream) - 1 if self._stream.isatty() else COLUMNS
         for words in (f"  {computed} computed, {done - computed} reused", f"  {computed} computed", ""):
@@ -138,7 +138,7 @@ class StepBar:
         return disp_trim(f"{_fitted(self._label, room - cells - 1)}[{self._cells(cells)}]{tail}", columns)
 
     def _cells(self, count: int) -> str:
-        """One character per step; where there are more steps than `count`, one for several, computed if any was."""
+        """Return one character per step. With more steps than `count`, one stands for several: computed if any was."""
         computed, reused, coming = self._characters()
         text = ""
         for cell in range(count):
@@ -156,7 +156,7 @@ class StepBar:
 
 
 def _fitted(text: str, width: int) -> str:
-    """`text` in at most `width` columns and a space; nothing where that leaves no word."""
+    """Fit `text` into at most `width` columns and a space. Return an empty string if `width` is too small."""
     width = min(width, LABEL_WIDTH)
     if width < 4:
         return ""

@@ -1,6 +1,6 @@
-"""Calibration: full runs of a pipeline, watched, and the numbers that a method goes by fitted to them.
+"""Calibration: record full runs of a pipeline and fit a method's numbers to them.
 
-`RECORDINGS` is the table of what is recorded; what is fitted to it is said in `omni_runtime.cache.polynomial` and
+`RECORDINGS` lists what is recorded for each method. The fits are in `omni_runtime.cache.polynomial` and
 `omni_runtime.cache.magnitudes`.
 """
 
@@ -50,7 +50,7 @@ class Point(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """By what factor the residual of one sample of one CFG branch has changed its magnitude since the step before."""
+    """The factor by which the residual's magnitude has changed since the step before, for one sample of one branch."""
 
     branch: str
     step: int
@@ -59,7 +59,7 @@ class Ratio(NamedTuple):
 
 
 class RecordingGate(Gate):
-    """Measures every step like TeaCache's gate, and computes it."""
+    """Measures every step like TeaCache's gate, but computes all steps."""
 
     distances: list[float] | None = None
 
@@ -88,7 +88,7 @@ class RecordingPassage(Passage):
         super().leave(hidden, encoder, base)
 
     def _measure(self, after: torch.Tensor, entered: torch.Tensor, then: torch.Tensor) -> Sequence[Any]:
-        """What is recorded of each, from the states behind and before the blocks and the last residual."""
+        """Return one value per image or sample, from the states after and before the blocks and the last residual."""
         raise NotImplementedError
 
     def _point(self, name: str, step: int, place: int, measured: Any) -> Any:
@@ -96,7 +96,7 @@ class RecordingPassage(Passage):
 
 
 class DistancePassage(RecordingPassage):
-    """TeaCache: records how far modulated input and residual have moved."""
+    """For TeaCache: records how far the modulated input and the residual have moved."""
 
     def _measure(self, after: torch.Tensor, entered: torch.Tensor, then: torch.Tensor) -> Sequence[Any]:
         gate: Any = self.gate
@@ -110,7 +110,7 @@ class DistancePassage(RecordingPassage):
 
 
 class MagnitudePassage(RecordingPassage):
-    """MagCache: records by what factor the residual's magnitude has changed, as the mean over the tokens."""
+    """For MagCache: records the factor by which the residual's magnitude has changed, as the mean over the tokens."""
 
     def _measure(self, after: torch.Tensor, entered: torch.Tensor, then: torch.Tensor) -> Sequence[Any]:
         now = torch.linalg.vector_norm((after - entered).float(), dim=-1)
@@ -152,7 +152,7 @@ def _fitted_ratios(points: Sequence[Ratio]) -> magnitudes.Ratios:
 
 @dataclass(frozen=True)
 class Record:
-    """What is recorded for one method: by which parts and passage, and what is fitted to the points."""
+    """How one method is recorded: the parts and the passage that record points, and the fit to the points."""
 
     parts: Callable[[ModelRow, int], Parts]
     passage: type[RecordingPassage]
@@ -167,10 +167,10 @@ RECORDINGS = {
 
 
 class Recording(BlockSession):
-    """All blocks under a gate that skips nothing: requests run in full, and leave points.
+    """Runs requests in full, with a gate that skips nothing, and records points.
 
     Attributes:
-        points: of all requests so far.
+        points: the points of all requests so far.
     """
 
     alone = "where a rank may see its own tokens alone: calibrate on one rank"
@@ -184,10 +184,11 @@ class Recording(BlockSession):
 
 @contextlib.contextmanager
 def recording(pipe: Any, method: str = "tea_cache") -> Iterator[Recording]:
-    """While open, every request of `pipe` is recorded. Afterwards it is as it was, however the block is left.
+    """Context manager: every request of `pipe` is recorded. Afterwards the pipeline is restored, also after an error.
 
     Raises:
-        ValueError, PatchConflictError: a pipeline that cannot be recorded, or is patched already.
+        ValueError: the pipeline cannot be recorded.
+        PatchConflictError: the pipeline is patched already.
     """
     session, patch = Recording(pipe, method), Patch()
     try:
@@ -207,17 +208,18 @@ def calibrate(
     """Run the requests in full and fit a method's numbers to how they move from step to step.
 
     Args:
-        omni: without a cache.
-        requests: all of the same steps and size.
-        listener: called with each request and its number from 0; gives a context that is open while it runs, and
-            gives what is told of each step, or None.
+        omni: an `Omni` without a cache.
+        requests: all with the same steps and size.
+        listener: called with each request's number from 0 and the request. Returns a context manager, which is open
+            while the request runs and whose value is the `on_step` callback or None.
         method: one of `RECORDINGS`.
 
     Returns:
-        The fit, the document to write, and the points it was fitted to.
+        The fit, the document to write, and the points of the fit.
 
     Raises:
-        ValueError: an Omni with a cache, no request; what `recording` raises.
+        ValueError: the `Omni` has a cache, there are no requests, or the pipeline cannot be recorded.
+        PatchConflictError: the pipeline is patched already.
         UselessFitError: see `polynomial.fit` and `magnitudes.fit`.
     """
     if omni.cache_backend is not None or not requests:
@@ -240,7 +242,7 @@ def schedule_document(
     held_out: Sequence[GenerationRequest],
     found: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The file of schedules that `calibrate_schedule.find` has found."""
+    """Return the document of schedules that `omni_runtime.calibrate.schedule.find` has found, with its provenance."""
     provenance = _provenance(omni, requests)
     others = _provenance(omni, held_out)
     what = ("prompts", "seeds", "images", "references")
@@ -272,7 +274,7 @@ def _provenance(omni: Omni, requests: Sequence[GenerationRequest]) -> dict[str, 
 
 
 def _references(requests: Sequence[GenerationRequest]) -> dict[str, Any]:
-    """The pictures that were edited, each by mode, size and digest of its pixels; nothing where none were."""
+    """Return the edited pictures, each by mode, size and digest of its pixels; an empty dict if there are none."""
     pictures = [identified(request.arguments["image"]) for request in requests if "image" in request.arguments]
     distinct = [picture for place, picture in enumerate(pictures) if picture not in pictures[:place]]
     return {"references": distinct} if distinct else {}

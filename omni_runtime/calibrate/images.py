@@ -1,4 +1,4 @@
-"""Images that a search for schedules goes by: recorded in full, then made again under schedules."""
+"""The images of a search for schedules: recorded in full runs, then made again with schedules."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from omni_runtime.compare import quality
 from omni_runtime.generation.request import GenerationRequest
 from omni_runtime.generation.result import NotANumberError
 
-#: Arguments that a batch takes one of per image; all others are shared.
+#: Arguments that have one value per image of a batch; all others are shared.
 _EACH = ("prompt", "negative_prompt")
-#: How a pipeline is asked for several images of one prompt and one picture to start from, which it takes one of.
+#: The argument for several images from one prompt and one start image, of which the pipeline takes only one.
 _COPIES = "num_images_per_prompt"
 
 
@@ -48,15 +48,15 @@ class Settings:
         return make_forecaster(self.forecaster, self.forecaster_order)
 
 
-#: Those of `velocity_cache` where nothing else is said.
+#: The default settings of `velocity_cache`.
 SETTINGS = Settings()
 
 
 class Recording(OutputSession):
-    """Requests run in full, and leave the model outputs of the last one.
+    """Runs requests in full and keeps the model outputs of the last one.
 
     Attributes:
-        outputs: of each step.
+        outputs: the model output of each step.
         sigmas: the noise levels of a request's steps, and of its end.
     """
 
@@ -77,14 +77,16 @@ class Recording(OutputSession):
 
 
 class Replaying(OutputSession):
-    """A recorded request again, with one step skipped: those before it have their outputs, those after it respond.
+    """Repeats a recorded request with one step skipped.
+
+    Earlier steps use the recorded outputs. Later steps are computed, so they show the effect of the skipped step.
 
     Attributes:
-        error: squared norm of the forecast's error, of each image.
+        error: the squared norm of the forecast's error, for each image.
 
     Args:
-        outputs: of the full run's steps.
-        skipped: a step; neither the first nor the last.
+        outputs: the outputs of the full run's steps.
+        skipped: the step to skip; neither the first nor the last.
     """
 
     def __init__(self, pipe: Any, outputs: Sequence[torch.Tensor], skipped: int, settings: Settings) -> None:
@@ -107,11 +109,11 @@ class Replaying(OutputSession):
 
 
 class Images:
-    """Some requests of one model, run in full once, and then with any schedule.
+    """Some requests of one model: run in full once, then with any schedule.
 
     Attributes:
-        forwards: transformer calls of all runs under a schedule so far, each of a batch.
-        spent: seconds of a computed step of all images, at each schedule so far.
+        forwards: transformer calls of all runs with a schedule so far; a call of a batch counts once.
+        spent: for each schedule so far, the seconds that one computed step of all images took.
         responding: seconds that the responses took.
     """
 
@@ -127,7 +129,7 @@ class Images:
         self.responding = 0.0
 
     def record(self) -> Recording:
-        """Run all in full, in batches as large as fit into memory."""
+        """Run all requests in full, in batches as large as fit into memory."""
         session, patch = Recording(self.pipe), Patch()
         try:
             session.install(patch)
@@ -152,12 +154,12 @@ class Images:
         kept: KeptResponses | None = None,
         on_step: Callable[[int, int], Any] = lambda i, n: None,
     ) -> Responses:
-        """How the final latents of all respond to each step's forecast error; after `record`.
+        """Measure how the final latents of all images respond to each step's forecast error. Call `record` first.
 
         Args:
             sigmas: noise levels of the steps, and of the end.
-            kept: has what was found of each batch so far, and gets the rest. None keeps nothing.
-            on_step: told after each run how many there were, and how many there are to be.
+            kept: the responses of batches that were measured before; new ones are added. None keeps nothing.
+            on_step: called after each run with the number of runs so far and their total number.
         """
         steps = range(1, len(sigmas) - 2)
         known = KeptResponses(None) if kept is None else kept
@@ -191,7 +193,7 @@ class Images:
         )
 
     def _latents(self, batch: Sequence[GenerationRequest], session: CacheSession) -> torch.Tensor:
-        """Final latents [B, elements] of one call under a session, in float32 on the CPU."""
+        """Return the final latents of one call with a session installed: [B, elements] in float32 on the CPU."""
         patch = Patch()
         try:
             session.install(patch)
@@ -202,12 +204,15 @@ class Images:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width in pixels, of images that were recorded."""
+        """Height and width of the recorded images in pixels."""
         height, width = self._references[0].shape[-2:]
         return height, width
 
     def sample(self, computed: Sequence[int], best: Tried | None = None) -> Tried:
-        """Run all with a schedule; PSNR of each image against its full run. Beside `best`, what is hopeless ends."""
+        """Run all requests with a schedule and measure each image's PSNR against its full run.
+
+        If `best` is given, a schedule that is `hopeless` compared with it is given up.
+        """
         psnr: list[float] = []
         start = time.perf_counter()
         with self._scheduled(computed) as session:
@@ -223,16 +228,19 @@ class Images:
         return Tried(tuple(computed), tuple(psnr))
 
     def plain(self, steps: int) -> Tried:
-        """Run all with fewer steps and no cache."""
+        """Run all requests with fewer steps and no cache, and measure the PSNR against the full runs."""
         psnr: list[float] = []
         self._each(lambda _, batch, reference: psnr.extend(self._psnr(batch, reference, num_inference_steps=steps)))
         return Tried(tuple(range(steps)), tuple(psnr))
 
     def speedups(self, schedules: Sequence[Sequence[int]]) -> list[float]:
-        """How many times as fast as the full run the first request is with each: medians of rounds, all in turns."""
+        """Return each schedule's speedup over the full run, for the first request.
+
+        Full run and schedules take turns for `ROUNDS` rounds; the speedup is the ratio of the median times.
+        """
         request = self.requests[:1]
         took: list[list[float]] = [[] for _ in range(1 + len(schedules))]
-        self._call(request)  # what is compiled for a single image, is
+        self._call(request)  # warm-up: compiles everything for a single image
         for _ in range(ROUNDS):
             for times, computed in zip(took, [None, *schedules], strict=True):
                 with contextlib.nullcontext() if computed is None else self._scheduled(computed):
@@ -246,7 +254,7 @@ class Images:
 
     @contextlib.contextmanager
     def _scheduled(self, computed: Sequence[int]) -> Iterator[CacheSession]:
-        """The pipeline under a schedule."""
+        """Context manager: the pipeline runs with a schedule."""
         config = VELOCITY_CACHE.check({"schedule": list(computed), **dataclasses.asdict(self._settings)})
         patch = Patch()
         session = VELOCITY_CACHE.install(self.pipe, config, patch)
@@ -257,9 +265,9 @@ class Images:
             session.close()
 
     def _each(self, run: Callable[[int, Sequence[GenerationRequest], torch.Tensor], Any]) -> None:
-        """Call `run` for each batch: its first image's place, its requests, its references.
+        """Call `run` for each batch with its first image's place, its requests and its references.
 
-        A batch that memory is too small for is halved for good.
+        A batch that does not fit into memory is halved permanently.
         """
         place = first = 0
         while place < len(self._batches):
@@ -281,7 +289,7 @@ class Images:
         return [min(float(one), IDENTICAL) for one in found]
 
     def _images(self, batch: Sequence[GenerationRequest], **changed: Any) -> torch.Tensor:
-        """8-bit images [B, F, 3, H, W] of one call, as pipelines make pictures of them; F is 1 for pictures."""
+        """Return the 8-bit images [B, F, 3, H, W] of one call, rounded as pipelines do. F is 1 for still images."""
         made = self._call(batch, **changed).float().mul(255).round().to(torch.uint8)
         return made if made.dim() == 5 else made[:, None]
 
@@ -304,12 +312,12 @@ class Images:
 
 
 def _flat(batch: torch.Tensor) -> torch.Tensor:
-    """[B, elements] in float32 on the CPU."""
+    """Flatten a batch to [B, elements] in float32 on the CPU."""
     return batch.detach().flatten(1).float().cpu()
 
 
 def _batches(pipe: Any, requests: Sequence[GenerationRequest], size: int) -> list[list[GenerationRequest]]:
-    """Requests that differ in prompt and seed alone, together; those that start from a picture, in the seed alone."""
+    """Group requests that differ only in prompt and seed; those that start from a picture, only in the seed."""
     copies = _COPIES in inspect.signature(type(pipe).__call__).parameters
     batches: list[list[GenerationRequest]] = []
     for request in requests:
@@ -329,7 +337,7 @@ def _shared(request: GenerationRequest) -> dict[str, Any]:
 
 
 def _pixels(picture: Any) -> Any:
-    """What two pictures that are the same have in common."""
+    """Return a value by which equal pictures are recognised."""
     if isinstance(picture, list | tuple):
         return [_pixels(one) for one in picture]
     return (picture.size, picture.tobytes()) if isinstance(picture, Image.Image) else id(picture)

@@ -1,6 +1,6 @@
-"""What a search keeps on disk, so that it goes on where it was: the schedules that were sampled, and the responses.
+"""The files from which an interrupted search continues: the sampled schedules and the responses.
 
-Files that cannot be read are set aside (`omni_runtime.files.set_aside`), and what was in them is measured again.
+Files that cannot be read are set aside (`omni_runtime.files.set_aside`), and their content is measured again.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ ANEW = "and the search begins anew"
 
 
 class Journal:
-    """The schedules that were sampled, in a file.
+    """The sampled schedules, kept in a file.
 
     Args:
-        path: one JSON document a line; the first says what is sampled. None keeps nothing.
-        about: what is sampled.
+        path: the file, with one JSON document per line; the first line describes the search. None keeps nothing.
+        about: the description of the search.
 
     Raises:
-        ValueError: the file holds another search.
-        files.WriteError: it cannot be written.
+        ValueError: the file belongs to another search.
+        files.WriteError: the file cannot be written.
 
     Warns:
-        files.DamagedFileWarning: the file, or some of its lines, cannot be read; it is set aside. The last line may be
-            half of one, of a search that was killed while it wrote; that one is left out without a word.
+        files.DamagedFileWarning: the file, or some of its lines, cannot be read; the file is set aside. An incomplete
+            last line, of a search that was killed while writing, is dropped without a warning.
     """
 
     def __init__(self, path: Path | None, about: Mapping[str, Any]) -> None:
@@ -67,7 +67,7 @@ class Journal:
             files.write(path, "\n".join(whole) + "\n")
 
     def keep(self, tried: Tried, seconds: float = 0.0) -> None:
-        """Add a sampled schedule, and what it took. Raises `files.WriteError` where it cannot be written."""
+        """Add a sampled schedule and its seconds. Raises `files.WriteError` if the file cannot be written."""
         self._remember(tried, seconds)
         if self._path is not None:
             row = {"computed": tried.computed, "psnr": tried.psnr, "seconds": seconds}
@@ -78,11 +78,11 @@ class Journal:
         self._seconds[tried.computed] = self._seconds.get(tried.computed, 0.0) + seconds
 
     def get(self, computed: tuple[int, ...]) -> Tried | None:
-        """A schedule that was sampled before."""
+        """Return the result of a schedule that was sampled before, or None."""
         return self._known.get(computed)
 
     def sample(self, images: Any, computed: tuple[int, ...], best: Tried | None = None) -> Tried:
-        """As `Images.sample`, unless that was done."""
+        """Like `Images.sample`, but return the kept result if the schedule was sampled before."""
         known = self.get(computed)
         if known is None or (best is None and len(known.psnr) < len(images.requests)):
             start = time.perf_counter()
@@ -91,12 +91,12 @@ class Journal:
         return known
 
     def seconds(self, budget: int) -> float:
-        """What sampling with all schedules of so many computed steps has taken."""
+        """Return the seconds spent on sampling with all schedules of this budget."""
         return sum(seconds for computed, seconds in self._seconds.items() if len(computed) == budget)
 
 
 def _lines(path: Path) -> list[str] | None:
-    """The lines of a journal that says what it is of. None of any other file, which is set aside."""
+    """Return the lines of a journal; None if its first line does not describe a search. The file is then set aside."""
     try:
         lines = files.read_text(path, files.JOURNAL_BYTES).removesuffix("\n").split("\n")
         if not isinstance(files.parse_json(lines[0], "its first line"), dict):
@@ -108,7 +108,7 @@ def _lines(path: Path) -> list[str] | None:
 
 
 def _row(line: str, images: int) -> tuple[Tried, float] | None:
-    """A sampled schedule and its seconds; None of a line that is none. `images`: how many there are; 0: not known."""
+    """Parse a sampled schedule and its seconds; None if the line is damaged. `images`: their number, 0 if unknown."""
     try:
         row = files.parse_json(line, "line")
     except ValueError:
@@ -126,11 +126,11 @@ def _row(line: str, images: int) -> tuple[Tried, float] | None:
 
 
 class KeptResponses(dict[str, np.ndarray]):
-    """What was found of each batch's responses, by name, in a file.
+    """The measured responses of each batch by name, kept in a file.
 
     Args:
         path: a safetensors file. None keeps nothing.
-        about: what is searched; what a file has of another search is dropped.
+        about: the description of the search; the content of another search's file is ignored.
 
     Warns:
         files.DamagedFileWarning: the file cannot be read; it is set aside.
@@ -159,12 +159,12 @@ class KeptResponses(dict[str, np.ndarray]):
             files.set_aside(path, str(error), "and the responses are measured again")
 
     def fitting(self, name: str, images: int, steps: int) -> bool:
-        """Whether the responses of a batch are there, of so many images and skipped steps."""
+        """Whether the batch's responses are kept, for this number of images and of skipped steps."""
         found = [self.get(f"{kind} {name}") for kind in _KINDS]
         return [None if one is None else one.shape for one in found] == [(images, steps, steps), (images, steps), ()]
 
     def keep(self, name: str, changes: np.ndarray, errors: np.ndarray, seconds: float) -> None:
-        """Add a batch: inner products [images, steps, steps], squared norms [images, steps], and what it took.
+        """Add a batch: inner products [images, steps, steps], squared norms [images, steps], and its seconds.
 
         Raises:
             files.WriteError: the file cannot be written.

@@ -1,4 +1,4 @@
-"""Schedules for one model: full runs recorded, each budget's schedule searched for, and what it does on other images.
+"""Schedules for one model: record full runs, search a schedule for each budget, and measure it on other images.
 
 The search itself is in `omni_runtime.calibrate.search`.
 """
@@ -27,13 +27,13 @@ TRIES, PATIENCE, BATCH = 30, 20, 8
 
 
 class Event(NamedTuple):
-    """What is told of a search: a schedule has been sampled.
+    """Progress of a search: a schedule has been sampled.
 
     Attributes:
-        budget: computed steps.
-        number, tries: which sampled schedule it is, and how many there will be at most.
-        tried, best: it, and the best so far.
-        seconds_left: of all budgets' searches, if none ends before.
+        budget: number of computed steps.
+        number, tries: the number of the sampled schedule, and the largest number that there can be.
+        tried, best: the sampled schedule, and the best so far.
+        seconds_left: for all budgets' searches, if none ends early.
     """
 
     budget: int
@@ -49,14 +49,14 @@ class Found:
     """One budget's result.
 
     Attributes:
-        best: the schedule, on the searched images.
-        held_out: the same on the others.
-        plain: plain sampling with as many steps, on the others.
+        best: the found schedule, on the searched images.
+        held_out: the found schedule, on the held-out images.
+        plain: plain sampling with as many steps, on the held-out images.
+        even: evenly spread steps, on the held-out images.
         start: the best schedule before any move, on the searched images.
-        even: evenly spread steps, on the others.
-        trail: score of the best after each sampled schedule.
-        seconds: that sampling took.
-        speedup: how many times as fast as the full run a single image is made.
+        trail: the best score after each sampled schedule.
+        seconds: the time that sampling took.
+        speedup: the full run's time divided by the schedule's time, for a single image.
     """
 
     best: Tried
@@ -72,9 +72,10 @@ class Found:
 def starts(
     responses: Responses, sigmas: Sequence[float], budget: int, transformer: str
 ) -> tuple[list[tuple[int, ...]], Callable[[Sequence[int]], float]]:
-    """What a search starts from, and the cost that it goes by.
+    """Return the schedules that a search starts from, and its cost function.
 
-    The schedules are the one that the responses favour, evenly spread steps, and the published one for the class.
+    The schedules are the one that the responses favour, evenly spread steps, and the published one for the
+    transformer's class, if there is one.
     """
     steps = len(sigmas) - 1
     spread = schedules.even(steps, budget).computed
@@ -103,25 +104,27 @@ def find(
     """Search a schedule for each budget on `requests`, and measure it on `held_out`.
 
     Args:
-        omni: without a cache.
-        requests, held_out: all of the same steps and size.
+        omni: an `Omni` without a cache.
+        requests, held_out: all with the same steps and size.
         budgets: numbers of computed steps.
-        tries, patience: see `schedule_search.search`.
-        batch: most images of one call.
-        journal: a file of what was sampled already; beside it, one of the responses.
-        listener: told of each sampled schedule.
+        settings: how skipped outputs are forecast.
+        tries, patience: see `omni_runtime.calibrate.search.search`.
+        batch: the largest number of images in one call.
+        journal: the file of sampled schedules; the responses are kept in a file in the same directory. None keeps
+            neither.
+        listener: called with an `Event` after each sampled schedule.
         on_step: as in `Images.responses`.
 
     Returns:
-        budget → what was found, and the document to write, without its provenance.
+        budget → its `Found`, and the document to write, without its provenance.
 
     Raises:
-        ValueError: an Omni with a cache, no request, a budget that is none, another search's journal; what
-            `CacheSession` raises for a pipeline whose steps cannot be skipped. A picture that is not a number (NaN).
-        files.WriteError: the journal or the responses could not be written.
+        ValueError: the `Omni` has a cache, there are no requests, there are fewer than 3 steps, a budget is out of
+            range, the journal is another search's, the pipeline's steps cannot be skipped, or a picture holds NaN.
+        files.WriteError: the journal or the responses cannot be written.
 
     Warns:
-        files.DamagedFileWarning: what was kept cannot be read; it is set aside, and measured again.
+        files.DamagedFileWarning: a kept file cannot be read; it is set aside, and its content is measured again.
     """
     if omni.cache_backend is not None or not requests or not held_out:
         raise ValueError("calibration needs an Omni without a cache, and at least one request of each kind")
@@ -135,7 +138,7 @@ def find(
     searched = about(omni, requests, settings)
     responded = None if journal is None else journal.with_suffix(".responses.safetensors")
     if journal is not None and responded is not None and not journal.exists() and responded.is_file():
-        responded.unlink()  # begun anew
+        responded.unlink()  # the search begins anew
     kept = Journal(journal, searched)
     recorded = images.record()
     others.record()
@@ -178,7 +181,7 @@ def find(
 
 
 def about(omni: Omni, requests: Sequence[GenerationRequest], settings: Settings) -> dict[str, Any]:
-    """What a journal is of."""
+    """Describe a search: a journal's first line, which tells it from other searches."""
     return {
         "model": str(omni.name),
         "settings": dataclasses.asdict(settings),
@@ -189,7 +192,7 @@ def about(omni: Omni, requests: Sequence[GenerationRequest], settings: Settings)
 
 
 def statistics(tried: Tried) -> dict[str, float | int]:
-    """Mean, standard deviation and 5th percentile of the PSNR over the images, in dB, and their number."""
+    """Return the PSNR's mean, standard deviation and 5th percentile in dB, and the number of images."""
     values = np.asarray(tried.psnr)
     spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
     figures = {"mean": float(values.mean()), "std": spread, "p5": float(np.percentile(values, 5))}
@@ -214,7 +217,7 @@ def _row(steps: int, sigmas: Sequence[float], budget: int, found: Found) -> dict
 
 
 def words(found: Mapping[int, Found]) -> Iterator[str]:
-    """A line for each budget."""
+    """Yield a description of each budget's result, one line each."""
     for budget, one in found.items():
         now, plain, even = statistics(one.held_out), statistics(one.plain), statistics(one.even)
         yield (
@@ -227,7 +230,7 @@ def words(found: Mapping[int, Found]) -> Iterator[str]:
 
 
 def plot(found: Mapping[int, Found]) -> str:
-    """An SVG of the search: the best score after each sampled schedule, a line for each budget."""
+    """Return an SVG plot of the search: the best score after each sampled schedule, one line per budget."""
     width, height, left, bottom, top = 640, 320, 56, 36, 16
     scores = [value for one in found.values() for value in one.trail]
     low, high = math.floor(min(scores)), math.ceil(max(scores)) + 1

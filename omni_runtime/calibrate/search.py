@@ -1,25 +1,25 @@
-"""The search for a schedule: which steps to compute, so that the images stay nearest to those of full runs.
+"""The search for a schedule: which steps to compute, so that the images stay as near as possible to full runs.
 
-How well a schedule does is only seen by sampling with it: errors of the forecast change every later step. But what one
-error does to the final latents can be measured, and to first order the errors of many add up. So the search has two
-parts:
+Only sampling shows how good a schedule is, because a forecast's error changes every later step. But the effect of one
+error on the final latents can be measured, and to first order the effects of several errors add up. So the search has
+two parts:
 
-1. Full runs are recorded, and run again with one step forecast, for each step in turn: `Responses`. They predict what a
-   schedule does without sampling with it, and `shape` finds the one of a smooth density that they favour.
-2. Closed-loop, it samples with each candidate the same prompts and seeds as the full runs, and measures the pictures'
-   PSNR against theirs, of 8 bits: on what nobody sees, a search would spend steps that other images need. It starts
-   from that schedule, evenly spread steps and the published schedules, and goes on by local moves (`neighbour`): one
-   computed step to an adjacent place, one to any free place, a stretch of them by one place; of several that are drawn,
-   the one with the smallest predicted error.
+1. Record full runs, then run each again with a single step forecast, for each step in turn: `Responses`. They predict
+   a schedule's error without sampling with it. `shape` finds the schedule with a smooth density that they favour.
+2. Sample with each candidate schedule on the prompts and seeds of the full runs, and measure the PSNR of the 8-bit
+   pictures. (With finer values, the search would spend steps on differences that are invisible.) The search starts from
+   the schedule of part 1, evenly spread steps and the published schedules. It continues with local moves (`neighbour`):
+   one computed step to an adjacent place or to any free place, or a stretch of computed steps by one place. Of several
+   random moves, it samples the one with the smallest predicted error.
 
-A schedule replaces the best so far if its `score`, the mean of mean and 5th percentile over the images, is higher, and
-if its gain, image by image, is larger than chance would make it (`better`). Where the images are few, their percentile
-is the worst image alone, and the best of many tries is mostly the luckiest: a search that goes by the score alone ends
-behind evenly spread steps on other images. For the same reason the predicted schedule comes first, and holds until
-something is better. What does clearly worse on the first images is not sampled on the others (`hopeless`).
+A schedule replaces the best so far if its `score` is higher (the mean of the images' mean and 5th percentile), and if
+its gain, image by image, is larger than chance explains (`better`). With few images, the percentile is nearly the worst
+image alone, and the best of many tries is mostly the luckiest one: a search by the score alone ends behind evenly
+spread steps on other images. For the same reason the predicted schedule comes first, and stays until another one is
+better. A schedule that is clearly worse on the first images is not sampled on the others (`hopeless`).
 
-Given the same inputs and seed, the search takes the same way; sampled schedules are written down as they are measured,
-so that a search that was interrupted, or is given more time, goes on where it was.
+The same inputs and seed give the same search. Sampled schedules are written to a file as they are measured, so an
+interrupted search, or one with more tries, continues where it stopped.
 """
 
 from __future__ import annotations
@@ -36,39 +36,41 @@ from omni_runtime.cache.forecasters import Forecaster, newton
 from omni_runtime.cache.output import reached
 from omni_runtime.cache.schedules import even
 
-#: What an image that is identical to its reference counts with, in dB.
+#: The PSNR in dB that an image counts with if it is identical to its reference.
 IDENTICAL = 100.0
-#: How many standard errors a gain must have: with 1, chance makes a schedule that is no better pass in 1 of 6 tries.
+#: How many standard errors a gain must have. With 1, a schedule that is no better passes by chance in 1 of 6 tries.
 MARGIN = 1.0
-#: On how many images a schedule is sampled at least before it is given up.
+#: The smallest number of images that a schedule is sampled on before it is given up.
 FEWEST = 4
-#: How often a single image is made in full and with each schedule that was found, to see how much faster it is.
+#: How often a single image is made in full and with each found schedule, to measure the speedup.
 ROUNDS = 3
-#: How many local moves are drawn for each that is sampled.
+#: How many random local moves are drawn for each schedule that is sampled.
 DRAWS = 8
-#: A density of computed steps has so many numbers, and they are moved by so much, in turn, in its logarithm.
+#: The number of values of a density of computed steps, and the sizes of their moves, in its logarithm.
 KNOTS, STRIDES = 7, (0.8, 0.4, 0.2, 0.1)
-#: Degree of the polynomial in the step that an error's growth in dB is smoothed by.
+#: Degree of the polynomial in the step that smooths an error's growth in dB.
 DEGREE = 3
 
 
 class Responses:
-    """What forecast errors do to the final latents, and from it the error of a schedule, to first order.
+    """Predicts a schedule's error in the final latents, to first order, from the measured effects of single errors.
 
-    Let e_j = v_j − forecast_j be the error of the model output at step j where step j alone is skipped. Every output is
-    a sum of these and of v_0, whose share cancels in an error. Between computed steps b and c an Euler sampler picks up
-    Σ_i (σ_{i+1} − σ_i)·(v_i − forecast_i) over the skipped steps i: a sum of the e_j, too; with a corrector, what it
-    interpolates between b and c is what counts in the forecast's place. If r_j is what a unit of e_j
-    changes in the final latents, which a run with only step j skipped shows, the schedule changes them by Σ_j κ_j·r_j,
-    with the κ_j of all its gaps added up. Errors of one gap may cancel another's, so that the sum of their squares does
-    not tell what a schedule does. What is made of e_j later than at step j grows less than r_j says: κ_j is multiplied
-    by the ratio of both steps' growth |r_j| / |e_j|, its mean in dB over the images, smoothed by a polynomial.
+    Let e_j = v_j − forecast_j be the error of the model output at step j if step j alone is skipped. Every output is a
+    sum of these errors and of v_0, whose share cancels in an error. Between computed steps b and c, an Euler sampler
+    adds up Σ_i (σ_{i+1} − σ_i)·(v_i − forecast_i) over the skipped steps i. This is a sum of the e_j, too. With a
+    corrector, its interpolation between b and c replaces the forecast.
+
+    Let r_j be the change of the final latents for a unit of e_j, measured in a run with only step j skipped. The
+    schedule then changes the final latents by Σ_j κ_j·r_j, where κ_j is summed over all gaps. The errors of two gaps
+    may cancel, so a sum of their squares would be wrong. An e_j that enters later than at step j grows less than r_j.
+    So κ_j is multiplied by the ratio of the two steps' growth |r_j| / |e_j|: the mean in dB over the images, smoothed
+    by a polynomial.
 
     Args:
-        changes: [images, steps − 2, steps − 2], inner products of what skipping step 1, 2, … changes in the final
-            latents.
+        changes: [images, steps − 2, steps − 2], inner products of the changes of the final latents when step 1, 2, …
+            is skipped.
         errors: [images, steps − 2], squared norms of e_1, e_2, ….
-        sigmas: noise levels of the steps, 3 at least, and of the end.
+        sigmas: noise levels of the steps (at least 3) and of the end.
         forecaster, reach, corrector_order: as in `omni_runtime.cache.output.OutputSite`.
     """
 
@@ -88,7 +90,7 @@ class Responses:
         self._lengths = np.diff(sigmas)
         lengths = self._lengths[1:-1]
         self._products = changes / np.outer(lengths, lengths)
-        # Row j: v_j as a sum of the errors, and in column 0 of v_0.
+        # Row j: v_j as a weighted sum of the errors; column 0 is the weight of v_0.
         self._outputs = np.eye(self._steps)
         for step in range(1, self._steps):
             for kept, weight in self._weights(range(step), step):
@@ -100,7 +102,7 @@ class Responses:
         self._known: dict[tuple[int, ...], np.ndarray] = {}
 
     def _weights(self, computed: Sequence[int], step: int) -> list[tuple[int, float]]:
-        """The forecast of a step's output: computed steps and the weights of theirs."""
+        """Return the forecast of a step's output, as pairs of a computed step and its output's weight."""
         kept = list(computed[::-1][: self._forecaster.snapshots])
         by_step = self._forecaster.axis == "step"
         positions = [float(one) if by_step else self._sigmas[one] for one in kept]
@@ -108,14 +110,14 @@ class Responses:
         return list(zip(kept, self._forecaster.weights(positions, place), strict=True))
 
     def _stands_in(self, computed: Sequence[int], c: int, step: int) -> list[tuple[int, float]]:
-        """What a skipped step has moved the latents by, once the next computed step, c, has corrected it."""
+        """Return the output that stands in for a skipped step after the next computed step, c, has corrected it."""
         if not self._corrector_order:
             return self._weights(computed, step)
         kept = [c, *computed[::-1][: self._corrector_order]]
         return list(zip(kept, newton([self._sigmas[one] for one in kept], self._sigmas[step]), strict=True))
 
     def _gap(self, computed: tuple[int, ...], c: int) -> np.ndarray:
-        """κ of the steps that are skipped between the last of `computed`, the newest that are remembered, and c."""
+        """Return κ of the skipped steps between the last of `computed` (the newest remembered steps) and c."""
         key = (*computed, c)
         if key not in self._known:
             error = np.zeros(self._steps)
@@ -129,7 +131,7 @@ class Responses:
         return self._known[key]
 
     def predict(self, computed: Sequence[int]) -> np.ndarray:
-        """Squared error of the final latents, of each image."""
+        """Return the predicted squared error of each image's final latents."""
         total = np.zeros(self._steps - 2)
         for place, (b, c) in enumerate(itertools.pairwise(computed)):
             if c > b + 1:
@@ -137,17 +139,19 @@ class Responses:
         return self._products @ total @ total
 
     def cost(self, budget: int) -> Callable[[Sequence[int]], float]:
-        """How far a schedule's error is above that of evenly spread steps, in dB, on average over the images."""
+        """Return a function: schedule → its predicted error over that of evenly spread steps, in dB, mean of images."""
         tiny = np.finfo(float).tiny
         spread = np.maximum(self.predict(even(self._steps, budget).computed), tiny)
         return lambda computed: float(10 * np.log10(np.maximum(self.predict(computed), tiny) / spread).mean())
 
 
 def spaced(density: Sequence[float], steps: int, budget: int) -> tuple[int, ...]:
-    """Computed steps with equal shares of a density between them; the first and the last are computed.
+    """Return computed steps with equal shares of a density between them. The first and the last step are computed.
 
     Args:
-        density: its logarithm at places that are evenly spread over the steps, and linear in between.
+        density: logarithms of the density at evenly spread places, interpolated linearly.
+        steps: steps of the request.
+        budget: number of computed steps.
     """
     places = np.linspace(0.0, 1.0, 8 * steps)
     heights = np.exp(np.interp(places, np.linspace(0.0, 1.0, len(density)), density))
@@ -160,10 +164,10 @@ def spaced(density: Sequence[float], steps: int, budget: int) -> tuple[int, ...]
 
 
 def shape(cost: Callable[[Sequence[int]], float], steps: int, budget: int) -> tuple[int, ...]:
-    """The schedule with the lowest cost among those of a smooth density, from evenly spread steps downhill.
+    """Find a low-cost schedule with a smooth density, by a descent that starts from evenly spread steps.
 
-    A density of `KNOTS` numbers cannot learn a few images by heart, as the places of all computed steps do: on other
-    images those that a descent by single steps ends at are behind evenly spread ones.
+    A density of only `KNOTS` numbers does not overfit a few images. A descent over single steps does: on other images
+    its schedules are behind evenly spread steps.
     """
     density = [0.0] * KNOTS
     best = spaced(density, steps, budget)
@@ -182,13 +186,13 @@ def shape(cost: Callable[[Sequence[int]], float], steps: int, budget: int) -> tu
 
 
 def score(psnr: Sequence[float]) -> float:
-    """What is maximised: the mean of the images' mean PSNR and its 5th percentile, in dB."""
+    """Return the value that the search maximises: the mean of the images' mean PSNR and 5th percentile, in dB."""
     values = np.minimum(np.asarray(psnr, np.float64), IDENTICAL)
     return float(values.mean() + np.percentile(values, 5)) / 2
 
 
 def neighbour(computed: Sequence[int], steps: int, rng: random.Random) -> tuple[int, ...]:
-    """A schedule that differs by one random move; the first and the last step stay computed."""
+    """Return the schedule after one random move. The first and the last step stay computed."""
     inner = list(computed[1:-1])
     kind = rng.random()
     if kind < 0.5:
@@ -209,7 +213,7 @@ def neighbour(computed: Sequence[int], steps: int, rng: random.Random) -> tuple[
 
 @dataclass(frozen=True)
 class Tried:
-    """A schedule that was sampled, and the PSNR of each of its images in dB: of the first ones, if it was given up."""
+    """A sampled schedule and the PSNR of each image in dB; only of the first images if the schedule was given up."""
 
     computed: tuple[int, ...]
     psnr: tuple[float, ...]
@@ -221,31 +225,32 @@ class Tried:
 
 
 def gain(psnr: Sequence[float], best: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard error of what images gain over their own PSNR in `best`, of which there may be more; in dB."""
+    """Return the mean and standard error of the images' gains over `best`, in dB. `best` may have more images."""
     gains = np.asarray(psnr, np.float64) - np.asarray(best[: len(psnr)], np.float64)
     error = gains.std(ddof=1) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
     return float(gains.mean()), float(error)
 
 
 def better(tried: Tried, best: Tried) -> bool:
-    """Whether the score is higher, and the mean gain more than `MARGIN` standard errors."""
+    """Whether `tried` has a higher score than `best`, and a mean gain of more than `MARGIN` standard errors."""
     mean, error = gain(tried.psnr, best.psnr)
     return len(tried.psnr) == len(best.psnr) and tried.score > best.score and mean > MARGIN * error
 
 
 def hopeless(psnr: Sequence[float], best: Tried) -> bool:
-    """Whether the first images lose so much that the others need not be sampled."""
+    """Whether the first images are so much worse that the others need not be sampled."""
     mean, error = gain(psnr, best.psnr)
     return len(psnr) >= FEWEST and mean < -MARGIN * error
 
 
 @dataclass
 class Search:
-    """One budget's search.
+    """The result of one budget's search.
 
     Attributes:
-        start: what was best before any move.
-        trail: the best schedule after each sampled one.
+        start: the best schedule before any move.
+        best: the best schedule.
+        trail: the best schedule so far, after each sampled one.
     """
 
     start: Tried
@@ -263,21 +268,28 @@ def search(
     cost: Callable[[Sequence[int]], float] = lambda computed: 0.0,
     on_try: Callable[[int, Tried, Tried], None] = lambda number, tried, best: None,
 ) -> Search:
-    """Climb from the best of `starts` by random local moves, each kept if it is `better`.
+    """Climb from the best of `starts` by random local moves. A move is kept if it is `better`.
 
     Args:
-        starts: schedules of one budget; the first and the last step computed. The first one holds until one is better.
-        sample: samples with a schedule and measures it, given the best so far; may give up what is `hopeless`.
-        tries: how many schedules are sampled at most.
-        patience: after so many moves in a row that were no better, it ends.
-        cost: what is predicted of a schedule; of the moves that are drawn, the one with the lowest is sampled.
-        on_try: told of each sampled schedule: its number from 1, itself, and the best so far.
+        starts: schedules of one budget, with the first and the last step computed. The first schedule is the best until
+            another one is `better`.
+        steps: steps of the request.
+        sample: samples with a schedule and measures it; its second argument is the best so far. It may give up a
+            `hopeless` schedule.
+        tries: the largest number of schedules to sample.
+        patience: the search ends after this many moves in a row without an improvement.
+        seed: seed of the random moves.
+        cost: the predicted cost of a schedule. Of the drawn moves, the one with the lowest cost is sampled.
+        on_try: called after each sampled schedule with its number from 1, the schedule, and the best so far.
+
+    Raises:
+        ValueError: `starts` is empty.
     """
     seen: dict[tuple[int, ...], Tried] = {}
     found: Search | None = None
 
     def meet(computed: tuple[int, ...]) -> bool:
-        """Sample it, unless that was done; True if it is the best so far."""
+        """Sample a schedule unless that was done already. Return True if it is now the best so far."""
         nonlocal found
         if computed in seen:
             return False
@@ -308,9 +320,12 @@ def search(
 
 
 def most_steps(budgets: Sequence[int], tries: int, images: int, held_out: int, steps: int) -> int:
-    """Computed steps of all images of a whole search, at most. Each is one transformer call, or two with guidance."""
-    # Searched images: in full twice, and again from each skipped step's snapshots on.
+    """Return the largest number of computed steps of a whole search, summed over all images.
+
+    Each computed step is one transformer call, or two with guidance.
+    """
+    # Searched images: in full twice, then once per skipped step, from that step's snapshots on.
     responses = steps + sum(steps - step + 2 for step in range(1, steps - 1))
-    # Held-out images: in full, then with the schedule found, evenly spread steps, and plain sampling.
-    timed = steps + ROUNDS * (steps + sum(budgets))  # one image, once before
+    # Held-out images: in full, then with the found schedule, evenly spread steps, and plain sampling.
+    timed = steps + ROUNDS * (steps + sum(budgets))  # timing of one image, with one run as warm-up
     return images * (steps + responses) + held_out * steps + sum(budgets) * (tries * images + 3 * held_out) + timed

@@ -24,23 +24,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settle_streams()
     try:
         options = parser().parse_args(arguments)
-    except SystemExit as stop:  # --help, --version, or an error of which argparse has told
+    except SystemExit as stop:  # --help, --version, or an error that argparse has printed
         return stop.code if isinstance(stop.code, int) else WRONG_INPUT
     try:
-        # Imports torch, which --help need not wait for.
+        # Imported only now, because it imports torch and --help would have to wait for it.
         getattr(import_module(f"omni_runtime.cli.{options.module}"), options.command)(options)
         return OK
     except UsageError as error:
         return _say(WRONG_INPUT, str(error))
     except KeyboardInterrupt as stop:
         return _say(INTERRUPTED, str(stop) or "interrupted")
-    except BrokenPipeError:  # the reader of a pipe has gone; nothing can be written any more
+    except BrokenPipeError:  # the reader has closed the pipe: nothing more can be written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNEXPECTED
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":
             return _say(UNEXPECTED, f"the device is out of memory: {error}")
-        if isinstance(error, WriteError) or type(error).__name__ == "NotANumberError":  # whose module needs torch
+        if isinstance(error, WriteError) or type(error).__name__ == "NotANumberError":  # its module imports torch
             return _say(UNEXPECTED, str(error))
         traceback.print_exc()
         return _say(UNEXPECTED, f"unexpected {type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""`omni calibrate`: the file that a method goes by for one model, the fit in words, and the command that uses it."""
+"""`omni calibrate`: write a method's calibration file for one model, and print the fit and a command that uses it."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from omni_runtime.progress import Line, Progress, StepBar, duration
 
 Prompts = Sequence[tuple[str, Path | None]]
 
-#: How many of an embedded model's own prompts are calibrated with where none are given.
+#: How many of an embedded model's own prompts are used for calibration if none are given.
 CALIBRATION_PROMPTS = 24
-#: How many a schedule is searched on, and how many others it is measured on.
+#: How many prompts a schedule is searched on, and how many others it is measured on.
 SCHEDULE_PROMPTS, HELD_OUT_PROMPTS = 4, 8
-#: Seeds that a schedule is searched on where none are given: other ones than comparisons take.
+#: Default seeds for the search of a schedule; comparisons use others.
 SCHEDULE_SEEDS = (1000, 1001)
-#: Seconds that a forward of a large model takes, to say what a search will cost: Qwen-Image's at 1024² on an H200.
+#: Seconds per forward of a large model (Qwen-Image at 1024² on an H200), to estimate what a search costs.
 LARGE_FORWARD = 0.2
 
 
@@ -58,8 +58,7 @@ def calibrate(options: argparse.Namespace) -> None:
     settle(options)
     key = calibration.KINDS[options.method].key
     with wrong_input():
-        # No weights are loaded: whether the method can serve the model is seen from its index. Five ones are numbers
-        # that every method takes.
+        # No weights are loaded: the model's index shows whether the method supports it. Every method accepts five ones.
         out = _calibrated_file(options, options.method, {key: [1.0] * 5})
         omni = make_omni(options, cache_backend=None)
         prompts = prompts_and_images(options, CALIBRATION_PROMPTS, options.prompts)
@@ -85,7 +84,7 @@ def calibrate(options: argparse.Namespace) -> None:
 
 
 def _calibrated_file(options: argparse.Namespace, method: str, config: dict[str, Any]) -> Path:
-    """Where a calibration is to be written, once it is seen that the model can be served."""
+    """Check that the method supports the model, and return the path for the calibration file."""
     location = make_omni(options, cache_backend=method, cache_config=config).location or options.model
     out = calibration.kept_for(location, method) if options.out is None else options.out
     if out.is_dir():
@@ -95,9 +94,9 @@ def _calibrated_file(options: argparse.Namespace, method: str, config: dict[str,
 
 
 def _taken(options: argparse.Namespace, first: tuple[str, Path | None], method: str, config: dict[str, Any]) -> str:
-    """A command, for a shell, that makes the first prompt's image as it was made here, with what was found.
+    """Return a shell command that makes the first prompt's image with the new calibration.
 
-    A calibration that was kept for the model is found without being named.
+    A calibration in the user's data directory is found by itself, so the command does not name it.
     """
     prompt, picture = first
     words = ["omni", "generate", "--model", options.model, "--prompt", prompt]
@@ -114,7 +113,7 @@ def _taken(options: argparse.Namespace, first: tuple[str, Path | None], method: 
 
 
 def _calibrate_schedule(options: argparse.Namespace) -> None:
-    """The file, a plot of the search beside it, and the figures of each budget in words."""
+    """Write the file of schedules and a plot of the search next to it, and print each budget's results."""
     method = VELOCITY_CACHE.name
     options.seeds = options.seeds or list(SCHEDULE_SEEDS)
     settle(options)
@@ -164,7 +163,7 @@ def _calibrate_schedule(options: argparse.Namespace) -> None:
 
 
 class _Told:
-    """What is said of a search while it goes on: in one line on a terminal, elsewhere in a line each time."""
+    """Shows a search's progress: on a terminal in one line that is redrawn, elsewhere in a new line each time."""
 
     def __init__(self, quiet: bool) -> None:
         self.line = Line(sys.stderr, quiet)
@@ -172,14 +171,14 @@ class _Told:
         self._begun: list[float] = []
 
     def of_schedule(self, event: finding.Event) -> None:
-        """A schedule was sampled."""
+        """Show that a schedule was sampled."""
         left = f"{duration(event.seconds_left)} left at most"
         self._tell(
             f"{event.budget} steps: {event.number} of {event.tries} schedules, {left}, best {event.best.score:.2f} dB"
         )
 
     def of_step(self, number: int, count: int) -> None:
-        """A run begins that shows how the latents respond to one step."""
+        """Show the progress of the runs that measure how the latents respond to each step."""
         self._begun.append(time.perf_counter())
         each = (self._begun[-1] - self._begun[0]) / max(1, len(self._begun) - 1)
         left = f", {duration(each * (count - number))} left" if len(self._begun) > 1 else ""
@@ -192,10 +191,10 @@ class _Told:
 
 
 def _searched_and_held_out(options: argparse.Namespace) -> tuple[Prompts, Prompts]:
-    """The prompts that a schedule is searched on, and others that it is measured on.
+    """Return the prompts that a schedule is searched on, and others that it is measured on.
 
-    Of an embedded model's own prompts, the former are those that no comparison of it is made on. Of prompts that are
-    given, every fourth is held out, unless others are given for that.
+    Without --prompts, the search uses those of the embedded model's prompts that no comparison uses. With --prompts,
+    every fourth prompt is held out, unless --held-out gives others.
     """
     if options.prompts:
         given = list(dict.fromkeys(prompts_and_images(options, SCHEDULE_PROMPTS, options.prompts)))

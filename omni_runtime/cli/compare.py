@@ -1,4 +1,4 @@
-"""`omni compare`: images under every run, a report of them, the numbers behind it, and their table."""
+"""`omni compare`: make the images of every run, write the report and its numbers, and print a table."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from omni_runtime.compare import comparison, showing
 from omni_runtime.generation.request import GenerationRequest
 from omni_runtime.progress import Progress, StepBar
 
-#: How many of an embedded model's own prompts are compared on where none are given.
+#: How many of an embedded model's own prompts are compared if none are given.
 OWN_PROMPTS = 6
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Make the images that are not there yet, and measure all."""
+    """Make the missing images and measure all of them."""
     if options.out.suffix.lower() in (".png", ".html", ".json") and not options.out.is_dir():
         raise UsageError(f"--out {options.out}: several files are written: name a directory")
     settle(options)

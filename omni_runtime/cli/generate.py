@@ -15,7 +15,7 @@ from omni_runtime.cli.output import print_json
 from omni_runtime.files import WriteError
 from omni_runtime.generation.result import OmniResult
 
-#: Endings of pictures that are not written.
+#: File name endings of picture formats that cannot be written.
 OTHER_PICTURES = frozenset(
     [".apng", ".avif", ".bmp", ".gif", ".heic", ".jfif", ".jpe", ".jpeg", ".jpg", ".jxl", ".tif", ".tiff", ".webp"]
 )
@@ -56,7 +56,7 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def _unused(directory: Path, result: OmniResult) -> Path:
-    """A file name that says what is in it, and that no file has yet."""
+    """Return an unused path whose file name describes the image."""
     encoding = sys.getfilesystemencoding()
     prompt = (result.prompt or "").lower().encode(encoding, "ignore").decode(encoding)
     words = re.sub(r"\W+", "-", prompt).strip("-")[:60].strip("-") or "image"

@@ -1,4 +1,4 @@
-"""From a command's options to what is run: the model, and requests of it. What is wrong is told before it runs."""
+"""From a command's options to the model and its requests. Wrong input is reported before anything runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from omni_runtime.progress import StepBar
 
 @contextmanager
 def wrong_input() -> Iterator[None]:
-    """While open, errors that tell of wrong input become a `UsageError`. The pipeline does not run in here."""
+    """Context manager: errors about wrong input become a `UsageError`. The pipeline must not run inside it."""
     try:
         yield
     except (ValueError, TypeError, OSError, ImportError, PatchConflictError) as error:
@@ -44,7 +44,7 @@ def settle(options: argparse.Namespace) -> None:
 
 
 def make_omni(options: argparse.Namespace, **how: Any) -> Omni:
-    """The model, with nothing loaded yet; `how` goes to `Omni`."""
+    """Return an `Omni` for the options' model, without loading its weights. `how` is passed on to `Omni`."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -55,7 +55,7 @@ def make_omni(options: argparse.Namespace, **how: Any) -> Omni:
 
 
 def request_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    """What every request is called with, besides its prompt and seed."""
+    """Return the arguments of every request, besides its prompt and seed."""
     width, height = options.size or (None, None)
     images = options.image or []
     if dict(options.set).get("output_type", "pil") != "pil":
@@ -71,10 +71,10 @@ def request_arguments(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def texts(given: str) -> list[str]:
-    """The prompt itself; of a file, its lines.
+    """Return the prompt itself, or the lines of a file if `given` is one.
 
     Raises:
-        UsageError: `given` looks like a file and is none that can be read, or one without prompts.
+        UsageError: `given` looks like a file that does not exist, or the file is not UTF-8 or has no prompts.
     """
     path = Path(given)
     if len(given) >= 256 or not path.is_file():
@@ -96,7 +96,7 @@ def texts(given: str) -> list[str]:
 def with_seeds(
     options: argparse.Namespace, omni: Omni, prompts: Sequence[tuple[str, Path | None]], seeds: Sequence[int]
 ) -> list[GenerationRequest]:
-    """Every prompt with every seed, checked against the pipeline."""
+    """Return a request for every prompt with every seed, checked against the pipeline."""
     arguments = request_arguments(options)
     return [
         request
@@ -109,7 +109,7 @@ def with_seeds(
 def prompts_and_images(
     options: argparse.Namespace, count: int, given: Sequence[str] | None = None
 ) -> list[tuple[str, Path | None]]:
-    """The prompts, each with a picture of its own where an embedded model brings one."""
+    """Return the prompts, each with its own picture if an embedded model has one for it."""
     from omni_runtime.compare import comparison
 
     if not given:
@@ -130,7 +130,7 @@ def prompts_and_images(
 
 
 def own_prompts(options: argparse.Namespace, found: Sequence[tuple[str, Path | None]]) -> list[tuple[str, Path | None]]:
-    """Those that the model brings, with the picture that is given instead of theirs, if any."""
+    """Return the model's own prompts and pictures. If the options give a picture, their own pictures are left out."""
     from omni_runtime.compare import comparison
 
     if not found:
@@ -140,12 +140,12 @@ def own_prompts(options: argparse.Namespace, found: Sequence[tuple[str, Path | N
 
 
 def make_directory(path: Path) -> None:
-    """Now, and not when the first image is done: a directory that cannot be made is wrong input."""
+    """Create the output directory before the first image, so that a failure is reported as wrong input."""
     path.mkdir(parents=True, exist_ok=True)
     if not os.access(path, os.W_OK):
         raise PermissionError(f"cannot write into {path}")
 
 
 def bar(options: argparse.Namespace, label: str, steps: int, note: str = "") -> AbstractContextManager[StepBar | None]:
-    """The bar of one request; nothing where that is wanted quiet."""
+    """Return the progress bar of one request; an empty context with --quiet."""
     return nullcontext() if options.quiet else StepBar(label, sys.stderr, steps, note)

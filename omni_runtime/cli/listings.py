@@ -1,6 +1,6 @@
-"""`omni backends` and `omni models`: what there is to choose from.
+"""`omni backends` and `omni models`: list the cache backends and the models.
 
-The list of backends alone is printed without torch, which takes longer to import than all else that a listing does.
+The list of backends is printed without importing torch, which would take longer than the rest of the command.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SUMMARIES = {
     "sea_cache": "SeaCache: TeaCache on what a filter for the step's noise level leaves of block 0's modulated input",
     "easy_cache": "EasyCache: skip whole steps while the guided model output is expected to have changed little",
 }
-#: Columns of a listing at most, where the terminal has more.
+#: The largest width of a listing in columns.
 WIDEST = 100
 
 USE = """omni generate --prompt TEXT --cache-backend NAME \\
@@ -37,7 +37,7 @@ USE = """omni generate --prompt TEXT --cache-backend NAME \\
 
 
 def backends(options: argparse.Namespace) -> None:
-    """`omni backends`: every cache backend in a line; of one that is named, the keys with their defaults."""
+    """`omni backends`: list every cache backend in a line, or the keys of the named one with their defaults."""
     if options.name is None and not options.json:
         _print_summaries()
         return
@@ -79,7 +79,7 @@ def _print_summaries() -> None:
 
 
 def _summary(name: str) -> str:
-    """That of another distribution's backend; of one that cannot be used, why."""
+    """Return the summary of another distribution's backend, or the reason why it cannot be used."""
     from omni_kernels.patching import backends as registry
 
     try:

@@ -19,7 +19,7 @@ WRONG_INPUT = 2
 
 
 class UsageError(Exception):
-    """Wrong input; its text is all that the user needs."""
+    """Wrong input. Only its message is shown to the user."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -27,7 +27,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(WRONG_INPUT, f"omni: error: {message} (see {self.prog} --help)\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse does it, but what is unknown is told before what is missing, which may be the same misspelt."""
+        """Like argparse, but report unknown options before missing ones, which may be the same option misspelt."""
         self._check_names(sys.argv[1:] if args is None else args)
         return super().parse_known_args(args, namespace)
 
@@ -228,7 +228,7 @@ def _add_calibrate(commands: Any, shared: argparse.ArgumentParser) -> None:
 
 
 def text_of(argument: str) -> str:
-    """An argument as UTF-8, also where the environment has another encoding, which lacks some characters."""
+    """Read an argument as UTF-8, even if the environment's encoding lacks some of its characters."""
     try:
         return argument if argument.isprintable() else os.fsencode(argument).decode("utf-8")
     except UnicodeError:

@@ -1,4 +1,4 @@
-"""What the commands print, on any terminal: JSON, and text that an ASCII or Latin-1 stream can take too."""
+"""Printing on any terminal: JSON, and text that also works on ASCII and Latin-1 streams."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import json
 import sys
 from typing import Any
 
-#: What stands for the signs of our own texts where a stream's encoding has them not; other characters are escaped.
+#: Replacements for signs that a stream's encoding lacks; other such characters are escaped.
 PLAIN = {"≥": ">=", "≤": "<=", "×": "x", "±": "+-", "−": "-", "–": "-", "σ": "sigma", "²": "^2"}
 
 
 def settle_streams() -> None:
-    """Let no character end a command: what stdout and stderr cannot encode is written otherwise."""
+    """Make stdout and stderr replace or escape characters that they cannot encode, instead of raising an error."""
     codecs.register_error("omni.plain", _plainly)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -1,17 +1,17 @@
-"""Cells of a comparison: one image of one run, for one prompt and seed, kept on disk as soon as it is made.
+"""Cells of a comparison: one image of one run, for one prompt and seed, written to disk as soon as it is made.
 
 A cell is three files, named after the prompt, the seed and a digest of everything that the image depends on: the
 picture as PNG with its settings inside, the final latents as .npy (float32), and a JSON record of what was computed and
-how long it took. The record is written last, with digests of the others, so that a cell is there wholly or not at all,
-and damage is seen. A cell that is there is not made again; whatever is changed, be it a setting, a weight or, for our
-own caches, a line of the caches or kernels, is another cell.
+how long it took. The record is written last, with digests of the other files. So a cell without its record counts as
+missing, and damage is detected. An existing cell is not made again. Any change makes another cell: a setting, a weight
+or, for our own caches, a line of the caches or kernels.
 
-Pictures are what the pipeline returns to its user, 8 bits a channel, and PNG keeps them exactly: what is measured of a
-cell that was found on disk is what was measured when it was made.
+Pictures are what the pipeline returns to its user, with 8 bits per channel. PNG keeps them exactly, so a cell that is
+read from disk has the same measures as when it was made.
 
-Every run is watched in the same way, whoever installed its cache: a hook on a projection of each block counts the
-blocks that really ran, under caches that skip whole blocks and under those that skip within them, and a transformer
-forward counts as computed where all of them did.
+Every run is watched in the same way, also one with another library's cache. A hook on a projection of each block counts
+the blocks that really ran, for caches that skip whole blocks and for those that skip within them. A transformer forward
+counts as computed if all of its blocks ran.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ PACKAGES = ("omni-kernels", "diffusers", "transformers", "torch")
 #: The sources that an image of our caches depends on; the rest of the package only shows and measures it.
 SOURCES = ("omni_kernels", "omni_runtime/cache")
 
-#: What runs where a block does, by where it lies in the block: the projection of its (self-)attention's output.
+#: Names, within a block, of the module that runs whenever the block does: its (self-)attention's output projection.
 PROJECTIONS = ("attn.to_out.0", "attention.to_out.0", "proj_out")
 
-SAMPLES = 32  # values that the fingerprint reads of each weight
+SAMPLES = 32  # how many values of each weight the fingerprint reads
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,15 @@ class Run:
     """One column of a comparison: a cache with its configuration, or plain sampling.
 
     Attributes:
-        name: as it is shown.
+        name: the name that is shown.
         backend: the cache backend; None for plain sampling.
-        config: its configuration.
+        config: the backend's configuration.
         steps: denoising steps.
-        method: runs of one method are one line in the plots; by default what `method_of` says.
-        install: for a cache that is not a backend of this package: pipeline → a context manager that has it installed
-            while it is open. `backend` and `config` then only say what it is; they belong to the identity of its cells,
-            so let them hold all its settings and the other library's version.
+        method: runs of the same method are one line in the plots; by default the result of `method_of`.
+        install: for a cache that is not a backend of this package: a function that takes the pipeline and returns a
+            context manager, which installs the cache while it is open. `backend` and `config` then only describe the
+            cache. They are part of the identity of its cells, so they must hold all its settings and the other
+            library's version.
     """
 
     name: str
@@ -85,9 +86,9 @@ class Cell:
     """One image, on disk.
 
     Attributes:
-        path: of the PNG; the latents and the record lie beside it.
+        path: the PNG file; the latents and the record are in the same directory.
         record: prompt, seed, seconds, forwards, blocks, branches, sitting, ...: see `make`.
-        made_now: it was not there before.
+        made_now: whether this call made the cell; False if it was on disk already.
     """
 
     path: Path
@@ -105,16 +106,20 @@ class Cell:
 
     @property
     def latents(self) -> torch.Tensor | None:
-        """The final latents; None of a pipeline that does not show them."""
+        """The final latents; None if the pipeline does not expose them."""
         path = self.path.with_suffix(".npy")
         return torch.from_numpy(np.load(path)) if ".npy" in self.record["sha256"] else None
 
 
 def complete_config(run: Run, pipe: Any) -> Any:
-    """The run's configuration with all defaults filled in, and what the model's directory brings; None without one.
+    """Return the run's configuration with all defaults, including those from the model's directory.
+
+    For plain sampling and for a run with `install`, it is `run.config` unchanged.
 
     Raises:
-        ValueError, TypeError, PatchConflictError: what `Omni` raises for it.
+        ValueError: the configuration is wrong, or its decision is "replay", which a comparison cannot use.
+        TypeError: a value has the wrong type.
+        PatchConflictError: the pipeline already has a different patch.
     """
     if run.install is not None or run.backend is None:
         return run.config
@@ -126,9 +131,10 @@ def complete_config(run: Run, pipe: Any) -> Any:
 
 
 def identity(run: Run, config: Any, pipe: Any, request: GenerationRequest, fingerprint: str) -> dict[str, Any]:
-    """Everything that a cell's image depends on, fit for JSON.
+    """Return everything that a cell's image depends on, ready for JSON.
 
-    `config` is `complete_config(run, pipe)`, `fingerprint` is `fingerprint_of(pipe)`: both hold for many requests.
+    `config` is `complete_config(run, pipe)` and `fingerprint` is `fingerprint_of(pipe)`. Both are arguments, because
+    they are the same for many requests.
     """
     return {
         "weights": fingerprint,
@@ -148,7 +154,7 @@ def identity(run: Run, config: Any, pipe: Any, request: GenerationRequest, finge
 
 
 def path_of(directory: Path, cell: Mapping[str, Any]) -> Path:
-    """Where the PNG of the cell with this `identity` is, or would be."""
+    """Return the path of the PNG of the cell with this `identity`, whether it exists or not."""
     digest = hashlib.sha256(json.dumps(cell, sort_keys=True).encode()).hexdigest()[:16]
     words = re.sub(r"\W+", "-", (cell["prompt"] or "image").lower()).strip("-")[:40].strip("-") or "image"
     kind = re.sub(r"\W+", "-", cell["cache_backend"] or f"{cell['steps']} steps")
@@ -156,17 +162,19 @@ def path_of(directory: Path, cell: Mapping[str, Any]) -> Path:
 
 
 def find(path: Path) -> Cell | None:
-    """The cell whose PNG is at `path`; None if it is not there, or not whole.
+    """Return the cell whose PNG is at `path`; None if it is missing, incomplete or damaged.
 
-    One that is damaged, in any of its files, is told of (`files.DamagedFileWarning`), for it is made again. What lies
-    in the place of a file and is none is set aside.
+    A directory in the place of one of the files is set aside.
+
+    Warns:
+        files.DamagedFileWarning: a file of the cell is damaged, so the cell has to be made again.
     """
     places = [path.with_suffix(suffix) for suffix in (".json", ".png", ".npy")]
     for place in places:
         if place.is_dir():
             files.set_aside(place, "it is a directory", "and the picture is made again")
     if not places[0].exists():
-        return None  # never made, or not to its end: the record is written last
+        return None  # not made, or interrupted: the record is written last
     try:
         record = files.read_object(places[0])
         wrong = _wrong_in(record)
@@ -183,7 +191,7 @@ def find(path: Path) -> Cell | None:
 
 
 def _wrong_in(record: Mapping[str, Any]) -> str | None:
-    """What a cell's record has that no record has, in a few words."""
+    """Describe the first wrong or missing entry of a cell's record in a few words; None if there is none."""
     for key, right in _RECORD.items():
         if key not in record or not right(record[key]):
             return f"{key} is {reprlib.repr(record[key]) if key in record else 'missing'}"
@@ -195,7 +203,7 @@ def _whole(value: Any) -> bool:
 
 
 def _branch(value: Any) -> bool:
-    """{"computed": "1101...", "measured": [number or None, ...]}"""
+    """Whether `value` has the form {"computed": "1101...", "measured": [number or None, ...]}."""
     if not isinstance(value, dict) or not isinstance(value.get("computed"), str):
         return False
     computed, measured = value["computed"], value.get("measured")
@@ -207,7 +215,7 @@ def _branch(value: Any) -> bool:
     )
 
 
-#: What a cell's record must have: key → whether a value is one.
+#: The required keys of a cell's record: key → a function that checks its value.
 _RECORD: dict[str, Callable[[Any], bool]] = {
     "prompt": lambda value: value is None or isinstance(value, str),
     "seed": lambda value: isinstance(value, int),
@@ -232,25 +240,25 @@ def make(
     on_step: Any = None,
     reference_seconds: float | None = None,
 ) -> Cell:
-    """Make the image of `request` under `run`, and keep it at `path`.
+    """Make the image of `request` under `run`, and write the cell to `path`.
 
-    `reference_seconds` is what the reference of the same prompt and seed takes in this sitting, where it was made in
-    another.
+    `reference_seconds` is the time of the same prompt and seed's reference in this sitting, if the reference was made
+    in another one; else None.
 
-    Its record:
+    The record holds:
         prompt, seed, steps
-        seconds: of the whole request; timings: its parts
-        forwards: transformer forwards computed; blocks: transformer blocks run, None for an unknown transformer
-        branches: name → {"computed": "1101...", one character per step; "measured": per step, what was held against the
-            threshold, or None}
-        notes: what the cache had to say; sitting: when and where it was made
+        seconds: of the whole request; timings: of its parts
+        forwards: computed transformer forwards; blocks: transformer blocks that ran, None for an unknown transformer
+        branches: name → {"computed": "1101...", one character per step; "measured": per step, the value that was
+            compared with the threshold, or None}
+        notes: the notes of the cache's report; sitting: when and where the cell was made
         reference_seconds: as given
-        sha256: the digest of each of its other files, by suffix: ".png" and, where there are latents, ".npy"
+        sha256: the digest of each of its other files, by suffix: ".png" and, if there are latents, ".npy"
 
     Raises:
-        ValueError: several images; latents that are not numbers.
-        TypeError: no picture.
-        files.WriteError: a file that could not be written; there is no such cell then.
+        ValueError: the pipeline returns several images, or the latents are not finite.
+        TypeError: the pipeline does not return a PIL image.
+        files.WriteError: a file cannot be written; the cell then does not exist.
     """
     result, watch = _generated(run, pipe, request, on_step)
     if len(result.images) != 1:
@@ -291,7 +299,7 @@ def make(
 
 
 def seconds_of(run: Run, pipe: Any, request: GenerationRequest) -> float:
-    """How long the image of `request` takes under `run`; nothing is kept."""
+    """Return the seconds that the image of `request` takes under `run`. The image is not kept."""
     result, _ = _generated(run, pipe, request, None)
     return result.timings.total
 
@@ -311,11 +319,12 @@ def _generated(run: Run, pipe: Any, request: GenerationRequest, on_step: Any) ->
 class _Watch:
     """While open, counts the transformer's calls and blocks step by step, and keeps the latents of the last step.
 
-    Steps and latents come through the pipeline's own `callback_on_step_end`, where it has one that the caller leaves
-    free.
+    Steps and latents come from the pipeline's own `callback_on_step_end`, if it has one and the caller does not use it.
 
     Attributes:
-        arguments: what the pipeline is to be called with besides.
+        latents: of the last step; None if the pipeline does not expose them.
+        calls: for each step, the number of blocks that ran in each call.
+        arguments: additional arguments for the pipeline's call.
     """
 
     def __init__(self, pipe: Any, given: Mapping[str, Any]) -> None:
@@ -341,18 +350,18 @@ class _Watch:
 
     @property
     def blocks(self) -> int | None:
-        """Blocks run in the whole request."""
+        """The number of blocks that ran in the whole request; None for an unknown transformer."""
         return sum(map(sum, self.calls)) if self._projections else None
 
     @property
     def forwards(self) -> int:
-        """Forwards in which every block ran."""
+        """The number of forwards in which every block ran."""
         return sum(self._computed(blocks) for step in self.calls for blocks in step)
 
     def branches(self) -> dict[str, dict[str, Any]]:
-        """Computed steps by the order of the calls within a step; a call that a step does without was skipped."""
+        """Return the computed steps for each call of a step, by its place in the step. A missing call was skipped."""
         if not self.arguments:
-            return {}  # where steps end is not known
+            return {}  # the ends of the steps are unknown
         steps = [step for step in self.calls if step or step is not self.calls[-1]]
         masks = [
             "".join("1" if call < len(step) and self._computed(step[call]) else "0" for step in steps)
@@ -377,7 +386,7 @@ class _Watch:
 
 
 def projections(transformer: Any) -> list[torch.nn.Module]:
-    """The projection that tells of every block whether it runs; none of a transformer whose blocks are not known."""
+    """Return for each block the projection that shows whether it runs; an empty list for an unknown transformer."""
     row = MODELS.get(type(transformer).__name__)
     if row is None:
         return []
@@ -401,8 +410,11 @@ def _branches(report: CacheReport) -> dict[str, dict[str, Any]]:
 
 
 def fingerprint_of(pipe: Any) -> str:
-    """A digest of the pipeline's components: their classes and configs, and of every weight its name, shape, dtype and
-    a few values. A fine-tuned model, a LoRA or another scheduler has another one; the weights are not read whole."""
+    """Return a digest of the pipeline's components.
+
+    It covers their classes and configs, and the name, shape, dtype and a few values of every weight. A fine-tuned
+    model, a LoRA or another scheduler gives another digest. The weights are not read completely.
+    """
     digest = hashlib.sha256()
     for name, component in sorted(pipe.components.items()):
         config: Any = getattr(component, "config", None) or {}
@@ -410,7 +422,7 @@ def fingerprint_of(pipe: Any) -> str:
         config = {key: value for key, value in config.items() if not key.startswith("_")}  # where it was loaded from
         digest.update(json.dumps([name, type(component).__name__, config], sort_keys=True, default=str).encode())
         if isinstance(component, torch.nn.Module):
-            # By name: a library that takes a module's place and gives it back leaves it last among its siblings.
+            # Sorted by name: a library that replaces a module and restores it moves it to the end of its siblings.
             for weight_name, weight in sorted(component.state_dict().items()):
                 digest.update(f"{weight_name} {tuple(weight.shape)} {weight.dtype}".encode())
                 digest.update(_some_values(weight))
@@ -427,19 +439,19 @@ def _some_values(weight: torch.Tensor) -> bytes:
 
 @functools.cache
 def sources_digest() -> str:
-    """A digest of the sources of caches and kernels: cells are made anew when these change."""
+    """Return a digest of the sources of caches and kernels. If they change, cells are made again."""
     root = Path(__file__).parents[2]
     files = sorted(file for part in SOURCES for file in (root / part).rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that images depend on."""
+    """Return the versions of the packages that images depend on."""
     return {name: metadata.version(name) for name in PACKAGES}
 
 
 def sitting(pipe: Any) -> dict[str, Any]:
-    """When and where cells are made: times of one sitting compare well, of several not always."""
+    """Describe when and where cells are made. Times of one sitting are comparable; those of several are not always."""
     device = pipe._execution_device
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),

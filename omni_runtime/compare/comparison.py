@@ -1,20 +1,20 @@
-"""The same prompts and seeds under several caches: what each costs, and how far its images are from those without one.
+"""Compare caches on the same prompts and seeds: what each costs, and how far its images are from those without a cache.
 
-Every image is measured against the image of the same prompt and seed without a cache, at the full number of steps.
-Plain sampling with fewer steps is among the runs: it is what a user gets for free, and a cache has to beat it.
+Every image is measured against its reference: the same prompt and seed without a cache, at the full number of steps.
+Plain sampling with fewer steps is among the runs: a user gets it for free, so a cache has to beat it.
 
     runs = make_runs("emoji-qwen-image", ['tea_cache:{"rel_l1_thresh": 0.2}'], steps=50, fewer_steps=[25, 16, 12])
     requests = [one for seed in (0, 1) for one in Omni(pipe).prepare("a cat", seed=seed, height=64, width=64)]
     document = evaluate(compare(runs, pipe, requests, "out"), about("emoji-qwen-image", pipe, requests))
     write(document, "out")  # results.json, report.html, contact_sheet.png
 
-`compare` makes the images, or finds them: each is a cell (`omni_runtime.compare.cells`), kept below the directory as
-soon as it is made, so that a comparison which was interrupted, or has got one more run, makes only what is not there.
-`evaluate` measures them. What it returns is results.json, and all that is shown comes from that: the table, the contact
-sheet, and the report (`omni_runtime.compare.report_html`).
+`compare` makes the images. Each is a cell (`omni_runtime.compare.cells`), written to the directory as soon as it is
+made. An interrupted comparison, or one with an additional run, makes only the missing cells. `evaluate` measures the
+cells and returns the content of results.json. The table, the contact sheet and the report
+(`omni_runtime.compare.report_html`) are made from it alone.
 
-A cache of another library takes part as a `Run` with an `install`, a context manager which has it installed while it is
-open; NFE and blocks are counted at the model itself, for every run alike:
+Another library's cache takes part as a `Run` with an `install`: a context manager that installs the cache while it is
+open. NFE and blocks are counted at the model itself, in the same way for every run:
 
     @contextlib.contextmanager
     def dbcache(pipe):
@@ -24,10 +24,10 @@ open; NFE and blocks are counted at the model itself, for every run alike:
 
     Run("DBCache", "cache-dit", {"version": "1.5.3", "threshold": 0.12}, steps=50, install=dbcache)
 
-Measures of a run are the mean, sample standard deviation, smallest value and 5th percentile over prompts × seeds, each
-seed with its own reference; a speedup is the time of the reference's image over that of the same prompt and seed, both
-in one sitting: images that are added later have their reference timed again. An image identical to its reference has an
-infinite PSNR, null in JSON: it counts in the percentile, and not in mean and deviation, which are those of the others.
+A run's measures are the mean, sample standard deviation, smallest value and 5th percentile over prompts × seeds; each
+seed has its own reference. A speedup is the reference's time divided by the image's time, for the same prompt and seed
+and in the same sitting. If images are added later, their references are timed again. An image that is identical to its
+reference has an infinite PSNR (null in JSON): it counts in the percentile, but not in the mean and the deviation.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ from omni_runtime.progress import Progress, seconds_left
 REFERENCE = "no cache"
 PLAIN = "fewer steps"
 
-#: TeaCache with the distance itself, not a polynomial that was fitted to another checkpoint.
+#: Coefficients with which TeaCache uses the distance itself, not a polynomial that was fitted to another checkpoint.
 IDENTITY = [0.0, 0.0, 0.0, 1.0, 0.0]
 
-#: How many of an embedded model's prompts `benchmarks.quality` compares caches on; schedules are searched on others.
+#: How many of an embedded model's prompts `benchmarks.quality` uses; schedules are searched on other prompts.
 COMPARED = 32
 
-PIXELS = 1 << 20  # measured at once
+PIXELS = 1 << 20  # pixels that are measured at once
 
 
 _VELOCITY = (
@@ -73,7 +73,7 @@ _VELOCITY = (
 
 
 def _runs_at(tea_cache: float, dbcache: float, first_block: float) -> tuple[tuple[str, str, dict[str, Any]], ...]:
-    """Every method at these thresholds."""
+    """Return the runs of an embedded model, with these thresholds."""
     tea = {"rel_l1_thresh": tea_cache, "coefficients": IDENTITY}
     return (
         *_VELOCITY,
@@ -85,8 +85,8 @@ def _runs_at(tea_cache: float, dbcache: float, first_block: float) -> tuple[tupl
     )
 
 
-#: Runs that suit an embedded model: thresholds at which TeaCache computes about a third of the steps, the others about
-#: half. Any other model gets each method with its own defaults.
+#: Default runs by embedded model: thresholds at which TeaCache computes about a third of the steps, the others about
+#: half. For any other model, each method has its own defaults.
 RUNS: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
     "emoji-qwen-image": _runs_at(0.12, 0.1, 0.09),
     "emoji-z-image": _runs_at(0.08, 0.12, 0.11),
@@ -101,7 +101,7 @@ RUNS: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
 }
 
 
-#: Prompts for a model that brings none, by the name that `--prompts @NAME` gives them.
+#: Prompts for models without their own, by the NAME in `--prompts @NAME`.
 PROMPT_SETS: dict[str, tuple[str, ...]] = {
     "general": (
         "a red fox asleep on fresh snow, early morning light",
@@ -143,10 +143,10 @@ _RUN = re.compile(r"(?:(?P<name>[^={]+)=)?(?P<backend>[\w-]+)(?::(?P<config>.+))
 
 
 def parse_run(text: str, steps: int) -> Run:
-    """A run from `NAME=BACKEND:JSON`, where name and configuration may be left out.
+    """Parse a run from `NAME=BACKEND:JSON`. Name and configuration are optional.
 
     Raises:
-        ValueError: another form, or no JSON.
+        ValueError: the text has another form, or the configuration is not a JSON object.
     """
     match = _RUN.fullmatch(text.strip())
     if match is None:
@@ -162,15 +162,16 @@ def parse_run(text: str, steps: int) -> Run:
 
 
 def make_runs(model: str, chosen: Sequence[str], steps: int, fewer_steps: Sequence[int] | None) -> list[Run]:
-    """The reference, the chosen runs (or those that suit the model), and plain sampling with fewer steps.
+    """Return the reference, plain sampling with fewer steps, and the chosen runs (or the model's default runs).
 
-    `fewer_steps` None is a half and a third of the steps.
+    If `fewer_steps` is None, plain sampling takes a half and a third of the steps.
 
     Raises:
-        ValueError: a run that cannot be read, two of one name, fewer steps that are not fewer.
+        ValueError: a run cannot be parsed, two runs have the same name, or `fewer_steps` holds a number that is not
+            below `steps`.
     """
     runs = [Run(REFERENCE, steps=steps)]
-    if fewer_steps is None:  # one step alone is beyond what schedulers with a terminal shift can do
+    if fewer_steps is None:  # schedulers with a terminal shift cannot run a single step
         fewer_steps = [count for count in (steps // 2, steps // 3) if count > 1]
     for count in fewer_steps:
         if count >= steps:
@@ -192,7 +193,7 @@ def _check_names(runs: Sequence[Run]) -> None:
 
 
 def method_of(run: Run) -> str:
-    """What the runs of one line in the plots have in common: the backend, its forecaster, and whether it has a mask."""
+    """Return a run's line in the plots: its backend, forecaster, and whether it has a mask."""
     if run.method is not None:
         return run.method
     if run.backend is None:
@@ -204,14 +205,14 @@ def method_of(run: Run) -> str:
 
 
 def prompts_of(model: str, count: int | None = 6) -> list[tuple[str, Path | None]]:
-    """Prompts that an embedded model was made for, spread over its list, each with the picture that it edits, if any.
+    """Return prompts of an embedded model, evenly spread over its list, each with the picture to edit, if any.
 
-    They are in `prompts.json` beside the model: a list, or the list "contact_sheet" of an object, of texts or of
-    objects with "prompt" and, for a model that edits, "image", a file beside it. None of other models. `count` None
-    gives all.
+    They are in the model's `prompts.json`: a list, or an object with the list "contact_sheet". An entry is a text, or
+    an object with "prompt" and, for a model that edits, "image", a file in the same directory. Other models have no
+    prompts, so the result is empty. If `count` is None, all prompts are returned.
 
     Raises:
-        ValueError: the file is damaged; names it.
+        ValueError: the file is damaged; the message names it.
     """
     directory = embedded_models().get(model)
     path = directory / "prompts.json" if directory else None
@@ -232,9 +233,9 @@ def prompts_of(model: str, count: int | None = 6) -> list[tuple[str, Path | None
 
 
 def prompts_left(model: str, count: int, compared: int = COMPARED) -> list[tuple[str, Path | None]]:
-    """As `prompts_of`, of those alone that a comparison of `compared` prompts leaves out.
+    """Like `prompts_of`, but only prompts that a comparison of `compared` prompts does not use.
 
-    Of all, where it leaves none.
+    If it uses all of them, the result is taken from all prompts.
     """
     taken = prompts_of(model, compared)
     everything = prompts_of(model, None)
@@ -242,7 +243,7 @@ def prompts_left(model: str, count: int, compared: int = COMPARED) -> list[tuple
 
 
 def spread_over(entries: list[Any], count: int) -> list[Any]:
-    """At most `count` of the entries, at even distances."""
+    """Return at most `count` of the entries, at even distances."""
     return [entries[i * len(entries) // count] for i in range(count)] if len(entries) > count else entries
 
 
@@ -257,26 +258,26 @@ def compare(
     listener: Callable[[Run, GenerationRequest, Progress], Any] = lambda *of_it: contextlib.nullcontext(),
     fresh: bool = False,
 ) -> list[RunResult]:
-    """Make every request's image under every run, or find it in `directory`; the first run is the reference.
+    """Make every request's image under every run, unless it is already in `directory`. The first run is the reference.
 
-    Runs take turns on each request, so that a machine that slows down slows them all.
+    For each request, all runs follow one another, so a machine that slows down affects all runs alike.
 
     Args:
         runs: at least one.
         pipe: a loaded pipeline without a patch.
-        requests: of a single image each, seeded.
-        directory: gets a directory `cells` with a picture, latents and a record of each image.
-        listener: called before each image that is made; gives a context that is open while that happens, and gives what
-            is told of each step, or None.
-        fresh: make all images, also those that are there.
+        requests: each with a seed and a single image.
+        directory: each image's picture, latents and record are written to its subdirectory `cells`.
+        listener: called before each image that is made. Returns a context manager, which is open while the image is
+            made and whose value is the `on_step` callback or None.
+        fresh: make all images again, even those that exist.
 
     Raises:
-        ValueError: two runs of one name; a request without a seed, or of several images; before anything runs. So is
-            whatever is wrong about a run's backend and configuration. A picture that is not a number (NaN).
-        files.WriteError: a file that could not be written; says how many pictures are kept.
+        ValueError: two runs have the same name, a request has no seed or several images, or a run's backend or
+            configuration is wrong; all this is checked before anything runs. Later: a picture holds NaN.
+        files.WriteError: a file cannot be written; the message says how many pictures are kept.
 
     Warns:
-        files.DamagedFileWarning: a cell that cannot be read, and is made again.
+        files.DamagedFileWarning: a cell cannot be read, and is made again.
     """
     _check(runs, requests)
     configs = {run.name: cells.complete_config(run, pipe) for run in runs}
@@ -296,7 +297,7 @@ def compare(
             omni.run(GenerationRequest(requests[0].prompt, 0, requests[0].arguments | {"num_inference_steps": 2}))
     taken: dict[str, list[float]] = {}
     reference: Cell | None = None
-    seconds: float | None = None  # of the reference, in this sitting, where that is another than its own
+    seconds: float | None = None  # the reference's time in this sitting, if the reference was made in another one
     total = len(to_make)
     for run, request, path in plan:
         if run is runs[0]:
@@ -328,7 +329,7 @@ def _check(runs: Sequence[Run], requests: Sequence[GenerationRequest]) -> None:
 
 @contextlib.contextmanager
 def _telling_what_is_kept(there: Mapping[Path, Cell | None], directory: str | Path) -> Iterator[None]:
-    """While open, a file that could not be written also tells how many pictures are there."""
+    """Context manager: the message of a `WriteError` also says how many pictures are kept."""
     try:
         yield
     except files.WriteError as error:
@@ -342,7 +343,7 @@ def _telling_what_is_kept(there: Mapping[Path, Cell | None], directory: str | Pa
 
 @dataclass(frozen=True)
 class Measure:
-    """One column of the tables: how it is called, its unit, its decimals, and whether the reference has it, too."""
+    """One column of the tables: its label, unit and decimals, and whether it is a cost (which the reference has)."""
 
     label: str
     unit: str
@@ -365,9 +366,10 @@ MEASURES: dict[str, Measure] = {
 
 
 def evaluate(results: Sequence[RunResult], about: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What results.json holds: `about`, how it was measured, and the runs, each with its statistics and its cells.
+    """Measure the cells and return the content of results.json.
 
-    NFE are transformer forwards computed; blocks, in percent, are relative to the reference's.
+    It holds `about`, how the cells were measured, and the runs, each with its statistics and its cells. NFE is the
+    number of computed transformer forwards. Blocks are in percent of the reference's blocks.
     """
     reference = results[0].cells
     sittings: list[Any] = []
@@ -417,11 +419,11 @@ def evaluate(results: Sequence[RunResult], about: Mapping[str, Any] | None = Non
 
 
 def _measured(row: Sequence[Cell], with_lpips: bool) -> list[dict[str, float]]:
-    """All measures, by name, of the images of one prompt and seed; the first is the reference."""
+    """Return all measures by name, for each image of one prompt and seed. The first image is the reference."""
     reference = row[0]
     base = quality.as_float(reference.image)
     final = reference.latents
-    several = max(1, PIXELS // base[0].numel())  # at once: small images cost more in calls than in arithmetic
+    several = max(1, PIXELS // base[0].numel())  # at once: for small images, calls cost more than arithmetic
     found = []
     for first in range(0, len(row), several):
         part = row[first : first + several]
@@ -446,10 +448,10 @@ def _measured(row: Sequence[Cell], with_lpips: bool) -> list[dict[str, float]]:
 
 
 def statistics_of(values: Sequence[float]) -> dict[str, float | int | None]:
-    """Mean, sample standard deviation, smallest value and 5th percentile, fit for JSON.
+    """Return the mean, sample standard deviation, smallest value and 5th percentile, ready for JSON.
 
-    Infinite values (identical images) are counted as "identical". They are left out of mean and deviation; the smallest
-    value and the percentile are those of all, None where infinite.
+    Infinite values (identical images) are counted in "identical" and left out of the mean and the deviation. The
+    smallest value and the percentile are over all values, and None if infinite.
     """
     finite = [value for value in values if math.isfinite(value)]
     return {
@@ -462,8 +464,8 @@ def statistics_of(values: Sequence[float]) -> dict[str, float | int | None]:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The value below which `percent` of 100 lie, interpolated between neighbours."""
-    # np.percentile has NaN beside infinite values, where np.interp has the value itself or infinity.
+    """Return the value below which `percent` % of the values lie, interpolated between neighbours."""
+    # Next to infinite values np.percentile returns NaN; np.interp returns the value itself or infinity.
     return float(np.interp((len(values) - 1) * percent / 100, np.arange(len(values)), np.sort(values)))
 
 
@@ -472,7 +474,7 @@ def _finite(value: float) -> float | None:
 
 
 def _threshold(run: Run) -> float | None:
-    """The number that a run's distances are held against: the backend's key whose name says threshold."""
+    """Return the threshold that a run's distances are compared with: the backend's key with "thresh" in its name."""
     if run.install is not None or run.backend is None:
         return None
     config = backends.get(run.backend).check(run.config)
@@ -480,7 +482,7 @@ def _threshold(run: Run) -> float | None:
 
 
 def about(model: str, pipe: Any, requests: Sequence[GenerationRequest]) -> dict[str, Any]:
-    """What a comparison's numbers hold for: the model, the prompts and seeds, the settings that all requests share."""
+    """Describe what a comparison was made with: the model, prompts, seeds, and the first request's settings."""
     settings: Mapping[str, Any] = requests[0].arguments
     return {
         "model": model,

@@ -1,4 +1,4 @@
-"""One picture of many: a labelled grid, rows by prompt and columns by run.
+"""The contact sheet: one picture with a labelled grid of images, a row per prompt and a column per run.
 
 Pillow's built-in font has neither × nor …: labels are written without them.
 """
@@ -24,16 +24,16 @@ def draw(
     rows: Sequence[str],
     columns: Sequence[Sequence[str]],
 ) -> Image.Image:
-    """The grid, as an RGB image.
+    """Draw the grid as an RGB image.
 
     Args:
         images: [row][column], of any sizes; each is scaled into a square cell.
         captions: [row][column], a few words below each image.
-        rows: what each row is: the prompt.
-        columns: the lines above each column; the first is its name.
+        rows: the label of each row: its prompt.
+        columns: the lines above each column; the first line is its name.
 
     Raises:
-        ValueError: rows, columns, images and captions differ in number.
+        ValueError: the numbers of rows, columns, images and captions do not match.
     """
     for grid in (images, captions):
         if len(grid) != len(rows) or any(len(row) != len(columns) for row in grid):
@@ -61,7 +61,7 @@ def draw(
 
 
 def _scaled(image: Image.Image) -> Image.Image:
-    """The image in a square cell: small ones enlarged by a whole number, pixel by pixel; large ones averaged down."""
+    """Scale an image into a square cell: small ones by a whole factor, pixel by pixel; large ones with a filter."""
     image = image.convert("RGB")
     longest = max(image.size)
     if longest <= CELL:
@@ -71,7 +71,7 @@ def _scaled(image: Image.Image) -> Image.Image:
         scaled = image.copy()
         scaled.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
     cell = Image.new("RGB", (CELL, CELL), PAPER)
-    cell.paste(scaled, (0, CELL - scaled.height))  # beside the next column's, and right above its caption
+    cell.paste(scaled, (0, CELL - scaled.height))  # at the bottom left: right above its caption
     return cell
 
 

@@ -1,4 +1,4 @@
-"""How near two images are: PSNR, SSIM, MS-SSIM and LPIPS, and PSNR of the latents they were decoded from.
+"""How similar two images are: PSNR, SSIM, MS-SSIM and LPIPS, and the PSNR of the latents they were decoded from.
 
 PSNR = 10·log₁₀(range² / mean((a − b)²)) in decibels; identical images give inf.
 
@@ -10,15 +10,15 @@ Simoncelli, "Image quality assessment: from error visibility to structural simil
 MS-SSIM = Π cs_j^w_j · (l·cs)_M^w_M over M scales, each half the size of the last (2×2 means), with the mean over
 positions and channels taken at each scale, and w = 0.0448, 0.2856, 0.3001, 0.2363, 0.1333. Wang, Simoncelli, Bovik,
 "Multi-scale structural similarity for image quality assessment", 2003. The coarsest scale must hold a window: all five
-need 176 pixels on the shorter side. Smaller images have as many of the first scales as fit, their weights divided by
-their sum: 64×64 has three, and its values are not comparable with those of five.
+need 176 pixels on the shorter side. Smaller images use as many of the first scales as fit, with the weights divided by
+their sum. 64×64 pixels have three scales; such values are not comparable with those of five scales.
 
 LPIPS is a distance between the features of a network (AlexNet): Zhang, Isola, Efros, Shechtman, Wang, "The unreasonable
-effectiveness of deep features as a perceptual metric", 2018. It needs the package `lpips` and the network's weights,
-neither of which is downloaded here: `lpips_missing` says what is not there.
+effectiveness of deep features as a perceptual metric", 2018. It needs the package `lpips` and the network's weights.
+This module downloads neither; `lpips_missing` says what is missing.
 
-8-bit images become float64 before anything is subtracted: a difference of uint8 arrays wraps modulo 256, and unrelated
-images then read 28 dB instead of 8.
+8-bit images are converted to float64 before any subtraction. A difference of uint8 arrays wraps modulo 256: unrelated
+images would get 28 dB instead of 8.
 """
 
 from __future__ import annotations
@@ -44,16 +44,19 @@ WINDOW_SIGMA = 1.5
 K1, K2 = 0.01, 0.03
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
-#: The backbone's weights, under this name in torch.hub's directory of checkpoints, as torchvision puts them there.
+#: File name of the backbone's weights in torch.hub's directory of checkpoints, as torchvision saves them.
 LPIPS_WEIGHTS = "alexnet-owt-7be5be79.pth"
 
 
 def as_float(images: Images) -> torch.Tensor:
-    """Images as a float64 tensor [..., C, H, W].
+    """Convert images to a float64 tensor [..., C, H, W].
 
     Takes a torch tensor [..., C, H, W], a numpy array [..., H, W, C], a PIL image (as RGB), or a sequence of these,
-    which are stacked. uint8 becomes 0–1; floating-point values stay as they are. Any other dtype raises TypeError,
-    fewer than three dimensions ValueError.
+    which are stacked. uint8 is scaled to 0–1; floating-point values stay as they are.
+
+    Raises:
+        TypeError: the dtype is neither uint8 nor floating point.
+        ValueError: there are fewer than three dimensions.
     """
     if isinstance(images, torch.Tensor):
         tensor = images.detach()
@@ -78,7 +81,7 @@ def psnr(a: Images, b: Images, data_range: float = 1.0) -> torch.Tensor:
     """Peak signal-to-noise ratio in dB, one float64 value per image: shape [...] for images [..., C, H, W].
 
     `data_range` is the distance from black to white: 1 for images in 0–1 (and for uint8, which is scaled to that),
-    2 for −1–1. Inputs as for `as_float`; different shapes raise ValueError. Identical images give inf.
+    2 for −1–1. Inputs are as for `as_float`. Different shapes raise ValueError. Identical images give inf.
     """
     a, b = _pair(a, b, data_range)
     error = (a - b).square().mean(dim=(-3, -2, -1))
@@ -88,8 +91,8 @@ def psnr(a: Images, b: Images, data_range: float = 1.0) -> torch.Tensor:
 def latents_psnr(reference: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     """PSNR in dB of latents against a reference's, one float64 value for the whole tensor.
 
-    Latents have no black and white: the range is that of the reference, largest − smallest value. Different shapes
-    raise ValueError. Identical latents give inf.
+    Latents have no black and white, so the range is the reference's largest − smallest value. Different shapes raise
+    ValueError. Identical latents give inf.
     """
     if reference.shape != latents.shape:
         raise ValueError(f"latents of different shapes: {tuple(reference.shape)} and {tuple(latents.shape)}")
@@ -112,9 +115,9 @@ def ssim(a: Images, b: Images, data_range: float = 1.0) -> torch.Tensor:
 def ms_ssim(a: Images, b: Images, data_range: float = 1.0) -> torch.Tensor:
     """Multi-scale structural similarity, 0 to 1, one float64 value per image: shape [...] for images [..., C, H, W].
 
-    Inputs as for `as_float`, at least 11×11 pixels; different shapes or smaller images raise ValueError. Images of less
-    than 176 pixels have fewer than five scales (`ms_ssim_scales`), with the weights of those divided by their sum. A
-    scale whose mean is negative counts as 0.
+    Inputs: as for `as_float`, at least 11×11 pixels. Different shapes or smaller images raise ValueError. Images with
+    a side below 176 pixels have fewer than five scales (`ms_ssim_scales`), whose weights are divided by their sum. A
+    scale with a negative mean counts as 0.
     """
     a, b = _pair(a, b, data_range)
     weights = SCALE_WEIGHTS[: _scales_of(a, "MS-SSIM")]
@@ -130,15 +133,19 @@ def ms_ssim(a: Images, b: Images, data_range: float = 1.0) -> torch.Tensor:
 
 
 def ms_ssim_scales(height: int, width: int) -> int:
-    """How many of the five scales MS-SSIM has on images of this size; 0 where not even one window fits."""
+    """Return how many of its five scales MS-SSIM uses for images of this size; 0 if not even one window fits."""
     return sum(min(height, width) >> scale >= WINDOW for scale in range(len(SCALE_WEIGHTS)))
 
 
 def lpips(a: Images, b: Images, data_range: float = 1.0) -> torch.Tensor:
     """LPIPS distance (AlexNet, version 0.1), 0 for identical images: shape [...] for RGB images [..., 3, H, W].
 
-    Values from 0 to `data_range`. Raises ModuleNotFoundError or FileNotFoundError, with what `lpips_missing` says,
-    where the package or the weights are not there.
+    The images' values are from 0 to `data_range`.
+
+    Raises:
+        ModuleNotFoundError: the package `lpips` is missing; the message is that of `lpips_missing`.
+        FileNotFoundError: the weights are missing; the message is that of `lpips_missing`.
+        ValueError: the shapes differ.
     """
     missing = lpips_missing()
     if missing is not None:
@@ -151,7 +158,7 @@ def lpips(a: Images, b: Images, data_range: float = 1.0) -> torch.Tensor:
 
 
 def lpips_missing() -> str | None:
-    """What LPIPS lacks here, and how to get it; None where it can be computed. Downloads nothing."""
+    """Return what LPIPS needs and does not find, and how to get it; None if nothing is missing. Downloads nothing."""
     if importlib.util.find_spec("lpips") is None:
         return "LPIPS needs the package lpips: pip install 'omni-kernels[metrics]'"
     path = Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_WEIGHTS
@@ -188,7 +195,7 @@ def _scales_of(images: torch.Tensor, name: str) -> int:
 
 
 def _ssim_maps(a: torch.Tensor, b: torch.Tensor, data_range: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """l and cs at every position of the window, [..., C, H−10, W−10]."""
+    """Return l and cs at every position of the window, each [..., C, H−10, W−10]."""
     mean_a, mean_b, square_a, square_b, product = _window_mean(torch.stack([a, b, a * a, b * b, a * b]))
     c1, c2 = (K1 * data_range) ** 2, (K2 * data_range) ** 2
     luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
@@ -197,18 +204,18 @@ def _ssim_maps(a: torch.Tensor, b: torch.Tensor, data_range: float) -> tuple[tor
 
 
 def _halved(images: torch.Tensor) -> torch.Tensor:
-    """Means of 2×2 pixels; an odd last row or column is left out."""
+    """Return the means of 2×2 pixels. An odd last row or column is left out."""
     height, width = (side // 2 * 2 for side in images.shape[-2:])
     images = images[..., :height, :width].unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))
     return images.mean(dim=(-3, -1))
 
 
 def _window_mean(planes: torch.Tensor) -> torch.Tensor:
-    """Gaussian-weighted mean of each 11×11 window, [..., H, W] to [..., H−10, W−10]; separable: two passes of 11."""
+    """Return the Gaussian-weighted mean of each 11×11 window: [..., H, W] to [..., H−10, W−10], in two passes of 11."""
     offsets = torch.arange(WINDOW, dtype=planes.dtype) - WINDOW // 2
     gaussian = torch.exp(-(offsets**2) / (2 * WINDOW_SIGMA**2))
     weights: list[float] = (gaussian / gaussian.sum()).tolist()
-    for side in (-2, -1):  # sums of shifted planes: windows unfolded would take 11 times the memory
+    for side in (-2, -1):  # sums of shifted planes: unfolded windows would take 11 times the memory
         length = planes.shape[side] - WINDOW + 1
         mean = planes.narrow(side, 0, length) * weights[0]
         for start in range(1, WINDOW):

@@ -1,4 +1,4 @@
-"""A comparison to look at: the printed table, the contact sheet, the page, and its numbers as JSON."""
+"""Outputs of a comparison: the printed table, the contact sheet, the HTML report, and the numbers as JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from omni_runtime.compare import contact_sheet, report_html
 from omni_runtime.compare.comparison import spread_over
 from omni_runtime.generation.result import write_png
 
-SHEET_ROWS = 24  # of the contact sheet; of more prompts and seeds it shows so many, spread over all
+SHEET_ROWS = 24  # most rows of the contact sheet; of more prompts and seeds, it shows evenly spread ones
 
 #: Columns of the printed table: measure, statistic, heading.
 COLUMNS = (
@@ -31,9 +31,9 @@ COLUMNS = (
 
 
 def table(document: Mapping[str, Any]) -> str:
-    """The runs as aligned text: means, PSNR with its standard deviation and 5th percentile.
+    """Return the runs as aligned text: means, and the PSNR with its standard deviation and 5th percentile.
 
-    The reference has no quality of its own.
+    The reference's quality is shown as "–", because quality is measured against the reference.
     """
     measures = document["measures"]
     columns = [column for column in COLUMNS if column[0] in measures]
@@ -64,11 +64,11 @@ def _told(values: Mapping[str, Any], statistic: str, measure: Mapping[str, Any])
 
 
 def sheet(document: Mapping[str, Any], picture: Callable[[Mapping[str, Any]], Any]) -> Any:
-    """The contact sheet: a row per prompt and seed, a column per run; at most `SHEET_ROWS` rows.
+    """Draw the contact sheet: one row per prompt and seed, one column per run; at most `SHEET_ROWS` rows.
 
     Args:
-        document: what `evaluate` returns.
-        picture: one of its cells → the image.
+        document: the result of `evaluate`.
+        picture: returns the image of one of the document's cells.
     """
     runs = document["runs"]
     several_seeds = len({cell["seed"] for cell in runs[0]["cells"]}) > 1
@@ -86,7 +86,7 @@ def _decibels(value: float | None) -> str:
 
 
 def write(document: Mapping[str, Any], directory: str | Path) -> list[Path]:
-    """Write `report.html`, `contact_sheet.png` and `results.json` beside the cells that `compare` keeps there."""
+    """Write `report.html`, `contact_sheet.png` and `results.json` to the directory that was given to `compare`."""
     directory = Path(directory)
     paths = [directory / name for name in ("report.html", "contact_sheet.png", "results.json")]
     files.write(paths[2], to_json(document))
@@ -100,6 +100,6 @@ def write(document: Mapping[str, Any], directory: str | Path) -> list[Path]:
 
 
 def to_json(document: Mapping[str, Any]) -> str:
-    """As text: indented, with lists of numbers on one line."""
+    """Return the document as JSON text: indented, with each list of numbers on one line."""
     text = json.dumps(document, indent=1, allow_nan=False)
     return re.sub(r"\[[-\d\s.,eE+nul]*\]", lambda found: " ".join(found[0].split()), text) + "\n"

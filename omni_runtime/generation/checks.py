@@ -1,4 +1,4 @@
-"""Checks of single values, and the end of a message about a misspelt one."""
+"""Checks of single values, and suggestions for misspelt names."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ from typing import Any
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` where one of `known` is close to `word`, else nothing."""
+    """Return `; did you mean 'x'?` if one of `known` is close to `word`, else an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def whole_number(name: str, value: Any, least: int) -> int:
-    """`value` as an int. Raises TypeError for anything but a whole number, ValueError for one below `least`."""
+    """Return `value` as an int.
+
+    Raises:
+        TypeError: `value` is not a whole number.
+        ValueError: it is below `least`.
+    """
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -29,5 +34,5 @@ def whole_number(name: str, value: Any, least: int) -> int:
 
 
 def finite_number(value: Any) -> bool:
-    """Whether `value` is an int or a float (no bool) that a float can hold, and neither infinite nor NaN."""
+    """Whether `value` is an int or a float (not a bool) within the range of a float, and neither infinite nor NaN."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -1,7 +1,7 @@
-"""Times a pipeline's denoising loop through the progress bar that the pipeline asks for.
+"""Times a pipeline's denoising loop through its progress bar.
 
-diffusers pipelines open `self.progress_bar(...)` right before the loop and update it after each step. That needs no
-hook on the model and no synchronisation: on an accelerator the marks are device events, read when the request is over.
+diffusers pipelines open `self.progress_bar(...)` right before the loop and update it after each step. So timing needs
+no hook on the model and no synchronisation: on an accelerator the marks are device events, read after the request.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from omni_runtime.generation.result import Timings
 
 
 class LoopClock:
-    """Marks of one request.
+    """The time marks of one request.
 
     Args:
-        device: where the pipeline runs.
-        on_step: told of each closed step, as (index, count); the count is 0 where the pipeline does not say.
+        device: the device that the pipeline runs on.
+        on_step: called after each step with (index, count); the count is 0 if the pipeline does not give one.
     """
 
     def __init__(self, device: torch.device, on_step: Callable[[int, int], None] | None = None) -> None:
@@ -34,7 +34,7 @@ class LoopClock:
 
     @contextlib.contextmanager
     def following(self, pipe: Any) -> Iterator[None]:
-        """While open, `pipe`, and no other pipeline, reports its loop here."""
+        """Context manager: `pipe`, and no other pipeline, reports its loop to this clock."""
         make_bar, patch = pipe.progress_bar, Patch()
 
         def progress_bar(iterable: Any = None, total: int | None = None) -> _Bar:
@@ -51,17 +51,17 @@ class LoopClock:
             patch.release()
 
     def mark(self) -> None:
-        """Note this moment."""
+        """Set a mark now."""
         self._marks.append(self._timer.mark())
 
     def close_step(self) -> None:
-        """Note the end of a step, and tell the listener."""
+        """Mark the end of a step and call `on_step`."""
         self.mark()
         if self._on_step is not None:
             self._on_step(len(self._marks) - 3, self._steps)
 
     def timings(self) -> Timings:
-        """The request's seconds; waits for the device."""
+        """Return the request's seconds. Waits for the device."""
         marks = self._marks
         self._timer.wait(marks[-1])
         spans = [self._timer.seconds(start, end) for start, end in itertools.pairwise(marks)]
@@ -72,7 +72,7 @@ class LoopClock:
 
 
 class _Bar:
-    """The pipeline's own bar, with a clock beside it."""
+    """The pipeline's own bar, which also sets the clock's marks."""
 
     def __init__(self, bar: Any, clock: LoopClock) -> None:
         self._bar = bar

@@ -1,8 +1,8 @@
-"""From a model's name to a loaded pipeline, with everything that can be known beforehand read and checked first.
+"""From a model's name to a loaded pipeline. The small files are read and checked before the weights.
 
-A model is named by an embedded model's name, a directory that `save_pretrained` wrote, or a hub id. `find` reads its
-`model_index.json` and its transformer's `config.json` only; `load` reads the weights, and looks whether all are there
-and finite (`omni_runtime.generation.weights`).
+A name is an embedded model's name, a directory that `save_pretrained` wrote, or a hub id. `find` reads small JSON files
+only, such as `model_index.json` and the transformer's `config.json`. `load` reads the weights and checks that they are
+complete and finite (`omni_runtime.generation.weights`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from omni_runtime.generation.checks import suggestion, whole_number
 
 EMBEDDED = Path(__file__).parent.parent / "embedded"
 
-#: What `DiffusionPipeline.from_pretrained` takes besides the pipeline's own components. dtype is `Omni`'s.
+#: Arguments of `DiffusionPipeline.from_pretrained` besides the pipeline's components. `dtype` is an argument of `Omni`.
 FROM_PRETRAINED = frozenset(
     [
         "cache_dir",
@@ -74,10 +74,11 @@ class Source:
     Attributes:
         name: the model as the user named it.
         location: the directory or hub id that `from_pretrained` takes.
-        pipeline_class: the diffusers class; None where the model brings its own code.
-        transformer_config: the transformer's config.json; None where the pipeline has no transformer.
-        defaults: arguments of `generate` that hold where the user gives none.
-        reference_pixels: the area that the model's references are scaled to; None where the class says it.
+        kind: how `location` was found: "embedded", "directory" or "hub".
+        pipeline_class: the diffusers class; None if the model brings its own code.
+        transformer_config: the transformer's config.json; None if the pipeline has no transformer.
+        defaults: default arguments of `generate`.
+        reference_pixels: the area in pixels that reference images are scaled to; None for the class's own area.
     """
 
     name: str
@@ -90,20 +91,21 @@ class Source:
 
 
 def embedded_models() -> dict[str, Path]:
-    """The models that come with the package: name → directory."""
+    """Return the models that come with the package: name → directory."""
     return {path.parent.name: path.parent for path in sorted(EMBEDDED.glob("*/model_index.json"))}
 
 
 def find(name: str, arguments: Mapping[str, Any] | None = None) -> Source:
-    """The pipeline of that name, from its index alone.
+    """Find a pipeline by name and read its index, without its weights.
 
     Args:
         name: an embedded model's name, a directory, or a hub id.
-        arguments: what is to be passed to `from_pretrained`.
+        arguments: arguments for `from_pretrained`.
 
     Raises:
-        FileNotFoundError: there is no such directory, embedded model or hub model, or the hub cannot be reached.
-        ValueError: it is not a diffusers pipeline, or one of its files is damaged; the text names the file.
+        FileNotFoundError: there is no such directory, embedded model or hub model, the hub cannot be reached, or the
+            transformer's config.json is missing.
+        ValueError: the model is not a diffusers pipeline, or one of its files is damaged; the message names the file.
         TypeError: `from_pretrained` takes no such argument.
     """
     arguments = arguments or {}
@@ -129,11 +131,11 @@ def find(name: str, arguments: Mapping[str, Any] | None = None) -> Source:
 
 
 def load(source: Source, dtype: Any, device: torch.device, arguments: Mapping[str, Any]) -> Any:
-    """The pipeline, its weights in `dtype`, on `device` (left where `device_map` puts it, if that is given).
+    """Load the pipeline with its weights in `dtype` and move it to `device`, unless a `device_map` is given.
 
     Raises:
-        ValueError: weights that its files do not hold, or that are not finite numbers; the text names the files.
-        OSError, ...: what `from_pretrained` raises.
+        ValueError: weights are missing from the model's files, or are not finite; the message names the files.
+        OSError: `from_pretrained` cannot read the model. Its other errors are passed on, too.
     """
     import diffusers
 
@@ -151,11 +153,11 @@ def load(source: Source, dtype: Any, device: torch.device, arguments: Mapping[st
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """The device to run on; "auto" is the accelerator, where there is one, else the CPU.
+    """Return the device to run on. "auto" is the accelerator if there is one, else the CPU.
 
     Raises:
-        ValueError: no such device, here or at all.
-        TypeError: neither text nor a torch.device.
+        ValueError: the device is unknown, or not available on this machine.
+        TypeError: `device` is neither text nor a torch.device.
     """
     if not isinstance(device, str | torch.device):
         raise TypeError(f"device must be a string or a torch.device, not {type(device).__name__}")
@@ -175,11 +177,11 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def resolve_dtype(dtype: Any, device: torch.device) -> Any:
-    """A torch.dtype; "auto" is float32 on the CPU, bfloat16 elsewhere. A dict per component stays as it is.
+    """Return a torch.dtype. "auto" is float32 on the CPU, bfloat16 elsewhere. A dict per component stays as it is.
 
     Raises:
-        ValueError: no such name.
-        TypeError: none of these types.
+        ValueError: there is no dtype of that name.
+        TypeError: `dtype` is neither a torch.dtype, nor text, nor a dict.
     """
     if isinstance(dtype, torch.dtype | Mapping):
         return dtype
@@ -198,7 +200,7 @@ class _DirectoryFiles:
         self.directory = directory
 
     def __call__(self, name: str) -> Any:
-        """The JSON file `name`; None where there is none."""
+        """Read the JSON file `name`; None if it does not exist."""
         path = self.directory / name
         return files.read_json(path) if path.exists() else None
 
@@ -209,7 +211,7 @@ class _HubFiles:
         self.arguments = {key: arguments[key] for key in _OF_THE_HUB if arguments.get(key) is not None}
 
     def __call__(self, name: str) -> Any:
-        """The JSON file `name` of the hub's model, downloaded or from the hub's cache; None where it has none."""
+        """Read the JSON file `name` of the hub model, downloaded or from the hub's cache; None if it has none."""
         from huggingface_hub import errors, hf_hub_download
 
         embedded = ", ".join(embedded_models()) or "there are none"
@@ -239,7 +241,7 @@ def _locate(name: str) -> tuple[Literal["embedded", "directory", "hub"], str]:
     try:
         path = Path(name).expanduser()
         there = path.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # too long, ~ of nobody, a null character
+    except (OSError, RuntimeError, ValueError) as error:  # name too long, ~ of an unknown user, null character
         raise FileNotFoundError(f"no model {name[:80]!r}: {error}") from None
     if path.is_dir():
         return "directory", str(path)
@@ -263,7 +265,7 @@ def _why_no_pipeline(name: str, kind: str, location: str) -> str:
 
 
 def _check_index(index: Mapping[str, Any], file: str) -> None:
-    """The class that `model_index.json` names: text, or [module, class] of a model that brings its own code."""
+    """Check the class that `model_index.json` names: text, or [module, class] if the model brings its own code."""
     named = index["_class_name"]
     own_code = isinstance(named, list) and len(named) == 2 and all(isinstance(one, str) for one in named)
     if not (isinstance(named, str) or own_code):
@@ -274,7 +276,7 @@ def _check_index(index: Mapping[str, Any], file: str) -> None:
 
 
 def _check_components(index: Mapping[str, Any], pipeline_class: type, file: str) -> None:
-    """Every component that the class cannot do without is given as [library, class]."""
+    """Check that every required component of the class is given as [library, class]."""
     parameters = inspect.signature(pipeline_class.__init__).parameters.values()  # type: ignore[misc]
     for parameter in parameters:
         if parameter.default is parameter.empty:
@@ -336,7 +338,7 @@ def _optional_object(location: str, name: str) -> Mapping[str, Any]:
 
 
 def _reference_pixels(location: str, class_name: Any) -> int | None:
-    """What `pipeline.json`, which only models made for this package have, says of references."""
+    """Return `reference_pixels` from `pipeline.json`, a file that only models made for this package have."""
     area = _optional_object(location, "pipeline.json").get("reference_pixels")
     if area is None:
         return None

@@ -4,8 +4,8 @@
     outputs = omni.generate(prompt="A cat sitting on a windowsill", num_inference_steps=50)
     outputs[0].images[0].save("cat.png")
 
-Everything that can be wrong about the model, the cache, its configuration and the first request is checked before any
-weight is loaded: an `Omni` reads the model's index when it is made, and its weights when they are first needed.
+Creating an `Omni` reads only the model's index and checks the model, the cache and its configuration. The weights are
+loaded when they are first needed, after the first request has been checked.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from omni_runtime.generation import loading, request
 from omni_runtime.generation.clock import LoopClock
 from omni_runtime.generation.result import OmniResult, jsonable, not_a_number
 
-#: Names the cache backend where the caller names none.
+#: The environment variable that names the cache backend if the caller names none.
 ENVIRONMENT_VARIABLE = "DIFFUSION_CACHE_BACKEND"
 
 
@@ -44,36 +44,41 @@ FROM_ENVIRONMENT: Any = _FromEnvironment()
 class Omni:
     """A diffusers pipeline with a step cache, fused blocks, compiled blocks, or all of them.
 
-    Threads may share one: their requests run one after the other. Copied or pickled, it is made anew from its
-    arguments, and loads when it is first used; a pipeline that was given is copied or pickled with it.
+    Several threads may share one `Omni`; their requests run one after the other. Copying or pickling an `Omni` creates
+    a new one from the same arguments, which loads when it is first used. If the model is a loaded pipeline, that
+    pipeline is copied or pickled too.
 
-    diffusers keeps rotary tables of the last 128 sizes in each process: 2 MB a size for Qwen-Image at 1024².
+    In each process, diffusers keeps the rotary tables of the last 128 image sizes: 2 MB per size for Qwen-Image at
+    1024².
 
     Args:
         model: an embedded model's name, a directory written by `save_pretrained`, a hub id, or a loaded pipeline.
-        dtype: torch.dtype or its name; "auto" is float32 on the CPU and bfloat16 elsewhere. A loaded pipeline is
+        dtype: a torch.dtype or its name. "auto" is float32 on the CPU and bfloat16 elsewhere. A loaded pipeline is
             converted only if a dtype is named.
-        device: "cpu", "cuda:1", ...; "auto" is the accelerator, where there is one. A loaded pipeline is moved only if
-            a device is named.
-        cache_backend: "tea_cache", "cache_dit", ...; None and "none" mean no cache. Left out, the environment variable
+        device: "cpu", "cuda:1", ... "auto" is the accelerator if there is one, else the CPU. A loaded pipeline is moved
+            only if a device is named.
+        cache_backend: "tea_cache", "cache_dit", ... None and "none" mean no cache. By default, the environment variable
             `DIFFUSION_CACHE_BACKEND` names it.
-        cache_config: the backend's keys, as a dict or as JSON text; what is left out takes its default. A model's
-            directory may bring some: a `tea_cache.json` in it holds the `coefficients` of tea_cache, a `mag_cache.json`
-            the `mag_ratios` of mag_cache.
-        fuse: whether transformer blocks run fused (`omni_kernels.patch`). Left out, they stay as they are found: what a
-            cache computes is then what the pipeline itself does, bit for bit.
-        compile: "regional" compiles each transformer block by itself, or a dict of arguments of torch.compile does.
-        from_pretrained: what `DiffusionPipeline.from_pretrained` takes (variant, revision, token, components, ...).
+        cache_config: the backend's keys, as a dict or as JSON text. Missing keys take their defaults. A model's
+            directory may provide some of them: `tea_cache.json` holds the `coefficients` of tea_cache,
+            `mag_cache.json` the `mag_ratios` of mag_cache.
+        fuse: whether transformer blocks run fused (`omni_kernels.patch`). By default they stay as they are, so a
+            computed step gives the same bits as the pipeline itself.
+        compile: "regional" compiles each transformer block by itself. A dict does the same, with its entries as
+            arguments of torch.compile.
+        from_pretrained: arguments of `DiffusionPipeline.from_pretrained` (variant, revision, token, components, ...).
 
     Attributes:
-        name: the model as it was named.
-        location: its directory or hub id; None where a pipeline was given that was not loaded from one.
-        cache_backend, cache_config: what is installed, defaults filled in; None and {} without a cache.
+        name: the model as the caller named it.
+        location: its directory or hub id; None for a loaded pipeline that came from neither.
+        cache_backend, cache_config: the installed backend and its configuration with defaults filled in; None and {}
+            without a cache.
 
     Raises:
-        ValueError, TypeError: an unknown backend, key or argument, a value out of range, no pipeline.
-        FileNotFoundError: no such model.
-        PatchConflictError: the loaded pipeline is patched otherwise already.
+        ValueError: a backend or a configuration key is unknown, or a value is out of range.
+        TypeError: an argument is unknown or has the wrong type, or `model` is not a pipeline.
+        FileNotFoundError: there is no such model.
+        PatchConflictError: the loaded pipeline already has a different patch.
     """
 
     def __init__(
@@ -144,15 +149,16 @@ class Omni:
 
     @property
     def pipe(self) -> Any:
-        """The diffusers pipeline, loaded now if it was not yet."""
+        """The diffusers pipeline. Reading this property loads it if necessary."""
         return self.load()
 
     def load(self) -> Any:
-        """Load the weights and install the cache, unless that is done; returns the pipeline.
+        """Load the weights and install the cache, if that has not been done yet. Returns the pipeline.
 
         Raises:
-            RuntimeError: this Omni is closed.
-            OSError, ValueError, ...: what `from_pretrained` raises.
+            RuntimeError: this `Omni` is closed.
+            ValueError: weights are missing from the model's files, or are not finite.
+            OSError: `from_pretrained` cannot read the model. Its other errors are passed on, too.
         """
         with self._turn:
             return self._loaded()
@@ -163,7 +169,7 @@ class Omni:
         if self._pipe is None:
             pipe = self._load()
             before = handle_of(pipe)
-            # What is left open stays as it is found.
+            # Options that were not given keep the values of an existing patch.
             fuse, compile = self._fuse or False, self._compile
             if before is not None:
                 fuse = before.fuse if self._fuse is None else self._fuse
@@ -174,10 +180,11 @@ class Omni:
         return self._pipe
 
     def close(self) -> None:
-        """Take the cache out of the pipeline, and let go of it. A second call does nothing.
+        """Remove the cache from the pipeline and drop the reference to the pipeline. A second call does nothing.
 
         Raises:
-            PatchConflictError: somebody else patched over it; nothing is changed then, and close() can be tried again.
+            PatchConflictError: other code has patched over this patch. Nothing is changed, and `close` can be called
+                again later.
         """
         with self._turn:
             if self._handle is not None and self._patched_here:
@@ -201,22 +208,29 @@ class Omni:
     ) -> list[OmniResult]:
         """Run the pipeline once per prompt.
 
+        All requests are checked before the first one runs. Error messages name the argument.
+
         Args:
             prompt: one prompt, or a list of them.
-            negative_prompt: one for all prompts, or one for each. Most pipelines guide only where there is one.
-            image: for pipelines that start from an image: a PIL image, path, tensor or array, for all prompts; with a
-                list of prompts, a list gives each its own. A list with a single prompt is that prompt's references.
-            num_inference_steps: denoising steps; the model's own number by default.
-            height, width: pixels; a multiple of what the model's patches and VAE come to (16 as a rule).
-            seed: one for all prompts, or one for each. Left out, each prompt gets a random one, told in its result.
+            negative_prompt: one for all prompts, or a list with one for each. Most pipelines apply guidance only if
+                there is one.
+            image: for pipelines that start from an image: one PIL image, path, tensor or array for all prompts. With a
+                list of prompts, a list gives each prompt its own image. With a single prompt, a list holds that
+                prompt's reference images.
+            num_inference_steps: denoising steps; by default the model's own number.
+            height, width: in pixels; multiples of the model's patch size times its VAE's scale factor (usually 16).
+            seed: one for all prompts, or a list with one for each. By default each prompt gets a random seed, which is
+                in its result.
             on_step: called with a `StepEvent` after each denoising step.
-            arguments: whatever else the pipeline's call takes (true_cfg_scale, output_type, ...).
+            arguments: other arguments of the pipeline's call (true_cfg_scale, output_type, ...).
 
         Returns:
             One result per prompt, in order.
 
         Raises:
-            ValueError, TypeError, FileNotFoundError: before anything runs, by name.
+            ValueError: an argument has an unusable value, or a required one is missing.
+            TypeError: the pipeline has no such argument, or the argument has the wrong type.
+            FileNotFoundError: there is no image file of that name, or no such model.
         """
         requests = self.prepare(
             prompt,
@@ -231,17 +245,17 @@ class Omni:
         return [self.run(one, on_step) for one in requests]
 
     def warmup(self, prompt: str = "", *, steps: int = STEPS, **arguments: Any) -> Warmup:
-        """Run one short request, so that `generate` with the same sizes finds everything compiled.
+        """Run one short request, so that everything is compiled for later requests of the same size.
 
-        Takes what `generate` does, and the number of steps; see `omni_kernels.warmup`.
+        Takes the arguments of `generate` and the number of steps; see `omni_kernels.warmup`.
         """
         (one,) = self.prepare(prompt, seed=0, **arguments)
         return warmup(self.pipe, steps=steps, **one.call() | {"num_inference_steps": steps})
 
     def prepare(self, prompt: str | Sequence[str] | None = None, **arguments: Any) -> list[request.GenerationRequest]:
-        """The checked requests that `generate` would run. Takes and raises what `generate` does.
+        """Return the checked requests that `generate` would run. Takes its arguments and raises its errors.
 
-        Only sizes need the loaded pipeline: whatever else is wrong is found before its weights are read.
+        Only the check of height and width needs the loaded pipeline. All other checks run before the weights are read.
         """
         pipeline_class = self._pipeline_class or type(self.pipe)
         requests = request.build(pipeline_class, prompt, defaults=self._defaults, **arguments)
@@ -250,7 +264,10 @@ class Omni:
         return requests
 
     def run(self, one: request.GenerationRequest, on_step: Callable[[StepEvent], None] | None = None) -> OmniResult:
-        """Run one prepared request, after those of other threads. If the pipeline raises, nothing stays behind."""
+        """Run one prepared request. It waits for the requests of other threads.
+
+        If the pipeline raises, `on_step` is removed and the pipeline's offloading hooks are freed.
+        """
         with self._turn:
             return self._run(one, on_step)
 
@@ -266,7 +283,7 @@ class Omni:
             with clock.following(pipe), not_a_number():
                 output = pipe(**one.call())
         except BaseException:
-            pipe.maybe_free_model_hooks()  # what the pipeline itself does last: offload
+            pipe.maybe_free_model_hooks()  # the pipeline itself would do this at its end: it offloads the models
             raise
         finally:
             handle.on_step = former
@@ -281,7 +298,11 @@ class Omni:
         )
 
     def check_steps(self, steps: int | None) -> None:
-        """Check what depends on the step count: a mask's length. Raises ValueError."""
+        """Check the configuration against the step count, such as a mask's length.
+
+        Raises:
+            ValueError: the configuration does not fit this number of steps.
+        """
         if self.cache_backend is None or steps is None:
             return
         check: Any = backends.get(self.cache_backend).check
@@ -319,18 +340,19 @@ def _closed() -> Any:
 
 
 def _made_anew(kind: type[Omni], arguments: dict[str, Any]) -> Omni:
-    """What a copied or pickled Omni is made by."""
+    """Create the copy of a copied or pickled `Omni`."""
     return kind(**arguments)
 
 
 def resolve_cache(
     cache_backend: str | None = FROM_ENVIRONMENT, cache_config: Mapping[str, Any] | str | None = None
 ) -> tuple[str | None, dict[str, Any] | None]:
-    """The backend's name, None without a cache, and its configuration as a dict, both checked.
+    """Return the backend's name and its configuration as a dict, both checked; None and None without a cache.
 
     Raises:
-        ValueError: unknown backend or key, value out of range, text that is not JSON, configuration without backend.
-        TypeError: a wrong type.
+        ValueError: the backend or a key is unknown, a value is out of range, the text is not JSON, or a configuration
+            is given without a backend.
+        TypeError: a value has the wrong type.
     """
     origin = ""
     if cache_backend is FROM_ENVIRONMENT:
@@ -355,10 +377,11 @@ def _complete(
     transformer_config: Mapping[str, Any] | None,
     name: str,
 ) -> dict[str, Any]:
-    """A backend's complete configuration, with the model's own calibration, checked against its config.json.
+    """Return a backend's complete configuration with the model's own calibration, checked against its config.json.
 
     Raises:
-        ValueError, TypeError: what the backend's `check` raises; a transformer that no cache knows; none at all.
+        ValueError: the backend's `check` fails, no cache knows the transformer, or the model has no transformer.
+        TypeError: the backend's `check` finds a value of the wrong type.
     """
     if backend is None:
         return {}
@@ -385,7 +408,7 @@ def _config(cache_config: Mapping[str, Any] | str | None) -> dict[str, Any] | No
 
 
 def _one_dtype(dtype: Any, from_pretrained: dict[str, Any]) -> Any:
-    """`torch_dtype`, the name that diffusers knows, is another word for `dtype`."""
+    """Return `dtype`, or `torch_dtype` (diffusers' name for it) if that is given instead."""
     if "torch_dtype" not in from_pretrained:
         return dtype
     if dtype != "auto":
@@ -413,7 +436,7 @@ def _moved(pipe: Any, dtype: Any, device: str | torch.device) -> Any:
 
 
 def _without_cache(on_step: Callable[[StepEvent], None] | None) -> Callable[[int, int], None] | None:
-    """Without a cache nobody decides: every step is computed, and has no branches to tell of."""
+    """Wrap `on_step` for a pipeline without a cache: every step is computed, and its event has no branches."""
     if on_step is None:
         return None
     return lambda step, steps: on_step(StepEvent(step, steps, True, {}))

@@ -1,6 +1,6 @@
-"""What a pipeline is asked for: prompts, images, seeds and sizes, checked against the pipeline class before it runs.
+"""Requests: prompts, images, seeds and sizes, checked against the pipeline class before the pipeline runs.
 
-Only the class is needed, so that a wrong request fails before any weight is loaded.
+Most checks need only the class, so a wrong request fails before any weight is loaded.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import torch
 
 from omni_runtime.generation.checks import suggestion, whole_number
 
-#: In the class names of pipelines that start from an image. Others (FLUX Kontext) can do without the one they take.
+#: Parts of the class names of pipelines that need an image. For others (FLUX Kontext) the image is optional.
 NEEDS_IMAGE = ("Edit", "Img2Img", "Inpaint")
 
-#: Pipelines that take one image per prompt, and fail deep inside on several.
+#: Pipelines that take one image per prompt. Given several, they would fail with an unclear error.
 ONE_IMAGE = frozenset(
     [
         "QwenImageEditPipeline",
@@ -42,9 +42,9 @@ class GenerationRequest:
     """One call of the pipeline.
 
     Attributes:
-        prompt: the prompt; None where embeddings are given instead.
-        seed: of the request's generator, on the CPU; None where the caller gives a generator.
-        arguments: everything else that the pipeline is called with.
+        prompt: the prompt; None if embeddings are given instead.
+        seed: the seed of the request's CPU generator; None if the caller gives a generator.
+        arguments: all other arguments of the pipeline's call.
     """
 
     prompt: str | None
@@ -52,9 +52,10 @@ class GenerationRequest:
     arguments: dict[str, Any]
 
     def call(self) -> dict[str, Any]:
-        """The pipeline's arguments. The generator lives on the CPU, so that a seed gives the same noise everywhere.
+        """Return the arguments of the pipeline's call.
 
-        Lists are copies: Z-Image's pipeline writes into the list of prompts that it is given.
+        The generator is on the CPU, so a seed gives the same noise on every device. Lists are copied, because Z-Image's
+        pipeline writes into its list of prompts.
         """
         arguments = {name: list(value) if type(value) is list else value for name, value in self.arguments.items()}
         if self.prompt is not None:
@@ -74,10 +75,12 @@ def build(
     defaults: Mapping[str, Any] | None = None,
     **arguments: Any,
 ) -> list[GenerationRequest]:
-    """One request per prompt. An argument that is None is left to `defaults`, and then to the pipeline.
+    """Build one request per prompt. An argument that is None takes its value from `defaults`, else from the pipeline.
 
     Raises:
-        ValueError, TypeError: an argument that the pipeline does not have, lacks, or cannot take; by name.
+        ValueError: an argument has an unusable value, or a required one is missing; the message names it.
+        TypeError: the pipeline has no such argument, or it has the wrong type; the message names it.
+        FileNotFoundError: there is no image file of that name.
     """
     signature = inspect.signature(pipeline_class.__call__).parameters
     given = {name: value for name, value in arguments.items() if value is not None}
@@ -104,7 +107,11 @@ def build(
 
 
 def check_size(pipe: Any, requests: Sequence[GenerationRequest]) -> None:
-    """Raise ValueError for a height or width that the loaded pipeline would round."""
+    """Check that the loaded pipeline would not round a height or width.
+
+    Raises:
+        ValueError: a side is not a multiple of the pipeline's scale factor; the message gives the nearest multiples.
+    """
     processor = getattr(pipe, "image_processor", None)
     multiple = getattr(getattr(processor, "config", None), "vae_scale_factor", 1)
     for request in requests:
@@ -117,7 +124,7 @@ def check_size(pipe: Any, requests: Sequence[GenerationRequest]) -> None:
 
 
 def step_count(pipeline_class: type, arguments: Mapping[str, Any]) -> int | None:
-    """How many steps the pipeline will do; None where that hangs on more than `num_inference_steps`."""
+    """Return the number of steps that the pipeline will run; None if other arguments decide it, too."""
     signature = inspect.signature(pipeline_class.__call__).parameters
     if "num_inference_steps" not in signature or any(name in signature for name in ("strength", "denoising_end")):
         return None
@@ -141,7 +148,7 @@ def _check_names(pipeline_class: type, signature: Mapping[str, Any], given: Mapp
 
 
 def _check_types(signature: Mapping[str, Any], given: dict[str, Any]) -> None:
-    """Counts must be whole and positive; whatever else has a number, text or flag for default must be given one."""
+    """Check that counts are positive whole numbers and other values have the type of their default."""
     for name, value in given.items():
         default = signature[name].default if name in signature else None
         if name in ("num_inference_steps", "height", "width", "num_images_per_prompt"):
@@ -205,7 +212,7 @@ def _negative_prompts(
 
 
 def _images(pipeline_class: type, signature: Mapping[str, Any], image: Any, prompt: Any) -> Sequence[Any]:
-    """One image, list of references, or None, per prompt."""
+    """Return one entry per prompt: an image, a list of references, or None."""
     name = pipeline_class.__name__
     count = 1 if prompt is None or isinstance(prompt, str) else len(prompt)
     if image is None:
@@ -230,7 +237,7 @@ def _images(pipeline_class: type, signature: Mapping[str, Any], image: Any, prom
 
 
 def _open(image: Any) -> Any:
-    """A path as an RGB picture, a list of them likewise; anything else (PIL, tensor, array) as it is."""
+    """Open a path, or each path of a list, as an RGB picture. Return PIL images, tensors and arrays unchanged."""
     if isinstance(image, list | tuple):
         return [_open(one) for one in image]
     if isinstance(image, str | Path):

@@ -1,4 +1,4 @@
-"""What a request gave: images, what the cache did, how long it took, and the settings that make it again."""
+"""The result of a request: its images, the cache's report, its times, and the settings that reproduce it."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Timings:
     """Seconds of one request, measured on the device that ran it.
 
     Attributes:
-        total: from the call of the pipeline to its result.
-        before: encoding the prompt and whatever else precedes the denoising loop.
-        steps: each denoising step.
+        total: from the pipeline's call to its result.
+        before: from the call to the denoising loop: encoding the prompt and other preparations.
+        steps: one value per denoising step.
         after: from the last step to the result: decoding the latents.
     """
 
@@ -41,7 +41,7 @@ class Timings:
     after: float
 
     def to_dict(self) -> dict[str, Any]:
-        """The seconds by name, fit for JSON."""
+        """Return the seconds by name, ready for JSON."""
         return asdict(self)
 
 
@@ -50,13 +50,16 @@ class OmniResult:
     """One prompt's result.
 
     Attributes:
-        images: PIL images, or whatever `output_type` made the pipeline return.
-        cache: what was computed and what was skipped; None without a cache.
-        timings: seconds.
-        prompt: the prompt; None where embeddings were given.
-        seed: makes the same images again; None where a generator was given.
-        settings: all that the request depended on, fit for JSON.
-        peak_memory: bytes that tensors took on the device at most, the model's included; None on the CPU.
+        images: PIL images, or what the pipeline returns for another `output_type`.
+        cache: the cache's report: which steps were computed and which were skipped. None without a cache.
+        timings: the request's seconds.
+        prompt: the prompt; None if embeddings were given instead.
+        seed: the seed that reproduces the images; None if a generator was given.
+        settings: everything that the request depended on, ready for JSON.
+        peak_memory: the largest number of bytes that tensors held on the device, including the model; None on the CPU.
+
+    Raises:
+        NotANumberError: the images are tensors or arrays that hold NaN.
     """
 
     images: Any
@@ -74,12 +77,16 @@ class OmniResult:
     def save(self, path: str | Path) -> list[Path]:
         """Write the images as PNG, with the settings in a text chunk.
 
-        The first goes to `path`, further ones to `<stem>-2.png`, `<stem>-3.png` and so on. Directories are made.
+        The first image goes to `path`, further ones to `<stem>-2.png`, `<stem>-3.png` and so on. Missing directories
+        are created.
+
+        Returns:
+            The paths of the files.
 
         Raises:
             TypeError: the images are tensors or arrays (`output_type` other than "pil").
-            files.WriteError: a file that could not be written, such as on a full disk. It is not there, or as it was;
-                the pictures before it are kept, and the text says how many.
+            files.WriteError: a file cannot be written, for example because the disk is full. An existing file of that
+                name is unchanged. Images that were already written are kept, and the message says how many.
         """
         path = Path(path)
         for image in self.images:
@@ -119,7 +126,11 @@ def png(image: Any, settings: Mapping[str, Any]) -> bytes:
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """The settings in a PNG that `OmniResult.save` wrote. Raises ValueError where there are none."""
+    """Return the settings in a PNG that `OmniResult.save` wrote.
+
+    Raises:
+        ValueError: the file holds no settings.
+    """
     from PIL import Image
 
     with Image.open(path) as image:
@@ -130,7 +141,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 
 class NotANumberError(ValueError):
-    """A result that holds NaN: no picture could be made of it but a black one."""
+    """The result holds NaN. A picture made from it would be black."""
 
 
 _NAN = (
@@ -141,20 +152,20 @@ _NAN = (
 
 @contextmanager
 def not_a_number() -> Iterator[None]:
-    """While open, in this thread, a NaN that numpy is to turn into a pixel is an error.
+    """Context manager: in this thread, raise an error when numpy casts NaN to a pixel.
 
-    diffusers makes pictures of 8 bits by `(images * 255).round().astype("uint8")`, of which numpy only warns where a
-    value is NaN; the pixel is black then. Other floating-point warnings of numpy stay warnings.
+    diffusers makes 8-bit pictures with `(images * 255).round().astype("uint8")`. numpy only warns about NaN there, and
+    the pixel becomes black. Other floating-point warnings of numpy stay warnings.
 
     Raises:
-        NotANumberError: (a ValueError) from within the block.
+        NotANumberError: a value is NaN (raised inside the block; a subclass of ValueError).
     """
     with np.errstate(invalid="log", call=_CastsOfNaN()):
         yield
 
 
 class _CastsOfNaN:
-    """What `np.errstate(invalid="log")` tells of invalid operations, by `write`."""
+    """Receives numpy's messages about invalid operations: `np.errstate(invalid="log")` calls `write`."""
 
     def write(self, message: str) -> None:
         if "in cast" in message:
@@ -163,7 +174,7 @@ class _CastsOfNaN:
 
 
 def _has_nan(images: Any) -> bool:
-    """Whether tensors or arrays among `images` hold NaN; PIL images cannot."""
+    """Whether a tensor or array in `images` holds NaN. PIL images cannot."""
     if isinstance(images, list | tuple):
         return any(map(_has_nan, images))
     if isinstance(images, np.ndarray):
@@ -174,7 +185,11 @@ def _has_nan(images: Any) -> bool:
 
 
 def jsonable(value: Any) -> Any:
-    """`value` as JSON can hold it: numbers, text and None as they are, containers through, anything else described."""
+    """Convert `value` for JSON.
+
+    Numbers, text and None stay as they are. Containers are converted entry by entry. Anything else becomes a short
+    description, such as "<Tensor (1, 16)>".
+    """
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):
@@ -186,7 +201,7 @@ def jsonable(value: Any) -> Any:
 
 
 def identified(value: Any) -> Any:
-    """Like `jsonable`, but a picture, tensor or array by a digest of its contents."""
+    """Like `jsonable`, but pictures, tensors and arrays become a digest of their contents."""
     if isinstance(value, Mapping):
         return {str(key): identified(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

@@ -1,9 +1,9 @@
 """QwenImageEditPipeline for a model that edits small pictures.
 
 diffusers' pipeline scales every reference to about 1024² pixels, 4096 tokens. A folder whose `pipeline.json` says
-`{"reference_pixels": 4096}` was trained on references of about 64², 16 tokens, and is loaded through `load`. Nothing of
-diffusers is changed: the classes here bear the names of those that they extend, so that `save_pretrained` writes the
-same index and whoever asks for a class's name gets the usual one.
+`{"reference_pixels": 4096}` was trained on references of about 64², 16 tokens, and is loaded through `load`. diffusers
+itself is not changed. The classes here have the names of the classes that they extend, so `save_pretrained` writes the
+same index, and code that looks at a class's name finds the usual one.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ __all__ = ["load", "pipeline_class", "processor_class"]
 
 
 def load(location: str, reference_pixels: int, arguments: Mapping[str, Any]) -> Any:
-    """The pipeline of that directory.
+    """Load the pipeline from a directory.
 
     Args:
         location: a directory that `save_pretrained` wrote.
-        reference_pixels: area that references are scaled to; sides are rounded to multiples of 32.
-        arguments: for `from_pretrained`.
+        reference_pixels: the area that references are scaled to; sides are rounded to multiples of 32.
+        arguments: arguments for `from_pretrained`.
     """
     parts = dict(arguments)
     if "processor" not in parts:
@@ -41,7 +41,7 @@ def load(location: str, reference_pixels: int, arguments: Mapping[str, Any]) -> 
 
 @functools.cache
 def pipeline_class() -> Any:
-    """diffusers' class with references scaled to about `reference_pixels` pixels."""
+    """Return diffusers' class, changed to scale references to about `reference_pixels` pixels."""
     import diffusers
 
     inherited: Any = diffusers.QwenImageEditPipeline
@@ -52,7 +52,7 @@ def pipeline_class() -> Any:
 
         @functools.wraps(inherited.__call__)
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            """The inherited call, over a copy of its module's globals in which one function has another area."""
+            """Run the inherited call with a copy of its globals, in which `calculate_dimensions` uses our area."""
             scaled = functools.partial(_scaled, original.__globals__["calculate_dimensions"], self.reference_pixels)
             call = types.FunctionType(
                 original.__code__,
@@ -66,7 +66,7 @@ def pipeline_class() -> Any:
                 return call(self, *args, **kwargs)
 
         def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-            """As inherited, and `pipeline.json`."""
+            """Save as the inherited method does, and write `pipeline.json`."""
             super().save_pretrained(save_directory, *args, **kwargs)
             settings = json.dumps({"reference_pixels": self.reference_pixels})
             files.write(Path(save_directory) / "pipeline.json", settings + "\n")
@@ -76,7 +76,7 @@ def pipeline_class() -> Any:
 
 @functools.cache
 def processor_class() -> Any:
-    """transformers' class without its part for video, which cannot even be made where torchvision is missing."""
+    """Return transformers' class without its video part, which cannot be created without torchvision."""
     import transformers
 
     inherited: Any = transformers.Qwen2VLProcessor
@@ -86,7 +86,7 @@ def processor_class() -> Any:
 
         @classmethod
         def get_attributes(cls) -> list[str]:
-            """The parts that a processor is made of, saves and loads."""
+            """Return the names of the parts that a processor holds, saves and loads."""
             return ["image_processor", "tokenizer"]
 
     return Qwen2VLProcessor

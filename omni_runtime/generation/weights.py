@@ -1,8 +1,8 @@
-"""Whether a model's weights are all there, and finite: a look at each once, after loading.
+"""Checks after loading that a model's weights are complete and finite.
 
-diffusers only warns of weights that a model's files do not hold, and makes them up or leaves them empty. So the names
-in the files' headers are held against those of the model. Numbers are looked at where they are: every byte is read once
-(7 GB/s of bfloat16 by one core of a CPU), with one transfer to the host for each component.
+If a model's files lack weights, diffusers only warns, and initialises them or leaves them empty. So the names in the
+files' headers are compared with those of the model. Values are checked on the device that holds them: every byte is
+read once (7 GB/s of bfloat16 by one core of a CPU), with one transfer to the host for each component and device.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ __all__ = ["check_finite", "check_present"]
 _FILE = re.compile(
     r"diffusion_pytorch_model(?P<variant>(\.[\w-]+?)??)(-\d+-of-\d+)?(?P<later>(\.[\w-]+)?)\.safetensors"
 )
-NAMED = 3  # weights that a message names
+NAMED = 3  # how many weights a message names
 
 
 def check_present(components: Mapping[str, Any], variant: str | None = None) -> None:
-    """Check that the files of each of diffusers' models hold all of its weights.
+    """Check that the files of each diffusers model hold all of its weights.
 
     Args:
-        components: name → part of a pipeline, just loaded from a directory. What is no model of diffusers, was loaded
-            from other files than safetensors or was quantised as it was loaded is passed over.
+        components: name → part of a pipeline that was just loaded from a directory. A part is not checked if it is not
+            a diffusers model, was not loaded from safetensors files, or was quantised while loading.
         variant: as given to `from_pretrained`.
 
     Raises:
-        ValueError: some are missing; names the directory and the first of them.
+        ValueError: weights are missing; the message names the directory and the first of them.
     """
     for name, component in components.items():
         directory = Path(str(getattr(getattr(component, "config", None), "_name_or_path", None) or ""))
@@ -51,7 +51,7 @@ def check_present(components: Mapping[str, Any], variant: str | None = None) -> 
 
 
 def _weight_files(directory: Path, variant: str | None) -> list[Path]:
-    """The safetensors files that diffusers takes of a directory: the variant's, else those of none."""
+    """Return the safetensors files that diffusers loads: those of the variant, else those without a variant."""
     found: dict[str, list[Path]] = {}
     for path in sorted(directory.glob("diffusion_pytorch_model*.safetensors")):
         match = _FILE.fullmatch(path.name)
@@ -69,13 +69,13 @@ def _names_in(paths: Iterable[Path]) -> Iterable[str]:
 
 
 def check_finite(components: Mapping[str, Any]) -> None:
-    """Check that every parameter is finite. What is quantised, offloaded or on the meta device is passed over.
+    """Check that every parameter is finite. Quantised and offloaded parameters, and the meta device, are not checked.
 
     Args:
         components: name → part of a pipeline.
 
     Raises:
-        ValueError: some are not; names the first of them, and where they came from.
+        ValueError: some are not finite; the message names the first of them and where they were loaded from.
     """
     for name, component in components.items():
         if not isinstance(component, torch.nn.Module):
@@ -103,7 +103,7 @@ def _not_finite(module: torch.nn.Module) -> list[str]:
             and one.device.type != "meta"
             and one.numel()
         ):
-            low, high = torch.aminmax(one.detach())  # NaN shows in both; 1/40 of isfinite's time on a CPU
+            low, high = torch.aminmax(one.detach())  # NaN appears in both; takes 1/40 of isfinite's time on a CPU
             by_device.setdefault(one.device, {})[name] = (low - low + (high - high)).float()
     found: list[str] = []
     for sums in by_device.values():
