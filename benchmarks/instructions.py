@@ -7,8 +7,8 @@ Python process runs under callgrind, which counts the instructions of 20 skipped
 adds is its count less that of an unpatched transformer of just the block that still runs. Below it stand 2 whole
 forwards with fused blocks and without.
 
-The counts repeat to about 0.1%. An instruction is not a time: a cache miss costs many, and valgrind's processor has no
-AVX-512. `--check` exits with 1 where a target is missed.
+Counts of a whole forward repeat to about 1%. An instruction is not a time: a cache miss costs many, and valgrind's
+processor has no AVX-512. `--check` exits with 1 where a target is missed.
 """
 
 from __future__ import annotations

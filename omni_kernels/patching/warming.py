@@ -48,7 +48,7 @@ def warmup(pipe: Any, *, steps: int = STEPS, **arguments: Any) -> Warmup:
 
     Raises:
         ValueError: fewer than two steps.
-        Whatever the pipeline's call raises.
+        Exception: whatever the pipeline's call raises.
     """
     if steps < 2:
         raise ValueError(f"steps={steps}: a warm-up computes one step and skips one, at least")
