@@ -98,3 +98,17 @@ def test_the_address_of_the_project_is_the_same_everywhere():
     site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert f"site_url: {urls['Documentation']}\n" in site
     assert f"repo_url: {urls['Repository']}\n" in site
+
+
+def test_every_message_of_troubleshooting_is_one_of_the_code():
+    code = " ".join(
+        re.sub(r'"\s*\n\s*f?"', "", path.read_text(encoding="utf-8"))
+        for package in ("omni_kernels", "omni_runtime")
+        for path in (ROOT / package).rglob("*.py")
+    )
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)
+    assert len(messages) > 20
+    for message in messages:
+        for part in re.split(r"…|\d", message):
+            assert part.strip(" '") in code, message
