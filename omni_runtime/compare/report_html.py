@@ -33,6 +33,7 @@ Picture = Callable[[Mapping[str, Any]], Any]
 
 #: Differences are shown this many times as large, and clipped at white.
 GAIN = 8
+GOOD = 40  # dB: from here on, the verdict looks for speed
 
 #: Pictures up to this size are shown as they are; larger ones are reduced to it.
 LONGEST = 320
@@ -104,6 +105,8 @@ def render(document: Document, picture: Picture) -> str:
         "gain": GAIN,
         "longest": LONGEST,
         "facts": _facts(document),
+        "best": _best(document),
+        "verdict": _verdict(document),
         "apart": sum(others),
         "compared": len(others),
     }
@@ -340,7 +343,7 @@ def _gallery(
     """For each prompt and seed that is shown, every run's picture and its difference from the first run's."""
     most = min(ROWS, max(2, PICTURES // len(runs)))
     gallery = []
-    for row in [rows[i * len(rows) // most] for i in range(most)] if len(rows) > most else rows:
+    for row in _worst_first(rows)[:most]:
         reference = picture(row[0]).convert("RGB")
         shown = [{"run": runs[0], "cell": row[0], "image": _image(reference)}]
         for run, cell in zip(runs[1:], row[1:], strict=True):
@@ -349,6 +352,44 @@ def _gallery(
             shown.append({"run": run, "cell": cell, "image": _image(image), "difference": difference})
         gallery.append(shown)
     return gallery
+
+
+def _worst_first(rows: Sequence[Sequence[Mapping[str, Any]]]) -> list[Sequence[Mapping[str, Any]]]:
+    """The rows: first those with the worst picture of each run, by PSNR, then the others in their order."""
+
+    def psnr(row: Sequence[Mapping[str, Any]], run: int) -> float:
+        return math.inf if row[run]["psnr"] is None else row[run]["psnr"]
+
+    worst = [min(range(len(rows)), key=lambda i: psnr(rows[i], run)) for run in range(1, len(rows[0]))]
+    return [rows[i] for i in dict.fromkeys([*worst, *range(len(rows))])]
+
+
+def _best(document: Document) -> dict[str, list[str]]:
+    """Measure → the runs with the best mean; the reference is not among them."""
+    best = {}
+    for name in document["measures"]:
+        means = {
+            run["name"]: math.inf if run[name]["mean"] is None else run[name]["mean"] for run in document["runs"][1:]
+        }
+        wanted = (min if name in ("nfe", "blocks", "seconds") else max)(means.values(), default=None)
+        best[name] = [run for run, mean in means.items() if mean == wanted]
+    return best
+
+
+def _verdict(document: Document) -> str:
+    """One sentence: the fastest run at `GOOD` dB or more, or else the one nearest to the reference."""
+    runs = document["runs"][1:]
+    if not runs:
+        return ""
+
+    def psnr(run: Mapping[str, Any]) -> float:
+        return math.inf if run["psnr"]["mean"] is None else run["psnr"]["mean"]
+
+    good = [run for run in runs if psnr(run) >= GOOD]
+    run = max(good, key=lambda run: run["speedup"]["mean"]) if good else max(runs, key=psnr)
+    near = "its pictures are identical" if math.isinf(psnr(run)) else f"at {psnr(run):.1f} dB"
+    rule = f"the fastest run with a mean PSNR of {GOOD} dB or more" if good else f"no run has {GOOD} dB; the nearest"
+    return f"{run['name']} is {run['speedup']['mean']:.2f}× as fast as {document['runs'][0]['name']}, {near} ({rule})."
 
 
 def _difference(reference: Any, image: Any) -> Any:

@@ -101,6 +101,40 @@ def test_the_page_is_made_of_results_and_pictures_alone(tmp_path: Path) -> None:
     assert f"{report_html.GAIN} times as large" in text
 
 
+def test_the_verdict_is_of_the_fastest_good_run_or_else_the_nearest(tmp_path: Path) -> None:
+    document = document_in(tmp_path)
+    pictures = report_html.pictures_in(tmp_path)
+    for run in document["runs"][1:]:
+        run["psnr"] = run["psnr"] | {"mean": 39.0}
+    document["runs"][2]["psnr"]["mean"] = 39.5
+    assert "4 steps is " in report_html.render(document, pictures).partition('class="verdict">')[2][:12]
+    assert "no run has 40 dB" in report_html.render(document, pictures)
+    for number, speedup in ((1, 1.5), (4, 1.75), (3, 3.0)):
+        document["runs"][number]["psnr"]["mean"] = 39.9 if number == 3 else 41.0
+        document["runs"][number]["speedup"]["mean"] = speedup
+    assert "tight is 1.75× as fast as no cache, at 41.0 dB" in report_html.render(document, pictures)
+
+
+def test_the_best_of_each_column_is_marked_and_the_worst_pictures_come_first(tmp_path: Path) -> None:
+    document = document_in(tmp_path)
+    document["runs"][0]["seconds"]["mean"] = 0.0  # the reference is never the best
+    document["runs"][2]["seconds"]["mean"] = 0.1
+    assert report_html._best(document)["seconds"] == ["4 steps"]
+    assert report_html._best(document)["psnr"] == ["identical"]
+    rows = list(zip(*(run["cells"] for run in document["runs"]), strict=True))
+    rows[4][1]["psnr"], rows[2][3]["psnr"] = 1.0, 0.5
+    ordered = report_html._worst_first(rows)
+    assert ordered[0] is rows[4]
+    assert rows[2] in ordered[:6]
+    assert sorted(map(id, ordered)) == sorted(map(id, rows))
+    text = report_html.render(document, report_html.pictures_in(tmp_path))
+    assert text.count('class="best"') == sum(map(len, report_html._best(document).values()))
+    assert text.count("<img") == text.count('<img loading="lazy"') > 0
+    anchors = [part.partition('"')[0] for part in text.split('href="#')[1:]]
+    assert anchors
+    assert all(f'id="{anchor}"' in text for anchor in anchors)
+
+
 def test_times_of_several_sittings_are_said_to_be(tmp_path: Path) -> None:
     document = document_in(tmp_path)
     text = report_html.render(document, report_html.pictures_in(tmp_path))
@@ -116,7 +150,9 @@ def test_large_pictures_are_reduced_and_many_are_left_out(tmp_path: Path, monkey
     document = document_in(tmp_path, size=512)
     monkeypatch.setattr(report_html, "ROWS", 4)
     text = report_html.render(document, report_html.pictures_in(tmp_path))
-    assert text.count("data:image/jpeg") == 4 * (7 + 6)
+    assert text.count("data:image/jpeg") == 4 * (7 + 6 + 1), (
+        "pictures, differences, and the reference that a press shows"
+    )
     assert "Shown are 4 of 6 prompts × seeds" in text
     assert "Reduced from 512×512" in text
 
@@ -161,7 +197,11 @@ def test_a_browser_complains_of_nothing_and_asks_for_nothing(shown: Any) -> None
 
 def test_every_picture_is_there_and_can_be_decoded(shown: Any) -> None:
     page, document = shown
-    sizes = page.evaluate("[...document.images].map(image => [image.naturalWidth, image.width])")
+    sizes = page.evaluate(
+        "(async () => { const images = [...document.images]; images.forEach(image => { image.loading = 'eager' });"
+        " await Promise.all(images.map(image => image.decode()));"
+        " return images.map(image => [image.naturalWidth, image.width]) })()"
+    )
     rows = len(document["runs"][0]["cells"])
     assert len(sizes) == rows * (2 * len(RUNS) - 1), "each run's picture, and its difference but for the reference"
     assert all(size == [64, 128] for size in sizes), "small pictures are enlarged"
