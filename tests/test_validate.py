@@ -268,7 +268,7 @@ def test_what_first_calls_wait_for_is_told(replace, tmp_path, capsys):
         (["--case", "qk_norm_rope/2x3x5/float32/offset"], "has no inputs of 5 channels"),
         (["--targets", "sm_90"], "--targets goes with --compile-only"),
         (["--compile-only", "--targets", "sm_1"], "--targets: 'sm_1' is unknown"),
-        (["--device", "tpu"], "'tpu' is none of cuda, npu, cpu"),
+        (["--device", "tpu"], "'tpu' is not one of cuda, npu, cpu"),
     ],
 )
 def test_wrong_usage_is_code_2(capsys, arguments, told):

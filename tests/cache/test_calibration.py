@@ -253,7 +253,7 @@ def test_a_name_that_no_file_can_have():
 
 
 def test_a_home_of_nobody():
-    with pytest.raises(ValueError, match="'~nosuchuser/x' is no path"):
+    with pytest.raises(ValueError, match="'~nosuchuser/x' is not a file path"):
         calibration.read("~nosuchuser/x", "tea_cache")
 
 

@@ -273,7 +273,7 @@ def test_blocks_may_leave_just_one_to_skip(pipe):
         ({"enable_taylorseer": True, "forecaster": "newton"}, "enable_taylorseer contradicts forecaster='newton'"),
         (
             {"scm_steps_mask_policy": "fast", "steps_computation_mask": "1101"},
-            "scm_steps_mask_policy and steps_computation_mask exclude each other",
+            "scm_steps_mask_policy and steps_computation_mask cannot be combined",
         ),
         (
             {"steps_computation_mask": "1101", "num_inference_steps": 5},

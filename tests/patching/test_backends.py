@@ -75,14 +75,14 @@ BROKEN = {
     "ends the process": ("import sys; sys.exit(3)", "cannot be loaded: SystemExit: 3"),
     "no syntax": ("def", "cannot be loaded: SyntaxError"),
     "no such attribute": ("x = 1", "cannot be loaded: AttributeError: .*BAD"),
-    "an object of nothing": ("BAD = object()", "is none: it lacks name, summary, keys, check, install"),
+    "an object of nothing": ("BAD = object()", "is not usable: it lacks name, summary, keys, check, install"),
     "keys in a dict": (
         "class X:\n name = summary = 'bad'\n keys = {}\n check = install = print\nBAD = X()",
-        "is none: it lacks a tuple of keys",
+        "is not usable: it lacks a tuple of keys",
     ),
     "keys of nothing": (
         "class X:\n name = summary = 'bad'\n keys = (1,)\n check = install = print\nBAD = X()",
-        "is none: it lacks name of a key, default of a key",
+        "is not usable: it lacks name of a key, default of a key",
     ),
     "an attribute that raises": (
         "class X:\n @property\n def name(self): raise RuntimeError('lazy')\nBAD = X()",
