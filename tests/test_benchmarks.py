@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_overhead, goals, measure
+from benchmarks import bench_overhead, goals, instructions, measure
 from benchmarks.providers import PROVIDERS
 from omni_kernels import patched
 from omni_kernels.registration import DIRECT
@@ -207,6 +207,19 @@ def test_with_nothing_computed_a_fused_forward_has_the_shapes_that_it_has(monkey
             (again,) = run.request(1, lambda step: contextlib.nullcontext())
     assert left.shape == right.shape
     assert torch.equal(again, right)
+
+
+def test_instructions_are_shares_of_what_the_peer_adds(tmp_path):
+    dump = tmp_path / "out.1"
+    dump.write_text("desc: Trigger: dump cache_dit,_TaylorSeer_1\nsummary: 0\ntotals: 1234\n")
+    assert instructions._read(dump) == ("cache_dit,_TaylorSeer_1", 1234)
+    counts = dict.fromkeys((c.name for c in instructions.COUNTED), 1400)
+    counts |= {"cache_dit": 1100, "unpatched": 1000, "plain forward": 200, "fused forward": 210}
+    targets = {one.what: one for one in instructions.shares(counts)}
+    assert targets["cache_dit, skipped: added instructions, of cache-dit library's"].figure == 0.25
+    assert targets["cache_dit, skipped: added instructions, of cache-dit library's"].met
+    assert not targets["first_block_cache, skipped: added instructions, of diffusers first-block cache's"].met
+    assert not targets["fused forward: instructions, of the plain one's"].met
 
 
 def test_a_fused_forward_is_compared_with_the_plain_one():

@@ -33,7 +33,12 @@ Picture = Callable[[Mapping[str, Any]], Any]
 
 #: Differences are shown this many times as large, and clipped at white.
 GAIN = 8
-GOOD = 40  # dB: from here on, the verdict looks for speed
+
+#: dB. The verdict names the fastest run whose mean PSNR is at least this.
+GOOD = 40
+
+#: Measures of which less is better.
+LESS = ("nfe", "blocks", "seconds", "lpips")
 
 #: Pictures up to this size are shown as they are; larger ones are reduced to it.
 LONGEST = 320
@@ -355,7 +360,7 @@ def _gallery(
 
 
 def _worst_first(rows: Sequence[Sequence[Mapping[str, Any]]]) -> list[Sequence[Mapping[str, Any]]]:
-    """The rows: first those with the worst picture of each run, by PSNR, then the others in their order."""
+    """First the rows with the worst picture of each run, by PSNR, in the order of the runs; then the others."""
 
     def psnr(row: Sequence[Mapping[str, Any]], run: int) -> float:
         return math.inf if row[run]["psnr"] is None else row[run]["psnr"]
@@ -371,7 +376,7 @@ def _best(document: Document) -> dict[str, list[str]]:
         means = {
             run["name"]: math.inf if run[name]["mean"] is None else run[name]["mean"] for run in document["runs"][1:]
         }
-        wanted = (min if name in ("nfe", "blocks", "seconds") else max)(means.values(), default=None)
+        wanted = (min if name in LESS else max)(means.values(), default=None)
         best[name] = [run for run, mean in means.items() if mean == wanted]
     return best
 

@@ -7,7 +7,6 @@ Every setting is run on one pipeline, in turn, and two of them on all; `make tes
 """
 
 import functools
-import logging
 
 import cache_dit
 import pytest
@@ -53,13 +52,6 @@ CASES = {
     "Z-Image with CFG": (functools.partial(tiny.z_image, layers=LAYERS), {"guidance_scale": 5.0}),
     "Z-Image without CFG": (functools.partial(tiny.z_image, layers=LAYERS), {"guidance_scale": 0.0}),
 }
-
-
-@pytest.fixture(autouse=True)
-def quiet_library():
-    logging.disable(logging.WARNING)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 def in_turn(everywhere):

@@ -4,7 +4,6 @@ Every setting is run on one model, in turn, and F2B1 on both; `make test-all` ru
 """
 
 import functools
-import logging
 import types
 
 import cache_dit
@@ -59,13 +58,6 @@ MODELS = {
     "Qwen-Image": (functools.partial(tiny.qwen_image, layers=6), True),
     "Z-Image": (functools.partial(tiny.z_image, layers=6), False),
 }
-
-
-@pytest.fixture(autouse=True)
-def quiet_library():
-    logging.disable(logging.WARNING)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(autouse=True)

@@ -39,13 +39,6 @@ ROWLESS = {
 
 
 @pytest.fixture(autouse=True)
-def quiet_library():
-    logging.disable(logging.WARNING)
-    yield
-    logging.disable(logging.NOTSET)
-
-
-@pytest.fixture(autouse=True)
 def the_library_is_left_as_it_was():
     yield
     gc.collect()

@@ -121,6 +121,11 @@ def test_the_best_of_each_column_is_marked_and_the_worst_pictures_come_first(tmp
     document["runs"][2]["seconds"]["mean"] = 0.1
     assert report_html._best(document)["seconds"] == ["4 steps"]
     assert report_html._best(document)["psnr"] == ["identical"]
+    document["measures"]["lpips"] = document["measures"]["ssim"]
+    for number, run in enumerate(document["runs"]):
+        run["lpips"] = run["ssim"] | {"mean": 0.3 - 0.01 * number}
+    assert report_html._best(document)["lpips"] == ["identical"], "of LPIPS, less is better"
+    assert set(document["measures"]) == {*MEASURED, "lpips"}
     rows = list(zip(*(run["cells"] for run in document["runs"]), strict=True))
     rows[4][1]["psnr"], rows[2][3]["psnr"] = 1.0, 0.5
     ordered = report_html._worst_first(rows)

@@ -1,0 +1,12 @@
+"""The cache-dit library logs its configuration at every request."""
+
+import logging
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def quiet_library():
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(logging.NOTSET)
