@@ -1,24 +1,32 @@
 """What mkdocs makes at build time: tables from the code, and pages from files that lie elsewhere.
 
-A line `<!-- keys -->` becomes a table of keys for each cache method; `<!-- file: PATH -->` becomes that file's text,
-without its title. Figures under benchmarks/results that a page shows are copied into the site.
+The marks, each on a line of its own:
+
+    <!-- keys -->             a section for each cache method, with the table of its keys
+    <!-- keys: METHOD -->     that table alone
+    <!-- figures: METHOD -->  what `python -m benchmarks.quality` measured of it
+    <!-- file: PATH -->       the text of that file, without its title
+
+Plots under benchmarks/results are copied into the site.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def on_files(files: Files, config: Any, **kwargs: Any) -> Files:
     """Add the plots of results to the site."""
-    for path in sorted((ROOT / "benchmarks" / "results").glob("*.svg")):
+    for path in sorted(RESULTS.glob("*.svg")):
         files.append(File.generated(config, f"images/{path.name}", content=path.read_text(encoding="utf-8")))
     return files
 
@@ -26,6 +34,8 @@ def on_files(files: Files, config: Any, **kwargs: Any) -> Files:
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
     """Replace the marks."""
     markdown = re.sub(r"<!-- file: (\S+) -->", lambda found: _text(found[1]), markdown)
+    markdown = re.sub(r"<!-- keys: (\w+) -->", lambda found: key_table(found[1]), markdown)
+    markdown = re.sub(r"<!-- figures: (\w+) -->", lambda found: figures(found[1]), markdown)
     return markdown.replace("<!-- keys -->", keys()) if "<!-- keys -->" in markdown else markdown
 
 
@@ -33,16 +43,75 @@ def keys() -> str:
     """A section for each cache method: its summary, and a table of its keys."""
     from omni_kernels.patching import backends
 
-    sections = []
-    for name, method in backends.available().items():
-        rows = [
-            f"| `{key.name}` | `{_cell(json.dumps(key.default, ensure_ascii=False))}` | {_cell(key.allowed)} "
-            f"| {_cell(key.doc)} |"
-            for key in method.keys
-        ]
-        head = ["| key | default | allowed | meaning |", "|---|---|---|---|"]
-        sections.append("\n".join([f"## {name}", "", f"{method.summary}.", "", *head, *rows]))
-    return "\n\n".join(sections)
+    return "\n\n".join(
+        f"## {name}\n\n{method.summary}.\n\n{key_table(name)}" for name, method in backends.available().items()
+    )
+
+
+def key_table(name: str) -> str:
+    """The keys of one cache method, with default, allowed values and meaning."""
+    from omni_kernels.patching import backends
+
+    rows = [
+        [f"`{key.name}`", f"`{_cell(json.dumps(key.default, ensure_ascii=False))}`", _cell(key.allowed), _cell(key.doc)]
+        for key in backends.available()[name].keys
+    ]
+    return _table(["key", "default", "allowed", "meaning"], rows)
+
+
+def figures(name: str) -> str:
+    """The measured runs of one cache method, a tab for each small model.
+
+    Each run stands beside plain sampling with as many forwards, or with the next larger number that was measured. Runs
+    of other libraries at the same settings follow ours.
+    """
+    tabs = []
+    for path in sorted(RESULTS.glob("quality-*.json"), key=lambda path: path.stem):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if rows := _figures(document, name):
+            table = _table(["run", "forwards", "speedup", "PSNR, dB", "p5", "plain sampling, dB", "p5"], rows)
+            tabs.append(f'=== "{document["model"]}"\n\n' + textwrap.indent(f"{_how(document)}\n\n{table}", "    "))
+    return "\n\n".join(tabs)
+
+
+def _figures(document: dict[str, Any], name: str) -> list[list[str]]:
+    runs = document["runs"]
+    plain = sorted((run for run in runs if run["method"] == "fewer steps"), key=lambda run: run["nfe"]["mean"])
+    ours = [run["name"] for run in runs if run["cache_backend"] == name]
+    theirs = {pair["theirs"] for pair in document["pairs"] if pair["ours"] in ours}
+    rows = []
+    for run in runs:
+        if run["name"] in theirs or run["cache_backend"] == name:
+            peer = next(one for one in plain if one["nfe"]["mean"] >= run["nfe"]["mean"] - 1e-6)
+            rows.append(
+                [
+                    run["name"],
+                    f"{run['nfe']['mean']:.0f}",
+                    f"{run['speedup']['mean']:.2f}×",
+                    *_psnr(run),
+                    *_psnr(peer, f", {peer['nfe']['mean']:.0f} forwards"),
+                ]
+            )
+    return rows
+
+
+def _psnr(run: dict[str, Any], note: str = "") -> list[str]:
+    psnr = run["psnr"]
+    return ["identical", ""] if psnr["mean"] is None else [f"{psnr['mean']:.1f}{note}", f"{psnr['p5']:.1f}"]
+
+
+def _how(document: dict[str, Any]) -> str:
+    full = next(run for run in document["runs"] if run["name"] == "no cache")
+    return (
+        f"{full['psnr']['identical']} pictures with {len(document['seeds'])} seeds, {full['steps']} steps on a CPU. PSNR "
+        "is against the full run: the mean, and the fifth percentile (p5). Without a cache, a picture takes "
+        f"{full['nfe']['mean']:.0f} forwards. Made by `{document['command']}`."
+    )
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _cell(text: str) -> str:

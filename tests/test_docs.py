@@ -1,5 +1,6 @@
 """README and docs: their code runs, on the embedded model where they name a big one, and their commands exist."""
 
+import json
 import re
 import runpy
 import shlex
@@ -88,9 +89,34 @@ def test_every_key_of_every_method_is_in_the_reference():
         assert [key.name for key in method.keys] == re.findall(r"^\| `(\w+)`", section, re.MULTILINE)
 
 
-def test_every_method_has_a_row_among_the_methods():
-    text = (ROOT / "docs" / "methods" / "index.md").read_text(encoding="utf-8")
-    assert set(METHODS) <= set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_a_page_with_its_figures(method):
+    pytest.importorskip("mkdocs")
+    page = (ROOT / "docs" / "methods" / f"{method}.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## (.*)", page, re.MULTILINE)
+    assert [one.rstrip("s") for one in headings if not one.startswith("Which")] == [
+        "Formula",
+        "When to use it",
+        "Key",
+        "Figure",
+        "Source",
+    ]
+    assert f"<!-- keys: {method} -->" in page
+    assert f"<!-- figures: {method} -->" in page
+    assert f"({method}.md)" in (ROOT / "docs" / "methods" / "index.md").read_text(encoding="utf-8")
+
+
+def test_the_figures_of_a_method_are_those_of_the_results():
+    pytest.importorskip("mkdocs")
+    text = runpy.run_path(str(ROOT / "docs" / "_hooks.py"))["figures"]("tea_cache")
+    runs = json.loads((ROOT / "benchmarks/results/quality-emoji-z-image.json").read_text(encoding="utf-8"))["runs"]
+    by_name = {run["name"]: run for run in runs}
+    ours, plain = by_name["TeaCache + Newton 0.05"], by_name["25 steps"]  # 25 forwards
+    cells = [ours["name"], "25", f"{ours['speedup']['mean']:.2f}×", f"{ours['psnr']['mean']:.1f}"]
+    tab = text.partition('=== "emoji-z-image"')[2]
+    assert f"| {' | '.join(cells)} |" in tab
+    assert f"| {plain['psnr']['mean']:.1f}, 25 forwards |" in tab
+    assert "`python -m benchmarks.quality --model emoji-z-image`" in tab
 
 
 def test_the_address_of_the_project_is_the_same_everywhere():
