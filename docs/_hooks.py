@@ -103,8 +103,8 @@ def _psnr(run: dict[str, Any], note: str = "") -> list[str]:
 def _how(document: dict[str, Any]) -> str:
     full = next(run for run in document["runs"] if run["name"] == "no cache")
     return (
-        f"{full['psnr']['identical']} pictures with {len(document['seeds'])} seeds, {full['steps']} steps on a CPU. PSNR "
-        "is against the full run: the mean, and the fifth percentile (p5). Without a cache, a picture takes "
+        f"{full['psnr']['identical']} pictures with {len(document['seeds'])} seeds, {full['steps']} steps on a CPU. "
+        "PSNR is against the full run: the mean, and the fifth percentile (p5). Without a cache, a picture takes "
         f"{full['nfe']['mean']:.0f} forwards. Made by `{document['command']}`."
     )
 
