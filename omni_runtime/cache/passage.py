@@ -39,7 +39,7 @@ class Parts:
 
     Attributes:
         first, last: the site. At a skipped step, what blocks [first, last) add to the hidden states is forecast.
-        signal: measures how much the model's input or states have changed.
+        signal: what is watched to tell whether a step resembles an earlier one.
         gate: request → a fresh gate for one branch of it; raises ValueError if the request is not supported.
         forecaster: computes the missing residual.
         fitted_for: the runs that the method's numbers were fitted to, in the form of `calibration.describe`. A request
@@ -181,7 +181,7 @@ class Passage:
         hidden, encoder = base
         gate, history = self.gate, self.encoder
         self._using = ops.trusted(hidden)
-        # Three cases: the shapes differ from the recorded ones; the gate decides without measuring; it has to measure.
+        # Three cases: the shapes have changed; the gate decides without measuring; the gate has to measure.
         verdict = None
         if hidden.shape == self.hidden.shape and (history is None or encoder is None or encoder.shape == history.shape):
             plan, reason = gate.plan(self._branch.called)
@@ -266,10 +266,10 @@ class Passage:
 
     def slots(self, blocks: Collection[torch.nn.Module], start: int) -> Iterator[Callable[..., Any]]:
         """Yield what is called in place of each of `blocks`, the first of which is block `start` of the model."""
-        # Blocks before the site run. At index `decided` the gate decides: in the call of block `first`, or, if the
-        # model does nothing between blocks, in the call of the block before it, after it has run. Then the blocks of
-        # the site run or are skipped. They are left out of the loop at once; or, if the model adds to the states
-        # between them (ControlNet), each one is replaced by a slot that returns its input.
+        # Blocks before the site run. At index `decided` the gate decides: in the call of block `first`; or, if that is
+        # not the first of `blocks` and the model does nothing between blocks, after the block before it has run. Then
+        # the blocks of the site run or are skipped. Skipped blocks are left out of the loop at once; or, if the model
+        # adds to the states between them (ControlNet), each one is replaced by a slot that returns its input.
         first, last, end = self._first, self._last, start + len(blocks)
         decided = first if self.stepwise or not start < first < end else first - 1
         numbered = enumerate(blocks, start)
