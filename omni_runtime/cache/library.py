@@ -271,8 +271,8 @@ class LibrarySession(CacheSession):
     def _enable(self, library: Library, patch: Patch) -> None:
         kind, module = type(self.pipe).__name__, library.module
         adapter_class = library.find(_ADAPTER)
-        # The library changes `__call__` of the class of the pipeline that it is given. So it gets a stand-in with a class of its
-        # own, and other pipelines of our class stay as they are.
+        # The library changes `__call__` of the pipeline's class. So it is given a stand-in with a class of its own, and
+        # other pipelines of the real class are not changed.
         seat = type(kind, (), {"__call__": lambda self: None, "transformer": self.transformer})()
         before = [(owner, mapping, dict(mapping)) for owner, mapping in self._namespaces()]
         try:
