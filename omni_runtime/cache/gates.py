@@ -1,9 +1,9 @@
 """Gates decide when a step is computed.
 
 A gate belongs to one CFG branch of one request. At each step, `plan` is called first: it decides from what needs no
-device (limits, masks), if it can. Otherwise the distances are measured and passed to `judge`. A gate that knows the
-outcome already (`omni_runtime.cache.replay`) gets them by `keep` instead, which reads nothing from the device. At the
-end `settle` is called with the outcome.
+device (limits, masks), if it can. Otherwise the distances are measured and passed to `judge`. If the gate knows the
+outcome already (`omni_runtime.cache.replay`), they are passed to `keep` instead, without being read from the device.
+Finally `settle` is called with the outcome.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Limits:
         warmup: the number of warmup steps at the start of a request.
         warmup_interval: the warmup computes every `warmup_interval`-th of these steps.
         mask: 1 for each step that must be computed; 0 leaves the step to the gate, or skips it if `static`.
-        static: whether the mask alone decides.
+        static: whether the mask alone decides after the warmup, for the steps that it covers.
         most_skips: the most skipped steps in a request; −1 for no limit.
         longest_run: the most skipped steps in a row; −1 for no limit.
     """

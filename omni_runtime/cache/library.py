@@ -6,8 +6,8 @@ know: when a request begins and ends, how many steps it has, and which transform
 library tells the CFG branches apart by call parity: it takes every second call for the other branch. If a step has
 only one call, its call counter is advanced by one more.
 
-Everything that the library writes into the pipeline is recorded and put back. Its contexts exist only during a request.
-Without a context, the library computes every block.
+Everything that the library writes into the pipeline is recorded and put back. Its contexts exist only during a
+request. Without a context, the library computes every block.
 """
 
 from __future__ import annotations
@@ -271,8 +271,8 @@ class LibrarySession(CacheSession):
     def _enable(self, library: Library, patch: Patch) -> None:
         kind, module = type(self.pipe).__name__, library.module
         adapter_class = library.find(_ADAPTER)
-        # The library changes `__call__` of the pipeline's class. So it is given a stand-in with a class of its own, and
-        # other pipelines of the real class are not changed.
+        # The library changes `__call__` of the pipeline's class. So it is given a stand-in with a class of its own,
+        # and other pipelines of the real class are not changed.
         seat = type(kind, (), {"__call__": lambda self: None, "transformer": self.transformer})()
         before = [(owner, mapping, dict(mapping)) for owner, mapping in self._namespaces()]
         try:

@@ -20,7 +20,7 @@ from omni_runtime.cache.calibration import UselessFitError
 
 @dataclass(frozen=True)
 class Ratios:
-    """The ratios of a run's steps, and how well they fit the samples.
+    """The ratios of a run's steps, and how much they vary between samples.
 
     Attributes:
         mag_ratios: γ_t for each step.

@@ -2,7 +2,7 @@
 
 Under context parallelism each rank's blocks see a part of the tokens, in order: rank 0 has the first ones, rank 1 the
 next, and so on. All parts have the same length, or nearly the same (`ulysses_anything`). The measured sums are added
-over the ranks, which gives the same bits on all of them, and the gate is given the shape of the whole sequence, because
+over the ranks, which gives the same bits on all of them. The gate is given the shape of the whole sequence, because
 the shapes of the parts differ. So all ranks compute and skip the same steps. If they disagreed at one step, the ranks
 that compute it would wait for the others forever. Under tensor parallelism each rank sees all tokens, up to rounding
 differences of its kernels. The ranks add their sums there, too.
