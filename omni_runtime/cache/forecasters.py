@@ -41,7 +41,7 @@ Fit = Callable[[np.ndarray, float, float], Weights]
 
 HERMITE_SCALE = 0.5
 FOCA_HORIZON = 3
-#: With fewer snapshots, an oscillating mode, which has two real parameters and so needs three steps, is all noise.
+#: An oscillating mode has two real parameters, so it needs three steps: with fewer snapshots, it looks like noise.
 DMD_LEAST = 4
 #: Relative to the largest singular value; as in cache-dit.
 DMD_CUTOFF = 1e-4
