@@ -1,9 +1,9 @@
 """TeaCache's polynomial for one model, and how it is fitted.
 
-A point is a pair of distances (x, y) between two consecutive denoising steps of a run without a cache, for one image in
-one CFG branch. x is the distance of block 0's modulated input, which the gate can measure. y is the distance of what a
-skipped step would reuse. Both are mean|now − then| / (mean|then| + 1e-8). The polynomial predicts y from x (TeaCache,
-Liu et al. 2024, arXiv:2411.19108).
+A point is a pair of distances (x, y) between two consecutive denoising steps of a run without a cache, for one image
+in one CFG branch. x is the distance of block 0's modulated input, which the gate can measure. y is the distance of
+what a skipped step would reuse. Both are mean|now − then| / (mean|then| + 1e-8). The polynomial predicts y from x
+(TeaCache, Liu et al. 2024, arXiv:2411.19108).
 
 The original uses the change of the model's output as y. But a skipped step, there as here, adds the *residual* of all
 blocks at the last computed step to its own, new input. Its error is the change of the residual since then. The output

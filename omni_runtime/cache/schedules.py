@@ -1,7 +1,7 @@
 """Schedules: which steps of a request are computed, decided before the request starts.
 
-A schedule is made for a number of steps and their noise levels σ. `fitted` adapts it to another request: to other noise
-levels, to more or fewer steps, or to another number of computed steps.
+A schedule is made for a number of steps and their noise levels σ. `fitted` adapts it to another request: to other
+noise levels, to more or fewer steps, or to another number of computed steps.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _steps(text: str) -> tuple[int, ...]:
 _MEANCACHE = "MeanCache (Gao et al. 2026, arXiv:2601.19961)"
 _LEMICA = "LeMiCa (Gao et al. 2025, arXiv:2511.00090)"
 #: The origin of published lists whose authors are not known.
-_UNNAMED = "published for velocity caching, by authors and for a model that nobody wrote down"
+_UNNAMED = "published for velocity caching; its authors and model are unknown"
 
 
 def _meancache(model: str, transformer: str | None, computed: str) -> Schedule:
@@ -122,7 +122,8 @@ def fitted(
     """Adapt a schedule to a request of `steps` steps, `budget` of them computed.
 
     The computed steps keep their positions in σ if the noise levels of both requests are known, otherwise their
-    relative positions in the step index. With another budget, they are spread more or less densely in the same pattern.
+    relative positions in the step index. With another budget, they are spread more or less densely in the same
+    pattern.
 
     Args:
         schedule: the schedule to adapt.
@@ -244,7 +245,10 @@ def fast_enough(candidates: Sequence[Schedule], steps: int, speedup: float) -> i
 
 
 def nearest(candidates: Sequence[Schedule], steps: int, budget: int) -> Schedule | None:
-    """The schedule whose share of computed steps is nearest to budget / steps; if equal, with the nearest step count."""
+    """The schedule whose share of computed steps is nearest to budget / steps.
+
+    Among equal ones, the one with the nearest number of steps; None if there are no candidates.
+    """
 
     def distance(one: Schedule) -> tuple[float, float]:
         share = math.log(len(one.computed) / one.steps * steps / budget)

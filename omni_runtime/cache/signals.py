@@ -1,13 +1,14 @@
 """Signals: what is watched to tell whether a step resembles an earlier one.
 
-A signal computes one tensor from the input of the first skippable block, and remembers it. From this tensor and the
-remembered one it computes each sample's [Σ|now − then|, Σ|then|]. The new tensor replaces the remembered one at every
-step if `every_step` is set (distances are then relative to the step before), otherwise only at computed steps
-(distances are then relative to the last computed step). `noise_only` matters if tokens of reference images follow the
-noise tokens: it says whether only the noise tokens are watched, or all of them. DBCache and first-block cache watch all
-of them, like the libraries that their thresholds come from.
+A signal computes one tensor from the input of the first skippable block. From this tensor and one remembered from an
+earlier step, it computes each sample's [Σ|now − then|, Σ|then|]. If `every_step` is set, the new tensor is remembered
+at every step, and distances are relative to the step before. Otherwise it is remembered only at computed steps, and
+distances are relative to the last computed step. `noise_only` matters if tokens of reference images follow the noise
+tokens: it says whether only the noise tokens are watched, or all of them. DBCache and first-block cache watch all of
+them, like the libraries that their thresholds come from.
 
-If whole steps are skipped, there is no block to watch. `ExpectedChange` uses the scheduler's latents and model outputs.
+If whole steps are skipped, there is no block to watch. Then `ExpectedChange` uses the scheduler's latents and model
+outputs.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ class ModulatedInput(Signal):
 
 
 class FilteredModulatedInput(Signal):
-    """Block 0's modulated input, passed through a Wiener filter for the step's noise level (SeaCache, arXiv:2602.18993).
+    """Block 0's modulated input after a Wiener filter for the step's noise level (SeaCache, arXiv:2602.18993).
 
     The model is x_σ = (1 − σ) signal + σ noise. Along each axis of the tokens' grid, the signal has the power
     S = 1 / (|f|^p + 1e-16) at frequency f, in cycles per token. The gain is g = (1 − σ) S / ((1 − σ)² S + σ² + 1e-16).
@@ -211,8 +212,8 @@ class ExpectedChange:
 
     Zhou et al. 2025, arXiv:2507.02860, in the form of the authors' code (H-EmbodVis/EasyCache, EasyCache4Wan2.1). The
     last two computed steps give the rate at which the output changes with the latents x: k = Σ|Δout| / Σ|Δx|. From one
-    step to the next, computed or not, the output is expected to change by k Σ|x − x_prev|. This is compared with Σ|out|
-    of the last computed step.
+    step to the next, computed or not, the output is expected to change by k Σ|x − x_prev|. This is compared with
+    Σ|out| of the last computed step.
 
     The authors use the input and output of the conditional branch, and the mean over the batch. Here x and out are
     those of the scheduler (unscaled, guided, with its sign), and each sample has its own sums.
