@@ -1,16 +1,18 @@
 """DBCache, TaylorSeer and SCM, with the keys of the cache-dit project and of vLLM-Omni.
 
-What the first Fn blocks add to the hidden states is compared with what they added in the last computed step: while
-Σ|x − y| / Σ|y| is below `residual_diff_threshold`, blocks [Fn, N−Bn) are skipped, and what they added is added again,
-or forecast (TaylorSeer, arXiv:2503.06923). The first `max_warmup_steps` are computed, or every `warmup_interval`-th of
-them; no more than `max_cached_steps` are skipped, and no more than `max_continuous_cached_steps` in a row. A steps
-computation mask (SCM), by the name of a policy or as it is, has steps computed; at its zeros the distance decides
-("dynamic"), or nothing does and they are skipped ("static").
+What the first Fn blocks add to the hidden states is compared with what they added in the last computed step. While
+Σ|x − y| / Σ|y| is below `residual_diff_threshold`, blocks [Fn, N−Bn) are skipped, and their last residual is added
+again, or a forecast of it (TaylorSeer, arXiv:2503.06923).
+
+Every `warmup_interval`-th of the first `max_warmup_steps` is always computed. At most `max_cached_steps` are skipped in
+a request, and at most `max_continuous_cached_steps` in a row. A steps computation mask (SCM), given as a list or as
+the name of a policy, computes the steps at its ones. At its zeros, the distance decides ("dynamic"), or the steps are
+always skipped ("static").
 
 site: blocks [Fn, N−Bn) · signal: residual of the first Fn blocks · gate: threshold, under limits and a mask ·
 forecaster: reuse, TaylorSeer, or another
 
-`engine` says who runs the blocks: we, or the installed cache-dit library (`omni_runtime.cache.library`).
+`engine` selects what runs the blocks: this project, or the installed cache-dit library (`omni_runtime.cache.library`).
 """
 
 from __future__ import annotations
