@@ -55,7 +55,7 @@ def _steps(text: str) -> tuple[int, ...]:
 _MEANCACHE = "MeanCache (Gao et al. 2026, arXiv:2601.19961)"
 _LEMICA = "LeMiCa (Gao et al. 2025, arXiv:2511.00090)"
 #: The origin of published lists whose authors are not known.
-_UNNAMED = "published for velocity caching; its authors and model are unknown"
+_UNNAMED = "published for velocity caching (authors and model unknown)"
 
 
 def _meancache(model: str, transformer: str | None, computed: str) -> Schedule:

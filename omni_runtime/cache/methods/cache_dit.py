@@ -4,8 +4,8 @@ What the first Fn blocks add to the hidden states is compared with what they add
 Σ|x − y| / Σ|y| is below `residual_diff_threshold`, blocks [Fn, N−Bn) are skipped, and their last residual is added
 again, or a forecast of it (TaylorSeer, arXiv:2503.06923).
 
-Every `warmup_interval`-th of the first `max_warmup_steps` is always computed. At most `max_cached_steps` are skipped in
-a request, and at most `max_continuous_cached_steps` in a row. A steps computation mask (SCM), given as a list or as
+Every `warmup_interval`-th of the first `max_warmup_steps` is always computed. At most `max_cached_steps` are skipped
+in a request, and at most `max_continuous_cached_steps` in a row. A steps computation mask (SCM), given as a list or as
 the name of a policy, computes the steps at its ones. At its zeros, the distance decides ("dynamic"), or the steps are
 always skipped ("static").
 

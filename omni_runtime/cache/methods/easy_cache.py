@@ -1,13 +1,14 @@
 """EasyCache (Zhou et al. 2025, arXiv:2507.02860): skip whole steps while the output is expected to change little.
 
-The last two computed steps give the rate at which the output v changes with the latents x. The rate times the change of
-the latents is the expected change of v (`omni_runtime.cache.signals.ExpectedChange`). The expected changes are summed,
-and a step is computed when the sum reaches `thresh`. The first `ret_steps` steps and the last one are always computed.
-A skipped step gets its own x plus v − x of the last computed step, so what the model adds to the latents is reused.
+The last two computed steps give the rate at which the output v changes with the latents x. The rate times the change
+of the latents is the expected change of v (`omni_runtime.cache.signals.ExpectedChange`). The expected changes are
+summed, and a step is computed when the sum reaches `thresh`. The first `ret_steps` steps and the last one are always
+computed. A skipped step gets its own x plus v − x of the last computed step, so what the model adds to the latents is
+reused.
 
-Names and defaults are those of the authors' code for Wan 2.1. That code decides by the conditional branch and adds each
-branch's own difference; here the guided output is used. If guidance is linear in the branches' outputs, both give the
-same skipped output. (Qwen-Image's guidance rescales, so it is not linear.)
+Names and defaults are those of the authors' code for Wan 2.1. That code decides by the conditional branch and adds
+each branch's own difference; here the guided output is used. If guidance is linear in the branches' outputs, both give
+the same skipped output. (Qwen-Image's guidance rescales, so it is not linear.)
 
 site: whole steps · signal: expected change · gate: accumulated distance, under limits · forecaster: reuse, or another
 within `reach`

@@ -2,10 +2,10 @@
 
 At noise level σ only a part of an image is signal. A Wiener filter over the grid of the tokens keeps this part of the
 modulated input, for a signal whose spectrum falls as 1/|f|^p with p = `power_exp`
-(`omni_runtime.cache.signals.FilteredModulatedInput`). The distances of the filtered input to the step before are summed
-without a polynomial. A step is computed when the sum reaches `threshold`. The first and the last step are always
-computed, and at most `max_consecutive_cached` steps are skipped in a row. Defaults are as in vLLM-Omni; the paper uses
-p = 2 for images.
+(`omni_runtime.cache.signals.FilteredModulatedInput`). The distances of the filtered input to the step before are
+summed without a polynomial. A step is computed when the sum reaches `threshold`. The first and the last step are
+always computed, and at most `max_consecutive_cached` steps are skipped in a row. Defaults are as in vLLM-Omni; the
+paper uses p = 2 for images.
 
 site: all blocks · signal: block 0's modulated input, filtered · gate: accumulated distance, under limits ·
 forecaster: reuse, or another

@@ -1,12 +1,12 @@
 """Velocity cache: skip whole steps on a schedule, and forecast the guided model output there.
 
-The cached value is what the pipeline passes to `scheduler.step`; for flow matching this is a velocity (MeanCache, Gao et
-al. 2026, arXiv:2601.19961, caches it on a schedule, too).
+The cached value is what the pipeline passes to `scheduler.step`. For flow matching this is a velocity (MeanCache, Gao
+et al. 2026, arXiv:2601.19961, caches it on a schedule, too).
 
 The computed steps are chosen before the request begins, by one of four keys: `schedule` (a list or a name), `budget`
-(the number of computed steps), `speedup`, or `quality`, if that was measured. The last three use the schedules that
-`omni calibrate schedule` found for the model, or else the published ones of its class, or else evenly spread steps
-(`omni_runtime.cache.schedules`). `quality` needs the former.
+(the number of computed steps), `speedup`, or `quality`. `quality` uses the schedules that `omni calibrate schedule`
+found for the model, whose quality was measured. `budget` and `speedup` use these, too, or else the published ones of
+the transformer's class, or else evenly spread steps (`omni_runtime.cache.schedules`).
 
 By default, a skipped step is forecast by the line in σ through the last two outputs (`forecaster` and
 `forecaster_order`), extrapolated no farther than `reach`. The next computed step corrects the error of the forecasts
