@@ -55,8 +55,8 @@ CALIBRATORS = {
 }
 #: Pipelines that the library accepts but cannot run: start of the class name → the reason.
 REFUSED = {
-    "LTX2": "it fails on blocks that take and return sound beside the video",
-    "Flux2KleinKV": "it makes another picture there, and skips nothing",
+    "LTX2": "it fails on blocks that take and return sound besides the video",
+    "Flux2KleinKV": "it changes the image there, and skips nothing",
     "SkyReelsV2DiffusionForcing": "there each frame has steps of its own, and the library counts steps by calls",
 }
 #: Pipelines that the library cannot run with a ControlNet, by the start of the class name.
@@ -169,7 +169,7 @@ def _refuse(pipe: Any) -> None:
     if getattr(pipe, "controlnet", None) is not None and kind.startswith(REFUSED_WITH_CONTROLNET):
         reasons.append("it fails where a ControlNet adds residuals between the blocks")
     if reasons:
-        raise ValueError(f"engine 'library' cannot serve {kind}: {reasons[0]}. engine 'own' may, or velocity_cache")
+        raise ValueError(f"engine 'library' cannot serve {kind}: {reasons[0]}. Try engine 'own', or velocity_cache")
 
 
 class _NotCopied:
@@ -230,8 +230,8 @@ class LibrarySession(CacheSession):
     """
 
     alone = (
-        "where engine 'library' would average its distances over every rank there is, whether it works on the same "
-        "request or not, and as if all shards were as long: engine 'own' does neither"
+        "where engine 'library' would average its distances over all ranks, even those that work on another request, "
+        "and as if all shards had the same length: engine 'own' does neither"
     )
 
     def __init__(
@@ -391,7 +391,7 @@ class LibrarySession(CacheSession):
             )
         branch = request.branch(sampling.context)
         if differentiates(transformer, args, kwargs):
-            raise ValueError(f"{GRADIENT} in a call on the cache-dit library, which has none: engine 'own' computes it")
+            raise ValueError(f"{GRADIENT}, which the cache-dit library does not support: engine 'own' computes it")
         lists = self._blocks[transformer]
         contexts = [self._manager.get_context(one.context) for one in lists]
         if not request.calls:
@@ -419,8 +419,8 @@ class LibrarySession(CacheSession):
         """Warn, once per request, that a transformer call did not reach the library."""
         holder = describe(vars(transformer).get("forward", type(transformer).forward))
         note = (
-            f"{NAME} is no longer called: the transformer's forward is {holder}, which somebody has put there during "
-            "the call; nothing is cached"
+            f"{NAME} is no longer called: the transformer's forward is {holder}, which was set during the pipeline's "
+            "call; nothing is cached"
         )
         if note not in request.notes:
             request.notes.append(note)

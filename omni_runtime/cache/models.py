@@ -130,7 +130,7 @@ def _qwen_noise_grid(arguments: Arguments) -> Grid:
     segments = shapes[0] if isinstance(shapes[0], list) else [shapes[0]]
     noise = segments if len(segments) == 1 else _qwen_noise(segments, arguments)
     if len(noise) > 1:
-        raise ValueError(f"the noise lies in {len(noise)} layers, which are no grid")
+        raise ValueError(f"the noise lies in {len(noise)} layers, which form no grid")
     frames, height, width = noise[0]
     return frames, height, width
 
@@ -150,7 +150,7 @@ def _z_image_modulation(block: Any, arguments: Arguments) -> Modulation:
 def _z_image_noise_grid(arguments: Arguments) -> Grid:
     latents = arguments["x"]  # [C, F, H, W] of each sample
     if isinstance(latents[0], list):
-        raise ValueError("the transformer was called with references among its latents: its tokens are no grid")
+        raise ValueError("the transformer was called with references among its latents: its tokens form no grid")
     _, frames, height, width = latents[0].shape
     patch, frame_patch = arguments.get("patch_size", 2), arguments.get("f_patch_size", 1)
     return frames // frame_patch, height // patch, width // patch

@@ -52,15 +52,15 @@ def check_scheduler(scheduler: Any, residual: bool = False) -> None:
     name = type(scheduler).__name__
     if _draws_noise(scheduler):
         raise ValueError(
-            f"{name} as it is set here draws new noise at each step, so that the last model output says little of the "
+            f"{name} with these settings draws new noise at each step, so the last model output does not predict the "
             "next one: whole steps cannot be skipped. A cache of blocks (cache_dit, tea_cache) works with it"
         )
     if name in SCHEDULERS:
         predicts = getattr(scheduler.config, "prediction_type", None)
         if residual and not name.startswith("FlowMatch") and predicts != "flow_prediction":
             raise ValueError(
-                f"{name} with prediction_type {predicts!r}: what a model adds to the latents can be reused where it "
-                "predicts a flow alone. velocity_cache works with it"
+                f"{name} with prediction_type {predicts!r}: what a model adds to the latents can be reused only if it "
+                "predicts a flow. velocity_cache works with it"
             )
         return
     if getattr(scheduler, "order", 1) != 1:

@@ -115,7 +115,8 @@ def fit(x: Sequence[float], y: Sequence[float]) -> Fit:
     if r_squared < MIN_R_SQUARED:
         raise UselessFitError(
             f"the polynomial explains {max(r_squared, 0.0):.0%} of how much the residual moves (R² {r_squared:.3f}, at "
-            f"least {MIN_R_SQUARED} is wanted): with this model and these settings, the modulated input hardly tells"
+            f"least {MIN_R_SQUARED} is wanted): with this model and these settings, the modulated input hardly "
+            "predicts it"
         )
     powers = polynomial.convert().coef[::-1]
     return Fit(

@@ -172,7 +172,7 @@ def _alike(a: Sequence[float], b: Sequence[float]) -> bool:
 
 
 def _between(knots: Sequence[float], place: float) -> float:
-    """The value at position `place` between knots 0, 1, 2, ..., linearly interpolated; one knot gives its own value."""
+    """The value at position `place` between knots 0, 1, 2, ..., interpolated linearly; of one knot, its value."""
     low = max(min(int(place), len(knots) - 2), 0)
     if low + 1 == len(knots):
         return knots[low]

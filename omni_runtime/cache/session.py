@@ -89,7 +89,7 @@ class CacheSession:
         """Follow the pipeline's calls.
 
         Raises:
-            ValueError, PatchConflictError: the pipeline cannot be served as it is now.
+            ValueError, PatchConflictError: the pipeline is not supported in its present state.
         """
         forecaster, dtype = self.forecaster, getattr(self.transformer, "dtype", None)
         note = None if forecaster is None else rounding_note(forecaster.name, forecaster.order, dtype or torch.float32)
@@ -361,7 +361,7 @@ class BlockSession(CacheSession):
         if self.ranks is not None and any(block._compiled_call_impl is not None for _, block in self._flat):
             raise ValueError(
                 f"the blocks of this {_name(self.transformer)} are compiled, and it is run by several ranks: a cache "
-                "of blocks does not go with both yet"
+                "of blocks does not support both together yet"
             )
         kind = BlockCall if self.ranks is None else SplitCall
         if not self.calls or type(self.calls[0]) is not kind:

@@ -123,7 +123,7 @@ CACHE_DIT = Method(
         keys.integer("Fn_compute_blocks", 1, 1, None, "first blocks, always computed and watched"),
         keys.integer("Bn_compute_blocks", 0, 0, None, "last blocks, always computed"),
         keys.integer("max_warmup_steps", 4, 0, None, "first steps, always computed"),
-        keys.integer("warmup_interval", 1, 1, None, "of the warmup's steps, compute every so many"),
+        keys.integer("warmup_interval", 1, 1, None, "within the warmup, compute every n-th step"),
         keys.integer("max_cached_steps", -1, -1, None, "most steps skipped in a request; −1: no limit"),
         keys.integer("max_continuous_cached_steps", 3, -1, None, "most steps skipped in a row; −1: no limit"),
         keys.number("residual_diff_threshold", 0.24, "distance below which a step is skipped; ≤ 0 never, ≥ 1 always"),
@@ -132,10 +132,12 @@ CACHE_DIT = Method(
         keys.choice("scm_steps_mask_policy", None, POLICIES, "steps computation mask by name"),
         _mask_key(),
         keys.choice(
-            "scm_steps_policy", "dynamic", ("dynamic", "static"), "the mask's zeros: ask the gate, or skip at once"
+            "scm_steps_policy", "dynamic", ("dynamic", "static"), "at the mask's zeros: the gate decides, or skip"
         ),
         keys.integer("num_inference_steps", None, 1, None, "not needed: a request's steps are read from its scheduler"),
-        keys.choice("engine", "own", ("own", "library"), "who runs the blocks: we, or the installed cache-dit library"),
+        keys.choice(
+            "engine", "own", ("own", "library"), "what runs the blocks: this project, or the cache-dit library"
+        ),
         *DECISION_KEYS,
         *FORECASTER_KEYS,
     ),

@@ -33,7 +33,7 @@ def chosen_forecaster(config: Config) -> Forecaster:
 #: For every method that decides by measured distances.
 DECISION_KEYS = (
     keys.choice(
-        "decision", "measure", ("measure", "replay"), "who decides: each request, or the first of its kind for all"
+        "decision", "measure", ("measure", "replay"), "each request decides, or all follow the first of their kind"
     ),
     keys.number(
         "drift_tolerance", 0.1, "drift, in shares of the threshold, past which a request decides afresh", low=0.0

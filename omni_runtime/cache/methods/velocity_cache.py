@@ -119,7 +119,7 @@ VELOCITY_CACHE = Method(
         keys.number(
             "speedup",
             None,
-            "times as fast as with all steps, by what was measured where that was calibrated; nothing given: half of "
+            "times as fast as with all steps, as measured by the calibration if there is one; nothing given: half of "
             "the steps",
             above=1.0,
         ),
@@ -138,7 +138,7 @@ VELOCITY_CACHE = Method(
             "order of the forecaster, where it has one; in bfloat16 and float16, rounding may outweigh what 2 adds",
         ),
         REACH_KEY,
-        keys.integer("corrector_order", 2, 0, 3, "order of what corrects skipped steps behind them; 0: nothing"),
+        keys.integer("corrector_order", 2, 0, 3, "order of the correction after skipped steps; 0: none"),
     ),
     relations=_relations,
     calibrated_by="calibration",
