@@ -96,8 +96,8 @@ class Corrector:
     output is computed, each v_i can be interpolated between outputs on both sides, which is several times closer. The
     difference of the two sums is added to the move of the current step, by changing the output that the scheduler
     steps with. This costs no further forward, and one launch. Correcting without another forward is UniPC's idea
-    (UniC: Zhao et al. 2023, arXiv:2302.04867). UniPC corrects the integral; here the sum is corrected that the steps
-    of the full run would make.
+    (UniC: Zhao et al. 2023, arXiv:2302.04867). UniPC corrects the integral; the `Corrector` corrects the sum that the
+    steps of the full run would give.
 
     Args:
         order: the order of the interpolation (Newton's divided differences in σ), which uses order + 1 outputs.
@@ -272,7 +272,7 @@ class OutputSteps:
             if differentiated:
                 self._verdict = Verdict(True, GRADIENT)
             elif branch.kept is not None and branch.kept.batch != batch:
-                # Guidance has ended or begun (Z-Image's cfg_truncation): outputs guided differently do not predict.
+                # Guidance has ended or begun (Z-Image's cfg_truncation): earlier outputs cannot be used any more.
                 self._forget()
                 self._verdict = Verdict(True, "another batch")
             elif self._history.shape is not None:
@@ -374,7 +374,7 @@ class OutputSteps:
 
 
 def reached(positions: Sequence[float], x: float, reach: float) -> float:
-    """`x`, limited to `reach` times the distance of the two newest positions, from the newest one.
+    """Limit `x` to at most `reach` times the distance between the two newest positions, from the newest one.
 
     `positions` are those of the snapshots, newest first. With fewer than two, `x` is returned unchanged.
     """

@@ -57,8 +57,8 @@ class CacheSession:
 
     Attributes:
         on_step: called with a `StepEvent` after each closed step; None for no callback.
-        blocks: the number of transformer blocks; 0 where no model row gives it.
-        forecaster: the method's forecaster; None where the session forecasts nothing itself.
+        blocks: the number of transformer blocks; 0 if unknown.
+        forecaster: the method's forecaster; None if the session forecasts nothing itself.
         notes: notes of the session, copied into the report of each request.
         rehearsing: whether a rehearsal is under way, which ignores the method's decisions.
 
