@@ -1,10 +1,9 @@
-"""The block-list seam: the model's own forward runs over a list that hands out what is to be called.
+"""The block-list seam: the model's own forward iterates over a list that decides what is called for each block.
 
-A transformer's forward iterates over its block lists. `BlockList` takes a list's place among the transformer's
-children, sharing its blocks and so its state-dict keys, hooks and casts; iterated from within a forward that is under
-way, it hands out the blocks through the `Passage` of that forward, which calls them, watches them or passes them
-over. Between the blocks the model does as it always does: a ControlNet's residuals, for one, are added by the model
-itself.
+A transformer's forward iterates over its block lists. `BlockList` replaces a list among the transformer's children. It
+shares the list's blocks, so state-dict keys, hooks and casts stay valid. When a forward iterates over it, it returns
+what the forward's `Passage` gives: the blocks themselves, or slots that observe or skip them. What the model does
+between the blocks is unchanged: for example, the model itself adds a ControlNet's residuals.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ import torch
 from omni_runtime.cache.lifecycle import CURRENT, Sampling
 from omni_runtime.cache.models import Arguments, ListRow, ModelRow
 
-#: The (hidden, encoder) states, [B, S, D] and [B, T, D]; no encoder states where there is a single stream.
+#: The (hidden, encoder) states, [B, S, D] and [B, T, D]; encoder is None if there is only one stream.
 States = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class BlockList(torch.nn.ModuleList):
-    """A block list that lets the forward under way decide what is called in each block's place."""
+    """A block list that lets the current forward decide what is called in place of each block."""
 
     _start: int
     _sampling: Sampling
@@ -35,39 +34,39 @@ class BlockList(torch.nn.ModuleList):
         self.__dict__.update({**vars(blocks), "_modules": blocks._modules, "_start": start, "_sampling": sampling})
 
     def __iter__(self) -> Iterator[Any]:
-        """The blocks; within a forward under way, what stands for them."""
+        """The blocks; within a forward of the sampling, what its passage hands out in their place."""
         blocks: Any = self._modules.values()
         sampling = self._sampling
         passage = sampling.passage if CURRENT.get() is sampling else None
         return iter(blocks) if passage is None else passage.slots(blocks, self._start)
 
     def __getitem__(self, index: Any) -> Any:
-        """A block, or a plain list of some."""
+        """A block; for a slice, a plain list of blocks."""
         if isinstance(index, slice):
             return torch.nn.ModuleList(list(self._modules.values())[index])
         return super().__getitem__(index)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """A copied or pickled list is a plain one: the copy is not patched."""
+        """A copied or pickled list becomes a plain one: the copy is not patched."""
         return torch.nn.ModuleList, (), {k: v for k, v in vars(self).items() if k not in ("_start", "_sampling")}
 
 
 class BlockCall:
-    """How one block is called, and what it returns, in the terms of the row of its list."""
+    """How one block is called and what it returns, according to its list's row."""
 
     def __init__(self, row: ListRow, block: torch.nn.Module) -> None:
         self._hidden, self._encoder = row.hidden, row.encoder
         alone = row.returns == "hidden"
         #: (hidden, encoder) → what the block would return.
         self.output: Callable[[Any], Any] = operator.itemgetter(0) if alone else operator.itemgetter(1, 0)
-        #: what the block returned → (hidden, encoder).
+        #: the block's output → (hidden, encoder).
         self.streams: Callable[[Any], States] = _hidden_alone if alone else operator.itemgetter(1, 0)
         self._names = tuple(inspect.signature(block.forward).parameters)
         self._place = self._names.index(row.hidden)
         self._encoder_place = self._names.index(row.encoder) if row.encoder else -1
 
     def inputs(self, args: tuple[Any, ...], kwargs: Arguments) -> States:
-        """The (hidden, encoder) states among the arguments of a call."""
+        """The (hidden, encoder) states from the arguments of a call."""
         given, encoder = len(args), self._encoder
         hidden = args[self._place] if self._place < given else kwargs[self._hidden]
         if encoder is None:
@@ -92,8 +91,8 @@ class ForwardCall:
         return {**dict(zip(self._names, args, strict=False)), **kwargs} if args else kwargs
 
     def works_between(self, args: tuple[Any, ...], kwargs: Arguments) -> bool:
-        """Whether a call has the forward do anything between its blocks."""
-        for name, place in self._between:  # noqa: SIM110 -- on the path of every forward, where a generator costs more
+        """Whether the forward does anything between its blocks in this call."""
+        for name, place in self._between:  # noqa: SIM110 -- runs in every forward, where a generator costs more
             if kwargs.get(name) is not None or len(args) > place:
                 return True
         return False
@@ -104,9 +103,9 @@ def _hidden_alone(output: torch.Tensor) -> tuple[torch.Tensor, None]:
 
 
 class Slot(functools.partial[Any]):
-    """What a forward is handed in a block's place: it has the block's attributes, and is called like it.
+    """What a forward gets in place of a block. It has the block's attributes and is called like the block.
 
-    `Slot(call, block)` calls `call` with the block and the arguments of its call.
+    `Slot(call, block)(*args, **kwargs)` is `call(block, *args, **kwargs)`.
     """
 
     def __getattr__(self, name: str) -> Any:

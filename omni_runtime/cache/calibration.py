@@ -1,7 +1,7 @@
-"""Numbers that a method goes by, fitted to one model: the file that holds them, and the runs that they hold for.
+"""Calibrations: numbers of a method that were fitted to one model. Their file, and the runs that they are valid for.
 
-What is fitted is said in `polynomial` (TeaCache), `magnitudes` (MagCache) and `omni_runtime.calibrate.search` (the
-velocity cache); `KINDS` is the table of them.
+The fits are in `polynomial` (TeaCache), `magnitudes` (MagCache) and `omni_runtime.calibrate.search` (the velocity
+cache). `KINDS` is the table of them.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ VERSION = 1
 
 
 class UselessFitError(ValueError):
-    """What was recorded gives no numbers that a gate could go by; the text says why, and what may help."""
+    """The recorded runs give no usable numbers. The message says why, and what may help."""
 
 
 class Fit(Protocol):
-    """What was fitted, for the method whose name it bears."""
+    """The numbers that were fitted for one method."""
 
     method: str
 
     def fields(self) -> dict[str, Any]:
-        """What the file holds of it."""
+        """The fields that the calibration file holds."""
 
     def words(self) -> str:
-        """It in words."""
+        """The fit in words."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Kind:
     Attributes:
         title: the method's name in words.
         key: the configuration key that takes the file.
-        fields: a parsed file → what a run needs of it; raises ValueError for what is broken.
+        fields: a parsed file → the fields that a run needs; raises ValueError if they are broken.
     """
 
     title: str
@@ -110,12 +110,12 @@ KINDS = {
 
 
 def file_name(method: str) -> str:
-    """What a model's folder may bring."""
+    """The name of a method's calibration file, which a model's folder may contain."""
     return f"{method}.json"
 
 
 def kept_for(model: str, method: str) -> Path:
-    """Where `omni calibrate` leaves a model's file, to be found again: in the user's data directory.
+    """The file in the user's data directory where `omni calibrate` stores a model's calibration.
 
     Args:
         model: a directory, or a name on the hub.
@@ -129,11 +129,14 @@ def kept_for(model: str, method: str) -> Path:
 
 
 def own_file(model: str, method: str) -> Path | None:
-    """The calibration that is taken for a model where none is given: what was kept for it, else what it brings."""
+    """The calibration file used for a model if none is given; None if there is none.
+
+    A file in the user's data directory comes before one in the model's folder.
+    """
     try:
         places = kept_for(model, method), Path(model).expanduser() / file_name(method)
         return next((place for place in places if place.is_file()), None)
-    except (OSError, RuntimeError, ValueError):  # a name that no path can have, or nobody's home: nothing is kept there
+    except (OSError, RuntimeError, ValueError):  # not a possible path, or no home directory: there is no file
         return None
 
 
@@ -141,12 +144,12 @@ def own_file(model: str, method: str) -> Path | None:
 
 
 def document(result: Fit, calibrated_for: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """What the file holds.
+    """The content of a calibration file.
 
     Args:
-        result: what was fitted.
-        calibrated_for: what `describe` says of the runs, and their `height` and `width` in pixels.
-        provenance: how it was made: `model`, prompts, seeds, versions, ...
+        result: the fit.
+        calibrated_for: the runs as given by `describe`, and their `height` and `width` in pixels.
+        provenance: how the calibration was made: `model`, prompts, seeds, versions, ...
     """
     return {
         "method": result.method,
@@ -159,7 +162,7 @@ def document(result: Fit, calibrated_for: Mapping[str, Any], provenance: Mapping
 
 
 def write(made: Mapping[str, Any], path: Path) -> None:
-    """Write the document, or, if that fails, leave what was there. The directory is made.
+    """Write the document to `path`, and create the directory if needed. If writing fails, an old file is kept.
 
     Raises:
         files.WriteError: it could not be written.
@@ -169,20 +172,22 @@ def write(made: Mapping[str, Any], path: Path) -> None:
 
 
 def read(source: str | os.PathLike[str] | Mapping[str, Any], method: str) -> dict[str, Any]:
-    """A method's calibration from its file or from the parsed file: what a run needs of it, without its provenance.
+    """Read a method's calibration from a file, or from the parsed file.
 
-    What `read` gave can be read again.
+    Returns:
+        The fields that a run needs, without the provenance. The result can itself be passed to `read`.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: no path, no JSON, no calibration of the method, or a broken one. Names the file; says what to do.
+        FileNotFoundError: the file does not exist.
+        ValueError: not a path, not JSON, not a calibration of the method, or a broken one. The message names the file
+            and says what to do.
     """
     if isinstance(source, Mapping):
         return _checked(source, "this dict", method)
     try:
         path = Path(source).expanduser()
         there = path.is_file()
-    except (OSError, RuntimeError, TypeError, ValueError) as error:  # too long, no such user, bytes, a zero in it
+    except (OSError, RuntimeError, TypeError, ValueError) as error:  # too long, unknown user, bytes, a NUL character
         why = getattr(error, "strerror", None) or error
         raise ValueError(f"{shown(source)} is not a file path: {why}") from None
     if not there:
@@ -217,7 +222,7 @@ def _checked(parsed: Any, name: str, method: str) -> dict[str, Any]:
 
 
 def _numbers(value: Any, count: int | None = None) -> list[float] | None:
-    """A list of so many finite numbers; None for anything else."""
+    """A list of `count` finite numbers, or of any number of them; None if `value` is anything else."""
     try:
         found = [finite(one) for one in entries(value)]
     except (TypeError, ValueError):
@@ -226,7 +231,7 @@ def _numbers(value: Any, count: int | None = None) -> list[float] | None:
 
 
 def summary(calibration: Mapping[str, Any]) -> str:
-    """What was calibrated, in a few words: model, steps, size, R² where there is one."""
+    """A short description of a calibration: model, steps, size, and R² if it has one."""
     about = calibration["calibrated_for"]
     words = [str(calibration.get("model", "an unnamed model"))]
     if "steps" in about:
@@ -238,11 +243,11 @@ def summary(calibration: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
-# The runs that it holds for
+# The runs that a calibration is valid for
 
 
 def describe(transformer: Any, blocks: int, scheduler: Any, steps: int, latents: Sequence[int]) -> dict[str, Any]:
-    """What fitted numbers hang on: transformer class, depth, sampler, steps, shape of one sample's latents."""
+    """What fitted numbers depend on: transformer class, depth, scheduler, steps, shape of one sample's latents."""
     settings = {
         key: value
         for key, value in getattr(scheduler, "config", {}).items()
@@ -259,7 +264,7 @@ def describe(transformer: Any, blocks: int, scheduler: Any, steps: int, latents:
 
 
 def differences(calibrated_for: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:
-    """In what a run, as `describe` has it, differs from the runs that were calibrated: a phrase each, none if alike."""
+    """How a run, as given by `describe`, differs from the calibrated runs: one phrase for each difference."""
     found = []
     for key, phrase in _PHRASES.items():
         then, now = calibrated_for.get(key), run[key]

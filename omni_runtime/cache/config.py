@@ -1,7 +1,7 @@
-"""Configuration keys: what a method takes, what is allowed, and errors that name the value and the nearest key.
+"""Configuration keys: which ones a method has, which values are allowed, and the errors for wrong ones.
 
-Whoever gives a value may give anything. Scalars of numpy and torch, and their arrays of no dimension, are the numbers
-that they hold; of what can be iterated, MOST entries are read; and messages show no more than a few lines of a value.
+Values come from users and may be anything. Scalars and 0-dimensional arrays of numpy and torch count as the numbers
+that they hold. Of an iterable, at most MOST entries are accepted. Messages show only a few lines of a value.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 
 from omni_kernels.patching.backends import nearest, shown
 
-#: Entries of a list: far more than any request has steps.
+#: The most entries of a list: far more than any request has steps.
 MOST = 10_000
 
 
 class SaidInFullError(ValueError):
-    """What is wrong with a value, where what is allowed need not be said besides."""
+    """An error in a value whose message is complete: the text of what is allowed is not added to it."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class Key:
     """One configuration key.
 
     Attributes:
-        default: what is taken where nothing is given. Where that is None, None can be given, too.
-        type_name: of the value, for listings.
+        default: the value if none is given. If it is None, None is also allowed as a given value.
+        type_name: the type of the value, for listings.
         allowed: what is allowed, in words, for messages and listings.
-        doc: what it does, in a line.
-        convert: a given value → the normalised one; raises TypeError for one of another type and ValueError for one
-            out of range, with what is to be said besides what is allowed.
+        doc: what the key does, in a line.
+        convert: a given value → the normalised one. Raises TypeError for a wrong type and ValueError for a value out
+            of range; the error's text is a hint that is added to the message.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Key:
         """The normalised value.
 
         Raises:
-            TypeError, ValueError: another type, or out of range; with the key, what is allowed and the value.
+            TypeError, ValueError: wrong type, or out of range. The message has the key, what is allowed and the value.
         """
         if value is None and self.default is None:
             return None
@@ -55,16 +55,16 @@ class Key:
         except SaidInFullError as error:
             raise ValueError(f"{self.name}: {error}") from None
         except (TypeError, ValueError) as error:
-            kind = TypeError if isinstance(error, TypeError) else ValueError  # and none of their subclasses
+            kind = TypeError if isinstance(error, TypeError) else ValueError  # never one of their subclasses
             hint = f": {error}" if str(error) else ""
             raise kind(f"{self.name} must be {self.allowed}, not {shown(value)}{hint}") from None
 
 
-# What is given, as Python's own
+# Given values as Python values
 
 
 def plain(value: Any) -> Any:
-    """A scalar of numpy or torch, or an array of no dimension, as Python's own number; anything else as it is."""
+    """Convert a scalar or 0-dimensional array of numpy or torch to a Python number; return anything else as it is."""
     if not isinstance(value, int | float | str) and getattr(value, "shape", None) == () and hasattr(value, "item"):
         try:
             return value.item()
@@ -74,7 +74,7 @@ def plain(value: Any) -> Any:
 
 
 def whole(value: Any) -> int:
-    """A whole number. Raises TypeError for anything else, True and 2.0 among it, ValueError for one beyond 64 bits."""
+    """A whole number. Raises TypeError for anything else, also for True and 2.0; ValueError if it exceeds 64 bits."""
     value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError
@@ -84,7 +84,7 @@ def whole(value: Any) -> int:
 
 
 def finite(value: Any) -> float:
-    """A finite number. Raises TypeError for what is no number, ValueError for NaN, infinities and beyond all floats."""
+    """A finite number. Raises TypeError if it is not a number; ValueError if it is NaN, infinite or too large."""
     value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError
@@ -98,11 +98,11 @@ def finite(value: Any) -> float:
 
 
 def entries(value: Any) -> list[Any]:
-    """The entries of a list, an array or anything else that can be iterated, as Python's own numbers where they are.
+    """The entries of a list, an array or another iterable; numpy and torch scalars are converted to Python numbers.
 
     Raises:
-        TypeError: text, a mapping, or nothing that has entries.
-        ValueError: more than MOST of them.
+        TypeError: `value` is text, a mapping, or not iterable.
+        ValueError: it has more than MOST entries.
     """
     if (
         isinstance(value, str | bytes | Mapping)
@@ -122,7 +122,7 @@ def _within(value: Any, fits: bool) -> Any:
     return value
 
 
-# The kinds of keys. Of each, None is allowed where it is the default.
+# The kinds of keys. Each one allows None if its default is None.
 
 
 def _key(name: str, default: Any, type_name: str, allowed: str, doc: str, convert: Callable[[Any], Any]) -> Key:
@@ -174,7 +174,7 @@ def flag(name: str, default: bool, doc: str) -> Key:
 
 
 def choice(name: str, default: str | None, allowed: tuple[str, ...], doc: str, *, none: bool = False) -> Key:
-    """One of some names. With `none`, None can be given for the default."""
+    """One of the `allowed` names. With `none`, None may be given and means the default."""
 
     def convert(value: Any) -> str | None:
         if value is None and none:
@@ -212,7 +212,7 @@ def positives(name: str, doc: str) -> Key:
 
 
 def nothing(name: str, doc: str) -> Key:
-    """None alone, for a key that else takes a file."""
+    """Only None. Used in place of a key that usually takes a file."""
 
     def convert(value: Any) -> None:
         raise TypeError
@@ -225,11 +225,11 @@ class Resolved(dict[str, Any]):
 
 
 def resolve(keys: tuple[Key, ...], config: Mapping[str, Any] | None, owner: str) -> Resolved:
-    """Every key with its value: given, else default.
+    """Every key with its given value, or its default.
 
     Raises:
-        TypeError: `config` is no mapping, or a value has the wrong type.
-        ValueError: an unknown key (the nearest one is named), or a value out of range.
+        TypeError: `config` is not a mapping, or a value has the wrong type.
+        ValueError: a key is unknown (the message names the nearest one), or a value is out of range.
     """
     if config is None:
         config = {}

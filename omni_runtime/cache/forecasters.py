@@ -1,28 +1,28 @@
-"""Forecasters: what stands in for a value that was not computed.
+"""Forecasters compute a stand-in for a value that was not computed.
 
-Every forecaster is linear in the stored snapshots: given the positions x_0 (newest), x_1, ... of the snapshots and the
-position x of the value wanted, it is one weight per snapshot. The weights are found by running the method's recursion
-on unit vectors; the tensors are then summed once, by `omni_kernels.ops.linear_forecast`.
+Every forecaster is linear in the stored snapshots. From the positions x_0 (newest), x_1, ... of the snapshots and the
+position x of the wanted value, it computes one weight per snapshot. The weights are found by running the method's
+recursion on unit vectors. The tensors are then summed once, by `omni_kernels.ops.linear_forecast`.
 
 - reuse: the newest snapshot.
 - taylorseer: d_0 = Y, d_{i+1} = (d_i − d_i of the computed step before) / gap, forecast Σ d_i k^i / i! with k = x −
-  x_0, in step indices (TaylorSeer, arXiv:2503.06923). The gap at each level is that between the two last computed
-  steps, so from order 2 on, and for uneven gaps, it does not reproduce a polynomial: that is the published form.
-- newton: Newton's divided differences in σ, exact for polynomials up to the order at any gaps.
+  x_0, in step indices (TaylorSeer, arXiv:2503.06923). The gap at each level is that between the last two computed
+  steps. So from order 2 on, with uneven gaps, polynomials are not reproduced; this is the published form.
+- newton: Newton's divided differences in σ; exact for polynomials up to the order, with any gaps.
 - hermite: TaylorSeer with k^i replaced by s^i H_i(s k), s = 1/2, H_i the physicists' Hermite polynomials (HiCache,
-  arXiv:2508.16984, and its code for s and the division by i!). At order 1 that is TaylorSeer at half the slope; from
-  order 2 on it does not go through the newest snapshot.
-- foca: F + e/2 [(F − F_prev) + (F_k − F_(k−1))], e steps after the last computed F; F_prev is the computed one before,
-  F_k and F_(k−1) are the two last values of any kind, forecasts included. Beyond e = 3 the value at 3 is blended toward
-  F with weight 3/e (FoCa, arXiv:2508.16211, in the form of the cache-dit project, 1.5.3). F − F_prev is not divided by
-  the steps between them: behind a run of skips it overshoots.
-- dmd: exponential modes, Y(t) = Σ b_i φ_i λ_i^t, of the longest evenly spaced run of the newest snapshots, if it has 4
-  or more (dynamic mode decomposition, Schmid 2010; as a forecaster, the cache-dit project). Else the line through the
-  two newest. The modes depend on the snapshots, but only through their inner products: see `dmd`.
+  arXiv:2508.16984, and its code for s and the division by i!). At order 1 this is TaylorSeer with half the slope. From
+  order 2 on, it does not pass through the newest snapshot.
+- foca: F + e/2 [(F − F_prev) + (F_k − F_(k−1))], e steps after the last computed F. F_prev is the computed value
+  before F. F_k and F_(k−1) are the last two values of any kind, including forecasts. Beyond e = 3, the value at 3 is
+  blended toward F with weight 3/e (FoCa, arXiv:2508.16211, in the form of the cache-dit project, 1.5.3). F − F_prev is
+  not divided by the number of steps between them, so it overshoots after several skipped steps in a row.
+- dmd: exponential modes, Y(t) = Σ b_i φ_i λ_i^t, of the longest evenly spaced run of the newest snapshots, if it has
+  at least 4 (dynamic mode decomposition, Schmid 2010; as a forecaster, the cache-dit project). Otherwise the line
+  through the two newest. The modes depend on the snapshots, but only through their inner products: see `dmd`.
 
-The order that can be chosen is that of taylorseer, newton and hermite, which keep order + 1 snapshots; a request's
-first steps have fewer, and the order is then what they allow. reuse keeps 1, foca 12, dmd 6. In bfloat16 and float16,
-rounding may outweigh what orders from 2 on add: see `rounding_note`.
+taylorseer, newton and hermite have an order that can be chosen, and keep order + 1 snapshots. With fewer snapshots, in
+a request's first steps, the order is lower. reuse keeps 1 snapshot, foca 12, dmd 6. In bfloat16 and float16, the
+rounding error may be larger than the gain from orders ≥ 2: see `rounding_note`.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ Fit = Callable[[np.ndarray, float, float], Weights]
 
 HERMITE_SCALE = 0.5
 FOCA_HORIZON = 3
-#: Fewer snapshots cannot tell an oscillating mode from noise: it takes two real numbers, and so three steps.
+#: An oscillating mode has two real parameters, so it needs three steps: with fewer snapshots, it looks like noise.
 DMD_LEAST = 4
-#: Of the largest singular value; as in cache-dit.
+#: Relative to the largest singular value; as in cache-dit.
 DMD_CUTOFF = 1e-4
 DMD_LARGEST = 100.0
 
@@ -69,14 +69,14 @@ def _combine(differences: list[list[float]], factors: Sequence[float]) -> list[f
 
 
 def reuse(positions: Sequence[float], x: float) -> list[float]:
-    """The newest snapshot as it is."""
+    """The newest snapshot, unchanged."""
     return [1.0] + [0.0] * (len(positions) - 1)
 
 
 def taylorseer(positions: Sequence[float], x: float) -> list[float]:
     """TaylorSeer in its published form, of order len(positions) − 1."""
     k = x - positions[0]
-    if len(positions) == 2:  # by far the most used, and on the path of every skipped step
+    if len(positions) == 2:  # a fast path for the most used order, as this runs in every skipped step
         slope = k / (positions[0] - positions[1])
         return [1.0 + slope, -slope]
     differences = _differences(positions, lambda depth, j: positions[j] - positions[j + 1])
@@ -104,11 +104,11 @@ def hermite(positions: Sequence[float], x: float) -> list[float]:
 
 
 def foca(positions: Sequence[float], x: float) -> list[float]:
-    """FoCa's recursion over the steps since the oldest snapshot, of which all between two positions were forecast.
+    """FoCa's recursion over the steps since the oldest snapshot; all steps between two positions were forecast.
 
-    The forecasts before the second oldest snapshot, which hang on older ones, are taken to be the oldest snapshot
-    itself. With n snapshots, what the last of them would have differed from it enters with a factor of 0.5625^(n − 1)
-    at most: 0.18 with 4, and 0.002 with 12.
+    The forecasts before the second oldest snapshot depend on snapshots that are no longer kept. The oldest snapshot is
+    used in their place. With n snapshots, the error of the last of these forecasts enters with a factor of at most
+    0.5625^(n − 1): 0.18 for n = 4, and 0.002 for n = 12.
     """
     rows = [[float(i == j) for i in range(len(positions))] for j in range(len(positions))]
     current = rows[-1]
@@ -124,22 +124,22 @@ def foca(positions: Sequence[float], x: float) -> list[float]:
 
 
 def dmd(products: np.ndarray, spacing: float, noise: float) -> Weights:
-    """Exponential modes of evenly spaced snapshots, from their inner products alone.
+    """Exponential modes of evenly spaced snapshots, computed from their inner products only.
 
-    With the snapshots as columns, oldest first, X all but the newest, Z all but the oldest, and X = U S V^T: the
-    operator from step to step, seen in U, is A = S^-1 V^T (X^T Z) V S^-1 = W Λ W^-1; its modes are Φ = Z M with
-    M = V S^-1 W, their amplitudes b solve Φ b = newest in the mean of squares, and the forecast k spacings on is
-    Re Φ Λ^k b = Z Re(M Λ^k b), a weight for each column of Z. V, S and the normal equations of b need inner products
-    only. Singular values below `noise` or DMD_CUTOFF of the largest are left out. In float64, on the host.
+    Take the snapshots as columns, oldest first. X has all but the newest, Z all but the oldest, and X = U S V^T. The
+    operator from step to step, in the basis U, is A = S^-1 V^T (X^T Z) V S^-1 = W Λ W^-1. Its modes are Φ = Z M with
+    M = V S^-1 W. Their amplitudes b solve Φ b = newest by least squares. The forecast k spacings ahead is
+    Re Φ Λ^k b = Z Re(M Λ^k b): a weight for each column of Z. V, S and the normal equations of b need inner products
+    only. Singular values below `noise` or DMD_CUTOFF times the largest are dropped. Computed in float64 on the host.
 
     Args:
-        products: [n, n], of the snapshots with each other, newest first; n at least 2.
-        spacing: between the positions of neighbours.
-        noise: how far rounding to the snapshots' dtype moves them, relative to their size.
+        products: the inner products of the snapshots, [n, n], newest first; n is at least 2.
+        spacing: the distance between neighbouring positions.
+        noise: the relative rounding error of the snapshots' dtype.
 
     Returns:
-        The weights of these snapshots; those of `line` where the modes cannot be had, or where they would add up to
-        more than DMD_LARGEST in absolute value.
+        The weights of these snapshots. The weights of `line` are used instead if the modes cannot be computed, or if
+        the absolute weights add up to more than DMD_LARGEST.
     """
     gram = np.asarray(products, np.float64)[::-1, ::-1]
     try:
@@ -154,7 +154,7 @@ def dmd(products: np.ndarray, spacing: float, noise: float) -> Weights:
 
     def weights(positions: Sequence[float], x: float) -> list[float]:
         found = (m @ (modes.astype(complex) ** ((x - positions[0]) / spacing) * amplitudes)).real
-        if not np.abs(found).sum() <= DMD_LARGEST:  # a NaN is none either
+        if not np.abs(found).sum() <= DMD_LARGEST:  # also true for NaN
             return line(positions, x)
         return [*found[::-1].tolist(), *[0.0] * (len(positions) - len(found))]
 
@@ -175,13 +175,16 @@ def evenly_spaced(positions: Sequence[float]) -> int:
 
 @dataclass(frozen=True)
 class Forecaster:
-    """How to weigh, along which axis, and how many snapshots are kept.
+    """A forecaster: its weights, the axis of its positions, and how many snapshots it keeps.
 
     Attributes:
-        fit: inner products of the newest evenly spaced snapshots and their spacing → the weights to use until another
-            is recorded; None where the positions are all that counts. `weights` serves where they are fewer than
-            `least`.
-        name, order: what it was chosen by; order 0 for a forecaster that has none.
+        weights: (positions, x) → one weight per snapshot.
+        axis: whether positions are step indices or noise levels σ.
+        snapshots: the number of snapshots to keep.
+        fit: (inner products of the newest evenly spaced snapshots, their spacing, rounding error) → the weights to use
+            until the next snapshot is recorded. None if the weights depend on the positions only.
+        least: with fewer evenly spaced snapshots than this, `weights` is used instead of `fit`.
+        name, order: the name and order that it was made with; order 0 if it has none.
     """
 
     weights: Weights
@@ -193,7 +196,7 @@ class Forecaster:
     order: int = 0
 
 
-#: name → (weights, axis, snapshots, where they do not follow from the order, and fit, where there is one)
+#: name → (weights, axis, number of snapshots or None for order + 1, fit or None)
 FORECASTERS: dict[str, tuple[Weights, Literal["step", "sigma"], int | None, Fit | None]] = {
     "reuse": (reuse, "step", 1, None),
     "taylorseer": (taylorseer, "step", None, None),
@@ -205,25 +208,25 @@ FORECASTERS: dict[str, tuple[Weights, Literal["step", "sigma"], int | None, Fit 
 
 
 def make_forecaster(name: str, order: int = 1) -> Forecaster:
-    """The forecaster `name`; `order` counts only where the method has one."""
+    """Make the forecaster `name`. `order` is ignored if it has none."""
     weights, axis, snapshots, fit = FORECASTERS[name]
     ordered = snapshots is None
     return Forecaster(weights, axis, snapshots or order + 1, fit, name=name, order=order if ordered else 0)
 
 
 def rounding_note(forecaster: str, order: int, dtype: torch.dtype) -> str | None:
-    """What is to be said of snapshots that are rounded too coarsely for the forecast; None where nothing is.
+    """A note for the report if the snapshots are rounded too coarsely for the forecast; None otherwise.
 
-    A forecast of order n, one step on, is a sum of n + 1 snapshots with weights that add up to 2^(n + 1) − 1 in
-    absolute value: 3, 7 and 15 for n = 1, 2 and 3. So many times a snapshot's own is the rounding error of the
-    forecast, while what an order adds gets smaller and smaller. Of a smooth trajectory in 50 steps, orders 1 and 2 are
-    off by 0.0027 and 0.0049 in bfloat16, by 0.0007 and 0.0006 in float16, and by 0.0006 and 0.00002 in float32
+    A forecast of order n, one step ahead, is a sum of n + 1 snapshots whose absolute weights add up to 2^(n + 1) − 1:
+    3, 7 and 15 for n = 1, 2 and 3. Its rounding error is up to that many times the rounding error of a snapshot, while
+    each further order improves the forecast less. For a smooth trajectory in 50 steps, the errors of orders 1 and 2
+    are 0.0027 and 0.0049 in bfloat16, 0.0007 and 0.0006 in float16, and 0.0006 and 0.00002 in float32
     (`tests/cache/test_forecasters.py`).
 
     Args:
         forecaster: its name.
-        order: its order, where it has one.
-        dtype: of the snapshots: the model's.
+        order: its order, if it has one.
+        dtype: the dtype of the snapshots, which is that of the model.
     """
     has_order = FORECASTERS[forecaster][2] is None
     if not has_order or order < 2 or torch.finfo(dtype).eps < torch.finfo(torch.float16).eps:

@@ -1,8 +1,9 @@
-"""Gates: when is a step computed?
+"""Gates decide when a step is computed.
 
-A gate lives for one CFG branch of one request. At each step it first `plan`s from what needs no device (limits, masks);
-only when that leaves the question open are distances measured and `judge`d, or, by a gate that knows the outcome
-already (`omni_runtime.cache.replay`), `keep`t. `settle` is told the outcome.
+A gate belongs to one CFG branch of one request. At each step, `plan` is called first: it decides from what needs no
+device (limits, masks), if it can. Otherwise the distances are measured and passed to `judge`. If the gate knows the
+outcome already (`omni_runtime.cache.replay`), they are passed to `keep` instead, without being read from the device.
+Finally `settle` is called with the outcome.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 
 
 class Plan(enum.Enum):
-    """What a gate says before anything is measured."""
+    """A gate's answer before anything is measured."""
 
     COMPUTE = enum.auto()
     SKIP = enum.auto()
@@ -23,7 +24,7 @@ class Plan(enum.Enum):
 
 
 class Verdict(NamedTuple):
-    """A settled question: compute or not, from what distance, and why."""
+    """A gate's decision on one call: compute or skip, the reason, and the distance it is based on."""
 
     computed: bool
     reason: str
@@ -33,13 +34,15 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits common to all gates, in the order in which they are asked.
+    """The limits common to all gates, in the order in which they are applied.
 
     Attributes:
-        warmup: the first steps of a request, all computed ...
-        warmup_interval: ... or every so many of them.
-        mask: 1 for each step that must be computed; 0 leaves it to the gate, or skips at once if `static`.
-        most_skips, longest_run: −1 for no limit.
+        warmup: the number of warmup steps at the start of a request.
+        warmup_interval: the warmup computes every `warmup_interval`-th of these steps.
+        mask: 1 for each step that must be computed; 0 leaves the step to the gate, or skips it if `static`.
+        static: whether the mask alone decides after the warmup, for the steps that it covers.
+        most_skips: the most skipped steps in a request; −1 for no limit.
+        longest_run: the most skipped steps in a row; −1 for no limit.
     """
 
     warmup: int = 0
@@ -50,7 +53,7 @@ class Limits:
     longest_run: int = -1
 
     def warmup_steps(self) -> range:
-        """The steps that warm up: with a mask, no longer than its first run of computed steps."""
+        """The computed steps of the warmup. With a mask, it ends at the latest with the mask's first run of 1s."""
         length = self.warmup
         if self.mask is not None:
             length = min(length, next((i for i, bit in enumerate(self.mask) if not bit), len(self.mask)))
@@ -58,15 +61,16 @@ class Limits:
 
 
 class Gate:
-    """The limits; a subclass judges the distances.
+    """Applies the limits; subclasses judge the distances.
 
-    A branch with nothing to reuse computes, whatever the gate would say: no plan is asked for then.
+    If a branch has nothing to reuse, the step is computed without calling `plan`.
 
     Attributes:
-        unlimited: what is planned for a step of which the limits say nothing.
-        accumulated: what a gate that measures nothing holds against its threshold.
-        threshold: of a gate that measures, what is held against it is `Verdict.accumulated`, or where None, `distance`.
-        reads: whether the distances that were planned for are read and judged; else they are kept on the device.
+        unlimited: the plan for a step to which no limit applies.
+        accumulated: what a gate that measures nothing compares with its threshold.
+        threshold: the threshold. A gate that measures compares `Verdict.accumulated` with it, or `distance` if that is
+            None.
+        reads: whether the planned distances are read and judged; otherwise they are kept on the device.
     """
 
     unlimited: tuple[Plan, str] = (Plan.MEASURE, "")
@@ -84,7 +88,7 @@ class Gate:
         self._run = 0
 
     def plan(self, step: int) -> tuple[Plan, str]:
-        """What the limits say of this step, and which one says it."""
+        """The plan for this step, and the limit that it follows from."""
         if step in self._warmup:
             return Plan.COMPUTE, "warmup"
         if step < len(self._mask):
@@ -101,30 +105,30 @@ class Gate:
     def judge(self, sums: Sequence[Sequence[float]], elements: int) -> Verdict:
         """Compute or skip, from each image's (Σ|x − y|, Σ|y|) over `elements` elements.
 
-        The batch is decided by its worst image, so that no image is worse off than alone. A distance that is NaN
-        never passes for small: the step is computed.
+        The image with the largest distance decides for the batch, so that no image is worse than if it were sampled
+        alone. If a distance is NaN, the step is computed.
         """
         raise NotImplementedError(f"{type(self).__name__} measures no distance")
 
     def keep(self, sums: Any, elements: int, images: int) -> Verdict:
-        """Compute or skip without reading the samples' `sums`, fp32 [B, 2] on the device, which are kept.
+        """Compute or skip without reading `sums`, which are kept on the device.
 
         Args:
-            sums: as an op returns them.
-            elements: of all samples together.
-            images: how many there are, as `by_image` takes it.
+            sums: the sums of each sample as an op returns them, fp32 [B, 2].
+            elements: the number of elements of all samples together.
+            images: the number of images, as for `by_image`.
         """
         raise NotImplementedError(f"{type(self).__name__} reads what is measured")
 
     def enters(self, shape: tuple[int, ...]) -> None:
-        """What is watched has this shape from the forward under way on; told at the first, and at each change."""
+        """Called with the shape of what is watched, in the first forward and in each one where it has changed."""
 
     def tensors(self) -> list[Any]:
-        """Every tensor that is kept."""
+        """All tensors kept."""
         return []
 
     def settle(self, computed: bool) -> None:
-        """Take note of what was done."""
+        """Record whether the step was computed."""
         if computed:
             self._run = 0
         else:
@@ -145,10 +149,10 @@ class ScheduleGate(Gate):
 
 
 class RehearsalGate(Gate):
-    """Computes every third step and skips the others: a short request then runs all that a long one may.
+    """Computes every third step and skips the others, so that a short request runs all code that a long one may run.
 
     Args:
-        measures: whether distances are to be measured at each step.
+        measures: whether distances are measured at each step.
     """
 
     def __init__(self, measures: bool) -> None:
@@ -169,11 +173,14 @@ class RehearsalGate(Gate):
 
 
 def by_image(sums: list[list[float]], images: int) -> list[list[float]]:
-    """The sums of each image, from those of each sample.
+    """The sums of each image, from the sums of each sample.
 
-    Where guidance runs in one batch, several samples are one image's: sample i is image i mod `images`'s, as pipelines
-    lay them, one branch behind the other. What of them is skipped is skipped together, and what counts is how far the
-    image has moved. 0 is for a number that is not known: each sample is an image then.
+    If guidance runs in one batch, several samples belong to the same image. Pipelines put one branch after the other,
+    so sample i belongs to image i mod `images`. These samples are skipped together, so their sums are added.
+
+    Args:
+        sums: one row for each sample.
+        images: the number of images; 0 if unknown, which treats each sample as an image.
     """
     if not images or len(sums) % images:
         return sums
@@ -184,7 +191,7 @@ def worst(distances: Sequence[float]) -> float:
     """The largest distance; NaN if any is."""
     largest = 0.0
     for distance in distances:
-        if distance != distance:  # NaN, which max would pass over
+        if distance != distance:  # NaN, which max would ignore
             return distance
         largest = max(largest, distance)
     return largest
@@ -212,7 +219,7 @@ class ThresholdGate(Gate):
     def judge(self, sums: Sequence[Sequence[float]], elements: int) -> Verdict:
         """See `Gate.judge`."""
         largest = 0.0
-        for n, d in sums:  # as `worst` does, without a list: every step comes here
+        for n, d in sums:  # as `worst`, but without building a list: this runs at every step
             distance = n / d if d else math.inf
             if not distance <= largest:
                 largest = distance
@@ -226,9 +233,10 @@ class ThresholdGate(Gate):
 class AccumulatedPolynomialGate(Gate):
     """Skip while the accumulated |poly(r)| stays below the threshold (TeaCache).
 
-    r = mean|x − y| / (mean|y| + 1e-8) against the step before; each image has its own sum, and all start again from 0
-    at a computed step. `coefficients` has the highest power first. Where the polynomial was fitted to distances within
-    `fitted`, (smallest, largest), a finite r outside takes its value at the nearer end: beyond, it means nothing.
+    r = mean|x − y| / (mean|y| + 1e-8), relative to the step before. Each image has its own sum, and all sums are reset
+    to 0 at a computed step. `coefficients` has the highest power first. `fitted`, (smallest, largest), is the range of
+    distances that the polynomial was fitted to. A finite r outside this range is moved to the nearer end: the
+    polynomial means nothing beyond.
     """
 
     def __init__(
@@ -266,7 +274,7 @@ class AccumulatedPolynomialGate(Gate):
         return value
 
     def settle(self, computed: bool) -> None:
-        """See `Gate.settle`; a computed step clears the sums."""
+        """See `Gate.settle`. A computed step resets the sums."""
         super().settle(computed)
         if computed:
             self._sums = []
@@ -300,7 +308,7 @@ class MagnitudeRatioGate(Gate):
         return Plan.COMPUTE, "error above threshold"
 
     def settle(self, computed: bool) -> None:
-        """See `Gate.settle`; a computed step clears ratio and error."""
+        """See `Gate.settle`. A computed step resets ratio and error."""
         super().settle(computed)
         if computed:
             self._ratio, self._error = 1.0, 0.0

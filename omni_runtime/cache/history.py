@@ -12,31 +12,32 @@ from omni_kernels import ops
 from omni_kernels.device import has_fp64
 from omni_runtime.cache.forecasters import Forecaster, Weights, evenly_spaced
 
-#: One rank's summand → the sum over all ranks.
+#: This rank's summand → the sum over all ranks.
 Add = Callable[[torch.Tensor], torch.Tensor]
-#: Elements of a sample that are copied at once: 8 MB in float64.
+#: How many elements of a sample are copied at once: 8 MB in float64.
 PIECE = 1 << 20
 
 
-#: Of fp16, how much of a residual is kept: states reach ±65504 there, and their difference twice that.
+#: In fp16 a residual is stored times this factor: states reach ±65504, and their difference twice that.
 FP16_SHARE = 0.5
-#: fp16's largest value: what models themselves clip their states at.
+#: The largest fp16 value. Models clip their own states at it.
 FP16_MAX = 65504.0
 
 
 class History:
-    """One value of a request, as it was at computed steps, and where those steps lie: a stream's residual, as a rule.
+    """Snapshots of one value of a request at computed steps, and the positions of these steps.
 
-    In fp16 a residual is kept as its half, which is exact, and a forecast is clipped to what fp16 holds: where the
-    model's own states stay finite, so do skipped steps.
+    The value is usually the residual of a stream. In fp16 half of the residual is stored, which is exact, and a
+    forecast is clipped to the range of fp16. So if the model's own states stay finite, those of skipped steps do, too.
 
     Args:
-        forecaster: what it is for.
-        keep: how many snapshots; None for as many as the forecaster takes.
+        forecaster: the forecaster that uses the snapshots.
+        keep: the number of snapshots to keep; None for as many as the forecaster takes.
 
     Attributes:
-        positions: of the snapshots, newest first.
-        shape: of what the snapshots can be added to; None, which no tensor has, while there are none.
+        positions: the positions of the snapshots, newest first.
+        shape: the shape of the tensors that the snapshots can be added to; None, which matches no tensor, while there
+            are no snapshots.
     """
 
     __slots__ = ("_forecaster", "_keep", "_snapshots", "positions", "shape")
@@ -58,9 +59,10 @@ class History:
         self._snapshots.clear()
 
     def record(self, after: torch.Tensor, before: torch.Tensor | None, position: float) -> None:
-        """Store after − before at `position`, over the oldest snapshot once all places are taken; None stands for 0.
+        """Store after − before at `position`; if `before` is None, store `after`.
 
-        A residual at the newest one's position takes its place: samplers of second order visit a σ twice.
+        If the history is full, the oldest snapshot is overwritten. A snapshot at the position of the newest one
+        replaces it: second-order samplers visit a σ twice.
         """
         if self.shape != after.shape:
             self.clear()
@@ -82,9 +84,14 @@ class History:
         self._snapshots.insert(0, residual)
 
     def forecast(self, base: torch.Tensor | None, position: float, using: Any = ops) -> torch.Tensor:
-        """`base`, which the snapshots fit, plus the value expected at `position`; `using` the ops of that name.
+        """Return `base` plus the forecast at `position`.
 
-        For a history that keeps no more than the forecaster takes.
+        Only for a history that keeps no more snapshots than the forecaster takes.
+
+        Args:
+            base: a tensor of the shape of the snapshots; None for the forecast alone.
+            position: where to forecast.
+            using: the namespace of the ops.
         """
         weights = self._forecaster.weights(self.positions, position)
         if base is not None and base.dtype is torch.float16:
@@ -92,15 +99,15 @@ class History:
         return using.linear_forecast(base, self._snapshots, weights)
 
     def weights(self, position: float) -> list[float] | None:
-        """Those of the value expected at `position`, for the newest snapshots; None where each sample has its own."""
+        """The weights of the newest snapshots for a forecast at `position`; None if each sample has its own."""
         return self._forecaster.weights(self.positions[: self._forecaster.snapshots], position)
 
     def combined(self, weights: Sequence[float]) -> torch.Tensor:
-        """The sum of the newest snapshots with these weights."""
+        """The weighted sum of the newest snapshots."""
         return ops.linear_forecast(None, self._snapshots[: len(weights)], weights)
 
     def newest(self) -> torch.Tensor | None:
-        """The newest residual; None while there is none."""
+        """The newest snapshot; None while there is none."""
         if not self._snapshots:
             return None
         newest = self._snapshots[0]
@@ -112,14 +119,14 @@ class History:
 
 
 class FittedHistory(History):
-    """A history whose forecaster's weights depend on the snapshots too, and are fitted to each sample by itself.
+    """A history whose forecast weights also depend on the snapshots, and are fitted to each sample separately.
 
-    The first forecast after a computed step reads the evenly spaced snapshots once for their inner products, and
-    transfers n×n numbers per sample to the host, where they are fitted; further forecasts use the same fit. Where the
-    snapshots are too few or unevenly spaced, nothing is read.
+    The first forecast after a computed step reads the evenly spaced snapshots once to compute their inner products,
+    and transfers n×n numbers per sample to the host for the fit. Further forecasts use the same fit. If there are too
+    few snapshots, or they are unevenly spaced, nothing is read.
 
     Args:
-        add: sums over the ranks that have the snapshots' other parts, where they are split: one fit serves all.
+        add: if the snapshots are split over several ranks, sums over these ranks, so that all get the same fit.
     """
 
     __slots__ = ("_add", "_fits")
@@ -163,7 +170,7 @@ class FittedHistory(History):
         return None
 
     def _fitted(self) -> list[Weights]:
-        """The weights of each sample; none where the positions do not allow a fit."""
+        """The fitted weights of each sample; an empty list if the positions do not allow a fit."""
         fit, count = self._forecaster.fit, evenly_spaced(self.positions)
         if fit is None or count < self._forecaster.least:
             return []
@@ -173,7 +180,7 @@ class FittedHistory(History):
 
 
 def _whole(weights: Sequence[float]) -> list[float]:
-    """The weights of residuals, for their halves."""
+    """Convert weights of residuals into weights of the stored halves."""
     return [weight / FP16_SHARE for weight in weights]
 
 
@@ -182,9 +189,10 @@ def _in_fp16(forecast: torch.Tensor) -> torch.Tensor:
 
 
 def inner_products(snapshots: list[torch.Tensor], add: Add | None = None) -> np.ndarray:
-    """[B, n, n] in float64, on the host, of n tensors [B, ...] with each other; one transfer.
+    """The inner products of n tensors [B, ...] with each other: [B, n, n] in float64 on the host, in one transfer.
 
-    Summed in float64, or in float32 on devices that lack it, over pieces that bound the copy in that type.
+    They are summed in float64, or in float32 on devices without float64. The tensors are converted piece by piece, to
+    limit the memory for the copies.
     """
     like = snapshots[0]
     dtype = torch.float64 if has_fp64(like.device) else torch.float32
@@ -198,6 +206,11 @@ def inner_products(snapshots: list[torch.Tensor], add: Add | None = None) -> np.
 
 
 def history_of(forecaster: Forecaster, keep: int | None = None, add: Add | None = None) -> History:
-    """An empty history for a forecaster; `keep` as in `History`, where nothing is fitted, `add` as in `FittedHistory`,
-    where something is."""
+    """An empty history for a forecaster.
+
+    Args:
+        forecaster: the forecaster; with a `fit` it gets a `FittedHistory`, otherwise a `History`.
+        keep: as in `History`; ignored by a `FittedHistory`.
+        add: as in `FittedHistory`; ignored by a `History`.
+    """
     return History(forecaster, keep) if forecaster.fit is None else FittedHistory(forecaster, add)

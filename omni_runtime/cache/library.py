@@ -1,12 +1,13 @@
-"""The cache_dit backend on the installed cache-dit library: its blocks, its decisions, its models; our kernels inside.
+"""The cache_dit backend with engine 'library': the installed cache-dit library runs the blocks, with our kernels.
 
-The library is enabled on the pipeline's transformers, through its own adapter for the pipeline's class, and so serves
-models that have no row in `omni_runtime.cache.models`. What it does not know it is told by the scheduler seam: when a
-request begins and ends, how many steps it has, and which transformer calls belong to one step. It counts calls by
-parity, the second of a step being the other guidance branch; where a step has one call only, its count is moved on.
+The library is enabled on the pipeline's transformers through its own adapter for the pipeline's class. So it also
+supports models that have no row in `omni_runtime.cache.models`. The scheduler seam supplies what the library does not
+know: when a request begins and ends, how many steps it has, and which transformer calls belong to the same step. The
+library tells the CFG branches apart by call parity: it takes every second call for the other branch. If a step has
+only one call, its call counter is advanced by one more.
 
-All that the library writes into the pipeline is recorded and put back. Its contexts live as long as a request; without
-one, it computes every block.
+Everything that the library writes into the pipeline is recorded and put back. Its contexts exist only during a
+request. Without a context, the library computes every block.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from omni_runtime.cache.session import (
     refuse_parallel,
 )
 
-#: our forecasters that the library has, and the configuration of its calibrator; None: it reuses
+#: Our forecasters that the library has → the class that configures its calibrator. None: the residual is reused.
 CALIBRATORS = {
     None: None,
     "reuse": None,
@@ -52,19 +53,19 @@ CALIBRATORS = {
     "foca": "FoCaCalibratorConfig",
     "dmd": "DMDCalibratorConfig",
 }
-#: Pipelines that the library takes and cannot run, by how their names begin, and why.
+#: Pipelines that the library accepts but cannot run: start of the class name → the reason.
 REFUSED = {
-    "LTX2": "it fails on blocks that take and return sound beside the video",
-    "Flux2KleinKV": "it makes another picture there, and skips nothing",
+    "LTX2": "it fails on blocks that take and return sound besides the video",
+    "Flux2KleinKV": "it changes the image there, and skips nothing",
     "SkyReelsV2DiffusionForcing": "there each frame has steps of its own, and the library counts steps by calls",
 }
-#: Pipelines that it cannot run with a ControlNet, by how their names begin.
+#: Pipelines that the library cannot run with a ControlNet, by the start of the class name.
 REFUSED_WITH_CONTROLNET = ("QwenImage", "StableDiffusion3", "HunyuanDiT")
 _ADAPTER = "caching.cache_adapters.CachedAdapter"
 _MANAGER = "caching.cache_contexts.CachedContextManager"
 _CONTEXT = "caching.cache_contexts.CachedContext"
 
-#: What is asked of the library's objects, by class.
+#: The members of the library's classes that are used here.
 _USED = {
     _ADAPTER: ("apply",),
     _MANAGER: ("reset_context", "get_context", "clear_contexts"),
@@ -84,16 +85,16 @@ _USED = {
 
 
 def installed() -> bool:
-    """Whether the library is there; it is not imported."""
+    """Whether the library is installed. It is not imported."""
     return importlib.util.find_spec(NAME) is not None
 
 
 def check(config: Mapping[str, Any]) -> None:
-    """Whether the library is there and can serve these keys of the cache_dit backend.
+    """Check that the library is installed and supports these settings of the cache_dit backend.
 
     Raises:
-        ModuleNotFoundError: it is not installed.
-        ValueError: a key that it cannot serve.
+        ModuleNotFoundError: the library is not installed.
+        ValueError: a setting that the library does not support.
     """
     if not installed():
         raise ModuleNotFoundError(
@@ -108,10 +109,10 @@ def check(config: Mapping[str, Any]) -> None:
 
 
 def _load() -> Library:
-    """The installed library.
+    """Import the installed library.
 
     Raises:
-        ValueError: a version in which something that is used here is missing.
+        ValueError: its version lacks something that is used here.
     """
     with _quiet():
         library = Library(importlib.import_module(NAME))
@@ -125,7 +126,7 @@ def _load() -> Library:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the library's messages, which it prints to the standard output."""
+    """While open, suppress the library's log messages, which it prints to the standard output."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -135,7 +136,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _configurations(module: ModuleType, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Our keys as the library's configurations."""
+    """Translate our settings into the library's configuration objects."""
     forecaster, order = config["forecaster"], config["forecaster_order"]
     if config["enable_taylorseer"]:
         forecaster, order = "taylorseer", config["taylorseer_order"]
@@ -162,17 +163,17 @@ def _configurations(module: ModuleType, config: Mapping[str, Any]) -> dict[str, 
 
 
 def _refuse(pipe: Any) -> None:
-    """Raise ValueError for a pipeline of which is known that the library cannot run it (cache-dit 1.5.3)."""
+    """Raise ValueError for a pipeline that the library is known not to run (cache-dit 1.5.3)."""
     kind = type(pipe).__name__
     reasons = [reason for begin, reason in REFUSED.items() if kind.startswith(begin)]
     if getattr(pipe, "controlnet", None) is not None and kind.startswith(REFUSED_WITH_CONTROLNET):
         reasons.append("it fails where a ControlNet adds residuals between the blocks")
     if reasons:
-        raise ValueError(f"engine 'library' cannot serve {kind}: {reasons[0]}. engine 'own' may, or velocity_cache")
+        raise ValueError(f"engine 'library' cannot serve {kind}: {reasons[0]}. Try engine 'own', or velocity_cache")
 
 
 class _NotCopied:
-    """On a transformer that the library works on: a copy would go on with the blocks of the original."""
+    """Put on a transformer while the library works on it. Forbids copying: a copy would use the original's blocks."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
@@ -181,7 +182,7 @@ class _NotCopied:
 
 
 class _Order:
-    """The order of a module's children, which the library changes whenever it exchanges one for a forward."""
+    """The order of a module's children. The library changes it each time it exchanges a child for a forward."""
 
     held = True
 
@@ -204,9 +205,9 @@ class _Blocks:
     """A block list as the library caches it.
 
     Attributes:
-        context: under which the library keeps its state.
-        count: how many blocks there are.
-        settings: what a fresh context is made from.
+        context: the name of the library's context, which holds its state.
+        count: the number of blocks.
+        settings: the arguments for a fresh context.
     """
 
     context: str
@@ -220,17 +221,17 @@ class LibrarySession(CacheSession):
     The library is enabled when a call begins and taken out when it ends.
 
     Args:
-        name: the backend's.
-        config: its keys, complete.
-        mask: a request → its steps computation mask, if any; raises ValueError for one that fits no mask.
+        name: the backend's name.
+        config: all of its settings.
+        mask: request → its steps computation mask, or None; raises ValueError if no mask fits the request.
 
     Raises:
-        ValueError, PatchConflictError: a pipeline that the library cannot serve, by name.
+        ValueError, PatchConflictError: the library does not support the pipeline; the message says why.
     """
 
     alone = (
-        "where engine 'library' would average its distances over every rank there is, whether it works on the same "
-        "request or not, and as if all shards were as long: engine 'own' does neither"
+        "where engine 'library' would average its distances over all ranks, even those that work on another request, "
+        "and as if all shards had the same length: engine 'own' does neither"
     )
 
     def __init__(
@@ -252,12 +253,12 @@ class LibrarySession(CacheSession):
         self._serving: Request | None = None
 
     def install(self, patch: Patch) -> None:
-        """See `CacheSession.install`; our kernels are in the library for as long as the patch is there."""
+        """See `CacheSession.install`. The library uses our kernels until the patch is undone."""
         use_kernels(self._library.module, patch)
         super().install(patch)
 
     def take(self, sampling: Sampling, seams: Patch) -> None:
-        """Enable the library on the pipeline's transformers, and take the seams."""
+        """Enable the library on the pipeline's transformers, and install the seams."""
         for transformer in self.transformers:
             refuse_cached(transformer)
             refuse_compiled(transformer)
@@ -270,7 +271,8 @@ class LibrarySession(CacheSession):
     def _enable(self, library: Library, patch: Patch) -> None:
         kind, module = type(self.pipe).__name__, library.module
         adapter_class = library.find(_ADAPTER)
-        # The library makes a pipeline's class its own. This one stands for ours, and is nobody else's.
+        # The library changes `__call__` of the pipeline's class. So it is given a stand-in with a class of its own,
+        # and other pipelines of the real class are not changed.
         seat = type(kind, (), {"__call__": lambda self: None, "transformer": self.transformer})()
         before = [(owner, mapping, dict(mapping)) for owner, mapping in self._namespaces()]
         try:
@@ -306,7 +308,7 @@ class LibrarySession(CacheSession):
             )
 
     def _namespaces(self) -> Iterator[tuple[object, MutableMapping[str, Any]]]:
-        """Where the library may write."""
+        """The namespaces that the library may write to."""
         yield self.pipe, vars(self.pipe)
         for transformer in self.transformers:
             for module in transformer.modules():
@@ -329,7 +331,7 @@ class LibrarySession(CacheSession):
             )
 
     def held_tensors(self) -> list[torch.Tensor]:
-        """Every tensor that the request under way holds in the library's contexts."""
+        """All tensors that the library's contexts hold for the request under way."""
         held: list[torch.Tensor] = []
         for context in self._contexts() if self._serving is not None else ():
             held += [value for value in context.buffers.values() if isinstance(value, torch.Tensor)]
@@ -344,7 +346,7 @@ class LibrarySession(CacheSession):
         return [self._manager.get_context(one.context) for lists in self._blocks.values() for one in lists]
 
     def _begin(self, request: Request) -> None:
-        """Fresh contexts for the request."""
+        """Make fresh contexts for the request."""
         mask = self._mask(request)
         for lists in self._blocks.values():
             for one in lists:
@@ -355,21 +357,21 @@ class LibrarySession(CacheSession):
         request.on_end = functools.partial(self._end, request)
 
     def _end(self, request: Request) -> None:
-        """Free what the contexts hold: without them, the library computes every block."""
+        """Free the contexts and what they hold. Without contexts, the library computes every block."""
         if self._serving is not request:
             return
         self._serving = None
         for context in self._contexts():
-            # The manager keeps the one that it used last.
+            # The manager still refers to the context that it used last, so its calibrators are emptied too.
             for calibrator in (*context.get_calibrators(), *context.get_cfg_calibrators()):
                 if calibrator is not None:
                     calibrator.reset_cache()
         self._manager.clear_contexts()
 
     def call_of_another(self, call: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-        """See `CacheSession.call_of_another`; the library is in the transformer, so another thread waits."""
-        with turn(self.transformers), _quiet():  # it says of every list of blocks that it has no context
-            if self._serving is not None and CURRENT.get() is None:  # in this thread: from a callback
+        """See `CacheSession.call_of_another`. A call from another thread waits: the transformer is changed."""
+        with turn(self.transformers), _quiet():  # the library logs for each block list that it has no context
+            if self._serving is not None and CURRENT.get() is None:  # called in this thread, from a callback
                 raise ValueError(
                     f"the transformer of this {type(self.pipe).__name__} was called from a callback: the library would "
                     "count it as one of the pipeline's own calls"
@@ -389,7 +391,7 @@ class LibrarySession(CacheSession):
             )
         branch = request.branch(sampling.context)
         if differentiates(transformer, args, kwargs):
-            raise ValueError(f"{GRADIENT} in a call on the cache-dit library, which has none: engine 'own' computes it")
+            raise ValueError(f"{GRADIENT}, which the cache-dit library does not support: engine 'own' computes it")
         lists = self._blocks[transformer]
         contexts = [self._manager.get_context(one.context) for one in lists]
         if not request.calls:
@@ -414,31 +416,31 @@ class LibrarySession(CacheSession):
         return output
 
     def _lost(self, transformer: torch.nn.Module, request: Request) -> None:
-        """Say once a request that the library was passed by in a call."""
+        """Warn, once per request, that a transformer call did not reach the library."""
         holder = describe(vars(transformer).get("forward", type(transformer).forward))
         note = (
-            f"{NAME} is no longer called: the transformer's forward is {holder}, which somebody has put there during "
-            "the call; nothing is cached"
+            f"{NAME} is no longer called: the transformer's forward is {holder}, which was set during the pipeline's "
+            "call; nothing is cached"
         )
         if note not in request.notes:
             request.notes.append(note)
             warnings.warn(note, stacklevel=4)
 
     def _reason(self, computed: bool, distance: float | None) -> str:
-        """What the distance says; the library does not tell of its limits."""
+        """The reason for the report, from the distance. The library does not say when one of its limits decided."""
         if distance is None or computed == (distance < self._config["residual_diff_threshold"]):
             return "the library's decision"
         return "above threshold" if computed else "below threshold"
 
 
 def _decided(context: Any) -> tuple[bool, float | None]:
-    """Whether the library skipped in the call that was just made, and the distance that it measured, if any."""
+    """Whether the library skipped in the last call, and the distance that it measured, if any."""
     step = context.get_current_step()
     if context.is_separate_cfg_step():
         steps, distances = context.get_cfg_cached_steps(), context.get_cfg_residual_diffs()
     else:
         steps, distances = context.get_cached_steps(), context.get_residual_diffs()
     distance = distances.get(str(step))
-    if distance is None or math.copysign(1.0, distance) < 0:  # its signs for "not measured"
+    if distance is None or math.copysign(1.0, distance) < 0:  # both mean "not measured"
         return step in steps, None
     return step in steps, distance

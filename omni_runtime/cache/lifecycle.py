@@ -1,12 +1,12 @@
-"""Samplings and requests: when a cache is at work, and on what.
+"""Samplings and requests: when a cache is active, and for which calls.
 
-A `Sampling` is one call of a patched pipeline, in one thread. A `Request` is one denoising loop in it:
-`set_timesteps` of the pipeline's scheduler opens it, `step` closes each of its steps, and it ends with its last step
-or with the call. What a cache remembers hangs on the request, so no request sees another's.
+A `Sampling` is one call of a patched pipeline, in one thread. A `Request` is one denoising loop in it. The scheduler's
+`set_timesteps` opens a request, each `step` closes one of its steps, and it ends with its last step or with the
+pipeline call. All cached state belongs to a request, so requests never see each other's state.
 
-Pipelines share transformers and schedulers (`from_pipe`). So nothing stays on these between samplings, and what is
-put on them for one answers only its own calls: a `ContextVar` says which sampling a call belongs to. A second one on
-the same transformer waits until the first is over.
+Pipelines may share transformers and schedulers (`from_pipe`). So these objects are changed only while a sampling runs,
+and the changes affect only that sampling's calls: a `ContextVar` holds the sampling that a call belongs to. A second
+sampling on the same transformer, in another thread, waits until the first one is over.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from omni_runtime.cache.report import Decision
 #: The sampling that a call in this thread belongs to.
 CURRENT: ContextVar[Sampling | None] = ContextVar("omni_runtime_sampling", default=None)
 
-#: More transformer calls than this without a step of the scheduler: it is another scheduler that steps.
+#: After this many transformer calls without a step of the scheduler, the pipeline must be using another scheduler.
 MOST_CALLS = 16
 
 
 class Held(Protocol):
-    """Whatever is kept for a request, or for a branch of it."""
+    """State that is kept for a request, or for one of its branches."""
 
     def tensors(self) -> list[torch.Tensor]:
-        """Every tensor that is held."""
+        """All tensors held."""
 
 
 class Branch:
     """One CFG branch of one request: its name, its decisions, and what a cache keeps for it.
 
     Attributes:
-        called: the step of its last transformer call.
-        kept: what the cache keeps; None before its first call, and after the request.
+        called: the step of the branch's last transformer call; −1 before the first.
+        kept: what the cache keeps for the branch; None before its first call, and after the request.
     """
 
     __slots__ = ("called", "decisions", "kept", "name")
@@ -59,7 +59,7 @@ class Branch:
         self.kept: Any = None
 
     def decide(self, verdict: Verdict) -> None:
-        """Note what is done in the call under way, and why."""
+        """Record the verdict for the current call."""
         self.decisions.append(Decision(self.called, *verdict))
 
 
@@ -67,19 +67,21 @@ class Request:
     """One denoising loop.
 
     Attributes:
-        sigmas: the noise levels σ of the scheduler's steps, where it has any, else its timesteps.
-        begin: the scheduler's step that the loop begins with (image-to-image pipelines leave out the first ones).
-        step: index of the step under way, from 0 at `begin`.
-        branches: by name. Names come from the pipeline's cache context, else from the order of calls within a step.
-        calls: transformer calls in the step under way.
-        opened: whether a transformer call has come, and the session was told.
-        outputs: the cache of whole steps, where there is one; dropped like what branches keep.
-        sample: what the last step left, the latents that the step under way begins with; None before the first.
-        by_token: whether the scheduler is told of a noise level of each token, by which it steps then.
-        images, latents: how many the latents are of, and the shape of one's; 0 and () until the first step closes.
-        on_end: called once, when the request ends; for what is kept of it elsewhere.
+        sigmas: the noise levels σ of the scheduler's steps if it has any, otherwise its timesteps.
+        begin: the scheduler step at which the loop begins (image-to-image pipelines leave out the first ones).
+        step: index of the current step, counted from 0 at `begin`.
+        branches: the branches by name. A name is the pipeline's cache context, or else the position of the call
+            within a step.
+        calls: the number of transformer calls in the current step.
+        opened: whether the first transformer call has begun, and the session's `opened` was called.
+        outputs: the cache of whole steps, if there is one; freed together with what the branches keep.
+        sample: the latents after the last step, with which the current step begins; None before the first step.
+        by_token: whether the scheduler was given a noise level for each token, which it then steps by.
+        images, latents: the number of images in the latents, and the shape of one image's latents; 0 and () until the
+            first step closes.
+        on_end: called once when the request ends, to free state that is kept elsewhere.
         notes: what the report says of the request besides its decisions.
-        drift: how far a replayed schedule has drifted; None where none was.
+        drift: how far a replayed schedule has drifted; None if none was replayed.
     """
 
     def __init__(self, sigmas: list[float], scheduled: int) -> None:
@@ -108,38 +110,42 @@ class Request:
 
     @property
     def steps(self) -> int:
-        """How many steps the request has."""
+        """The number of steps of the request."""
         left = self._scheduled - self.begin
         return left if self._announced is None else min(left, self._announced)
 
     @property
     def sigma(self) -> float:
-        """The noise level of the step under way."""
+        """The noise level of the current step."""
         return self.sigmas[self.begin + self.step]
 
     @property
     def decisions(self) -> dict[str, list[Decision]]:
-        """Those of each branch that has made any."""
+        """The decisions by branch, for the branches that have made any."""
         return {name: branch.decisions for name, branch in self.branches.items() if branch.decisions}
 
     def starts(self, begin_index: int | None, announced: Any) -> None:
-        """The first transformer call comes: find out which steps the loop has.
+        """Determine the steps of the loop, at its first transformer call.
 
         Args:
-            begin_index: the scheduler's, None where the pipeline has set none.
-            announced: the number of steps that the pipeline says it will take (`_num_timesteps`), if it says so.
+            begin_index: the scheduler's begin index; None if the pipeline has set none.
+            announced: the number of steps that the pipeline announces (`_num_timesteps`), if it does.
         """
         if type(announced) is int and 0 < announced <= self._scheduled:
             self._announced = announced
-        if self.step == 0:  # else the scheduler's own count has told
+        if self.step == 0:  # later, the scheduler's own step count has already set `begin`
             left_out = 0 if self._announced is None else self._scheduled - self._announced
             self.begin = left_out if begin_index is None else begin_index
 
     def branch(self, context: str | None) -> Branch:
-        """The branch of the transformer call under way, by the pipeline's name for it, if any."""
+        """The branch of the current transformer call.
+
+        Args:
+            context: the pipeline's name for the branch; None if it gives none.
+        """
         name = context or str(self.calls)
         branch = self.branches.get(name)
-        if branch is not None and branch.called == self.step:  # a second call of that name in this step
+        if branch is not None and branch.called == self.step:  # a second call with the same name in this step
             name = f"{name}#{self.calls}"
             branch = self.branches.get(name)
         if branch is None:
@@ -148,7 +154,7 @@ class Request:
         return branch
 
     def close_step(self) -> None:
-        """Go on to the next step, or be complete after the last."""
+        """Go on to the next step; after the last one, the request is complete."""
         now = time.perf_counter()
         self.step_seconds.append(now - self._clock)
         self._clock = now
@@ -157,19 +163,19 @@ class Request:
         self.complete = self.step >= self.steps
 
     def begins_at(self, begin: int) -> None:
-        """The scheduler's own count says that the loop begins with another step than was thought: start over."""
+        """Correct `begin` from the scheduler's own step count, and drop everything cached so far."""
         self.begin = begin
         self.complete = self.step >= self.steps
         self._free()
 
     def tensors(self) -> list[torch.Tensor]:
-        """Every tensor that is held for the request."""
+        """All tensors held for the request."""
         kept = [branch.kept for branch in self.branches.values()]
         holders: list[Held] = [one for one in (*kept, self.outputs) if one is not None]
         return [tensor for holder in holders for tensor in holder.tensors()]
 
     def end(self) -> None:
-        """Free what is held; what was decided stays readable."""
+        """Free all cached state. The decisions stay readable."""
         self.ended = True
         self._free()
         on_end, self.on_end = self.on_end, None
@@ -183,43 +189,43 @@ class Request:
 
 
 class _OfAnotherRun(int):
-    """What a pipeline says of its steps, where it was said before this call."""
+    """Marks a `_num_timesteps` that a pipeline has left over from an earlier call: it does not count for this one."""
 
 
 class Listener(Protocol):
-    """Whoever follows the requests of a sampling; see `omni_runtime.cache.session.CacheSession`."""
+    """Callbacks for the requests of a sampling; see `omni_runtime.cache.session.CacheSession`."""
 
     name: str
 
     def opened(self, request: Request) -> None:
-        """A request has begun: its first transformer call comes."""
+        """A request begins: called just before its first transformer call."""
 
     def stepped_with(self, request: Request, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-        """What the scheduler is to step with, where the pipeline gives it `output`."""
+        """Return what the scheduler steps with, instead of the pipeline's `output`."""
 
     def repeated(self, request: Request) -> None:
-        """The step that has just closed is taken once more; raises ValueError where that cannot be served."""
+        """The step that has just closed is taken again; raises ValueError if that is not supported."""
 
     def stepped(self, request: Request) -> None:
         """A step has closed."""
 
     def completed(self, request: Request) -> None:
-        """The last step has closed; what is held is freed next."""
+        """The last step has closed; the cached state is freed right afterwards."""
 
 
 class Sampling:
     """One call of a patched pipeline, from its beginning to its end, in one thread.
 
     Args:
-        pipe: the pipeline; the scheduler that it has at the time of each transformer call is the one followed.
-        listener: follows the requests.
-        patch: records what is put on the scheduler; undone when the call is over.
+        pipe: the pipeline. The followed scheduler is always the one that the pipeline has at a transformer call.
+        listener: called back for each request.
+        patch: records the changes to the scheduler; undone when the call is over.
 
     Attributes:
-        request: the one under way.
-        requests: all that a transformer was called in, in order.
-        context: the pipeline's name for the transformer call under way, by `cache_context`.
-        passage: what decides which blocks run, during a forward of the transformer; None between forwards.
+        request: the request under way, if any.
+        requests: all requests in which a transformer was called, in order.
+        context: the name that the pipeline gives to the current transformer call with `cache_context`.
+        passage: decides which blocks run in the current forward of the transformer; None between forwards.
     """
 
     def __init__(self, pipe: Any, listener: Listener, patch: Patch) -> None:
@@ -235,14 +241,14 @@ class Sampling:
         self._told = self._closed = False
 
     def follow(self) -> None:
-        """Take the scheduler's seam."""
+        """Install the seam at the pipeline's scheduler."""
         before = vars(self._pipe).get("_num_timesteps")
         if isinstance(before, int):
             self._patch.set_attribute(self._pipe, "_num_timesteps", _OfAnotherRun(before))
         self._attach(self._pipe.scheduler)
 
     def current(self) -> Request | None:
-        """The request that a transformer call belongs to; None for a call outside any."""
+        """The request that a transformer call belongs to; None if it belongs to none."""
         if self._pipe.scheduler is not self.scheduler:
             self._change_scheduler()
         request = self.request
@@ -259,7 +265,7 @@ class Sampling:
         return request
 
     def close(self) -> None:
-        """End the request under way, and open no other: the rest of the call is not cached."""
+        """End the request under way and open no more: the rest of the pipeline call is not cached."""
         self._closed = True
         self.end_request()
 
@@ -270,7 +276,7 @@ class Sampling:
             self.request = None
 
     def say_if_nothing_was_cached(self) -> None:
-        """Warn of a call that has come to its end and in which no step could be skipped."""
+        """Warn if the pipeline called its transformer, but no scheduler step was seen, so nothing could be cached."""
         called = self._uncached > 0 or len(self.requests) > 0
         if called and not self._told and not any(request.step for request in self.requests):
             warnings.warn(
@@ -296,14 +302,14 @@ class Sampling:
         warnings.warn(note, stacklevel=6)
 
     def _change_scheduler(self) -> None:
-        """The pipeline was given another scheduler: leave the old one, and take up the new one where it stands."""
+        """The pipeline was given another scheduler: follow the new one instead of the old one."""
         self.end_request()
         self._patch.release()
         self._attach(self._pipe.scheduler)
         self._take_up()
 
     def _take_up(self) -> Request | None:
-        """A request whose timesteps were set before anybody was there to see it, and none of whose steps was taken."""
+        """Open a request for timesteps that were set before the sampling began, if no step was taken yet."""
         scheduler = self.scheduler
         if getattr(scheduler, "num_inference_steps", None) is None or _index(scheduler) is not None:
             return None
@@ -336,20 +342,20 @@ class Sampling:
         self._patch.set_method(scheduler, "set_timesteps", wrapped_set_timesteps)
         self._patch.set_method(scheduler, "step", wrapped_step)
         self.scheduler = scheduler
-        # Of the class: who else wraps the instance's method need not keep its signature.
+        # Taken from the class: other code may have wrapped the instance's method without keeping its signature.
         self._signature = inspect.signature(type(scheduler).step)
 
     def _open(self) -> None:
         if self._closed:
             return
         scheduler = self.scheduler
-        # One transfer to the host a request, before the loop starts.
+        # One transfer to the host per request, before the loop starts.
         levels = getattr(scheduler, "sigmas", None)
         levels = scheduler.timesteps if levels is None else levels
         self.request = Request([float(x) for x in levels.tolist()], len(scheduler.timesteps))
 
     def _step(self, request: Request, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One step of the scheduler, which closes the request's."""
+        """Take one step of the scheduler, and close the request's step."""
         scheduler = self.scheduler
         before = _index(scheduler)
         try:
@@ -372,7 +378,7 @@ class Sampling:
         request.sample = result[0] if isinstance(result, tuple) else getattr(result, "prev_sample", None)
         request.close_step()
         if request.step == 1:
-            behind = _index(scheduler)  # some know where they begin only now
+            behind = _index(scheduler)  # some schedulers know their begin index only after the first step
             began = before if before is not None or behind is None else behind - 1
             if began is not None and began != request.begin:
                 request.begins_at(began)
@@ -388,7 +394,7 @@ class Sampling:
         return result
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
-        """The arguments of a step by name: those that the scheduler's class knows."""
+        """The arguments of a scheduler step by name. Those that the scheduler's class does not have are left out."""
         known = self._signature.parameters
         return self._signature.bind_partial(
             self.scheduler, *args, **{name: value for name, value in kwargs.items() if name in known}
@@ -396,20 +402,20 @@ class Sampling:
 
 
 def _index(scheduler: Any) -> int | None:
-    """The scheduler's own count of its steps, where it keeps one on the host."""
+    """The scheduler's own step index; None if it keeps none as a host integer."""
     index = getattr(scheduler, "_step_index", None)
     return index if isinstance(index, int) else None
 
 
 def _repeats(request: Request, scheduler: Any) -> bool:
-    """Whether a step that was closed is taken once more (Cosmos 1.0 sets the scheduler's count back to do so)."""
+    """Whether a closed step is taken again. Cosmos 1.0 does this by setting the scheduler's step index back."""
     index = _index(scheduler)
     return index is not None and request.step > 0 and index - request.begin < request.step
 
 
 @contextlib.contextmanager
 def outside() -> Iterator[None]:
-    """While open, what happens in this thread is no part of the sampling: a callback may run other pipelines."""
+    """While open, this thread is outside any sampling. Used for callbacks, which may run other pipelines."""
     former = CURRENT.set(None)
     try:
         yield
@@ -423,9 +429,9 @@ _asking = threading.Lock()
 
 @contextlib.contextmanager
 def turn(shared: Sequence[Any]) -> Iterator[None]:
-    """While open, no sampling in another thread works with these transformers and schedulers: it waits for this one.
+    """While open, samplings in other threads that use any of these transformers or schedulers wait.
 
-    A callback must not wait for another thread that wants the same transformer: neither would go on.
+    A callback must not wait for another thread that uses the same transformer: that would deadlock.
     """
     with _asking:
         locks = [_turns.setdefault(one, threading.RLock()) for one in sorted(shared, key=id)]

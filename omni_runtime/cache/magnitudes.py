@@ -1,10 +1,10 @@
-"""MagCache's magnitude ratios for one model: how they are fitted, and how they serve another number of steps.
+"""MagCache's magnitude ratios for one model: how they are fitted, and how they are adapted to another number of steps.
 
 γ_t, the ratio of step t, is the mean over tokens of |r_t| / (|r_(t−1)| + 1e-8), where r_t is what all blocks add to a
-token at step t and |.| its Euclidean norm; it says by how much a residual that is reused from the step before would be
-too small or too large. γ_0 is 1. They are averaged over the samples, the CFG branches included (MagCache, Ma et al.
-2025, arXiv:2506.09045; the definition is that of diffusers' `MagCacheConfig(calibrate=True)`, of one run's first
-branch).
+token at step t and |.| is the Euclidean norm. It tells by which factor a residual that is reused from the step before
+would be too small or too large. γ_0 is 1. The ratios are averaged over the samples, including all CFG branches
+(MagCache, Ma et al. 2025, arXiv:2506.09045; the definition is that of diffusers' `MagCacheConfig(calibrate=True)`,
+which uses the first branch of one run).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from omni_runtime.cache.calibration import UselessFitError
 
 @dataclass(frozen=True)
 class Ratios:
-    """The ratios of a run's steps, and how good they are.
+    """The ratios of a run's steps, and how much they vary between samples.
 
     Attributes:
         mag_ratios: γ_t for each step.
-        spread: the largest standard deviation that the samples' own ratios have at a step.
-        points: how many there were.
+        spread: the largest standard deviation of the samples' ratios at one step.
+        points: the number of recorded ratios.
     """
 
     mag_ratios: tuple[float, ...]
@@ -35,11 +35,11 @@ class Ratios:
     method = "mag_cache"
 
     def fields(self) -> dict[str, Any]:
-        """What the file holds of it."""
+        """The fields that the calibration file holds."""
         return {"mag_ratios": list(self.mag_ratios), "spread": self.spread, "points": self.points}
 
     def words(self) -> str:
-        """The fit in a sentence, and its numbers."""
+        """The fit in a sentence, followed by the ratios."""
         later = self.mag_ratios[1:]
         return (
             f"{self.points} points: from step to step the residual's magnitude changes by a factor of {min(later):.4g} "
@@ -49,10 +49,10 @@ class Ratios:
 
 
 def fit(points: Iterable[tuple[int, float]]) -> Ratios:
-    """The mean ratio of each step, from (step, ratio) of every sample, whose steps run from 1 on.
+    """The mean ratio of each step, from the (step, ratio) pairs of every sample; steps are counted from 1.
 
     Raises:
-        UselessFitError: no points, or ratios that are not finite or not positive.
+        UselessFitError: there are no points, or some ratios are not finite or not positive.
     """
     steps: dict[int, list[float]] = {}
     for step, ratio in points:
@@ -72,7 +72,7 @@ def fit(points: Iterable[tuple[int, float]]) -> Ratios:
 
 
 def resized(ratios: Sequence[float], steps: int) -> tuple[float, ...]:
-    """The ratios for another number of steps: of each step, the one at the nearest place in the run."""
+    """The ratios for another number of steps: each step gets the ratio at the nearest relative position."""
     if steps == 1:
         return (ratios[-1],)
     scale = (len(ratios) - 1) / (steps - 1)

@@ -1,8 +1,8 @@
 """Steps computation masks (SCM): which steps must be computed, by policy name and step count.
 
 1 computes the step, 0 leaves it to the cache. The masks for 4, 6, 8, 9, 28 and 50 steps are those of the cache-dit
-project (1.5.3, `steps_mask`). Any other step count takes the nearest of them (by ratio), stretched; its last step is
-computed.
+project (1.5.3, `steps_mask`). For any other step count, the mask of the nearest count (by ratio) is stretched, and the
+last step is always computed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from omni_runtime.cache.config import entries
 
 POLICIES = ("slow", "medium", "fast", "ultra")
 
-#: What may stand in a given mask.
+#: The entries that a given mask may have → the bit.
 _BITS: dict[Any, int] = {"0": 0, "1": 1, 0: 0, 1: 1}
 
 #: step count → a mask for each of POLICIES
@@ -43,7 +43,7 @@ def steps_mask(policy: str, steps: int) -> tuple[int, ...]:
     """The mask of `policy` for a request of `steps` steps.
 
     Raises:
-        ValueError: an unknown policy, or fewer than 1 step.
+        ValueError: the policy is unknown, or there is less than 1 step.
     """
     if policy not in POLICIES:
         raise ValueError(f"unknown mask policy {policy!r}: allowed are {', '.join(POLICIES)}")
@@ -57,11 +57,11 @@ def steps_mask(policy: str, steps: int) -> tuple[int, ...]:
 
 
 def parse_mask(mask: Iterable[Any]) -> tuple[int, ...]:
-    """A mask given as a list (or an array) of 0 and 1, or as a string of them.
+    """Parse a mask that is given as a list (or an array) of 0 and 1, or as a string of them.
 
     Raises:
-        TypeError: neither a list nor a string.
-        ValueError: anything else in it, nothing, or more than `config.MOST` entries.
+        TypeError: the mask is neither a list nor a string.
+        ValueError: it is empty, has other entries, or has more than `config.MOST` of them.
     """
     given = entries(iter(mask) if isinstance(mask, str) else mask)
     bits = [_BITS.get(bit) if type(bit) in (str, int, float) else None for bit in given]

@@ -1,8 +1,8 @@
-"""The table of transformer classes: what the block-list seam must know of a model, one row per class.
+"""The table of transformer classes: what the block-list seam needs to know of a model, one row per class.
 
-To add a model whose blocks form one sequence (in one or several module lists), add a row to `MODELS`: the lists, each
-with how its blocks name their hidden states and what they return, and, for TeaCache, how block 0 modulates its input.
-Nothing of the model's `forward` is repeated here.
+To add a model whose blocks form one sequence (in one or several module lists), add a row to `MODELS`. It has the
+lists, the names of their blocks' hidden-state arguments, what the blocks return, and, for TeaCache, how block 0
+modulates its input. Nothing of the model's `forward` is repeated here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Arguments = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Modulation:
-    """How a block norms and modulates its input: norm(h)·weight·(1 + scale) + shift.
+    """How a block normalises and modulates its input: norm(h)·weight·(1 + scale) + shift.
 
     scale and shift are [B, D] or [B, 1, D], weight [D].
     """
@@ -39,19 +39,20 @@ def _all_tokens(arguments: Arguments) -> int | None:
     return None
 
 
-#: frames, height and width, in tokens
+#: (frames, height, width), in tokens.
 Grid = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class ListRow:
-    """One list of blocks, which are all called alike.
+    """One block list. All of its blocks are called in the same way.
 
     Attributes:
-        name: the attribute of the transformer that holds it.
-        depth: the key of the transformer's config that says how many blocks it has.
-        hidden, encoder: the blocks' arguments for the image and the text stream; `encoder` None for a single stream.
-        returns: what a block returns: (encoder, hidden), or the hidden states alone.
+        name: the transformer's attribute that holds the list.
+        depth: the key of the transformer's config that holds the number of blocks.
+        hidden, encoder: the names of the blocks' arguments for the image and the text stream; `encoder` is None if
+            there is only one stream.
+        returns: what a block returns: (encoder, hidden), or only the hidden states.
     """
 
     name: str
@@ -66,14 +67,14 @@ class ModelRow:
     """One transformer class.
 
     Attributes:
-        lists: its lists of blocks, in the order in which they run.
-        between: arguments of the transformer's forward that make it work between blocks (ControlNet residuals).
-        modulation: block 0 and its arguments → how it modulates its input; None where only TeaCache is to do without.
-        noise_tokens: the forward's arguments → how many leading tokens are noise; None for all.
-        noise_grid: the forward's arguments → how those tokens lie, in rows, one after another; raises ValueError for a
-            call in which they don't. None where only SeaCache is to do without.
-        tea_coefficients: TeaCache's polynomial, highest power first; None where none was fitted.
-        mag_ratios: MagCache's ratio of each step; None where none were published.
+        lists: its block lists, in the order in which they run.
+        between: the arguments of the forward that make the model do something between blocks (ControlNet residuals).
+        modulation: (block 0, its arguments) → how it modulates its input. None: TeaCache does not support the model.
+        noise_tokens: the forward's arguments → how many of the first tokens are noise; None for all tokens.
+        noise_grid: the forward's arguments → the grid of these tokens, which are stored row by row; raises ValueError
+            if they form no grid in this call. None: SeaCache does not support the model.
+        tea_coefficients: TeaCache's polynomial, highest power first; None if none was fitted.
+        mag_ratios: MagCache's ratio of each step; None if none were published.
         pipelines: the diffusers pipelines that run this transformer.
     """
 
@@ -89,9 +90,9 @@ class ModelRow:
 
 @dataclass(frozen=True)
 class TransformerFacts:
-    """What can be known of a transformer from its config.json, before its weights are loaded.
+    """What the config.json says about a transformer, before its weights are loaded.
 
-    `blocks` is None for a class without a row, whose blocks nobody can count.
+    `blocks` is the number of blocks; None for a class without a row, where it is unknown.
     """
 
     class_name: str
@@ -100,14 +101,17 @@ class TransformerFacts:
 
 def _qwen_modulation(block: Any, arguments: Arguments) -> Modulation:
     temb = arguments["temb"]
-    if block.zero_cond_t:  # the second half modulates the reference tokens, which are no noise
+    if block.zero_cond_t:  # the second half modulates the reference tokens, which are not noise
         temb = temb.chunk(2, dim=0)[0]
     shift, scale = block.img_mod(temb).chunk(6, dim=-1)[:2]
     return Modulation("layer", scale, shift, None, block.img_norm1.eps)
 
 
 def _qwen_noise_tokens(arguments: Arguments) -> int | None:
-    """An edit's reference images stand behind the noise, and never change: they would dilute every distance."""
+    """The number of noise tokens. An edit's reference images come after them; they never change, so they are left out.
+
+    Otherwise they would make every distance smaller.
+    """
     shapes = arguments.get("img_shapes")
     if not shapes or not isinstance(shapes[0], list) or len(shapes[0]) == 1:
         return None
@@ -115,7 +119,7 @@ def _qwen_noise_tokens(arguments: Arguments) -> int | None:
 
 
 def _qwen_noise(segments: Sequence[Grid], arguments: Arguments) -> Sequence[Grid]:
-    # Layered pipelines denoise all segments but the last, and they alone condition the time embedding further.
+    # Layered pipelines denoise all segments but the last. Only these pipelines pass `additional_t_cond`.
     return segments[:-1] if arguments.get("additional_t_cond") is not None else segments[:1]
 
 
@@ -126,7 +130,7 @@ def _qwen_noise_grid(arguments: Arguments) -> Grid:
     segments = shapes[0] if isinstance(shapes[0], list) else [shapes[0]]
     noise = segments if len(segments) == 1 else _qwen_noise(segments, arguments)
     if len(noise) > 1:
-        raise ValueError(f"the noise lies in {len(noise)} layers, which are no grid")
+        raise ValueError(f"the noise lies in {len(noise)} layers, which form no grid")
     frames, height, width = noise[0]
     return frames, height, width
 
@@ -138,7 +142,7 @@ def _z_image_modulation(block: Any, arguments: Arguments) -> Modulation:
     scale = block.adaLN_modulation(adaln).chunk(4, dim=-1)[0]
     norm = block.attention_norm1
     weight = norm.weight
-    if weight.device != adaln.device:  # an offload hook fetches it when the layer is called
+    if weight.device != adaln.device:  # offloaded: its hook loads it when the layer is called, here with ones
         weight = norm(adaln.new_ones(1, weight.numel()))[0]
     return Modulation("rms", scale, None, weight, norm.eps)
 
@@ -146,14 +150,17 @@ def _z_image_modulation(block: Any, arguments: Arguments) -> Modulation:
 def _z_image_noise_grid(arguments: Arguments) -> Grid:
     latents = arguments["x"]  # [C, F, H, W] of each sample
     if isinstance(latents[0], list):
-        raise ValueError("the transformer was called with references among its latents: its tokens are no grid")
+        raise ValueError("the transformer was called with references among its latents: its tokens form no grid")
     _, frames, height, width = latents[0].shape
     patch, frame_patch = arguments.get("patch_size", 2), arguments.get("f_patch_size", 1)
     return frames // frame_patch, height // patch, width // patch
 
 
 def _flux_noise_grid(arguments: Arguments) -> Grid:
-    """One transfer to the host: the ids are all that tells height from width. References have another first id."""
+    """The grid of the noise tokens, from their ids, which takes one transfer to the host.
+
+    Only the ids give height and width. Reference images have another first id.
+    """
     ids = arguments["img_ids"]
     ids = ids[0] if ids.ndim == 3 else ids
     noise = ids[ids[:, 0] == 0]
@@ -169,7 +176,7 @@ def _flux_modulation(block: Any, arguments: Arguments) -> Modulation:
     return Modulation("layer", scale, shift, None, norm.norm.eps)
 
 
-#: Of Qwen-Image in 50 steps, from the MagCache project.
+#: Qwen-Image in 50 steps, from the MagCache project.
 _QWEN_IMAGE_RATIOS = (
     1.0, 1.64062, 1.45312, 1.1875, 1.17188, 1.05469, 1.21094, 1.10938, 1.11719, 1.13281,
     1.11719, 1.07812, 1.07031, 1.08594, 1.08594, 1.07812, 1.03906, 1.04688, 1.07812, 1.07031,
@@ -177,7 +184,7 @@ _QWEN_IMAGE_RATIOS = (
     1.02344, 1.03906, 1.0, 1.01562, 1.0, 0.99219, 1.00781, 0.98047, 0.95703, 0.96875,
     0.99219, 0.92578, 0.92578, 0.90625, 0.85938, 0.80469, 0.87891, 0.75, 0.60938, 0.55078,
 )  # fmt: skip
-#: Of FLUX.1-dev in 28 steps, from the MagCache project.
+#: FLUX.1-dev in 28 steps, from the MagCache project.
 _FLUX_RATIOS = (
     1.0, 1.21094, 1.11719, 1.07812, 1.0625, 1.03906, 1.03125, 1.03906, 1.02344, 1.03125,
     1.02344, 0.98047, 1.01562, 1.00781, 1.0, 1.00781, 1.0, 1.00781, 1.0, 1.0,
@@ -235,7 +242,7 @@ def row_of(class_name: str) -> ModelRow:
     """The row of a transformer class.
 
     Raises:
-        ValueError: there is none; the message says what a row needs.
+        ValueError: there is no row; the message says what a row needs.
     """
     row = MODELS.get(class_name)
     if row is None:
@@ -254,10 +261,10 @@ def row_of(class_name: str) -> ModelRow:
 
 
 def describe(config: Mapping[str, Any]) -> TransformerFacts:
-    """The facts in a transformer's config.json (its `_class_name` and depth).
+    """Read the facts from a transformer's config.json: its `_class_name` and depth.
 
     Raises:
-        ValueError: the config lacks what its row counts blocks by.
+        ValueError: the config lacks a key that the row's `depth` names.
     """
     class_name = config["_class_name"]
     row = MODELS.get(class_name)
@@ -271,10 +278,10 @@ def describe(config: Mapping[str, Any]) -> TransformerFacts:
 
 
 def block_lists(transformer: torch.nn.Module, row: ModelRow) -> Sequence[torch.nn.ModuleList]:
-    """The transformer's block lists, by its row.
+    """The transformer's block lists, according to its row.
 
     Raises:
-        ValueError: an attribute that the row names is missing, no module list, or empty.
+        ValueError: an attribute that the row names is missing or not a module list, or all lists are empty.
     """
     lists = []
     for one in row.lists:

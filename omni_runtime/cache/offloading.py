@@ -1,7 +1,8 @@
-"""Weights of a block that diffusers' group offloading keeps elsewhere until the block is called.
+"""Loads the weights of a block that diffusers' group offloading has moved off the device.
 
-A signal that reads block 0's modulation runs its submodules before the block itself is called, or instead. So the
-block's group is fetched first, and sent back where the block is then skipped.
+Group offloading loads a block's weights when the block is called. A signal that reads block 0's modulation runs some
+submodules of the block before the block is called, or although it is skipped. So the weights are loaded first, and
+offloaded again if the block is then skipped.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ _HOOK = "group_offloading"
 
 
 def fetched(block: torch.nn.Module) -> bool:
-    """Have the block's weights where it computes; returns whether they are kept elsewhere between calls."""
+    """Load the block's weights onto the device if they are offloaded. Returns whether the block is offloaded."""
     group = _group_of(block)
     if group is None:
         return False
@@ -26,7 +27,7 @@ def fetched(block: torch.nn.Module) -> bool:
 
 
 def released(block: torch.nn.Module) -> None:
-    """Send the weights of a block that is not called back to where they are kept."""
+    """Offload the weights of a block again. Used where the block is not called."""
     group = _group_of(block)
     if group is not None:
         group.offload_()

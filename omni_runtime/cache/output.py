@@ -1,13 +1,13 @@
-"""The output site: whole denoising steps are skipped, and what the scheduler steps with is forecast.
+"""The output site: whole denoising steps are skipped, and the scheduler steps with a forecast.
 
-What is cached is the guided model output, the tensor that a pipeline hands to `scheduler.step`: a few latents. At a
-skipped step no transformer runs, in no CFG branch; each of its calls is answered with what the same call returned last,
-so that the pipeline's guidance has something to work on, and the scheduler steps with the forecast instead. For flow
-matching the output is a velocity (MeanCache, Gao et al. 2026, arXiv:2601.19961, caches it on a schedule, too). The
-next computed output tells how far off the forecasts were, and a `Corrector` makes up for it.
+The guided model output is cached: the tensor that a pipeline passes to `scheduler.step`, which is as small as the
+latents. At a skipped step the transformer runs in no CFG branch. Each of its calls returns what the same call returned
+last, because the pipeline's guidance needs an input. The scheduler then steps with the forecast instead of the guided
+result. For flow matching the output is a velocity (MeanCache, Gao et al. 2026, arXiv:2601.19961, caches it on a
+schedule, too). The next computed output shows the error of the forecasts, and a `Corrector` compensates for it.
 
-Which steps those are is a schedule's to say, or a gate's that is shown how much the output is expected to have changed
-(`omni_runtime.cache.signals.ExpectedChange`): one decision a step, for all CFG branches.
+A schedule chooses the skipped steps, or a gate does so from the expected change of the output
+(`omni_runtime.cache.signals.ExpectedChange`). There is one decision per step, for all CFG branches.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from omni_runtime.cache.replay import Replays
 from omni_runtime.cache.session import GRADIENT, Args, CacheSession, Kwargs, differentiates
 from omni_runtime.cache.signals import ExpectedChange
 
-#: Schedulers that evaluate the model once a step, on the latents that they gave out: class → what `σ` is measured by.
+#: Schedulers that evaluate the model once per step, on the latents that they returned: class → attribute used for `σ`.
 #: (`steps_along` says which of them a `Corrector` works with.)
 SCHEDULERS: dict[str, str] = {
     "FlowMatchEulerDiscreteScheduler": "sigmas",
@@ -42,25 +42,25 @@ SCHEDULERS: dict[str, str] = {
 
 
 def check_scheduler(scheduler: Any, residual: bool = False) -> None:
-    """Raise ValueError for a scheduler that whole steps cannot be skipped of, by name.
+    """Raise ValueError if whole steps of the scheduler cannot be skipped.
 
     Args:
-        scheduler: the pipeline's.
-        residual: whether what is cached is the model output less the latents (`OutputSite.residual`): that is near to
-            constant where the model predicts a flow, and not where it predicts the noise.
+        scheduler: the pipeline's scheduler.
+        residual: whether the cached value is the model output minus the latents (`OutputSite.residual`). It is nearly
+            constant if the model predicts a flow, but not if it predicts the noise.
     """
     name = type(scheduler).__name__
     if _draws_noise(scheduler):
         raise ValueError(
-            f"{name} as it is set here draws new noise at each step, so that the last model output says little of the "
+            f"{name} with these settings draws new noise at each step, so the last model output does not predict the "
             "next one: whole steps cannot be skipped. A cache of blocks (cache_dit, tea_cache) works with it"
         )
     if name in SCHEDULERS:
         predicts = getattr(scheduler.config, "prediction_type", None)
         if residual and not name.startswith("FlowMatch") and predicts != "flow_prediction":
             raise ValueError(
-                f"{name} with prediction_type {predicts!r}: what a model adds to the latents can be reused where it "
-                "predicts a flow alone. velocity_cache works with it"
+                f"{name} with prediction_type {predicts!r}: what a model adds to the latents can be reused only if it "
+                "predicts a flow. velocity_cache works with it"
             )
         return
     if getattr(scheduler, "order", 1) != 1:
@@ -75,7 +75,7 @@ def check_scheduler(scheduler: Any, residual: bool = False) -> None:
 
 
 def _draws_noise(scheduler: Any) -> bool:
-    """Whether each step replaces the noise in the latents by fresh noise."""
+    """Whether each step replaces the noise in the latents with fresh noise."""
     config = scheduler.config
     return (
         type(scheduler).__name__ == "FlowMatchLCMScheduler"
@@ -85,21 +85,22 @@ def _draws_noise(scheduler: Any) -> bool:
 
 
 def steps_along(scheduler: Any) -> bool:
-    """Whether a step moves the latents by (σ_{i+1} − σ_i)·v_i, with v_i the model output and nothing else."""
+    """Whether a step moves the latents by exactly (σ_{i+1} − σ_i)·v_i, where v_i is the model output."""
     return type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler" and not _draws_noise(scheduler)
 
 
 class Corrector:
-    """Makes up, at a computed step, for how far off the forecasts of the skipped steps before it were.
+    """Compensates, at a computed step, for the forecast error of the skipped steps before it.
 
-    These steps have moved the latents by Σ (σ_{i+1} − σ_i)·forecast_i. Forecasts extrapolate; once the next output is
-    there, each v_i can be interpolated between outputs on both sides, which is several times as near. The difference of
-    both sums is added to the move of the step under way, through what the scheduler is given for its output: no forward
-    more, and one launch. To correct without another forward is UniPC's idea (UniC: Zhao et al. 2023, arXiv:2302.04867);
-    there it is for the integral, here for the sum that the full run's own steps make.
+    The skipped steps have moved the latents by Σ (σ_{i+1} − σ_i)·forecast_i. Forecasts extrapolate. Once the next
+    output is computed, each v_i can be interpolated between outputs on both sides, which is several times closer. The
+    difference of the two sums is added to the move of the current step, by changing the output that the scheduler
+    steps with. This costs no further forward, and one launch. Correcting without another forward is UniPC's idea
+    (UniC: Zhao et al. 2023, arXiv:2302.04867). UniPC corrects the integral; the `Corrector` corrects the sum that the
+    steps of the full run would give.
 
     Args:
-        order: of the interpolation by Newton's divided differences in σ, which takes order + 1 outputs.
+        order: the order of the interpolation (Newton's divided differences in σ), which uses order + 1 outputs.
     """
 
     def __init__(self, order: int) -> None:
@@ -108,26 +109,42 @@ class Corrector:
         self._moves: list[tuple[float, float, Sequence[float]]] = []
 
     def clear(self) -> None:
-        """Forget all outputs."""
+        """Discard all recorded outputs and moves."""
         self._levels.clear()
         self._moves.clear()
 
     def skipped(self, level: float, length: float, weights: Sequence[float]) -> None:
-        """A step at this σ, this much long, has moved the latents by its length times the newest outputs, weighed."""
+        """Record a skipped step.
+
+        Args:
+            level: σ of the step.
+            length: the change of σ over the step.
+            weights: of the newest outputs, newest first. The latents were moved by length · (their weighted sum).
+        """
         self._moves.append((level, length, weights))
 
     def computed(self, level: float, length: float) -> list[float]:
-        """A step at this σ is computed: the weights, of its output and those before it, of what it is to step with."""
-        repeated = level in self._levels[:1]  # of two outputs at one σ, the later one counts
+        """Record a computed step.
+
+        Args:
+            level: σ of the step.
+            length: the change of σ over the step.
+
+        Returns:
+            One weight for the new output and for each earlier one, newest first. The scheduler steps with their
+            weighted sum.
+        """
+        repeated = level in self._levels[:1]  # of two outputs at the same σ, the later one counts
         self._levels = [level] if repeated else [level, *self._levels[: self._order]]
         if not self._moves or not length or repeated:
             self._moves.clear()
             return [1.0]
+        # Weights of the total move: the step's own, plus each skipped step's interpolation minus its forecast.
         found = [length] + [0.0] * max(self._order, *(len(weights) for _, _, weights in self._moves))
         for at, moved, weights in self._moves:
             for place, weight in enumerate(newton(self._levels, at)):
                 found[place] += moved * weight
-            for place, weight in enumerate(weights, 1):  # when these were the newest, this output was not there
+            for place, weight in enumerate(weights, 1):  # from 1: the newest output came after that forecast
                 found[place] -= moved * weight
         self._moves.clear()
         return [weight / length for weight in found]
@@ -138,16 +155,17 @@ class OutputSite:
     """A method's choices at the output site.
 
     Attributes:
-        gate: (request, transformer class) → a fresh gate for the request; raises ValueError for one that it cannot
-            serve.
-        forecaster: what stands in for the missing model output.
-        reach: how far a forecast goes at most beyond the newest snapshot, in distances between the two newest: farther
-            out it stays what it is there. Extrapolation over a long gap is worse than none.
+        gate: (request, transformer class) → a fresh gate for the request; raises ValueError if the request is not
+            supported.
+        forecaster: computes the missing model output.
+        reach: how far a forecast may extrapolate beyond the newest snapshot, in units of the distance between the two
+            newest. Farther out, the forecast stays at its value there: extrapolating over a long gap is worse than
+            not extrapolating.
         fitted_for: as `Parts.fitted_for`.
-        signal: what is watched, fresh for each request; None for a gate that measures nothing.
-        corrector_order: of the `Corrector`, where the scheduler allows one; 0 for none. With `residual` there is none.
-        residual: whether what is remembered and forecast is the model output less the latents that the step begins
-            with, to which it is added again, and not the output itself.
+        signal: makes a fresh signal for each request; None if the gate measures nothing.
+        corrector_order: order of the `Corrector`, if the scheduler allows one; 0 for none. Ignored with `residual`.
+        residual: if true, the model output minus the latents at the start of the step is cached and forecast, and the
+            latents are added back. Otherwise the output itself is.
         drift_tolerance: as `Parts.drift_tolerance`.
     """
 
@@ -162,13 +180,14 @@ class OutputSite:
 
 
 class StandIn:
-    """What one CFG branch's transformer call returned, to answer that call with where it is skipped.
+    """The last result of one CFG branch's transformer call, returned again where the call is skipped.
 
-    A single tensor is given as it was: pipelines guide with it, and what they make of it is not stepped with. Where a
-    call returns several (LTX-2: video and audio), another scheduler may step with the others, so each is forecast.
+    A single tensor is returned unchanged: pipelines only use it for guidance, and the scheduler does not step with the
+    result. If a call returns several tensors (LTX-2: video and audio), another scheduler may step with the others, so
+    each one is forecast.
 
     Attributes:
-        batch: of how many samples the call is.
+        batch: the number of samples in the call.
     """
 
     def __init__(self, batch: int | None, forecaster: Forecaster, reach: float) -> None:
@@ -179,11 +198,11 @@ class StandIn:
         self._histories: list[History] = []
 
     def tensors(self) -> list[torch.Tensor]:
-        """Every tensor that is held."""
+        """All tensors held."""
         return _tensors_of(self._returned) + [t for history in self._histories for t in history.tensors()]
 
     def record(self, returned: Any, position: float) -> None:
-        """What a computed call returned."""
+        """Record the result of a computed call."""
         self._returned = returned
         found = [tensor for tensor in _tensors_of(returned) if tensor.is_floating_point()]
         if len(found) < 2 or any(tensor.requires_grad for tensor in found):
@@ -195,7 +214,7 @@ class StandIn:
             history.record(tensor, None, position)
 
     def returned(self, position: float) -> Any:
-        """What stands in for what a skipped call would return."""
+        """The stand-in for the result of a skipped call."""
         if not self._histories:
             return self._returned
         histories = iter(self._histories)
@@ -210,13 +229,13 @@ class StandIn:
 
 
 class OutputSteps:
-    """The steps of one request: which are computed, and what stands in for the others.
+    """The steps of one request: decides which are computed, and forecasts the others.
 
     Args:
         site: the method's choices.
         request: the request.
-        gate: the site's, for this request.
-        scheduler: what steps.
+        gate: the site's gate for this request.
+        scheduler: the scheduler that takes the steps.
     """
 
     def __init__(self, site: OutputSite, request: Request, gate: Gate, scheduler: Any) -> None:
@@ -236,22 +255,24 @@ class OutputSteps:
         self._verdict = Verdict(True, "")
 
     def tensors(self) -> list[torch.Tensor]:
-        """Every tensor that is held between steps."""
+        """All tensors held between steps."""
         watched = [] if self._signal is None else self._signal.tensors()
         return self._history.tensors() + watched + self.gate.tensors()
 
     def verdict(self, branch: Branch, batch: int | None, differentiated: bool = False) -> Verdict:
-        """Whether the step under way is computed; settled at its first transformer call, of so many samples.
+        """Whether the current step is computed. This is decided at the first transformer call of the step.
 
         Args:
-            differentiated: whether a gradient is asked for in it.
+            branch: the branch of the call.
+            batch: the number of samples in the call; None if unknown.
+            differentiated: whether the call needs a gradient.
         """
         if self._step != self._request.step:
             self._step = self._request.step
             if differentiated:
                 self._verdict = Verdict(True, GRADIENT)
             elif branch.kept is not None and branch.kept.batch != batch:
-                # Guidance has ended, or begun (Z-Image's cfg_truncation): what was guided otherwise is no guide.
+                # Guidance has ended or begun (Z-Image's cfg_truncation): earlier outputs cannot be used any more.
                 self._forget()
                 self._verdict = Verdict(True, "another batch")
             elif self._history.shape is not None:
@@ -264,19 +285,22 @@ class OutputSteps:
         return self._verdict
 
     def _judged(self) -> Verdict:
-        """The gate's judgement; what is done to the latents between two steps is seen one step later."""
+        """The gate's verdict from the measured distances.
+
+        A change that is made to the latents between two steps is seen one step later.
+        """
         latents = self._request.sample
         if self._signal is not None and latents is not None:
             sums = self._signal.observe(latents)
             if sums is not None and self.gate.reads:
-                pairs = sums.tolist()  # the decision's one transfer to the host
+                pairs = sums.tolist()  # the only transfer to the host for this decision
                 return self.gate.judge(pairs, latents.numel() // len(pairs))
             if sums is not None:
                 return self.gate.keep(sums, latents.numel(), self._request.images)
         return Verdict(True, "nothing to compare with")
 
     def remember(self, branch: Branch, batch: int | None, returned: Any) -> None:
-        """What a transformer call of this step, of so many samples, returned."""
+        """Record the result of a transformer call of this step; `batch` is its number of samples."""
         if branch.kept is None or branch.kept.batch != batch:
             branch.kept = StandIn(batch, self._forecaster, self._reach)
         branch.kept.record(returned, self._position())
@@ -286,7 +310,7 @@ class OutputSteps:
         self._signal = None if self._new_signal is None else self._new_signal()
 
     def stand_in(self, branch: Branch, batch: int | None) -> Any:
-        """What stands in for what that call would return; None where it was never made, or of other samples."""
+        """The stand-in for a call's result; None if no call of this branch with this batch size was recorded."""
         kept: StandIn | None = branch.kept
         return None if kept is None or kept.batch != batch else kept.returned(self._position())
 
@@ -294,7 +318,7 @@ class OutputSteps:
         return float(self._step) if self._by_step else self._request.sigma
 
     def output(self, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-        """What the scheduler steps with: `output` at a computed step, at a skipped one its forecast."""
+        """What the scheduler steps with: `output` (corrected) at a computed step, the forecast at a skipped one."""
         if self._step != self._request.step:  # no transformer was called in this step
             return output
         if output.requires_grad:
@@ -308,27 +332,27 @@ class OutputSteps:
         position, computed = self._position(), self._verdict.computed
         if self._signal is not None:
             self._signal.leave(sample, output if computed else None)
-        # In the wider of the two dtypes: pipelines may keep latents in fp32 beside a model in bf16.
+        # Use the wider of the two dtypes: pipelines may keep latents in fp32 while the model is in bf16.
         base = sample.to(torch.promote_types(sample.dtype, output.dtype)) if self._residual else None
         return self._recorded(output, base, position) if computed else self._forecast(output, base, position)
 
     def _recorded(self, output: torch.Tensor, base: torch.Tensor | None, position: float) -> torch.Tensor:
-        """A computed step: its output is remembered, and makes up for the skipped steps before it."""
+        """Record the output of a computed step, and correct it for the skipped steps before it."""
         corrector = self._corrector
-        # Moves of another shape, or of tokens that have each a length of their own, cannot be added up.
+        # Moves cannot be summed if the shape has changed, or if each token has its own step length.
         if corrector is not None and (self._history.shape != output.shape or self._request.by_token):
             corrector.clear()
         self._history.record(output if base is None else output.to(base.dtype), base, position)
         return output if corrector is None else self._corrected(output, corrector)
 
     def _forecast(self, output: torch.Tensor, base: torch.Tensor | None, position: float) -> torch.Tensor:
-        """A skipped step: the output is only what guidance has made of stand-ins. Its shape and dtype count."""
+        """The forecast for a skipped step. `output` was made from stand-ins: only its shape and dtype are used."""
         if self._history.shape != output.shape:
             raise RuntimeError(
                 f"the model output has the shape {tuple(output.shape)} in a skipped step, {self._history.shape} in the "
                 "last computed one: whole steps of this pipeline cannot be skipped"
             )
-        # No farther than `reach`: a line drawn over a long gap is worse than none.
+        # No farther than `reach`: extrapolating over a long gap is worse than not extrapolating.
         position = reached(self._history.positions, position, self._reach)
         weights = None if self._corrector is None else self._history.weights(position)
         if weights is not None and self._corrector is not None:
@@ -338,21 +362,21 @@ class OutputSteps:
         return forecast if base is None else forecast.to(output.dtype)
 
     def _corrected(self, output: torch.Tensor, corrector: Corrector) -> torch.Tensor:
-        """What a computed step is stepped with: its output, and what the skipped steps before it are short of."""
+        """The output of a computed step, plus the correction for the skipped steps before it."""
         weights = corrector.computed(*self._step_along())
         return output if len(weights) == 1 else self._history.combined(weights[: len(self._history)])
 
     def _step_along(self) -> tuple[float, float]:
-        """σ of the step under way, and how far it goes in σ."""
+        """σ of the current step, and the change of σ over it."""
         request = self._request
         place = request.begin + request.step
         return request.sigma, request.sigmas[place + 1] - request.sigma
 
 
 def reached(positions: Sequence[float], x: float, reach: float) -> float:
-    """`x`, or where a forecast ends on the way there: `reach` times the two newest positions' distance.
+    """Limit `x` to at most `reach` times the distance between the two newest positions, from the newest one.
 
-    `positions` are the snapshots', newest first; with fewer than two, there is nothing to extrapolate.
+    `positions` are those of the snapshots, newest first. With fewer than two, `x` is returned unchanged.
     """
     if len(positions) < 2:
         return x
@@ -362,10 +386,10 @@ def reached(positions: Sequence[float], x: float, reach: float) -> float:
 
 
 def _with_tensors(value: Any, made: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """The same structure with another tensor in the place of each, in the order of `_tensors_of`."""
+    """The same structure with `made(tensor)` in place of each tensor, in the order of `_tensors_of`."""
     if isinstance(value, torch.Tensor):
         return made(value)
-    if isinstance(value, Mapping):  # diffusers' outputs are mappings with a constructor of their own
+    if isinstance(value, Mapping):  # diffusers' outputs are mappings, and are constructed from keyword arguments
         return type(value)(**{key: _with_tensors(one, made) for key, one in value.items()})
     return type(value)(_with_tensors(one, made) for one in value) if type(value) in (tuple, list) else value
 
@@ -379,10 +403,10 @@ def _tensors_of(value: Any) -> list[torch.Tensor]:
 
 
 class OutputSession(CacheSession):
-    """A method that skips whole steps: it needs no row of the model's class.
+    """A session of a method that skips whole steps. It needs no model row for the transformer's class.
 
     Args:
-        output: its choices.
+        output: the method's choices.
     """
 
     def __init__(self, name: str, pipe: Any, output: OutputSite) -> None:
@@ -435,7 +459,7 @@ class OutputSession(CacheSession):
         return output if request.outputs is None else request.outputs.output(output, sample)
 
     def repeated(self, request: Request) -> None:
-        """See `CacheSession.repeated`; what the second step is taken with is not what was forecast for the first."""
+        """See `CacheSession.repeated`. Not supported: the forecast for the first step does not fit the second."""
         if request.outputs is not None:
             raise ValueError(
                 f"{type(self.pipe).__name__} takes a step of its scheduler twice: whole steps cannot be skipped. A "
@@ -448,5 +472,5 @@ class OutputSession(CacheSession):
 
 
 def _batch_of(*arguments: Any) -> int | None:
-    """Of how many samples a transformer call is: its first argument is a tensor or a list of them."""
+    """The number of samples in a transformer call, from its first argument: a tensor, or a list of tensors."""
     return len(arguments[0]) if arguments and isinstance(arguments[0], (torch.Tensor, list, tuple)) else None

@@ -1,12 +1,12 @@
-"""The residual site: what the blocks [first, last) add to the hidden states is computed, or forecast.
+"""The residual site: what the blocks [first, last) add to the hidden states is computed or forecast.
 
-A `Passage` is what one CFG branch keeps of one request. A forward of the transformer goes through it in this order:
+A `Passage` holds the state of one CFG branch of one request. A forward of the transformer calls it in this order:
 
     begin      the forward starts
-    slots      the block list hands out the blocks, or what stands for them
-    enter      the states that enter block `first` are there: the gate decides
-    leave      computed: block `last − 1` has returned, and the residual is recorded
-    forecast   skipped: the residual expected is added to what has entered
+    slots      the block list hands out the blocks, or slots in their place
+    enter      the input of block `first` is known: the gate decides
+    leave      if computed: block `last − 1` has returned, and the residual is recorded
+    forecast   if skipped: the forecast residual is added to the input of block `first`
     finish     the forward is over
 """
 
@@ -38,15 +38,15 @@ class Parts:
     """A method's four choices for the blocks of one model.
 
     Attributes:
-        first, last: the site: what blocks [first, last) add to the hidden states is replaced at a skipped step.
-        signal: what is watched.
-        gate: a request → a fresh gate for one branch of it; raises ValueError for a request that it cannot serve.
-        forecaster: what stands in for the missing residual.
-        fitted_for: the runs that the method's numbers were fitted to, as `calibration.describe` has them; a request
-            that differs is warned of. None where nothing was fitted.
-        note: what the report should say of the choices.
-        drift_tolerance: requests replay the schedule of the first of their kind until it has drifted farther than this
-            (`omni_runtime.cache.replay`); None: each decides for itself.
+        first, last: the site. At a skipped step, what blocks [first, last) add to the hidden states is forecast.
+        signal: what is watched to tell whether a step resembles an earlier one.
+        gate: request → a fresh gate for one branch of it; raises ValueError if the request is not supported.
+        forecaster: computes the missing residual.
+        fitted_for: the runs that the method's numbers were fitted to, in the form of `calibration.describe`. A request
+            that differs gets a warning. None if nothing was fitted.
+        note: a note on the choices, for the report.
+        drift_tolerance: requests replay the schedule of the first request of their kind until it has drifted farther
+            than this (`omni_runtime.cache.replay`). None: each request decides for itself.
     """
 
     first: int
@@ -60,7 +60,7 @@ class Parts:
 
 
 class Blocks(Protocol):
-    """What a passage has to know of the session: see `omni_runtime.cache.session.BlockSession`."""
+    """What a passage uses of the session: see `omni_runtime.cache.session.BlockSession`."""
 
     parts: Parts
     row: ModelRow
@@ -69,23 +69,23 @@ class Blocks(Protocol):
     ranks: Ranks | None
 
     def gate(self, request: Request, branch: Branch) -> Gate:
-        """A fresh gate for a branch."""
+        """Return a fresh gate for a branch."""
 
 
 class Passage:
-    """One CFG branch of one request: what it remembers, and its forwards over the blocks.
+    """The cached state of one CFG branch of one request, and its forwards over the blocks.
 
     Args:
-        session: whose blocks and choices these are.
+        session: gives the blocks and the method's choices.
         request: the request.
-        branch: the branch; it is told what was decided.
+        branch: the branch; the verdicts are recorded in it.
 
     Attributes:
-        ran: how many blocks ran in the forward under way.
-        stepwise: whether the model works between its blocks in it (ControlNet). With nothing to do there, what the
-            block before `first` returns is what enters `first`: so it is decided there, and a skipped stretch is left
-            at once.
-        entered: the hidden states that entered block 0, where that is not block `first`.
+        ran: the number of blocks that ran in the current forward.
+        stepwise: whether the model does anything between its blocks in the current forward (ControlNet). If not, the
+            output of the block before `first` is the input of `first`. Then the gate decides right after that block,
+            and the skipped blocks are left out of the loop at once.
+        entered: the hidden states that entered block 0, until the gate has decided; None where block 0 is `first`.
     """
 
     __slots__ = (
@@ -127,7 +127,7 @@ class Passage:
         self.remembered: torch.Tensor | None = None
         add = None if session.ranks is None else session.ranks.add
         self.hidden = history_of(parts.forecaster, add=add)
-        # The text stream matters only to blocks that still run: with none behind the site, it is left alone.
+        # The text stream is needed only by blocks that run after the site. If there are none, it is not forecast.
         self.encoder = None if parts.last == session.blocks else history_of(parts.forecaster, add=add)
         self.ran = 0
         self.stepwise = True
@@ -136,12 +136,18 @@ class Passage:
         self._base: States | None = None
 
     def tensors(self) -> list[torch.Tensor]:
-        """Every tensor that is held between forwards."""
+        """All tensors held between forwards."""
         held = self.gate.tensors() if self.remembered is None else [self.remembered, *self.gate.tensors()]
         return held + self.hidden.tensors() + (self.encoder.tensors() if self.encoder else [])
 
     def begin(self, request: Request, arguments: Arguments, stepwise: bool) -> None:
-        """A forward begins, with these arguments of the transformer."""
+        """Begin a forward.
+
+        Args:
+            request: the request.
+            arguments: the arguments of the transformer call, by name.
+            stepwise: see the attribute.
+        """
         self.ran = 0
         self.stepwise = stepwise
         self._computing = None
@@ -150,11 +156,14 @@ class Passage:
         self._position = float(request.step) if self._by_step else request.sigma
         self._signal.situate(request.sigma, arguments)
         if self._shard is not None and self._shard.reshaped(arguments):
-            self.hidden.shape = None  # fits nothing, on any rank
+            self.hidden.shape = None  # matches no input, on any rank: the step is computed
 
     def finish(self) -> None:
-        """The forward is over. A model may pass blocks over by itself; where it has left out an end of the site, what
-        was recorded before fits nothing any more."""
+        """End the forward.
+
+        A model may skip blocks itself. If it has skipped the first or the last block of the site, the recorded state
+        no longer fits and is dropped.
+        """
         if self._computing is None or self._base is not None:
             self._base = self.entered = None
             self._clear()
@@ -165,14 +174,14 @@ class Passage:
         """Whether the blocks [first, last) run in this forward.
 
         Args:
-            block: whose call is under way: `first`, or the one before it.
-            base: what enters block `first`, a pair (hidden, encoder).
-            arguments: those of the call under way, by name.
+            block: the block whose call is under way: block `first`, or the one before it.
+            base: the input of block `first`, a pair (hidden, encoder).
+            arguments: the arguments of that call, by name.
         """
         hidden, encoder = base
         gate, history = self.gate, self.encoder
         self._using = ops.trusted(hidden)
-        # Three ways to a verdict: nothing fits what is remembered; the gate knows without measuring; it has to measure.
+        # Three cases: the shapes have changed; the gate decides without measuring; the gate has to measure.
         verdict = None
         if hidden.shape == self.hidden.shape and (history is None or encoder is None or encoder.shape == history.shape):
             plan, reason = gate.plan(self._branch.called)
@@ -197,7 +206,11 @@ class Passage:
         entered: torch.Tensor,
         verdict: Verdict | None,
     ) -> Verdict:
-        """The verdict, from what the signal shows where it is not settled; what is watched is remembered."""
+        """Observe the signal, and remember it if needed.
+
+        Returns:
+            `verdict` if it is given, otherwise the gate's verdict on the measured distances.
+        """
         if self._noise_tokens is not None:
             noise = self._noise_tokens if self._shard is None else self._shard.part(self._noise_tokens)
             hidden, entered = hidden[:, :noise], entered[:, :noise]
@@ -213,31 +226,31 @@ class Passage:
         return verdict
 
     def _judged(self, sums: torch.Tensor, now: torch.Tensor) -> Verdict:
-        """The gate's verdict on the sums of each sample."""
+        """The gate's verdict on the sums, which have one row per sample."""
         gate = self.gate
         elements = now.numel() if self._shard is None else self._shard.add(sums)
         if not gate.reads:
             return gate.keep(sums, elements, self._images)
-        pairs = sums.tolist()  # the decision's one transfer to the host
+        pairs = sums.tolist()  # the only transfer to the host for this decision
         if len(pairs) != self._images:
             pairs = by_image(pairs, self._images)
         return gate.judge(pairs, elements // len(pairs))
 
     def leave(self, hidden: torch.Tensor, encoder: torch.Tensor | None, base: Any) -> None:
-        """The blocks [first, last) have run, from `base`, a pair like (hidden, encoder)."""
+        """Record the result of blocks [first, last), which have run on `base`, a pair (hidden, encoder)."""
         self.hidden.record(hidden, base[0], self._position)
         if self.encoder is not None and encoder is not None:
             self.encoder.record(encoder, base[1], self._position)
 
     def forecast(self, base: Any) -> States:
-        """(hidden, encoder) as the blocks [first, last) would have left them."""
+        """The forecast of what blocks [first, last) would return for `base`, as (hidden, encoder)."""
         hidden, encoder = base
         if self.encoder is not None and encoder is not None:
             encoder = self.encoder.forecast(encoder, self._position, self._using)
         return self.hidden.forecast(hidden, self._position, self._using), encoder
 
     def _forget(self, hidden: torch.Tensor) -> None:
-        """Drop what does not fit `hidden`: the batch, the resolution or the prompt's length has changed."""
+        """Drop all recorded state, because the shape has changed: the batch, the resolution or the prompt length."""
         if self._shard is None:
             tokens = hidden.shape[1] if self._noise_tokens is None else self._noise_tokens
             self.gate.enters((hidden.shape[0], tokens, *hidden.shape[2:]))
@@ -252,10 +265,11 @@ class Passage:
             self.encoder.clear()
 
     def slots(self, blocks: Collection[torch.nn.Module], start: int) -> Iterator[Callable[..., Any]]:
-        """What is called in place of each of `blocks`, the first of which is block `start` of the model."""
-        # Blocks before the site run. At `decided` the gate is asked: within block `first`, or, where nothing can come
-        # between, right behind the block before it. Then the site's blocks run, or are left out: at once, or, where
-        # the model adds to the states between them (ControlNet), one by one, passing the states on.
+        """Yield what is called in place of each of `blocks`, the first of which is block `start` of the model."""
+        # Blocks before the site run. At index `decided` the gate decides: in the call of block `first`; or, if that is
+        # not the first of `blocks` and the model does nothing between blocks, after the block before it has run. Then
+        # the blocks of the site run or are skipped. Skipped blocks are left out of the loop at once; or, if the model
+        # adds to the states between them (ControlNet), each one is replaced by a slot that returns its input.
         first, last, end = self._first, self._last, start + len(blocks)
         decided = first if self.stepwise or not start < first < end else first - 1
         numbered = enumerate(blocks, start)
@@ -291,12 +305,16 @@ class Passage:
         return self._run_apart(block, *args, **kwargs) if self._first == 1 else self._run(block, args, kwargs)
 
     def _run_apart(self, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Block first − 1 runs, and begins no other: whether the next one runs is yet to be decided."""
+        """Run block first − 1 alone.
+
+        It must not compute the next block's norm ahead (`omni_kernels.patching.ahead`): whether that block runs is not
+        decided yet.
+        """
         with Apart(block):
             return self._run(block, args, kwargs)
 
     def _run_before(self, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Block first − 1 runs, and what it returns is all that is to be known of what enters block `first`."""
+        """Run block first − 1, then decide: its output is the input of block `first`."""
         call, index = self._calls[self._first - 1], self._first - 1
         if index == 0:
             self.entered, _ = call.inputs(args, kwargs)
@@ -329,11 +347,11 @@ class Passage:
         return output
 
     def _pass_over(self, index: int, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The states as they are."""
+        """Skip a block: return its input states unchanged."""
         call = self._calls[index]
         return call.output(call.inputs(args, kwargs))
 
     def _arrive(self, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """What the last skippable block would have returned, from the states in which the first was to be called."""
+        """Skip the last block of the site: return the forecast, made from the input of block `first`."""
         base, self._base = self._base, None
         return self._calls[self._last - 1].output(self.forecast(base))

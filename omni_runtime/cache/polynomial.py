@@ -1,14 +1,15 @@
 """TeaCache's polynomial for one model, and how it is fitted.
 
-A point is a pair of distances between two consecutive denoising steps of a run without a cache, of one image in one
-CFG branch: x of block 0's modulated input, which the gate can see, and y of what a skipped step would reuse, both
-mean|now − then| / (mean|then| + 1e-8). The polynomial predicts y from x (TeaCache, Liu et al. 2024, arXiv:2411.19108).
+A point is a pair of distances (x, y) between two consecutive denoising steps of a run without a cache, for one image
+in one CFG branch. x is the distance of block 0's modulated input, which the gate can measure. y is the distance of
+what a skipped step would reuse. Both are mean|now − then| / (mean|then| + 1e-8). The polynomial predicts y from x
+(TeaCache, Liu et al. 2024, arXiv:2411.19108).
 
-Which y? The original fits the movement of the model's output. But a skipped step, there as here, adds the *residual* of
-all blocks at the last computed step to its own, new input: what goes wrong is what the residual has moved since, while
-the output also moves by the input's own step, which a skipped step does make. So y is of the residual of all blocks.
-It was also the better fitted of the two where both were measured: on the first weights of the embedded Qwen-Image, R²
-was 0.43 for the residual and 0.39 for the last block's output (1274 points of 13 prompts, 50 steps).
+The original uses the change of the model's output as y. But a skipped step, there as here, adds the *residual* of all
+blocks at the last computed step to its own, new input. Its error is the change of the residual since then. The output
+also changes with the input, but a skipped step does follow that. So here y is the distance of the residual of all
+blocks. Where both were measured, the residual was also the better fit: on the first weights of the embedded
+Qwen-Image, R² was 0.43 for the residual and 0.39 for the last block's output (1274 points of 13 prompts, 50 steps).
 """
 
 from __future__ import annotations
@@ -24,25 +25,25 @@ from omni_runtime.cache.calibration import UselessFitError
 DEGREE = 4
 #: Ten points for each of the coefficients.
 MIN_POINTS = 10 * (DEGREE + 1)
-#: A constant polynomial, whose R² is 0, computes every so many steps. A fit must know clearly more than that.
+#: A constant polynomial, whose R² is 0, computes steps at fixed intervals. A fit must be clearly better than that.
 MIN_R_SQUARED = 0.25
-#: Of the largest distance: with less between the smallest and the largest, powers of x tell nothing apart.
+#: The least range of the distances, relative to the largest one: with less, the powers of x do not differ enough.
 MIN_VARIATION = 0.01
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A polynomial y ≈ poly(x), and how good it is.
+    """A polynomial y ≈ poly(x), and how good the fit is.
 
     Attributes:
-        coefficients: 5, highest power first.
-        degree: of the polynomial: 4, or less where only a lower one stays positive.
+        coefficients: 5 numbers, highest power first.
+        degree: the degree of the polynomial: 4, or less if only a lower degree stays positive.
         range: the smallest and the largest x.
         output_range: the smallest and the largest y.
         r_squared: the share of y's variance that the polynomial explains.
-        spread: standard deviation of y − poly(x).
-        points: how many there were.
-        rises: whether a larger x never gives a smaller value within the range.
+        spread: the standard deviation of y − poly(x).
+        points: the number of points.
+        rises: whether the polynomial never falls within the range.
     """
 
     coefficients: tuple[float, ...]
@@ -57,7 +58,7 @@ class Fit:
     method = "tea_cache"
 
     def fields(self) -> dict[str, Any]:
-        """What the file holds of it."""
+        """The fields that the calibration file holds."""
         return {
             "coefficients": list(self.coefficients),
             "range": list(self.range),
@@ -69,7 +70,7 @@ class Fit:
         }
 
     def words(self) -> str:
-        """The fit in two sentences, and its numbers."""
+        """The fit in two sentences, followed by the coefficients."""
         (low, high), (least, most) = self.range, self.output_range
         falls = "" if self.rises else ", not everywhere rising"
         return (
@@ -81,14 +82,14 @@ class Fit:
 
 
 def fit(x: Sequence[float], y: Sequence[float]) -> Fit:
-    """The polynomial of degree 4 that is nearest to the points in the mean of squares.
+    """Fit a polynomial of degree 4 to the points by least squares.
 
-    The gate accumulates its values as movements, so they must be positive in the whole range: where those of degree 4
-    are not, a lower degree is taken. Fitted in float64 on x scaled to [−1, 1].
+    The gate sums the polynomial's values as distances, so they must be positive in the whole range. If they are not
+    for degree 4, a lower degree is used. Fitted in float64 on x scaled to [−1, 1].
 
     Raises:
-        UselessFitError: fewer than MIN_POINTS, values that are not finite or do not vary, an R² below MIN_R_SQUARED, no
-            degree that stays positive.
+        UselessFitError: there are fewer points than MIN_POINTS, values are not finite or do not vary, R² is below
+            MIN_R_SQUARED, or no degree stays positive.
     """
     inputs, outputs = np.asarray(x, np.float64), np.asarray(y, np.float64)
     if len(inputs) < MIN_POINTS:
@@ -114,7 +115,8 @@ def fit(x: Sequence[float], y: Sequence[float]) -> Fit:
     if r_squared < MIN_R_SQUARED:
         raise UselessFitError(
             f"the polynomial explains {max(r_squared, 0.0):.0%} of how much the residual moves (R² {r_squared:.3f}, at "
-            f"least {MIN_R_SQUARED} is wanted): with this model and these settings, the modulated input hardly tells"
+            f"least {MIN_R_SQUARED} is wanted): with this model and these settings, the modulated input hardly "
+            "predicts it"
         )
     powers = polynomial.convert().coef[::-1]
     return Fit(
@@ -130,7 +132,7 @@ def fit(x: Sequence[float], y: Sequence[float]) -> Fit:
 
 
 def _positive(inputs: np.ndarray, outputs: np.ndarray) -> tuple[int, np.polynomial.Polynomial, np.ndarray]:
-    """The highest degree whose polynomial is positive over the range, that polynomial, and its values there."""
+    """The highest degree whose polynomial is positive over the range, that polynomial, and its values on a grid."""
     grid = np.linspace(inputs.min(), inputs.max(), 1001)
     for degree in range(DEGREE, 0, -1):
         polynomial = np.polynomial.Polynomial.fit(inputs, outputs, degree)

@@ -1,12 +1,14 @@
-"""Ranks that run one transformer together, and how they come to one decision (diffusers' parallelism).
+"""Ranks that run one transformer together, and how they make the same decisions (diffusers' parallelism).
 
-Under context parallelism each rank's blocks see some of the tokens: rank 0 the first ones, rank 1 those behind them,
-and so on, all as many, or nearly (`ulysses_anything`). What decides is summed over the ranks, which leaves the same
-bits on all of them, and shapes, which differ, are those of the whole sequence. So every rank computes and skips the
-same steps: were they to part at one, those that compute would wait for the others for ever. Under tensor parallelism
-each rank sees all tokens, the same but for what its own kernels may round otherwise, and they decide by the same sums.
+Under context parallelism each rank's blocks see a part of the tokens, in order: rank 0 has the first ones, rank 1 the
+next, and so on. All parts have the same length, or nearly the same (`ulysses_anything`). The measured sums are added
+over the ranks, which gives the same bits on all of them. The gate is given the shape of the whole sequence, because
+the shapes of the parts differ. So all ranks compute and skip the same steps. If they disagreed at one step, the ranks
+that compute it would wait for the others forever. Under tensor parallelism each rank sees all tokens, up to rounding
+differences of its kernels. The ranks add their sums there, too.
 
-Within a forward, states are this rank's. Where diffusers splits them as they enter a block, they are taken as it will.
+Within a forward, the states are those of this rank. If diffusers splits the states at a block's entry, they are split
+the same way here before they are used.
 """
 
 from __future__ import annotations
@@ -20,12 +22,12 @@ from omni_runtime.cache.models import Arguments, ListRow
 
 
 class Ranks:
-    """The ranks that run one transformer; collectives among them.
+    """The ranks that run one transformer, and collectives among them.
 
     Args:
-        group: theirs.
-        split: whether each has some of the tokens, and not all.
-        even: whether they all have as many.
+        group: their process group.
+        split: whether each rank has only a part of the tokens.
+        even: whether all ranks have the same number of tokens.
     """
 
     def __init__(self, group: Any, split: bool, even: bool) -> None:
@@ -36,12 +38,12 @@ class Ranks:
         self.count: int = torch.distributed.get_world_size(group)
 
     def add(self, summands: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks, the same bits on each; written over the summands. Nothing is read by the host."""
+        """Sum over all ranks, in place; the result has the same bits on each rank. The host reads nothing."""
         torch.distributed.all_reduce(summands, group=self._group)
         return summands
 
     def tokens(self, number: int, device: torch.device) -> list[int]:
-        """How many tokens each rank has, of which this one has that number; where they differ, the host waits."""
+        """The number of tokens of each rank, where `number` is this rank's. Unless `even`, the host waits for it."""
         if self.even:
             return [number] * self.count
         given = torch.tensor([number], device=device)
@@ -50,7 +52,15 @@ class Ranks:
         return [int(one) for one in torch.cat(numbers).tolist()]
 
     def exchange(self, sent: list[torch.Tensor], sizes: list[int]) -> list[torch.Tensor]:
-        """What each rank has sent to this one, flat, of `sizes` elements; `sent` has for each rank what is for it."""
+        """All-to-all.
+
+        Args:
+            sent: one tensor for each rank, to be sent to it.
+            sizes: the number of elements that each rank sends to this one.
+
+        Returns:
+            What each rank has sent to this one, flat.
+        """
         given = torch.cat([one.flatten() for one in sent])
         taken = given.new_empty(sum(sizes))
         lengths = [one.numel() for one in sent]
@@ -59,7 +69,7 @@ class Ranks:
 
 
 def ranks_of(transformer: torch.nn.Module) -> Ranks | None:
-    """The ranks that run the transformer; None where this one does so alone."""
+    """The ranks that run the transformer; None without parallelism."""
     config = getattr(transformer, "_parallel_config", None)
     if config is None:
         return None
@@ -71,10 +81,10 @@ def ranks_of(transformer: torch.nn.Module) -> Ranks | None:
 
 
 class Shard:
-    """What is this rank's of the sequence that one CFG branch of a request works on.
+    """This rank's part of the sequence of one CFG branch of a request.
 
     Attributes:
-        watched: how many tokens of it are watched, on whatever rank.
+        watched: the number of watched tokens of the sequence, over all ranks.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -85,9 +95,10 @@ class Shard:
         self._shapes: list[torch.Size] | None = None
 
     def reshaped(self, arguments: Arguments) -> bool:
-        """Whether this call of the transformer has other shapes than the last one.
+        """Whether this transformer call has different shapes from the last one.
 
-        The arguments are whole on every rank, and all ranks say the same: of uneven shards one may change alone.
+        The arguments are not split yet, so all ranks return the same. The shapes of the parts would not do: if the
+        parts are uneven, the shape of only one of them may change.
         """
         shapes = [value.shape for value in arguments.values() if isinstance(value, torch.Tensor)]
         same = shapes == self._shapes
@@ -95,9 +106,11 @@ class Shard:
         return not same
 
     def measure(self, hidden: torch.Tensor, noise_tokens: int | None) -> tuple[int, ...]:
-        """States of a new shape have come, [B, S, D] on this rank. Gives the shape of what is watched of all ranks.
+        """Record a new shape of the states, which are [B, S, D] on this rank.
 
-        With the number of ranks: what was decided on another number of them, or on one alone, was not decided together.
+        Returns:
+            The shape of what is watched over all ranks, followed by the number of ranks. The number is included so
+            that a schedule is replayed only with as many ranks as it was recorded with.
         """
         B, tokens, *width = hidden.shape
         self._tokens = self._ranks.tokens(tokens, hidden.device)
@@ -105,16 +118,16 @@ class Shard:
         self.watched = whole if noise_tokens is None else noise_tokens
         self._elements = B * self.watched * hidden.shape[2:].numel()
         if not self._ranks.split:
-            self._elements *= self._ranks.count  # each is added up as often
+            self._elements *= self._ranks.count  # every rank adds all of the elements
         return B, self.watched, *width, self._ranks.count
 
     def add(self, sums: torch.Tensor) -> int:
-        """Add up what each rank has measured, in place; gives how many elements that was."""
+        """Add the sums of all ranks, in place. Returns the number of elements in them."""
         self._ranks.add(sums)
         return self._elements
 
     def part(self, leading: int) -> int:
-        """How many of the sequence's first `leading` tokens are this rank's."""
+        """How many of the sequence's first `leading` tokens this rank has."""
         return self.parts(leading)[self._ranks.rank]
 
     def parts(self, leading: int) -> list[int]:
@@ -128,10 +141,14 @@ class Shard:
         return parts
 
     def by_channels(self, x: torch.Tensor, leading: int) -> torch.Tensor:
-        """All of the first `leading` tokens, of which x [B, S, D] has some, but of its channels this rank's alone.
+        """Exchange tokens for channels: all of the first `leading` tokens, but only this rank's share of the channels.
+
+        Args:
+            x: this rank's tokens, [B, S, D].
+            leading: the number of leading tokens of the whole sequence.
 
         Returns:
-            [B, leading, D'] with D' nearly D over the number of ranks; x's own D where it has all the tokens.
+            [B, leading, D'], where D' is about D / (number of ranks). If each rank has all tokens, D' is D.
         """
         if not self._ranks.split:
             return x[:, :leading]
@@ -143,7 +160,7 @@ class Shard:
 
 
 class SplitCall(BlockCall):
-    """`BlockCall` of a block whose states diffusers may split among the ranks as they enter it."""
+    """A `BlockCall` for a block at whose entry diffusers may split the states among the ranks."""
 
     def __init__(self, row: ListRow, block: torch.nn.Module) -> None:
         from diffusers.hooks.context_parallel import ContextParallelSplitHook
@@ -153,7 +170,7 @@ class SplitCall(BlockCall):
         self._kind = ContextParallelSplitHook
 
     def inputs(self, args: tuple[Any, ...], kwargs: Arguments) -> States:
-        """See `BlockCall.inputs`; this rank's part of them."""
+        """See `BlockCall.inputs`. Returns this rank's part of the states."""
         registry = getattr(self._block, "_diffusers_hook", None)
         for hook in () if registry is None else registry.hooks.values():
             if isinstance(hook, self._kind):

@@ -1,13 +1,14 @@
-"""Replay: a schedule that a gate has decided on in one request, followed in later ones of its kind.
+"""Replay: the decisions of one request are recorded as a schedule and reused in later requests of the same kind.
 
-To decide by a distance, the host must wait for the device at each step that is measured. Requests that differ in prompt
-and seed alone decide much alike: the first of a kind decides as usual, and later ones take its decisions, without
-waiting. They go on measuring; the distances stay on the device until the request has completed, and are read then, all
-at once, and judged by the same gate, to tell whether it would still decide so.
+To decide by a distance, the host must wait for the device at each measured step. Requests that differ only in prompt
+and seed get similar decisions. So the first request of a kind decides as usual, and later ones reuse its decisions
+without waiting. They still measure. The distances stay on the device until the request has completed; then they are
+all read at once, and the same gate judges them, to check whether it would still decide the same.
 
-The drift of a request is, over the replayed steps at which its gate would have decided otherwise, the largest distance
-past the threshold as a share of the threshold, |held − threshold| / threshold; ∞ where the distance is no finite
-number, and 0 where the gate would have decided all steps alike. Past the tolerance, the schedule is forgotten.
+The drift of a request is computed over the replayed steps at which its gate would have decided differently: it is the
+largest |held − threshold| / threshold, where `held` is the distance that the gate compares with its threshold. The
+drift is ∞ if that distance is not finite, and 0 if the gate would have made all the same decisions. If the drift
+exceeds the tolerance, the schedule is dropped.
 """
 
 from __future__ import annotations
@@ -24,25 +25,27 @@ from omni_runtime.cache.gates import Gate, Plan, Verdict, by_image
 from omni_runtime.cache.lifecycle import Request
 from omni_runtime.cache.report import Decision
 
-#: What a schedule is for: branch, number of steps, the first of them, noise levels, images, shape of what is watched.
+#: What a schedule applies to: branch, number of steps, first step, noise levels, images, shape of what is watched.
 Kind = tuple[Any, ...]
-#: step → whether it is computed, of those steps for which distances decide.
+#: step → whether it is computed. Only steps that are decided by a distance are in it.
 Schedule = dict[int, bool]
 
 KINDS = 64
-#: The reason of a decision that was taken from an earlier request.
+#: The reason in the report for a decision that was taken from an earlier request.
 REPLAYED = "replayed"
 
 
 @dataclass
 class _Forward:
-    """What a gate was asked and told of one forward.
+    """A gate's inputs and its verdict for one forward.
 
     Attributes:
-        step: None where no plan was asked for.
-        kind: None where nothing was to be measured.
-        sums, elements, images: as `Gate.judge` takes them, or as `Gate.keep` does while `sums` is a tensor, on the
-            device; None where nothing was measured.
+        step: the step; None if `plan` was not called.
+        kind: the kind; None if nothing was to be measured.
+        sums, elements, images: the arguments of `Gate.judge`; or, while `sums` is a tensor on the device, those of
+            `Gate.keep`. `sums` is None if nothing was measured.
+        replayed: whether the decision was taken from an earlier request.
+        computed: whether the step was computed.
     """
 
     step: int | None = None
@@ -55,15 +58,15 @@ class _Forward:
 
 
 class ReplayGate(Gate):
-    """A gate whose decisions are taken from an earlier request where there is one, and kept for later ones.
+    """A gate that reuses the decisions of an earlier request if there is one, and records its own for later ones.
 
-    Limits and masks remain the gate's own. At a step that the schedule lacks, what was kept until then is read, and the
-    step and those after it are decided as usual.
+    The wrapped gate still applies its limits and masks. If a step is missing from the schedule, the sums kept so far
+    are read, and this step and the following ones are decided as usual.
 
     Args:
-        gate: the one that decides; fresh.
-        kind: shape of what is watched → the kind of the forward under way.
-        schedules: those recorded so far, by kind.
+        gate: the gate that decides; fresh.
+        kind: shape of what is watched → the kind of the current forward.
+        schedules: the schedules recorded so far, by kind.
     """
 
     def __init__(self, gate: Gate, kind: Callable[[tuple[int, ...]], Kind], schedules: dict[Kind, Schedule]) -> None:
@@ -88,7 +91,7 @@ class ReplayGate(Gate):
         self._now.step = step
         planned = self._gate.plan(step)
         if planned[0] is Plan.MEASURE:
-            if self._kind is None:  # not before there is something to measure: the first step tells how many images
+            if self._kind is None:  # only now: the number of images is known after the first step
                 self._kind = self._kind_of(self._shape)
                 self._schedule = self._schedules.get(self._kind, {})
             self._now.kind = self._kind
@@ -96,7 +99,7 @@ class ReplayGate(Gate):
         return planned
 
     def judge(self, sums: Sequence[Sequence[float]], elements: int) -> Verdict:
-        """See `Gate.judge`. The schedule lacks this step: it is not followed any further."""
+        """See `Gate.judge`. This step is not in the schedule, which is therefore not followed any further."""
         self._schedule = {}
         if kept := self.kept():
             self.read(iter(torch.cat(kept).tolist()))
@@ -107,7 +110,7 @@ class ReplayGate(Gate):
     def keep(self, sums: torch.Tensor, elements: int, images: int) -> Verdict:
         """See `Gate.keep`."""
         now = self._now
-        assert now.step is not None  # it was planned for
+        assert now.step is not None  # `plan` was called before
         now.sums, now.elements, now.images, now.replayed = sums.detach(), elements, images, True
         return Verdict(self._schedule[now.step], REPLAYED)
 
@@ -123,18 +126,18 @@ class ReplayGate(Gate):
         return self.kept()
 
     def kept(self) -> list[torch.Tensor]:
-        """The sums that nobody has read yet, [B, 2] each, in order."""
+        """The sums that are not read yet, [B, 2] each, in order."""
         return [forward.sums for forward in self._done if isinstance(forward.sums, torch.Tensor)]
 
     def read(self, rows: Iterator[list[float]]) -> None:
-        """Put the next rows of what was read, one for each sample, in the place of what was kept."""
+        """Replace each kept tensor by the next rows that were read from the device, one row per sample."""
         for forward in self._done:
             if isinstance(forward.sums, torch.Tensor):
                 forward.sums = by_image([next(rows) for _ in range(len(forward.sums))], forward.images)
                 forward.elements //= len(forward.sums)
 
     def measured(self) -> list[tuple[_Forward, Verdict]]:
-        """Each forward that was measured, and what the gate says of it now that all is read."""
+        """Each measured forward with the gate's verdict on it; all sums must have been read."""
         return self._judged_again()[1]
 
     def _judged_again(self) -> tuple[Gate, list[tuple[_Forward, Verdict]]]:
@@ -147,10 +150,10 @@ class ReplayGate(Gate):
 
 
 class Replays:
-    """The schedules of a session: plain numbers, for the `KINDS` kinds recorded or replayed last.
+    """The schedules of a session, for the `KINDS` kinds that were recorded or replayed last. They hold no tensors.
 
     Args:
-        tolerance: the drift up to which a schedule is kept.
+        tolerance: the largest drift at which a schedule is kept.
     """
 
     def __init__(self, tolerance: float) -> None:
@@ -158,7 +161,7 @@ class Replays:
         self._schedules: dict[Kind, Schedule] = {}
 
     def gate(self, gate: Gate, request: Request, branch: str) -> ReplayGate:
-        """`gate`, for a branch of a request, with what was recorded for its like."""
+        """Wrap `gate`, for a branch of a request, in a gate that replays the schedules recorded so far."""
 
         def kind(shape: tuple[int, ...]) -> Kind:
             return branch, request.steps, request.begin, tuple(request.sigmas), request.images, shape
@@ -166,14 +169,16 @@ class Replays:
         return ReplayGate(gate, kind, self._schedules)
 
     def complete(self, gates: Sequence[tuple[ReplayGate, Sequence[list[Decision]]]]) -> float | None:
-        """Read what the gates of a completed request have kept, in one transfer, complete their decisions by it, and
-        record, keep or forget their schedules.
+        """Evaluate a completed request.
+
+        Reads the sums that its gates have kept, in one transfer. Adds the measured distances to the decisions.
+        Records, keeps or drops the schedules.
 
         Args:
-            gates: each with the lists of the decisions that were its.
+            gates: each gate with the lists of decisions that it made.
 
         Returns:
-            The request's drift; None where nothing was replayed.
+            The request's drift; None if nothing was replayed.
         """
         kept = [sums for gate, _ in gates for sums in gate.kept()]
         rows = iter(torch.cat(kept).tolist() if kept else ())
@@ -190,7 +195,7 @@ class Replays:
         return max(drifts, default=None)
 
     def _settle(self, kind: Kind, measured: Sequence[tuple[_Forward, Verdict]], threshold: float) -> list[float]:
-        """Record, keep or forget the schedule of a kind; gives the drift of each replayed step."""
+        """Record, keep or drop the schedule of a kind. Returns the drift of each replayed step."""
         drifts = [
             0.0 if verdict.computed == forward.computed else _past(verdict, threshold)
             for forward, verdict in measured
@@ -207,7 +212,7 @@ class Replays:
         return drifts
 
     def note(self, drift: float) -> str:
-        """A completed request's drift, in words."""
+        """A note on the drift of a completed request, for the report."""
         outcome = f"within the tolerance of {self.tolerance:g}"
         if drift > self.tolerance:
             outcome = f"past the tolerance of {self.tolerance:g}: what has drifted is decided afresh next time"
@@ -220,6 +225,6 @@ def _past(verdict: Verdict, threshold: float) -> float:
 
 
 def _completed(decision: Decision, verdict: Verdict) -> Decision:
-    """A replayed decision with what was measured, and what its gate would have said where it would not have agreed."""
+    """Add the measured distances to a replayed decision, and the gate's reason if it would have decided otherwise."""
     reason = decision.reason if verdict.computed == decision.computed else f"{REPLAYED}, though {verdict.reason}"
     return decision._replace(reason=reason, distance=verdict.distance, accumulated=verdict.accumulated)

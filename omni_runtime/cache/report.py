@@ -1,4 +1,4 @@
-"""What a request did: which steps were computed and why, per CFG branch."""
+"""The report of a request: which steps were computed and why, for each CFG branch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class Decision(NamedTuple):
     Attributes:
         step: index of the denoising step in its request, from 0.
         computed: whether the cached blocks ran.
-        reason: what settled it ("warmup", "below threshold", ...). Of a replayed step, "replayed", and once the request
-            has completed, what its gate would have said where it would not have agreed.
-        distance: the measured relative L1 distance, of the batch's worst image; None where nothing was measured. Of a
-            replayed step it is known once the request has completed.
-        accumulated: for gates that accumulate, the sum that was held against the threshold.
+        reason: why ("warmup", "below threshold", ...). For a replayed step it is "replayed"; once the request has
+            completed, the gate's own reason is added if the gate would have decided otherwise.
+        distance: the measured relative L1 distance of the image for which it is largest; None if nothing was measured.
+            For a replayed step it is known once the request has completed.
+        accumulated: for gates that accumulate, the sum that was compared with the threshold.
     """
 
     step: int
@@ -28,9 +28,9 @@ class Decision(NamedTuple):
 
 @dataclass(frozen=True)
 class StepEvent:
-    """A step has closed: its index, the request's step count, and what each branch decided.
+    """A step that has closed: its index, the request's number of steps, and the decision of each branch.
 
-    `computed` is True when any branch ran its blocks in full.
+    `computed` is True if any branch ran its blocks in full.
     """
 
     step: int
@@ -47,31 +47,31 @@ class BranchReport:
 
     @property
     def computed(self) -> list[int]:
-        """Indices of the steps whose blocks ran."""
+        """Indices of the computed steps."""
         return [d.step for d in self.decisions if d.computed]
 
     @property
     def skipped(self) -> list[int]:
-        """Indices of the steps that were forecast."""
+        """Indices of the skipped steps."""
         return [d.step for d in self.decisions if not d.computed]
 
 
 @dataclass
 class CacheReport:
-    """What one request computed and what it skipped.
+    """What one request computed and skipped.
 
     Attributes:
         backend: the cache backend's name.
-        steps: denoising steps of the request.
-        branches: CFG branch name → its decisions. Names come from the pipeline's cache context ("cond", "uncond"), else
-            they are the order of the transformer calls within a step ("0", "1").
+        steps: the number of denoising steps of the request.
+        branches: CFG branch name → its decisions. Names come from the pipeline's cache context ("cond", "uncond"), or
+            else are the position of the transformer call within a step ("0", "1").
         blocks_run, blocks_total: transformer blocks that ran, and that would have run without a cache.
         step_seconds: host time per closed step, in seconds (without waiting for the device).
-        complete: False for a request that was interrupted or raised.
-        notes: in words, where fitted numbers came from, and in what the request is unlike what they were fitted to; how
-            far a replayed schedule has drifted.
-        drift: over the replayed steps at which the gate would have decided otherwise, the largest distance past the
-            threshold as a share of it; 0.0 where there are none, None where nothing was replayed.
+        complete: False if the request was interrupted or raised an error.
+        notes: where fitted numbers came from, how the request differs from what they were fitted to, how far a
+            replayed schedule has drifted, and other notes, in words.
+        drift: the largest distance from the threshold, as a share of it, over the replayed steps at which the gate
+            would have decided otherwise; 0.0 if there are none, None if nothing was replayed.
     """
 
     backend: str
@@ -86,16 +86,16 @@ class CacheReport:
 
     @property
     def forwards(self) -> int:
-        """Transformer forwards really done: those whose cached blocks ran."""
+        """The number of transformer forwards that were computed."""
         return sum(len(branch.computed) for branch in self.branches.values())
 
     @property
     def forwards_saved(self) -> int:
-        """Transformer forwards that were forecast instead."""
+        """The number of transformer forwards that were forecast instead."""
         return sum(len(branch.skipped) for branch in self.branches.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, dicts and numbers, fit for JSON."""
+        """The report as plain lists, dicts and numbers, for JSON."""
         return {
             "backend": self.backend,
             "steps": self.steps,

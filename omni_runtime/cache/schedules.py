@@ -1,7 +1,7 @@
-"""Schedules: which steps of a request are computed, where that is settled before it starts.
+"""Schedules: which steps of a request are computed, decided before the request starts.
 
-A schedule belongs to a number of steps and to the noise levels σ of these. `fitted` carries it over to another request:
-to other levels, to more or fewer steps, to another number of computed ones.
+A schedule is made for a number of steps and their noise levels σ. `fitted` adapts it to another request: to other
+noise levels, to more or fewer steps, or to another number of computed steps.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ class Schedule:
     """The computed steps of a request.
 
     Attributes:
-        steps: of the request.
+        steps: the number of steps of the request.
         computed: indices of the computed steps, rising; the first is 0 and the last is steps − 1.
-        origin: where it comes from, in words.
-        transformer: the class of transformers that it is taken for unasked; None for one that is taken by name alone.
-        sigmas: the noise level of each step where it was found; None where nobody wrote them down.
-        psnr: mean PSNR in dB against full runs, where that was measured.
-        speedup: how many times as fast as a full run, where that was measured.
+        origin: where the schedule comes from, in words.
+        transformer: the transformer class for which it is a default; None if it is used only when named.
+        sigmas: the noise level of each step in the runs it was made for; None if they are not known.
+        psnr: mean PSNR in dB against full runs; None if not measured.
+        speedup: how many times as fast as a full run; None if not measured.
     """
 
     steps: int
@@ -54,8 +54,8 @@ def _steps(text: str) -> tuple[int, ...]:
 
 _MEANCACHE = "MeanCache (Gao et al. 2026, arXiv:2601.19961)"
 _LEMICA = "LeMiCa (Gao et al. 2025, arXiv:2511.00090)"
-#: Lists that are handed on without their authors' names.
-_UNNAMED = "published for velocity caching, by authors and for a model that nobody wrote down"
+#: The origin of published lists whose authors are not known.
+_UNNAMED = "published for velocity caching (authors and model unknown)"
 
 
 def _meancache(model: str, transformer: str | None, computed: str) -> Schedule:
@@ -64,7 +64,7 @@ def _meancache(model: str, transformer: str | None, computed: str) -> Schedule:
 
 _QWEN, _Z = "QwenImageTransformer2DModel", "ZImageTransformer2DModel"
 
-#: name → schedule as its authors published it; the last number in a name is how many steps are computed
+#: name → schedule as its authors published it; the last number in a name is the number of computed steps
 PUBLISHED: dict[str, Schedule] = {
     "qwen-image-25": _meancache("Qwen-Image", _QWEN, "0-16, 24, 32, 40, 43, 45, 47-49"),
     "qwen-image-17": _meancache("Qwen-Image", _QWEN, "0-8, 10, 17, 24, 31, 38, 45, 48, 49"),
@@ -78,7 +78,7 @@ PUBLISHED: dict[str, Schedule] = {
     "z-image-15": _meancache("Z-Image", _Z, "0-3, 5, 7, 10, 12, 17, 25, 33, 41, 45, 48, 49"),
     "z-image-13": _meancache("Z-Image", _Z, "0-3, 5, 9, 15, 22, 29, 36, 43, 47, 49"),
     "lemica-qwen-image-17": Schedule(50, _steps("0-10, 15, 22, 29, 36, 42, 49"), f"{_LEMICA}, Qwen-Image"),
-    # A distilled model's ten steps: not taken for Z-Image's fifty, though the class is the same.
+    # Ten steps of a distilled model: no default for Z-Image with its fifty steps, although the class is the same.
     "lemica-z-image-turbo-8": Schedule(10, _steps("0-3, 5, 7-9"), f"{_LEMICA}, Z-Image-Turbo"),
     "autohq-25": Schedule(
         50, _steps("0-9, 11, 13, 15, 17, 19, 21, 24, 28, 32, 36, 40, 44, 47-49"), "FlexCache's 'autohq', Qwen-Image"
@@ -88,12 +88,12 @@ PUBLISHED: dict[str, Schedule] = {
     "velocity-9": Schedule(50, _steps("0-3, 5, 9, 17, 31, 49"), _UNNAMED),
 }
 
-#: What `schedule` may be by name: a published schedule, or a steps computation mask of the cache-dit project.
+#: The names that `schedule` may have: a published schedule, or a steps computation mask of the cache-dit project.
 NAMES = (*PUBLISHED, *(f"scm-{policy}" for policy in POLICIES))
 
 
 def named(name: str, steps: int, sigmas: Sequence[float] | None = None) -> Schedule:
-    """The schedule of that name, carried over to a request of so many steps at these levels."""
+    """The schedule `name`, adapted to a request of `steps` steps at the noise levels `sigmas`."""
     prefix, _, policy = name.partition("-")
     if prefix == "scm":
         mask = steps_mask(policy, steps)
@@ -103,12 +103,12 @@ def named(name: str, steps: int, sigmas: Sequence[float] | None = None) -> Sched
 
 
 def even(steps: int, budget: int) -> Schedule:
-    """`budget` computed steps as evenly spread as can be: what is taken for a model that nothing is known of.
+    """`budget` computed steps, spread as evenly as possible: the default for a model without a schedule.
 
-    With a forecast of order 1, evenly spread steps leave no gap longer than what the forecast looks back on.
+    With a forecast of order 1, no gap is then longer than the distance of the two snapshots that the forecast uses.
 
     Args:
-        steps: of the request, at least 1.
+        steps: the number of steps of the request, at least 1.
         budget: as in `fitted`.
     """
     budget = _possible(budget, steps)
@@ -119,17 +119,18 @@ def even(steps: int, budget: int) -> Schedule:
 def fitted(
     schedule: Schedule, steps: int, sigmas: Sequence[float] | None = None, budget: int | None = None
 ) -> Schedule:
-    """A schedule carried over to a request of `steps` steps with `budget` computed ones, by default the same share.
+    """Adapt a schedule to a request of `steps` steps, `budget` of them computed.
 
-    The computed steps keep their places on the axis of σ, where both requests' levels are known, else on that of the
-    step's index; a budget of its own spreads them more or less densely by the same pattern.
+    The computed steps keep their positions in σ if the noise levels of both requests are known, otherwise their
+    relative positions in the step index. With another budget, they are spread more or less densely in the same
+    pattern.
 
     Args:
-        schedule: what is carried over.
-        steps: of the request, at least 1.
-        sigmas: its noise levels, one for each step; None where they are not known.
-        budget: of computed steps. The first and the last step always are: of one step that is the one, of more at least
-            2, and never more than there are.
+        schedule: the schedule to adapt.
+        steps: the number of steps of the request, at least 1.
+        sigmas: the noise levels of the request, one for each step; None if they are not known.
+        budget: the number of computed steps; None for the same share as in `schedule`. It is limited to at least 2,
+            for the first and the last step, and at most `steps`.
     """
     if budget is None:
         budget = round(len(schedule.computed) * steps / schedule.steps)
@@ -171,7 +172,7 @@ def _alike(a: Sequence[float], b: Sequence[float]) -> bool:
 
 
 def _between(knots: Sequence[float], place: float) -> float:
-    """The value at a place between knots 0, 1, 2, ...; of one knot, its own."""
+    """The value at position `place` between knots 0, 1, 2, ..., interpolated linearly; of one knot, its value."""
     low = max(min(int(place), len(knots) - 2), 0)
     if low + 1 == len(knots):
         return knots[low]
@@ -182,7 +183,7 @@ def _between(knots: Sequence[float], place: float) -> float:
 
 
 def calibrated(found: Mapping[str, Any] | None) -> list[Schedule]:
-    """The schedules of a calibration, as `calibration.read` gives it; none for None."""
+    """The schedules of a calibration, as returned by `calibration.read`; an empty list for None."""
     if found is None:
         return []
     origin = f"calibrated on {found.get('model', 'an unnamed model')}"
@@ -200,10 +201,10 @@ def calibrated(found: Mapping[str, Any] | None) -> list[Schedule]:
 
 
 def good_enough(candidates: Sequence[Schedule], quality: float) -> Schedule:
-    """The one with the smallest share of computed steps whose mean PSNR is at least `quality` dB.
+    """The schedule with the smallest share of computed steps whose mean PSNR is at least `quality` dB.
 
     Raises:
-        ValueError: none is, or none was measured.
+        ValueError: there is none, or none was measured.
     """
     measured = [one for one in candidates if one.psnr is not None]
     if not measured:
@@ -219,15 +220,16 @@ def good_enough(candidates: Sequence[Schedule], quality: float) -> Schedule:
 
 
 def fast_enough(candidates: Sequence[Schedule], steps: int, speedup: float) -> int:
-    """The most computed steps, of `steps`, with which a request is `speedup` times as fast as with all.
+    """The largest number of computed steps, of `steps`, at which a request is `speedup` times as fast as a full run.
 
-    A request takes 1 − c·(1 − share of computed steps) of a full run's time, with c from what was measured: the text
-    encoder, the decoder and the skipped steps themselves take some, too. Where nothing was measured, c is 1.
+    A request takes 1 − c·(1 − share of computed steps) of a full run's time. c is fitted to the measured schedules: it
+    is below 1 because the text encoder, the decoder and the skipped steps take time, too. If nothing was measured, c
+    is 1.
 
     Raises:
-        ValueError: even two computed steps would take longer, by what was measured.
+        ValueError: by what was measured, even a request with only two computed steps would take longer.
     """
-    if steps <= 2:  # of which none can be skipped
+    if steps <= 2:  # none of them can be skipped
         return steps
     measured = [(1 - len(one.computed) / one.steps, 1 - 1 / one.speedup) for one in candidates if one.speedup]
     squares = sum(skipped**2 for skipped, _ in measured)
@@ -243,7 +245,10 @@ def fast_enough(candidates: Sequence[Schedule], steps: int, speedup: float) -> i
 
 
 def nearest(candidates: Sequence[Schedule], steps: int, budget: int) -> Schedule | None:
-    """The one whose share of computed steps is nearest to budget / steps; between equals, the nearest step count."""
+    """The schedule whose share of computed steps is nearest to budget / steps.
+
+    Among equal ones, the one with the nearest number of steps; None if there are no candidates.
+    """
 
     def distance(one: Schedule) -> tuple[float, float]:
         share = math.log(len(one.computed) / one.steps * steps / budget)

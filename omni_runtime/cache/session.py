@@ -1,14 +1,15 @@
 """A session: one cache method, installed on one pipeline.
 
-`CacheSession` follows the pipeline's calls and their requests, whatever the method. What is done with a transformer
-call is its site's business: `BlockSession` here has blocks passed over, `omni_runtime.cache.output.OutputSession`
-answers whole steps, `omni_runtime.cache.library.LibrarySession` leaves it to the cache-dit library.
+`CacheSession` follows the pipeline's calls and their requests. This part is the same for every method. Subclasses
+handle the transformer calls, one subclass for each kind of site: `BlockSession` (here) skips blocks,
+`omni_runtime.cache.output.OutputSession` skips whole steps, and `omni_runtime.cache.library.LibrarySession` leaves the
+work to the cache-dit library.
 
-A transformer call goes this way:
+The path of a transformer call:
 
-    transformer(...)        nn.Module.__call__ → `_compiled_call_impl`, which a sampling has put there
-    CacheSession._answer    is the call this sampling's, and part of a request?
-    BlockSession.call       which branch? then the model's own forward, over the sampling's `BlockList`
+    transformer(...)        nn.Module.__call__ → `_compiled_call_impl`, which the sampling has replaced
+    CacheSession._answer    does the call belong to this sampling, and to a request?
+    BlockSession.call       finds the branch, then runs the model's own forward over the sampling's `BlockList`
     Passage                 decides, records, forecasts
 """
 
@@ -38,34 +39,34 @@ from omni_runtime.cache.report import BranchReport, CacheReport, StepEvent
 from omni_runtime.cache.signals import Nothing
 from omni_runtime.cache.watch import Watch
 
-#: Of a transformer's attributes, the one by which `omni_runtime.cache.library` says that it works on it.
+#: `omni_runtime.cache.library` sets this attribute on a transformer while it works on it.
 LIBRARY_MARK = "_omni_kernels_library"
-#: The arguments of a transformer call, by position and by name.
+#: The positional and keyword arguments of a transformer call.
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
-#: Why a step whose gradient is asked for is computed: no cache has a derivative.
+#: The reason in the report of a step that needs a gradient. It is always computed: a forecast has no derivative.
 GRADIENT = "a gradient is asked for"
 
 
 class CacheSession:
-    """One cache method, installed on one pipeline; subclasses say what becomes of a transformer call.
+    """One cache method, installed on one pipeline. Subclasses handle the transformer calls.
 
     Args:
-        name: the method's.
+        name: the method's name.
         pipe: a loaded diffusers pipeline with a transformer and a scheduler.
 
     Attributes:
-        on_step: told of each closed step; None for nobody.
-        blocks: how many blocks the transformer has, where a row tells.
-        forecaster: what stands in for what is skipped; None where somebody else sees to it.
-        notes: what the report of each request says of the session.
-        rehearsing: whether steps are computed and skipped by turns, whatever the method says.
+        on_step: called with a `StepEvent` after each closed step; None for no callback.
+        blocks: the number of transformer blocks; 0 if unknown.
+        forecaster: the method's forecaster; None if the session forecasts nothing itself.
+        notes: notes of the session, copied into the report of each request.
+        rehearsing: whether a rehearsal is under way, which ignores the method's decisions.
 
     Raises:
-        ValueError, PatchConflictError: a pipeline that it cannot serve, by name.
+        ValueError, PatchConflictError: the pipeline is not supported; the message says why.
     """
 
-    #: Why several ranks may not run the transformer; None where they may.
+    #: Why several ranks may not run the transformer; None if they may.
     alone: str | None = None
 
     def __init__(self, name: str, pipe: Any) -> None:
@@ -88,7 +89,7 @@ class CacheSession:
         """Follow the pipeline's calls.
 
         Raises:
-            ValueError, PatchConflictError: the pipeline cannot be served as it is now.
+            ValueError, PatchConflictError: the pipeline is not supported in its present state.
         """
         forecaster, dtype = self.forecaster, getattr(self.transformer, "dtype", None)
         note = None if forecaster is None else rounding_note(forecaster.name, forecaster.order, dtype or torch.float32)
@@ -96,26 +97,26 @@ class CacheSession:
             self.notes.append(note)
             warnings.warn(note, stacklevel=5)
         around_calls(self.pipe, self.sampling, patch, outside)
-        with turn(self._shared()), self._seams():  # what is in the way is told now
+        with turn(self._shared()), self._seams():  # a trial: raises now for what would fail in the first call
             pass
         self._watch = Watch(self.transformer, self.name)
         patch.add(self._watch)
 
     def close(self) -> None:
-        """End what is under way; the rest of that call is not cached."""
+        """End the request under way; the rest of that pipeline call is not cached."""
         if self._sampling is not None:
             self._sampling.close()
 
     def _shared(self) -> list[Any]:
-        """What other pipelines may work with, too."""
+        """The objects that other pipelines may also use."""
         return [*self.transformers, self.pipe.scheduler]
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[Sampling]:
-        """While open, what happens in this thread is one call of the pipeline.
+        """While open, what happens in this thread counts as one call of the pipeline.
 
         Raises:
-            ValueError, PatchConflictError: the pipeline can no longer be served; nothing is left behind.
+            ValueError, PatchConflictError: the pipeline is no longer supported; nothing is left changed.
         """
         with turn(self._shared()), self._seams() as sampling:
             outer, self._sampling, former = self._sampling, sampling, CURRENT.set(sampling)
@@ -134,7 +135,7 @@ class CacheSession:
 
     @contextlib.contextmanager
     def _seams(self) -> Iterator[Sampling]:
-        """While open, the seams of a sampling are in place."""
+        """Install the seams of a new sampling; remove them on exit."""
         patch = Patch()
         sampling = Sampling(self.pipe, self, patch)
         seams = Patch()
@@ -147,17 +148,17 @@ class CacheSession:
             patch.release()
 
     def take(self, sampling: Sampling, seams: Patch) -> None:
-        """Take the seams of a sampling, recorded in `seams`.
+        """Install the seams of a sampling and record them in `seams`.
 
         Raises:
-            ValueError, PatchConflictError: the pipeline cannot be served as it is now.
+            ValueError, PatchConflictError: the pipeline is not supported in its present state.
         """
         for transformer in self.transformers:
             refuse_cached(transformer)
             self.take_calls(sampling, transformer, seams)
 
     def take_calls(self, sampling: Sampling, transformer: Any, seams: Patch) -> None:
-        """Have the transformer's calls, and the names that its pipeline gives them, come to this session."""
+        """Route the transformer's calls, and their cache-context names, to this session."""
         call = transformer._compiled_call_impl or transformer._call_impl
         answer = functools.partial(self._answer, sampling, transformer, call)
         seams.set_method(transformer, "_compiled_call_impl", answer)
@@ -165,7 +166,10 @@ class CacheSession:
             seams.set_method(transformer, "cache_context", _context_of(sampling, transformer.cache_context))
 
     def _answer(self, sampling: Sampling, transformer: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """A call of the transformer; `call` makes it."""
+        """Handle a call of the transformer; `call` is the original.
+
+        Calls outside this sampling, or outside its requests, go to `call_of_another`.
+        """
         if CURRENT.get() is not sampling:
             return self.call_of_another(call, args, kwargs)
         try:
@@ -180,16 +184,19 @@ class CacheSession:
     def call(
         self, sampling: Sampling, request: Request, transformer: Any, call: Any, args: Args, kwargs: Kwargs
     ) -> Any:
-        """What a transformer call of a request returns; `call` makes it."""
+        """Return the result of a transformer call that belongs to a request; `call` is the original."""
         raise NotImplementedError
 
     def call_of_another(self, call: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-        """A transformer call that is not of this sampling, or of none of its requests."""
+        """Handle a transformer call that belongs to another sampling, or to no request of this one."""
         return call(*args, **kwargs)
 
     @contextlib.contextmanager
     def rehearsal(self) -> Iterator[None]:
-        """While open, one step is computed and two are skipped, by turns; nothing is told or learnt of them."""
+        """While open, every third step is computed and the others are skipped.
+
+        `on_step` is not called, and neither reports nor replayed schedules are kept of these steps.
+        """
         before = self._requests
         self.rehearsing = True
         try:
@@ -200,12 +207,12 @@ class CacheSession:
 
     @property
     def report(self) -> CacheReport | None:
-        """What the last request did; None before the first."""
+        """The report of the last request; None before the first."""
         return self._report(self._requests[-1]) if self._requests else None
 
     @property
     def reports(self) -> list[CacheReport]:
-        """What each request of the last call did: a pipeline may make a video in several segments."""
+        """The reports of the last call's requests. A pipeline that makes a video in segments has several."""
         return [self._report(request) for request in self._requests]
 
     def _report(self, request: Request) -> CacheReport:
@@ -222,12 +229,16 @@ class CacheSession:
         )
 
     def held_tensors(self) -> list[torch.Tensor]:
-        """Every tensor that the request under way holds; none between requests."""
+        """All tensors held by the request under way; empty between requests."""
         request = None if self._sampling is None else self._sampling.request
         return [] if request is None else request.tensors()
 
     def gate_for(self, gate: Callable[[], Gate], measures: bool, request: Request, branch: str) -> Gate:
-        """A fresh gate: the method's, in a rehearsal another, and following an earlier request where that is asked."""
+        """A fresh gate.
+
+        In a rehearsal it is a `RehearsalGate`. Otherwise it is the method's gate, wrapped in a `ReplayGate` if the
+        session replays schedules of earlier requests.
+        """
         if self.rehearsing:
             return RehearsalGate(measures)
         return gate() if self.replays is None else self.replays.gate(gate(), request, branch)
@@ -265,7 +276,7 @@ class CacheSession:
             self.on_step(StepEvent(step, request.steps, any(d.computed for d in made.values()), made))
 
     def completed(self, request: Request) -> None:
-        """See `omni_runtime.cache.lifecycle.Listener`; what was replayed is looked at, and its schedules are kept."""
+        """See `omni_runtime.cache.lifecycle.Listener`. Measures the replay drift and updates the kept schedules."""
         if self.replays is None:
             return
         request.drift = self.replays.complete(
@@ -275,27 +286,27 @@ class CacheSession:
             request.notes.append(self.replays.note(request.drift))
 
     def gates_of(self, request: Request) -> Sequence[tuple[Gate, list[Any]]]:
-        """The gates that have decided, each with the lists of its decisions."""
+        """The gates used in the request, each with the lists of decisions it made."""
         return []
 
     def describe(self, request: Request) -> dict[str, Any]:
-        """What fitted numbers hang on, of a request whose first step has closed."""
+        """The properties of a request that fitted numbers depend on; its first step must have closed."""
         return calibration.describe(
             self.transformer, self.blocks, self.pipe.scheduler, request.steps, request.latents
         )  # fmt: skip
 
     def describe_last(self) -> dict[str, Any]:
-        """What the last request was, as `calibration.describe` has it.
+        """The last request's description, from `calibration.describe`.
 
         Raises:
-            RuntimeError: there was none, or it took no step.
+            RuntimeError: there was no request, or it took no step.
         """
         if not self._requests or not self._requests[-1].step:
             raise RuntimeError("nothing was recorded: the pipeline has taken no step")
         return self.describe(self._requests[-1])
 
     def _compare(self, fitted_for: Mapping[str, Any], request: Request) -> None:
-        """Warn of a request that is unlike those that the method's numbers were fitted to."""
+        """Warn if the request differs from those that the method's numbers were fitted to."""
         differences = calibration.differences(fitted_for, self.describe(request))
         if differences:
             note = f"{self.name} was calibrated for other runs: this one has {', '.join(differences)}"
@@ -304,10 +315,10 @@ class CacheSession:
 
 
 class BlockSession(CacheSession):
-    """A method that passes blocks over.
+    """A session of a method that skips blocks.
 
     Args:
-        parts: its choices for the transformer's blocks, from the model's row and the number of blocks.
+        parts: (model row, number of blocks) → the method's choices for the transformer's blocks.
     """
 
     passage_class: type[Passage] = Passage
@@ -344,13 +355,13 @@ class BlockSession(CacheSession):
             )
 
     def opened(self, request: Request) -> None:
-        """See `CacheSession.opened`; who runs the transformer, and what is split where, may have changed."""
+        """See `CacheSession.opened`. Checks the parallel setup again: it may have changed since the last request."""
         refuse_parallel(self.transformer, self.alone)
         self.ranks = ranks_of(self.transformer)
         if self.ranks is not None and any(block._compiled_call_impl is not None for _, block in self._flat):
             raise ValueError(
                 f"the blocks of this {_name(self.transformer)} are compiled, and it is run by several ranks: a cache "
-                "of blocks does not go with both yet"
+                "of blocks does not support both together yet"
             )
         kind = BlockCall if self.ranks is None else SplitCall
         if not self.calls or type(self.calls[0]) is not kind:
@@ -385,7 +396,7 @@ class BlockSession(CacheSession):
         return output
 
     def gate(self, request: Request, branch: Branch) -> Gate:
-        """A fresh gate for a branch."""
+        """Return a fresh gate for a branch."""
         parts = self.parts
         return self.gate_for(lambda: parts.gate(request), not isinstance(parts.signal, Nothing), request, branch.name)
 
@@ -394,13 +405,13 @@ class BlockSession(CacheSession):
         return [(branch.kept.gate, [branch.decisions]) for branch in request.branches.values() if branch.kept]
 
     def _check(self) -> None:
-        """Raise for what a cache of blocks cannot live with, by name."""
+        """Raise an error if the transformer is compiled, or parallel in a way that this cache does not support."""
         refuse_compiled(self.transformer)
         refuse_parallel(self.transformer, self.alone)
 
 
 def differentiates(transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a gradient is asked for in this call of the transformer."""
+    """Whether this transformer call needs a gradient."""
     if not torch.is_grad_enabled():
         return False
     given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
@@ -408,7 +419,7 @@ def differentiates(transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: 
 
 
 def _context_of(sampling: Sampling, original: Callable[..., Any]) -> Callable[..., Any]:
-    """A transformer's `cache_context`, which tells the sampling the name, too."""
+    """Wrap a transformer's `cache_context` to record the name in the sampling, too."""
 
     @functools.wraps(original)
     @contextlib.contextmanager
@@ -443,7 +454,7 @@ def _transformer_of(pipe: Any) -> torch.nn.Module:
 
 
 def refuse_cached(transformer: torch.nn.Module) -> None:
-    """Raise for a transformer that somebody caches already, by name."""
+    """Raise PatchConflictError, naming the other cache, if the transformer is already cached."""
     kind = _name(transformer)
     if getattr(transformer, "is_cache_enabled", False):
         raise PatchConflictError(f"diffusers' own cache is enabled on this {kind}: transformer.disable_cache() first")
@@ -459,9 +470,9 @@ def refuse_cached(transformer: torch.nn.Module) -> None:
 
 
 def refuse_compiled(transformer: torch.nn.Module) -> None:
-    """Raise for a transformer of which no block can be passed over, by name."""
+    """Raise PatchConflictError if the transformer is compiled as a whole: none of its blocks can be skipped then."""
     compiled = getattr(transformer, "_compiled_call_impl", None)
-    ours = isinstance(compiled, InstanceMethod)  # another sampling's, which this one begins within
+    ours = isinstance(compiled, InstanceMethod)  # installed by an outer sampling, within which this one begins
     if (compiled is not None and not ours) or hasattr(transformer, "_orig_mod"):
         raise PatchConflictError(
             f"this {_name(transformer)} was compiled as a whole ({describe(compiled or transformer)}): which blocks "
@@ -471,7 +482,7 @@ def refuse_compiled(transformer: torch.nn.Module) -> None:
 
 
 def refuse_parallel(transformer: torch.nn.Module, alone: str | None) -> None:
-    """Raise for a transformer that several ranks run, by name, where `alone` says why they may not."""
+    """Raise ValueError if several ranks run the transformer and `alone` gives a reason why they may not."""
     config = getattr(transformer, "_parallel_config", None)
     if alone is not None and config is not None:
         kind = "tensor" if config.context_parallel_config is None else "context"

@@ -1,12 +1,14 @@
 """Signals: what is watched to tell whether a step resembles an earlier one.
 
-A signal turns the input of the first skippable block into one tensor to remember, and, given the remembered one, into
-each sample's [Σ|now − then|, Σ|then|]. `every_step` says when the new tensor replaces the remembered one: at every step
-(distances run from step to step) or only at computed steps (distances run to the last computed step). `noise_only` says
-whose hidden states are watched where reference images stand behind the noise: the noise's alone, or all. DBCache and
-first-block cache go by all of them, as the libraries that their thresholds come from do.
+A signal computes one tensor from the input of the first skippable block. From this tensor and one remembered from an
+earlier step, it computes each sample's [Σ|now − then|, Σ|then|]. If `every_step` is set, the new tensor is remembered
+at every step, and distances are relative to the step before. Otherwise it is remembered only at computed steps, and
+distances are relative to the last computed step. `noise_only` matters if tokens of reference images follow the noise
+tokens: it says whether only the noise tokens are watched, or all of them. DBCache and first-block cache watch all of
+them, like the libraries that their thresholds come from.
 
-Where whole steps are skipped there is no block to watch: `ExpectedChange` goes by what scheduler and model exchange.
+If whole steps are skipped, there is no block to watch. Then `ExpectedChange` uses the scheduler's latents and model
+outputs.
 """
 
 from __future__ import annotations
@@ -24,10 +26,10 @@ from omni_runtime.cache.ranks import Shard
 
 
 class Signal:
-    """See the module's docstring.
+    """What is watched; see the module's docstring.
 
     Attributes:
-        reads_weights: whether weights of block 0 are read to observe.
+        reads_weights: whether `observe` reads weights of block 0.
     """
 
     every_step = False
@@ -35,11 +37,15 @@ class Signal:
     reads_weights = False
 
     def fresh(self, shard: Shard | None) -> Signal:
-        """One for a branch of a request, whose states are this shard of a sequence; None where they are whole."""
+        """A signal for one branch of a request.
+
+        Args:
+            shard: this rank's part of the sequence; None if this rank has all of it.
+        """
         return self
 
     def situate(self, sigma: float, arguments: Arguments) -> None:
-        """A forward begins, at the noise level σ, with these arguments of the transformer."""
+        """Called when a forward begins, with the noise level σ and the transformer's arguments by name."""
 
     def observe(
         self,
@@ -50,15 +56,20 @@ class Signal:
         remembered: torch.Tensor | None,
         using: Any,
     ) -> tuple[Any, Any]:
-        """The tensor of this step, [B, S', D], and the sums fp32 [B, 2]: meaningless where nothing was remembered.
+        """Compute the tensor of this step, and its distance to the remembered one.
 
         Args:
-            block: the first skippable block, whose call is under way.
-            arguments: its arguments by name.
-            hidden: what is watched of its hidden states, [B, S', D].
-            entered: the same of the hidden states that entered block 0; the same tensor where block 0 is this block.
+            block: the block whose call is under way: the first skippable one, or the one before it.
+            arguments: the arguments of that call by name.
+            hidden: the watched tokens of the hidden states that enter the first skippable block, [B, S', D].
+            entered: the same tokens of the hidden states that entered block 0; the same tensor as `hidden` if block 0
+                is the first skippable block.
             remembered: the tensor of an earlier step, or None.
-            using: the ops for such tensors, by name.
+            using: the namespace of the ops.
+
+        Returns:
+            The tensor of this step, [B, S', D], and the sums, fp32 [B, 2]. The sums mean nothing if `remembered` is
+            None.
         """
         raise NotImplementedError
 
@@ -82,7 +93,7 @@ class FirstBlocksResidual(Signal):
 
 
 class ModulatedInput(Signal):
-    """Block 0's normed and modulated input (TeaCache)."""
+    """Block 0's normalised and modulated input (TeaCache)."""
 
     every_step = True
     reads_weights = True
@@ -107,12 +118,13 @@ class ModulatedInput(Signal):
 
 
 class FilteredModulatedInput(Signal):
-    """Block 0's modulated input through a Wiener filter for the step's noise level (SeaCache, arXiv:2602.18993).
+    """Block 0's modulated input after a Wiener filter for the step's noise level (SeaCache, arXiv:2602.18993).
 
-    x_σ = (1 − σ) signal + σ noise, along each axis of the tokens' grid a signal of power S = 1 / (|f|^p + 1e-16) at
-    frequency f, in cycles per token: the gain is g = (1 − σ) S / ((1 − σ)² S + σ² + 1e-16), and that of several axes
-    their product, divided by its mean. σ is held within [1e-6, 1 − 1e-6], where the gain is defined. In fp32; what is
-    remembered has the grid's shape [B, F, H, W, D]; where ranks share the tokens, each remembers some of the channels.
+    The model is x_σ = (1 − σ) signal + σ noise. Along each axis of the tokens' grid, the signal has the power
+    S = 1 / (|f|^p + 1e-16) at frequency f, in cycles per token. The gain is g = (1 − σ) S / ((1 − σ)² S + σ² + 1e-16).
+    For several axes it is the product of their gains, divided by its mean. σ is limited to [1e-6, 1 − 1e-6], where the
+    gain is defined. Computed in fp32. The remembered tensor has the grid's shape [B, F, H, W, D]. If ranks share the
+    tokens, each rank remembers a part of the channels.
     """
 
     every_step = True
@@ -152,13 +164,13 @@ class FilteredModulatedInput(Signal):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Signal.observe`."""
         modulated, _ = self._modulated.observe(block, arguments, hidden, entered, None, using)
-        # The grid of a request is the same at all steps, and for FLUX it takes a transfer to learn.
+        # The grid is the same at all steps of a request, and for FLUX, finding it takes a transfer to the host.
         grid = self._noise_grid(self._forward) if remembered is None else remembered.shape[1:4]
-        self._forward = {}  # nothing of a forward is held beyond it
+        self._forward = {}  # keep no tensors beyond the forward
         tokens, there = math.prod(grid), modulated.shape[1] if self._shard is None else self._shard.watched
         if tokens > there:
             raise ValueError(f"there are {there} tokens, and a grid of {'×'.join(map(str, grid))}")
-        # A filter over the grid needs all tokens, but one channel at a time.
+        # The filter needs all tokens of a channel, but treats each channel separately.
         modulated = modulated[:, :tokens] if self._shard is None else self._shard.by_channels(modulated, tokens)
         B, _, D = modulated.shape
         now = wiener(modulated.reshape(B, *grid, D), self._sigma, self._power)
@@ -174,13 +186,13 @@ def wiener(x: torch.Tensor, sigma: float, power: float) -> torch.Tensor:
         signal = 1.0 / (frequencies**power + 1e-16)
         gain = (1.0 - sigma) * signal / ((1.0 - sigma) ** 2 * signal + sigma**2 + 1e-16)
         gain /= gain.mean()  # over a grid, the mean of the product is the product of the means
-        kept = spectrum.shape[axis]  # of real numbers the last axis has half a spectrum
+        kept = spectrum.shape[axis]  # the last axis has only half of the spectrum, because x is real
         spectrum *= gain[:kept].view([kept if d == axis else 1 for d in range(5)])
     return torch.fft.irfftn(spectrum, s=x.shape[1:4], dim=(1, 2, 3))
 
 
 class Nothing(Signal):
-    """For gates that measure nothing."""
+    """No signal, for gates that measure nothing."""
 
     def observe(
         self,
@@ -196,13 +208,15 @@ class Nothing(Signal):
 
 
 class ExpectedChange:
-    """How much the model output is expected to have changed, from how much the latents have (EasyCache).
+    """The expected change of the model output, computed from the change of the latents (EasyCache).
 
     Zhou et al. 2025, arXiv:2507.02860, in the form of the authors' code (H-EmbodVis/EasyCache, EasyCache4Wan2.1). The
-    last two computed steps tell how much the output changes with the latents x: k = Σ|Δout| / Σ|Δx|. From one step to
-    the next, computed or not, it is then expected to change by k Σ|x − x_prev|, to be seen against Σ|out| of the last
-    computed step. Unlike the authors', who take the conditional branch's input and output and the mean over the batch:
-    x and out are those of the scheduler (unscaled, guided, with its sign), and each sample has sums of its own.
+    last two computed steps give the rate at which the output changes with the latents x: k = Σ|Δout| / Σ|Δx|. From one
+    step to the next, computed or not, the output is expected to change by k Σ|x − x_prev|. This is compared with
+    Σ|out| of the last computed step.
+
+    The authors use the input and output of the conditional branch, and the mean over the batch. Here x and out are
+    those of the scheduler (unscaled, guided, with its sign), and each sample has its own sums.
     """
 
     def __init__(self) -> None:
@@ -212,16 +226,19 @@ class ExpectedChange:
         self._magnitude: torch.Tensor | None = None
 
     def tensors(self) -> list[torch.Tensor]:
-        """Every tensor that is held between steps."""
+        """All tensors held between steps."""
         held = (self._latents, *(self._computed or ()), self._rate, self._magnitude)
         return list({id(t): t for t in held if t is not None}.values())
 
     def observe(self, latents: torch.Tensor) -> torch.Tensor | None:
-        """What is expected since the step before, where a step begins with these latents, [B, ...].
+        """The expected change since the step before.
+
+        Args:
+            latents: the latents with which the step begins, [B, ...].
 
         Returns:
-            Each sample's [k Σ|x − x_prev|, Σ|out|], fp32 [B, 2]; None before two steps were computed on latents of
-            one shape.
+            Each sample's [k Σ|x − x_prev|, Σ|out|], fp32 [B, 2]; None until two steps were computed on latents of the
+            same shape.
         """
         then, rate, magnitude = self._latents, self._rate, self._magnitude
         if then is None or rate is None or magnitude is None or then.shape != latents.shape:
@@ -229,7 +246,12 @@ class ExpectedChange:
         return torch.stack((rate * ops.relative_l1(latents, then)[:, 0], magnitude), 1)
 
     def leave(self, latents: torch.Tensor, output: torch.Tensor | None) -> None:
-        """A step ends that began with these latents; `output` is what was computed, None where nothing was."""
+        """Record a step.
+
+        Args:
+            latents: the latents with which the step began.
+            output: the computed model output; None if the step was skipped.
+        """
         self._latents = latents
         if output is None:
             return
@@ -238,5 +260,5 @@ class ExpectedChange:
             changed = ops.relative_l1(before[1], output)
             self._rate = changed[:, 0] / ops.relative_l1(latents, before[0])[:, 0]
             self._magnitude = changed[:, 1]
-        # A copy: without guidance it is the transformer's own, whose memory a captured graph writes again.
+        # A copy, because without guidance this is the transformer's own output, whose memory a CUDA graph overwrites.
         self._computed = latents, output.clone()

@@ -1,4 +1,4 @@
-"""Between the calls of a patched pipeline: whoever calls its transformer then is told that nothing is cached."""
+"""Warns when the transformer is called outside a call of the patched pipeline: nothing is cached there."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 
 class Watch:
-    """Says once that a transformer call comes from outside the pipeline's calls.
+    """Warns once of a transformer call outside the pipeline's calls.
 
     Args:
-        transformer: the one that is called.
-        name: the backend's, for the warning.
+        transformer: the transformer to watch.
+        name: the backend's name, for the warning.
     """
 
     held = True
@@ -27,12 +27,12 @@ class Watch:
         self.listen()
 
     def listen(self) -> None:
-        """Listen at the transformer, between the pipeline's calls, until something was said."""
+        """Add the hook to the transformer, between the pipeline's calls, unless the warning was given."""
         if self._hook is None and not self._over:
             self._hook = self.owner.register_forward_pre_hook(self)
 
     def __call__(self, transformer: torch.nn.Module, args: Any) -> None:
-        """A call of the transformer comes."""
+        """Warn: the transformer is being called."""
         if torch.compiler.is_compiling():
             return
         self.restore()
@@ -45,11 +45,11 @@ class Watch:
         )
 
     def conflict(self) -> str:
-        """See `omni_kernels.patching.changes`: a hook can be taken out at any time."""
+        """See `omni_kernels.patching.changes`. No conflict: a hook can be removed at any time."""
         return ""
 
     def restore(self) -> None:
-        """Listen no more."""
+        """Remove the hook."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -59,7 +59,7 @@ class Watch:
 
 
 def _no_watch() -> Callable[..., None]:
-    """What a copy of the transformer has instead."""
+    """The hook that a copy of the transformer gets instead: it does nothing."""
     return _unwatched
 
 

@@ -111,7 +111,7 @@ def test_the_bound_on_r_squared_is_the_stated_one():
         r_squared = 1 - np.var(y - np.polyval(np.polyfit(X, y, 4), X)) / y.var()
         assert (r_squared < polynomial.MIN_R_SQUARED) == refused
         if refused:
-            with pytest.raises(calibration.UselessFitError, match="hardly tells"):
+            with pytest.raises(calibration.UselessFitError, match="hardly predicts"):
                 polynomial.fit(X, y)
         else:
             assert polynomial.fit(X, y).r_squared == pytest.approx(r_squared)

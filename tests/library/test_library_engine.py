@@ -478,8 +478,8 @@ def test_the_transformer_cannot_be_copied_while_the_library_is_in_it(qwen_pipe):
 @pytest.mark.parametrize(
     ("kind", "controlnet", "reason"),
     [
-        ("LTX2Pipeline", None, "sound beside the video"),
-        ("Flux2KleinKVPipeline", None, "makes another picture"),
+        ("LTX2Pipeline", None, "sound besides the video"),
+        ("Flux2KleinKVPipeline", None, "changes the image"),
         ("SkyReelsV2DiffusionForcingPipeline", None, "each frame has steps of its own"),
         ("QwenImageControlNetPipeline", object(), "ControlNet"),
         ("StableDiffusion3ControlNetPipeline", object(), "ControlNet"),

@@ -1,6 +1,6 @@
-"""The table of methods: each is one choice of site, signal, gate and forecaster, and the keys that set them.
+"""The table of methods. Each is one choice of site, signal, gate and forecaster, and the keys that set them.
 
-To add a method, add a file with its `Method`, and that to `METHODS`.
+To add a method, write a file with its `Method`, and add that to `METHODS`.
 """
 
 from omni_runtime.cache.methods.cache_dit import CACHE_DIT
@@ -24,7 +24,7 @@ __all__ = [
     "Method",
 ]
 
-#: name → method; the first one is what to try first
+#: name → method, the one to try first at the top
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (VELOCITY_CACHE, TEA_CACHE, CACHE_DIT, FIRST_BLOCK_CACHE, MAG_CACHE, SEA_CACHE, EASY_CACHE)

@@ -1,16 +1,18 @@
 """DBCache, TaylorSeer and SCM, with the keys of the cache-dit project and of vLLM-Omni.
 
-What the first Fn blocks add to the hidden states is compared with what they added in the last computed step: while
-Σ|x − y| / Σ|y| is below `residual_diff_threshold`, blocks [Fn, N−Bn) are skipped, and what they added is added again,
-or forecast (TaylorSeer, arXiv:2503.06923). The first `max_warmup_steps` are computed, or every `warmup_interval`-th of
-them; no more than `max_cached_steps` are skipped, and no more than `max_continuous_cached_steps` in a row. A steps
-computation mask (SCM), by the name of a policy or as it is, has steps computed; at its zeros the distance decides
-("dynamic"), or nothing does and they are skipped ("static").
+What the first Fn blocks add to the hidden states is compared with what they added in the last computed step. While
+Σ|x − y| / Σ|y| is below `residual_diff_threshold`, blocks [Fn, N−Bn) are skipped, and their last residual is added
+again, or a forecast of it (TaylorSeer, arXiv:2503.06923).
+
+Every `warmup_interval`-th of the first `max_warmup_steps` is always computed. At most `max_cached_steps` are skipped
+in a request, and at most `max_continuous_cached_steps` in a row. A steps computation mask (SCM), given as a list or as
+the name of a policy, computes the steps at its ones. At its zeros, the distance decides ("dynamic"), or the steps are
+always skipped ("static").
 
 site: blocks [Fn, N−Bn) · signal: residual of the first Fn blocks · gate: threshold, under limits and a mask ·
 forecaster: reuse, TaylorSeer, or another
 
-`engine` says who runs the blocks: we, or the installed cache-dit library (`omni_runtime.cache.library`).
+`engine` selects what runs the blocks: this project, or the installed cache-dit library (`omni_runtime.cache.library`).
 """
 
 from __future__ import annotations
@@ -121,7 +123,7 @@ CACHE_DIT = Method(
         keys.integer("Fn_compute_blocks", 1, 1, None, "first blocks, always computed and watched"),
         keys.integer("Bn_compute_blocks", 0, 0, None, "last blocks, always computed"),
         keys.integer("max_warmup_steps", 4, 0, None, "first steps, always computed"),
-        keys.integer("warmup_interval", 1, 1, None, "of the warmup's steps, compute every so many"),
+        keys.integer("warmup_interval", 1, 1, None, "within the warmup, compute every n-th step"),
         keys.integer("max_cached_steps", -1, -1, None, "most steps skipped in a request; −1: no limit"),
         keys.integer("max_continuous_cached_steps", 3, -1, None, "most steps skipped in a row; −1: no limit"),
         keys.number("residual_diff_threshold", 0.24, "distance below which a step is skipped; ≤ 0 never, ≥ 1 always"),
@@ -130,10 +132,12 @@ CACHE_DIT = Method(
         keys.choice("scm_steps_mask_policy", None, POLICIES, "steps computation mask by name"),
         _mask_key(),
         keys.choice(
-            "scm_steps_policy", "dynamic", ("dynamic", "static"), "the mask's zeros: ask the gate, or skip at once"
+            "scm_steps_policy", "dynamic", ("dynamic", "static"), "at the mask's zeros: the gate decides, or skip"
         ),
         keys.integer("num_inference_steps", None, 1, None, "not needed: a request's steps are read from its scheduler"),
-        keys.choice("engine", "own", ("own", "library"), "who runs the blocks: we, or the installed cache-dit library"),
+        keys.choice(
+            "engine", "own", ("own", "library"), "what runs the blocks: this project, or the cache-dit library"
+        ),
         *DECISION_KEYS,
         *FORECASTER_KEYS,
     ),

@@ -1,12 +1,14 @@
 """EasyCache (Zhou et al. 2025, arXiv:2507.02860): skip whole steps while the output is expected to change little.
 
-How much the output v answers to a change of the latents x is taken from the last two computed steps; times how far the
-latents have moved since, that is how much v is expected to have changed (`omni_runtime.cache.signals.ExpectedChange`).
-These are summed, and the step is computed when the sum reaches `thresh`; the first `ret_steps` and the last step always
-are. A skipped step is given x + (v − x) of the last computed one: what the model adds to the latents is reused. Names
-and defaults are those of the authors' code for Wan 2.1, which decides by the conditional branch; here it is the guided
-output. Where guidance is linear in the branches' outputs, that is what adding each branch's own difference, as the
-authors do, would give. (Qwen-Image's guidance rescales, and is not.)
+The last two computed steps give the rate at which the output v changes with the latents x. The rate times the change
+of the latents is the expected change of v (`omni_runtime.cache.signals.ExpectedChange`). The expected changes are
+summed, and a step is computed when the sum reaches `thresh`. The first `ret_steps` steps and the last one are always
+computed. A skipped step gets its own x plus v − x of the last computed step, so what the model adds to the latents is
+reused.
+
+Names and defaults are those of the authors' code for Wan 2.1. That code decides by the conditional branch and adds
+each branch's own difference; here the guided output is used. If guidance is linear in the branches' outputs, both give
+the same skipped output. (Qwen-Image's guidance rescales, so it is not linear.)
 
 site: whole steps · signal: expected change · gate: accumulated distance, under limits · forecaster: reuse, or another
 within `reach`

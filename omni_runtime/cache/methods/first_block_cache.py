@@ -1,8 +1,8 @@
 """First-block cache (ParaAttention, and diffusers' `FirstBlockCacheConfig`): skip all blocks but the first.
 
-What block 0 adds to the hidden states is compared with what it added in the last computed step: while the distance
-Σ|x − y| / Σ|y| is below `threshold`, the blocks behind it are skipped, and the sum of what they added then is added
-again. That is DBCache (`cache_dit`) with Fn = 1 and none of its limits.
+What block 0 adds to the hidden states is compared with what it added in the last computed step. While the distance
+Σ|x − y| / Σ|y| is below `threshold`, all blocks after it are skipped, and what they added in the last computed step is
+added again. This is DBCache (`cache_dit`) with Fn = 1 and no limits.
 
 site: blocks [1, N) · signal: residual of block 0 · gate: threshold · forecaster: reuse, or another
 """

@@ -1,10 +1,10 @@
 """MagCache (Ma et al. 2025, arXiv:2506.09045): skip all blocks while calibrated ratios say that little has changed.
 
-γ_t is by what factor the magnitude of the residual of all blocks changes from step t − 1 to t, found for a model by
-`omni calibrate mag_cache` (`omni_runtime.cache.magnitudes`) or published for its class. Since the last computed step,
-Σ |1 − Πγ| is summed, and while that is at most `threshold`, steps are skipped, no more than `max_skip_steps` in a row;
-the first `retention_ratio` of the steps are always computed. Nothing is measured in a request. As in diffusers'
-`MagCacheConfig`.
+γ_t is the factor by which the magnitude of the residual of all blocks changes from step t − 1 to t. The factors are
+fitted to a model by `omni calibrate mag_cache` (`omni_runtime.cache.magnitudes`), or published for its class. Steps
+are skipped while Σ |1 − Πγ| since the last computed step is at most `threshold`, and at most `max_skip_steps` in a
+row. The first steps, a share of `retention_ratio`, are always computed. Nothing is measured in a request. All this is
+as in diffusers' `MagCacheConfig`.
 
 site: all blocks · signal: nothing · gate: calibrated ratios, under limits · forecaster: reuse, or another
 """

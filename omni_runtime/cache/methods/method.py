@@ -1,4 +1,4 @@
-"""What a method is: a row of the table, which `omni_kernels.patch(pipe, cache_backend=...)` installs by its name."""
+"""`Method`: a row of the table of methods. `omni_kernels.patch(pipe, cache_backend=...)` installs one by its name."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ Config = dict[str, Any]
 
 
 def no_relations(config: Config, blocks: int | None, steps: int | None) -> None:
-    """Of a method whose values all go together."""
+    """The check for a method whose values can all be combined."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table. It skips blocks or whole steps: one of `parts` and `output` is given.
+    """A row of the table. A method skips blocks or whole steps, so either `parts` or `output` is given.
 
     Attributes:
-        name: what `cache_backend=` is given.
+        name: the value of `cache_backend=` that selects the method.
         summary: one line for listings.
         keys: the configuration keys.
-        parts: (configuration, model row, number of blocks) → the choices for the blocks; raises ValueError for a row
-            that lacks what the method needs. None for a method that leaves the blocks alone, and needs no row.
-        output: configuration → the choices for whole steps; None for a method that skips none.
-        relations: (configuration, number of blocks, number of steps; None where unknown) → raises ValueError for values
-            that don't go together.
-        calibrated_by: the key that takes a calibration, whose default is the model's own; None for a method without.
-        mask: of a method that the cache-dit library can run, too, where its key `engine` says so: (configuration,
-            request) → the request's steps computation mask. None for a method that only we run.
+        parts: (configuration, model row, number of blocks) → the choices for the blocks; raises ValueError if the row
+            lacks what the method needs. None for a method that skips no blocks and needs no row.
+        output: configuration → the choices for whole steps; None for a method that does not skip whole steps.
+        relations: (configuration, number of blocks, number of steps) → raises ValueError for values that cannot be
+            combined. The numbers are None if unknown.
+        calibrated_by: the key that takes a calibration, by default the model's own; None if the method has none.
+        mask: (configuration, request) → the request's steps computation mask. Given for a method that the cache-dit
+            library can also run, selected by the key `engine`; None for other methods.
     """
 
     name: str
@@ -61,13 +61,13 @@ class Method:
         """The complete configuration.
 
         Args:
-            config: the given keys; what this has returned before is not read again.
-            transformer: what is known of the transformer; checks that need the number of blocks wait for it.
-            steps: denoising steps of the request; checks that need them wait for it.
+            config: the given keys. A result of an earlier `check` is not parsed again.
+            transformer: what is known of the transformer; None omits the checks that need it.
+            steps: the number of denoising steps of the request; None omits the checks that need it.
 
         Raises:
-            ValueError: unknown key, value out of range, values that don't go together, a transformer that lacks what
-                the method needs.
+            ValueError: unknown key, value out of range, values that cannot be combined, or a transformer that lacks
+                what the method needs.
             TypeError: a value of the wrong type.
         """
         resolved = config if isinstance(config, keys.Resolved) else keys.resolve(self.keys, config, self.name)
@@ -81,10 +81,11 @@ class Method:
         return resolved
 
     def with_own(self, config: Mapping[str, Any] | None, directory: str | None) -> Mapping[str, Any] | None:
-        """A checked configuration, with the model's own calibration where the caller gives none.
+        """The configuration, with the model's own calibration added if the caller gives none.
 
         Args:
-            directory: the model's, or its name on the hub.
+            config: the given keys.
+            directory: the model's directory, or its name on the hub.
         """
         if not directory or self.calibrated_by is None or (config or {}).get(self.calibrated_by) is not None:
             return config
@@ -92,10 +93,10 @@ class Method:
         return config if file is None else {**(config or {}), self.calibrated_by: file}
 
     def install(self, pipe: Any, config: Config, patch: Patch) -> CacheSession:
-        """Install on `pipe`; `config` is complete.
+        """Install the method on `pipe`; `config` is complete.
 
         Raises:
-            ValueError, PatchConflictError: a pipeline that the method cannot serve, by name.
+            ValueError, PatchConflictError: the method does not support the pipeline; the message says why.
         """
         session = self._session(pipe, config)
         session.install(patch)
@@ -110,7 +111,7 @@ class Method:
         if self.output is not None:
             return OutputSession(self.name, pipe, self.output(config))
         choose = self.parts
-        assert choose is not None  # one of both is given
+        assert choose is not None  # either `parts` or `output` is given
 
         def parts(row: ModelRow, blocks: int) -> Parts:
             self.relations(config, blocks, None)

@@ -1,10 +1,11 @@
-"""SeaCache (arXiv:2602.18993): TeaCache on what a filter for the noise level leaves of block 0's modulated input.
+"""SeaCache (arXiv:2602.18993): TeaCache on block 0's modulated input, filtered for the noise level.
 
-At noise level σ only so much of an image is signal: of the modulated input, a Wiener filter over the grid of its tokens
-leaves what that is, for a signal whose spectrum falls as 1/|f|^p, p = `power_exp`
-(`omni_runtime.cache.signals.FilteredModulatedInput`). Of that, the distances to the step before are summed as they are,
-and the step is computed when the sum reaches `threshold`; the first and the last step always are, and no more than
-`max_consecutive_cached` are skipped in a row. Defaults as in vLLM-Omni; the paper takes p = 2 for images.
+At noise level σ only a part of an image is signal. A Wiener filter over the grid of the tokens keeps this part of the
+modulated input, for a signal whose spectrum falls as 1/|f|^p with p = `power_exp`
+(`omni_runtime.cache.signals.FilteredModulatedInput`). The distances of the filtered input to the step before are
+summed without a polynomial. A step is computed when the sum reaches `threshold`. The first and the last step are
+always computed, and at most `max_consecutive_cached` steps are skipped in a row. Defaults are as in vLLM-Omni; the
+paper uses p = 2 for images.
 
 site: all blocks · signal: block 0's modulated input, filtered · gate: accumulated distance, under limits ·
 forecaster: reuse, or another

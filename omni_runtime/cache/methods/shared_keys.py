@@ -1,4 +1,4 @@
-"""Keys that several methods have: of the forecaster, of who decides, of the reach, and of what was calibrated."""
+"""Keys that several methods share: for the forecaster, for measuring or replaying, for the reach, for calibrations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from omni_runtime.cache import config as keys
 from omni_runtime.cache.forecasters import FORECASTERS, Forecaster, make_forecaster
 from omni_runtime.cache.methods.method import Config
 
-#: Of every method that skips blocks, and of those of whole steps whose default is to reuse.
+#: For every method that skips blocks, and for those that skip whole steps and reuse by default.
 FORECASTER_KEYS = (
     keys.choice("forecaster", None, tuple(FORECASTERS), "what stands in for a skipped residual; None: reuse"),
     keys.integer(
@@ -26,14 +26,14 @@ FORECASTER_KEYS = (
 
 
 def chosen_forecaster(config: Config) -> Forecaster:
-    """What FORECASTER_KEYS choose."""
+    """The forecaster chosen by FORECASTER_KEYS."""
     return make_forecaster(config["forecaster"] or "reuse", config["forecaster_order"])
 
 
-#: Of every method that decides by what it measures.
+#: For every method that decides by measured distances.
 DECISION_KEYS = (
     keys.choice(
-        "decision", "measure", ("measure", "replay"), "who decides: each request, or the first of its kind for all"
+        "decision", "measure", ("measure", "replay"), "each request decides, or all follow the first of their kind"
     ),
     keys.number(
         "drift_tolerance", 0.1, "drift, in shares of the threshold, past which a request decides afresh", low=0.0
@@ -42,18 +42,18 @@ DECISION_KEYS = (
 
 
 def drift_tolerance(config: Config) -> float | None:
-    """What DECISION_KEYS choose: `Parts.drift_tolerance`."""
+    """The `Parts.drift_tolerance` chosen by DECISION_KEYS."""
     return config["drift_tolerance"] if config["decision"] == "replay" else None
 
 
-#: Of every method that forecasts whole steps.
+#: For every method that forecasts whole steps.
 REACH_KEY = keys.number(
     "reach", 1.0, "longest extrapolation, in distances between the two newest computed steps", above=0.0
 )
 
 
 def calibrated_key(method: str, numbers: keys.Key) -> keys.Key:
-    """A key that takes numbers, or a method's calibration: a file of `omni calibrate`, or the parsed file."""
+    """A key that takes numbers, or a method's calibration as a file of `omni calibrate` or as the parsed file."""
 
     def convert(value: Any) -> Any:
         if not isinstance(value, str | os.PathLike | Mapping):
@@ -68,7 +68,17 @@ def calibrated_key(method: str, numbers: keys.Key) -> keys.Key:
 
 
 def calibrated_numbers(key: str, given: Any, published: Any) -> tuple[Mapping[str, Any], Mapping[str, Any] | None, str]:
-    """The numbers under `key` with whatever a file holds beside them, the runs that they were fitted to, and a note."""
+    """The numbers, the runs that they were fitted to, and a note for the report.
+
+    Args:
+        key: the configuration key.
+        given: its value: a calibration, the numbers themselves, or None for the published ones.
+        published: the numbers published for the transformer's class.
+
+    Returns:
+        A mapping that has the numbers under `key`, with the other fields of a calibration; the runs, or None if they
+        are not known; the note.
+    """
     if isinstance(given, Mapping):
         return given, given["calibrated_for"], f"{key}: calibrated on {calibration.summary(given)}"
     if given is None:

@@ -1,13 +1,13 @@
 """TeaCache (Liu et al. 2024, arXiv:2411.19108): skip all blocks while block 0's modulated input has changed little.
 
-The input of block 0's attention, normed and modulated for the timestep, is known before any block has run. Its distance
-to that of the step before, r = mean|x − y| / (mean|y| + 1e-8), is turned by a polynomial into how far the residual of
-all blocks is expected to have moved; these are summed, Σ |poly(r)|, and the step is computed when the sum reaches
-`rel_l1_thresh`, which starts it again from 0. A skipped step adds the residual of the last computed one.
+The input of block 0's attention, normalised and modulated for the timestep, is known before any block has run. Its
+distance to the step before is r = mean|x − y| / (mean|y| + 1e-8). A polynomial turns r into the expected change of the
+residual of all blocks. These changes are summed, Σ |poly(r)|. When the sum reaches `rel_l1_thresh`, the step is
+computed and the sum is reset to 0. A skipped step adds the residual of the last computed step.
 
 site: all blocks · signal: block 0's modulated input · gate: accumulated polynomial · forecaster: reuse, or another
 
-The polynomials of known classes are in their `ModelRow`s; `omni calibrate tea_cache` fits one to any model
+The polynomials of known classes are in their `ModelRow`s. `omni calibrate tea_cache` fits one to any model
 (`omni_runtime.cache.polynomial`).
 """
 

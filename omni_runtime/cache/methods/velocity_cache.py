@@ -1,12 +1,16 @@
 """Velocity cache: skip whole steps on a schedule, and forecast the guided model output there.
 
-What is cached is what the pipeline hands to `scheduler.step`, for flow matching a velocity (MeanCache, Gao et al. 2026,
-arXiv:2601.19961, caches it on a schedule, too). Which steps are computed is settled before the request begins: by
-`schedule`, a list or a name; by how many, `budget`; by how much faster, `speedup`; or by how good, `quality`, where
-that was measured. The last three take the schedules that `omni calibrate schedule` found for the model, else the
-published ones of its class, else evenly spread steps (`omni_runtime.cache.schedules`). A skipped step is given the line
-in σ through the last two outputs (`forecaster` and `forecaster_order`), drawn no farther than `reach`; the next
-computed step corrects for how far off that was (`corrector_order`, `omni_runtime.cache.output.Corrector`).
+The cached value is what the pipeline passes to `scheduler.step`. For flow matching this is a velocity (MeanCache, Gao
+et al. 2026, arXiv:2601.19961, caches it on a schedule, too).
+
+The computed steps are chosen before the request begins, by one of four keys: `schedule` (a list or a name), `budget`
+(the number of computed steps), `speedup`, or `quality`. `quality` uses the schedules that `omni calibrate schedule`
+found for the model, whose quality was measured. `budget` and `speedup` use these, too, or else the published ones of
+the transformer's class, or else evenly spread steps (`omni_runtime.cache.schedules`).
+
+By default, a skipped step is forecast by the line in σ through the last two outputs (`forecaster` and
+`forecaster_order`), extrapolated no farther than `reach`. The next computed step corrects the error of the forecasts
+(`corrector_order`, `omni_runtime.cache.output.Corrector`).
 
 site: whole steps · signal: nothing · gate: schedule · forecaster: Newton in σ, or another, within `reach`
 """
@@ -25,7 +29,7 @@ from omni_runtime.cache.methods.method import Config, Method
 from omni_runtime.cache.methods.shared_keys import REACH_KEY, calibrated_key
 from omni_runtime.cache.output import OutputSite
 
-#: Keys that say which steps are computed: at most one is given.
+#: The keys that choose the computed steps; at most one may be given.
 _ASKED = ("schedule", "budget", "speedup", "quality")
 
 
@@ -62,7 +66,7 @@ def _schedule(config: Config, request: Request, transformer: str) -> schedules.S
 
 
 def _budget(config: Config, steps: int) -> int:
-    """How many steps are computed, where their number was asked for."""
+    """The number of computed steps, from `budget` or `speedup`; by default half of the steps."""
     if config["budget"] is not None:
         return min(config["budget"], steps)
     if config["speedup"] is None:
@@ -115,7 +119,7 @@ VELOCITY_CACHE = Method(
         keys.number(
             "speedup",
             None,
-            "times as fast as with all steps, by what was measured where that was calibrated; nothing given: half of "
+            "times as fast as with all steps, as measured by the calibration if there is one; nothing given: half of "
             "the steps",
             above=1.0,
         ),
@@ -134,7 +138,7 @@ VELOCITY_CACHE = Method(
             "order of the forecaster, where it has one; in bfloat16 and float16, rounding may outweigh what 2 adds",
         ),
         REACH_KEY,
-        keys.integer("corrector_order", 2, 0, 3, "order of what corrects skipped steps behind them; 0: nothing"),
+        keys.integer("corrector_order", 2, 0, 3, "order of the correction after skipped steps; 0: none"),
     ),
     relations=_relations,
     calibrated_by="calibration",
