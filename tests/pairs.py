@@ -1,4 +1,4 @@
-"""Pairs of parameters in place of their product."""
+"""The parameters that catch most, in place of all: pairs instead of a product, one method for each kind of gate."""
 
 import pytest
 
@@ -12,6 +12,15 @@ def in_turn(first, second):
         for i, one in enumerate(first)
         for j, other in enumerate(second)
     ]
+
+
+#: Method → another one with the same gate and site, which watches something else.
+ALIKE = {"sea_cache": "tea_cache", "first_block_cache": "cache_dit"}
+
+
+def by_gate(methods):
+    """Every method; one whose gate and site another one has, too, is long."""
+    return [pytest.param(one, marks=pytest.mark.long if ALIKE.get(one) in methods else ()) for one in methods]
 
 
 def _name(value):

@@ -10,7 +10,7 @@ import tiny
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers.hooks import HookRegistry
-from pairs import in_turn
+from pairs import by_gate, in_turn
 from peft.utils import hotswap
 
 import omni_kernels
@@ -57,7 +57,7 @@ def add_lora(pipe, seed=0):
         pipe.transformer.add_adapter(config, f"lora{seed}")
 
 
-@pytest.mark.parametrize("backend", SKIPPING)
+@pytest.mark.parametrize("backend", by_gate(SKIPPING))
 def test_lora_added_after_patching_counts_as_if_added_before(qwen_pipe, backend):
     without = cached(qwen_pipe, backend)
     before = build("qwen_image")
@@ -238,7 +238,7 @@ def test_pipelines_own_offload_hooks_are_still_called(qwen_pipe):
     assert calls == ["freed"]
 
 
-@pytest.mark.parametrize("backend", SKIPPING)
+@pytest.mark.parametrize("backend", by_gate(SKIPPING))
 def test_compiled_blocks_run_compiled(qwen_pipe, backend, monkeypatch):
     """Only the compiler is left out, which takes its time and sees one block at a time anyway."""
     calls = []
@@ -254,7 +254,7 @@ def test_compiled_blocks_run_compiled(qwen_pipe, backend, monkeypatch):
         assert calls == [{"fullgraph": True}] * handle.report.blocks_run
 
 
-@pytest.mark.parametrize("backend", SKIPPING)
+@pytest.mark.parametrize("backend", by_gate(SKIPPING))
 def test_gradient_checkpointing_calls_blocks_by_position(qwen_pipe, backend):
     expected = latents(qwen_pipe)
     qwen_pipe.transformer.enable_gradient_checkpointing()

@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS, nearest_interp
+from pairs import in_turn
 
 import omni_kernels
 from omni_runtime.cache import calibration, magnitudes
@@ -99,6 +100,7 @@ def test_published_ratios():
 
 # Against diffusers
 
+GUIDANCE = {"CFG": {}, "no CFG": {"negative_prompt": None}}
 SETTINGS = {
     "defaults": {},
     "tight": {"threshold": 0.02, "retention_ratio": 0.0},
@@ -107,9 +109,9 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("guidance", [{}, {"negative_prompt": None}], ids=["CFG", "no CFG"])
+@pytest.mark.parametrize(("setting", "guidance"), in_turn(SETTINGS, GUIDANCE))
 def test_computed_steps_and_images_are_those_of_diffusers(setting, guidance):
+    guidance = GUIDANCE[guidance]
     keys = {"mag_ratios": list(QWEN), **SETTINGS[setting]}
     theirs = tiny.qwen_image()
     calls = []

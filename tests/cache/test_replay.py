@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from host_reads import HostReadError, Reads
-from pairs import in_turn
+from pairs import by_gate, in_turn
 
 import omni_kernels
 from omni_runtime.cache import replay
@@ -69,7 +69,7 @@ def session_of(handle):
 # One kind of request
 
 
-@pytest.mark.parametrize("backend", CONFIGS)
+@pytest.mark.parametrize("backend", by_gate(CONFIGS))
 def test_first_request_decides_as_without_replay(qwen_pipe, backend):
     with omni_kernels.patched(qwen_pipe, backend, CONFIGS[backend]) as handle:
         expected, report = latents(qwen_pipe), handle.report
@@ -81,7 +81,7 @@ def test_first_request_decides_as_without_replay(qwen_pipe, backend):
         assert handle.report.to_dict()["drift"] is None
 
 
-@pytest.mark.parametrize("backend", CONFIGS)
+@pytest.mark.parametrize("backend", by_gate(CONFIGS))
 def test_same_request_again_replays_and_has_not_drifted(qwen_pipe, backend):
     handle = omni_kernels.patch(qwen_pipe, backend, replaying(backend, tolerance=0.0))
     first, before = latents(qwen_pipe), handle.report
@@ -163,7 +163,7 @@ def test_steps_that_had_nothing_to_compare_with_do_not_end_a_replay(qwen_pipe, w
 # The host
 
 
-@pytest.mark.parametrize("backend", CONFIGS)
+@pytest.mark.parametrize("backend", by_gate(CONFIGS))
 def test_replay_reads_nothing_within_the_loop_and_once_after_it(qwen_pipe, backend, monkeypatch):
     handle = omni_kernels.patch(qwen_pipe, backend, replaying(backend))
     latents(qwen_pipe)
@@ -248,7 +248,7 @@ def test_drift_of_an_accumulated_distance_is_the_rule_written_out(qwen_pipe, thr
     assert len([d for d in made if d.reason.startswith("replayed, though accumulated ")]) == different
 
 
-@pytest.mark.parametrize("backend", CONFIGS)
+@pytest.mark.parametrize("backend", by_gate(CONFIGS))
 def test_past_the_tolerance_the_next_request_decides_afresh(qwen_pipe, backend):
     with omni_kernels.patched(qwen_pipe, backend, CONFIGS[backend]) as handle:
         expected = latents(qwen_pipe, latents=faint())
@@ -593,7 +593,7 @@ def plain(value):
     return type(value) in (bool, int, float, str)
 
 
-@pytest.mark.parametrize("backend", CONFIGS)
+@pytest.mark.parametrize("backend", by_gate(CONFIGS))
 def test_nothing_of_a_request_outlives_it_but_plain_numbers(qwen_pipe, backend, monkeypatch):
     handle = omni_kernels.patch(qwen_pipe, backend, replaying(backend))
     latents(qwen_pipe)
