@@ -3,7 +3,8 @@
     python -m benchmarks.bench_block [--models qwen-image,…] [--layers N] [--small] [--check]
     python -m benchmarks.bench_block --count
 
-Measures each model at its real size with random weights in bf16 (`full_size.py`), at several image sizes. The providers:
+Measures each model at its real size with random weights in bf16 (`full_size.py`), at several image sizes. The
+providers:
 
 - *eager*: diffusers' own forward.
 - *compiled*: its `compile_repeated_blocks(fullgraph=True)`.
@@ -12,10 +13,10 @@ Measures each model at its real size with random weights in bf16 (`full_size.py`
 - *fused, reduce-overhead*: `omni_kernels.patch(pipe, compile={"mode": "reduce-overhead"})`, torch's CUDA graphs.
   Only for the forward, and only on a GPU.
 
-A *block* is the last block of each class that has a fused forward, called with its arguments from a forward. Its result
-is first compared with the eager block's result in fp32. A provider rounds in another order, so its error may be 1.5 times
-the eager error; a larger one raises an error, and nothing is timed. A block's time is measured on the device, from a
-replayed graph.
+A *block* is the last block of each class that has a fused forward, called with its arguments from a forward. Its
+result is first compared with the eager block's result in fp32. A provider rounds in another order, so its error may be
+1.5 times the eager error; a larger one raises an error, and nothing is timed. A block's time is measured on the
+device, from a replayed graph.
 
 A *forward* is compared with the eager forward in the same dtype, because fp32 does not fit into memory. The rounding
 errors of its blocks add up, so this only finds errors that are larger than rounding. Its time is the whole time that a
@@ -25,10 +26,10 @@ Both have two counts: operators that torch dispatches (each of our ops is one, v
 not seen) and, on a GPU, launches by the host (a recorded graph is one).
 
 `--check` exits with 1 if a forward of Qwen-Image at 1024² misses a target: fused, and fused and compiled, must be at
-least 1.15 times as fast as eager, and fused and compiled no slower than compiled. (Fused alone against compiled is only
-shown: fusing saves the compilation there.) `--count` needs no GPU: it counts the operators of a full-size forward on the
-meta device, where nothing is computed. Attention counts as one; each operator is one launch or more. On a GPU, results
-are written to results/blocks-<device>.json. `--small` makes everything tiny, to try it anywhere.
+least 1.15 times as fast as eager, and fused and compiled no slower than compiled. (Fused alone against compiled is
+only shown: fusing saves the compilation there.) `--count` needs no GPU: it counts the operators of a full-size forward
+on the meta device, where nothing is computed. Attention counts as one; each operator is one launch or more. On a GPU,
+results are written to results/blocks-<device>.json. `--small` makes everything tiny, to try it anywhere.
 """
 
 from __future__ import annotations

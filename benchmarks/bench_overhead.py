@@ -2,30 +2,30 @@
 
     python -m benchmarks.bench_overhead [--check]
 
-The model is a tiny Qwen-Image transformer of 60 blocks, with the same weights for all contenders, and no guidance. Each
-contender is installed on its own pipeline, as its users install it, and runs whole requests (`set_timesteps`, then
-forward and `step` in turn). All contenders take turns in one process. On the CPU, only the thread's own CPU time counts,
-so that other processes matter less.
+The model is a tiny Qwen-Image transformer of 60 blocks, with the same weights for all contenders, and no guidance.
+Each contender is installed on its own pipeline, as its users install it, and runs whole requests (`set_timesteps`,
+then forward and `step` in turn). All contenders take turns in one process. On the CPU, only the thread's own CPU time
+counts, so that other processes matter less.
 
-Other activity on a machine only adds to times. So the result is the tenth percentile of a forward's times, and the added
-time is the difference of two such percentiles. The number after ± is the noise: the width of the middle half of the
-differences between forwards that were timed in the same turn. The memory layout of code and data changes the added time
-by a tenth from one process to the next. So everything is measured in several processes, and medians are reported.
+Other activity on a machine only adds to times. So the result is the tenth percentile of a forward's times, and the
+added time is the difference of two such percentiles. The number after ± is the noise: the width of the middle half of
+the differences between forwards that were timed in the same turn. The memory layout of code and data changes the added
+time by a tenth from one process to the next. So everything is measured in several processes, and medians are reported.
 
 - A *skipped* forward is one whose distance was measured and is small. The cache's added time is its time minus that of
   an unpatched transformer with only the blocks that still run: 1, or none for tea_cache.
-- A *computed* forward is one whose distance was measured and is too large. The added time is its time minus that of the
-  unpatched transformer. The noise of 60 blocks is larger than the cost of a cache, so computed forwards are timed with
-  *idle* blocks, which return their input times a constant. Skipped forwards are timed both ways. Idle blocks leave the
-  processor's caches to the measured code, so the cost is lower, and is the cache's own.
-- *Operators* are those that torch's dispatcher sees; each of our ops counts as one. In the *expanded* count, each of our
-  ops is replaced by the operators of its plain-torch implementation for the CPU. *H-sized* operators read or write a
-  tensor of the hidden states' shape; views are not counted. All of these are the operators that the cache adds.
+- A *computed* forward is one whose distance was measured and is too large. The added time is its time minus that of
+  the unpatched transformer. The noise of 60 blocks is larger than the cost of a cache, so computed forwards are timed
+  with *idle* blocks, which return their input times a constant. Skipped forwards are timed both ways. Idle blocks
+  leave the processor's caches to the measured code, so the cost is lower, and is the cache's own.
+- *Operators* are those that torch's dispatcher sees; each of our ops counts as one. In the *expanded* count, each of
+  our ops is replaced by the operators of its plain-torch implementation for the CPU. *H-sized* operators read or write
+  a tensor of the hidden states' shape; views are not counted. All of these are the operators that the cache adds.
 
 An op calls its implementation directly, on the CPU as on a GPU, unless something observes operators (`registration`).
 
-A *fused* forward, of the same transformer with fused blocks, is compared with the unfused one in two ways: as it is, and
-with *nothing computed*, where our ops only allocate their outputs. The second is the work of a GPU's host, without
+A *fused* forward, of the same transformer with fused blocks, is compared with the unfused one in two ways: as it is,
+and with *nothing computed*, where our ops only allocate their outputs. The second is the work of a GPU's host, without
 Triton's launches.
 
 First, the benchmark checks that every contender skips and computes when it should, and that ours gives its peer's
