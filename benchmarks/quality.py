@@ -4,14 +4,14 @@
     python -m benchmarks.quality --quick         # `make quality`: two prompts, fewer settings, minutes
 
 Each model's runs are ours, each backend over its range of settings; the cache-dit library's and diffusers' caches,
-installed as their users install them; and plain sampling with fewer steps, which is what a user gets for free. All take
-turns on each prompt and seed, and every image is measured against the full run of the same prompt and seed: see
-`omni_runtime.compare.comparison`, which makes, keeps and measures the cells, so that an interrupted run goes on
-where it was.
+installed as their users install them; and plain sampling with fewer steps, which is what a user gets for free. All
+take turns on each prompt and seed, and every image is measured against the full run of the same prompt and seed: see
+`omni_runtime.compare.comparison`, which makes, keeps and measures the cells, so that an interrupted run goes on where
+it was.
 
 Runs of the same method and settings are pairs, ours and theirs. `--check` exits with 1 where ours is not at least as
-good in mean PSNR (to 0.1 dB) and as fast (the median over images of our speedup over theirs at least 0.98, which leaves
-2% to the noise), or a calibrated schedule misses what it is to reach (`aims`).
+good in mean PSNR (to 0.1 dB) and as fast (the median over images of our speedup over theirs at least 0.98, which
+leaves 2% to the noise), or a calibrated schedule misses what it is to reach (`aims`).
 
 Writes results/quality-<model>.json and .svg, and under --work a report.html with all pictures.
 """
@@ -95,7 +95,8 @@ def _dbcache(contest: Contest, label: str, settings: Mapping[str, Any], method: 
 
 
 def contest_of(ratios: Sequence[float] | None, quick: bool) -> Contest:
-    """All runs; `ratios` are MagCache's for the model. None where diffusers can have none: ours are its file's then."""
+    """All runs; `ratios` are MagCache's for the model. None where diffusers can have none: ours are its file's
+    then."""
 
     def some(values: Sequence[Any]) -> Sequence[Any]:
         return values[len(values) // 2 :][:1] if quick else values
@@ -207,7 +208,8 @@ def requests_of(omni: Omni, model: str, prompts: int, seeds: int) -> list[Genera
 
 
 def compared(pair: Pair, document: Mapping[str, Any]) -> dict[str, Any]:
-    """A pair's figures: mean PSNR of both, how many times as fast ours is (median over images), and whether ours holds.
+    """A pair's figures: mean PSNR of both, how many times as fast ours is (median over images), and whether ours
+    holds.
 
     Two images that are identical to the reference count as equal.
     """

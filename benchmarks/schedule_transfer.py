@@ -6,8 +6,8 @@ For each number of computed steps two schedules are searched, as `omni calibrate
 seeds, and on the 32 prompts (or edits) of the embedded model × 3 seeds that `benchmarks.quality` compares on, none of
 which is among the former. Both are measured on the latter, and so are evenly spread steps and plain sampling. The
 second is measured where it was searched, and its search goes on from the first, from what the first started from, and
-from what its own responses favour, measured on one seed of each prompt: for as many tries the loss is, if anything, too
-large. `--check` exits 1 where the mean PSNR loses 1 dB or more.
+from what its own responses favour, measured on one seed of each prompt: for as many tries the loss is, if anything,
+too large. `--check` exits 1 where the mean PSNR loses 1 dB or more.
 
 What is sampled is kept in `--work`; after Ctrl-C, or with more tries, run the same command to continue.
 """

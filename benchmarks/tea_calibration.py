@@ -128,7 +128,8 @@ def measure(pipe: Any, run: dict[str, Any], request: GenerationRequest, referenc
 
 
 def table(runs: Sequence[dict[str, Any]]) -> str:
-    """Mean ± standard deviation over the images; last, the mean gain over the identity, image by image, ± its error."""
+    """Mean ± standard deviation over the images; last, the mean gain over the identity, image by image, ± its
+    error."""
     lines = [
         "| steps computed | polynomial | PSNR dB | 5th percentile | over the identity |",
         "|---|---|---|---|---|",
