@@ -74,7 +74,7 @@ def _empty(inputs: Inputs) -> Inputs:
 
 
 def tests_pass() -> bool:
-    """Whether the kernel tests pass on this GPU."""
+    """Whether the kernel tests pass on this GPU; False if none ran."""
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     command = [sys.executable, "-m", "pytest", "tests/ops", "-m", "gpu"]
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode == 0
