@@ -20,7 +20,7 @@ OWN_PROMPTS = 6
 def compare(options: argparse.Namespace) -> None:
     """Make the missing images and measure all of them."""
     if options.out.suffix.lower() in (".png", ".html", ".json") and not options.out.is_dir():
-        raise UsageError(f"--out {options.out}: several files are written: name a directory")
+        raise UsageError(f"--out {options.out}: several files are written: give a directory")
     settle(options)
     with wrong_input():
         runs = comparison.make_runs(options.model, options.run, options.steps, options.fewer_steps)
