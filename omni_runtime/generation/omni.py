@@ -55,16 +55,18 @@ class Omni:
         model: an embedded model's name, a directory written by `save_pretrained`, a hub id, or a loaded pipeline.
         dtype: a torch.dtype or its name. "auto" is float32 on the CPU and bfloat16 elsewhere. A loaded pipeline is
             converted only if a dtype is named.
-        device: "cpu", "cuda:1", ... "auto" is the accelerator if there is one, else the CPU. A loaded pipeline is
-            moved only if a device is named. cache_backend: "tea_cache", "cache_dit", ... None and "none" mean no
-            cache. By default, the environment variable `DIFFUSION_CACHE_BACKEND` names it. cache_config: the backend's
-            keys, as a dict or as JSON text. Missing keys take their defaults. A model's directory may provide some of
-            them: `tea_cache.json` holds the `coefficients` of tea_cache, `mag_cache.json` the `mag_ratios` of
-            mag_cache. fuse: whether transformer blocks run fused (`omni_kernels.patch`). By default they stay as they
-            are, so a computed step gives the same bits as the pipeline itself. compile: "regional" compiles each
-            transformer block by itself. A dict does the same, with its entries as arguments of torch.compile.
-            from_pretrained: arguments of `DiffusionPipeline.from_pretrained` (variant, revision, token, components,
-            ...).
+        device: "cpu", "cuda:1", ... "auto" is the accelerator if there is one, else the CPU. A loaded pipeline is moved
+            only if a device is named.
+        cache_backend: "tea_cache", "cache_dit", ... None and "none" mean no cache. By default, the environment variable
+            `DIFFUSION_CACHE_BACKEND` names it.
+        cache_config: the backend's keys, as a dict or as JSON text. Missing keys take their defaults. A model's
+            directory may provide some of them: `tea_cache.json` holds the `coefficients` of tea_cache,
+            `mag_cache.json` the `mag_ratios` of mag_cache.
+        fuse: whether transformer blocks run fused (`omni_kernels.patch`). By default they stay as they are, so a
+            computed step gives the same bits as the pipeline itself.
+        compile: "regional" compiles each transformer block by itself. A dict does the same, with its entries as
+            arguments of torch.compile.
+        from_pretrained: arguments of `DiffusionPipeline.from_pretrained` (variant, revision, token, components, ...).
 
     Attributes:
         name: the model as the caller named it.

@@ -319,8 +319,7 @@ def test_command_writes_a_file_that_the_cache_takes(tmp_path, saved, capsys):
 
 
 def test_a_calibration_is_found_again_and_tells_how_it_goes_on(saved, tmp_path, capsys, monkeypatch):
-    """Kept where the user's data are, taken by whatever loads the model; what is going on is told, and what is
-    left."""
+    """Kept where the user's data are, taken by whatever loads the model; what is going on is told, and what is left."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     model = str(saved["qwen_image"])
     arguments = ["calibrate", "schedule", "--model", model, "--steps", "6", "--budgets", "4,3", "--size", "64"]
