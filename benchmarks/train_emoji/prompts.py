@@ -26,8 +26,7 @@ def contact_sheet_prompts(count: int = 64) -> list[str]:
 
 
 def held_out_prompts(count: int = 32) -> list[str]:
-    """Compositions that are never in training: half are emoji on a colour ("a penguin on pink" first), half are
-    pairs."""
+    """Compositions that are never in training: half on a colour ("a penguin on pink" first), half pairs."""
     rng = random.Random("held out")
     colours = sorted(HELD_OUT_COLOURS - {("penguin", "pink")})
     chosen = [("penguin", "pink"), *rng.sample(colours, count // 2 - 1)]

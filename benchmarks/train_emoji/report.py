@@ -135,8 +135,7 @@ def recorded_velocities(pipeline: Any) -> Iterator[list[torch.Tensor]]:
 
 
 def bend_of(velocities: list[torch.Tensor], steps: int) -> list[float]:
-    """Relative change of the velocity at each step except the first, mean over pictures; `velocities` has whole
-    runs."""
+    """Relative change of the velocity at each step except the first, mean over pictures; takes whole runs."""
     runs = [torch.stack(velocities[start : start + steps]) for start in range(0, len(velocities), steps)]
     changes = [(run[1:] - run[:-1]).norm(dim=2) / run[:-1].norm(dim=2) for run in runs]
     return [round(value, 4) for value in torch.cat(changes, dim=1).mean(1).tolist()]
@@ -207,8 +206,7 @@ def measure(model: Model, pipeline: Any, folder: Path) -> dict:
 
 
 def caption_sheets(model: Model, pipeline: Any, folder: Path, work: Path) -> dict:
-    """Write contact_sheet.png into the model folder, and held_out_sheet.png (unseen compositions) into the work
-    folder."""
+    """Write contact_sheet.png into the model folder, and held_out_sheet.png (unseen scenes) into `work`."""
     defaults = json.loads((folder / "defaults.json").read_text())
     for file, name in {folder / "contact_sheet.png": "contact_sheet", work / "held_out_sheet.png": "held_out"}.items():
         prompts, _ = listed_requests(folder, name)

@@ -52,8 +52,7 @@ COLOUR_JITTER = 18  # of 255, per channel, either way
 
 @dataclass(frozen=True)
 class Scene:
-    """The content of a picture: names of the emoji, name of the background colour (None: not in the caption),
-    caption."""
+    """The content of a picture: names of the emoji, name of the background colour (None: not named), caption."""
 
     names: tuple[str, ...]
     colour: str | None
@@ -129,8 +128,7 @@ def artwork_at(stem: str, size: int, mirrored: bool) -> Image.Image:
 
 
 def background(rng: random.Random, colour: str | None, side: int) -> Image.Image:
-    """A solid background, or a gradient at one of eight angles: between two shades of `colour`, or two random
-    colours."""
+    """A solid background, or a gradient at one of eight angles: of two shades of `colour`, or of two colours."""
 
     def shade() -> np.ndarray:
         base = COLOURS[colour or rng.choice(list(COLOURS))]
