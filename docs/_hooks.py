@@ -1,7 +1,7 @@
-"""Content that mkdocs adds at build time: tables from the code, and pages from files outside docs/.
+"""What mkdocs makes at build time: tables from the code, and pages from files that lie elsewhere.
 
-A line `<!-- keys -->` is replaced by a table of keys for each cache method, and `<!-- file: PATH -->` by that file's
-text without its title. The plots under benchmarks/results are copied into the site.
+A line `<!-- keys -->` becomes a table of keys for each cache method; `<!-- file: PATH -->` becomes that file's text,
+without its title. Figures under benchmarks/results that a page shows are copied into the site.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def on_files(files: Files, config: Any, **kwargs: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
-    """Replace the marks in a page."""
+    """Replace the marks."""
     markdown = re.sub(r"<!-- file: (\S+) -->", lambda found: _text(found[1]), markdown)
     return markdown.replace("<!-- keys -->", keys()) if "<!-- keys -->" in markdown else markdown
 
@@ -51,5 +51,5 @@ def _cell(text: str) -> str:
 
 def _text(path: str) -> str:
     _, _, text = (ROOT / path).read_text(encoding="utf-8").partition("\n")
-    # Change links from a file at the root to links from a page of the site.
+    # Links from a file at the root, as links from a page of the site.
     return re.sub(r"\]\(docs/([^)]+)\)", r"](\1)", text)

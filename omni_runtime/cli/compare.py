@@ -49,7 +49,7 @@ def compare(options: argparse.Namespace) -> None:
         ) from None
     found = sum(not cell.made_now for result in results for cell in result.cells)
     if found and not options.quiet:
-        print(f"{found} images were there already: --fresh makes them anew", file=sys.stderr)
+        print(f"{found} images already existed: --fresh makes them again", file=sys.stderr)
     document = comparison.evaluate(results, comparison.about(options.model, pipe, requests))
     files = showing.write(document, options.out)
     if options.json:

@@ -694,7 +694,7 @@ def test_compare_writes_a_report_and_numbers_and_prints_a_table(
 
     assert cli.main([*arguments, "--run", "more=tea_cache"]) == 0
     out, err = capsys.readouterr()
-    assert "12 images were there already" in err
+    assert "12 images already existed" in err
     assert err.count("more: ") == 4
     assert "no cache: " not in err
 
