@@ -1,10 +1,10 @@
-"""Pairs of parameters instead of their full product."""
+"""Pairs of parameters in place of their product."""
 
 import pytest
 
 
 def in_turn(first, second):
-    """All pairs. By default, only enough pairs run that each value occurs; the others are marked long."""
+    """Every pair, of which each value of both comes at least once by default, in turn; the others are long."""
     first, second = [*first], [*second]
     chosen = {(place % len(first), place % len(second)) for place in range(max(len(first), len(second)))}
     return [
