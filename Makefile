@@ -1,12 +1,13 @@
-# make demo  an environment, the embedded model's pictures under every cache, and the table of what it cost
-# make test  an environment, then lint, types and the tests, on two workers
-# make test-all  the same, and the tests that are marked long
-# make docs  the documentation, in out/site
-# make quality  the caches beside other libraries' on the embedded models, a few settings of each
-# make validate-ascend  every kernel through Ascend's compilers, fetched by pip, and computed from their IR; no NPU is needed
-# make train MODEL=emoji-z-image  one of the embedded models, from nothing, in out/
-# make gpu   kernel tests and microbenchmarks on an NVIDIA GPU, then blocks, forwards and requests, written to
-#            benchmarks/results; a missed target (exit code 1) does not keep the next from being measured
+# make demo   creates an environment, makes the embedded model's pictures under every cache, and reports quality and speed
+# make test   creates an environment, then runs lint, types, docs and tests, on two workers
+# make test-all   the same without the docs, but with the tests that are marked long
+# make docs   builds the documentation in out/site
+# make quality   compares the caches with other libraries' on the embedded models, with a few settings of each
+# make validate-ascend   lowers every kernel with Ascend's compilers, fetched by pip, and computes it from their IR;
+#             needs no NPU
+# make train MODEL=emoji-z-image   trains one of the embedded models from scratch, in out/
+# make gpu    runs the kernel tests and microbenchmarks on an NVIDIA GPU, then blocks, forwards and requests, and writes
+#             benchmarks/results; after a missed target (exit code 1), the later ones are still measured
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -15,7 +16,7 @@ MODEL ?= emoji-qwen-image
 
 .PHONY: demo test test-all check docs gpu bench quality validate-ascend train clean
 
-# The stamp is remade when what it was made from changes.
+# The stamp file records that the environment is installed; it is remade when a file below changes.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch

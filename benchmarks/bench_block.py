@@ -3,28 +3,33 @@
     python -m benchmarks.bench_block [--models qwen-image,…] [--layers N] [--small] [--check]
     python -m benchmarks.bench_block --count
 
-Each model at its real size with random weights in bf16 (`full_size.py`), at several image sizes, under each provider:
+Measures each model at its real size with random weights in bf16 (`full_size.py`), at several image sizes. The
+providers:
 
 - *eager*: diffusers' own forward.
 - *compiled*: its `compile_repeated_blocks(fullgraph=True)`.
 - *fused*: `omni_kernels.patch(pipe)`.
 - *fused, compiled*: `omni_kernels.patch(pipe, compile="regional")`.
-- *fused, reduce-overhead*: `omni_kernels.patch(pipe, compile={"mode": "reduce-overhead"})`, CUDA graphs of torch's own:
-  the forward alone, on a GPU.
+- *fused, reduce-overhead*: `omni_kernels.patch(pipe, compile={"mode": "reduce-overhead"})`, torch's CUDA graphs.
+  Only for the forward, and only on a GPU.
 
-A *block* is the last of each class that has a fused forward, with the arguments of its call in a forward. First its
-result is compared with the eager block's in fp32: a provider may be off by half more than eager is, rounding in another
-order; farther off is an error, and nothing is timed. A block's time is the device's, from a replayed graph. A
-*forward* is compared with eager's, for which there is no room in fp32: its blocks' roundings add up, so that only what
-is no rounding shows. Its time is from one end to the other, the host's launches included, as it is in use. Both are
-counted in operators that torch dispatches (one of ours is one, views are none; of what is compiled none are seen) and,
-on a GPU, in launches by the host (a recorded graph is one).
+A *block* is the last block of each class that has a fused forward, called with its arguments from a forward. Its
+result is first compared with the eager block's result in fp32. A provider rounds in another order, so its error may be
+1.5 times the eager error; a larger one raises an error, and nothing is timed. A block's time is measured on the
+device, from a replayed graph.
 
-`--check` exits with 1 where a forward of Qwen-Image at 1024², fused or fused and compiled, is less than 1.15 times as
-fast as eager, or the latter slower than compiled (fused alone against compiled is only shown: what it saves there is
-the compilation). `--count` needs no GPU: it counts the operators of a forward at full size on the meta device, where
-nothing is computed, attention being one; each is a launch or more. On a GPU results go to results/blocks-<device>.json.
-`--small` makes everything tiny, to try it anywhere.
+A *forward* is compared with the eager forward in the same dtype, because fp32 does not fit into memory. The rounding
+errors of its blocks add up, so this only finds errors that are larger than rounding. Its time is the whole time that a
+user waits, including the host's launches.
+
+Both have two counts: operators that torch dispatches (each of our ops is one, views are not counted, compiled code is
+not seen) and, on a GPU, launches by the host (a recorded graph is one).
+
+`--check` exits with 1 if a forward of Qwen-Image at 1024² misses a target: fused, and fused and compiled, must be at
+least 1.15 times as fast as eager, and fused and compiled no slower than compiled. (Fused alone against compiled is
+only shown: fusing saves the compilation there.) `--count` needs no GPU: it counts the operators of a full-size forward
+on the meta device, where nothing is computed. Attention counts as one; each operator is one launch or more. On a GPU,
+results are written to results/blocks-<device>.json. `--small` makes everything tiny, to try it anywhere.
 """
 
 from __future__ import annotations
@@ -53,9 +58,9 @@ from omni_kernels.patching.rules import RULES
 from omni_kernels.validation.record import device_name, machine, slug, write
 from omni_kernels.validation.timing import Call, median_seconds
 
-#: Whose blocks are CUDA graphs.
+#: The provider whose blocks are CUDA graphs.
 RECORDED = "fused, reduce-overhead"
-#: provider → how a pipeline is patched for it; eager is not, and what diffusers compiles is not either.
+#: provider → arguments of `omni_kernels.patched`; not used for eager, and for what diffusers compiles.
 PROVIDERS: dict[str, dict[str, Any]] = {
     "eager": {},
     "compiled": {},
@@ -63,16 +68,16 @@ PROVIDERS: dict[str, dict[str, Any]] = {
     "fused, compiled": {"fuse": True, "compile": "regional"},
     RECORDED: {"fuse": True, "compile": {"mode": "reduce-overhead"}},
 }
-#: What the host calls to launch a kernel, a copy or a graph, by how the names begin.
+#: Prefixes of the functions by which the host launches a kernel, a copy or a graph.
 LAUNCHES = (
     *("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync"),
     *("hipLaunchKernel", "hipExtLaunch", "hipModuleLaunch", "hipExtModuleLaunch", "hipGraphLaunch"),
     *("hipMemcpyAsync", "hipMemsetAsync"),
 )
 ROUNDS, WARMUP = 10, 3
-#: How much farther from fp32 than eager a provider may be, and from where on that counts: two roundings of bf16.
+#: The largest error against fp32, as a multiple of eager's. Errors up to two roundings of bf16 are always allowed.
 FARTHER, ROUNDING = 1.5, 2**-7
-#: ‖forward − eager's‖ / ‖eager's‖ that is allowed: of 60 blocks that are off by half a percent each, by chance, 4%.
+#: The largest ‖forward − eager's‖ / ‖eager's‖. 60 blocks with random errors of half a percent each give 4%.
 FORWARD_ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-3}
 FASTER_THAN_EAGER = 1.15
 
@@ -83,10 +88,10 @@ class Row:
 
     Attributes:
         part: a block's class, or "forward".
-        us: of one call; None where it was not timed.
-        operators: dispatched, views apart; None of what is compiled.
-        launches: by the host on a GPU; None elsewhere.
-        error: ‖result − fp32‖ / ‖fp32‖ of a block; of a forward, the same against eager's.
+        us: time of one call; None if it was not timed.
+        operators: how many are dispatched, without views; None for compiled code.
+        launches: how many the host makes on a GPU; None elsewhere.
+        error: ‖result − fp32‖ / ‖fp32‖ for a block; for a forward, the same against eager.
     """
 
     model: str
@@ -100,13 +105,13 @@ class Row:
 
 
 def providers_on(device: torch.device) -> list[str]:
-    """The providers that there are on a device."""
+    """The providers that run on this device."""
     return [name for name in PROVIDERS if device.type == "cuda" or name != RECORDED]
 
 
 @contextlib.contextmanager
 def provided(transformer: Any, provider: str, compiler: str) -> Iterator[None]:
-    """The transformer under a provider."""
+    """Set the transformer up for a provider, and restore it at the end."""
     how = dict(PROVIDERS[provider])
     if provider == "eager":
         yield
@@ -141,14 +146,14 @@ class _Operators(TorchDispatchMode):
 
 
 def operators_of(call: Call) -> int:
-    """How many operators a call dispatches, views and empty tensors apart."""
+    """How many operators a call dispatches, without views and empty tensors."""
     with _Operators() as mode:
         call()
     return mode.count
 
 
 class _AttentionIsOne(TorchFunctionMode):
-    """Counts calls of torch's attention, which on the meta device would be made of many operators, and makes none."""
+    """Counts calls of torch's attention, and runs none: on the meta device, each would be many operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,7 +168,7 @@ class _AttentionIsOne(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Count:
-    """Operators of one forward at full size, as diffusers has it and fused."""
+    """Operators of one forward at full size, in diffusers' version and fused."""
 
     model: str
     size: str
@@ -173,7 +178,7 @@ class Count:
 
 @torch.no_grad()
 def counted(name: str, model: Model, layers: int | None = None) -> Count:
-    """A model's forward at its largest size on the meta device."""
+    """Count the operators of a model's forward at its largest size, on the meta device."""
     transformer = build(model, torch.device("meta"), torch.bfloat16, layers=layers)
     size, side = max(model.sides.items(), key=lambda one: one[1])
     arguments = inputs(model, transformer, side, torch.bfloat16)
@@ -182,7 +187,7 @@ def counted(name: str, model: Model, layers: int | None = None) -> Count:
         with _AttentionIsOne() as attention:
             return operators_of(lambda: transformer(**arguments)) + attention.count
 
-    transformer(**arguments)  # keeps its rotary tables
+    transformer(**arguments)  # the first forward stores the rotary tables
     eager = operators()
     with provided(transformer, "fused", ""):
         return Count(name, size, eager, operators())
@@ -201,7 +206,7 @@ def launches_of(call: Call, device: torch.device) -> int | None:
 
 
 def seconds_of(call: Call, device: torch.device) -> float:
-    """The median of a call from one end to the other, host and device."""
+    """The median time of a call until the device has finished, including the host's time."""
     for _ in range(WARMUP):
         call()
     times = []
@@ -215,7 +220,10 @@ def seconds_of(call: Call, device: torch.device) -> float:
 
 
 def calls_of_blocks(transformer: Any, arguments: Mapping[str, Any]) -> dict[str, tuple[Any, tuple[Any, ...], Any]]:
-    """The last block of each class that can be fused, which begins no other: (block, args, kwargs) of its call."""
+    """The last block of each class that can be fused, by class name: (block, args, kwargs) of its call.
+
+    The last one, because it does not compute the next block's first norm.
+    """
     found: dict[str, tuple[Any, tuple[Any, ...], Any]] = {}
 
     def note(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -246,7 +254,7 @@ def _flat(output: Any) -> torch.Tensor:
 
 
 def in_fp32(block: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
-    """What the block returns in fp32, flat; it is put back."""
+    """The block's output in fp32, flattened; its parameters get their dtypes back."""
     types = {name: parameter.dtype for name, parameter in block.named_parameters()}
     try:
         return _flat(block.float()(*_widened(args), **_widened(dict(kwargs))))
@@ -264,7 +272,7 @@ def off(output: Any, expected: torch.Tensor) -> float:
 def measure(
     name: str, model: Model, size: str, side: int, transformer: Any, device: torch.device, compiler: str
 ) -> list[Row]:
-    """All providers of one model at one size.
+    """Measure all providers of one model at one size.
 
     Raises:
         AssertionError: a result is wrong, or blocks that should be fused are not.
@@ -314,7 +322,7 @@ def measure(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows, for reading."""
+    """The rows as a text table."""
     counts = f"{'operators':>9} {'launches':>8}"
     lines = [f"{'model':18} {'size':15} {'part':27} {'provider':22} {'µs':>10} {'of eager':>9} {counts}"]
     eager = {(r.model, r.size, r.part): r.us for r in rows if r.provider == "eager"}
@@ -327,7 +335,7 @@ def table(rows: Sequence[Row]) -> str:
 
 @dataclass(frozen=True)
 class Target:
-    """How many times as fast one provider's forward is as another's, and at least has to be; None: it is shown."""
+    """How many times as fast one provider's forward is as another's, and the least that it must be (None: any)."""
 
     what: str
     times: float
@@ -335,7 +343,7 @@ class Target:
 
     @property
     def met(self) -> bool:
-        """Whether it is reached, where it has to be."""
+        """Whether the least is reached, or there is none."""
         return self.least is None or self.times >= self.least
 
     def __str__(self) -> str:
@@ -344,7 +352,7 @@ class Target:
         return f"{verdict}  {self.what}: {self.times:.2f} times as fast{at_least}"
 
 
-#: ours, and what it is held against, with the least number of times that it has to be as fast
+#: (our provider, the one it is compared with, how many times as fast ours must be at least)
 HELD_AGAINST: tuple[tuple[str, str, float | None], ...] = (
     ("fused", "eager", FASTER_THAN_EAGER),
     ("fused, compiled", "eager", FASTER_THAN_EAGER),
@@ -354,7 +362,7 @@ HELD_AGAINST: tuple[tuple[str, str, float | None], ...] = (
 
 
 def targets(rows: Sequence[Row]) -> list[Target]:
-    """Those of Qwen-Image's forward at 1024²; none where that was not measured."""
+    """The targets of Qwen-Image's forward at 1024²; none if that was not measured."""
     us = {r.provider: r.us for r in rows if (r.model, r.size, r.part) == ("qwen-image", "1024²", "forward")}
     return [
         Target(f"{ours}, against {theirs}", us[theirs] / us[ours], least)
@@ -371,7 +379,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--compiler", default="inductor", help="torch.compile's backend (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="where to write; by default results/blocks-<device>.json, on a GPU")
     parser.add_argument("--count", action="store_true", help="operators of a forward at full size; nothing is computed")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a target is missed")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
     options = parser.parse_args(argv)
     names = options.models.split(",")
     unknown = [name for name in names if name not in MODELS]

@@ -1,7 +1,7 @@
 """`pytest benchmarks`: each op by provider (ours, eager, torch.compile) over the models' shapes.
 
-A wrong result fails the benchmark before anything is timed. The table at the end gives GB/s from the op's own byte
-count, beside the copy bandwidth measured on the same device. On the CPU the shapes are reduced (`shapes.ON_CPU`) and
+A wrong result fails the benchmark before anything is timed. The table at the end has GB/s from the op's own byte
+count, and the copy bandwidth measured on the same device. On the CPU the shapes are reduced (`shapes.ON_CPU`) and
 "ours" is the plain-torch implementation; no Triton kernel is timed there.
 """
 
@@ -25,7 +25,7 @@ DEVICE = device_here()
 
 
 def synchronised_clock() -> float:
-    """Seconds, once the device has done what it was given."""
+    """Seconds, read after the device has finished its work."""
     synchronize(DEVICE)
     return time.perf_counter()
 
@@ -47,7 +47,7 @@ def test_op_by_provider(case: Case, shape: Shape, provider: str, benchmark, reco
 
         benchmark.group = f"{case.name}, {shape}"
         benchmark.pedantic(run, rounds=20, warmup_rounds=2)
-        # The host's clock has the time to launch in it: beside a GPU's bandwidth only the device's own time will do.
+        # The host's clock includes the launches. For a GPU's bandwidth, only the device's own time is right.
         on_host = DEVICE.type == "cpu"
         seconds = (
             statistics.median(benchmark.stats.stats.data) / len(calls) if on_host else median_seconds(calls, DEVICE)

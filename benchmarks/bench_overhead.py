@@ -1,34 +1,35 @@
-"""What a cache itself costs: host time and operators that it adds to a forward, ours beside its peers.
+"""The cost of a cache itself: the host time and operators that it adds to a forward, for ours and the peers.
 
     python -m benchmarks.bench_overhead [--check]
 
-One tiny Qwen-Image transformer of 60 blocks, the same weights for all, no guidance. Each contender is installed on a
-pipeline of its own, as its users install it, and is driven through whole requests (`set_timesteps`, then a forward and
-a `step` at a time). All contenders take turns in one process. Times on the CPU are of the thread alone, so that other
-processes count for less. What is reported is the tenth percentile of a forward's times, for what else happens on a
-machine only adds to them, and, as what was added, the difference of two such. Beside it (±) stands the width of the
-middle half of the differences between forwards that were timed in the same turn: how much of them is noise. Where code
-and data come to lie in memory moves what was added by a tenth from one process to the next, so all of it is done in
-several, and medians are reported.
+The model is a tiny Qwen-Image transformer of 60 blocks, with the same weights for all contenders, and no guidance.
+Each contender is installed on its own pipeline, as its users install it, and runs whole requests (`set_timesteps`,
+then forward and `step` in turn). All contenders take turns in one process. On the CPU, only the thread's own CPU time
+counts, so that other processes matter less.
 
-- A *skipped* forward is one whose distance was measured and found small. What a cache adds is its time less that of an
-  unpatched transformer of just the blocks that still run: 1, or none for tea_cache.
-- A *computed* forward is one whose distance was measured and found too large: less that of the unpatched transformer.
-  60 blocks take so long that the cache drowns in their noise, so computed forwards are timed with *idle* blocks, which
-  return their input times a constant; skipped ones are timed both ways. Idle blocks leave the caches of the processor
-  to the code that is measured: the cost is lower, and what is left of it is the cache's own.
-- *Operators* are what torch's dispatcher sees; one of ours counts as one. *Expanded*, those of ours are replaced by
-  what their plain-torch implementation for the CPU is made of. *H-sized* operators read or write a tensor of the
-  hidden states' shape, views apart. Again what the cache adds.
+Other activity on a machine only adds to times. So the result is the tenth percentile of a forward's times, and the
+added time is the difference of two such percentiles. The number after ± is the noise: the width of the middle half of
+the differences between forwards that were timed in the same turn. The memory layout of code and data changes the added
+time by a tenth from one process to the next. So everything is measured in several processes, and medians are reported.
 
-An op calls its implementation directly, on the CPU as on a GPU, unless somebody watches operators (`registration`).
+- A *skipped* forward is one whose distance was measured and is small. The cache's added time is its time minus that of
+  an unpatched transformer with only the blocks that still run: 1, or none for tea_cache.
+- A *computed* forward is one whose distance was measured and is too large. The added time is its time minus that of
+  the unpatched transformer. The noise of 60 blocks is larger than the cost of a cache, so computed forwards are timed
+  with *idle* blocks, which return their input times a constant. Skipped forwards are timed both ways. Idle blocks
+  leave the processor's caches to the measured code, so the cost is lower, and is the cache's own.
+- *Operators* are those that torch's dispatcher sees; each of our ops counts as one. In the *expanded* count, each of
+  our ops is replaced by the operators of its plain-torch implementation for the CPU. *H-sized* operators read or write
+  a tensor of the hidden states' shape; views are not counted. All of these are the operators that the cache adds.
 
-A *fused* forward, of the same transformer with its blocks fused, is compared with the plain one: as it is,
-and with *nothing computed* by our ops, which then allocate their outputs and no more. What is left is what a GPU's host
-has to do, but for Triton's launches.
+An op calls its implementation directly, on the CPU as on a GPU, unless something observes operators (`registration`).
 
-First it is made sure that every contender skips and computes when it is meant to, and that ours yields its peer's
-output. `--check` exits with 1 where a target is missed; so does a wrong result, always.
+A *fused* forward, of the same transformer with fused blocks, is compared with the unfused one in two ways: as it is,
+and with *nothing computed*, where our ops only allocate their outputs. The second is the work of a GPU's host, without
+Triton's launches.
+
+First, the benchmark checks that every contender skips and computes when it should, and that ours gives its peer's
+output. `--check` exits with 1 if a target is missed; a wrong result always raises an error.
 """
 
 from __future__ import annotations
@@ -64,20 +65,20 @@ BLOCKS = 60
 CHANNELS = 64
 IMAGE = 4  # tokens along each side
 TEXT = 11
-FIRST = 6  # steps before this one are not counted: nothing to compare with, or a first time
+FIRST = 6  # earlier steps are not counted: they have nothing to compare with, or do something for the first time
 
 
 # The transformer, and requests on it
 
 
 class Weights:
-    """The weights of the deepest transformer; any number of transformers share them."""
+    """The weights of the deepest transformer, shared by all others."""
 
     def __init__(self, blocks: int, device: torch.device) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self._model = _transformer(blocks).to(device)
-            # Random modulation makes every step unlike the last; damped, a step resembles the one before.
+            # With random modulation, steps differ too much. Scaled down, each step resembles the one before.
             for name, layer in self._model.named_modules():
                 if isinstance(layer, torch.nn.Linear) and ("img_mod." in name or "txt_mod." in name):
                     layer.weight.data.mul_(0.3)
@@ -86,7 +87,7 @@ class Weights:
         self.device = device
 
     def pipeline(self, blocks: int, idle: bool = False) -> Any:
-        """A pipeline with no more than a scheduler and a transformer of the first `blocks` blocks."""
+        """A pipeline with only a scheduler and a transformer of the first `blocks` blocks."""
         model = _transformer(0)
         model.transformer_blocks = torch.nn.ModuleList(_transformer_block() for _ in range(blocks))
         mine = model.state_dict().keys()
@@ -100,7 +101,7 @@ class Weights:
 
 
 def _transformer(blocks: int) -> diffusers.QwenImageTransformer2DModel:
-    # 32 channels of latents, so that nothing but the hidden states has their shape.
+    # 32 channels of latents, so that only the hidden states have the hidden states' shape.
     return diffusers.QwenImageTransformer2DModel(
         patch_size=2,
         in_channels=32,
@@ -128,12 +129,12 @@ def _idle(
     joint_attention_kwargs: dict[str, Any] | None = None,
     modulate_index: list[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A Qwen-Image block that does next to nothing; the call of `attn` is for whoever counts blocks."""
+    """A Qwen-Image block that does almost nothing; it calls `attn` so that blocks can be counted there."""
     return encoder_hidden_states, block.attn(hidden_states) * 1.01
 
 
 class Run:
-    """One contender, or none, on a pipeline of its own."""
+    """One contender, or none, on its own pipeline."""
 
     def __init__(
         self,
@@ -176,7 +177,7 @@ class Run:
                 yield output
 
     def timed(self, steps: int) -> Iterator[torch.Tensor]:
-        """`request`, its forwards from `FIRST` on added to `seconds`."""
+        """`request`, which also appends the times of the forwards from `FIRST` on to `seconds`."""
 
         now = time.thread_time if self._device.type == "cpu" else time.perf_counter
 
@@ -192,7 +193,7 @@ class Run:
 
 
 def time_in_turns(runs: Sequence[Run], rounds: int, steps: int = STEPS) -> None:
-    """Requests of so many steps, one contender after the other: each forward follows others of its kind, as in use."""
+    """Run requests of `steps` steps, one contender after the other, so that forwards of one kind follow each other."""
     for index in range(rounds):
         for run in runs if index % 2 else reversed(runs):
             for _ in run.timed(steps):
@@ -213,7 +214,7 @@ class Counts:
 
 
 def count(run: Run, expandable: bool = True) -> tuple[Counts, list[torch.Tensor], list[int]]:
-    """The operators of the last of a few forwards, their outputs, and how many blocks each ran."""
+    """Run a few forwards: the operators of the last one, all outputs, and the number of blocks that each ran."""
     ran: list[int] = []
     counters: list[Counter] = []
 
@@ -248,7 +249,7 @@ def _blocks_of(transformer: Any) -> list[Any]:
 
 @dataclass
 class Cost:
-    """What one contender adds to one kind of forward, in µs and operators; `us` and `plain_us` are whole forwards."""
+    """What one contender adds to one kind of forward, in µs and operators; `us` and `plain_us` are whole forwards'."""
 
     contender: str
     forward: str
@@ -272,7 +273,7 @@ KINDS = {
 
 @dataclass
 class Fused:
-    """A forward with fused blocks beside the plain one, in µs, and its share of it."""
+    """The times of a fused and an unfused forward, in µs, and their ratio."""
 
     way: str
     us: float
@@ -282,7 +283,7 @@ class Fused:
 
 @contextlib.contextmanager
 def nothing_computed() -> Iterator[None]:
-    """While open, ops of a fused Qwen-Image block allocate their outputs on the CPU, and leave them as they are."""
+    """While open, the ops of a fused Qwen-Image block on the CPU allocate their outputs, and compute nothing."""
 
     def like_first(x: torch.Tensor, *args: Any, out: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
         return x.new_empty(x.shape) if out is None else out
@@ -299,7 +300,7 @@ def nothing_computed() -> Iterator[None]:
         yield
 
 
-#: way → what is open while it is measured
+#: way → the context in which it is measured
 WAYS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "as it is": contextlib.nullcontext,
     "nothing computed": nothing_computed,
@@ -308,7 +309,7 @@ WAYS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
 
 @torch.no_grad()
 def fused(weights: Weights, way: str, rounds: int) -> Fused:
-    """The first steps of requests with fused blocks and without, in turns."""
+    """Time the first steps of requests with fused blocks and without, in turns."""
     plain, ours = Run(weights, weights.blocks), Run(weights, weights.blocks)
     with patched(ours.pipe) as handle, WAYS[way]():
         assert not handle.fused.left_alone, handle.fused
@@ -354,7 +355,7 @@ def costs(weights: Weights, kind: str, rounds: int, contenders: Sequence[Contend
 
 
 def in_processes(count: int, rounds: int, cpu: bool) -> tuple[list[Cost], list[Fused]]:
-    """The costs of all kinds, and fused forwards, each figure the median over `count` processes."""
+    """The costs of all kinds, and the fused forwards; each figure is the median over `count` processes."""
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         found = pool.starmap(_in_this_process, [(rounds, cpu)] * count, chunksize=1)
     costs_found, forwards = zip(*found, strict=True)
@@ -365,7 +366,7 @@ def in_processes(count: int, rounds: int, cpu: bool) -> tuple[list[Cost], list[F
 
 def _in_this_process(rounds: int, cpu: bool) -> tuple[list[Cost], list[Fused]]:
     torch.set_num_threads(1)
-    logging.disable(logging.WARNING)  # the library logs its configuration at every request
+    logging.disable(logging.WARNING)  # the cache-dit library logs its configuration at every request
     weights = Weights(BLOCKS, torch.device("cpu") if cpu else device_here())
     forwards = [fused(weights, way, rounds) for way in WAYS] if weights.device.type == "cpu" else []
     return [cost for kind in KINDS for cost in costs(weights, kind, rounds)], forwards
@@ -380,7 +381,7 @@ def _median(same: Sequence[Any]) -> Any:
 
 
 def _times(run: Run, plain: Run) -> tuple[float, float, float, float]:
-    """In µs: a forward, an unpatched one, what was added, and how wide the middle half of the differences is."""
+    """In µs: a forward, an unpatched one, the added time, and the width of the middle half of the differences."""
     if not run.seconds:
         return 0.0, 0.0, 0.0, 0.0
     low, _, high = statistics.quantiles(a - b for a, b in zip(run.seconds, plain.seconds, strict=True))
@@ -397,7 +398,7 @@ def _tenth(seconds: Sequence[float]) -> float:
 def _counted(
     contenders: Sequence[Contender], plain: dict[int, Run], runs: dict[str, Run], ran: dict[str, int]
 ) -> dict[Any, Counts]:
-    """Everyone's operators, once it is sure that everyone does what is being compared."""
+    """Check that every contender runs the right blocks and matches its peer; return the operators of each."""
     on_cpu = all(r.pipe.transformer.device.type == "cpu" for r in plain.values())
     counts: dict[Any, Counts] = {blocks: count(run, on_cpu)[0] for blocks, run in plain.items()}
     outputs = {}
@@ -416,7 +417,7 @@ def _counted(
 
 @dataclass(frozen=True)
 class Target:
-    """A figure and what it may be at most."""
+    """A figure and its upper limit."""
 
     what: str
     figure: float
@@ -424,12 +425,12 @@ class Target:
 
     @property
     def met(self) -> bool:
-        """Whether it is."""
+        """Whether the figure is within the limit."""
         return self.figure <= self.limit
 
 
 def _shares(found: Sequence[Cost], figure: str, what: str, limit: float) -> list[Target]:
-    """One of the figures of a skipped forward, as a share of the library's, for DBCache without and with TaylorSeer."""
+    """A figure of a skipped forward as a ratio to the library's, for DBCache without and with TaylorSeer."""
     by_name = {c.contender: c for c in found if c.forward == "skipped"}
     targets = []
     for name in ("cache_dit", "cache_dit, TaylorSeer 1"):
@@ -440,7 +441,7 @@ def _shares(found: Sequence[Cost], figure: str, what: str, limit: float) -> list
 
 
 def operator_targets(found: Sequence[Cost]) -> list[Target]:
-    """The targets that need no clock: the same on every machine."""
+    """The targets that need no clock, and are the same on every machine."""
     (h_sized,) = (c.added_h_sized for c in found if (c.contender, c.forward) == ("tea_cache", "skipped"))
     shares = _shares(found, "added_operators", "added operators", 1 / 4)
     return [*shares, Target("tea_cache, skipped: added operators of H size", h_sized, 3)]
@@ -455,7 +456,7 @@ def time_targets(found: Sequence[Cost], forwards: Sequence[Fused]) -> list[Targe
 
 
 def table(found: Sequence[Cost]) -> str:
-    """The costs, for reading."""
+    """The costs as a text table."""
     head = f"{'':33} {'':19}"
     lines = [
         f"{head} {'forward':>10} {'unpatched':>10} {'added':>9} {'':>9} {'of':>6}   {'added operators':^25}",
@@ -476,7 +477,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_overhead", description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=10, help="requests of each contender")
     parser.add_argument("--processes", type=int, default=5, help="how often all of it is measured")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a target is missed")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
     parser.add_argument("--out", type=Path, help="where to write; by default results/overhead-<device>.json")
     parser.add_argument("--cpu", action="store_true", help="on the CPU, even where there is a GPU")
     options = parser.parse_args(argv)

@@ -2,20 +2,22 @@
 
     python -m benchmarks.bench_pipeline [--layers N] [--side 1024] [--steps 50] [--compile] [--small] [--check]
 
-20 billion random weights in bf16 (41 GB), a VAE of the released size, prompt embeddings of the right shape, guidance
-with two forwards a step: what takes the time of a request is there, and no text encoder. What a cache computes depends
-on weights that mean something, so each is told which steps: tea_cache 26 of 50 (between them it measures, and skips
-whatever that is), cache_dit 27 by a mask, as the published times imply of them (10.47 s and 10.8 s against 20.0 s,
-vLLM-Omni, 1024², 50 steps, one H200); velocity_cache 25 and 17, evenly spread. Each run without and with fused blocks,
-after one that warms up; with `--compile` blocks are compiled too.
+The pipeline has 20 billion random weights in bf16 (41 GB), a VAE of the released size, prompt embeddings of the right
+shape, and guidance with two forwards a step. There is no text encoder.
 
-The table has the seconds of a request, and, of its steps' medians, the time of a computed and of a skipped forward
-(half a step, with guidance). *Of roof*: the forward's floating-point operations at the rate at which this device
-multiplies large bf16 matrices, over the time of a computed forward.
+With random weights, a cache cannot choose steps in a meaningful way, so the computed steps are fixed. tea_cache
+computes 26 of 50 (at the others it measures, and skips at any distance) and cache_dit 27 by a mask. These are the
+numbers that their published times imply (10.47 s and 10.8 s against 20.0 s, vLLM-Omni, 1024², 50 steps, one H200).
+velocity_cache computes 25 and 17, evenly spread. Each run is measured without and with fused blocks, after a warm-up
+request, and with `--compile` also with compiled blocks.
 
-`--check` exits with 1 where 25 computed steps of 50 with fused blocks take 6 s or more; the published seconds, without
-a cache and with one, are printed beside. On a GPU results go to
-results/pipeline-<device>.json. `--small` makes everything tiny, to try it anywhere.
+The table has the seconds of a request, and the median time of a computed and of a skipped forward (half a step,
+because of guidance). *Of roof* is the time that the forward's floating-point operations would take at the rate of
+large bf16 matrix products on this device, divided by the time of a computed forward.
+
+`--check` exits with 1 if 25 computed steps of 50 with fused blocks take 6 s or more. The published seconds, without
+and with a cache, are also printed. On a GPU, results are written to results/pipeline-<device>.json. `--small` makes
+everything tiny, to try it anywhere.
 """
 
 from __future__ import annotations
@@ -48,19 +50,19 @@ from omni_runtime.cache.schedules import even
 
 MODEL = "qwen-image"
 LIMIT_RUN, LIMIT_SECONDS = "velocity_cache 25, fused", 6.0
-#: vLLM-Omni's, of 50 steps at 1024² on one H200: without a cache, and with its fastest.
+#: Published by vLLM-Omni for 50 steps at 1024² on one H200: without a cache, and with its fastest one.
 PUBLISHED_SECONDS = (20.0, 10.5)
 MATRIX = {"cpu": 1024, "cuda": 8192}
 
 
 def spread(steps: int, published: float) -> tuple[int, ...]:
-    """Of each step whether it is computed (1): as many as a published time implies if skipping takes none, evenly."""
+    """A mask of evenly spread computed steps: as many as a published time implies if skipped steps take no time."""
     computed = even(steps, round(published / PUBLISHED_SECONDS[0] * steps)).computed
     return tuple(int(step in computed) for step in range(steps))
 
 
 def told(handle: Any, steps: int) -> None:
-    """Have an installed tea_cache compute the steps that its published time implies."""
+    """Make an installed tea_cache compute the steps that its published time implies."""
     gate = functools.partial(AccumulatedPolynomialGate, Limits(mask=spread(steps, 10.47)), math.inf, (1.0, 0.0))
     session = handle._installed
     session.parts = dataclasses.replace(session.parts, gate=lambda request: gate())
@@ -71,7 +73,7 @@ def runs(steps: int) -> dict[str, tuple[str | None, dict[str, Any]]]:
     half, third = round(steps / 2), round(steps * 0.34)
     return {
         "no cache": (None, {}),
-        "tea_cache": ("tea_cache", {"coefficients": [0, 0, 0, 1, 0]}),  # and `told`
+        "tea_cache": ("tea_cache", {"coefficients": [0, 0, 0, 1, 0]}),  # the computed steps are set by `told`
         "cache_dit": (
             "cache_dit",
             {
@@ -92,10 +94,10 @@ class Row:
     """One run.
 
     Attributes:
-        seconds: of a request, with the VAE's decoding.
-        computed: steps in which the transformer ran, of `steps`.
-        computed_ms, skipped_ms: of one forward, the median over such steps; None where there are none.
-        of_roof: what a computed forward's operations would take at the rate of large products, over what it took.
+        seconds: time of a request, including the VAE's decoding.
+        computed: in how many of the `steps` the transformer ran.
+        computed_ms, skipped_ms: median time of a forward in such steps; None if there are none.
+        of_roof: the time of a computed forward's operations at the rate of large products, over its measured time.
     """
 
     run: str
@@ -110,19 +112,19 @@ class Row:
 
 
 class Marks:
-    """The times at which steps end, as the device has them."""
+    """The times at which steps end on the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._timer = Timer(device)
         self._marks: list[Any] = []
 
     def __call__(self, *of_the_step: Any) -> dict[str, Any]:
-        """Mark now; a pipeline's `callback_on_step_end`."""
+        """Mark the current time; used as a pipeline's `callback_on_step_end`."""
         self._marks.append(self._timer.mark())
         return {}
 
     def spans(self) -> list[float]:
-        """Seconds between one mark and the next, all of which the device has reached."""
+        """Seconds between consecutive marks; the device must have reached all of them."""
         return [self._timer.seconds(a, b) for a, b in zip(self._marks, self._marks[1:], strict=False)]
 
 
@@ -177,7 +179,9 @@ def forward_flops(pipe: Any, side: int) -> int:
     def attention(query: Any, key: Any, value: Any, *settings: Any, **more: Any) -> int:
         return sdpa_flop_count(query, key, value)
 
-    on_cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}  # torch counts the GPUs' only
+    on_cpu = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention
+    }  # torch counts only the attention of GPUs
     with FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
         pipe.transformer(**arguments)
     return counter.get_total_flops()
@@ -193,10 +197,10 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 def measure(
     name: str, pipe: Any, side: int, steps: int, fuse: bool, compile: str | None, floor: float, rounds: int
 ) -> Row:
-    """One run, the median of `rounds` requests after one that warms up.
+    """Measure one run: the median of `rounds` requests after a warm-up request.
 
     Raises:
-        AssertionError: blocks were left unfused, or the result is not finite.
+        AssertionError: blocks are not fused, or the result is not finite.
     """
     device = pipe.transformer.device
     backend, config = runs(steps)[name]
@@ -241,7 +245,7 @@ def measure(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows, for reading."""
+    """The rows as a text table."""
     first = rows[0].seconds
     lines = [
         f"{'run':36} {'seconds':>8} {'speedup':>8} {'steps':>9} {'computed':>12} {'skipped':>12} {'of roof':>8}",
@@ -259,7 +263,7 @@ def _or_none(value: float | None, form: str) -> str:
 
 @dataclass(frozen=True)
 class Goal:
-    """The seconds that a run takes, and fewer than which it has to take."""
+    """The seconds of a run, and the limit that it must stay below."""
 
     run: str
     seconds: float
@@ -267,7 +271,7 @@ class Goal:
 
     @property
     def met(self) -> bool:
-        """Whether it is reached."""
+        """Whether the run is below the limit."""
         return self.seconds < self.limit
 
     def __str__(self) -> str:
@@ -279,10 +283,10 @@ class Goal:
 
 
 def goal(rows: Sequence[Row]) -> Goal | None:
-    """Of rows of the full-size model at 1024²: 25 of 50 steps computed, with fused blocks; None where not measured.
+    """The goal for the full-size model at 1024²: 25 of 50 steps computed, fused blocks; None if not measured.
 
     Raises:
-        AssertionError: that run has computed other steps.
+        AssertionError: that run computed another number of steps.
     """
     found = [row for row in rows if row.run == LIMIT_RUN and row.steps == 50]
     if not found:
@@ -303,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--compile", action="store_true", help="with compiled blocks too")
     parser.add_argument("--small", action="store_true", help="a few channels and 64² pixels, fp32 on a CPU")
     parser.add_argument("--out", type=Path, help="where to write; by default results/pipeline-<device>.json, on a GPU")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where the target is missed")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if the target is missed")
     options = parser.parse_args(argv)
     names = list(runs(options.steps)) if options.runs is None else options.runs.split(",")
     unknown = [name for name in names if name not in runs(options.steps)]

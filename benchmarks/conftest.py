@@ -1,4 +1,4 @@
-"""For all benchmarks: one torch thread on the CPU, and one table of GB/s at the end, beside the measured roof."""
+"""For all benchmarks: one torch thread on the CPU, and a table of GB/s at the end, with the copy bandwidth."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.measure import device_here
 from omni_kernels.validation.measurement import Row, table
 from omni_kernels.validation.roof import copy_bandwidth
 
-torch.set_num_threads(1)  # the same work for every provider, and steady times
+torch.set_num_threads(1)  # the same for every provider, with steady times
 
 ROWS = pytest.StashKey[list[Row]]()
 
@@ -29,7 +29,7 @@ def record_row(request: pytest.FixtureRequest) -> Callable[[Row], None]:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """The table."""
+    """Print the table."""
     rows = config.stash.get(ROWS, [])
     if not rows:
         return

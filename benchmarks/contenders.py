@@ -13,7 +13,7 @@ import omni_kernels
 
 STEPS = 40  # of a request
 WARMUP = 4  # computed steps before the first skip: the library takes no derivative before the third
-#: Distances that all are below, or none; at 1 and above, or 0 and below, nobody measures any.
+#: Thresholds that all distances are below, or none. At ≥ 1 or ≤ 0, caches would not measure distances at all.
 ALWAYS_SMALL, NEVER_SMALL = 0.999, 1e-9
 
 Install = Callable[[Any, float], Any]
@@ -28,7 +28,7 @@ def _ours(backend: str, threshold: str, **config: Any) -> Install:
 
 
 def _library(order: int | None) -> Install:
-    """The cache-dit library, told by hand that there is one forward a step; returns how a request is announced."""
+    """The cache-dit library, configured for one forward a step; the result returns what to call before a request."""
 
     def install(pipe: Any, distance: float) -> Callable[[], None]:
         settings: dict[str, Any] = {
@@ -67,7 +67,7 @@ class Contender:
         name: as printed.
         install: (pipeline, distance below which steps are skipped) → what to call before each request, or None.
         runs: blocks that a skipped forward runs.
-        peer: the contender that ours is compared with; None for a peer, and where there is none.
+        peer: the contender that ours is compared with; None for peers, and if there is none.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Operators as torch's dispatcher sees them, counted."""
+"""Counts operators as torch's dispatcher sees them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from omni_kernels.registration import NAMESPACE
 
 
 class Counter(TorchDispatchMode):
-    """Counts operators; with `expand`, ours are replaced by the operators of their implementation."""
+    """Counts operators, and those on tensors of shape `h`.
+
+    With `expand`, each of our ops is replaced by the operators of its implementation.
+    """
 
     def __init__(self, h: tuple[int, ...], expand: bool) -> None:
         super().__init__()
@@ -26,7 +29,7 @@ class Counter(TorchDispatchMode):
             with self:
                 if func.namespace == NAMESPACE:
                     return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
-                parts = func.decompose(*args, **kwargs)  # within ours, composite operators come undecomposed
+                parts = func.decompose(*args, **kwargs)  # inside our ops, composite operators arrive undecomposed
             if parts is not NotImplemented:
                 return parts
         output = func(*args, **kwargs)

@@ -1,9 +1,9 @@
-"""The models' transformers at their real size with random weights, and a forward's inputs: for timing, not for looking.
+"""The models' transformers at their real size with random weights, and inputs of a forward, for timing.
 
-Time depends on shapes and dtypes, not on what the weights are; values are drawn so that nothing over- or underflows.
-Sizes are the classes' defaults in diffusers, which are the released models' (Qwen/Qwen-Image, its edit models, of which
-2511's gives references a modulation of their own, Tongyi-MAI/Z-Image, black-forest-labs/FLUX.1-dev,
-Wan-AI/Wan2.1-T2V-14B). `small` makes the same of a few channels, to run anywhere.
+Time depends on shapes and dtypes, not on the values of weights. Values are drawn so that nothing over- or underflows.
+Sizes are the defaults of diffusers' classes, which are those of the released models: Qwen/Qwen-Image and its edit
+models (2511 has a separate modulation for reference images), Tongyi-MAI/Z-Image, black-forest-labs/FLUX.1-dev and
+Wan-AI/Wan2.1-T2V-14B. `small` builds the same model with few channels, to run anywhere.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Model:
 
     Attributes:
         transformer: its class in diffusers.
-        config: what differs from the class's defaults.
-        small: what differs of the small one.
+        config: changes to the class's defaults.
+        small: further changes for the small model.
         layers: the keys of the config that are numbers of blocks.
         inputs: (the transformer's config, side of the image in pixels) → a forward's arguments, on the CPU in fp32.
-        sides: of the images that are measured, by name.
+        sides: side in pixels of each measured image size, by name.
     """
 
     transformer: str
@@ -151,9 +151,9 @@ def build(
     small: bool = False,
     layers: int | None = None,
 ) -> Any:
-    """The transformer with random weights, the same for the same arguments; `layers` of each kind at most.
+    """The transformer with random weights, with at most `layers` blocks of each kind.
 
-    On the meta device it has no weights, only their shapes.
+    The same arguments give the same weights. On the meta device there are only shapes.
     """
     config = {**model.config, **(model.small if small else {})}
     kind = getattr(diffusers, model.transformer)
@@ -178,7 +178,7 @@ def build(
 
 
 def inputs(model: Model, transformer: Any, side: int, dtype: torch.dtype) -> Inputs:
-    """A forward's arguments for it, on its device, the same at each call."""
+    """A forward's arguments for the transformer, on its device; the same at each call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         made = model.inputs(transformer.config, side)
@@ -186,7 +186,9 @@ def inputs(model: Model, transformer: Any, side: int, dtype: torch.dtype) -> Inp
 
     def placed(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            narrow = value.is_floating_point() and value.dim() > 1 and value.shape[-1] > 3  # not times and positions
+            narrow = (
+                value.is_floating_point() and value.dim() > 1 and value.shape[-1] > 3
+            )  # times and positions keep their dtype
             return value.to(device, dtype if narrow else value.dtype)
         if isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
             return [placed(one) for one in value]

@@ -1,4 +1,4 @@
-"""What the ops have to reach on a GPU, of measured rows: `python -m benchmarks.gpu` says what each is."""
+"""The goals that ops must reach on a GPU, from measured rows; `benchmarks.gpu` describes them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from omni_kernels.validation.measurement import TARGET_SHARE, Row
 
 @dataclass(frozen=True)
 class Goal:
-    """One thing to reach: `value`, at least `least`."""
+    """One goal: `value` must be at least `least`."""
 
     what: str
     case: str
@@ -21,7 +21,7 @@ class Goal:
 
     @property
     def met(self) -> bool:
-        """Whether it is reached."""
+        """Whether the goal is reached."""
         return self.value >= self.least
 
     def __str__(self) -> str:
@@ -32,11 +32,11 @@ OF_COPY, OF_SAME_COPY, OF_COMPILED = "share of copy bandwidth", "share of a copy
 
 
 def goals(rows: Sequence[Row], copies: Mapping[int, float]) -> list[Goal]:
-    """What ours has to reach, and has or has not.
+    """All goals of our ops.
 
     Args:
-        rows: measured, and not.
-        copies: bytes → microseconds of a copy that moves as many; of all rows of ours at Qwen-Image's shapes.
+        rows: all rows, including those that were not measured.
+        copies: bytes → microseconds of a copy that moves as many, for all our rows at Qwen-Image's shapes.
     """
     compiled = {(r.case, r.shape): r.us for r in rows if r.provider == "torch.compile"}
     found = []
@@ -54,12 +54,12 @@ def goals(rows: Sequence[Row], copies: Mapping[int, float]) -> list[Goal]:
 
 
 def summary(found: Sequence[Goal]) -> list[str]:
-    """A line for each kind of goal, and one for each that is missed."""
+    """A line for each kind of goal, and one for each missed goal."""
     lines = []
     for what in (OF_COPY, OF_SAME_COPY, OF_COMPILED):
         of_kind = [goal for goal in found if goal.what == what]
         if not of_kind:
-            lines.append(f"MISSED : {what}: nothing was measured that has to reach it")
+            lines.append(f"MISSED : {what}: no measurement with this goal")
             continue
         missed = [goal for goal in of_kind if not goal.met]
         lowest = min(goal.value for goal in of_kind)
@@ -70,5 +70,5 @@ def summary(found: Sequence[Goal]) -> list[str]:
 
 
 def met(found: Sequence[Goal]) -> bool:
-    """Whether there are goals of each kind, and all are reached."""
+    """Whether there are goals of every kind, and all are reached."""
     return {goal.what for goal in found} == {OF_COPY, OF_SAME_COPY, OF_COMPILED} and all(goal.met for goal in found)

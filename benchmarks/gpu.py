@@ -2,16 +2,16 @@
 
     python -m benchmarks.gpu [--dry-run]
 
-1. The kernel tests run (`pytest tests/ops -m gpu`). Nothing is timed where one fails: exit code 2.
+1. The kernel tests run (`pytest tests/ops -m gpu`). If one fails, nothing is timed, and the exit code is 2.
 2. The copy bandwidth is measured, then every op, shape and provider; each result is checked before it is timed.
-3. The table is printed and written. Exit code 1 where ours misses what it has to reach:
-   - 85% of the copy bandwidth, where an op moves 100 MB or more;
-   - at Qwen-Image's shapes, most of which move less than a device needs to come up to its bandwidth, 85% of the speed
-     of a copy that moves as many bytes, timed in the same run;
-   - at any shape, no more time than torch.compile's form of the same takes.
+3. The table is printed and written. The exit code is 1 if our kernels miss a goal:
+   - 85% of the copy bandwidth, if an op moves 100 MB or more;
+   - at Qwen-Image's shapes, 85% of the speed of a copy that moves as many bytes, timed in the same run (most of these
+     shapes are too small to reach the device's full bandwidth);
+   - at every shape, at most the time of the same computation under torch.compile.
 
-Where there is no NVIDIA GPU, the kernels are compiled for one as the launches to be timed specialise them, and nothing
-is launched: that is said in one line, and the exit code is 3. `--dry-run` does the same anywhere, with exit code 0.
+Without an NVIDIA GPU, the kernels are compiled for one, specialised as in the launches that would be timed, and
+nothing is launched. One line says so, and the exit code is 3. `--dry-run` does the same anywhere, with exit code 0.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ AOT_TARGET = "sm_90"
 
 
 def kernels(target: str) -> list[str]:
-    """The names of the kernels that the benchmark launches, each compiled for `target` with its launches' arguments.
+    """Compile the kernels that the benchmark launches for `target`, with the arguments of these launches; their names.
 
-    A shape's tokens are cut to 64 and its samples to 2: what a kernel is specialised on, dtypes, channels and
-    alignment, stays.
+    A shape's tokens are reduced to 64 and its samples to 2. Dtypes, channels and alignment, on which a kernel is
+    specialised, stay the same.
     """
     names: list[str] = []
     for case in TIMED.values():
@@ -67,21 +67,21 @@ def kernels(target: str) -> list[str]:
 
 
 def _empty(inputs: Inputs) -> Inputs:
-    """Inputs that are aligned as a GPU's are; nothing reads them."""
+    """Empty inputs with the alignment that they have on a GPU; nothing reads them."""
     return {
         k: [torch.empty_like(t) for t in v] if isinstance(v, list) else torch.empty_like(v) for k, v in inputs.items()
     }
 
 
 def tests_pass() -> bool:
-    """Whether the kernel tests pass on this GPU; without any there is nothing to go by."""
+    """Whether the kernel tests pass on this GPU; False if none ran."""
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     command = [sys.executable, "-m", "pytest", "tests/ops", "-m", "gpu"]
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode == 0
 
 
 def copy_us(device: torch.device, nbytes: int) -> float:
-    """Microseconds of a copy that reads and writes `nbytes` in all, of data that is in no cache."""
+    """Microseconds of a copy that reads and writes `nbytes` in total, of data that is in no cache."""
     pairs = [
         [torch.empty(max(nbytes // 2, 1), dtype=torch.uint8, device=device) for _ in range(2)]
         for _ in range(sets_for(device, nbytes))
@@ -93,7 +93,7 @@ def copy_us(device: torch.device, nbytes: int) -> float:
 def report(
     device: torch.device, rows: Sequence[Row], copies: Mapping[int, float], found: Sequence[Goal]
 ) -> dict[str, Any]:
-    """What is written."""
+    """The document that is written."""
     return {
         "command": COMMAND,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -117,13 +117,13 @@ def report(
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.split("\n")[0])
-    parser.add_argument("--dry-run", action="store_true", help="go up to the first launch and no further")
+    parser.add_argument("--dry-run", action="store_true", help="compile only; launch nothing")
     options = parser.parse_args(argv)
     there = torch.cuda.is_available() and torch.version.hip is None
     if options.dry_run or not there:
         compiled = kernels(AOT_TARGET)
         told = f"{len(compiled)} launches of {len(set(compiled))} kernels compiled for {AOT_TARGET}"
-        why = "as --dry-run says" if options.dry_run else "for want of an NVIDIA GPU"
+        why = "because of --dry-run" if options.dry_run else "because there is no NVIDIA GPU"
         print(f"{told}; none launched and nothing measured, {why}")
         return 0 if options.dry_run else NO_GPU
     if not tests_pass():

@@ -1,14 +1,14 @@
-"""Instructions that a cache adds to a forward, counted by valgrind: a figure that other processes cannot disturb.
+"""Counts the instructions that a cache adds to a forward, with valgrind; other processes cannot disturb this figure.
 
     python -m benchmarks.instructions [--check]      # 10 minutes; needs valgrind (apt-get install valgrind)
 
-The contenders, the transformer and the forwards are those of `bench_overhead`, which measures their time. Here the same
-Python process runs under callgrind, which counts the instructions of 20 skipped steps of each contender. What a cache
-adds is its count less that of an unpatched transformer of just the block that still runs. Below it stand 2 whole
-forwards with fused blocks and without.
+The contenders, the transformer and the forwards are those of `bench_overhead`, which measures their time. Here they
+run under callgrind, which counts the instructions of 20 skipped steps of each contender. A cache adds its count minus
+that of an unpatched transformer with only the block that still runs. 2 whole forwards, with fused blocks and without,
+are also counted.
 
-Counts of a whole forward repeat to about 1%. An instruction is not a time: a cache miss costs many, and valgrind's
-processor has no AVX-512. `--check` exits with 1 where a target is missed.
+Counts of a whole forward are reproducible to about 1%. Instructions are not time: a cache miss takes as long as many
+of them, and valgrind's processor has no AVX-512. `--check` exits with 1 if a target is missed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from omni_kernels.validation.record import machine, write
 
 STEPS = 20
 FORWARDS = 2
-#: Peers are counted beside ours; a contender that runs another number of blocks has no place here.
+#: Ours and the peers, but only contenders that run one block in a skipped forward.
 COUNTED = [c for c in CONTENDERS if c.runs == 1]
 
 
@@ -44,7 +44,7 @@ def _control(*arguments: str) -> None:
 
 
 def _count(run: Run, name: str, steps: int) -> None:
-    """Have callgrind count `steps` steps of a request, after the first ones, and write the count down as `name`."""
+    """Count `steps` steps of a request, after the first ones, with callgrind, and write the count under `name`."""
 
     @contextlib.contextmanager
     def around(step: int) -> Iterator[None]:
@@ -56,7 +56,9 @@ def _count(run: Run, name: str, steps: int) -> None:
             _control("--instr=off")
             _control("--dump=" + name.replace(" ", "_"))
 
-    for _ in run.request(FIRST + steps, lambda step: contextlib.nullcontext()):  # what happens at first use
+    for _ in run.request(
+        FIRST + steps, lambda step: contextlib.nullcontext()
+    ):  # a first request, for work that is done only once
         pass
     for _ in run.request(FIRST + steps, around):
         pass
@@ -64,7 +66,7 @@ def _count(run: Run, name: str, steps: int) -> None:
 
 @torch.no_grad()
 def _inside() -> None:
-    """What runs under valgrind."""
+    """The part that runs under valgrind."""
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     weights = Weights(BLOCKS, torch.device("cpu"))
@@ -78,10 +80,10 @@ def _inside() -> None:
 
 
 def counted() -> dict[str, int]:
-    """Instructions by contender: of `STEPS` skipped steps, or of `FORWARDS` whole forwards.
+    """Instructions by contender, for `STEPS` skipped steps or `FORWARDS` whole forwards.
 
     Raises:
-        FileNotFoundError: there is no valgrind.
+        FileNotFoundError: valgrind is not installed.
     """
     if not shutil.which("valgrind"):
         raise FileNotFoundError("valgrind is not installed: apt-get install valgrind")
@@ -96,13 +98,15 @@ def counted() -> dict[str, int]:
 
 def _read(path: Path) -> tuple[str, int]:
     text = path.read_text(encoding="utf-8")
-    (name,) = re.findall(r"^desc: Trigger: dump (.*)$", text, re.MULTILINE) or [""]  # none: the rest, at the end
+    (name,) = re.findall(r"^desc: Trigger: dump (.*)$", text, re.MULTILINE) or [
+        ""
+    ]  # no match: the final dump, with the rest
     (total,) = re.findall(r"^totals: (\d+)$", text, re.MULTILINE)
     return name.strip(), int(total)
 
 
 def shares(counts: dict[str, int]) -> list[Target]:
-    """The targets of host time, in instructions."""
+    """The targets of host time, applied to instructions."""
     added = {c.name: counts[c.name] - counts["unpatched"] for c in COUNTED}
     targets = [
         Target(f"{c.name}, skipped: added instructions, of {c.peer}'s", round(added[c.name] / added[c.peer], 3), 1 / 3)
@@ -116,7 +120,7 @@ def shares(counts: dict[str, int]) -> list[Target]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.instructions", description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a target is missed")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
     parser.add_argument("--out", type=Path, default=RESULTS / "overhead-instructions.json", help="where to write")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)

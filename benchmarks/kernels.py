@@ -1,8 +1,8 @@
-"""`python -m benchmarks.kernels`: registers, shared memory and spills of every kernel, compiled for GPUs not there.
+"""`python -m benchmarks.kernels`: registers, shared memory and spills of every kernel, compiled without the GPUs.
 
-It writes results/kernels.csv, against which `make test` holds what it compiles: whoever changes a kernel writes it
-anew, and the difference is seen in review. A line is a launch's kernel on a target (registers are per thread, the rest
-in bytes); the kernel that adds partial sums up is the same for all, and listed once.
+It writes results/kernels.csv. `make test` compares the kernels that it compiles with this file: after a change of a
+kernel, write the file again, and the difference shows in review. Each line is one launch's kernel on one target
+(registers per thread, the rest in bytes). The kernel that adds up partial sums is shared, and listed once.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ COMMAND = "python -m benchmarks.kernels"
 
 
 def text(costs: dict[str, dict[str, list[aot.Cost]]]) -> str:
-    """The file's lines: the command and the version, the columns, then launches in order, targets in order.
+    """The file's text: the command and the version, the columns, then launches in order, each with its targets in
+    order.
 
-    Of a launch that was compiled for some targets alone, there are those.
+    A launch that was compiled for some targets only has lines for these.
     """
     out = io.StringIO()
     out.write(f"# {COMMAND}, triton {triton.__version__}\n")

@@ -1,6 +1,6 @@
-"""Caches of other libraries as runs of a comparison: context managers that have one installed while they are open.
+"""Caches of other libraries as runs of a comparison: context managers that install a cache while they are open.
 
-Each is installed as its library's documentation says, on the pipeline itself.
+Each is installed on the pipeline as its library's documentation says.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from omni_runtime.compare.cells import Run
 CACHE_DIT = f"cache-dit {importlib.metadata.version('cache-dit')}"
 DIFFUSERS = f"diffusers {diffusers.__version__}"
 
-#: our forecaster → what cache-dit calls the same
+#: our forecaster → the same forecaster's configuration in cache-dit
 CALIBRATORS = {None: None, "foca": cache_dit.FoCaCalibratorConfig(), "dmd": cache_dit.DMDCalibratorConfig()}
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the libraries' logs and prints, which are many."""
+    """Suppress the libraries' logs and prints."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -65,7 +65,7 @@ def cache_dit_run(name: str, method: str, settings: Mapping[str, Any], steps: in
             num_inference_steps=steps if mask else None,
         )
         if keys:
-            raise ValueError(f"no such setting of the library here: {sorted(keys)}")
+            raise ValueError(f"the cache-dit library has no such settings: {sorted(keys)}")
         with _quiet():
             cache_dit.enable_cache(pipe, cache_config=config, calibrator_config=calibrator)
             try:
@@ -77,9 +77,9 @@ def cache_dit_run(name: str, method: str, settings: Mapping[str, Any], steps: in
 
 
 def diffusers_run(name: str, method: str, config_class: str, settings: Mapping[str, Any], steps: int) -> Run:
-    """A cache of diffusers' own, by the name of its configuration's class; dtypes among its settings by name.
+    """A cache of diffusers, by the class name of its configuration; dtypes in the settings are given by name.
 
-    Where it wants to know the number of steps, it is told.
+    If the configuration has the number of steps, it is set.
     """
 
     @contextlib.contextmanager
@@ -102,7 +102,7 @@ def diffusers_run(name: str, method: str, config_class: str, settings: Mapping[s
 
 
 def mag_ratios(pipe: Any, generate: Callable[[], Any], steps: int) -> list[float]:
-    """MagCache's ratios of one full run, as diffusers calibrates them: those of the first guidance branch.
+    """MagCache's ratios of one full run, calibrated by diffusers; those of the first guidance branch.
 
     Args:
         generate: runs the pipeline once, with `steps` steps.
@@ -117,7 +117,7 @@ def mag_ratios(pipe: Any, generate: Callable[[], Any], steps: int) -> list[float
 
     transformer = pipe.transformer
     with _quiet():
-        # One step more than there are, so that the ratios are not thrown away before the request's end resets them.
+        # One step too many, so that the ratios are kept until the end of the request resets them.
         transformer.enable_cache(diffusers.MagCacheConfig(num_inference_steps=steps + 1, calibrate=True))
         MagCacheState.reset = keep
         try:
@@ -132,7 +132,7 @@ def mag_ratios(pipe: Any, generate: Callable[[], Any], steps: int) -> list[float
 
 
 def is_clean(pipe: Any) -> bool:
-    """Whether no hook of diffusers or wrapper of cache-dit is left on the transformer."""
+    """Whether the transformer has no hook of diffusers and no wrapper of cache-dit left."""
     hooked = [m for m in pipe.transformer.modules() if isinstance(getattr(m, "_diffusers_hook", None), HookRegistry)]
     left = [registry for m in hooked if (registry := m._diffusers_hook).hooks]
     return not left and not getattr(pipe.transformer, "_is_cached", False)

@@ -1,8 +1,7 @@
-"""What `make bench` and `make gpu` measure: every case at every shape by every provider.
+"""What `make bench` and `make gpu` measure: every case, at every shape, with every provider.
 
-Beside the cases that an installation validates, those variants that stand in Qwen-Image's blocks are timed, and each
-case at the shapes that it is called with there: GELU on 4 · 3072 channels, guidance and the scheduler's step on
-latents of 64, the blocks' ops on the prompt's tokens too.
+In addition to the cases of `omni_kernels.validate`, this times the variants in Qwen-Image's blocks, and each case at
+the shapes that it has there: GELU on 4 · 3072 channels, and the blocks' ops on the prompt's tokens, too.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def _variant(name: str, eager: Callable[[Inputs], Values], values: Callable[[Any
 
 
 def _by_index(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Each token's row of two, as Qwen-Image-Edit-2511's blocks write it."""
+    """Select one of two rows for each token, as Qwen-Image-Edit-2511's blocks do."""
     first, second = rows.unsqueeze(1).chunk(2)
     return torch.where(index.unsqueeze(-1) == 0, first, second)
 
@@ -52,13 +51,13 @@ VARIANTS = (
         lambda out: out[:1],
     ),
 )
-#: What is timed, by name.
+#: The timed cases, by name.
 TIMED: dict[str, Case] = CASES | {case.name: case for case in VARIANTS}
 
 QWEN_TEXT = Shape("qwen-image-text", 1, 128, QWEN_IMAGE.D, QWEN_IMAGE.dtype)
 QWEN_FEED_FORWARD = Shape("qwen-image-1024-ffn", 1, QWEN_IMAGE.S, 4 * QWEN_IMAGE.D, QWEN_IMAGE.dtype)
 _STREAMS = (QWEN_IMAGE, QWEN_IMAGE_EDIT, QWEN_TEXT)
-#: Case → Qwen-Image's shapes, where they are others than those of the hidden states.
+#: Case → Qwen-Image's shapes, if they differ from those of the hidden states.
 QWEN_SHAPES: dict[str, tuple[Shape, ...]] = {
     "gelu": (QWEN_FEED_FORWARD, Shape("qwen-image-text-ffn", 1, 128, 4 * QWEN_IMAGE.D, QWEN_IMAGE.dtype)),
     "ada_layer_norm index": (QWEN_IMAGE_EDIT,),
@@ -88,12 +87,12 @@ def of_qwen_image(row: Row) -> bool:
 
 
 def device_here() -> torch.device:
-    """The GPU, where there is one."""
+    """The GPU, if there is one, else the CPU."""
     return torch.device("cuda" if device_count("cuda") else "cpu")
 
 
 def measure(case: Case, shape: Shape, provider: str, device: torch.device) -> Row:
-    """Check and time one combination, where it is available."""
+    """Check and time one combination, if it is available."""
     reason = unavailable(provider, shape, device)
     if reason is not None:
         return Row(case.name, str(shape), provider, 0, None, None, None, reason)
@@ -101,5 +100,5 @@ def measure(case: Case, shape: Shape, provider: str, device: torch.device) -> Ro
 
 
 def combinations(device: torch.device) -> list[tuple[Case, Shape, str]]:
-    """Everything that is measured on `device`, providers side by side."""
+    """Everything that is measured on `device`; the providers of a case and shape are consecutive."""
     return [(case, shape, p) for case in TIMED.values() for shape in shapes_of(case, device) for p in PROVIDERS]

@@ -1,7 +1,7 @@
-"""What is compared: each op as ours, as the other projects write it in eager torch, and that under torch.compile.
+"""The providers that are compared: our op, the eager torch code of other projects, and that code under torch.compile.
 
-The cases are those of `python -m omni_kernels.validate`. All providers are charged the bytes that the op itself has to
-move: what a provider moves on top of that shows as lost bandwidth.
+The cases are those of `python -m omni_kernels.validate`. GB/s are computed for all providers from the bytes that the
+op itself has to move. If a provider moves more, this shows as lost bandwidth.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from omni_kernels.validation.shapes import Shape
 
 
 def _compiled(case: Case) -> Callable[[Inputs], Any]:
-    torch._dynamo.reset()  # there is a limit on recompilations of one function, which all shapes would share
+    torch._dynamo.reset()  # otherwise all shapes would share one function's recompile limit
     return torch.compile(case.eager, dynamic=False)
 
 
-#: name → (case → what runs on its inputs). What ours returned still has to go through `Case.values`.
+#: name → (case → the function of its inputs). Our ops' results still have to go through `Case.values`.
 PROVIDERS: dict[str, Callable[[Case], Callable[[Inputs], Any]]] = {**cases.PROVIDERS, "torch.compile": _compiled}
 
 
 def unavailable(provider: str, shape: Shape, device: torch.device) -> str | None:
-    """Why `provider` is not run here; None where it is."""
+    """Why `provider` cannot run here; None if it can."""
     if provider != "torch.compile" or device.type != "cpu":
         return None
     if not (shutil.which("g++") or shutil.which("clang++")):

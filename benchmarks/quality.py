@@ -1,19 +1,19 @@
-"""What every cache costs and what it changes, ours beside the libraries', on the embedded models.
+"""Measures the speed and picture quality of every cache on the embedded models, ours and the libraries'.
 
     python -m benchmarks.quality                 # all models, 32 prompts × 3 seeds, 50 steps with guidance: hours
     python -m benchmarks.quality --quick         # `make quality`: two prompts, fewer settings, minutes
 
-Each model's runs are ours, each backend over its range of settings; the cache-dit library's and diffusers' caches,
-installed as their users install them; and plain sampling with fewer steps, which is what a user gets for free. All take
-turns on each prompt and seed, and every image is measured against the full run of the same prompt and seed: see
-`omni_runtime.compare.comparison`, which makes, keeps and measures the cells, so that an interrupted run goes on
-where it was.
+Each model has these runs: our caches, each over its range of settings; the caches of the cache-dit library and of
+diffusers, installed as their users install them; and plain sampling with fewer steps, which needs no cache. All runs
+take turns on each prompt and seed. Every image is compared with the full run of the same prompt and seed.
+`omni_runtime.compare.comparison` makes, saves and measures the cells, so an interrupted run continues where it
+stopped.
 
-Runs of the same method and settings are pairs, ours and theirs. `--check` exits with 1 where ours is not at least as
-good in mean PSNR (to 0.1 dB) and as fast (the median over images of our speedup over theirs at least 0.98, which leaves
-2% to the noise), or a calibrated schedule misses what it is to reach (`aims`).
+Two runs of the same method and settings, ours and theirs, are a pair. `--check` exits with 1 if ours is worse in mean
+PSNR (by more than 0.1 dB) or slower (if the median over images of our speedup over theirs is below 0.98, which allows
+2% of noise), or if a calibrated schedule misses a goal (`aims`).
 
-Writes results/quality-<model>.json and .svg, and under --work a report.html with all pictures.
+Writes results/quality-<model>.json and .svg, and a report.html with all pictures under --work.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ STEPS = 50
 PROMPTS, SEEDS = compare.COMPARED, 3
 QUICK_PROMPTS = 2
 PSNR_SLACK, TIME_SLACK = 0.1, 0.98
-#: Computed steps → what a calibrated schedule's mean PSNR is to be above plain sampling's with as many, in dB.
+#: Computed steps → how many dB a calibrated schedule's mean PSNR must be above plain sampling with as many steps.
 ABOVE_PLAIN = {25: 8.0, 17: 8.0, 13: 0.0, 10: 0.0}
-#: And, of the numbers of steps that it is asked for, above that of every cache of blocks with no fewer forwards.
+#: Computed steps → how many dB it must be above every cache of blocks with no fewer forwards.
 ABOVE_BLOCKS = {25: 3.0, 17: 3.0}
-#: What is no cache of blocks.
+#: Backends that are not caches of blocks.
 WHOLE_STEPS = (None, "velocity_cache", "easy_cache")
 
 FEWER_STEPS = (40, 32, 25, 20, 17, 16, 13, 10)
@@ -60,9 +60,9 @@ FORECAST = (0.08, 0.12)
 FIRST_BLOCK = (0.04, 0.07, 0.1, 0.15)
 VELOCITY_SHARES = (0.64, 0.5, 0.34, 0.26, 0.2)  # of the steps: 32, 25, 17, 13 and 10 of 50
 UNDAMPED_SHARES = (0.26, 0.2)
-#: Lines are drawn as far as a gap is long, and nothing is corrected behind.
+#: Forecasts are not limited to the last gap, and skipped steps are not corrected.
 UNDAMPED = {"reach": 1000.0, "corrector_order": 0}
-TEA_CACHE = (0.045, 0.05, 0.055, 0.075, 0.09, 0.13, 0.2, 0.3)  # with some near 25 and 17 of 50 steps on each model
+TEA_CACHE = (0.045, 0.05, 0.055, 0.075, 0.09, 0.13, 0.2, 0.3)  # on each model, some are near 25 and 17 of 50 steps
 MASKS = ("slow", "medium", "fast", "ultra")
 MAG_CACHE = (0.03, 0.06, 0.12, 0.24)
 SEA_CACHE = (0.1, 0.15, 0.25, 0.4)
@@ -95,7 +95,12 @@ def _dbcache(contest: Contest, label: str, settings: Mapping[str, Any], method: 
 
 
 def contest_of(ratios: Sequence[float] | None, quick: bool) -> Contest:
-    """All runs; `ratios` are MagCache's for the model. None where diffusers can have none: ours are its file's then."""
+    """All runs of a model.
+
+    Args:
+        ratios: MagCache's for the model; None if diffusers cannot measure them: then ours come from the model's file.
+        quick: one setting of each method.
+    """
 
     def some(values: Sequence[Any]) -> Sequence[Any]:
         return values[len(values) // 2 :][:1] if quick else values
@@ -165,16 +170,16 @@ def contest_of(ratios: Sequence[float] | None, quick: bool) -> Contest:
 
 
 def generate(pipe: Any, request: GenerationRequest) -> None:
-    """Run one request as it is."""
+    """Run one request without a cache of ours."""
     with Omni(pipe, cache_backend=None) as omni:
         omni.run(request)
 
 
 def leave_out(contest: Contest, pipe: Any, request: GenerationRequest) -> None:
-    """Take out the libraries' runs that raise on this model; a method is tried once.
+    """Remove the libraries' runs that raise an error on this model; each method is tried once.
 
     Raises:
-        RuntimeError: a library left something of itself on the pipeline.
+        RuntimeError: a library left a hook on the pipeline.
     """
     tried: dict[str | None, str | None] = {}
     for run in list(contest.runs):
@@ -197,7 +202,7 @@ def leave_out(contest: Contest, pipe: Any, request: GenerationRequest) -> None:
 
 
 def requests_of(omni: Omni, model: str, prompts: int, seeds: int) -> list[GenerationRequest]:
-    """The model's own prompts, spread over its list, each with every seed."""
+    """Prompts of the model, evenly spread over its list, each with every seed."""
     return [
         request
         for prompt, image in compare.prompts_of(model, prompts)
@@ -207,9 +212,10 @@ def requests_of(omni: Omni, model: str, prompts: int, seeds: int) -> list[Genera
 
 
 def compared(pair: Pair, document: Mapping[str, Any]) -> dict[str, Any]:
-    """A pair's figures: mean PSNR of both, how many times as fast ours is (median over images), and whether ours holds.
+    """A pair's figures: mean PSNR of both, how many times as fast ours is (median over images), and whether that is
+    enough.
 
-    Two images that are identical to the reference count as equal.
+    An image that is identical to the reference counts with 100 dB.
     """
     runs = {run["name"]: run for run in document["runs"]}
     ours, theirs = runs[pair.ours], runs[pair.theirs]
@@ -229,10 +235,10 @@ def compared(pair: Pair, document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def aims(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the calibrated schedules are to reach, as far as their runs are there: differences of PSNR in dB.
+    """The goals of the calibrated schedules whose runs exist, as differences of PSNR in dB.
 
-    Of each cache of blocks, the run that counts is the one with the fewest forwards among those with no fewer than the
-    schedule. The 5th percentile is to be above, too, by however little.
+    Each cache of blocks is compared by the run with the fewest forwards among those with at least as many as the
+    schedule. The schedule's 5th percentile must be at least as high, too.
     """
     runs = {run["name"]: run for run in document["runs"]}
     blocks: dict[str, list[Mapping[str, Any]]] = {}
@@ -264,7 +270,7 @@ def aims(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _psnr(run: Mapping[str, Any]) -> list[float]:
-    """Of all images; identical ones count with 100 dB."""
+    """PSNR of all images; identical ones count with 100 dB."""
     return [100.0 if cell["psnr"] is None else cell["psnr"] for cell in run["cells"]]
 
 
@@ -277,7 +283,7 @@ def _low_psnr(run: Mapping[str, Any]) -> float:
 
 
 def computed_steps(run: Mapping[str, Any]) -> list[int] | None:
-    """The steps that were computed in all images of a run; None where images differ, and nothing was on a schedule."""
+    """The computed steps of a run; None if they differ between images or branches (no schedule)."""
     found = {
         tuple(step for step, bit in enumerate(branch["computed"]) if bit == "1")
         for cell in run["cells"]
@@ -287,7 +293,7 @@ def computed_steps(run: Mapping[str, Any]) -> list[int] | None:
 
 
 def summary(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The document without its cells, small enough for a repository; runs on a schedule with their computed steps."""
+    """The document without its cells, small enough for a repository; scheduled runs get their computed steps."""
     runs = [
         {key: value for key, value in run.items() if key != "cells"}
         | ({"computed": computed_steps(run)} if run["cache_backend"] == "velocity_cache" else {})
@@ -303,7 +309,8 @@ def _told(run: Run, request: GenerationRequest, progress: Progress) -> Iterator[
 
 
 def measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Make or find a model's images; returns results.json's document with the pairs and what was left out."""
+    """Make or load a model's images; the document of results.json with the pairs, the aims and the left-out
+    methods."""
     with Omni(model, device="cpu", cache_backend=None) as omni:
         requests = requests_of(omni, model, options.prompts, options.seeds)
         pipe = omni.pipe
@@ -334,8 +341,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompts", type=int, help=f"prompts of each model (default {PROMPTS}; quick {QUICK_PROMPTS})")
     parser.add_argument("--seeds", type=int, help=f"seeds of each prompt (default {SEEDS}; quick 1)")
     parser.add_argument("--quick", action="store_true", help="one setting of each method")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a pair or an aim does not hold")
-    parser.add_argument("--work", type=Path, default=Path("out/quality"), help="where images are kept")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a pair or an aim is missed")
+    parser.add_argument("--work", type=Path, default=Path("out/quality"), help="where images are saved")
     parser.add_argument("--out", type=Path, help=f"where results are written (default {RESULTS.name}/; quick: --work)")
     options = parser.parse_args(argv)
     options.prompts = options.prompts or (QUICK_PROMPTS if options.quick else PROMPTS)
@@ -346,9 +353,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         f" --{name} {getattr(options, name)}" for name, usual in given.items() if getattr(options, name) != usual
     ]
     quick = " --quick" if options.quick else "".join(changed)
-    # Of each model's file: where the pictures are kept, and what else was run, makes no difference to it.
+    # The command in each model's file, without --work and the other models, which do not change the results.
     options.command = f"python -m benchmarks.quality --model {{}}{quick}"
-    torch.set_num_threads(1)  # two are many times slower on models this small
+    torch.set_num_threads(1)  # on models this small, two threads are many times slower
     holds = True
     for model in options.model:
         found = measure(model, options)

@@ -1,15 +1,20 @@
-"""What does a schedule lose on many images that was calibrated on few others?
+"""Measures how much a schedule that was calibrated on few images loses on many others.
 
     python -m benchmarks.schedule_transfer [--model emoji-qwen-image] [--budgets 25,17] [--check]
 
-For each number of computed steps two schedules are searched, as `omni calibrate schedule` does: on its 4 prompts × 2
-seeds, and on the 32 prompts (or edits) of the embedded model × 3 seeds that `benchmarks.quality` compares on, none of
-which is among the former. Both are measured on the latter, and so are evenly spread steps and plain sampling. The
-second is measured where it was searched, and its search goes on from the first, from what the first started from, and
-from what its own responses favour, measured on one seed of each prompt: for as many tries the loss is, if anything, too
-large. `--check` exits 1 where the mean PSNR loses 1 dB or more.
+For each number of computed steps, two schedules are searched, as by `omni calibrate schedule`:
 
-What is sampled is kept in `--work`; after Ctrl-C, or with more tries, run the same command to continue.
+- *few*: on its 4 prompts × 2 seeds;
+- *many*: on the 32 prompts (or edits) × 3 seeds of the embedded model that `benchmarks.quality` compares on. None of
+  these is among the few.
+
+Both schedules, evenly spread steps and plain sampling are measured on the many images. The loss is the mean PSNR of
+the *many* schedule minus that of the *few* schedule. It is rather over- than underestimated, because the *many*
+schedule is measured on the images of its own search, and that search has more starting points: the *few* schedule, the
+starting points of the *few* search, and those from its own responses, which are measured on one seed of each prompt.
+`--check` exits with 1 if the loss is 1 dB or more.
+
+Samples are saved in `--work`. After Ctrl-C, or with more tries, run the same command to continue.
 """
 
 from __future__ import annotations
@@ -37,7 +42,7 @@ from omni_runtime.compare.comparison import COMPARED, prompts_left, prompts_of
 from omni_runtime.generation.request import GenerationRequest
 
 MANY_SEEDS = (0, 1, 2)
-#: What a schedule may lose at most, in dB of the mean PSNR.
+#: The loss of mean PSNR in dB must be below this.
 ALLOWED = 1.0
 
 
@@ -45,11 +50,11 @@ def prompts(model: str, few: int, many: int) -> tuple[list[tuple[str, Path | Non
     """The prompts of both searches, each with the picture that it edits, if any; none is in both.
 
     Raises:
-        ValueError: the model brings fewer.
+        ValueError: the model has too few prompts.
     """
     first, others = prompts_left(model, few, many), prompts_of(model, many)
     if len(first) < few or len(others) < many or set(first) & set(others):
-        raise ValueError(f"{model} brings {len(prompts_of(model, None))} prompts: {few} and {many} others are wanted")
+        raise ValueError(f"{model} has {len(prompts_of(model, None))} prompts, but {few} and {many} others are needed")
     return first, others
 
 
@@ -66,13 +71,15 @@ def requests(
 
 
 class Calibration:
-    """A search on some images, whose samples are kept.
+    """A search on some images; its samples are saved.
 
     Attributes:
-        images: run in full.
+        images: the images, with their full runs.
 
     Args:
-        responding: of `some`, those whose responses are measured.
+        some: requests of the search.
+        responding: the part of `some` whose responses are measured.
+        journal: where samples are saved.
     """
 
     def __init__(
@@ -93,7 +100,7 @@ class Calibration:
         self._name = f"{omni.name}, {len(some)} images"
 
     def starts(self, budget: int) -> list[tuple[int, ...]]:
-        """What a search starts from."""
+        """The starting points of a search."""
         return starts(self._responses, self._sigmas, budget, self._transformer)[0]
 
     def search(self, budget: int, tries: int, patience: int, also: Sequence[tuple[int, ...]] = ()) -> dict[str, Any]:
@@ -113,14 +120,14 @@ class Calibration:
         return {"best": found.best, "tries": len(found.trail)}
 
     def measure(self, computed: tuple[int, ...]) -> Tried:
-        """A schedule, on all images."""
+        """Sample with a schedule on all images."""
         return self._journal.sample(self.images, computed)
 
 
 def compare(
     few: Calibration, many: Calibration, budget: int, tries: tuple[int, int], patience: int, steps: int
 ) -> dict[str, Any]:
-    """Both searches of one number of computed steps, measured on the many images."""
+    """Run both searches for one number of computed steps, and measure on the many images."""
     small = few.search(budget, tries[0], patience)
     large = many.search(budget, tries[1], patience, also=[small["best"].computed, *few.starts(budget)])
     measured = {
@@ -164,12 +171,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--many-tries", type=int, default=TRIES, metavar="N", help="schedules on many (default: %(default)s)"
     )
-    parser.add_argument("--patience", type=int, default=PATIENCE, metavar="N", help="end after N that were no better")
-    parser.add_argument("--prompts", type=int, default=COMPARED, metavar="N", help="the many (default: %(default)s)")
+    parser.add_argument(
+        "--patience", type=int, default=PATIENCE, metavar="N", help="stop after N schedules in a row that are no better"
+    )
+    parser.add_argument(
+        "--prompts", type=int, default=COMPARED, metavar="N", help="number of other prompts (default: %(default)s)"
+    )
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="images at once (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("out/schedule-transfer"), metavar="DIR")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
-    parser.add_argument("--check", action="store_true", help=f"exit 1 where {ALLOWED:g} dB or more are lost")
+    parser.add_argument("--check", action="store_true", help=f"exit with 1 if {ALLOWED:g} dB or more are lost")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     omni = Omni(options.model, cache_backend=None, device="cpu")

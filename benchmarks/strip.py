@@ -3,8 +3,8 @@
     python -m benchmarks.strip   # a minute; writes docs/images/strip.png
 
 Each row is one run of emoji-qwen-image, 50 steps with guidance, one seed. A row's label has the number of computed
-steps, the speedup, and the mean PSNR over its pictures against the row without a cache. The speedup is the time without
-the cache over the time with it, each the shortest of 5 rounds in turns.
+steps, the speedup, and the mean PSNR over its pictures against the row without a cache. The speedup is the time
+without the cache over the time with it. Each time is the shortest of 5; the rows take turns.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ROWS: tuple[dict[str, Any], ...] = ({}, {"budget": 25}, {"budget": 13})
 
 
 def pictures(omni: Omni) -> tuple[list[Image.Image], float]:
-    """A picture of each prompt, and the seconds that all of them took."""
+    """A picture of each prompt, and the total seconds."""
     start = time.perf_counter()
     made = [omni.generate(prompt=one, num_inference_steps=STEPS, seed=SEED)[0].images[0] for one in PROMPTS]
     return made, time.perf_counter() - start
@@ -39,7 +39,7 @@ def _tensor(images: list[Image.Image]) -> torch.Tensor:
 
 
 def strip(rows: list[tuple[str, list[Image.Image]]]) -> Image.Image:
-    """One image: each row's label, and its pictures beneath."""
+    """One image with each row's label, and its pictures below."""
     font = ImageFont.load_default(16)
     sheet = Image.new("RGB", (SIDE * len(PROMPTS), (SIDE + LABEL) * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)

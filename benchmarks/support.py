@@ -1,11 +1,11 @@
-"""What is known of every op on every vendor's devices, from the files under results/, as the table of docs/results.md.
+"""Makes the table in docs/results.md of what is known about every op on each vendor's devices, from results/.
 
     python -m benchmarks.support           # prints the table
-    python -m benchmarks.support --write   # puts it into docs/results.md
+    python -m benchmarks.support --write   # writes it into docs/results.md
 
-A cell says the most that a file shows: measured on a device (which, when, GB/s and the share of the bandwidth at which
-it copies), computed on a CPU from the vendor's IR, compiled, or not covered. Files of measurements are those that
-`python -m benchmarks.gpu` and `python -m omni_kernels.validate` have written.
+A cell has the best evidence in the files: measured on a device (which, when, GB/s and the share of its copy
+bandwidth), computed on a CPU from the vendor's IR, compiled, or not covered. Measurements are read from the files of
+`python -m benchmarks.gpu` and `python -m omni_kernels.validate`.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 BEGIN, END = f"<!-- {COMMAND} -->", "<!-- end of the table -->"
 NOT_COVERED = "not covered"
 
-#: Vendor → the table's head.
+#: Vendor → column title.
 VENDORS = {"nvidia": "NVIDIA", "amd": "AMD", "ascend": "Ascend"}
-#: The first letters of an architecture → whose it is.
+#: First letters of an architecture → vendor.
 ARCHITECTURES = {"sm": "nvidia", "gf": "amd"}
 
 
 def measured(directory: Path) -> Iterator[tuple[str, str, str]]:
-    """(op, vendor, what was measured) of every device that there is a file of."""
+    """(op, vendor, what was measured) for every device with a file."""
     for path in sorted(directory.glob("*.json")):
         document = json.loads(path.read_text(encoding="utf-8"))
         rows = document.get("rows") or document.get("measurements") or []
         vendor = document.get("machine", {}).get("vendor")
         if vendor not in VENDORS or not document.get("copy_gb_per_s") or document.get("verdict") == "failed":
             continue
-        largest: dict[str, Mapping[str, Any]] = {}  # what is small waits for the launch
+        largest: dict[str, Mapping[str, Any]] = {}  # the largest, because small ones are dominated by the launch
         for row in rows:
             op = CASES[row["case"]].op if row.get("case") in CASES else None
             if op is None or row["provider"] != "ours" or not row.get("gb_per_s"):
@@ -54,7 +54,7 @@ def measured(directory: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def from_ir(directory: Path) -> Iterator[tuple[str, str, str]]:
-    """(op, vendor, what Ascend's compilers made of it)."""
+    """(op, vendor, the result of Ascend's compilers)."""
     path = directory / "ascend-lowering.json"
     if path.is_file():
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -64,12 +64,12 @@ def from_ir(directory: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def compiled(directory: Path) -> Iterator[tuple[str, str, str]]:
-    """(op, vendor, the architectures that all of its launches are compiled for)."""
+    """(op, vendor, the architectures for which all of its launches compile)."""
     path = directory / "kernels.csv"
     if not path.is_file():
         return
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-    launches: dict[tuple[str, str], dict[str, list[str]]] = {}  # of an op and vendor: targets by the launch
+    launches: dict[tuple[str, str], dict[str, list[str]]] = {}  # (op, vendor) → launch → targets
     for row in csv.DictReader(lines):
         vendor = ARCHITECTURES[row["target"][:2]]
         of_op = launches.setdefault((row["launch"].split()[0], vendor), {})
@@ -83,7 +83,7 @@ def compiled(directory: Path) -> Iterator[tuple[str, str, str]]:
 def table(directory: Path = RESULTS) -> str:
     """The table, in Markdown."""
     cells: dict[tuple[str, str], list[str]] = {}
-    for source in (measured, from_ir, compiled):  # from the most to the least
+    for source in (measured, from_ir, compiled):  # from the strongest evidence to the weakest
         found: dict[tuple[str, str], list[str]] = {}
         for op, vendor, told in source(directory):
             found.setdefault((op, vendor), []).append(told)
@@ -94,10 +94,10 @@ def table(directory: Path = RESULTS) -> str:
 
 
 def written(text: str, made: str) -> str:
-    """A page's text with the table in its place.
+    """A page's text with the table inserted between the marks.
 
     Raises:
-        ValueError: it has no place for one.
+        ValueError: the page has no such marks.
     """
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -109,7 +109,7 @@ def written(text: str, made: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.support", description=__doc__.split("\n")[0])
-    parser.add_argument("--write", action="store_true", help=f"into {PAGE.name}")
+    parser.add_argument("--write", action="store_true", help=f"write the table into {PAGE.name}")
     options = parser.parse_args(argv)
     made = table()
     if options.write:

@@ -1,12 +1,12 @@
-"""Is TeaCache better with coefficients calibrated on the model than with the distance itself, or with borrowed ones?
+"""Compares TeaCache with calibrated coefficients, with those of another model, and with the distance itself.
 
     python -m benchmarks.tea_calibration [--model emoji-qwen-image] [--images 32] [--coefficients FILE]
 
-Measures on prompts (or edits) of the embedded model that were not calibrated with, and on other seeds. A threshold
-means something else under every polynomial, so each gets the thresholds at which it computes a half, a third and a
-quarter of the steps: they are found by replaying the distances of the full runs through the gate. Then the polynomials
-differ only in *which* steps they compute. Plain sampling with that many steps is beside them. What is measured is
-written after each image, so that Ctrl-C ends it with what there is.
+The prompts (or edits) of the embedded model and the seeds were not used in the calibration. A threshold has another
+meaning under every polynomial. So each polynomial gets the thresholds at which it computes a half, a third and a
+quarter of the steps, found by replaying the distances of the full runs through the gate. Then the polynomials differ
+only in *which* steps they compute. Plain sampling with as many steps is measured, too. Results are written after each
+image, so after Ctrl-C those that are complete are kept.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ UNLIMITED = (-math.inf, math.inf)
 
 
 def unknown_prompts(model: str, known: Sequence[str]) -> list[tuple[str, Path | None]]:
-    """The embedded model's prompts that were not calibrated with, each with the picture that it edits, if any.
+    """The embedded model's prompts that were not used in the calibration, each with the picture that it edits, if any.
 
-    Instructions recur with other pictures, of which a calibration keeps no record: of those, the ones that
-    `omni calibrate` takes by itself count as calibrated with.
+    The same instruction may occur with several pictures, and a calibration does not record pictures. So the pairs that
+    `omni calibrate` takes by default count as used.
     """
     taken = prompts_of(model, CALIBRATION_PROMPTS)
     return [
@@ -57,7 +57,7 @@ def unknown_prompts(model: str, known: Sequence[str]) -> list[tuple[str, Path | 
 
 
 def series(points: Sequence[Point]) -> list[list[float]]:
-    """The input distances of each request, branch and image, in the order of the steps."""
+    """The distances of the input for each request, branch and image, in the order of steps."""
     found: dict[tuple[str, int, int], list[float]] = {}
     request: dict[tuple[str, int], int] = {}
     for point in points:
@@ -70,7 +70,7 @@ def series(points: Sequence[Point]) -> list[list[float]]:
 def computed_steps(
     distances: Sequence[Sequence[float]], threshold: float, coefficients: Sequence[float], ends: Sequence[float]
 ) -> float:
-    """How many steps the gate computes, on average over the series; the first of a request always."""
+    """The mean number of steps that the gate computes over the series; it always computes the first of a request."""
     counts = []
     for one in distances:
         gate = AccumulatedPolynomialGate(Limits(), threshold, coefficients, ends)
@@ -86,7 +86,7 @@ def computed_steps(
 def threshold_for(
     wanted: float, distances: Sequence[Sequence[float]], coefficients: Sequence[float], ends: Sequence[float]
 ) -> float:
-    """The smallest threshold at which no more than `wanted` steps are computed."""
+    """The smallest threshold at which at most `wanted` steps are computed."""
     low, high = 1e-6, 1e3
     for _ in range(40):
         middle = math.sqrt(low * high)
@@ -100,7 +100,7 @@ def threshold_for(
 def make_runs(
     borrowed: Sequence[float] | None, calibrated: dict[str, Any], points: Sequence[Point], steps: int
 ) -> list[dict[str, Any]]:
-    """Plain sampling and each polynomial, at each share of the steps."""
+    """The runs: plain sampling and each polynomial, at each share of the steps."""
     distances = series(points)
     polynomials = {"identity": (IDENTITY, UNLIMITED), "calibrated": (calibrated["coefficients"], calibrated["range"])}
     if borrowed is not None:
@@ -117,7 +117,7 @@ def make_runs(
 
 
 def measure(pipe: Any, run: dict[str, Any], request: GenerationRequest, reference: Any) -> None:
-    """Add to the run its PSNR against the reference, and how many steps of a branch were computed on average."""
+    """Append to the run the PSNR against the reference, and the mean number of computed steps of a branch."""
     plain = run["coefficients"] is None
     config = None if plain else {"rel_l1_thresh": run["threshold"], "coefficients": run["coefficients"]}
     arguments = request.arguments | {"num_inference_steps": run["steps"]}
@@ -128,7 +128,7 @@ def measure(pipe: Any, run: dict[str, Any], request: GenerationRequest, referenc
 
 
 def table(runs: Sequence[dict[str, Any]]) -> str:
-    """Mean ± standard deviation over the images; last, the mean gain over the identity, image by image, ± its error."""
+    """A table of mean ± standard deviation over the images, and the mean gain over the identity ± its error."""
     lines = [
         "| steps computed | polynomial | PSNR dB | 5th percentile | over the identity |",
         "|---|---|---|---|---|",
@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     calibrated = calibration.read(file, "tea_cache")
     prompts = unknown_prompts(options.model, json.loads(file.read_text(encoding="utf-8"))["provenance"]["prompts"])
     if not prompts or options.images < 2:
-        parser.error("at least 2 images are needed, and prompts that were not calibrated with")
+        parser.error("at least 2 images are needed, and prompts that the calibration did not use")
     prompts = [prompts[i * len(prompts) // options.images % len(prompts)] for i in range(options.images)]
     torch.set_num_threads(1)
     omni = Omni(options.model, cache_backend=None, device="cpu")

@@ -215,7 +215,7 @@ def set_aside(path: Path, why: str, instead: str) -> Path:
     Args:
         path: the file or directory that cannot be read.
         why: what is wrong with it.
-        instead: what is done instead, such as "and the search begins anew".
+        instead: what is done instead, such as "and the search starts again".
 
     Returns:
         The new path.

@@ -1,4 +1,6 @@
-"""A headless Chromium, driven over its debugging pipe: pages are opened, asked, photographed. No packages needed.
+"""Controls a headless Chromium over its debugging pipe: open pages, evaluate JavaScript, take screenshots.
+
+Needs no packages.
 
 with browser.opened(path) as page:
     page.evaluate("document.images.length")
@@ -23,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-PATIENCE = 120.0  # seconds for one answer, on a busy machine
+PATIENCE = 120.0  # seconds to wait for one answer, on a busy machine
 
 
 def find() -> str | None:
-    """The browser to use; None where none is installed."""
+    """The path of the browser; None if none is installed."""
     return next((path for path in map(shutil.which, NAMES) if path), None)
 
 
@@ -35,8 +37,8 @@ class Page:
     """One page.
 
     Attributes:
-        errors: what the console and the browser complained of.
-        requests: addresses that were asked for, other than the page's own and data URIs.
+        errors: error messages of the console and the browser.
+        requests: requested addresses, other than the page's own and data URIs.
     """
 
     def __init__(self, write: int, read: int) -> None:
@@ -49,7 +51,7 @@ class Page:
         self._loaded = False
 
     def open(self, path: Path, width: int, height: int, dark: bool) -> None:
-        """Show a file, and wait until it and its pictures are loaded."""
+        """Open a file, and wait until it and its pictures are loaded."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
@@ -62,23 +64,23 @@ class Page:
         self.wait(lambda: self._loaded)
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression, of what JSON can hold."""
+        """The value of a JavaScript expression, which must be representable in JSON."""
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in answer:
             raise RuntimeError(json.dumps(answer["exceptionDetails"])[:500])
         return answer["result"].get("value")
 
     def screenshot(self, path: Path, whole: bool = True) -> None:
-        """A PNG of the page."""
+        """Write a PNG of the page."""
         data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"]
         path.write_bytes(base64.b64decode(data))
 
     def pdf(self, path: Path) -> None:
-        """The page as it prints."""
+        """Write the page as a PDF, as it would be printed."""
         path.write_bytes(base64.b64decode(self.call("Page.printToPDF")["data"]))
 
     def call(self, method: str, **arguments: Any) -> dict[str, Any]:
-        """One command of the DevTools protocol, and its answer."""
+        """Send one command of the DevTools protocol, and return its answer."""
         number = next(self._numbers)
         message: dict[str, Any] = {"id": number, "method": method, "params": arguments}
         if self._session is not None:
@@ -96,7 +98,7 @@ class Page:
         return answers[0]["result"]
 
     def wait(self, done: Any) -> None:
-        """Read what the browser says until `done()`."""
+        """Read messages of the browser until `done()` is true."""
         end = time.monotonic() + PATIENCE
         self._heard: list[dict[str, Any]] = []
         while not done():
@@ -125,7 +127,7 @@ class Page:
 
 @contextlib.contextmanager
 def opened(path: Path, width: int = 1280, height: int = 900, dark: bool = False) -> Iterator[Page]:
-    """While open, `path` in a browser of its own. Raises FileNotFoundError where there is no browser."""
+    """Context manager: `path` in a new browser. Raises FileNotFoundError if there is no browser."""
     program = find()
     if program is None:
         raise FileNotFoundError(f"no browser among {', '.join(NAMES)}")
@@ -141,7 +143,7 @@ def opened(path: Path, width: int = 1280, height: int = 900, dark: bool = False)
         ]
         arguments += ["--disable-background-networking", f"--user-data-dir={home}", "--remote-debugging-pipe"]
 
-        def descriptors() -> None:  # the browser reads commands from 3 and answers on 4
+        def descriptors() -> None:  # the browser reads commands from descriptor 3 and answers on 4
             reading, writing = os.dup(to_browser[0]), os.dup(from_browser[1])
             os.dup2(reading, 3)
             os.dup2(writing, 4)

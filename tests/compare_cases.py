@@ -1,4 +1,4 @@
-"""The cases of compare_trees.py: settings of every cache on the tiny and the embedded models, and their requests."""
+"""The cases of compare_trees.py: settings of every cache on the tiny and embedded models, with requests."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 Config = Mapping[str, Any]
 
-# Two requests in a row, unlike in size, prompt, seed and number of steps.
+# Two requests in a row with different sizes, prompts, seeds and numbers of steps.
 TWO: tuple[Config, ...] = (
     {"num_inference_steps": 10},
     {"num_inference_steps": 8, "prompt": "a dog on a long road", "seed": 1, "width": 96},
 )
-# Requests of one kind, which replay follows; then one of another kind.
+# Three requests of one kind, whose schedule is replayed, then one of another kind.
 ALIKE: tuple[Config, ...] = (
     {"num_inference_steps": 10},
     {"num_inference_steps": 10, "seed": 1},
@@ -25,13 +25,13 @@ MANY: tuple[Config, ...] = ({"num_inference_steps": 10, "prompt": ["a cat", "a l
 
 @dataclass(frozen=True)
 class Case:
-    """One setting of one model, and the requests that are run under it.
+    """One setting on one model, and its requests.
 
     Attributes:
         model: a key of `_tiny_models`, or the name of an embedded model.
         backend: None for no cache.
-        requests: what each request has unlike the defaults; "seed" is its generator's, "images" how many references a
-            pipeline for edits is given.
+        requests: what differs from the defaults in each request. "seed" is the generator's seed, "images" the number of
+            reference images for an edit pipeline.
         dtype: name of a torch dtype.
     """
 
@@ -45,7 +45,7 @@ class Case:
     quick: bool = False
 
 
-# One setting or more of each method, at thresholds where the tiny models skip some steps and compute others.
+# At least one setting of each method, at thresholds where the tiny models skip some steps and compute others.
 CORE: dict[str, tuple[str, Config]] = {
     "tea": ("tea_cache", {"rel_l1_thresh": 0.2, "coefficients": [0.0, 0.0, 0.0, 1.0, 0.0]}),
     "dbcache": ("cache_dit", {"residual_diff_threshold": 0.12, "max_warmup_steps": 2}),
@@ -132,7 +132,7 @@ for _name in _FORECASTERS:
     SETTINGS[f"db {_name}"] = ("cache_dit", _ALL | {"forecaster": _name, "max_warmup_steps": 5})
     SETTINGS[f"tea {_name}"] = ("tea_cache", _IDENTITY | {"rel_l1_thresh": 0.12, "forecaster": _name})
     SETTINGS[f"velocity {_name}"] = ("velocity_cache", {"forecaster": _name, "budget": 5})
-#: Of these, what `--quick` runs on Qwen-Image.
+#: The settings that `--quick` runs on Qwen-Image.
 QUICK = {
     "tea own polynomial", "tea newton", "db Fn 2 Bn 1", "db warmup interval", "db at most 3", "db scm fast", "db dmd",
     "db taylorseer 2", "db replay", "first block replay", "easy replay", "mag no retention", "sea power 2", "library",
@@ -140,7 +140,7 @@ QUICK = {
 }  # fmt: skip
 
 MODELS = ("qwen_image", "qwen_image_edit", "qwen_image_edit_plus", "z_image", "flux")
-#: In these the guidance is left out, or, for FLUX, which has none of this kind by default, brought in.
+#: Arguments that turn guidance off; for FLUX, which has no such guidance by default, they turn it on.
 OTHER_GUIDANCE: dict[str, Config] = {
     "qwen_image": {"negative_prompt": None},
     "qwen_image_edit": {"negative_prompt": None},
@@ -171,7 +171,7 @@ def _with(requests: tuple[Config, ...], more: Config) -> tuple[Config, ...]:
 
 
 def cases() -> Iterator[Case]:
-    """All cases, those of one model and dtype in a row."""
+    """Yield all cases; those of one model and dtype are consecutive."""
     for model in MODELS:
         qwen = model == "qwen_image"
         yield Case(f"{model}: plain", model, quick=True)
@@ -180,11 +180,11 @@ def cases() -> Iterator[Case]:
             yield Case(f"{model}: {name}", model, backend, config, quick=qwen or name in ("dbcache", "velocity"))
             guided = OTHER_GUIDANCE[model]
             yield Case(f"{model}, other guidance: {name}", model, backend, config, _with(TWO, guided))
-            if model != "qwen_image_edit_plus":  # which takes one prompt
+            if model != "qwen_image_edit_plus":  # it takes one prompt only
                 yield Case(f"{model}, two prompts: {name}", model, backend, config, MANY, quick=qwen and name == "tea")
             yield Case(f"{model}, fused: {name}", model, backend, config, fuse=True, quick=name == "taylorseer")
         yield Case(f"{model}, fused: plain", model, fuse=True)
-        if model != "qwen_image":  # whose settings have it
+        if model != "qwen_image":  # its settings include the library
             yield Case(f"{model}: library", model, "cache_dit", LIBRARY)
         if model in ("qwen_image", "z_image", "flux"):
             for name, (backend, config) in SETTINGS.items():
@@ -211,7 +211,7 @@ def _half_precision() -> Iterator[Case]:
 
 
 def _other_pipelines() -> Iterator[Case]:
-    """Image to image, which leaves out first steps; models without a row for caches of blocks."""
+    """Image-to-image pipelines, which leave out the first steps, and models without a row for caches of blocks."""
     for model in ("qwen_image_img2img", "z_image_img2img", "flux_img2img"):
         yield Case(f"{model}: plain", model, requests=_with(TWO, {"strength": 0.7}), quick=True)
         for name, (backend, config) in CORE.items():

@@ -1,20 +1,20 @@
-"""Runs one list of cases on two source trees and says where they differ: in a step, a distance or a bit of a picture.
+"""Runs the same cases on two source trees and reports differences: in a step, a distance or a bit of a picture.
 
-    python tests/compare_trees.py BEFORE [AFTER]              both trees are run; AFTER is the current directory
-    python tests/compare_trees.py BEFORE --save before.json   runs one tree, and keeps what it gave
+    python tests/compare_trees.py BEFORE [AFTER]              runs both trees; AFTER is by default the current directory
+    python tests/compare_trees.py BEFORE --save before.json   runs one tree, and saves its results
     python tests/compare_trees.py --against before.json [AFTER]
     --quick       an eighth of the cases, at least one of each kind
-    --only TEXT   the cases with TEXT in their names
-    --list        the names of the cases; nothing is run
+    --only TEXT   only the cases with TEXT in their names
+    --list        prints the names of the cases, and runs nothing
 
-BEFORE and AFTER are directories with omni_kernels and omni_runtime in them, for example a `git worktree`. Each tree is
-run in a process of its own, on one thread, and through public names only: `omni_kernels.patch`, `Omni`, and the report
-of a request. The cases (compare_cases.py) and the tiny models (tiny.py) are those that lie beside this file, for both
-trees; the embedded models are each tree's own.
+BEFORE and AFTER are directories with omni_kernels and omni_runtime in them, for example a `git worktree`. Each tree
+runs in its own process, on one thread, and only through public names: `omni_kernels.patch`, `Omni`, and the report of a
+request. Both trees use the cases (compare_cases.py) and the tiny models (tiny.py) next to this file, and each its own
+embedded models.
 
-Of every request these must be equal: the steps computed in each branch, every distance and accumulated distance, the
-blocks run and their total, the drift, the number of steps, and all bits of the latents or of the picture. Exit code: 0
-where all is equal, 1 where something differs or a case raises, 2 for wrong usage. Needs Python 3.11.
+For every request, these must be equal: the computed steps of each branch, every distance and accumulated distance, the
+number of blocks run and their total, the drift, the number of steps, and all bits of the latents or of the picture.
+Exit code: 0 if all is equal, 1 if something differs or a case raises an error, 2 for wrong usage. Needs Python 3.11.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from typing import Any
 from compare_cases import Case, Config, cases
 
 GROUP = "omni_kernels.cache_backends"
-#: What one tree gave: case → {"requests": [...]} or {"error": "..."}.
+#: The results of one tree: case → {"requests": [...]} or {"error": "..."}.
 Results = dict[str, dict[str, Any]]
 
 
-# One tree, in a process of its own
+# One tree, in its own process
 
 
 def run_here(tree: Path, wanted: list[str], target: Path) -> None:
-    """Run the cases of these names on `tree`, whose packages are imported, and write what they gave."""
+    """Run the cases with these names on `tree`, whose packages are imported, and write the results."""
     _only_own_entry_points(tree)
     import torch
 
@@ -57,13 +57,13 @@ def run_here(tree: Path, wanted: list[str], target: Path) -> None:
         try:
             requests = _embedded_case(tree, case) if case.model.startswith("emoji-") else _tiny_case(case, pipes)
             results[case.name] = {"requests": requests}
-        except Exception as error:  # it belongs to the case's result, and fails the comparison
+        except Exception as error:  # the error is the case's result, and fails the comparison
             results[case.name] = {"error": f"{type(error).__name__}: {error}".strip()[:500]}
     target.write_text(json.dumps(results))
 
 
 def _only_own_entry_points(tree: Path) -> None:
-    """Have backends looked up in the tree's own pyproject.toml, whatever the installed distribution says."""
+    """Look up backends in the tree's own pyproject.toml instead of the installed distribution."""
     import tomllib
 
     project = tomllib.loads((tree / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -144,7 +144,7 @@ def _latents(pipe: Any, request: Config) -> Any:
         own = tiny.default_arguments(pipe)
     images = arguments.pop("images", None)
     if images is not None and kind == "QwenImageEditPipeline":
-        # It wants as many of each as there are prompts.
+        # This pipeline needs as many of each as there are prompts.
         references = [tiny.reference_image(seed=index) for index in range(images)]
         own = {**own, "image": references, "negative_prompt": [" "] * images}
     call = {
@@ -192,7 +192,7 @@ def _digest(made: Any) -> str:
 
 
 def _report(report: Any) -> dict[str, Any]:
-    """What a report has to say that must not change; floats as text, so that every bit and NaN counts."""
+    """The parts of a report that must not change; floats as text, so that every bit and NaN is compared."""
     if report is None:
         return {}
     return {
@@ -214,7 +214,7 @@ def _report(report: Any) -> dict[str, Any]:
 
 
 def run_tree(tree: Path, wanted: list[str]) -> Results:
-    """What the cases of these names give on a source tree, run in a process of its own."""
+    """Run the cases with these names on a source tree, in a new process, and return the results."""
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "results.json"
         names = Path(scratch) / "names.json"
@@ -222,7 +222,7 @@ def run_tree(tree: Path, wanted: list[str]) -> Results:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("OMNI_")}
         environment |= {
             "PYTHONPATH": str(tree),
-            "XDG_DATA_HOME": str(Path(scratch) / "data"),  # what somebody has calibrated counts for no case
+            "XDG_DATA_HOME": str(Path(scratch) / "data"),  # hides the user's calibrations
             "HF_HUB_OFFLINE": "1",
             "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
             "CUDA_VISIBLE_DEVICES": "",
@@ -245,7 +245,7 @@ def run_tree(tree: Path, wanted: list[str]) -> Results:
 
 
 def differences(before: Any, after: Any, place: str = "") -> Iterator[str]:
-    """Lines that say where two results differ."""
+    """Yield a line for each difference of two results."""
     if isinstance(before, dict) and isinstance(after, dict):
         for name in dict.fromkeys([*before, *after]):
             yield from differences(before.get(name), after.get(name), f"{place} {name}" if place else str(name))
@@ -266,7 +266,7 @@ def differences(before: Any, after: Any, place: str = "") -> Iterator[str]:
 
 
 def tell(before: Results, after: Results) -> int:
-    """Print what differs, by case, and the count; the exit code."""
+    """Print the differences by case, and their number; return the exit code."""
     unlike = 0
     for name in before:
         lines = [f"{key} raises {result[name]['error']}" for key, result in (("before", before), ("after", after))
@@ -279,10 +279,10 @@ def tell(before: Results, after: Results) -> int:
 
 
 def _kept(file: Path, wanted: list[str]) -> Results:
-    """Results of a file that `--save` wrote."""
+    """Read the results from a file that `--save` wrote."""
     kept = json.loads(file.read_text(encoding="utf-8"))
     if kept["versions"] != _versions():
-        print(f"{file} was made with {kept['versions']}, and here are {_versions()}: expect differences")
+        print(f"{file} was made with {kept['versions']}, but this is {_versions()}: expect differences")
     missing = [name for name in wanted if name not in kept["results"]]
     if missing:
         print(f"{file} lacks {len(missing)} cases, which are left out: {', '.join(missing[:5])}, ...")
@@ -290,7 +290,7 @@ def _kept(file: Path, wanted: list[str]) -> Results:
 
 
 def _versions() -> dict[str, str]:
-    """What all results hang on besides the tree."""
+    """The versions and files that all results depend on, besides the tree."""
     packages = ("torch", "diffusers", "transformers", "cache-dit")
     files = {
         name: hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest()[:8]
@@ -300,18 +300,20 @@ def _versions() -> dict[str, str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run, compare, tell."""
+    """Run the trees, compare them, and print the differences."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
-    parser.add_argument("trees", nargs="*", type=Path, help="BEFORE and AFTER; with --against or --save one of them")
+    parser.add_argument(
+        "trees", nargs="*", type=Path, help="BEFORE and AFTER; only one of them with --against or --save"
+    )
     parser.add_argument("--quick", action="store_true", help="an eighth of the cases")
-    parser.add_argument("--only", metavar="TEXT", default="", help="the cases with TEXT in their names")
-    parser.add_argument("--save", metavar="FILE", type=Path, help="run one tree and keep what it gave")
-    parser.add_argument("--against", metavar="FILE", type=Path, help="compare with what --save has kept")
-    parser.add_argument("--list", action="store_true", help="the names of the cases")
+    parser.add_argument("--only", metavar="TEXT", default="", help="only the cases with TEXT in their names")
+    parser.add_argument("--save", metavar="FILE", type=Path, help="run one tree and save its results")
+    parser.add_argument("--against", metavar="FILE", type=Path, help="compare with the results in a file of --save")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases")
     asked = parser.parse_args(arguments)
     wanted = [case.name for case in cases() if asked.only in case.name and (case.quick or not asked.quick)]
     if len(set(wanted)) < len(wanted):
-        raise ValueError("two cases have one name")
+        raise ValueError("two cases have the same name")
     if asked.list:
         print("\n".join(wanted))
         return 0
@@ -325,7 +327,7 @@ def main(arguments: list[str] | None = None) -> int:
         results = run_tree(trees[0], wanted)
         asked.save.write_text(json.dumps({"versions": _versions(), "results": results}), encoding="utf-8")
         failed = [f"{name}: {result['error']}" for name, result in results.items() if "error" in result]
-        print("\n".join(failed) or f"kept in {asked.save}")
+        print("\n".join(failed) or f"saved in {asked.save}")
         return int(bool(failed))
     before = _kept(asked.against, wanted) if asked.against else run_tree(trees.pop(0), wanted)
     return tell(before, run_tree(trees[0] if trees else Path.cwd(), list(before)))

@@ -1,4 +1,4 @@
-"""For all tests: no network, Triton's interpreter where there is no GPU, one torch thread, tiny pipelines."""
+"""For all tests: no network, Triton's interpreter if there is no GPU, one torch thread, tiny pipelines."""
 
 import gc
 import os
@@ -15,19 +15,19 @@ from typing import Any
 import pytest
 import torch
 
-torch.set_num_threads(1)  # two are 3–18 times slower at the sizes of these tests
+torch.set_num_threads(1)  # at the sizes of these tests, two threads are 3–18 times slower
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all", action="store_true", help="run the tests that are marked long, too")
+    parser.addoption("--all", action="store_true", help="also run the tests that are marked long")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Folders are run by two workers where nothing else is said; files, and whatever runs at a GPU, by one process."""
+    """Run folders with two workers by default. Single files, and tests on a GPU, run in one process."""
     option = config.option
     if hasattr(config, "workerinput") or getattr(option, "numprocesses", 0) is not None or option.tx:
-        return  # a worker itself, or pytest-xdist is not there, or it was told
+        return  # a worker itself, pytest-xdist is not installed, or the user gave a number of workers
     if option.usepdb or option.collectonly or "TRITON_INTERPRET" not in os.environ:
         return
     if all(os.path.isdir(argument) for argument in config.args):
@@ -35,7 +35,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is marked long, unless --all or `-m` asks for it."""
+    """Deselect tests that are marked long, unless --all or `-m` selects them."""
     if config.getoption("--all") or "long" in config.getoption("markexpr"):
         return
     long = {item for item in items if item.get_closest_marker("long")}
@@ -45,18 +45,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """What is imported and collected by now stays: passing over it took 0.5 s of every full garbage collection."""
+    """Exclude all imported and collected objects from garbage collection, which saves 0.5 s in every full one."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_unconfigure() -> None:
-    gc.unfreeze()  # or nanobind tells of what is left at the end
+    gc.unfreeze()  # otherwise nanobind reports leaks at exit
 
 
 @pytest.fixture(autouse=True, scope="session")
 def users_calibrations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What somebody has calibrated on this machine counts for no test."""
+    """Hide the calibrations in the data directory of this machine's user."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
         yield
@@ -64,7 +64,7 @@ def users_calibrations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 
 @pytest.fixture
 def small_references() -> Iterator[None]:
-    """The edit pipelines' references at 64×64 pixels, for tests that call a pipeline without `tiny.generate`."""
+    """Scale the edit pipelines' references to 64×64 pixels, for tests that call a pipeline without `tiny.generate`."""
     import tiny
 
     with tiny.small_references(), tiny.processor_without_video():

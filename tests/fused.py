@@ -1,4 +1,4 @@
-"""What the tests of fused blocks have in common, whatever the model."""
+"""Helpers for the tests of fused blocks of all models."""
 
 import contextlib
 import functools
@@ -11,7 +11,7 @@ import torch
 
 @contextlib.contextmanager
 def unfused_fails(*classes: type[torch.nn.Module]) -> Iterator[None]:
-    """While open, the own forward of these classes of blocks fails; it seems to be the library's still."""
+    """While open, the unfused forward of these block classes raises an error, but still looks like the library's."""
 
     def forward(self, *args, **kwargs):
         raise AssertionError("ran unfused")
@@ -30,14 +30,14 @@ def off(result: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def wide(value):
-    """In fp64, whatever of it is floating-point."""
+    """`value` with its floating-point tensors in fp64."""
     if isinstance(value, list) and isinstance(value[0], torch.Tensor):
         return [wide(t) for t in value]
     return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 class BlackBox(torch.nn.Module):
-    """A layer of a class that nobody knows, with no weights to be seen; counts its calls."""
+    """A layer of an unknown class without visible weights; counts its calls."""
 
     def __init__(self, layer: torch.nn.Module) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class BlackBox(torch.nn.Module):
 
 
 def boxed(block: torch.nn.Module, *paths: str) -> list[BlackBox]:
-    """Black boxes in the place of a block's layers."""
+    """Replace a block's layers by black boxes."""
     boxes = []
     for path in paths:
         boxes.append(BlackBox(block.get_submodule(path)))

@@ -1,4 +1,4 @@
-"""What brings a tensor's values to the host: seen, and refused where nothing may wait for the device."""
+"""Detects reads of tensor values by the host, and forbids them where nothing may wait for the device."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch.utils._pytree import tree_leaves
 
 
 class HostReadError(Exception):
-    """Of a test."""
+    """A forbidden read."""
 
 
 class Reads:
-    """Counts, and where it is `forbidden` refuses, what brings a tensor's values to the host.
+    """Counts reads of tensor values by the host; while `forbidden`, they raise an error.
 
-    On the CPU nothing else tells a move to the host from one that leaves a tensor where it is: `to` counts wherever it
-    names the CPU.
+    On the CPU, a move to the host cannot be told from a `to` that moves nothing. So every `to` that names the CPU
+    counts.
     """
 
     NAMES = (
@@ -47,8 +47,11 @@ class Reads:
         return read
 
     def forbid_within_the_loop(self, pipe: Any, steps: int) -> Callable[..., dict[str, Any]]:
-        """From the end of step 0, up to which diffusers itself reads, to the last step's last forward; returns the
-        callback that this takes."""
+        """Forbid reads from the end of step 0 (diffusers itself reads before that) to the last step's last forward.
+
+        Returns:
+            The `callback_on_step_end` that this needs.
+        """
         last: list[int] = []
 
         def returned(*_: Any) -> None:
@@ -74,10 +77,10 @@ def _to_the_host(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 class Ops(TorchDispatchMode):
-    """The operators that are dispatched while it is open; those that read the device are refused where `forbidden`.
+    """Records the dispatched operators; while `forbidden`, those that read from the device raise an error.
 
     Attributes:
-        names: since it was opened, or since somebody put another list there.
+        names: the operators since it was opened, or since the list was replaced.
     """
 
     READERS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select")
@@ -97,5 +100,5 @@ class Ops(TorchDispatchMode):
 
 
 def _by_mask(indices: Any) -> bool:
-    """Whether elements are taken by a mask: how many there are, the host has to be told."""
+    """Whether elements are selected by a mask: then the host must read their number."""
     return any(isinstance(one, torch.Tensor) and one.dtype == torch.bool for one in tree_leaves(indices))

@@ -1,18 +1,20 @@
-"""Changes one place of the source at a time, and says which changes no test notices.
+"""Mutation testing: changes one place of the source at a time, and reports the changes that no test notices.
 
     python tests/mutants.py omni_runtime/cache omni_kernels/patching --sample 200 --seed 0 --workers 2
 
-Run it from a checkout's root. The tests (tests/cache and tests/patching here, or what `--tests` names) run once, to
-record which lines each reaches. Then mutants are drawn. For each, a copy of the tree is changed at that place, and the
-tests that reach it run, the shortest first, until one fails. The tree itself is never touched.
+Run it from the root of a checkout. First, the tests (here tests/cache and tests/patching, or those of `--tests`) run
+once, to record which lines each test reaches. Then mutants are drawn. For each mutant, a copy of the tree is changed,
+and the tests that reach the changed lines run, the shortest first, until one fails. The tree itself is never changed.
 
-A mutant turns one of < <= > >= == != into its neighbour or its opposite, + into − and * into /, `and` into `or`, drops
-a `not`, flips True and False or 0 and 1, returns None instead of a value, or leaves out a call that stands alone, as
-`history.clear()`. Annotations, decorators, f-strings, and what is raised or warned of are left as they are.
+A mutant replaces one of < <= > >= == != by its neighbour or its opposite, + by − and * by / (and the reverse), `and` by
+`or` (and the reverse), removes a `not`, swaps True and False or 0 and 1, returns None instead of a value, or removes a
+call statement such as `history.clear()`. Annotations, decorators, f-strings, `raise` statements and warnings are not
+changed.
 
-`--journal FILE` (mutants.jsonl) has one line per mutant, and FILE.lines what the tests reach: with both there, the same
-command goes on where it ended. Delete FILE.lines when tests change, and both when the source does. Printed last are the
-survivors, those that no test reaches among them, what ran out of time, and the score, in which that counts as noticed.
+`--journal FILE` (mutants.jsonl) has one line per mutant, and FILE.lines has the lines that each test reaches. If both
+exist, the same command continues where it stopped. Delete FILE.lines when tests change, and both when the source
+changes. At the end, the surviving mutants are printed, including those that no test reaches, those that ran out of
+time, and the score. A mutant that ran out of time counts as noticed.
 """
 
 from __future__ import annotations
@@ -44,7 +46,10 @@ RECORD, FOLDERS, SELECT = "MUTANTS_RECORD", "MUTANTS_FOLDERS", "MUTANTS_SELECT" 
 
 
 class Mutant(NamedTuple):
-    """Bytes [start, end) of a file become `new`; who comes by the lines `reach` comes by here, by None any import."""
+    """Bytes [start, end) of a file become `new`.
+
+    A test that runs one of the lines `reach` reaches the mutant. None: the code runs at import, so every test does.
+    """
 
     file: str
     line: int
@@ -59,7 +64,7 @@ class Mutant(NamedTuple):
 
 
 def changed(node: Any) -> Iterator[ast.AST]:
-    """The nodes that stand in for `node`, one a mutant."""
+    """Yield the nodes that replace `node`, one for each mutant."""
     if isinstance(node, ast.Compare):
         for index, operator in enumerate(node.ops):
             for other in _COMPARISONS.get(type(operator), ()):
@@ -71,7 +76,7 @@ def changed(node: Any) -> Iterator[ast.AST]:
         yield ast.BoolOp(ast.Or() if isinstance(node.op, ast.And) else ast.And(), node.values)
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
         yield node.operand
-    elif _is(node, bool, int) and node.value in (0, 1):  # True and False among them
+    elif _is(node, bool, int) and node.value in (0, 1):  # including True and False
         yield ast.Constant(type(node.value)(1 - node.value))
     elif isinstance(node, ast.Return) and node.value is not None and not isinstance(node.value, ast.Constant):
         yield ast.Return(ast.Constant(None))
@@ -84,7 +89,7 @@ def _is(node: ast.AST, *kinds: type) -> bool:
 
 
 def visited(node: Any, reach: range | None = None, inside: bool = False) -> Iterator[tuple[Any, range | None]]:
-    """The nodes that are run and may be changed, and the lines of its statement, up to those in it."""
+    """Yield the nodes that run and may be changed, each with the lines of its statement, without nested statements."""
     if isinstance(node, ast.stmt) and inside:
         last = node.body[0].lineno - 1 if hasattr(node, "body") else node.end_lineno
         reach = range(node.lineno, max(node.lineno, last or 0) + 1)
@@ -115,14 +120,14 @@ def mutants_of(root: Path, file: Path) -> Iterator[Mutant]:
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:
-    """As a plugin of pytest, in the tests' processes: keep the selected tests, in their order."""
+    """As a pytest plugin in the tests' processes: keep only the selected tests, in the selected order."""
     if SELECT in os.environ:
         wanted = {name: place for place, name in enumerate(json.loads(Path(os.environ[SELECT]).read_text()))}
         items[:] = sorted((item for item in items if item.nodeid in wanted), key=lambda item: wanted[item.nodeid])
 
 
 def pytest_configure(config: Any) -> None:
-    """Where lines are to be recorded, begin."""
+    """Start recording lines, if that is requested."""
     if RECORD in os.environ:
         config.pluginmanager.register(_Recorder())
 
@@ -145,7 +150,7 @@ class _Recorder:
 
     def pytest_runtest_setup(self, item: Any) -> None:
         self.seen, self.start = set(), time.monotonic()
-        sys.settrace(self.trace)  # anew: a test may have ended it
+        sys.settrace(self.trace)  # again, because a test may have removed the trace function
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when == "call" and report.passed:
@@ -158,7 +163,7 @@ class _Recorder:
 
 
 def run_tests(tree: Path, files: list[str], limit: float | None, **environment: str) -> Any:
-    """pytest in a copy of the tree, this file its plugin."""
+    """Run pytest in a copy of the tree, with this file as its plugin."""
     own = {"PYTHONPATH": str(tree / "tests"), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     options = ["-q", "-p", "mutants", "-p", "no:xdist", "--basetemp", str(tree / "basetemp"), "--tb", "no"]
     return subprocess.run(
@@ -168,18 +173,18 @@ def run_tests(tree: Path, files: list[str], limit: float | None, **environment: 
 
 
 def record(tree: Path, folders: list[str], tests: list[str], target: Path) -> None:
-    """Run the tests once, and keep which lines each reaches."""
+    """Run the tests once, and save the lines that each reaches."""
     watched = os.pathsep.join(str(tree / folder) for folder in folders)
     done = run_tests(tree, tests, None, **{RECORD: str(tree / "lines"), FOLDERS: watched})
     if not (tree / "lines").is_file():
         raise SystemExit(f"no test passed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     failed = sum(line.startswith(("FAILED", "ERROR")) for line in done.stdout.splitlines())
-    print(f"the tests that each line is reached by are recorded; {failed} failed, and count for nothing", flush=True)
+    print(f"recorded which tests reach each line; {failed} tests failed, and are not used", flush=True)
     shutil.move(tree / "lines", target)
 
 
 def judge(tree: Path, mutant: Mutant, reached: list[dict[str, Any]], most: float) -> dict[str, Any]:
-    """What the tests that reach a mutant say of it; of what is run at import, any test."""
+    """Run the tests that reach a mutant (all tests, if its code runs at import), and return the outcome."""
     lines = None if mutant.reach is None else set(mutant.reach)
     tests = [one for one in reached if lines is None or lines.intersection(one["lines"].get(mutant.file, ()))]
     if not tests:
@@ -202,7 +207,7 @@ def judge(tree: Path, mutant: Mutant, reached: list[dict[str, Any]], most: float
 
 
 def run(root: Path, asked: argparse.Namespace) -> None:
-    """Record, draw, judge, tell."""
+    """Record the lines, draw mutants, judge them, and print the survivors and the score."""
     files = [file for name in asked.sources for file in sorted((root / name).rglob("*.py")) or [root / name]]
     everything = [mutant for file in files for mutant in mutants_of(root, file)]
     sample = random.Random(asked.seed).sample(everything, min(asked.sample, len(everything)))
@@ -210,7 +215,7 @@ def run(root: Path, asked: argparse.Namespace) -> None:
     known = asked.journal.read_text(encoding="utf-8").splitlines() if asked.journal.is_file() else []
     outcomes = {one["mutant"]: one for one in map(json.loads, known)}
     left = [mutant for mutant in sample if str(mutant) not in outcomes]
-    print(f"{len(sample)} of {len(everything)} mutants, {len(left)} of them to be judged", flush=True)
+    print(f"{len(sample)} of {len(everything)} mutants, {len(left)} of them not judged yet", flush=True)
     ignore = shutil.ignore_patterns(".git", ".venv", "out", "__pycache__", "*.egg-info", ".*_cache")
     free: SimpleQueue[Path] = SimpleQueue()
     with tempfile.TemporaryDirectory() as scratch, asked.journal.open("a", encoding="utf-8") as out:
@@ -241,10 +246,12 @@ def run(root: Path, asked: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
     parser.add_argument("sources", nargs="+", help="folders or files, from the root of the tree")
-    parser.add_argument("--sample", type=int, default=200, help="how many mutants")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample")
-    parser.add_argument("--tests", nargs="+", help="test files or folders instead of the folders of the same names")
-    parser.add_argument("--workers", type=int, default=2, help="mutants at a time")
-    parser.add_argument("--limit", type=float, default=600.0, help="seconds that a mutant may take at most")
-    parser.add_argument("--journal", type=Path, default=Path("mutants.jsonl"), help="what is known already")
+    parser.add_argument("--sample", type=int, default=200, help="number of mutants")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample")
+    parser.add_argument(
+        "--tests", nargs="+", help="test files or folders (default: the folders in tests/ with the same names)"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="number of mutants at the same time")
+    parser.add_argument("--limit", type=float, default=600.0, help="largest number of seconds for a mutant")
+    parser.add_argument("--journal", type=Path, default=Path("mutants.jsonl"), help="the file of outcomes")
     run(Path.cwd(), parser.parse_args())

@@ -1,13 +1,14 @@
-"""A simulated `npu` device, in pure Python on the CPU: tensors that are on `npu:0`, and a log of all that ran there.
+"""A simulated `npu` device in pure Python on the CPU: tensors on `npu:0`, and a log of the operators that ran there.
 
-    simulated_npu.install()                  # once a process, for good
-    with simulated_npu.log() as calls: ...   # what ran, by operator, and whether it had the host read the device
-    with simulated_npu.fused(): ...          # torch_npu's fused operators are there, by their schemas
+    simulated_npu.install()                  # once per process; cannot be undone
+    with simulated_npu.log() as calls: ...   # the operators that ran, and whether the host read from the device
+    with simulated_npu.fused(): ...          # torch_npu's fused operators exist, with their schemas
 
-A tensor on the device wraps one on the CPU, and every operator on it comes by here: operators of packages run the
-kernel that they registered for `PrivateUse1`, others the CPU's. Like a device, it refuses tensors of the host beside
-its own (but for numbers) and generators of the host. It tells where operators run and what the host reads; of speed,
-and of rounding by other kernels, it tells nothing. Missing: generators, autocast, more than one device.
+A tensor on the device wraps one on the CPU, and every operator on it is intercepted here. Operators of packages run the
+kernel that they registered for `PrivateUse1`, others run the CPU's. As on a real device, mixing its tensors with
+tensors of the host (except for numbers) or with generators of the host is an error. The simulation shows where
+operators run and what the host reads. It shows nothing about speed or the rounding of other kernels. Generators,
+autocast and more than one device are missing.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch.utils import backend_registration
 
 SCHEMAS = Path(__file__).parent / "npu" / "torch_npu_schemas.json"
 
-#: Operators whose result the host has to know to go on, besides copies to it.
+#: Operators whose result the host has to wait for, besides copies to the host.
 HOST_READS = {
     "aten::_local_scalar_dense",
     "aten::equal",
@@ -40,11 +41,11 @@ HOST_READS = {
     "aten::unique_dim",
     "aten::unique_consecutive",
 }
-#: Operators that take tensors of the host beside the device's.
+#: Operators that may mix tensors of the host and of the device.
 MIXED = {
     "aten::copy_", "aten::_to_copy", "aten::_copy_from", "aten::index", "aten::index_put_", "aten::_index_put_impl_",
 }  # fmt: skip
-#: Operators that torch would make of an empty tensor and one that resizes it.
+#: Operators that torch would run as an empty tensor and an operator that resizes it.
 FACTORIES = ("arange", "arange.start", "arange.start_step", "fft_fftfreq", "fft_rfftfreq", "linspace", "randperm")
 PRIVATE = torch._C.DispatchKey.PrivateUse1
 
@@ -59,7 +60,7 @@ class Call:
 
 
 class Log(list[Call]):
-    """What ran, in order."""
+    """The operators that ran, in order."""
 
     @property
     def names(self) -> list[str]:
@@ -67,7 +68,7 @@ class Log(list[Call]):
 
     @property
     def reads(self) -> list[Call]:
-        """What the host read of the device, or waited for."""
+        """The operators whose result the host read or waited for."""
         return [call for call in self if call.to_host or call.waits]
 
 
@@ -76,7 +77,7 @@ _logs: list[Log] = []
 
 @contextlib.contextmanager
 def log() -> Iterator[Log]:
-    """What runs on the device while open."""
+    """Log the operators that run on the device while open."""
     calls = Log()
     _logs.append(calls)
     try:
@@ -86,7 +87,7 @@ def log() -> Iterator[Log]:
 
 
 class _Memory:
-    """Bytes of the storages that tensors on the device hold."""
+    """Counts the bytes of the storages of tensors on the device."""
 
     def __init__(self) -> None:
         self.holders: Counter[int] = Counter()
@@ -112,7 +113,7 @@ MEMORY = _Memory()
 
 
 class NpuTensor(torch.Tensor):
-    """A tensor on `npu:0`; `raw` is where its numbers are."""
+    """A tensor on `npu:0`; `raw` is the CPU tensor with its values."""
 
     raw: torch.Tensor
 
@@ -204,7 +205,7 @@ def _tell(name: str, args: Any, ours: list[NpuTensor], stays: bool) -> None:
 
 
 class Event:
-    """A moment; the device is never behind the host here."""
+    """A time mark. The simulated device is never behind the host."""
 
     def __init__(self, enable_timing: bool = False, **options: Any) -> None:
         self.timed, self.at = enable_timing, None
@@ -226,7 +227,7 @@ class Event:
 
 
 class Stream:
-    """The one that there is."""
+    """The only stream."""
 
     def __init__(self, device: Any = None, priority: int = 0, **options: Any) -> None: ...
 
@@ -250,7 +251,7 @@ class Stream:
 
 
 def _module() -> types.ModuleType:
-    """torch.npu, as far as it is asked."""
+    """The part of torch.npu that is used."""
     npu: Any = types.ModuleType("torch.npu")
     only = Stream()
     npu.Event, npu.Stream = Event, Stream
@@ -289,7 +290,7 @@ _libraries: list[torch.library.Library] = []
 
 
 def install() -> None:
-    """Make the device known to torch; it cannot be taken out again."""
+    """Register the device with torch; this cannot be undone."""
     if _libraries:
         return
     backend_registration._setup_privateuseone_for_python_backend("npu", backend_module=_module())
@@ -298,7 +299,7 @@ def install() -> None:
     every.fallback(lambda func, *args, **kwargs: _run(func, args, kwargs), "PrivateUse1")
     every.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
 
-    # torch.tensor and torch.as_tensor call these two past __torch_dispatch__, where the fallback does not reach.
+    # torch.tensor and torch.as_tensor call these two without __torch_dispatch__, so the fallback does not see them.
     def copy_from(source: Any, target: Any, non_blocking: bool = False) -> Any:
         _tell("aten::_copy_from", (source, target), [t for t in (source,) if isinstance(t, NpuTensor)],
               isinstance(target, NpuTensor))  # fmt: skip
@@ -317,7 +318,7 @@ def install() -> None:
 
 
 def schemas(version: str) -> dict[str, str]:
-    """torch_npu's schemas of the operators that are called, by operator, in that version."""
+    """The schemas of the used operators in this version of torch_npu, by operator."""
     return json.loads(SCHEMAS.read_text(encoding="utf-8"))["versions"][version]["schemas"]
 
 
@@ -362,7 +363,7 @@ def _npu_gelu(x: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
     return torch.nn.functional.gelu(x, approximate=approximate)
 
 
-#: What is documented of the operators, asserted, and in which precision they compute: see `omni_kernels.ascend`.
+#: The operators, with their documented conditions as asserts, and their precision: see `omni_kernels.ascend`.
 FUSED: dict[str, Callable[..., Any]] = {
     "npu_rms_norm": _npu_rms_norm,
     "npu_rotary_mul": _npu_rotary_mul,
@@ -373,7 +374,7 @@ FUSED: dict[str, Callable[..., Any]] = {
 
 @contextlib.contextmanager
 def fused(version: str | None) -> Iterator[None]:
-    """While open, torch_npu's fused operators are there by that version's schemas; None: there are none."""
+    """While open, torch_npu's fused operators exist with this version's schemas; with None, there are none."""
     from omni_kernels.ascend import operators
 
     operators.fused.cache_clear()

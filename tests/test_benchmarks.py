@@ -280,7 +280,7 @@ def test_the_gpu_run_goes_up_to_the_first_launch_without_a_gpu():
     assert done.returncode == 0, done.stderr
     for_want, as_told, codes = done.stdout.splitlines()
     assert for_want.endswith(
-        "kernels compiled for sm_90; none launched and nothing measured, for want of an NVIDIA GPU"
+        "kernels compiled for sm_90; none launched and nothing measured, because there is no NVIDIA GPU"
     )
-    assert as_told.endswith("as --dry-run says")
+    assert as_told.endswith("because of --dry-run")
     assert codes == "[3, 0]"

@@ -38,7 +38,7 @@ def test_no_prompt_is_in_both_searches(model: str) -> None:
 
 
 def test_too_few_prompts_are_named() -> None:
-    with pytest.raises(ValueError, match=r"brings 64 prompts: 4 and 65 others are wanted"):
+    with pytest.raises(ValueError, match=r"has 64 prompts, but 4 and 65 others are needed"):
         bench.prompts(MODEL, 4, 65)
 
 

@@ -1,8 +1,8 @@
 """Tiny random-weight pipelines that run end to end on the CPU, offline: Qwen-Image, its edit pipelines, Z-Image,
 FLUX, Wan, Chroma.
 
-Everything is the real class of diffusers or transformers, built from a config; nothing is downloaded. `generate` runs
-8 steps of 64×64 pixels with a fixed seed in 0.1–0.3 s on one thread. Weights are the same at every build.
+All classes are the real ones of diffusers and transformers, built from a config; nothing is downloaded. `generate` runs
+8 steps at 64×64 pixels with a fixed seed, in 0.1–0.3 s on one thread. Every build gives the same weights.
 
     pipe = tiny.qwen_image(layers=6)
     latents = tiny.generate(pipe, seed=1, num_inference_steps=20)
@@ -47,7 +47,7 @@ QWEN_CHAT_TEMPLATE = (
 
 
 def qwen_image(layers: int = 4, **transformer: Any) -> diffusers.QwenImagePipeline:
-    """Text to image, two transformer calls a step when there is a negative prompt."""
+    """Text to image, two transformer calls a step if there is a negative prompt."""
     with _fixed_weights():
         return diffusers.QwenImagePipeline(**_qwen_components(layers, transformer))
 
@@ -187,7 +187,7 @@ def reference_image(side: int = 96, seed: int = 0) -> Image.Image:
 
 
 def default_arguments(pipe: Any) -> dict[str, Any]:
-    """What `generate` adds to size, steps and seed: guidance on, and references where the pipeline takes them."""
+    """The arguments that `generate` adds by default: guidance, and references if the pipeline takes them."""
     guidance: dict[str, Any] = {"negative_prompt": " ", "true_cfg_scale": 4.0}
     return {
         "QwenImagePipeline": guidance,
@@ -201,9 +201,9 @@ def default_arguments(pipe: Any) -> dict[str, Any]:
 
 
 def generate(pipe: Any, seed: int = 0, **overrides: Any) -> torch.Tensor:
-    """One request: 8 steps, 64×64, "a cat". The latents, which tell all that an image does and need no decoding.
+    """Run one request, by default 8 steps, 64×64, "a cat", and return its latents, which need no decoding.
 
-    Of `output_type="pt"` float images N×3×H×W in [0, 1], or a video N×F×3×H×W.
+    With `output_type="pt"`, return float images N×3×H×W in [0, 1], or a video N×F×3×H×W.
     """
     arguments: dict[str, Any] = {
         "prompt": "a cat",
@@ -221,7 +221,7 @@ def generate(pipe: Any, seed: int = 0, **overrides: Any) -> torch.Tensor:
 
 @contextlib.contextmanager
 def small_references(side: int = 64) -> Iterator[None]:
-    """While open, the edit pipelines scale references to about side² pixels, where they ask for 384² or 1024²."""
+    """While open, the edit pipelines scale references to about side² pixels instead of 384² or 1024²."""
     with contextlib.ExitStack() as stack:
         for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
             scaled = _limited_area(module.calculate_dimensions, side * side)
@@ -239,7 +239,8 @@ def _limited_area(calculate_dimensions: Callable[..., Any], limit: int) -> Calla
 def damp(transformer: torch.nn.Module, weight: float = 0.3, bias_std: float = 0.3) -> torch.nn.Module:
     """Make a random transformer smooth in time, so that caches find something to reuse.
 
-    Random modulation makes every step unlike the last (relative distances 0.7–0.9); damped, they are 0.05–0.5.
+    With random modulation, consecutive steps differ too much (relative distances 0.7–0.9). Scaled down, they are
+    0.05–0.5.
     """
     modulation = ("img_mod.", "txt_mod.", "adaLN", ".norm.linear", ".norm1.linear", ".norm1_context.linear")
     with torch.no_grad():
@@ -430,7 +431,7 @@ def qwen_tokenizer() -> transformers.Qwen2Tokenizer:
 
 
 def _template_prefix(pipeline_class: type) -> str:
-    """The text that a pipeline puts before the prompt, from the pipeline itself."""
+    """The text that a pipeline puts before the prompt, read from the pipeline."""
     parts = ["scheduler", "vae", "text_encoder", "tokenizer", "transformer"]
     if pipeline_class is not diffusers.QwenImagePipeline:
         parts.append("processor")

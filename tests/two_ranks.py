@@ -1,7 +1,7 @@
-"""Fresh processes, and two of them that share a sequence, with gloo on the CPU, which run what a test module computes.
+"""Runs functions of test modules in new processes, or on two ranks that share a sequence, with gloo on the CPU.
 
-Where diffusers needs what gloo, or attention on the CPU, lacks, there are stand-ins: gathering tensors of unequal
-lengths (`ulysses_anything`), and the log-sum-exp of attention (ring). Tensor parallelism is allowed on the CPU.
+diffusers needs two functions that gloo, or attention on the CPU, lacks. They are replaced here: gathering tensors of
+unequal lengths (`ulysses_anything`), and the log-sum-exp of attention (ring). Tensor parallelism is allowed on the CPU.
 """
 
 import datetime
@@ -38,19 +38,19 @@ def enable(transformer, config=ULYSSES):
 
 
 def of_each_rank(compute, directory):
-    """What `compute()`, of a test module, gives on each rank, as JSON has it."""
+    """The results of `compute()`, a function of a test module, on each rank, after a round trip through JSON."""
     start(_rank, (compute, str(directory)), RANKS)
     return [json.loads((directory / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(RANKS)]
 
 
 def start(function, arguments, processes):
-    """Run `function(number, *arguments)` in processes that have imported what tests need, and run nothing."""
+    """Run `function(number, *arguments)` in new processes, with the modules that tests need already imported."""
     start_method = "spawn"
-    if sys.platform == "linux":  # imports, of 7 s, are made once for all processes of all test modules
+    if sys.platform == "linux":  # the imports take 7 s, and are done once for all processes of all test modules
         start_method = "forkserver"
         multiprocessing.set_forkserver_preload(["two_ranks", "tiny", "omni_runtime"])
     folders = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(folders)):  # where the fork server finds them
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(folders)):  # for the fork server
         torch.multiprocessing.start_processes(function, arguments, processes, start_method=start_method)
 
 
@@ -61,7 +61,7 @@ def _rank(rank, compute, directory):
     torch.distributed.init_process_group(
         "gloo", f"file://{directory}/rendezvous", datetime.timedelta(seconds=60), RANKS, rank
     )
-    torch.accelerator.device_count = lambda: 1  # by which diffusers divides
+    torch.accelerator.device_count = lambda: 1  # diffusers divides by this
     _stand_in()
     try:
         results = compute()

@@ -1,14 +1,14 @@
-"""Train an embedded model from nothing: `python -m benchmarks.train_emoji --model emoji-z-image --out FOLDER`.
+"""Train an embedded model from scratch: `python -m benchmarks.train_emoji --model emoji-z-image --out FOLDER`.
 
-Stages: autoencoder, latents, transformer, decoder, assemble, report. Every stage goes on from what the work folder
-holds, so the same command resumes after an interruption, and a larger number of minutes prolongs a stage. Where the
-autoencoder is prolonged, the latents are made anew, and the transformer goes on from where it is on those. `assemble`
-and `report` may be run on their own at any time, also while the transformer trains. Minutes count training time over
-all runs together.
+Stages: autoencoder, latents, transformer, decoder, assemble, report. Every stage continues from the contents of the
+work folder. So the same command resumes after an interruption, and more minutes continue a finished stage. If the
+autoencoder is trained further, the latents are made again, and the transformer continues on these. `assemble` and
+`report` can be run separately at any time, even while the transformer trains. Minutes are the training time over all
+runs together.
 
-A model with a parent takes its VAE from the parent's folder, trains none, and starts from the parent's transformer.
+A model with a parent uses the VAE from the parent's folder, trains none, and starts from the parent's transformer.
 
-On a CPU set OMP_WAIT_POLICY=PASSIVE where anything else runs beside it.
+On a CPU, set OMP_WAIT_POLICY=PASSIVE if other programs run at the same time.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def autoencoder_stage(model: Model, options: argparse.Namespace, device: torch.d
 
 
 def latents_stage(model: Model, options: argparse.Namespace, device: torch.device) -> None:
-    """Encode the transformer's scenes with the encoder as it stands, unless that was done."""
+    """Encode the transformer's scenes with the current encoder, unless that was done already."""
     vae, trained = load_autoencoder(model, options.work, options.parent)
     file = latents_file(options.work, trained["autoencoder"]["steps"])
     if not file.exists():

@@ -1,6 +1,6 @@
-"""Put the trained parts together as an ordinary diffusers folder: bf16 weights, prompts, defaults, training record.
+"""Writes the trained parts as an ordinary diffusers folder: bf16 weights, prompts, defaults, training record.
 
-The pipeline class's `from_pretrained(folder)` is all that is needed to use it.
+The pipeline class's `from_pretrained(folder)` loads it.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ __all__ = [
 
 
 def load_autoencoder(model: Model, work: Path, parent: Path | None) -> tuple[torch.nn.Module, dict[str, dict]]:
-    """The VAE as trained so far, with its further trained decoder if there is one, and what went into each.
+    """The current VAE, with its further trained decoder if there is one, and the training of each part.
 
-    A model with a parent has the VAE of the parent's folder, its statistics included.
+    A model with a parent has the VAE of the parent's folder, including its statistics.
     """
     vae = model.autoencoder.new()
     if model.parent is not None:
         parts = json.loads((parent / "training.json").read_text())["parts"]
         vae = type(vae).from_pretrained(parent / "vae", dtype=torch.float32)
-        vae.register_to_config(_name_or_path=None)  # a directory of the machine that it is assembled on
+        vae.register_to_config(_name_or_path=None)  # otherwise a directory of this machine would be saved
         return vae, {name: parts[name] for name in ("autoencoder", "decoder")}
     trained = {"autoencoder": load_ema(all_parameters(vae), work / "autoencoder.pt")}
     decoder = decoder_checkpoint(work, trained["autoencoder"]["steps"])
@@ -42,17 +42,17 @@ def load_autoencoder(model: Model, work: Path, parent: Path | None) -> tuple[tor
 
 
 def latents_file(work: Path, autoencoder_steps: int) -> Path:
-    """Cached latents of the encoder after this many steps."""
+    """The file of cached latents of the encoder after this many steps."""
     return work / f"latents-{autoencoder_steps}.pt"
 
 
 def decoder_checkpoint(work: Path, autoencoder_steps: int) -> Path:
-    """Further training of the decoder, begun after this many steps of the whole."""
+    """The checkpoint of the decoder's further training, which started after this many steps of the whole VAE."""
     return work / f"decoder-{autoencoder_steps}.pt"
 
 
 def assemble(model: Model, work: Path, out: Path, side: int, parent: Path | None) -> None:
-    """Write the model folder from the checkpoints in `work`, with the EMA weights as they stand."""
+    """Write the model folder from the checkpoints in `work`, with the current EMA weights."""
     vae, trained = load_autoencoder(model, work, parent)
     cached = torch.load(latents_file(work, trained["autoencoder"]["steps"]), mmap=True)
     model.autoencoder.configure(vae, cached["mean"], cached["std"])

@@ -1,10 +1,10 @@
-"""Training of a model's VAE on rendered scenes, what it reconstructs, and its latents' statistics.
+"""Training of a model's VAE on rendered scenes, its reconstructions, and the statistics of its latents.
 
-Pictures are [batch, 3, side, side] in [-1, 1], latents [batch, channels, side/downscale, side/downscale]; the frame
-axis that some VAEs have is added here, where they are called.
+Pictures are [batch, 3, side, side] in [-1, 1], latents [batch, channels, side/downscale, side/downscale]; for VAEs
+with a frame axis, the axis is added here at the call.
 
-The transformer depends on the encoder and on the latents' statistics alone. The whole is trained first; then the
-encoder is frozen for good, and the decoder goes on learning by itself, before, during or after the transformer.
+The transformer depends only on the encoder and the latents' statistics. The whole VAE is trained first. Then the
+encoder is frozen, and the decoder trains on alone, before, during or after the transformer.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def all_parameters(vae: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def decoder_parameters(vae: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """Those of them behind the latents, in a fixed order."""
+    """The part of `all_parameters` after the latents, in a fixed order."""
     modules = [module for module in (vae.post_quant_conv, vae.decoder) if module is not None]
     return [p for module in modules for name, p in module.named_parameters() if "time_conv" not in name]
 
@@ -85,7 +85,7 @@ def train_autoencoder(
     compiled: bool = True,
     batch: int = BATCH,
 ) -> Fit:
-    """Train the VAE, or its decoder behind the frozen encoder; leaves the EMA weights in it."""
+    """Train the VAE, or only its decoder with a frozen encoder; afterwards, the VAE has the EMA weights."""
     vae.to(device).train()
     row.prepare(vae)
     parameters = decoder_parameters(vae) if decoder_only else all_parameters(vae)
@@ -138,12 +138,12 @@ def reconstruct(row: Autoencoder, vae: torch.nn.Module, pictures: list[np.ndarra
 
 
 def reconstruction_psnr(row: Autoencoder, vae: torch.nn.Module, pictures: list[np.ndarray]) -> torch.Tensor:
-    """PSNR in dB of what `reconstruct` makes of each picture."""
+    """PSNR in dB of each picture's reconstruction by `reconstruct`."""
     return psnr(reconstruct(row, vae, pictures), pictures_to_tensor(pictures) / 2 + 0.5)
 
 
 def latent_statistics(row: Autoencoder, latents: torch.Tensor) -> tuple[list[float], list[float]]:
-    """Mean and deviation of latents [count, channels, h, w], per channel or of all, rounded as they are stored."""
+    """Mean and deviation of latents [count, channels, h, w], per channel or over all, rounded as they are stored."""
     values = latents.float().transpose(0, 1).flatten(1) if row.per_channel else latents.float().reshape(1, -1)
     mean, std = values.mean(1).tolist(), values.std(1).tolist()
     if not all(math.isfinite(v) for v in [*mean, *std]):

@@ -1,9 +1,10 @@
-"""What the edit model's card shows: a contact sheet of edits beside the true ones, how often an edit is right, and how
-often at other scales of guidance.
+"""Figures for the edit model's card: a contact sheet of edits next to the true ones, and the number of correct edits,
+also at other guidance scales.
 
-An edit is right if, of everything that some instruction would have made of the same reference (leaving it as it is
-included), the result is nearest in PSNR to the true edit, and if its PSNR to the true edit is at most BOUND_DB below
-that of the true edit's own reconstruction by the VAE, which is the best that the model could do.
+An edit is correct under two conditions. First, the result is nearest in PSNR to the true edit, compared with the true
+results of all other instructions on the same reference, and with the unchanged reference. Second, its PSNR to the true
+edit is at most BOUND_DB below that of the true edit's reconstruction by the VAE, which is the best that the model could
+reach.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def psnr_of(picture: np.ndarray, *others: np.ndarray) -> torch.Tensor:
 
 
 def is_nearest(result: np.ndarray, edit: EditScene) -> bool:
-    """True if no other instruction's true result is nearer to this float picture than that of the edit's own."""
+    """Whether no other instruction's true result is nearer to this float picture than the edit's own true result."""
     to_target = psnr_of(result, as_floats(edit.target))
     others = [as_floats(other) for words, other in every_result(edit.drawing).items() if words != edit.instruction]
     return bool((psnr_of(result, *others) <= to_target).all())
@@ -52,7 +53,7 @@ def edited(pipeline: Any, edits: list[EditScene], defaults: dict) -> list[np.nda
 
 
 def measured(model: Model, pipeline: Any, edits: list[EditScene], defaults: dict) -> dict:
-    """How many of the edits are nearest and how many right, and the mean PSNR in dB of results and reconstructions."""
+    """How many edits are nearest and how many are correct, and the mean PSNR in dB of results and reconstructions."""
     targets = torch.from_numpy(np.stack([as_floats(edit.target) for edit in edits]))
     results = edited(pipeline, edits, defaults)
     distances = psnr(torch.from_numpy(np.stack(results)), targets)
@@ -69,7 +70,7 @@ def measured(model: Model, pipeline: Any, edits: list[EditScene], defaults: dict
 
 
 def measure_edits(model: Model, pipeline: Any, defaults: dict) -> dict:
-    """The figures of each kind and, without the mean PSNR, of all."""
+    """The figures of each kind and, except the mean PSNR, of all kinds together."""
     side = defaults["height"]
     figures = {
         kind: measured(
@@ -88,7 +89,7 @@ def measure_edits(model: Model, pipeline: Any, defaults: dict) -> dict:
 
 
 def measure_guidance(model: Model, pipeline: Any, defaults: dict) -> dict:
-    """The figures at other scales of guidance, over edits of all kinds other than those that `measure_edits` counts."""
+    """The figures at several guidance scales, over other edits than those of `measure_edits`, of all kinds."""
     edits = [
         edit_scene(TEST_SEED, PER_KIND + index, defaults["height"], kind)
         for kind in EDITS
@@ -102,7 +103,7 @@ def measure_guidance(model: Model, pipeline: Any, defaults: dict) -> dict:
 
 
 def write_edit_sheets(model: Model, pipeline: Any, folder: Path, work: Path) -> dict:
-    """contact_sheet.png, a row per kind: reference, what was made of it, true edit, and so on; returns the figures."""
+    """Write contact_sheet.png, with a row of (reference, result, true edit) triples per kind; return the figures."""
     defaults = json.loads((folder / "defaults.json").read_text())
     edits = listed_edits(defaults["height"])
     cells = [

@@ -1,8 +1,8 @@
-"""Edits of pictures by instruction: what is asked, and the true edited picture.
+"""Edits of pictures by instruction: the instruction, and the true edited picture.
 
 A reference is a scene of one emoji, drawn a little smaller than in scenes.py so that it can grow. The scene is known,
-so the true edit is drawn rather than guessed: uint8 [side, side, 3] as the reference. Edits that would leave the
-picture nearly as it is are not asked for.
+so the true edit can be drawn: uint8 [side, side, 3] like the reference. Edits that would change the picture very little
+are left out.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LARGER, SMALLER = 1.35, 0.65
 FRAME = 8 / 64  # of the side: the width of the VAE's blocks, which reconstruct it better than thinner ones
 DARKER = 0.5
 LISTED_SEED, LISTED_PER_KIND = 8, 4
-UNCHANGED = 0.004  # mean square difference, of values in [0, 1], below which a picture counts as unchanged: 24 dB
+UNCHANGED = 0.004  # a picture counts as unchanged below this mean square difference of values in [0, 1]: 24 dB
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Edit:
 
     Attributes:
         words: the instruction, with {} for the choice, or {a} for the choice with its article.
-        choices: what there is to choose from; ONCE where there is nothing.
-        result: the drawing and the choice to the true edit.
+        choices: the possible choices; ONCE if there is no choice.
+        result: (drawing, choice) → the true edit.
     """
 
     words: str
@@ -56,7 +56,7 @@ def redrawn(drawing: Drawing, **changes: object) -> np.ndarray:
 
 
 def resized(drawing: Drawing, factor: float) -> np.ndarray:
-    """The emoji around its centre, moved as far as the picture's edges make it."""
+    """The emoji scaled around its centre, and moved into the picture if necessary."""
     sprite, side = drawing.sprites[0], drawing.background.width
     size = min(round(sprite.size * factor), side)
     left, top = (
@@ -120,7 +120,7 @@ INSTRUCTIONS = {instruction_of(kind, choice): (kind, choice) for kind, edit in E
 
 @dataclass(frozen=True)
 class EditScene:
-    """A reference (its drawing and its emoji's name), an instruction and its kind, and the true edit."""
+    """A reference (its drawing and its emoji's name), an instruction with its kind, and the true edit."""
 
     name: str
     drawing: Drawing
@@ -139,7 +139,7 @@ def is_unchanged(picture: np.ndarray, reference: np.ndarray) -> bool:
 
 
 def edit_scene(seed: int, index: int, side: int = 64, kind: str | None = None) -> EditScene:
-    """Edit number `index` of the endless set `seed`, of any kind or of this one."""
+    """Edit number `index` of the endless set `seed`, of any kind or of the given one."""
     rng = random.Random(f"edit/{seed}/{index}/{kind or ''}")
     while True:
         name = rng.choice(list(EMOJI))
@@ -156,14 +156,14 @@ def edit_scene(seed: int, index: int, side: int = 64, kind: str | None = None) -
 
 
 def listed_edits(side: int) -> list[EditScene]:
-    """The edits of the contact sheet, of references that training does not show.
+    """The edits of the contact sheet, on references that are not in training.
 
-    Kind by kind, so that a choice at even distances, which is how a few of them are taken, has all kinds alike.
+    They are sorted by kind. So an evenly spaced choice of a few of them has all kinds equally often.
     """
     return [edit_scene(LISTED_SEED, number, side, kind) for kind in EDITS for number in range(LISTED_PER_KIND)]
 
 
 def every_result(drawing: Drawing) -> dict[str, np.ndarray]:
-    """What each instruction would make of this reference; "" stands for leaving it as it is."""
+    """The true result of each instruction on this reference; "" is the unchanged reference."""
     results = {words: EDITS[kind].result(drawing, choice) for words, (kind, choice) in INSTRUCTIONS.items()}
     return {"": drawing.picture(), **results}

@@ -1,7 +1,7 @@
-"""What the training program has to know of a model: one `Autoencoder` and one `Model` row each.
+"""The description of a model for the training program: one `Autoencoder` and one `Model` row each.
 
-The rows are in qwen_image.py, z_image.py and qwen_image_edit.py, the table of them in models.py. All that the rows do
-not say is shared: scenes, training loop, losses, optimizers, report.
+The rows are in qwen_image.py, z_image.py and qwen_image_edit.py, their table in models.py. Everything else is shared:
+scenes, training loop, losses, optimizers, report.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class Autoencoder:
     """How a VAE class is made, trained and configured.
 
     Attributes:
-        new: a fresh one.
-        channels: of its latents.
+        new: creates the VAE.
+        channels: number of latent channels.
         downscale: pixels per latent and axis.
-        frames: pictures and latents have a frame axis, [batch, channels, 1, height, width].
-        per_channel: latents are normalised per channel; otherwise by one mean and one deviation.
-        prepare: makes an instance faster to train, the function it computes staying the same.
+        frames: whether pictures and latents have a frame axis, [batch, channels, 1, height, width].
+        per_channel: whether latents are normalised per channel, or by one mean and one deviation.
+        prepare: makes an instance faster to train, without changing its results.
         compilable: whether torch.compile may train it.
         configure: writes the latents' mean and deviation, lists of 1 or `channels` numbers, into the configuration.
     """
@@ -47,28 +47,28 @@ class Model:
     """A pipeline's classes with small configurations, and how its transformer is trained.
 
     Attributes:
-        name: of the embedded model.
+        name: name of the embedded model.
         pipeline: the diffusers class.
         autoencoder: its VAE's row.
-        parent: the model whose folder gives the VAE and a first transformer; None where all is trained from nothing.
-        new_transformer, new_scheduler, new_tokenizer: fresh parts.
-        further_parts: the tokenizer to the components that the pipeline class has besides the usual five.
-        new_text_encoder: from the tokenizer; frozen.
+        parent: the model whose folder provides the VAE and the initial transformer; None: all is trained from scratch.
+        new_transformer, new_scheduler, new_tokenizer: create the parts.
+        further_parts: tokenizer → the pipeline's components besides the usual five.
+        new_text_encoder: tokenizer → the frozen text encoder.
         build_samples: (model, vae, file, side, count, device, compiled) writes encoded samples, with their "mean" and
             "std", to the file.
-        load_samples: (model, content of that file) to what the transformer trains on.
-        pack: latents [batch, channels, h, w] to the tokens [batch, tokens, width] that losses are taken over.
-        training_forward: (transformer, grid, text length) to a context that gives the transformer as a function that is
-            fast to train: (tokens, sigma [batch], embeddings, mask), and the reference's tokens where there is one, to
-            the predicted noise - latents, as tokens.
-        logit_shift: image tokens to what the sampler's shift adds to logit(sigma).
-        block_prefixes: names of the transformer's parameters that belong to blocks begin so.
+        load_samples: (model, content of that file) → the transformer's training data.
+        pack: latents [batch, channels, h, w] → the tokens [batch, tokens, width] of the loss.
+        training_forward: (transformer, grid, text length) → a context manager whose value is the transformer as a
+            function that is fast to train: (tokens, sigma [batch], embeddings, mask and, if there is a reference, its
+            tokens) → the predicted noise - latents, as tokens.
+        logit_shift: number of image tokens → the amount that the sampler's shift adds to logit(sigma).
+        block_prefixes: prefixes of the names of the transformer's parameters that belong to blocks.
         batch: samples per training step of the transformer.
-        prompts: (folder, side) to the content of prompts.json; writes the pictures that those need into the folder.
-        defaults: what `generate` adds to height and width.
-        pipeline_settings: side to the content of pipeline.json, for what the pipeline class needs to be told.
-        write_sheets: (model, pipeline, folder, work) writes contact_sheet.png into the folder and what else is to be
-            looked at; returns the figures that only this model has.
+        prompts: (folder, side) → the content of prompts.json; also writes the pictures of the prompts into the folder.
+        defaults: default arguments of `generate` besides height and width.
+        pipeline_settings: side → the content of pipeline.json, with settings for the pipeline class.
+        write_sheets: (model, pipeline, folder, work) writes contact_sheet.png into the folder, and other sheets;
+            returns the figures that only this model has.
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) with all matrices of one shape orthogonalised at once.
+"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) that orthogonalises all matrices of one shape at once.
 
-`torch.optim.Muon` takes them one by one: emoji-qwen-image then trained at 4.2 steps a second on two cores, now at 5.8.
-Settings, state and results, up to rounding, are those of torch.optim.Muon.
+`torch.optim.Muon` takes them one by one. emoji-qwen-image trained at 4.2 steps a second with it on two cores, and
+trains at 5.8 with this one. Settings, state and, up to rounding, results are those of torch.optim.Muon.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def orthogonalised(update: torch.Tensor, coefficients: Sequence[float], steps: i
 
 
 class BatchedMuon(torch.optim.Muon):
-    """torch.optim.Muon with adjust_lr_fn "match_rms_adamw" and Nesterov momentum, a batch of matrices at a time."""
+    """torch.optim.Muon with adjust_lr_fn "match_rms_adamw" and Nesterov momentum, for a batch of matrices at a time."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:

@@ -12,7 +12,8 @@ def plain_attention(
 ) -> torch.Tensor:
     """softmax(q k^T / sqrt(d)) v for [batch, tokens, heads, d].
 
-    At 31 tokens the fused CPU kernel's bf16 backward is a third of an eager step: 0.97 s per 128 scenes against 0.60 s.
+    At 31 tokens, the bf16 backward of the fused CPU kernel takes a third of an eager step: 0.97 s per 128 scenes
+    against 0.60 s.
     """
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     scores = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5
@@ -22,7 +23,7 @@ def plain_attention(
 
 
 def real_rotation(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """The complex rotary product of [batch, tokens, heads, d] with cosine + i sine, [tokens, 1, d/2] each."""
+    """Rotary embedding: [batch, tokens, heads, d], as complex numbers, times cosine + i sine, [tokens, 1, d/2] each."""
     first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     rotated = torch.stack((first * cosine - second * sine, first * sine + second * cosine), -1)
     return rotated.flatten(-2).to(x.dtype)

@@ -1,4 +1,4 @@
-"""The prompts that a model folder lists for the models that draw from captions."""
+"""The prompts in the folders of the models that draw from captions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["caption_prompts"]
 
 
 def contact_sheet_prompts(count: int = 64) -> list[str]:
-    """Every emoji by itself, every emoji on a colour, then pairs, half of them on a colour; none of them held out."""
+    """Every emoji alone, every emoji on a colour, then pairs, half of them on a colour; none of them is held out."""
     rng = random.Random("contact sheet")
     prompts = [caption_of((name,), article=number % 2 == 1) for number, name in enumerate(EMOJI)]
     for name in EMOJI:
@@ -26,7 +26,7 @@ def contact_sheet_prompts(count: int = 64) -> list[str]:
 
 
 def held_out_prompts(count: int = 32) -> list[str]:
-    """Compositions that training never showed: half an emoji on a colour ("a penguin on pink" first), half pairs."""
+    """Compositions that are never in training: half on a colour ("a penguin on pink" first), half pairs."""
     rng = random.Random("held out")
     colours = sorted(HELD_OUT_COLOURS - {("penguin", "pink")})
     chosen = [("penguin", "pink"), *rng.sample(colours, count // 2 - 1)]
@@ -35,5 +35,5 @@ def held_out_prompts(count: int = 32) -> list[str]:
 
 
 def caption_prompts(folder: Path, side: int) -> dict:
-    """The content of prompts.json; writes nothing else."""
+    """The content of prompts.json; writes no files."""
     return {"contact_sheet": contact_sheet_prompts(), "held_out": held_out_prompts(), "vocabulary": VOCABULARY}

@@ -1,9 +1,9 @@
 """`emoji-qwen-image`: QwenImagePipeline with small configurations.
 
 Latents are [batch, 16, side/8, side/8], packed as the pipeline packs them: [batch, (side/16)^2, 64], 16 tokens at 64
-pixels. With a single frame the past of the VAE's causal 3-D convolutions is zero padding, so only their last temporal
-slice counts and they equal 2-D ones; training runs them so (exact, a third of the work), and the slices that never
-count are set to zero.
+pixels. With a single frame, the past of the VAE's causal 3-D convolutions is zero padding. So only their last temporal
+slice matters, and they equal 2-D convolutions. Training runs them as 2-D (exact, a third of the work), and the other
+slices are set to zero.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ EMPTY_CAPTIONS = ("", " ")
 
 
 def new_autoencoder(base_dim: int = BASE_DIM, seed: int = 0) -> AutoencoderKLQwenImage:
-    """A fresh VAE, 8x8 pixels to one 16-channel latent: 2.6 M parameters, of which a single frame uses a third."""
+    """A new VAE, 8x8 pixels to one 16-channel latent: 2.6 M parameters, of which a single frame uses a third."""
     torch.manual_seed(seed)
     vae = AutoencoderKLQwenImage(
         base_dim=base_dim,
@@ -161,7 +161,7 @@ def new_text_encoder(tokenizer: Qwen2Tokenizer, seed: int = 0) -> Qwen2_5_VLForC
 def encode_captions(
     tokenizer: Qwen2Tokenizer, encoder: Qwen2_5_VLForConditionalGeneration, captions: list[str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the pipeline makes of captions, padded: embeddings [count, length, TEXT_DIM] and mask [count, length]."""
+    """Encode captions as the pipeline does: padded embeddings [count, length, TEXT_DIM] and mask [count, length]."""
     prefix, suffix, dropped = prompt_template()
     return encode_texts(tokenizer, encoder, [prefix + caption + suffix for caption in captions], dropped=dropped)
 
@@ -191,7 +191,7 @@ def logit_shift(tokens: int) -> float:
 
 
 def new_transformer(layers: int = LAYERS, heads: int = HEADS, seed: int = 0) -> QwenImageTransformer2DModel:
-    """A fresh transformer whose modulation and output start at zero (adaLN-zero), which diffusers does not do."""
+    """A new transformer whose modulation and output start at zero (adaLN-zero), unlike in diffusers."""
     torch.manual_seed(seed)
     transformer = QwenImageTransformer2DModel(
         patch_size=2,
@@ -222,10 +222,11 @@ def pack(latents: torch.Tensor) -> torch.Tensor:
 def training_forward(
     transformer: QwenImageTransformer2DModel, grid: int, text_length: int, pictures: int = 1
 ) -> Iterator[Callable[..., torch.Tensor]]:
-    """The transformer with attention and rotation in plain real arithmetic: the same function, and torch.compile fuses
-    it. With two `pictures`, the second one's tokens are the reference's, [batch, tokens, 64].
+    """The transformer with attention and rotation in plain real arithmetic, which torch.compile can fuse; the results
+    are the same. With two `pictures`, the tokens of the second one are the reference's, [batch, tokens, 64].
 
-    Compiled with these, a bf16 step takes 0.34 s per 128 scenes on one AMX core, eager without them 0.97 s.
+    Compiled in this form, a bf16 step takes 0.34 s per 128 scenes on one AMX core; the original in eager mode takes
+    0.97 s.
     """
     device = next(transformer.parameters()).device
     shapes = [[(1, grid, grid)] * pictures]

@@ -1,9 +1,9 @@
 """`emoji-qwen-image-edit`: QwenImageEditPipeline with small configurations.
 
-VAE and scheduler are those of emoji-qwen-image, and its transformer, which has the same shape, is where training starts
-from. The transformer sees 16 tokens of noise and 16 of the reference, packed alike; the loss is over the first ones.
-The text encoder sees the instruction and, through its vision tower, the reference in 4 tokens; both branches of
-guidance see the reference, and the negative one the instruction " ".
+VAE and scheduler are those of emoji-qwen-image. Training starts from its transformer, which has the same shape. The
+transformer gets 16 tokens of noise and 16 of the reference, packed in the same way; the loss is over the noise tokens.
+The text encoder gets the instruction and, through its vision tower, the reference in 4 tokens. Both branches of
+guidance get the reference; the negative branch gets the instruction " ".
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ EMPTY_INSTRUCTION = " "
 
 
 def instruction_tokenizer() -> Qwen2Tokenizer:
-    """Fitted to the edit pipeline's template, of which the tokens before the picture are dropped."""
+    """A tokenizer for the edit pipeline's template, whose tokens before the picture are dropped."""
     pipeline = QwenImageEditPipeline(None, None, None, None, None, None)
     prefix = pipeline.prompt_template_encode.split("<|vision_start|>")[0]
     return new_tokenizer(list(INSTRUCTIONS) * 4, prefix, pipeline.prompt_template_encode_start_idx)
 
 
 def new_processor(tokenizer: Qwen2Tokenizer) -> Qwen2VLProcessor:
-    """Qwen2-VL's processor, whose smallest picture is 56x56 pixels: 4 tokens, at a merge of 2x2 patches of 14."""
+    """Qwen2-VL's processor at its smallest picture size, 56x56 pixels: 4 tokens of 2x2 merged patches of 14."""
     pictures = Qwen2VLImageProcessorPil(
         patch_size=14, merge_size=2, size={"shortest_edge": 56**2, "longest_edge": 56**2}
     )
@@ -57,7 +57,7 @@ def new_processor(tokenizer: Qwen2Tokenizer) -> Qwen2VLProcessor:
 def encode_instructions(
     pipeline: QwenImageEditPipeline, edits: list[EditScene], words: list[str]
 ) -> list[torch.Tensor]:
-    """What the pipeline makes of instructions about references: embeddings [length, TEXT_DIM] each."""
+    """Encode instructions with their references as the pipeline does: embeddings [length, TEXT_DIM] each."""
     pictures = [Image.fromarray(edit.reference) for edit in edits]
     with torch.no_grad():
         embeddings, mask = pipeline.encode_prompt(words, pictures, device=torch.device("cpu"))
@@ -75,8 +75,8 @@ def build_edits(
     device: torch.device,
     compiled: bool = True,
 ) -> None:
-    """Draw and encode `count` edits; writes latents of references and of true edits, and what the text encoder makes of
-    each reference with its instruction, then with the empty one."""
+    """Draw and encode `count` edits. Writes the latents of references and true edits, and the text embeddings of each
+    reference with its instruction, then with the empty one."""
     tokenizer = model.new_tokenizer()
     pipeline = QwenImageEditPipeline(
         None, None, model.new_text_encoder(tokenizer), tokenizer, new_processor(tokenizer), None
@@ -104,7 +104,7 @@ def build_edits(
 
 
 def edit_samples(model: Model, cached: dict) -> Samples:
-    """The samples of what `build_edits` wrote."""
+    """The samples from the file that `build_edits` wrote."""
     count, length = len(cached["latents"]), cached["embeddings"].shape[1]
     return Samples(
         tokens=normalised_tokens(model, cached, cached["latents"]),
@@ -115,7 +115,7 @@ def edit_samples(model: Model, cached: dict) -> Samples:
     )
 
 
-# What the folder lists
+# The folder's prompts
 
 
 def edit_prompts(folder: Path, side: int) -> dict[str, Any]:

@@ -1,12 +1,11 @@
-"""The model card's figures, remade from a model folder: `python -m benchmarks.train_emoji --stages report --out
+"""Figures for the model card, made from a model folder: `python -m benchmarks.train_emoji --stages report --out
 FOLDER`.
 
 Writes figures.json, contact_sheet.png, and README.md from cards/<model>.md there; held_out_sheet.png goes to the work
 folder.
 
-PSNR is the mean over pictures of 10 log10(1 / mse) on floats in [0, 1]. The bend of a trajectory is how far the guided
-velocity, which the pipeline hands to scheduler.step, moves from one step to the next: |v_t - v_(t-1)| / |v_(t-1)|
-(2-norms).
+PSNR is the mean over pictures of 10 log10(1 / mse) on floats in [0, 1]. The bend of a trajectory is the relative change
+of the guided velocity, the input of scheduler.step, from one step to the next: |v_t - v_(t-1)| / |v_(t-1)| (2-norms).
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def generate(
     images: list[Image.Image] | None = None,
     **changes: object,
 ) -> list[np.ndarray]:
-    """One float picture [side, side, 3] in [0, 1] per prompt (and reference), each from the noise of its own seed."""
+    """One float picture [side, side, 3] in [0, 1] per prompt (and reference), each from the noise of its seed."""
     pictures = []
     for start in range(0, len(prompts), BATCH):
         chosen = prompts[start : start + BATCH]
@@ -96,7 +95,7 @@ def contact_sheet(pictures: list[np.ndarray], captions: list[str], columns: int 
 
 
 def unknown_scenes(count: int, side: int) -> list[np.ndarray]:
-    """Single-emoji scenes of Twemoji outside the vocabulary (no skin tones, no flags), which nothing was trained on."""
+    """Single-emoji scenes of Twemoji outside the vocabulary (no skin tones, no flags), which are not in training."""
     stems = [
         stem
         for stem, name in sorted(package_names().items())
@@ -119,7 +118,7 @@ def summary(values: torch.Tensor) -> dict[str, float]:
 
 @contextlib.contextmanager
 def recorded_velocities(pipeline: Any) -> Iterator[list[torch.Tensor]]:
-    """Collects what each scheduler.step is given, [batch, tokens * channels], in the order of the calls."""
+    """Collect the model output of each scheduler.step, [batch, tokens * channels], in the order of the calls."""
     velocities: list[torch.Tensor] = []
     original = pipeline.scheduler.step
 
@@ -136,7 +135,7 @@ def recorded_velocities(pipeline: Any) -> Iterator[list[torch.Tensor]]:
 
 
 def bend_of(velocities: list[torch.Tensor], steps: int) -> list[float]:
-    """Mean relative change of the velocity at each step but the first, over pictures; `velocities` holds whole runs."""
+    """Relative change of the velocity at each step except the first, mean over pictures; takes whole runs."""
     runs = [torch.stack(velocities[start : start + steps]) for start in range(0, len(velocities), steps)]
     changes = [(run[1:] - run[:-1]).norm(dim=2) / run[:-1].norm(dim=2) for run in runs]
     return [round(value, 4) for value in torch.cat(changes, dim=1).mean(1).tolist()]
@@ -150,7 +149,7 @@ def load_pipeline(model: Model, folder: Path) -> Any:
 
 
 def listed_requests(folder: Path, name: str) -> tuple[list[str], list[Image.Image] | None]:
-    """Prompts of a list in prompts.json, and the pictures that they are about, where there are any."""
+    """The prompts of a list in prompts.json, and their reference pictures, if there are any."""
     listed = json.loads((folder / "prompts.json").read_text())[name]
     if isinstance(listed[0], str):
         return listed, None
@@ -158,7 +157,7 @@ def listed_requests(folder: Path, name: str) -> tuple[list[str], list[Image.Imag
 
 
 def measure(model: Model, pipeline: Any, folder: Path) -> dict:
-    """All figures of the card, of the shipped (bf16) weights run in fp32."""
+    """All figures of the card, measured with the shipped (bf16) weights in fp32."""
     defaults = json.loads((folder / "defaults.json").read_text())
     side = defaults["height"]
 
@@ -207,7 +206,7 @@ def measure(model: Model, pipeline: Any, folder: Path) -> dict:
 
 
 def caption_sheets(model: Model, pipeline: Any, folder: Path, work: Path) -> dict:
-    """contact_sheet.png in the model folder, held_out_sheet.png, compositions never seen, in the work folder."""
+    """Write contact_sheet.png into the model folder, and held_out_sheet.png (unseen scenes) into `work`."""
     defaults = json.loads((folder / "defaults.json").read_text())
     for file, name in {folder / "contact_sheet.png": "contact_sheet", work / "held_out_sheet.png": "held_out"}.items():
         prompts, _ = listed_requests(folder, name)
@@ -217,8 +216,8 @@ def caption_sheets(model: Model, pipeline: Any, folder: Path, work: Path) -> dic
 
 
 def write_card(model: Model, folder: Path, figures: dict) -> None:
-    """README.md from the model's template: $name stands for a figure by its path, its parts joined by underscores,
-    which also stand for points in them."""
+    """Write README.md from the model's template. $name is replaced by a figure: the name is its path in `figures`, with
+    underscores between the parts and instead of dots."""
 
     def flat(prefix: str, value: object) -> dict[str, object]:
         if isinstance(value, dict):
@@ -232,7 +231,7 @@ def write_card(model: Model, folder: Path, figures: dict) -> None:
 
 
 def write_report(model: Model, folder: Path, work: Path) -> None:
-    """Sheets, figures.json and the card, all from the model folder alone."""
+    """Write the sheets, figures.json and the card; needs only the model folder."""
     pipeline = load_pipeline(model, folder)
     further = model.write_sheets(model, pipeline, folder, work)
     figures = measure(model, pipeline, folder) | further

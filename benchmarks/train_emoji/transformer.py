@@ -1,8 +1,8 @@
 """Training of a model's transformer by flow matching, on cached latents and caption embeddings.
 
-x = (1 - sigma) z + sigma n, and the velocity n - z is predicted from x, sigma and the caption, as the pipelines' Euler
-sampler expects. Latents z are normalised and packed into tokens as the model's row says. One caption in ten is empty,
-which teaches the negative branch of classifier-free guidance.
+With x = (1 - sigma) z + sigma n, the velocity n - z is predicted from x, sigma and the caption, as the pipelines' Euler
+sampler expects. Latents z are normalised, and packed into tokens by the model's row. One caption in ten is empty, to
+train the negative branch of classifier-free guidance.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ RATE = 1e-3
 
 @dataclass(frozen=True)
 class Samples:
-    """What a transformer trains on.
+    """The training data of a transformer.
 
     Attributes:
         tokens: [count, tokens, width], normalised and packed latents, any float dtype.
         text_rows: [count, 1 + empty captions], rows of `embeddings`: each sample's caption, then its empty ones.
         embeddings: [rows, length, TEXT_DIM].
         mask: [rows, length], True for tokens.
-        reference: [count, tokens, width], the tokens of the picture to be edited; None where there is none.
+        reference: [count, tokens, width], the tokens of the picture to be edited; None if there is none.
     """
 
     tokens: torch.Tensor
@@ -64,7 +64,7 @@ class Samples:
 def batch_encoder(
     row: Autoencoder, vae: torch.nn.Module, device: torch.device, compiled: bool
 ) -> Callable[[list[np.ndarray]], torch.Tensor]:
-    """A function from uint8 pictures to posterior means, fp16 on the CPU; every batch has to have the same size."""
+    """A function from uint8 pictures to posterior means, fp16 on the CPU; all batches must have the same size."""
     vae.to(device).eval()
     row.prepare(vae)
     plain = functools.partial(encode, row, vae)
@@ -78,7 +78,7 @@ def batch_encoder(
 
 
 def batches(draw: Callable[[int], Drawn], count: int, batch: int = 128) -> Iterator[list[Drawn]]:
-    """What is drawn for 0, 1, ... in batches of one size; those of the last one that are not needed are drawn too."""
+    """Yield draw(0), draw(1), ... in batches of one size; the last batch is filled up with further draws."""
     for start in range(0, count, batch):
         if start // batch % 50 == 0:
             print(f"encoded: {start} of {count}", flush=True)
@@ -94,7 +94,7 @@ def build_latents(
     device: torch.device,
     compiled: bool = True,
 ) -> None:
-    """Render and encode `count` captioned scenes; writes posterior means, captions, and the means' statistics."""
+    """Render and encode `count` captioned scenes; write posterior means, captions, and the means' statistics."""
     row = model.autoencoder
     encode_pictures = batch_encoder(row, vae, device, compiled)
     latents, captions = [], []
@@ -107,12 +107,12 @@ def build_latents(
 
 
 def captioned_samples(model: Model, cached: dict, encode_captions: CaptionEncoder, empty: tuple[str, ...]) -> Samples:
-    """The samples of what `build_latents` wrote, each caption encoded once.
+    """The samples from the file that `build_latents` wrote; each caption is encoded once.
 
     Args:
-        encode_captions: (tokenizer, text encoder, captions) to what the pipeline makes of them, padded: embeddings
-            [count, length, width] and mask [count, length].
-        empty: the captions that teach the negative branch of classifier-free guidance.
+        encode_captions: (tokenizer, text encoder, captions) → the pipeline's padded embeddings [count, length, width]
+            and mask [count, length].
+        empty: the captions that train the negative branch of classifier-free guidance.
     """
     captions = sorted(set(cached["captions"]))
     row_of = {caption: row for row, caption in enumerate(captions)}
@@ -129,7 +129,7 @@ def captioned_samples(model: Model, cached: dict, encode_captions: CaptionEncode
 
 
 def normalised_tokens(model: Model, cached: dict, latents: torch.Tensor) -> torch.Tensor:
-    """Latents [count, channels, h, w] as the transformer sees them, fp16."""
+    """Latents [count, channels, h, w] as the transformer's input tokens, fp16."""
     mean, std = (torch.tensor(cached[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
     return model.pack(((latents.float() - mean) / std).half())
 
@@ -171,15 +171,15 @@ def train_transformer(
     compiled: bool = True,
     batch: int | None = None,
 ) -> Fit:
-    """Train on cached samples; leaves the EMA weights in the transformer.
+    """Train on cached samples; afterwards, the transformer has the EMA weights.
 
     Args:
         model: the row whose `new_transformer` made the transformer.
-        samples: at least `batch` of them.
+        samples: at least `batch` samples.
         checkpoint, budget: as for `fit`.
-        device: where to train; bf16 autocast where `compiled`.
-        compiled: use torch.compile.
-        batch: samples per step; the row's own where None.
+        device: where to train.
+        compiled: use torch.compile and bf16 autocast.
+        batch: samples per step; None: the row's own number.
     """
     transformer.to(device).train()
     batch = batch or model.batch

@@ -1,15 +1,15 @@
 """`emoji-z-image`: ZImagePipeline with small configurations.
 
-The VAE makes 4x4 pixels one latent, where Z-Image's makes 8x8: at 64 pixels that gives 64 image tokens of 2x2 latents,
-which fill Z-Image's multiple of 32 exactly, where 8x8 would give 16 tokens padded to 32, with half the work wasted, and
-a blurrier picture. Captions are padded to 32 tokens.
+The VAE encodes 4x4 pixels as one latent; Z-Image's VAE encodes 8x8. At 64 pixels this gives 64 image tokens of 2x2
+latents, a multiple of 32, as Z-Image needs. With 8x8 there would be 16 tokens, padded to 32, so half the work would be
+wasted, and the picture would be blurrier. Captions are padded to 32 tokens.
 
-With 96 tokens a scene costs more than in emoji-qwen-image, whose transformer sees 31: an estimated 220 million
-multiplications forward here, 70 million there (12 width^2 per token and block). The width is therefore that of
-emoji-qwen-image although the 20 MB have room for twice the parameters, and a step takes half as many scenes: in the
-same hour, more steps do more than more parameters.
+With 96 tokens, a scene costs more than in emoji-qwen-image with its 31 tokens: an estimated 220 million multiplications
+per forward against 70 million (12 width^2 per token and block). So the width is that of emoji-qwen-image, although the
+20 MB have room for twice the parameters, and a step has half as many scenes: in the same hour, more steps help more
+than more parameters.
 
-The pipeline hands the transformer 1 - sigma and negates what it returns, so the transformer predicts latents - noise.
+The pipeline passes 1 - sigma to the transformer and negates its output, so the transformer predicts latents - noise.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LAYERS, REFINERS, HEADS, HEAD_DIM, ROPE_AXES = 6, 1, 5, 32, (8, 12, 12)
 BATCH = 32
 EMPTY_CAPTIONS = ("",)
 SHIFT = 3.0
-# Qwen's template for a single message and an answer that may think, which is all that the pipeline asks of it.
+# The part of Qwen's template that the pipeline uses: a single message, and an answer with thinking enabled.
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -50,9 +50,9 @@ CHAT_TEMPLATE = (
 
 
 def new_autoencoder(widths: tuple[int, ...] = WIDTHS, seed: int = 0) -> AutoencoderKL:
-    """A fresh VAE of FLUX's kind, without the convolutions between it and the latents.
+    """A new VAE of FLUX's kind, without the convolutions next to the latents.
 
-    It starts with little noise in the latents, so that they are worth reading from the first step on.
+    It starts with little noise in the latents, so that they carry information from the first step on.
     """
     torch.manual_seed(seed)
     vae = AutoencoderKL(
@@ -85,7 +85,7 @@ AUTOENCODER = Autoencoder(
     per_channel=False,
     prepare=lambda vae: None,
     configure=configure,
-    # Compiled by torch 2.13 for the CPU, the decoder's gradients are zero; uncompiled a step takes a tenth longer.
+    # Compiled by torch 2.13 for the CPU, the decoder's gradients are zero. Uncompiled, a step takes a tenth longer.
     compilable=False,
 )
 
@@ -100,7 +100,7 @@ def chat_tokenizer() -> Qwen2Tokenizer:
 
 
 def new_text_encoder(tokenizer: Qwen2Tokenizer, seed: int = 0) -> Qwen3Model:
-    """Three layers of width TEXT_DIM with random weights, frozen; the pipeline reads what the second one returns."""
+    """Three layers of width TEXT_DIM with random weights, frozen; the pipeline uses the second layer's output."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         hidden_size=TEXT_DIM,
@@ -121,7 +121,7 @@ def new_text_encoder(tokenizer: Qwen2Tokenizer, seed: int = 0) -> Qwen3Model:
 def encode_captions(
     tokenizer: Qwen2Tokenizer, encoder: Qwen3Model, captions: list[str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the pipeline makes of captions, padded: embeddings [count, 32, TEXT_DIM] and mask [count, 32].
+    """Encode captions as the pipeline does: padded embeddings [count, 32, TEXT_DIM] and mask [count, 32].
 
     Raises:
         ValueError: a caption has more than 32 tokens.
@@ -139,7 +139,7 @@ def encode_captions(
 
 
 def new_scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """Z-Image's own scheduler settings: a fixed shift."""
+    """Z-Image's scheduler settings: a fixed shift."""
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=SHIFT, use_dynamic_shifting=False)
 
 
@@ -151,7 +151,7 @@ def logit_shift(tokens: int) -> float:
 def new_transformer(
     layers: int = LAYERS, refiners: int = REFINERS, heads: int = HEADS, seed: int = 0
 ) -> ZImageTransformer2DModel:
-    """A fresh transformer whose modulation and output start at zero (adaLN-zero), which diffusers does not do."""
+    """A new transformer whose modulation and output start at zero (adaLN-zero), unlike in diffusers."""
     torch.manual_seed(seed)
     transformer = ZImageTransformer2DModel(
         all_patch_size=(2,),
@@ -206,8 +206,8 @@ def training_forward(
 ) -> Iterator[Callable[..., torch.Tensor]]:
     """The transformer's forward on a batch of one shape, with attention and rotation in plain real arithmetic.
 
-    The model's own forward goes through lists, picture by picture; this calls the same submodules on whole tensors.
-    Every caption has `text_length` places, those behind its end holding the pad token; image tokens need no padding.
+    The model's own forward loops over lists of pictures; this calls the same submodules on whole tensors. Every caption
+    is padded to `text_length` with the pad token; image tokens need no padding.
 
     Raises:
         ValueError: the image tokens or the captions do not fill multiples of 32.

@@ -20,7 +20,7 @@ from omni_runtime.generation.checks import finite_number
 
 __all__ = ["Journal", "KeptResponses"]
 
-ANEW = "and the search begins anew"
+ANEW = "and the search starts again"
 
 
 class Journal:

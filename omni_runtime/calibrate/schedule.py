@@ -138,7 +138,7 @@ def find(
     searched = about(omni, requests, settings)
     responded = None if journal is None else journal.with_suffix(".responses.safetensors")
     if journal is not None and responded is not None and not journal.exists() and responded.is_file():
-        responded.unlink()  # the search begins anew
+        responded.unlink()  # the search starts again
     kept = Journal(journal, searched)
     recorded = images.record()
     others.record()

@@ -58,7 +58,8 @@ def calibrate(options: argparse.Namespace) -> None:
     settle(options)
     key = calibration.KINDS[options.method].key
     with wrong_input():
-        # No weights are loaded: the model's index shows whether the method supports it. Every method accepts five ones.
+        # No weights are loaded: the model's index shows whether the method supports it. Every method accepts five 1.0
+        # values.
         out = _calibrated_file(options, options.method, {key: [1.0] * 5})
         omni = make_omni(options, cache_backend=None)
         prompts = prompts_and_images(options, CALIBRATION_PROMPTS, options.prompts)
@@ -200,7 +201,7 @@ def _searched_and_held_out(options: argparse.Namespace) -> tuple[Prompts, Prompt
         given = list(dict.fromkeys(prompts_and_images(options, SCHEDULE_PROMPTS, options.prompts)))
         texts = list(dict.fromkeys(text for text, _ in given))
         if not options.held_out and len(texts) < 2:
-            raise UsageError("--held-out is missing: a schedule is measured on prompts that it was not searched on")
+            raise UsageError("--held-out is missing: a schedule is measured on other prompts than those of its search")
         if options.held_out:
             searched, held_out = given, prompts_and_images(options, SCHEDULE_PROMPTS, options.held_out)
         else:

@@ -20,7 +20,7 @@ OWN_PROMPTS = 6
 def compare(options: argparse.Namespace) -> None:
     """Make the missing images and measure all of them."""
     if options.out.suffix.lower() in (".png", ".html", ".json") and not options.out.is_dir():
-        raise UsageError(f"--out {options.out}: several files are written: name a directory")
+        raise UsageError(f"--out {options.out}: several files are written: give a directory")
     settle(options)
     with wrong_input():
         runs = comparison.make_runs(options.model, options.run, options.steps, options.fewer_steps)
@@ -49,7 +49,7 @@ def compare(options: argparse.Namespace) -> None:
         ) from None
     found = sum(not cell.made_now for result in results for cell in result.cells)
     if found and not options.quiet:
-        print(f"{found} images were there already: --fresh makes them anew", file=sys.stderr)
+        print(f"{found} images already existed: --fresh makes them again", file=sys.stderr)
     document = comparison.evaluate(results, comparison.about(options.model, pipe, requests))
     files = showing.write(document, options.out)
     if options.json:

@@ -24,7 +24,7 @@ OTHER_PICTURES = frozenset(
 def generate(options: argparse.Namespace) -> None:
     """Make the images."""
     if options.out.suffix.lower() in OTHER_PICTURES and not options.out.is_dir():
-        raise UsageError(f"--out {options.out}: pictures are PNG: name a .png file or a directory")
+        raise UsageError(f"--out {options.out}: pictures are PNG: give a .png file or a directory")
     to_file = options.out.suffix.lower() == ".png"
     if to_file and len(options.prompt) > 1:
         raise UsageError(f"--out {options.out} is one file, for {len(options.prompt)} prompts: give a directory")
@@ -46,7 +46,7 @@ def generate(options: argparse.Namespace) -> None:
         try:
             files = result.save(options.out if to_file else _unused(options.out, result))
         except WriteError as error:
-            raise error.keeping(f"kept of the prompts before: {', '.join(written) or 'nothing'}") from error
+            raise error.keeping(f"kept from earlier prompts: {', '.join(written) or 'nothing'}") from error
         written += map(str, files)
         made.append({"files": [str(path) for path in files], **_as_json(result)})
         if not options.json:

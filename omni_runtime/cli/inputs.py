@@ -81,7 +81,7 @@ def texts(given: str) -> list[str]:
         if given.endswith(".txt") or (
             any(mark in given for mark in {"/", os.sep}) and not any(map(str.isspace, given))
         ):
-            raise UsageError(f"no file {given!r}: a prompt that looks like a file's name goes into a file")
+            raise UsageError(f"no file {given!r}: put a prompt that looks like a file name into a file")
         return [given]
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
@@ -89,7 +89,7 @@ def texts(given: str) -> list[str]:
         raise UsageError(f"{given} is not UTF-8: {error.reason} at byte {error.start}") from None
     found = [line for line in lines if line]
     if not found:
-        raise UsageError(f"{given} has no prompts: one per line is wanted")
+        raise UsageError(f"{given} has no prompts: it must have one per line")
     return found
 
 
@@ -122,7 +122,7 @@ def prompts_and_images(
             known_set = comparison.PROMPT_SETS.get(one[1:])
             if known_set is None:
                 known = ", ".join(f"@{name}" for name in ("model", *comparison.PROMPT_SETS))
-                raise UsageError(f"no set of prompts is called {one!r}: there are {known}")
+                raise UsageError(f"there is no prompt set {one!r}; the sets are {known}")
             prompts += [(text, None) for text in known_set]
         else:
             prompts += [(text, None) for text in texts(one)]

@@ -16,7 +16,7 @@ from typing import Any
 from omni_runtime.cli.options import DEFAULT_MODEL, UsageError
 from omni_runtime.cli.output import print_json
 
-#: Our own cache backends, in the order of listings: the `summary` of each, which a test holds against it.
+#: Our own cache backends, in the order of listings, with the `summary` of each. A test checks that they are equal.
 SUMMARIES = {
     "velocity_cache": "Velocity cache: skip whole steps on a schedule, and forecast the guided model output there",
     "tea_cache": "TeaCache: skip all blocks while block 0's modulated input has changed little since the last computed "
@@ -37,7 +37,7 @@ USE = """omni generate --prompt TEXT --cache-backend NAME \\
 
 
 def backends(options: argparse.Namespace) -> None:
-    """`omni backends`: list every cache backend in a line, or the keys of the named one with their defaults."""
+    """`omni backends`: list every cache backend in one line, or the keys of one backend with their defaults."""
     if options.name is None and not options.json:
         _print_summaries()
         return

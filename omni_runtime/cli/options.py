@@ -33,7 +33,7 @@ class _Parser(argparse.ArgumentParser):
 
     def _check_names(self, arguments: Sequence[str]) -> None:
         for word in arguments:
-            if word == "--" or (self._subparsers and not word.startswith("-")):  # from here on the command's own
+            if word == "--" or (self._subparsers and not word.startswith("-")):  # the rest belongs to the command
                 return
             name = word.partition("=")[0]
             if (
@@ -64,8 +64,8 @@ def parser() -> argparse.ArgumentParser:
     ):
         listing = commands.add_parser(name, help=about, description=f"{about.capitalize()}.", allow_abbrev=False)
         if name == "backends":
-            listing.add_argument("name", nargs="?", metavar="NAME", help="the backend whose keys are listed")
-        listing.add_argument("--json", action="store_true", help="print one JSON document, of all keys")
+            listing.add_argument("name", nargs="?", metavar="NAME", help="list the keys of this backend")
+        listing.add_argument("--json", action="store_true", help="print one JSON document with all keys")
         listing.set_defaults(module="listings", command=name)
     return root
 
@@ -128,7 +128,7 @@ def _add_generate(commands: Any, shared: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--cache-config", metavar="JSON", help='such as {"rel_l1_thresh": 0.2}')
     command.add_argument("--fuse", action="store_true", help="run transformer blocks fused")
-    command.add_argument("--compile", choices=["regional"], help="compile each transformer block by itself")
+    command.add_argument("--compile", choices=["regional"], help="compile each transformer block separately")
     command.add_argument(
         "--out", type=Path, default=Path("out"), metavar="PATH", help="a directory, or a .png file (default: out)"
     )
@@ -142,7 +142,7 @@ def _add_compare(commands: Any, shared: argparse.ArgumentParser) -> None:
         description=f"{about.capitalize()}. Writes report.html, contact_sheet.png, results.json and a PNG of each "
         "image, and prints a table: transformer forwards computed (NFE), time, speedup, PSNR (mean ± standard "
         "deviation, 5th percentile), SSIM. It always runs without a cache, and with fewer steps, too. "
-        "Images that the output directory already holds, made with the same settings, are kept.",
+        "Images in the output directory that were made with the same settings are not made again.",
         parents=[shared],
         allow_abbrev=False,
     )
@@ -152,7 +152,7 @@ def _add_compare(commands: Any, shared: argparse.ArgumentParser) -> None:
         "--prompt",
         action="append",
         metavar="TEXT|FILE",
-        help="a prompt, a file with one per line, or a set: @model (all that the embedded model brings), @general, "
+        help="a prompt, a file with one per line, or a set: @model (all prompts of the embedded model), @general, "
         "@edit; repeatable (default: six of @model)",
     )
     command.add_argument("--seeds", type=_seeds, default=[0, 1], metavar="N,N", help="default: 0,1")
@@ -181,8 +181,8 @@ def _add_calibrate(commands: Any, shared: argparse.ArgumentParser) -> None:
         "calibrate",
         help=about,
         description=f"{about.capitalize()}. For tea_cache it fits a polynomial, and for mag_cache ratios, to full "
-        "runs. For a schedule of velocity_cache it samples with one schedule after the other. The file is kept in the "
-        "user's data directory, and that model finds it there. With --out, give the file to the method's key "
+        "runs. For a schedule of velocity_cache it samples with one schedule after the other. The file is saved in the "
+        "user's data directory, where the model finds it. With --out, give the file to the method's key "
         "(coefficients, mag_ratios, calibration), or put it into the model's directory as METHOD.json "
         "(velocity_cache.json for a schedule). Calibrate with the steps, size and scheduler that you will use.",
         parents=[shared],
@@ -200,12 +200,14 @@ def _add_calibrate(commands: Any, shared: argparse.ArgumentParser) -> None:
         "--prompt",
         action="append",
         metavar="TEXT|FILE",
-        help="a prompt, a file with one per line, or a set: @model (all that the embedded model brings), @general, "
+        help="a prompt, a file with one per line, or a set: @model (all prompts of the embedded model), @general, "
         "@edit; repeatable (default: 24 of @model; for a schedule, 4 that benchmarks.quality does not compare on)",
     )
     command.add_argument("--seeds", type=_seeds, metavar="N,N", help="default: 0; for a schedule, 1000,1001")
     command.add_argument("--steps", type=_whole, metavar="N", help="denoising steps (default: the model's own)")
-    command.add_argument("--out", type=Path, metavar="FILE", help="default: kept for the model")
+    command.add_argument(
+        "--out", type=Path, metavar="FILE", help="default: in the user's data directory, where the model finds it"
+    )
     schedule = command.add_argument_group("schedule")
     schedule.add_argument(
         "--budgets",
@@ -217,14 +219,14 @@ def _add_calibrate(commands: Any, shared: argparse.ArgumentParser) -> None:
         "--held-out",
         action="append",
         metavar="TEXT|FILE",
-        help="prompts to measure the schedules on, like --prompts (default: 8 others of @model; of --prompts, every "
-        "fourth, which is then left out of the search); their seeds follow the largest of --seeds",
+        help="prompts to measure the schedules on, like --prompts (default: 8 others of @model; with --prompts, every "
+        "fourth of them, which the search then leaves out); their seeds follow the largest of --seeds",
     )
     schedule.add_argument(
-        "--tries", type=_whole, metavar="N", help="schedules sampled per budget at most (default: 30)"
+        "--tries", type=_whole, metavar="N", help="largest number of schedules to sample per budget (default: 30)"
     )
-    schedule.add_argument("--batch", type=_whole, metavar="N", help="images sampled at once at most (default: 8)")
-    schedule.add_argument("--fresh", action="store_true", help="forget what an interrupted search has sampled")
+    schedule.add_argument("--batch", type=_whole, metavar="N", help="largest number of images in one call (default: 8)")
+    schedule.add_argument("--fresh", action="store_true", help="discard the samples of an interrupted search")
 
 
 def text_of(argument: str) -> str:
@@ -232,18 +234,18 @@ def text_of(argument: str) -> str:
     try:
         return argument if argument.isprintable() else os.fsencode(argument).decode("utf-8")
     except UnicodeError:
-        raise argparse.ArgumentTypeError(f"UTF-8 is wanted, not {argument!r}") from None
+        raise argparse.ArgumentTypeError(f"must be UTF-8, not {argument!r}") from None
 
 
 def _whole(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a whole number of at least 1 is wanted, not {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
     return int(text)
 
 
 def _seed(text: str) -> int:
     if not text.isascii() or not text.isdigit():
-        raise argparse.ArgumentTypeError(f"a whole number of at least 0 is wanted, not {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, not {text!r}")
     return int(text)
 
 
@@ -258,14 +260,14 @@ def _budgets(text: str) -> list[int]:
 def _size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)(?:[x×](\d+))?", text)
     if match is None:
-        raise argparse.ArgumentTypeError(f"a size is 512 or 768x512 (width x height), not {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a size like 512 or 768x512 (width x height), not {text!r}")
     return int(match[1]), int(match[2] or match[1])
 
 
 def _setting(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
-        raise argparse.ArgumentTypeError(f"KEY=JSON is wanted, not {text!r}")
+        raise argparse.ArgumentTypeError(f"must be KEY=JSON, not {text!r}")
     try:
         return name, json.loads(value)
     except ValueError:

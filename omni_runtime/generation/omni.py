@@ -275,7 +275,7 @@ class Omni:
         pipe, handle = self.pipe, self._handle
         assert handle is not None  # load() has set it
         if not handle.active:
-            raise RuntimeError(f"the pipeline was unpatched, so {self!r} has no cache to report of: make another Omni")
+            raise RuntimeError(f"the pipeline was unpatched, so {self!r} has no cache: create another Omni")
         memory = PeakMemory(pipe._execution_device)
         clock = LoopClock(pipe._execution_device, None if handle.cache_backend else _without_cache(on_step))
         former, handle.on_step = handle.on_step, on_step

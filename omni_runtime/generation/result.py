@@ -119,7 +119,7 @@ def png(image: Any, settings: Mapping[str, Any]) -> bytes:
     from PIL.PngImagePlugin import PngInfo
 
     chunk = PngInfo()
-    chunk.add_text(PNG_KEY, json.dumps(settings))  # ASCII, as tEXt wants it
+    chunk.add_text(PNG_KEY, json.dumps(settings))  # ASCII, as a tEXt chunk requires
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", pnginfo=chunk)
     return buffer.getvalue()
@@ -145,8 +145,8 @@ class NotANumberError(ValueError):
 
 
 _NAN = (
-    "the picture is not a number (NaN): the model, its weights or a scheduler with so few steps gave no finite values; "
-    "try more steps, another dtype (float16 overflows first), or no cache"
+    "the picture contains NaN: the model, its weights or a scheduler with so few steps gave values that are not "
+    "finite; try more steps, another dtype (float16 overflows first), or no cache"
 )
 
 

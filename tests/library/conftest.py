@@ -1,4 +1,4 @@
-"""The cache-dit library logs its configuration at every request."""
+"""Silences the cache-dit library, which logs its configuration at every request."""
 
 import logging
 

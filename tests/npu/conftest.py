@@ -1,6 +1,7 @@
-"""Each test in this directory runs in a process of its own, forked off, in which the simulated NPU is installed.
+"""Runs each test in this directory in a forked process, in which the simulated NPU is installed.
 
-It cannot be taken out again, and would be the accelerator of all tests that follow. Fixtures run before the fork.
+The simulated NPU cannot be removed again, and would be the accelerator of all later tests. Fixtures run before the
+fork.
 """
 
 import os
@@ -10,7 +11,7 @@ import traceback
 import pytest
 import simulated_npu
 import torch
-import torch.distributed.tensor  # torch imports it when a tensor is first moved, which every process would do again
+import torch.distributed.tensor  # at the first move of a tensor, torch would import this again in every process
 
 PASSED, FAILED, SKIPPED = range(3)
 

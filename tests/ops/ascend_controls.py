@@ -1,4 +1,4 @@
-"""One kernel through Ascend's compilers, right and wrong: `test_ascend` runs it without the interpreter."""
+"""Lowers one kernel with Ascend's compilers, correctly and wrongly; `test_ascend` runs this without the interpreter."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ CHECK = checks.parse("relative_l1/3x37x200/bfloat16/offset")
 
 
 class Wrong(Tools):
-    """Adds where it should subtract."""
+    """Compiler tools that replace subtraction by addition."""
 
     def linalg(self, ttir: str) -> str:
         return super().linalg(ttir).replace("arith.subf", "arith.addf")

@@ -1,4 +1,4 @@
-"""Both implementations of an op under the same tests, with guarded and poisoned buffers."""
+"""Runs the same tests on both implementations of an op, with guarded and poisoned buffers."""
 
 import importlib
 from collections.abc import Iterator
@@ -21,13 +21,13 @@ if INTERPRETED:
         patch_tensor(tensor, *scope)
         tensor.__index__ = lambda self: int(self.handle.data.squeeze())
 
-    # Before 3.7, Triton's interpreter counts loops with what numpy 2.4 no longer allows.
+    # Before 3.7, Triton's interpreter uses loop counters that numpy 2.4 no longer accepts.
     interpreter._patch_lang_tensor = patch_index
 
 
 @pytest.fixture
 def guarded() -> Iterator[None]:
-    """Outputs hold NaN and lie between guards, and the guards are looked at afterwards."""
+    """Outputs are filled with NaN and lie between guards, which are checked afterwards."""
     with poisoned_outputs() as intact:
         yield
         assert intact(), "a kernel wrote outside its buffers"
@@ -35,13 +35,13 @@ def guarded() -> Iterator[None]:
 
 @pytest.fixture
 def no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever would be copied to become contiguous fails the test."""
+    """A copy to make a tensor contiguous fails the test."""
     monkeypatch.setattr(torch.Tensor, "contiguous", lambda t: t if t.is_contiguous() else pytest.fail("copied"))
 
 
 @pytest.fixture
 def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer programs, which is what the interpreter's time goes by."""
+    """Larger blocks, so fewer programs: the interpreter's time depends on their number."""
     if INTERPRETED:
         for op in ("relative_l1", "residual_relative_l1", "linear_forecast", "gelu", "swiglu"):
             monkeypatch.setattr(importlib.import_module(f"omni_kernels.ops.{op}"), "BLOCK", 2**16)
@@ -66,5 +66,5 @@ def implementation(request: pytest.FixtureRequest, guarded: None) -> Implementat
 
 @pytest.fixture(params=[pytest.param("triton", marks=ON_GPU)])
 def triton_launch(request: pytest.FixtureRequest, guarded: None) -> Implementation:
-    """Triton alone, for what is about its launches."""
+    """Triton only, for tests of its launches."""
     return _ready(request.param)

@@ -1,4 +1,4 @@
-"""The two implementations of every op, to be tested alike."""
+"""The two implementations of every op, for the same tests."""
 
 import dataclasses
 import os
@@ -15,7 +15,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 @dataclasses.dataclass(frozen=True)
 class Implementation:
     """`self[op]` takes the op's arguments. "cpu" is the public function on CPU tensors; "triton" is the launcher, on
-    CPU tensors through Triton's interpreter or, where the process has none, on the GPU."""
+    CPU tensors through Triton's interpreter or, without the interpreter, on the GPU."""
 
     name: str
 

@@ -1,4 +1,4 @@
-"""The package's launches, one of a kernel that does what none of the package's does, and what a launch is made of."""
+"""The package's launches, a control kernel that does what no kernel of the package does, and launch configurations."""
 
 import importlib
 import inspect
@@ -19,7 +19,7 @@ from omni_kernels.validation import launches
 
 @triton.jit
 def control_kernel(p_x, p_out, n, stride, BLOCK: tl.constexpr):
-    """What no kernel of the package does: a mask on every block, a product of 32 bits, a floating-point atomic."""
+    """Does what no kernel of the package does: a mask on every block, a 32-bit product, a floating-point atomic."""
     o = tl.program_id(0) * stride + tl.arange(0, BLOCK)
     tl.atomic_add(p_out, tl.sum(tl.load(p_x + o, mask=o < n, other=0.0).to(tl.float32)))
 
@@ -35,7 +35,7 @@ def table() -> dict:
 
 @dataclass(frozen=True)
 class Configuration:
-    """What a kernel is compiled for: its constants, its warps, and the dtype of every tensor that it is given."""
+    """What a kernel is compiled for: its constants, its warps, and the dtypes of its tensors."""
 
     kernel: str
     constants: dict[str, int]
@@ -44,12 +44,12 @@ class Configuration:
 
     @property
     def elements(self) -> int:
-        """Of every tensor, that a warp takes at a time."""
+        """The number of elements of each tensor that a warp processes at a time."""
         return self.constants.get("ROWS", 1) * self.constants["BLOCK"] // self.num_warps
 
 
 class _Recorder:
-    """Stands for a kernel, and is not launched."""
+    """Replaces a kernel; records its launches and runs nothing."""
 
     def __init__(self, name: str, kernel: Any, found: list[Configuration]) -> None:
         self.name, self.found = name, found
@@ -68,7 +68,7 @@ class _Recorder:
 
 
 def _kernels() -> list[tuple[Any, str]]:
-    """Of every kernel of the package, the file and the name."""
+    """The module and the name of every kernel of the package."""
     files = [
         importlib.import_module(f"omni_kernels.ops.{module.name}") for module in pkgutil.iter_modules(ops.__path__)
     ]
@@ -81,7 +81,7 @@ def kernels() -> set[str]:
 
 @contextmanager
 def recorded(warp_size: int = 32) -> Iterator[list[Configuration]]:
-    """The configuration of every launch within; nothing is run."""
+    """While open, record the configuration of every launch; nothing runs."""
     found: list[Configuration] = []
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(ops._samples, "warp_size", return_value=warp_size))
@@ -92,7 +92,7 @@ def recorded(warp_size: int = 32) -> Iterator[list[Configuration]]:
 
 
 def configurations(launch: Callable[[], object], warp_size: int = 32) -> list[Configuration]:
-    """Of the kernels that it launches, in order."""
+    """The configurations of the kernels that `launch` launches, in order."""
     with recorded(warp_size) as found:
         launch()
     return found

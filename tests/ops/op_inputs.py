@@ -17,9 +17,9 @@ EMPTY = [(0, 4, 8), (2, 0, 8), (2, 3, 0), (0,)]
 
 
 def far_apart(t: torch.Tensor) -> torch.Tensor:
-    """The same numbers, each sample 2³⁰ elements from the one before: the distance fits 32 bits, twice it does not.
+    """A copy of `t` with samples 2³⁰ elements apart: this distance fits into 32 bits, twice the distance does not.
 
-    Of these gigabytes of addresses a few KB are used.
+    The tensor spans gigabytes of addresses, of which a few KB are used.
     """
     distance = 2**30
     size = (t.shape[0] - 1) * distance + t[0].numel()

@@ -1,4 +1,4 @@
-"""For all tests of patching: what one model was told to attend with, the next one is not."""
+"""For all tests of patching: restores the attention backend after each test."""
 
 import pytest
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
@@ -6,5 +6,5 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 @pytest.fixture(autouse=True)
 def attention_backend_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model's `set_attention_backend` sets the default of all models, too."""
+    """Restore the default attention backend, which a model's `set_attention_backend` changes for all models."""
     monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)

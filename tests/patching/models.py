@@ -1,4 +1,4 @@
-"""The models whose blocks have a fused forward, for the tests that ask the same of each."""
+"""The models whose blocks have a fused forward, for tests that are the same for all."""
 
 import contextlib
 from collections.abc import Callable
@@ -20,9 +20,11 @@ class Model:
     """A tiny pipeline.
 
     Attributes:
-        build: makes it; all widths divide by 64 with `options`.
-        classes: of its blocks, of which there are `blocks`.
-        lora: the layers of its blocks that an adapter is put on, all of which a fused forward calls.
+        build: builds the pipeline.
+        classes: the classes of its blocks.
+        blocks: the number of its blocks.
+        lora: the layers of its blocks that get an adapter; a fused forward calls all of them.
+        options: arguments for `build` with which all widths are divisible by 64.
     """
 
     build: Callable[..., Any]
@@ -32,14 +34,14 @@ class Model:
     options: dict[str, Any]
 
     def all_fused(self) -> contextlib.AbstractContextManager[None]:
-        """While open, a block that runs unfused fails."""
+        """While open, a block that runs unfused raises an error."""
         return unfused_fails(*self.classes)
 
     def blocks_of(self, pipe: Any) -> list[torch.nn.Module]:
         return [module for module in pipe.transformer.modules() if isinstance(module, self.classes)]
 
     def add_lora(self, pipe: Any) -> None:
-        """An adapter of random weights, the same each time."""
+        """Add an adapter with random weights, the same each time."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=list(self.lora), init_lora_weights=False)
@@ -78,5 +80,5 @@ MODELS = {
 
 
 def latents(pipe: Any, **arguments: Any) -> torch.Tensor:
-    """Those of a request of two steps."""
+    """The latents of a request of two steps."""
     return tiny.generate(pipe, output_type="latent", **{"num_inference_steps": 2} | arguments)

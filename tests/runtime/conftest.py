@@ -1,4 +1,4 @@
-"""For the runtime's tests: a guard against loading weights, and an embedded model made of a tiny pipeline."""
+"""For the runtime's tests: a guard against loading weights, and a tiny pipeline as the embedded model."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ SMALL = {"height": 64, "width": 64, "num_inference_steps": 4}
 
 @pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails the test that reads any weight."""
+    """Loading weights fails the test."""
 
     def from_pretrained(*args: Any, **kwargs: Any) -> None:
         pytest.fail("weights were loaded")
@@ -25,7 +25,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The variable that names a backend is not set."""
+    """Unset the environment variable that names a backend."""
     monkeypatch.delenv("DIFFUSION_CACHE_BACKEND", raising=False)
 
 

@@ -381,9 +381,9 @@ def test_an_interrupted_search_goes_on_with_the_same_command(saved, tmp_path, ca
     [
         (["tea_cache", "--budgets", "3"], "--budgets is for a schedule"),
         (["tea_cache", "--fresh"], "--fresh is for a schedule"),
-        (["schedule", "--budgets", "x"], "a whole number of at least 1 is wanted"),
+        (["schedule", "--budgets", "x"], "must be a whole number of at least 1"),
         (["schedule", "--budgets", "99", "--steps", "4", "--held-out", "a dog"], "from 2 to the 4 steps"),
-        (["schedule"], "--held-out is missing: a schedule is measured on prompts that it was not searched on"),
+        (["schedule"], "--held-out is missing: a schedule is measured on other prompts than those of its search"),
         (["schedule", "--held-out", "a cat"], "--held-out has prompts that are searched on: a cat"),
     ],
 )
