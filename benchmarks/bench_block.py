@@ -403,7 +403,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(rows))
     goals = targets(rows)
     print(*goals, sep="\n", end="\n" if goals else "")
-    path = options.out or (RESULTS / f"blocks-{slug(device_name(device))}.json" if device.type != "cpu" else None)
+    kept = device.type != "cpu" and not options.small
+    path = options.out or (RESULTS / f"blocks-{slug(device_name(device))}.json" if kept else None)
     if path is not None:
         report = {
             "command": " ".join(["python -m benchmarks.bench_block", *(sys.argv[1:] if argv is None else argv)]),

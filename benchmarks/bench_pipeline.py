@@ -333,7 +333,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     reach = goal(rows) if full else None
     if reach is not None:
         print(reach)
-    path = options.out or (RESULTS / f"pipeline-{slug(device_name(device))}.json" if device.type != "cpu" else None)
+    kept = device.type != "cpu" and not options.small
+    path = options.out or (RESULTS / f"pipeline-{slug(device_name(device))}.json" if kept else None)
     if path is not None:
         report: Mapping[str, Any] = {
             "command": " ".join(["python -m benchmarks.bench_pipeline", *(sys.argv[1:] if argv is None else argv)]),
