@@ -23,9 +23,9 @@ _NEXT, _MADE, _APART = "_omni_kernels_next", "_omni_kernels_ahead", "_omni_kerne
 
 
 class _Next(tuple[torch.nn.Module, ...]):
-    """The next block, in a tuple: a bare module would be registered as a child. On a copied block the tuple is empty.
+    """The next block, in a tuple because a bare module would be registered as a child.
 
-    A copied block is not patched, so it has no next block.
+    It is copied as an empty tuple: a copied block is not patched, so it has no next block.
     """
 
     __slots__ = ()
