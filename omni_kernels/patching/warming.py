@@ -37,7 +37,7 @@ class Warmup:
 def warmup(pipe: Any, *, steps: int = STEPS, **arguments: Any) -> Warmup:
     """Run one short request, so that everything is compiled for later requests of the same sizes.
 
-    It alternates computed and skipped steps, whatever the cache's thresholds are, and leaves no state in the cache.
+    With a cache, some steps are computed and some skipped, whatever its thresholds are. No state stays in the cache.
     Another size, batch or dtype may need other variants of the kernels. So warm up once for each kind of request.
 
     Args:
