@@ -1,18 +1,18 @@
-"""`python -m omni_kernels.validate`: whether every op is right on a device, and how near to its roof it runs.
+"""`python -m omni_kernels.validate`: check every op on a device for correctness, and measure its bandwidth.
 
     python -m omni_kernels.validate [--device cuda|npu|cpu] [--quick] [--ops a,b] [--out DIR]
     python -m omni_kernels.validate --case gelu/3x37x200/bfloat16/offset [--seed N]
     python -m omni_kernels.validate --compile-only [--targets sm_90,gfx942]
 
-1. Every op is run over the models' shapes and odd ones, in fp32, fp16 and bf16 and in several layouts, against fp64,
-   between guards and twice (`validation.checks`). On a CPU the models' tokens are reduced, and the ops are plain torch;
-   with TRITON_INTERPRET=1 they are the kernels, interpreted.
-2. The bandwidth at which the device copies memory is measured, then every op and the same in plain torch.
-3. Tables are printed; `validation.json` and `validation.html` have all of it, with device, driver and versions.
+1. Every op is checked against fp64, at the models' shapes and unusual ones, in fp32, fp16 and bf16 and in several memory
+   layouts. It runs twice, with guard memory around its tensors (`validation.checks`). On a CPU, the models' shapes have
+   fewer tokens, and the ops are plain torch; with TRITON_INTERPRET=1 they are the kernels, interpreted.
+2. The device's bandwidth for copying memory is measured, then every op, and the same in plain torch.
+3. Tables are printed. `validation.json` and `validation.html` contain everything, with device, driver and versions.
 
 `--compile-only` needs no device: it compiles the kernels for GPUs and reports registers, shared memory and spills.
 
-Exit codes: 0 all that was run is right; 1 something is not, or an op was never run; 2 wrong usage; 3 nothing to run on.
+Exit codes: 0 everything that ran is correct; 1 something is wrong, or an op was never run; 2 wrong usage; 3 no device.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ from omni_kernels.validation.measurement import Row, measure
 from omni_kernels.validation.roof import copy_bandwidth
 from omni_kernels.validation.shapes import CPU_DIVISOR, Shape
 
-#: NVIDIA and AMD, Ascend, CPU: the best first.
+#: NVIDIA and AMD, Ascend, CPU, in order of preference.
 KINDS = ("cuda", "npu", "cpu")
 
 PASSED, FAILED, WRONG_USAGE, NO_DEVICE = range(4)
 COMMAND = "python -m omni_kernels.validate"
 
-#: Seconds after which nothing new is begun: checks, and all. What starting takes comes on top.
+#: Time limits in seconds: after the first no check is begun, after the second nothing at all. Start-up is not included.
 LIMITS = {"quick": (25.0, 40.0), "whole": (300.0, 440.0)}
 QUICK_TARGETS = ("sm_90", "gfx942")
 
@@ -62,10 +62,10 @@ OTHER_TIMING = "Times are medians between two events around the launches."
 
 
 def find_device(wanted: str | None) -> torch.device | None:
-    """The device that is asked for, or the best that there is; None where that is not there.
+    """The requested device, or the best available one; None if the requested one is not available.
 
     Raises:
-        ValueError: it is none of `KINDS`.
+        ValueError: its kind is not one of `KINDS`.
     """
     for name in [wanted] if wanted else KINDS:
         kind, _, index = name.partition(":")
@@ -84,7 +84,7 @@ def interpreted() -> bool:
 
 
 def implementation_on(device: torch.device) -> tuple[str, Implementation]:
-    """What the ops are on a device, in words, and how they are found."""
+    """How the ops are implemented on a device, in words, and a function that returns an op's implementation."""
     if interpreted():
         return "Triton kernels, interpreted on the CPU", lambda op: OPS[op].launcher
     words = "plain torch"
@@ -97,7 +97,7 @@ def implementation_on(device: torch.device) -> tuple[str, Implementation]:
 
 
 class Progress:
-    """One line about how far a phase is, now and then; `limit` is when it ends at the latest, on time.monotonic."""
+    """Prints a line about a phase's progress from time to time. `limit` is its latest end, on time.monotonic."""
 
     def __init__(self, phase: str, total: int, limit: float) -> None:
         self.phase, self.total, self.limit = phase, total, limit
@@ -110,7 +110,7 @@ class Progress:
         return time.monotonic() >= self.limit
 
     def step(self, told: str = "") -> None:
-        """One more is done."""
+        """Count one more as done."""
         self.done += 1
         now = time.monotonic()
         terminal = sys.stderr.isatty()
@@ -124,13 +124,13 @@ class Progress:
 
 
 def repeat(check: Check, device: torch.device, seed: int) -> str:
-    """The command that runs one check again."""
+    """The command that repeats one check."""
     words = [*COMMAND.split(), "--device", str(device), "--case", check.id, "--seed", str(seed)]
     return ("TRITON_INTERPRET=1 " if interpreted() else "") + shlex.join(words)
 
 
 def check_all(wanted: Sequence[Check], device: torch.device, seed: int, limit: float) -> list[dict[str, Any]]:
-    """Every check's outcome, in order; those that time, memory or a lost device left no room for are "not run"."""
+    """The outcomes of all checks, in order. "not run": there was no time or memory left, or the device was lost."""
     implementation = implementation_on(device)[1]
     progress = Progress("checks", len(wanted), limit)
     outcomes: list[dict[str, Any]] = []
@@ -157,13 +157,13 @@ def check_all(wanted: Sequence[Check], device: torch.device, seed: int, limit: f
 
 
 def _checked(check: Check, implementation: Implementation, device: torch.device, seed: int) -> dict[str, Any]:
-    """What came of one check."""
+    """The outcome of one check."""
     worst = None
     try:
         problems = checks.run(check, implementation, device, seed)
     except torch.OutOfMemoryError:
         return {"status": "not run", "problem": "the device has not enough memory"}
-    except Exception as error:  # a kernel that cannot be compiled or launched is a finding like any other
+    except Exception as error:  # a kernel that cannot be compiled or launched is a failed check, too
         problem = f"{type(error).__name__}: {error}"[:2000]
     else:
         if not problems:
@@ -174,7 +174,7 @@ def _checked(check: Check, implementation: Implementation, device: torch.device,
 
 
 def _lost(device: torch.device) -> str | None:
-    """Why nothing more can be run: an access to memory that is not there ends a device's context."""
+    """Why nothing more can be run, or None. After an invalid memory access, a device's context is unusable."""
     if device.type == "cpu":
         return None
     try:
@@ -187,7 +187,7 @@ def _lost(device: torch.device) -> str | None:
 def measure_all(
     ops: Sequence[str], shapes: Sequence[Shape], device: torch.device, limit: float, wrong: set[str]
 ) -> tuple[list[Row], list[str]]:
-    """Ours and plain torch for every case and shape, and what was left out, and why."""
+    """Measure our ops and plain torch for every case and shape. Returns the rows, and what was left out and why."""
     cases = [case for case in CASES.values() if case.op in ops]
     wanted = [(case, shape, p) for shape in shapes for case in cases if case.fits(shape) for p in PROVIDERS]
     progress = Progress("times", len(wanted), limit)
@@ -211,8 +211,10 @@ def measure_all(
 def compile_all(
     ops: Sequence[str], targets: Sequence[str], limit: float, quick: bool = False
 ) -> tuple[list[dict[str, Any]], int, dict[str, list[float]]]:
-    """What the launches of `ops`, or quickly those of the models alone, come to on `targets`, how many were left for
-    want of time, and the seconds that each kernel's variants took to compile.
+    """Compile the launches of `ops` for `targets`; with `quick`, only those at the models' shapes.
+
+    Returns:
+        The results, the number of launches left out for lack of time, and the compile times of each kernel's variants.
     """
     table = launches.models() if quick else launches.table()
     names = [name for name in table if set(name.split()) & set(ops)]
@@ -258,7 +260,7 @@ def _arguments() -> argparse.ArgumentParser:
 
 
 def _chosen(parser: argparse.ArgumentParser, option: str, text: str | None, allowed: Sequence[str]) -> list[str]:
-    """The names in a list with commas."""
+    """The names in a comma-separated list."""
     if text is None:
         return [*allowed]
     names = [name.strip() for name in text.split(",") if name.strip()]
@@ -273,7 +275,7 @@ def _chosen(parser: argparse.ArgumentParser, option: str, text: str | None, allo
 
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code, or raises SystemExit(2) where it is used wrongly."""
+    """The command. Returns its exit code, or raises SystemExit(2) for wrong usage."""
     began = time.monotonic()
     parser = _arguments()
     options = parser.parse_args(argv)
@@ -362,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _found(document: dict[str, Any], device: torch.device) -> str:
-    """The device, for the first line."""
+    """A description of the device and the versions, printed first."""
     about = document["machine"]
     facts = [about["vendor"], about["arch"]]
     if about.get("memory"):
@@ -379,7 +381,7 @@ def _found(document: dict[str, Any], device: torch.device) -> str:
 
 
 def _finish(document: dict[str, Any], out: Path | None, began: float) -> int:
-    """Say and write what was found."""
+    """Print and write the results. Returns the exit code."""
     wrong = any(c["status"] == "failed" for c in document["checks"]) or document["unchecked"]
     wrong = wrong or any(c["error"] or c["spills"] for c in document["compiled"])
     document["verdict"] = "failed" if wrong else "passed"
