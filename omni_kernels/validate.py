@@ -4,9 +4,9 @@
     python -m omni_kernels.validate --case gelu/3x37x200/bfloat16/offset [--seed N]
     python -m omni_kernels.validate --compile-only [--targets sm_90,gfx942]
 
-1. Every op is checked against fp64, at the models' shapes and unusual ones, in fp32, fp16 and bf16 and in several memory
-   layouts. It runs twice, with guard memory around its tensors (`validation.checks`). On a CPU, the models' shapes have
-   fewer tokens, and the ops are plain torch; with TRITON_INTERPRET=1 they are the kernels, interpreted.
+1. Every op is checked against fp64, at the models' shapes and unusual ones, in fp32, fp16 and bf16, and in several
+   memory layouts. It runs twice, with guard memory around its tensors (`validation.checks`). On a CPU, the models'
+   shapes have fewer tokens, and the ops are plain torch; with TRITON_INTERPRET=1 they are the kernels, interpreted.
 2. The device's bandwidth for copying memory is measured, then every op, and the same in plain torch.
 3. Tables are printed. `validation.json` and `validation.html` contain everything, with device, driver and versions.
 

@@ -1,4 +1,4 @@
-"""RMSNorm with `npu_rms_norm`: one launch where plain torch takes five, computed in fp32, rounded once (`operators`)."""
+"""RMSNorm with `npu_rms_norm`: one launch where plain torch takes five, in fp32, rounded once (`operators`)."""
 
 from __future__ import annotations
 
