@@ -20,7 +20,7 @@ from omni_kernels.device import Timer
 
 Call = Callable[[], object]
 
-# Larger than the last-level cache of any supported GPU (H200: 50 MB; MI300X: 256 MB).
+# Larger than the last-level cache of all GPUs considered here (H200: 50 MB; MI300X: 256 MB).
 COLD_BYTES = 512 << 20
 MOST_SETS = 32
 # On the host, measuring ends after this many seconds, but not before three rounds. Slow calls need fewer rounds.
