@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ops = [name.strip() for name in options.ops.split(",") if name.strip()]
     for name in ops:
         if name not in TUNABLE:
-            parser.error(f"--ops: {name!r} has no tile to choose; those that have: {', '.join(TUNABLE)}")
+            parser.error(f"--ops: {name!r} has no tunable tile; allowed are {', '.join(TUNABLE)}")
     if options.dry_run:
         names = compiled(ops)
         print(f"{len(names)} launches of {len(set(names))} kernels compiled for {TARGET}; nothing was measured")
@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "rows": kept,
         },
     )
-    print(f"{len(kept)} tiles are others than the ops' own; written to {path}")
+    print(f"{len(kept)} tiles differ from the ops' defaults; written to {path}")
     return 0
 
 

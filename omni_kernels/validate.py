@@ -55,8 +55,8 @@ LIMITS = {"quick": (25.0, 40.0), "whole": (300.0, 440.0)}
 QUICK_TARGETS = ("sm_90", "gfx942")
 
 TIMING = {
-    "cpu": "Times are medians on the host's clock, of work that is small enough to lie in its caches.",
-    "cuda": "Times are medians of the device's own, of replayed graphs on data that no cache holds.",
+    "cpu": "Times are medians of the host's clock. The data are small enough to fit in its caches.",
+    "cuda": "Times are medians of the device's clock, for replayed graphs on data too large for its caches.",
 }
 OTHER_TIMING = "Times are medians between two events around the launches."
 
@@ -195,7 +195,7 @@ def measure_all(
     left_out = [f"{op}, whose results are wrong" for op in ops if op in wrong]
     for j, (case, shape, provider) in enumerate(wanted):
         if progress.is_over:
-            left_out.append(f"{len(wanted) - j} of {len(wanted)} times, for want of time")
+            left_out.append(f"{len(wanted) - j} of {len(wanted)} measurements, for lack of time")
             break
         try:
             if case.op not in wrong:
@@ -250,9 +250,9 @@ def _arguments() -> argparse.ArgumentParser:
         "--quick", action="store_true", help="in less than a minute: every op in every dtype, one model"
     )
     parser.add_argument("--ops", metavar="A,B", help=f"of {', '.join(OPS)}; default: all")
-    parser.add_argument("--case", action="append", metavar="ID", help="this check alone, and no times; may be repeated")
-    parser.add_argument("--seed", type=int, default=0, help="of the inputs' numbers (default 0)")
-    parser.add_argument("--minutes", type=float, help="begin nothing new after so many")
+    parser.add_argument("--case", action="append", metavar="ID", help="run only this check, not timed; may be repeated")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the inputs (default 0)")
+    parser.add_argument("--minutes", type=float, help="begin nothing new after this many minutes")
     parser.add_argument("--compile-only", action="store_true", help="compile the kernels; needs no device")
     parser.add_argument("--targets", metavar="A,B", help=f"to compile for: {', '.join(aot.TARGETS)}; default: all")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the files go (default: here; --case: nowhere)")
@@ -269,7 +269,7 @@ def _chosen(parser: argparse.ArgumentParser, option: str, text: str | None, allo
             near = difflib.get_close_matches(name, allowed, 1)
             parser.error(f"{option}: {name!r} is unknown; {f'did you mean {near[0]}?' if near else ', '.join(allowed)}")
     if not names:
-        parser.error(f"{option}: nothing is named; there are {', '.join(allowed)}")
+        parser.error(f"{option}: no names are given; allowed are {', '.join(allowed)}")
     return names
 
 
@@ -335,7 +335,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     print(_found(document, device))
     if only:
-        document |= {"checks": check_all(only, device, options.seed, float("inf")), "not_measured": "as --case says"}
+        document |= {
+            "checks": check_all(only, device, options.seed, float("inf")),
+            "not_measured": "--case is not timed",
+        }
         return _finish(document, options.out, began)
     divisor = 1
     if device.type == "cpu":
@@ -347,7 +350,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     done = {c["op"] for c in document["checks"] if c["status"] != "not run"}
     document["unchecked"] = [op for op in ops if op not in done]
     if interpreted():
-        document["not_measured"] = "interpreted kernels have no speed"
+        document["not_measured"] = "interpreted kernels are not timed"
     elif _lost(device):
         document["not_measured"] = "the device was lost"
     else:

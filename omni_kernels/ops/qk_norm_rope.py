@@ -92,7 +92,7 @@ def qk_norm_rope(
     if not alike(q, k, v, q_out, k_out, v_out):
         raise unlike("qk_norm_rope", q=q, k=k, v=v, q_out=q_out, k_out=k_out, v_out=v_out)
     if (v is None) is not (v_out is None):
-        raise ValueError("qk_norm_rope: v and v_out are given together, or neither")
+        raise ValueError("qk_norm_rope: v and v_out must be given together")
     if layout not in LAYOUTS:
         raise ValueError(f"qk_norm_rope: layout is {layout!r}; allowed are 'interleaved' and 'half'")
     for name, t in (("q", q), ("k", k), ("v", v), ("q_out", q_out), ("k_out", k_out), ("v_out", v_out)):
@@ -117,7 +117,7 @@ def qk_norm_rope(
 def _check_freqs(freqs: torch.Tensor, q: torch.Tensor) -> None:
     B, S, _, Dh = q.shape
     if freqs.dtype != torch.float32:
-        complex_ = "; torch.view_as_real makes it that" if freqs.dtype == torch.complex64 else ""
+        complex_ = "; torch.view_as_real converts it" if freqs.dtype == torch.complex64 else ""
         raise ValueError(f"qk_norm_rope: freqs has dtype {str(freqs.dtype)[6:]}; it must be float32{complex_}")
     if freqs.shape not in ((S, Dh // 2, 2), (B, S, Dh // 2, 2), (1, S, Dh // 2, 2)):
         raise ValueError(
@@ -132,7 +132,7 @@ def _check_tables(
     cos: torch.Tensor | None, sin: torch.Tensor | None, freqs: torch.Tensor | None, q: torch.Tensor
 ) -> None:
     if cos is None or sin is None or freqs is not None:
-        raise ValueError("qk_norm_rope: cos and sin are given together, and without freqs")
+        raise ValueError("qk_norm_rope: cos and sin must be given together, and without freqs")
     if cos.shape != (q.shape[1], q.shape[3]):
         raise ValueError(f"qk_norm_rope: cos has shape {[*cos.shape]}; it must be [S, Dh] = {[q.shape[1], q.shape[3]]}")
     if not alike(cos, sin) or cos.device != q.device:

@@ -35,7 +35,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, *, eps: float 
         ValueError: the weight's shape does not fit, devices differ, a dtype is not allowed, or x has no dimensions.
     """
     if not x.shape:
-        raise ValueError("rms_norm: x has no dimensions; the last one is what is normed")
+        raise ValueError("rms_norm: x has no dimensions; it is normalised over the last one")
     if x.dtype not in DTYPES:
         raise unlike("rms_norm", x=x)
     _norms.check_vectors("rms_norm", "x", x, weight=weight)

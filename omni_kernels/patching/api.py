@@ -192,13 +192,13 @@ def patch(
     """
     if isinstance(pipe, ModuleType):
         if any(one is not None for one in (cache_backend, cache_config, fuse, compile)):
-            raise TypeError(f"patch({pipe.__name__}) takes nothing else: a cache is installed on a pipeline")
+            raise TypeError(f"patch({pipe.__name__}) takes no other arguments: a cache is installed on a pipeline")
         return handle_of(pipe) or LibraryHandle(pipe)
     if fuse is not None and not isinstance(fuse, bool):
         raise TypeError(f"fuse must be True, False or None, not {fuse!r}")
     name = None if cache_backend in (None, "none") else cache_backend
     if name is None and not isinstance(cache_config, Mapping | None):
-        raise TypeError(f"cache_config must be a dict or None, and goes with a cache_backend, not {cache_config!r}")
+        raise TypeError(f"cache_config must be a dict or None, not {cache_config!r}, and needs a cache_backend")
     if name is None and cache_config:
         raise ValueError(f"cache_config {dict(cache_config)!r} was given without a cache_backend")
     backend = None if name is None else backends.get(name)

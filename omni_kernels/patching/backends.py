@@ -81,7 +81,7 @@ def complete(backend: CacheBackend, config: Mapping[str, Any] | None, directory:
 def _checked(backend: CacheBackend, config: Mapping[str, Any] | None, *facts: Any) -> dict[str, Any]:
     checked: Any = backend.check(config, *facts)
     if not isinstance(checked, dict):
-        raise TypeError(f"cache backend {backend.name!r}: its check gave {shown(checked)}, not a configuration")
+        raise TypeError(f"cache backend {backend.name!r}: its check returned {shown(checked)}, not a configuration")
     return checked
 
 

@@ -240,7 +240,7 @@ class Library:
 
     def lacking(self, what: str) -> ValueError:
         """The error for a version of the library whose seams differ from the known ones."""
-        return ValueError(f"{NAME} {self.version} has {what}: our kernels fit 1.5, whose functions they replace")
+        return ValueError(f"{NAME} {self.version} has {what}: our kernels replace functions of version 1.5")
 
     def check(self, seam: Seam) -> Callable[..., Any]:
         """The library's own function at a seam.
@@ -258,7 +258,7 @@ class Library:
             raise PatchConflictError(f"{where} was replaced by {describe(own)}: undo that first")
         parameters = tuple(inspect.signature(own).parameters)
         if parameters != seam.parameters:
-            raise self.lacking(f"{where}({', '.join(parameters)}) where ({', '.join(seam.parameters)}) is known")
+            raise self.lacking(f"{where}({', '.join(parameters)}) instead of ({', '.join(seam.parameters)})")
         for name in seam.uses:
             if not hasattr(owner, name):
                 raise self.lacking(f"no {owner.__name__}.{name}")

@@ -236,7 +236,7 @@ def not_plain_layer_norm(block: torch.nn.Module, *paths: str) -> str | None:
     for path in paths:
         norm = part(block, path)
         if norm.weight is not None or norm.bias is not None or len(norm.normalized_shape) != 1:
-            return f"{path} has weights or norms several dimensions"
+            return f"{path} has weights or normalises several dimensions"
     return None
 
 
@@ -247,7 +247,7 @@ def not_plain_rms_norm(block: torch.nn.Module, size: int, *paths: str) -> str | 
         norm = part(block, path)
         weight = norm.weight
         if weight is None or weight.shape != (size,) or getattr(norm, "bias", None) is not None:
-            return f"{path} does not weight {size} channels and nothing else"
+            return f"{path} needs a weight for {size} channels and no bias"
         if norm.eps != eps or eps is None:
             return f"{path} has eps {norm.eps}; {paths[0]} has {eps}"
     return None

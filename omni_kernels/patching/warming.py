@@ -51,7 +51,7 @@ def warmup(pipe: Any, *, steps: int = STEPS, **arguments: Any) -> Warmup:
         Exception: whatever the pipeline's call raises.
     """
     if steps < 2:
-        raise ValueError(f"steps={steps}: a warm-up computes one step and skips one, at least")
+        raise ValueError(f"steps={steps}: a warm-up needs at least two steps, to compute one and skip one")
     takes = inspect.signature(type(pipe).__call__).parameters
     given: dict[str, Any] = {"num_inference_steps": steps} | arguments
     if "prompt" in takes and "prompt_embeds" not in given:

@@ -344,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         tools = Tools.fetched(options.tools)
     except ToolError as error:
-        print(f"the vendor's compilers cannot be had: {error}", file=sys.stderr)
+        print(f"the vendor's compilers are not available: {error}", file=sys.stderr)
         return NO_TOOLS
     lowered: list[dict[str, Any]] = []
     for row in lower_all(tools, table):

@@ -76,15 +76,15 @@ def parse(text: str) -> Check:
     parts = text.split("/")
     uses = {name.replace(" ", "-"): use for name, use in USES.items()}
     if len(parts) != 4 or not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", parts[1]):
-        raise ValueError(f"{text!r} is no check; one is use/BxSxD/dtype/layout, as in {example().id}")
+        raise ValueError(f"{text!r} is not a check; the form is use/BxSxD/dtype/layout, as in {example().id}")
     name, size, dtype, layout = parts
     for value, allowed in ((name, uses), (dtype, DTYPES), (layout, LAYOUTS)):
         if value not in allowed:
-            raise ValueError(f"{text!r} is no check: {value!r} is none of {', '.join(allowed)}")
+            raise ValueError(f"{text!r} is not a check: {value!r} is not one of {', '.join(allowed)}")
     B, S, D = (int(n) for n in size.split("x"))
     shape = Shape("given", B, S, D, DTYPES[dtype])
     if not uses[name].fits(shape):
-        raise ValueError(f"{text!r} is no check: {name} has no inputs of {shape.D} channels")
+        raise ValueError(f"{text!r} is not a check: {name} has no inputs of {shape.D} channels")
     return Check(uses[name], shape, layout)
 
 

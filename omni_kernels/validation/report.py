@@ -100,7 +100,7 @@ def verdict(document: Document) -> str:
         wrong = sum(bool(c["error"] or c["spills"]) for c in document["compiled"])
         told.append(f"{len(document['compiled'])} launches compiled, {wrong} of them with errors or spills")
     if document["not_compiled"]:
-        told.append(f"{document['not_compiled']} not compiled for want of time")
+        told.append(f"{document['not_compiled']} not compiled for lack of time")
     roof = document["copy_gb_per_s"]
     speed = (
         f"copy bandwidth {roof:.1f} GB/s" if roof is not None else f"speed {NOT_MEASURED}: {document['not_measured']}"
