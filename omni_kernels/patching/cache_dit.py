@@ -278,7 +278,7 @@ class Library:
 
 @dataclass(eq=False)
 class _Functions:
-    """The replaced functions of one library, and weak references to the patches that use them."""
+    """The replaced functions of one library, and weak references to their uses by patches."""
 
     patch: Patch
     names: tuple[str, ...]
