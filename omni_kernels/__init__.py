@@ -1,8 +1,8 @@
-"""Triton kernels for diffusion transformers, and the patching of pipelines that uses them.
+"""Triton kernels for diffusion transformers, and patching of diffusers pipelines to use them.
 
-`ops` holds the kernels; `patch`, `unpatch` and `patched` fuse the blocks of one diffusers pipeline, install a cache
-backend on it, and take both out again; `warmup` compiles what a pipeline will need. Importing this package probes no
-device, patches nothing and loads neither diffusers nor transformers.
+`ops` holds the kernels. `patch`, `unpatch` and `patched` fuse the blocks of one diffusers pipeline, install a cache
+backend on it, and undo both. `warmup` compiles what a pipeline will need. Importing this package probes no device,
+patches nothing, and loads neither diffusers nor transformers.
 """
 
 from omni_kernels import ops

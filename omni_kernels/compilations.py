@@ -1,4 +1,4 @@
-"""What Triton compiles, and how long it takes: what the first call of a kernel waits for."""
+"""Records what Triton compiles, and how long it takes. The first call of a kernel waits for its compilation."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from omni_kernels.ops._triton import triton
 
 @dataclass
 class Compilations:
-    """What was compiled; prints as lines.
+    """What was compiled; printable.
 
     Attributes:
-        seconds: those that each variant of a kernel took, by the kernel's name.
-        found: of how many variants the binary was found in the disk's cache.
+        seconds: kernel name → compile time of each of its variants.
+        found: the number of variants whose binary was found in the disk cache.
     """
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
@@ -32,7 +32,7 @@ class Compilations:
 
 @contextlib.contextmanager
 def following() -> Iterator[Compilations]:
-    """What Triton compiles while this is open; nothing where it is not there, or does not tell (before 3.4)."""
+    """Context manager that records what Triton compiles. Records nothing without Triton, or before Triton 3.4."""
     told = Compilations()
     knobs: Any = getattr(triton, "knobs", None)
     if not hasattr(getattr(knobs, "compilation", None), "listener"):
@@ -45,7 +45,7 @@ def following() -> Iterator[Compilations]:
         if cache_hit:
             told.found += 1
         else:
-            told.seconds.setdefault(src.name, []).append(times.total / 1e6)  # of microseconds
+            told.seconds.setdefault(src.name, []).append(times.total / 1e6)  # from microseconds
 
     before = knobs.compilation.listener
     knobs.compilation.listener = listener

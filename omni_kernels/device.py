@@ -1,11 +1,11 @@
-"""Devices: what one is, and everything that is asked of one otherwise than by operators.
+"""Devices: their properties, and everything else that is queried from a device other than by operators.
 
-What it is (vendor, architecture, number of multiprocessors) is asked of the driver only when asked here. Nothing in
-`ops` decides by it but whether tiles and grids must be Ascend's (`ascend/limits.py`), so that results do not depend on
-a GPU's model; benchmarks and validation report it. Tests put a device that is not there in its place with `pretend`.
+Properties (vendor, architecture, number of multiprocessors) are queried from the driver only on request. In `ops`, they
+decide only whether tiles and grids must be Ascend's (`ascend/limits.py`), so results do not depend on a GPU's model.
+Benchmarks and validation report them. Tests simulate a device that is not present with `pretend`.
 
-Streams, events, memory figures and the like are torch's for each kind of device, under one interface: torch.cuda
-(NVIDIA, AMD) and torch.npu (Ascend) are asked alike, here and nowhere else. What only CUDA has, graphs, is asked where
+torch has one interface for streams, events, memory statistics and so on of each kind of device: torch.cuda (NVIDIA,
+AMD), torch.npu (Ascend). These are used here and nowhere else, except for what only CUDA has: graphs are used where
 they are made.
 """
 
@@ -28,9 +28,9 @@ import torch
 class Device:
     """One device.
 
-    `vendor` is nvidia, amd, ascend, cpu or, for any other, torch's name of the device type. `arch` is what its compiler
-    calls it (sm_90, gfx942, Ascend910B2, x86_64). `multiprocessors` counts SMs, compute units, AI cores or, on the CPU,
-    the threads that torch uses; 0 is unknown. `memory` is in bytes; 0 is unknown.
+    `vendor` is nvidia, amd, ascend, cpu or, for any other, torch's name of the device type. `arch` is the compiler's
+    name for it (sm_90, gfx942, Ascend910B2, x86_64). `multiprocessors` is the number of SMs, compute units, AI cores
+    or, on the CPU, torch's threads; 0 means unknown. `memory` is in bytes; 0 means unknown.
     """
 
     vendor: str
@@ -61,7 +61,7 @@ def _cpu(index: int) -> Device:
     return Device("cpu", platform.machine(), platform.processor() or platform.machine(), torch.get_num_threads())
 
 
-# Device type → how to ask. A vendor is one row.
+# Device type → function that queries a device. One row per device type.
 PROBES: dict[str, Callable[[int], Device]] = {"cpu": _cpu, "cuda": _cuda, "npu": _npu}
 
 _pretended: dict[str, Device] = {}
@@ -74,9 +74,9 @@ def _probe(kind: str, index: int) -> Device:
 
 
 def describe(device: torch.device | str = "cpu") -> Device:
-    """What `device` is ("cuda" is the first one), remembered after the first time.
+    """The properties of `device`, cached after the first call. "cuda" means the first CUDA device.
 
-    Raises whatever torch raises where there is no such device.
+    Raises whatever torch raises if there is no such device.
     """
     device = torch.device(device)
     if device.type in _pretended:
@@ -86,7 +86,7 @@ def describe(device: torch.device | str = "cpu") -> Device:
 
 @contextlib.contextmanager
 def pretend(kind: str, device: Device) -> Iterator[None]:
-    """For the block, every device of type `kind` ("cuda", "npu") is described as `device`, and none is asked."""
+    """Context manager that describes every device of type `kind` ("cuda", "npu") as `device`, without querying it."""
     before = _pretended.get(kind)
     _pretended[kind] = device
     try:
@@ -98,7 +98,7 @@ def pretend(kind: str, device: Device) -> Iterator[None]:
             _pretended[kind] = before
 
 
-#: Kinds of devices that compute in fp64 at a speed that can be waited for.
+#: Kinds of devices that compute in fp64 at a usable speed.
 FP64 = frozenset({"cpu", "cuda"})
 
 
@@ -108,17 +108,17 @@ def has_fp64(device: torch.device) -> bool:
 
 
 def load(kind: str) -> None:
-    """Let torch know of the devices of a kind that a package of its own brings: torch_npu, where it is installed.
+    """Import the package that adds this kind of device to torch: for "npu", torch_npu if it is installed.
 
     Raises:
-        ImportError: it is installed and cannot be loaded.
+        ImportError: it is installed but cannot be loaded.
     """
     if kind == "npu" and not hasattr(torch, "npu") and find_spec("torch_npu"):
         importlib.import_module("torch_npu")
 
 
 def device_count(kind: str) -> int:
-    """How many devices of a kind there are here; 0 of one that torch does not know, or whose package does not load."""
+    """The number of devices of this kind. 0 if torch does not know the kind, or its package does not load."""
     if kind == "cpu":
         return 1
     with contextlib.suppress(ImportError):  # torch_npu without CANN
@@ -128,12 +128,12 @@ def device_count(kind: str) -> int:
 
 
 def _part(device: torch.device) -> Any:
-    """torch.cuda, torch.npu, ...: torch's own part for this kind of device."""
+    """torch.cuda, torch.npu, ...: torch's module for this kind of device."""
     return torch.get_device_module(device)
 
 
 def on_device_of(t: torch.Tensor) -> contextlib.AbstractContextManager[object]:
-    """Makes `t`'s device the current one, which is where Triton launches; costs nothing where it is already."""
+    """Context manager that makes `t`'s device the current one, where Triton launches. Free if it already is."""
     if t.is_cuda and t.device.index != torch.cuda.current_device():
         return torch.cuda.device(t.device)
     if t.is_cuda or t.is_cpu or t.is_meta:
@@ -144,22 +144,22 @@ def on_device_of(t: torch.Tensor) -> contextlib.AbstractContextManager[object]:
 
 @functools.cache
 def warp_size() -> int:
-    """Threads of a GPU's warp: 32, and on AMD what the device says, 64 (CDNA) or 32 (RDNA)."""
+    """Threads per warp of a GPU: 32, or on AMD as the device reports, 64 (CDNA) or 32 (RDNA)."""
     return torch.cuda.get_device_properties().warp_size if torch.version.hip else 32
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until `device` has done all that it was given."""
+    """Wait until `device` has finished all its work."""
     if device.type != "cpu":
         part = _part(device)
         part.synchronize() if device.type == "mps" else part.synchronize(device)
 
 
 class Timer:
-    """Moments of a device's work, and the seconds between them.
+    """Marks points in time of a device's work, and gives the seconds between them.
 
-    The moments are events of the stream that is current, which neither wait nor make anybody wait; on the CPU, and on
-    devices whose part of torch has no events, they are the host's.
+    The marks are events on the current stream, which do not block. On the CPU, and on devices without events in torch,
+    they are times of the host's clock.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -168,7 +168,7 @@ class Timer:
         self._part = part if hasattr(part, "Event") and hasattr(part, "current_stream") else None
 
     def mark(self) -> Any:
-        """This moment."""
+        """Mark the current point in time."""
         if self._part is None:
             return time.perf_counter()
         event = self._part.Event(enable_timing=True)
@@ -176,17 +176,17 @@ class Timer:
         return event
 
     def wait(self, mark: Any) -> None:
-        """Until the device has reached a moment."""
+        """Wait until the device has reached a mark."""
         if self._part is not None:
             mark.synchronize()
 
     def seconds(self, start: Any, end: Any) -> float:
-        """From one moment to another, both of which the device has reached."""
+        """The seconds between two marks, both of which the device has reached."""
         return end - start if self._part is None else start.elapsed_time(end) / 1000
 
 
 class PeakMemory:
-    """The most that tensors take on a device from now on; the figure that torch keeps of it begins anew."""
+    """The peak memory of tensors on a device from now on. Resets torch's own peak statistics."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -196,5 +196,5 @@ class PeakMemory:
             self._part.reset_peak_memory_stats(device)
 
     def bytes(self) -> int | None:
-        """The most up to now; None of a device that does not count, as the CPU."""
+        """The peak so far; None if the device has no such statistics, like the CPU."""
         return None if self._part is None else self._part.max_memory_allocated(self._device)

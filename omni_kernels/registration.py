@@ -1,12 +1,12 @@
-"""How an op gets its implementations: one for each kind of device, known to torch's dispatcher and called directly.
+"""Registers the ops: one implementation per kind of device, in torch's dispatcher and for direct calls.
 
-An op is one typed function. `define` infers the dispatcher's schema from its signature, hands its defaults on to the
-implementations, registers them by device, derives how many bytes the op has to move, and refuses gradients: the ops
-are for inference, and none has a formula for its derivative.
+An op is one typed function. `define` infers the dispatcher's schema from its signature, copies its defaults to the
+implementations, registers these by device, and derives how many bytes the op has to move. It also makes the op raise
+an error if a gradient is needed: the ops are for inference, and have no derivatives.
 
-The dispatcher calls Python through a callback that costs more than an operator on a small tensor. It is needed where
-somebody watches or transforms operators: torch.compile, autograd, dispatch modes, tensor subclasses, a profiler. Else
-an op calls its implementation itself (`direct`).
+The dispatcher calls Python through a callback that costs more than an operator on a small tensor. It is needed if
+something observes or transforms operators: torch.compile, autograd, dispatch modes, tensor subclasses, a profiler.
+Otherwise an op calls its implementation directly (`direct`).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from omni_kernels.ascend.limits import falls_back
 
 NAMESPACE = "omni_kernels"
 
-# Bound once: each step of each request asks, when none of this is in the processor's caches any more, and every lookup
-# on the way is a wait for memory: 2 µs less in all.
+# Bound once. Every step of every request uses these, at a time when they have left the processor's caches, and each
+# attribute lookup would wait for memory. This saves 2 µs in all.
 _Tensor, _grad_enabled, _dispatch_modes = torch.Tensor, torch.is_grad_enabled, torch._C._len_torch_dispatch_stack
 _transforms, _tracing = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
 _profiling = torch.autograd._profiler_enabled
 
-# Registrations live as long as the library object that made them.
+# Registrations are removed when the library object is freed, so it is kept here.
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 Implementation = Callable[..., Any]
@@ -41,12 +41,12 @@ Implementation = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Op:
-    """What a benchmark, a validation run or a test has to know of one op.
+    """What benchmarks, validation and tests need to know about one op.
 
-    All four callables take the same arguments. `reference` is the plain-torch implementation, `launcher` runs the
-    Triton kernel (also on CPU tensors under `TRITON_INTERPRET=1`), and `bytes_moved` counts what has to cross the
-    memory bus when every input is read once and every output written once; it reads shapes and dtypes only, so that
-    tensors on the `meta` device do.
+    All four callables take the same arguments. `reference` is the plain-torch implementation. `launcher` runs the
+    Triton kernel (also on CPU tensors with `TRITON_INTERPRET=1`). `bytes_moved` counts the bytes that cross the memory
+    bus if every input is read once and every output is written once. It reads only shapes and dtypes, so tensors on
+    the `meta` device are enough.
     """
 
     function: Callable[..., Any]
@@ -55,10 +55,10 @@ class Op:
     bytes_moved: Callable[..., int]
 
 
-#: Name → the op, of all that were defined.
+#: Name → op, for all defined ops.
 DEFINED: dict[str, Op] = {}
 
-#: Kind of device → op → the implementation that is called directly there. Other kinds have the dispatcher.
+#: Kind of device → op → the implementation for direct calls. Other kinds of device use the dispatcher.
 DIRECT: dict[str, SimpleNamespace] = {kind: SimpleNamespace() for kind in ("cpu", "cuda", "npu")}
 
 
@@ -71,22 +71,25 @@ def define(
     npu: Implementation | None = None,
     mutates: Sequence[str] = (),
 ) -> Callable[..., Any]:
-    """Make the op `omni_kernels::<the function's name>`.
+    """Define the op `omni_kernels::<the function's name>`.
 
     Args:
-        function: what is called. Its signature is the op's; its body checks the arguments, and ends in a call of what
-            this returns. Where an argument may be numbers or a tensor, there is an overload `.tensor`; where the last
-            one is `out`, a second op, `<name>_into`, writes to it.
-        reference: in plain torch that stays on its inputs' device. It takes the function's arguments, under their
-            names and in their order, and has its defaults. It runs on the CPU and on devices without better.
-        launch: as reference, with the Triton kernel: on NVIDIA and, through ROCm, AMD, where Triton is installed.
-        fake: what the results look like, for `torch.compile` and export; None: as the first tensor, contiguous.
-        npu: as reference, or a partial of it, with torch_npu's fused operators; `NotImplemented` leaves a call to the
-            reference.
+        function: the public function. Its signature is the op's. Its body checks the arguments, and ends with a call
+            of what `define` returns. If an argument may be numbers or a tensor, there is an overload `.tensor`. If the
+            last argument is `out`, a second op, `<name>_into`, writes to it.
+        reference: the implementation in plain torch, which stays on its inputs' device. It takes the function's
+            arguments, with the same names and order, and gets its defaults. It is used on the CPU and on devices
+            without a better implementation.
+        launch: like reference, with the Triton kernel. It is used on NVIDIA and (through ROCm) AMD, if Triton is
+            installed.
+        fake: returns empty results of the right shapes and dtypes, for `torch.compile` and export. None: one result,
+            contiguous, like the first tensor.
+        npu: like reference, or a partial of it, with torch_npu's fused operators. If it returns `NotImplemented`, the
+            reference runs.
         mutates: names of the arguments that are written to, other than `out`.
 
     Returns:
-        The op, to be called with all arguments by position. It raises RuntimeError where a gradient is wanted.
+        The op, which takes all arguments by position. It raises RuntimeError if a gradient is needed.
 
     Raises:
         TypeError: an implementation does not take the function's arguments.
@@ -117,10 +120,10 @@ def define(
 
 
 def _take_defaults(implementation: Any, signature: inspect.Signature) -> None:
-    """Gives an implementation the defaults of the op's arguments.
+    """Copy the defaults of the op's arguments to an implementation.
 
     Raises:
-        TypeError: it has other arguments.
+        TypeError: the implementation has other arguments than the op.
     """
     by_place = [p.name for p in inspect.signature(implementation).parameters.values() if p.kind is not p.KEYWORD_ONLY]
     if by_place != [*signature.parameters]:
@@ -135,10 +138,10 @@ def _take_defaults(implementation: Any, signature: inspect.Signature) -> None:
 
 
 def _schemas(function: Callable[..., Any], mutates: Sequence[str]) -> Iterator[str]:
-    """What the dispatcher is told of an op and its overloads.
+    """The dispatcher's schemas for an op and its overloads.
 
-    All arguments have their places, so that nothing is looked up by name at a call. An op that writes to an argument
-    returns nothing, or torch.compile would not take it; one that may leave out a result returns a list.
+    All arguments are positional, so that calls look up nothing by name. An op that writes to an argument returns
+    nothing, because torch.compile requires that. An op with an optional result returns a list.
     """
     hints = get_type_hints(function)
     made = hints.pop("return")
@@ -169,7 +172,7 @@ def _schema(name: str, types: Mapping[str, Any], made: Any, mutates: Sequence[st
 
 
 def _adapted(schema: str) -> Callable[[Implementation], Implementation]:
-    """Makes an implementation return what its schema says."""
+    """A function that adapts an implementation to return what its schema says."""
 
     def without_result(implementation: Implementation) -> Implementation:
         def run(*args: Any) -> None:
@@ -192,7 +195,7 @@ def _adapted(schema: str) -> Callable[[Implementation], Implementation]:
 
 
 def _registered(schema: str, by_device: Mapping[str, Implementation], fake: Implementation) -> Any:
-    """The overload of a schema, with an implementation for each of the dispatcher's keys."""
+    """Register a schema with an implementation for each dispatch key. Returns the overload."""
     name = schema.partition("(")[0]
     _library.define(schema)
     for key, implementation in by_device.items():
@@ -203,7 +206,7 @@ def _registered(schema: str, by_device: Mapping[str, Implementation], fake: Impl
 
 
 def _refusing_gradients(overload: Any) -> Implementation:
-    """What runs, on every device, while gradients are recorded: the op, unless one is wanted of it."""
+    """The op's implementation for the Autograd key: runs the op, or raises if an argument requires a gradient."""
     name = overload._schema.name.partition("::")[2].removesuffix("_into")
     arguments = [argument.name for argument in overload._schema.arguments]
 
@@ -225,7 +228,7 @@ def _refusing_gradients(overload: Any) -> Implementation:
 def _on_npu(
     name: str, reference: Implementation, launcher: Implementation, npu: Implementation | None
 ) -> Implementation:
-    """What `omni_kernels.ascend` chooses for an op, asked for when the op is first called there."""
+    """The implementation that `omni_kernels.ascend` chooses for an op. It is chosen at the op's first call."""
 
     @functools.cache
     def chosen() -> Implementation:
@@ -238,7 +241,7 @@ def _on_npu(
 
 
 def direct(t: torch.Tensor) -> SimpleNamespace | None:
-    """The implementations that ops on `t` may call directly, by name; None where the dispatcher is needed."""
+    """The implementations that ops on `t` may call directly, by name; None if the dispatcher is needed."""
     if (
         _grad_enabled()
         or is_dynamo_compiling()
@@ -249,7 +252,7 @@ def direct(t: torch.Tensor) -> SimpleNamespace | None:
         or _profiling()
     ):
         return None
-    return DIRECT.get("cpu" if t.is_cpu else "cuda" if t.is_cuda else t.device.type)  # the name takes 0.5 µs
+    return DIRECT.get("cpu" if t.is_cpu else "cuda" if t.is_cuda else t.device.type)  # the device's name takes 0.5 µs
 
 
 def _caller(name: str, dispatched: Callable[..., Any]) -> Callable[..., Any]:
@@ -261,9 +264,10 @@ def _caller(name: str, dispatched: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _chosen_by_arguments(overloads: dict[Any, Any], results: int) -> Callable[..., Any]:
-    """Calls the overload for whether there is an `out`, the last argument, and whether the one before is a tensor.
+    """A function that calls the right overload: with or without `out` (the last argument), numbers or a tensor.
 
-    `results` is how many there are where some may be left out, or 0.
+    Args:
+        results: the number of results if some are optional, else 0.
     """
     found: list[Any] = [overloads.get((writes, variant)) for variant in ("", "tensor") for writes in (False, True)]
     plain, into, by_tensor, into_by_tensor = found
@@ -285,7 +289,7 @@ def _chosen_by_arguments(overloads: dict[Any, Any], results: int) -> Callable[..
 
 
 def _first(args: Sequence[Any]) -> torch.Tensor:
-    """The first tensor among the arguments of an op, some of which may be lists of them."""
+    """The first tensor among the arguments of an op, including those in lists."""
     for value in args:
         for t in value if isinstance(value, list | tuple) else (value,):
             if isinstance(t, _Tensor):
@@ -303,7 +307,7 @@ def _nothing(*args: Any) -> None:
 
 
 def _bytes_moved(signature: inspect.Signature, fake: Implementation) -> Callable[..., int]:
-    """Bytes of an op's tensors: of its arguments, a number of a list in fp32, and of what it makes."""
+    """A function that returns the total bytes of an op's arguments and results. A number in a list counts as fp32."""
 
     def sized(value: Any) -> Any:
         if isinstance(value, list | tuple):

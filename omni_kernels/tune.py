@@ -1,16 +1,16 @@
-"""`python -m omni_kernels.tune`: tiles that this GPU runs faster than those that the ops choose for themselves.
+"""`python -m omni_kernels.tune`: find tiles that are faster on this GPU than the ops' defaults.
 
     python -m omni_kernels.tune [--ops gelu,rms_norm] [--out FILE] [--dry-run]
 
-Every op has one tile, chosen for the reason that stands beside it in its file. This measures others, at the shapes of
-`omni_kernels.validation.shapes`: each is checked against fp64 and timed, and the fastest three times more in turns with
-the op's own. Only where it then takes at least 5% less time is it written, with what was measured, to
-omni_kernels/tuned/<device>.json, which `ops._tiles` takes up by itself on such a device.
+Every op has one default tile; a comment in its file gives the reason. This command measures others, at the shapes of
+`omni_kernels.validation.shapes`. Each is checked against fp64 and timed. The fastest is timed three more times,
+alternating with the default. If it then takes at least 5% less time, it is written with its measurements to
+omni_kernels/tuned/<device>.json, which `ops._tiles` reads on such a device.
 
-Ops that sum over a sample (relative_l1, residual_relative_l1, modulated_relative_l1) are left alone: how a sample is
-cut decides the order in which it is summed, and their sums are to be the same bits on every GPU.
+Ops that sum over a sample (relative_l1, residual_relative_l1, modulated_relative_l1) are not tuned. The cut of a sample
+decides the order of its summation, and their sums must be bit-identical on every GPU.
 
-Exit codes: 0 measured, whatever came of it; 2 wrong usage; 3 no GPU. `--dry-run` measures nothing: it compiles for
+Exit codes: 0 measured, whatever the result; 2 wrong usage; 3 no GPU. `--dry-run` measures nothing: it compiles for
 sm_90 what would be tried.
 """
 
@@ -39,23 +39,23 @@ from omni_kernels.validation.timing import median_seconds
 COMMAND = "python -m omni_kernels.tune"
 NO_DEVICE = 3
 TARGET = "sm_90"
-#: The ops that have their tile from `_tiles`.
+#: The ops that get their tile from `_tiles`.
 TUNABLE = ("ada_layer_norm", "gate_residual_norm", "rms_norm", "qk_norm_rope", "gelu", "swiglu", "linear_forecast")
-#: Elements of a tile that are tried.
+#: The tile sizes to try, in elements.
 CANDIDATES = (1024, 2048, 4096, 8192)
-#: The share of the time that another tile must save.
+#: The share of the time that another tile must save to be used.
 LEAST_GAIN = 0.05
 ROUNDS = 10
 
 
 def own_tile(op: str) -> int:
-    """Elements of the tile that an op chooses for itself."""
+    """An op's default tile, in elements."""
     file = importlib.import_module(f"omni_kernels.ops.{op}")
     return int(file.BLOCK if hasattr(file, "BLOCK") else file.TILE)
 
 
 def trials(ops: Sequence[str]) -> Iterator[tuple[Case, Shape, list[int]]]:
-    """The uses of these ops, the shapes at which time is a matter of memory, and the other tiles."""
+    """The uses of these ops, the shapes at which memory dominates the time, and the tiles to try."""
     for case in CASES.values():
         for shape in FULL if case.op in ops else ():
             if case.fits(shape) and shape.nbytes > 1 << 20:
@@ -69,10 +69,10 @@ def faster(
     device: torch.device,
     seconds: Callable[..., float] = median_seconds,
 ) -> dict[str, Any] | None:
-    """What was measured of the fastest of these tiles; None for a use that has its tile not from `_tiles`.
+    """The measurements of the fastest of these tiles; None for a use that does not get its tile from `_tiles`.
 
     Raises:
-        AssertionError: with one of them, the result is wrong.
+        AssertionError: the result is wrong with one of the tiles.
     """
     run = PROVIDERS["ours"](case)
 
@@ -106,12 +106,15 @@ def faster(
 
 
 def saves(row: dict[str, Any]) -> bool:
-    """Whether what was measured is worth a tile of its own."""
+    """Whether the measured tile is enough faster than the default."""
     return bool(row["us"] <= (1 - LEAST_GAIN) * row["own_us"])
 
 
 def agreed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of what was measured, tiles that save enough in all uses of an op with as many channels: where it is least."""
+    """The rows to keep: tiles that save enough in all uses of an op with this number of channels and dtype.
+
+    Of these uses, the row with the smallest gain is kept.
+    """
     kept = []
     for key in dict.fromkeys((row["op"], row["channels"], row["dtype"]) for row in rows):
         alike = [row for row in rows if (row["op"], row["channels"], row["dtype"]) == key]
@@ -121,7 +124,7 @@ def agreed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def compiled(ops: Sequence[str]) -> list[str]:
-    """The kernels that would be tried, each compiled for `TARGET`; tokens are cut to 64 and samples to 2."""
+    """Compile what would be tried for `TARGET`, with at most 64 tokens and 2 samples. Returns the kernels' names."""
     names = []
     for case, shape, candidates in trials(ops):
         small = dataclasses.replace(shape, B=min(shape.B, 2), S=min(shape.S, 64))
@@ -135,7 +138,7 @@ def compiled(ops: Sequence[str]) -> list[str]:
 
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code, or raises SystemExit(2) where it is used wrongly."""
+    """The command. Returns its exit code, or raises SystemExit(2) for wrong usage."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=(__doc__ or "").split("\n")[0].partition(": ")[2])
     parser.add_argument("--ops", default=",".join(TUNABLE), metavar="NAMES", help="default: %(default)s")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: omni_kernels/tuned/<device>.json")
@@ -144,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ops = [name.strip() for name in options.ops.split(",") if name.strip()]
     for name in ops:
         if name not in TUNABLE:
-            parser.error(f"--ops: {name!r} has no tile to choose; those that have: {', '.join(TUNABLE)}")
+            parser.error(f"--ops: {name!r} has no tunable tile; allowed are {', '.join(TUNABLE)}")
     if options.dry_run:
         names = compiled(ops)
         print(f"{len(names)} launches of {len(set(names))} kernels compiled for {TARGET}; nothing was measured")
@@ -172,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "rows": kept,
         },
     )
-    print(f"{len(kept)} tiles are others than the ops' own; written to {path}")
+    print(f"{len(kept)} tiles differ from the ops' defaults; written to {path}")
     return 0
 
 

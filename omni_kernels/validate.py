@@ -1,18 +1,18 @@
-"""`python -m omni_kernels.validate`: whether every op is right on a device, and how near to its roof it runs.
+"""`python -m omni_kernels.validate`: check every op on a device for correctness, and measure its bandwidth.
 
     python -m omni_kernels.validate [--device cuda|npu|cpu] [--quick] [--ops a,b] [--out DIR]
     python -m omni_kernels.validate --case gelu/3x37x200/bfloat16/offset [--seed N]
     python -m omni_kernels.validate --compile-only [--targets sm_90,gfx942]
 
-1. Every op is run over the models' shapes and odd ones, in fp32, fp16 and bf16 and in several layouts, against fp64,
-   between guards and twice (`validation.checks`). On a CPU the models' tokens are reduced, and the ops are plain torch;
-   with TRITON_INTERPRET=1 they are the kernels, interpreted.
-2. The bandwidth at which the device copies memory is measured, then every op and the same in plain torch.
-3. Tables are printed; `validation.json` and `validation.html` have all of it, with device, driver and versions.
+1. Every op is checked against fp64, at the models' shapes and unusual ones, in fp32, fp16 and bf16, and in several
+   memory layouts. It runs twice, with guard memory around its tensors (`validation.checks`). On a CPU, the models'
+   shapes have fewer tokens, and the ops are plain torch; with TRITON_INTERPRET=1 they are the kernels, interpreted.
+2. The device's bandwidth for copying memory is measured, then every op, and the same in plain torch.
+3. Tables are printed. `validation.json` and `validation.html` contain everything, with device, driver and versions.
 
 `--compile-only` needs no device: it compiles the kernels for GPUs and reports registers, shared memory and spills.
 
-Exit codes: 0 all that was run is right; 1 something is not, or an op was never run; 2 wrong usage; 3 nothing to run on.
+Exit codes: 0 everything that ran is correct; 1 something is wrong, or an op was never run; 2 wrong usage; 3 no device.
 """
 
 from __future__ import annotations
@@ -44,28 +44,28 @@ from omni_kernels.validation.measurement import Row, measure
 from omni_kernels.validation.roof import copy_bandwidth
 from omni_kernels.validation.shapes import CPU_DIVISOR, Shape
 
-#: NVIDIA and AMD, Ascend, CPU: the best first.
+#: NVIDIA and AMD, Ascend, CPU, in order of preference.
 KINDS = ("cuda", "npu", "cpu")
 
 PASSED, FAILED, WRONG_USAGE, NO_DEVICE = range(4)
 COMMAND = "python -m omni_kernels.validate"
 
-#: Seconds after which nothing new is begun: checks, and all. What starting takes comes on top.
+#: Time limits in seconds: after the first no check is begun, after the second nothing at all. Start-up is not included.
 LIMITS = {"quick": (25.0, 40.0), "whole": (300.0, 440.0)}
 QUICK_TARGETS = ("sm_90", "gfx942")
 
 TIMING = {
-    "cpu": "Times are medians on the host's clock, of work that is small enough to lie in its caches.",
-    "cuda": "Times are medians of the device's own, of replayed graphs on data that no cache holds.",
+    "cpu": "Times are medians of the host's clock. The data are small enough to fit in its caches.",
+    "cuda": "Times are medians of the device's clock, for replayed graphs on data too large for its caches.",
 }
 OTHER_TIMING = "Times are medians between two events around the launches."
 
 
 def find_device(wanted: str | None) -> torch.device | None:
-    """The device that is asked for, or the best that there is; None where that is not there.
+    """The requested device, or the best available one; None if the requested one is not available.
 
     Raises:
-        ValueError: it is none of `KINDS`.
+        ValueError: its kind is not one of `KINDS`.
     """
     for name in [wanted] if wanted else KINDS:
         kind, _, index = name.partition(":")
@@ -84,7 +84,7 @@ def interpreted() -> bool:
 
 
 def implementation_on(device: torch.device) -> tuple[str, Implementation]:
-    """What the ops are on a device, in words, and how they are found."""
+    """How the ops are implemented on a device, in words, and a function that returns an op's implementation."""
     if interpreted():
         return "Triton kernels, interpreted on the CPU", lambda op: OPS[op].launcher
     words = "plain torch"
@@ -97,7 +97,7 @@ def implementation_on(device: torch.device) -> tuple[str, Implementation]:
 
 
 class Progress:
-    """One line about how far a phase is, now and then; `limit` is when it ends at the latest, on time.monotonic."""
+    """Prints a line about a phase's progress from time to time. `limit` is its latest end, on time.monotonic."""
 
     def __init__(self, phase: str, total: int, limit: float) -> None:
         self.phase, self.total, self.limit = phase, total, limit
@@ -110,7 +110,7 @@ class Progress:
         return time.monotonic() >= self.limit
 
     def step(self, told: str = "") -> None:
-        """One more is done."""
+        """Count one more as done."""
         self.done += 1
         now = time.monotonic()
         terminal = sys.stderr.isatty()
@@ -124,13 +124,13 @@ class Progress:
 
 
 def repeat(check: Check, device: torch.device, seed: int) -> str:
-    """The command that runs one check again."""
+    """The command that repeats one check."""
     words = [*COMMAND.split(), "--device", str(device), "--case", check.id, "--seed", str(seed)]
     return ("TRITON_INTERPRET=1 " if interpreted() else "") + shlex.join(words)
 
 
 def check_all(wanted: Sequence[Check], device: torch.device, seed: int, limit: float) -> list[dict[str, Any]]:
-    """Every check's outcome, in order; those that time, memory or a lost device left no room for are "not run"."""
+    """The outcomes of all checks, in order. "not run": there was no time or memory left, or the device was lost."""
     implementation = implementation_on(device)[1]
     progress = Progress("checks", len(wanted), limit)
     outcomes: list[dict[str, Any]] = []
@@ -157,13 +157,13 @@ def check_all(wanted: Sequence[Check], device: torch.device, seed: int, limit: f
 
 
 def _checked(check: Check, implementation: Implementation, device: torch.device, seed: int) -> dict[str, Any]:
-    """What came of one check."""
+    """The outcome of one check."""
     worst = None
     try:
         problems = checks.run(check, implementation, device, seed)
     except torch.OutOfMemoryError:
         return {"status": "not run", "problem": "the device has not enough memory"}
-    except Exception as error:  # a kernel that cannot be compiled or launched is a finding like any other
+    except Exception as error:  # a kernel that cannot be compiled or launched is a failed check, too
         problem = f"{type(error).__name__}: {error}"[:2000]
     else:
         if not problems:
@@ -174,7 +174,7 @@ def _checked(check: Check, implementation: Implementation, device: torch.device,
 
 
 def _lost(device: torch.device) -> str | None:
-    """Why nothing more can be run: an access to memory that is not there ends a device's context."""
+    """Why nothing more can be run, or None. After an invalid memory access, a device's context is unusable."""
     if device.type == "cpu":
         return None
     try:
@@ -187,7 +187,7 @@ def _lost(device: torch.device) -> str | None:
 def measure_all(
     ops: Sequence[str], shapes: Sequence[Shape], device: torch.device, limit: float, wrong: set[str]
 ) -> tuple[list[Row], list[str]]:
-    """Ours and plain torch for every case and shape, and what was left out, and why."""
+    """Measure our ops and plain torch for every case and shape. Returns the rows, and what was left out and why."""
     cases = [case for case in CASES.values() if case.op in ops]
     wanted = [(case, shape, p) for shape in shapes for case in cases if case.fits(shape) for p in PROVIDERS]
     progress = Progress("times", len(wanted), limit)
@@ -195,7 +195,7 @@ def measure_all(
     left_out = [f"{op}, whose results are wrong" for op in ops if op in wrong]
     for j, (case, shape, provider) in enumerate(wanted):
         if progress.is_over:
-            left_out.append(f"{len(wanted) - j} of {len(wanted)} times, for want of time")
+            left_out.append(f"{len(wanted) - j} of {len(wanted)} measurements, for lack of time")
             break
         try:
             if case.op not in wrong:
@@ -211,8 +211,10 @@ def measure_all(
 def compile_all(
     ops: Sequence[str], targets: Sequence[str], limit: float, quick: bool = False
 ) -> tuple[list[dict[str, Any]], int, dict[str, list[float]]]:
-    """What the launches of `ops`, or quickly those of the models alone, come to on `targets`, how many were left for
-    want of time, and the seconds that each kernel's variants took to compile.
+    """Compile the launches of `ops` for `targets`; with `quick`, only those at the models' shapes.
+
+    Returns:
+        The results, the number of launches left out for lack of time, and the compile times of each kernel's variants.
     """
     table = launches.models() if quick else launches.table()
     names = [name for name in table if set(name.split()) & set(ops)]
@@ -248,9 +250,9 @@ def _arguments() -> argparse.ArgumentParser:
         "--quick", action="store_true", help="in less than a minute: every op in every dtype, one model"
     )
     parser.add_argument("--ops", metavar="A,B", help=f"of {', '.join(OPS)}; default: all")
-    parser.add_argument("--case", action="append", metavar="ID", help="this check alone, and no times; may be repeated")
-    parser.add_argument("--seed", type=int, default=0, help="of the inputs' numbers (default 0)")
-    parser.add_argument("--minutes", type=float, help="begin nothing new after so many")
+    parser.add_argument("--case", action="append", metavar="ID", help="run only this check, not timed; may be repeated")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the inputs (default 0)")
+    parser.add_argument("--minutes", type=float, help="begin nothing new after this many minutes")
     parser.add_argument("--compile-only", action="store_true", help="compile the kernels; needs no device")
     parser.add_argument("--targets", metavar="A,B", help=f"to compile for: {', '.join(aot.TARGETS)}; default: all")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the files go (default: here; --case: nowhere)")
@@ -258,7 +260,7 @@ def _arguments() -> argparse.ArgumentParser:
 
 
 def _chosen(parser: argparse.ArgumentParser, option: str, text: str | None, allowed: Sequence[str]) -> list[str]:
-    """The names in a list with commas."""
+    """The names in a comma-separated list."""
     if text is None:
         return [*allowed]
     names = [name.strip() for name in text.split(",") if name.strip()]
@@ -267,13 +269,13 @@ def _chosen(parser: argparse.ArgumentParser, option: str, text: str | None, allo
             near = difflib.get_close_matches(name, allowed, 1)
             parser.error(f"{option}: {name!r} is unknown; {f'did you mean {near[0]}?' if near else ', '.join(allowed)}")
     if not names:
-        parser.error(f"{option}: nothing is named; there are {', '.join(allowed)}")
+        parser.error(f"{option}: no names are given; allowed are {', '.join(allowed)}")
     return names
 
 
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code, or raises SystemExit(2) where it is used wrongly."""
+    """The command. Returns its exit code, or raises SystemExit(2) for wrong usage."""
     began = time.monotonic()
     parser = _arguments()
     options = parser.parse_args(argv)
@@ -333,7 +335,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     print(_found(document, device))
     if only:
-        document |= {"checks": check_all(only, device, options.seed, float("inf")), "not_measured": "as --case says"}
+        document |= {
+            "checks": check_all(only, device, options.seed, float("inf")),
+            "not_measured": "--case is not timed",
+        }
         return _finish(document, options.out, began)
     divisor = 1
     if device.type == "cpu":
@@ -345,7 +350,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     done = {c["op"] for c in document["checks"] if c["status"] != "not run"}
     document["unchecked"] = [op for op in ops if op not in done]
     if interpreted():
-        document["not_measured"] = "interpreted kernels have no speed"
+        document["not_measured"] = "interpreted kernels are not timed"
     elif _lost(device):
         document["not_measured"] = "the device was lost"
     else:
@@ -362,7 +367,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _found(document: dict[str, Any], device: torch.device) -> str:
-    """The device, for the first line."""
+    """A description of the device and the versions, printed first."""
     about = document["machine"]
     facts = [about["vendor"], about["arch"]]
     if about.get("memory"):
@@ -379,7 +384,7 @@ def _found(document: dict[str, Any], device: torch.device) -> str:
 
 
 def _finish(document: dict[str, Any], out: Path | None, began: float) -> int:
-    """Say and write what was found."""
+    """Print and write the results. Returns the exit code."""
     wrong = any(c["status"] == "failed" for c in document["checks"]) or document["unchecked"]
     wrong = wrong or any(c["error"] or c["spills"] for c in document["compiled"])
     document["verdict"] = "failed" if wrong else "passed"

@@ -148,4 +148,4 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatc
 def test_an_op_without_a_tile_to_choose_is_refused(ops: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         tune.main(["--ops", ops])
-    assert f"{ops!r} has no tile to choose" in capsys.readouterr().err
+    assert f"{ops!r} has no tunable tile" in capsys.readouterr().err

@@ -87,7 +87,7 @@ def test_the_kernels_run_in_the_interpreter_and_have_no_speed(monkeypatch, tmp_p
     assert "interpreted" in found["implementation"]
     assert found["copy_gb_per_s"] is None
     assert found["measurements"] == []
-    assert "not measured: interpreted kernels have no speed" in (tmp_path / "validation.html").read_text("utf-8")
+    assert "not measured: interpreted kernels are not timed" in (tmp_path / "validation.html").read_text("utf-8")
 
 
 # What is wrong
@@ -262,9 +262,9 @@ def test_what_first_calls_wait_for_is_told(replace, tmp_path, capsys):
     ("arguments", "told"),
     [
         (["--ops", "gleu"], "did you mean gelu?"),
-        (["--ops", ","], "nothing is named"),
-        (["--case", "gelu"], "one is use/BxSxD/dtype/layout"),
-        (["--case", "gelu/2x3x4/int8/offset"], "'int8' is none of"),
+        (["--ops", ","], "no names are given"),
+        (["--case", "gelu"], "the form is use/BxSxD/dtype/layout"),
+        (["--case", "gelu/2x3x4/int8/offset"], "'int8' is not one of"),
         (["--case", "qk_norm_rope/2x3x5/float32/offset"], "has no inputs of 5 channels"),
         (["--targets", "sm_90"], "--targets goes with --compile-only"),
         (["--compile-only", "--targets", "sm_1"], "--targets: 'sm_1' is unknown"),

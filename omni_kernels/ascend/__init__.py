@@ -1,11 +1,16 @@
-"""What the ops are on an Ascend NPU, which torch knows as `PrivateUse1`; nothing of it leaves the device.
+"""Implementations of the ops on an Ascend NPU (torch's `PrivateUse1`). All computation stays on the device.
 
-An op is, in this order: its Triton kernel, where triton-ascend is what compiles and the op is proven there; torch_npu's
-fused operators, where they are there and compute the same (`operators`); plain torch, in operators that CANN has. It is
-chosen at the op's first call on such a device, by what can be called there and not by versions.
+The first available of these is used:
 
-A kernel is proven when it has run on an NPU and was right there (`python -m omni_kernels.validate`); `proven.json`
-names those that are. Others run only where `OMNI_KERNELS_TRITON_ASCEND` names them, separated by commas, or says "all".
+1. the op's Triton kernel, if triton-ascend is installed and the kernel is proven;
+2. torch_npu's fused operators, if they exist and compute the same (`operators`);
+3. plain torch, with operators that CANN has.
+
+It is chosen at the op's first call on such a device, by what can be called there, not by versions.
+
+A kernel is proven once it has run on an NPU with correct results (`python -m omni_kernels.validate`). `proven.json`
+lists the proven ones. Others run only if the environment variable `OMNI_KERNELS_TRITON_ASCEND` lists them, separated by
+commas, or is "all".
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ from importlib import resources
 from importlib.util import find_spec
 from typing import Any
 
-#: Names ops, separated by commas, or says "all": their Triton kernels run through triton-ascend, proven or not.
+#: Environment variable: comma-separated ops, or "all". Their Triton kernels run through triton-ascend, proven or not.
 TRITON_VARIABLE = "OMNI_KERNELS_TRITON_ASCEND"
 PROVEN = frozenset(json.loads((resources.files(__name__) / "proven.json").read_text(encoding="utf-8"))["ops"])
 
@@ -25,13 +30,13 @@ PROVEN = frozenset(json.loads((resources.files(__name__) / "proven.json").read_t
 def implementation(
     op: str, reference: Callable[..., Any], triton: Callable[..., Any], own: Callable[..., Any] | None = None
 ) -> Callable[..., Any]:
-    """What an op is here.
+    """An op's implementation on NPUs.
 
     Args:
         op: its name.
         reference: its plain-torch implementation.
-        triton: what launches its kernel.
-        own: by torch_npu's operators; where it returns NotImplemented, the reference computes.
+        triton: its implementation with the Triton kernel.
+        own: its implementation with torch_npu's operators. If it returns NotImplemented, the reference runs.
     """
     if by_triton(op):
         return triton
@@ -46,18 +51,18 @@ def implementation(
 
 
 def by_triton(op: str) -> bool:
-    """Whether an op is its Triton kernel here."""
+    """Whether an op uses its Triton kernel on NPUs."""
     wanted = [word.strip() for word in os.environ.get(TRITON_VARIABLE, "").split(",")]
     return (op in PROVEN or op in wanted or "all" in wanted) and triton_compiles()
 
 
 def triton_compiles() -> bool:
-    """Whether Triton compiles for NPUs here: triton-ascend is installed, and its driver is the active one."""
+    """Whether Triton compiles for NPUs: triton-ascend is installed, and its driver is active."""
     if find_spec("triton") is None:
         return False
     from triton.runtime.driver import driver
 
     try:
         return driver.active.get_current_target().backend in ("npu", "ascend")
-    except Exception:  # whatever a driver raises that finds no device
+    except Exception:  # a driver that finds no device may raise anything
         return False

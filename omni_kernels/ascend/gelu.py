@@ -1,4 +1,4 @@
-"""gelu by `npu_gelu`, which is told that the tanh approximation is meant (`operators`)."""
+"""gelu with `npu_gelu`, called for the tanh approximation (`operators`)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import torch
 
 from omni_kernels.ascend.operators import fused
 
-#: Dimensions that the operator takes.
+#: The most dimensions that the operator supports.
 MOST_DIMENSIONS = 8
 
 
 def gelu(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """See `omni_kernels.ops.gelu`; NotImplemented where the operator is not there, or does not take x."""
+    """See `omni_kernels.ops.gelu`. Returns NotImplemented if the operator is missing or does not support x."""
     operator = fused("npu_gelu")
     if operator is None or x.dim() > MOST_DIMENSIONS or not x.numel():
         return NotImplemented

@@ -1,13 +1,13 @@
-"""What the launchers do otherwise on Ascend: tiles that fit the unified buffer, grids that can be launched.
+"""Limits of the launchers on Ascend: tiles that fit in the unified buffer, grids that can be launched.
 
-A vector core of an Atlas A2 (910B) computes in a unified buffer of 192 KB. How much of it a kernel takes is decided by
-the vendor's compiler, which keeps several tiles of every tensor there and two of those that it loads, so that the next
-one is under way; a tile that does not fit is refused. `TILES` is what fits, found with that compiler, and
-`python -m omni_kernels.validation.ascend` holds it against it.
+A vector core of an Atlas A2 (910B) computes in a unified buffer of 192 KB. The vendor's compiler decides how much of it
+a kernel uses. It keeps several tiles of every tensor there, and two of every loaded one so that the next load can
+overlap. It rejects a tile that does not fit. `TILES` lists sizes that fit, found with that compiler;
+`python -m omni_kernels.validation.ascend` checks them with it.
 
-Other than on a GPU, rows that lie at no distance, as a modulation that all tokens share, are loaded once and not with
-every row of a tile, and a row is found by a number: what the compiler cannot see to be regular it reads one row after
-another, and past its end.
+There are two more differences from a GPU. Rows with stride 0, such as a modulation shared by all tokens, are loaded
+once, not with every row of a tile. And a row is addressed by a single number: if the compiler cannot see that an access
+is regular, it reads one row after another, and past the end.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from omni_kernels.device import describe
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# What a launch may have; more are refused.
+# The most programs of a launch. Larger launches are rejected.
 MAX_PROGRAMS = 65535
 
-#: Op → elements of its tile, which fit in any dtypes and with all that the op may be given. Longer rows, where an op
-#: needs them whole, are left to plain torch.
+#: Op → elements of its tile. They fit for all dtypes and with all optional inputs. If an op needs whole rows and these
+#: are longer, plain torch computes it.
 TILES = {
     "relative_l1": 4096,
     "residual_relative_l1": 2048,
@@ -43,35 +43,35 @@ TILES = {
 
 
 def here(t: torch.Tensor) -> bool:
-    """Whether `t` is on an Ascend NPU, or on a CPU that stands in for one (`omni_kernels.device.pretend`)."""
+    """Whether `t` is on an Ascend NPU, or on a CPU that simulates one (`omni_kernels.device.pretend`)."""
     kind = t.device.type
     return kind == "npu" or (kind == "cpu" and describe(kind).vendor == "ascend")
 
 
 def tile(op: str, t: torch.Tensor, elsewhere: int) -> int:
-    """Elements of an op's tile, or of the longest row that it takes, where `t` is; `elsewhere` on other devices."""
+    """Elements of an op's tile, or of its longest row, on `t`'s device. Returns `elsewhere` if that is not Ascend."""
     return TILES[op] if here(t) else elsewhere
 
 
 class NotLaunchableError(Exception):
-    """What no kernel can be launched for; `falls_back` knows what to do."""
+    """No kernel can be launched for these arguments. `falls_back` then uses plain torch."""
 
 
 def whole_row(op: str, t: torch.Tensor, length: int, elsewhere: int) -> None:
-    """Asks whether a program can hold a row of so many elements where `t` is, `elsewhere` being the most on a GPU.
+    """Check that a program can hold a row of `length` elements on `t`'s device. `elsewhere` is the limit on a GPU.
 
     Raises:
-        NotLaunchableError: it cannot.
+        NotLaunchableError: the row is too long.
     """
     if length > (longest := tile(op, t, elsewhere)):
         raise NotLaunchableError(f"{op}: a row of {length} elements; a program holds {longest}")
 
 
 def grid(t: torch.Tensor, programs: int) -> tuple[int]:
-    """The grid of so many programs, to be launched where `t` is.
+    """The grid of so many programs, for a launch on `t`'s device.
 
     Raises:
-        NotLaunchableError: it has more programs than Ascend launches.
+        NotLaunchableError: on Ascend, there are more programs than a launch can have.
     """
     if programs > MAX_PROGRAMS and here(t):
         raise NotLaunchableError(f"{programs} programs; a launch may have {MAX_PROGRAMS}")
@@ -79,7 +79,7 @@ def grid(t: torch.Tensor, programs: int) -> tuple[int]:
 
 
 def falls_back(reference: Callable[P, R], launch: Callable[P, R]) -> Callable[P, R]:
-    """A launcher whose work is done in plain torch where it cannot be launched; nothing was launched by then."""
+    """A launcher that uses plain torch if the kernel cannot be launched. That is known before anything is launched."""
 
     @functools.wraps(launch)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:

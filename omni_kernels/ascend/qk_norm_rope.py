@@ -1,4 +1,4 @@
-"""qk_norm_rope in real numbers, which NPUs compute natively: by `npu_rms_norm` and `npu_rotary_mul`, in fp32.
+"""qk_norm_rope in real numbers, which NPUs support natively: with `npu_rms_norm` and `npu_rotary_mul`, in fp32.
 
 rotate: x·cos + x'·sin        x' = (−b, a) for every pair (a, b) of x; cos and sin: [1 or B, S, 1, Dh]
 """
@@ -10,14 +10,14 @@ import torch
 from omni_kernels.ascend.operators import fused
 from omni_kernels.device import describe
 
-#: Samples times heads ("interleaved"), or either of them ("half"), that `npu_rotary_mul` takes.
+#: Limit of `npu_rotary_mul`: samples times heads ("interleaved"), or each of them ("half").
 MOST_HEADS = 999
 
 
 def tables(
     freqs: torch.Tensor | None, cos: torch.Tensor | None, sin: torch.Tensor | None, layout: str
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The cosine and the sine for every element of a head, fp32 [1 or B, S, 1, Dh]; None: nothing is rotated."""
+    """The cosine and sine for every element of a head, fp32 [1 or B, S, 1, Dh]; None without a rotation."""
     if freqs is not None:
         cos, sin = (_doubled(t, layout) for t in freqs.unbind(-1))
     if cos is None or sin is None:
@@ -27,12 +27,12 @@ def tables(
 
 
 def _doubled(t: torch.Tensor, layout: str) -> torch.Tensor:
-    """A number per pair [..., Dh/2] as one per element."""
+    """Expand one number per pair [..., Dh/2] to one per element [..., Dh]."""
     return torch.stack((t, t), -1).flatten(-2) if layout == "interleaved" else torch.cat((t, t), -1)
 
 
 def rotate(y: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], layout: str, out: torch.Tensor) -> None:
-    """Write y [B, S, H, Dh] in fp32, rotated by what `tables` made, to `out`, of the same shape."""
+    """Rotate y [B, S, H, Dh], in fp32, by the result of `tables`, and write it to `out` of the same shape."""
     cos, sin = rotation
     operator = fused("npu_rotary_mul")
     if operator is not None and _fits(y, cos, layout):
@@ -44,9 +44,9 @@ def rotate(y: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], layout:
 
 
 def _fits(y: torch.Tensor, cos: torch.Tensor, layout: str) -> bool:
-    """Whether `npu_rotary_mul` takes these, by its documentation; what differs between products it does not say."""
+    """Whether `npu_rotary_mul` supports these, by its documentation, which does not list all product differences."""
     B, _, H, _ = y.shape
-    if not y.numel() or describe(y.device).arch.startswith("Ascend310"):  # which rotates few sizes, and halves alone
+    if not y.numel() or describe(y.device).arch.startswith("Ascend310"):  # supports only few sizes, and only "half"
         return False
     if layout == "interleaved":
         return B * H <= MOST_HEADS and cos.shape[0] == 1

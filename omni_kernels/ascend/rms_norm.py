@@ -1,4 +1,4 @@
-"""RMSNorm by `npu_rms_norm`: one launch where plain torch takes five, in fp32 until it is rounded (`operators`)."""
+"""RMSNorm with `npu_rms_norm`: one launch where plain torch takes five, in fp32, rounded once (`operators`)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ def rms_norm(x: torch.Tensor, eps: float, weight: torch.Tensor | None = None) ->
     Args:
         x: [..., D], fp32, fp16 or bf16.
         eps: added to the mean square.
-        weight: [D], taken in x's dtype, or None.
+        weight: [D], converted to x's dtype, or None.
 
     Returns:
-        A new tensor in x's shape and dtype; None where the operator is not there, or x is empty.
+        A new tensor in x's shape and dtype; None if the operator is missing or x is empty.
     """
     operator = fused("npu_rms_norm")
     if operator is None or not x.numel():
         return None
     gamma = x.new_ones(x.shape[-1]) if weight is None else weight.to(x.dtype)
-    # Of two dimensions, which every version takes.
+    # As two dimensions, which every version supports.
     y: torch.Tensor = operator(x.reshape(-1, x.shape[-1]), gamma, eps)[0].view(x.shape)
     return y

@@ -1,7 +1,7 @@
-"""swiglu by `npu_swiglu`, which takes both halves in one contiguous tensor (`operators`).
+"""swiglu with `npu_swiglu`, which takes both halves in one contiguous tensor (`operators`).
 
-Halves of one packed projection are that. Others would have to be put side by side first, which moves as many bytes as
-the operators of plain torch do.
+The halves of one packed projection are in that form. Other tensors would have to be concatenated first, which moves as
+many bytes as the operators of plain torch.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import torch
 
 from omni_kernels.ascend.operators import fused
 
-#: Dimensions that the operator takes.
+#: The most dimensions that the operator supports.
 MOST_DIMENSIONS = 8
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """See `omni_kernels.ops.swiglu`; NotImplemented where the operator is not there, or does not take these."""
+    """See `omni_kernels.ops.swiglu`. Returns NotImplemented if the operator is missing or does not support these."""
     operator = fused("npu_swiglu")
     both = None if operator is None else packed(gate, up)
     if operator is None or both is None or gate.dim() > MOST_DIMENSIONS:
@@ -27,7 +27,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def packed(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor | None:
-    """The contiguous tensor [..., 2·n] whose halves `gate` and `up` are, or None."""
+    """The contiguous tensor [..., 2·n] of which `gate` and `up` are the halves, or None."""
     n = gate.shape[-1]
     if (
         not gate.numel()

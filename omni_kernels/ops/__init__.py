@@ -1,7 +1,7 @@
-"""The kernels, one op to a file: formula, plain-torch implementation, Triton kernel, registration.
+"""The kernels, one op per file: formula, plain-torch implementation, Triton kernel, registration.
 
-An op runs where its tensors are: plain torch on the CPU and on devices without better, Triton on NVIDIA and AMD. `OPS`
-is the table that benchmarks and validation go through.
+An op runs on the device of its tensors: with Triton on NVIDIA and AMD, with plain torch on the CPU and on devices
+without a better implementation. Benchmarks and validation iterate over the table `OPS`.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ _CHECKED = SimpleNamespace(**{name: op.function for name, op in OPS.items()})
 
 
 def trusted(like: torch.Tensor) -> SimpleNamespace:
-    """The ops by name, to be called with tensors like this one that are known to fit.
+    """The ops by name, for calls with tensors like this one whose arguments are known to be valid.
 
-    Where an op may call its implementation directly, that implementation itself: whoever calls several ops a step is
-    spared their checks, and asking each of them what was asked once.
+    If the implementations may be called directly, they are returned themselves. Code that calls several ops per step
+    then skips the argument checks, and decides once whether the dispatcher is needed.
     """
     return direct(like) or _CHECKED

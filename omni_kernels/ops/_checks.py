@@ -1,4 +1,4 @@
-"""What the ops take: floating-point tensors of equal shape on one device. Everything else is refused by name."""
+"""Argument checks of the ops: floating-point tensors of equal shape on one device. Errors name the wrong argument."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 
 def alike(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether an op can take these together; None is no tensor. Cheap, because every call of an op asks."""
+    """Whether an op supports these tensors together; None is ignored. Must be fast, as every call of an op uses it."""
     shape, device = first.shape, first.device
     if first.dtype not in DTYPES or not shape:
         return False
@@ -19,7 +19,7 @@ def alike(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
 
 
 def unlike(op: str, **tensors: torch.Tensor | None) -> ValueError:
-    """The error for `tensors` that are not all `alike`, by the name of the first that is wrong."""
+    """The error for `tensors` that are not all `alike`. It names the first wrong one."""
     first, *_ = present = [(name, t) for name, t in tensors.items() if t is not None]
     for name, t in present:
         if t.dtype not in DTYPES:

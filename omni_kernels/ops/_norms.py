@@ -1,12 +1,12 @@
-"""What the ops that norm tokens have in common: the norms, the forms of a modulation, how rows are cut into tiles.
+"""Shared by the ops that normalise tokens: the norms, the forms of a modulation, how rows are cut into tiles.
 
     layer: (x − mean(x)) / √(var(x) + eps)        rms: x / √(mean(x²) + eps)        over D channels, in fp32
 
 A modulation (scale, shift or gate) is [B, D], [B, 1, D] or, per token, [B, S, D], where B may be 1; under an `index`
-[B, S] it is [2B, D], and token (b, s) takes row b where index is 0 and row B + b elsewhere. Modulations are read where
-they lie, as chunks of one projection too; what has to be contiguous is a row.
+[B, S] it is [2B, D], and token (b, s) takes row b where index is 0 and row B + b elsewhere. Modulations are read in
+place, also as chunks of one projection; only their rows must be contiguous.
 
-A program holds whole rows in registers: x is read once, and the variance is that of centred values.
+A program holds whole rows in registers. So x is read once, and the variance is computed from centred values.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from omni_kernels.ops._triton import tl, triton
 NORMS = ("layer", "rms")
 INDEX_DTYPES = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 
-# Longer rows do not fit a program's registers; ops that hold more than a row or two have less.
+# Longer rows do not fit in a program's registers. Ops that hold more than one or two rows have lower limits.
 MAX_TRITON_CHANNELS = 16384
 
 
 def check_norm(op: str, norm: str | None, allowed: tuple[str | None, ...] = NORMS) -> None:
-    """Refuses a norm that is not one of `allowed`."""
+    """Raise ValueError if `norm` is not one of `allowed`."""
     if norm not in allowed:
         *most, last = (repr(one) for one in allowed)
         raise ValueError(f"{op}: norm is {norm!r}; allowed are {', '.join(most)} and {last}")
@@ -35,7 +35,11 @@ def check_norm(op: str, norm: str | None, allowed: tuple[str | None, ...] = NORM
 def check_modulation(
     op: str, like: str, h: torch.Tensor, index: torch.Tensor | None, **given: torch.Tensor | None
 ) -> None:
-    """Refuses what is no modulation of h [B, S, D], an argument named `like`, and an index that does not fit h."""
+    """Raise ValueError if a tensor is not a valid modulation of h [B, S, D], or the index does not fit h.
+
+    Args:
+        like: the name of the argument h in messages.
+    """
     B, S, D = h.shape
     if index is not None:
         if index.shape != (B, S):
@@ -68,7 +72,7 @@ def check_modulation(
 
 
 def check_vectors(op: str, like: str, h: torch.Tensor, **given: torch.Tensor | None) -> None:
-    """Refuses what is not [D] beside h [..., D], an argument named `like`."""
+    """Raise ValueError if a tensor is not [D], for h [..., D]. `like` is the name of h in messages."""
     for name, t in given.items():
         if t is not None and (t.shape != h.shape[-1:] or t.device != h.device or t.dtype not in DTYPES):
             raise unlike(op, **{f"one row of {like}": h.new_empty(h.shape[-1]), name: t})
@@ -80,7 +84,7 @@ def per_token(t: torch.Tensor) -> torch.Tensor:
 
 
 def selected(t: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-    """The rows of a modulation that the tokens take, [B, 1, D] or [B, S, D]."""
+    """The modulation rows of the tokens, [B, 1, D] or [B, S, D]."""
     if index is None:
         return t.unsqueeze(1) if t.dim() == 2 else t
     first, second = t.unsqueeze(1).chunk(2)
@@ -94,7 +98,7 @@ def normed(
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """norm(x) · weight + bias of an x in fp32, as a new tensor, in plain torch."""
+    """norm(x) · weight + bias for fp32 x, as a new tensor, in plain torch."""
     if norm == "layer":
         weight, bias = (None if t is None else t.float() for t in (weight, bias))
         return torch.layer_norm(x, x.shape[-1:], weight, bias, eps)
@@ -111,7 +115,10 @@ def normed_on_npu(
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As `normed`, by torch_npu's operator where it is there; RMSNorm without a bias also in x's and weight's dtype."""
+    """Like `normed`, but uses torch_npu's RMSNorm operator if it exists.
+
+    RMSNorm without a bias also takes an x of another dtype than fp32, with a weight of the same dtype.
+    """
     y = rms_norm(x, eps, weight) if norm == "rms" else None
     if y is None:
         return normed(x.float(), norm, eps, weight, bias)
@@ -121,7 +128,7 @@ def normed_on_npu(
 def modulate(
     y: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None, index: torch.Tensor | None
 ) -> torch.Tensor:
-    """y · (1 + scale) + shift of a y in fp32, which may be overwritten, in plain torch."""
+    """y · (1 + scale) + shift for fp32 y, in plain torch. May overwrite y."""
     if scale is None:
         return y if shift is None else y.add_(selected(shift, index))
     gain = selected(scale, index).float() + 1.0
@@ -130,7 +137,7 @@ def modulate(
 
 @triton.jit
 def norm_rows(x, m_d, eps, D: tl.constexpr, LAYER: tl.constexpr):
-    """The rows of x [ROWS, BLOCK] in fp32, normed over the D channels that m_d lets through; x is 0 in the others."""
+    """Normalise the rows of x [ROWS, BLOCK] in fp32, over the D channels where m_d is true. x is 0 in the others."""
     if LAYER:
         mean = tl.sum(x, axis=1, keep_dims=True) / D
         x = tl.where(m_d, x - mean, 0.0)
@@ -139,7 +146,7 @@ def norm_rows(x, m_d, eps, D: tl.constexpr, LAYER: tl.constexpr):
 
 @triton.jit
 def modulate_rows(x, b_weight, b_bias, b_scale, b_shift):
-    """(x · weight + bias) · (1 + scale) + shift, of which each may be None."""
+    """(x · weight + bias) · (1 + scale) + shift. Each of the four may be None."""
     if b_weight is not None:
         x *= b_weight.to(tl.float32)
     if b_bias is not None:
@@ -153,7 +160,7 @@ def modulate_rows(x, b_weight, b_bias, b_scale, b_shift):
 
 @triton.jit
 def row_of(p_index, sample, samples, index_sample, o_s, index_token, tokens):
-    """The row of a modulation that tokens o_s of a sample take."""
+    """The modulation row for tokens o_s of a sample."""
     row = sample
     if p_index is not None:
         second = tl.load(p_index + sample * index_sample + o_s * index_token, mask=o_s < tokens, other=0) != 0
@@ -162,29 +169,29 @@ def row_of(p_index, sample, samples, index_sample, o_s, index_token, tokens):
 
 
 def rows(t: torch.Tensor) -> torch.Tensor:
-    """`t` with contiguous rows: views that cut or transpose channels are copied."""
+    """`t` with contiguous rows. Views with gaps between channels, or transposed ones, are copied."""
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 def modulation_rows(t: torch.Tensor | None) -> torch.Tensor | None:
-    """A modulation as a kernel takes it, [B, 1, D] or [B, S, D] with contiguous rows."""
+    """A modulation in the form for a kernel: [B, 1, D] or [B, S, D] with contiguous rows."""
     return None if t is None else rows(per_token(t))
 
 
 def vector(t: torch.Tensor | None) -> torch.Tensor | None:
-    """A norm's weight or bias as a kernel takes it."""
+    """A norm's weight or bias in the form for a kernel: contiguous."""
     return None if t is None else t.contiguous()
 
 
 def strides(t: torch.Tensor | None) -> tuple[int, int]:
-    """Distances of samples and of tokens in elements; 0 where there is one for all, which is known to divide by 16."""
+    """Strides of samples and tokens in elements, 0 for a dimension of size 1. Triton then knows it divides by 16."""
     if t is None:
         return 0, 0
     return 0 if t.shape[0] == 1 else t.stride(0), 0 if t.shape[1] == 1 else t.stride(1)
 
 
 def cut(tokens: int, D: int, tile: int) -> tuple[int, int, int]:
-    """Rows of a tile, its channels (a power of two) and warps: as many rows as make `tile` elements, or one."""
+    """Rows of a tile, its channels (a power of two) and warps. As many rows as make `tile` elements, at least one."""
     block = max(_samples.MIN_WIDTH, triton.next_power_of_2(D))
     count = max(1, min(tile // block, triton.next_power_of_2(tokens)))
     return count, block, _samples.warps(max(_samples.THREADS, block // 16))

@@ -1,8 +1,9 @@
-"""How many elements a tile has: what the op's own file says and why, unless the device is known to want another.
+"""The number of elements in an op's tile: the default from the op's own file, or a better value for the device.
 
-On Ascend that is what fits (`ascend.limits.TILES`). On a GPU it is what was measured to be faster there: a file of
-`python -m omni_kernels.tune` in omni_kernels/tuned, whose entry of the op and dtype with the nearest number of channels
-counts. Only a pass over rows or elements has its tile from here: sums over a sample are cut alike on every GPU.
+On Ascend, it is what fits in memory (`ascend.limits.TILES`). On a GPU, it is a value that was measured to be faster:
+files of `python -m omni_kernels.tune` in omni_kernels/tuned. There, the entry with the op, the dtype and the nearest
+number of channels is used. This applies only to passes over rows or elements. Sums over a sample are cut in the same
+way on every GPU.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from omni_kernels.ascend import limits
 from omni_kernels.device import describe
 
 TUNED = Path(__file__).parents[1] / "tuned"
-#: Op → the tile that is being tried, and what asked for it: channels and dtype of the tensor.
+#: Op → the tile being tried, and the channels and dtype of each tensor it was used for.
 _tried: dict[str, tuple[int, list[tuple[int, str]]]] = {}
 
 
 def tile(op: str, t: torch.Tensor, own: int) -> int:
-    """Elements of an op's tile for `t`; `own` is the op's."""
+    """Number of elements in an op's tile for `t`. `own` is the op's default."""
     if _tried and op in _tried:
         elements, asked = _tried[op]
         asked.append((t.shape[-1], str(t.dtype).removeprefix("torch.")))
@@ -39,7 +40,10 @@ def tile(op: str, t: torch.Tensor, own: int) -> int:
 
 @contextlib.contextmanager
 def trying(op: str, elements: int) -> Iterator[list[tuple[int, str]]]:
-    """For the block, the op's tile has so many elements, wherever it runs; gives channels and dtype of who asked."""
+    """Context manager that sets the op's tile to so many elements on every device.
+
+    Yields a list, to which the channels and dtype of each tensor are added that the tile is used for.
+    """
     asked: list[tuple[int, str]] = []
     _tried[op] = elements, asked
     try:
@@ -50,7 +54,7 @@ def trying(op: str, elements: int) -> Iterator[list[tuple[int, str]]]:
 
 @functools.cache
 def _tuned(device: torch.device) -> Mapping[str, list[dict[str, Any]]]:
-    """Op → what was measured on such a device; nothing where no file is of one."""
+    """Op → the tuned entries for this kind of device. Empty if there is no file for it."""
     name = describe(device).name
     found: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(TUNED.glob("*.json")):
@@ -62,7 +66,7 @@ def _tuned(device: torch.device) -> Mapping[str, list[dict[str, Any]]]:
 
 
 def _nearest(rows: list[dict[str, Any]], t: torch.Tensor) -> int | None:
-    """The tile of the entry that is nearest in channels, of those of the dtype; None without any."""
+    """The tile of the entry with this dtype and the nearest number of channels; None if there is none."""
     dtype, channels = str(t.dtype).removeprefix("torch."), t.shape[-1]
     alike = [row for row in rows if row["dtype"] == dtype]
     if not alike:

@@ -1,4 +1,4 @@
-"""Triton where it is installed, and stand-ins that let the kernel files be imported where it is not.
+"""Imports Triton. If it is not installed, stand-ins let the kernel files be imported anyway.
 
 Importing Triton loads no driver; the first launch does.
 """
@@ -13,7 +13,7 @@ try:
 except ImportError:
 
     class _Absent:
-        """Answers to every name that a kernel's decorator and annotations use; its kernels cannot be launched."""
+        """Stand-in for every name that a kernel's decorators and annotations use. Its kernels cannot be launched."""
 
         def __getattr__(self, name: str) -> Any:
             return self

@@ -1,11 +1,11 @@
-"""ada_layer_norm: the normed, modulated input of a block's attention or feed-forward, in one pass.
+"""ada_layer_norm: the normalised, modulated input of a block's attention or feed-forward, in one pass.
 
     y = (norm(x) · weight + bias) · (1 + scale) + shift        norm: LayerNorm or RMSNorm over the last dimension
                                                                x, y: [B, S, D]
 
-AdaLN (Peebles & Xie 2022, arXiv:2212.09748) as Qwen-Image, FLUX and Wan write it; Z-Image's has RMSNorm and no shift.
-Qwen-Image-Edit-2511 has two rows of modulation per sample, and `index` says which one a token takes. Moves the bytes
-of its inputs and of y, once.
+AdaLN (Peebles & Xie 2022, arXiv:2212.09748) as in Qwen-Image, FLUX and Wan. Z-Image has RMSNorm and no shift.
+Qwen-Image-Edit-2511 has two rows of modulation per sample, and `index` selects one for each token. Moves the bytes of
+its inputs and of y once.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from omni_kernels.ops._checks import alike, unlike
 from omni_kernels.ops._triton import tl, triton
 from omni_kernels.registration import define
 
-# A tile is as many rows as fill it, or one row: on sm_90 47 registers, 64 with a modulation in fp32 per token.
+# Elements per tile, at least one row: on sm_90, 47 registers, or 64 with an fp32 modulation per token.
 TILE = 4096
-# Longer rows, with every input in fp32, do not fit a program's registers.
+# Longer rows, with all inputs in fp32, do not fit in a program's registers.
 MAX_TRITON_CHANNELS = 8192
 
 
@@ -41,18 +41,18 @@ def ada_layer_norm(
 
     Args:
         x: [B, S, D], fp32, fp16 or bf16, any strides.
-        scale: [B, D], [B, 1, D] or, per token, [B, S, D]; a batch of 1 serves all samples. Its dtype may differ from
+        scale: [B, D], [B, 1, D] or, per token, [B, S, D]; a batch size of 1 is broadcast. Its dtype may differ from
             x's. A view with contiguous rows, such as a chunk of a projection, is read in place. None: no scale.
-        shift: as scale, or None: nothing is added.
-        index: [B, S], bool or an integer: scale and shift are [2B, D], and token (b, s) takes row b where index is 0
-            and row B + b elsewhere.
+        shift: like scale; None adds nothing.
+        index: [B, S], bool or integer. With it, scale and shift are [2B, D], and token (b, s) takes row b where index
+            is 0 and row B + b elsewhere.
         norm: "layer" (subtract the mean, divide by the standard deviation) or "rms" (divide by the root mean square).
-        weight: [D], the norm's own, or None.
-        bias: [D], the norm's own, or None.
+        weight: [D], the norm's weight, or None.
+        bias: [D], the norm's bias, or None.
         eps: added to the variance or the mean square.
 
     Returns:
-        y: contiguous, in x's shape and dtype. Infinities and NaN reach their own token only.
+        y: contiguous, in x's shape and dtype. Infinities and NaN affect only their own token.
 
     Raises:
         ValueError: a shape does not fit, devices differ, a dtype is not allowed, or the norm is unknown.
@@ -68,7 +68,7 @@ def ada_layer_norm(
 
 
 def reference(x, scale, shift, index, norm, weight, bias, eps, *, normed=_norms.normed):
-    """In plain torch, but for the norm where another `normed` computes it."""
+    """In plain torch. `normed` computes the norm."""
     y = _norms.modulate(normed(x.float(), norm, eps, weight, bias), scale, shift, index)
     return y.to(x.dtype).contiguous()
 
@@ -80,7 +80,7 @@ def ada_layer_norm_kernel(
     D: tl.constexpr, LAYER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ONE: tl.constexpr,
 ):  # fmt: skip
-    """A program takes one tile of ROWS tokens of one sample."""
+    """A program processes one tile of ROWS tokens of one sample."""
     pid = tl.program_id(0)
     sample = (pid // tiles).to(tl.int64)
     first = (pid % tiles).to(tl.int64) * ROWS
@@ -89,7 +89,7 @@ def ada_layer_norm_kernel(
     m_d = o_d < D
     m = (o_s < tokens) & m_d
     x = tl.load(p_x + sample * x_sample + o_s * x_token + o_d, mask=m, other=0.0).to(tl.float32)
-    # Loaded here, in their own dtype, they are under way while the row is reduced.
+    # Loaded here, in their own dtype, so that these loads overlap with the row's reduction.
     row = _norms.row_of(p_index, sample, samples, index_sample, first if ONE else o_s, index_token, tokens)
     b_scale, b_shift, b_weight, b_bias = None, None, None, None
     if p_scale is not None:
@@ -105,7 +105,7 @@ def ada_layer_norm_kernel(
 
 
 def launch(x, scale, shift, index, norm, weight, bias, eps):
-    """With the Triton kernel; rows too long for it take the plain-torch implementation."""
+    """With the Triton kernel. Rows that are too long for it use the plain-torch implementation."""
     B, S, D = x.shape
     limits.whole_row("ada_layer_norm", x, D, MAX_TRITON_CHANNELS)
     y = x.new_empty((B, S, D))

@@ -1,12 +1,12 @@
-"""gate_residual_norm: what stands between two parts of a block, gate, residual and the next norm, in one pass.
+"""gate_residual_norm: gate, residual and the next norm, between two parts of a block, in one pass.
 
     h = residual + g(gate) · N(x)                              g: identity or tanh
     y = (norm(h) · weight + bias) · (1 + scale) + shift        N: identity, or RMSNorm with x_weight
                                                                residual, x, h, y: [B, S, D]
 
-AdaLN-Zero (Peebles & Xie 2022, arXiv:2212.09748): x is what attention or the feed-forward returned. Qwen-Image, FLUX
-and Wan gate by a plain vector; Z-Image by tanh, and norms x before. y is of h as it is stored, rounded to its dtype, so
-that it is `ada_layer_norm(h, scale, shift)`. Moves the bytes of its inputs, of h and of y, once.
+AdaLN-Zero (Peebles & Xie 2022, arXiv:2212.09748); x is the output of attention or the feed-forward. Qwen-Image, FLUX
+and Wan use the gate as it is. Z-Image uses its tanh, and normalises x first. y is computed from the stored h, rounded
+to its dtype, so it equals `ada_layer_norm(h, scale, shift)`. Moves the bytes of its inputs, of h and of y once.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from omni_kernels.ops._checks import alike, unlike
 from omni_kernels.ops._triton import tl, triton
 from omni_kernels.registration import define
 
-# A tile is as many rows as fill it, or one row: on sm_90 48 registers, 63 with Z-Image's RMSNorm and tanh.
+# Elements per tile, at least one row: on sm_90, 48 registers, or 63 with Z-Image's RMSNorm and tanh.
 TILE = 4096
-# Longer rows, with every input in fp32, do not fit a program's registers.
+# Longer rows, with all inputs in fp32, do not fit in a program's registers.
 MAX_TRITON_CHANNELS = 8192
-# At and above it, tanh by one exponential; below, by five terms of its series, of which the sixth is 9e-9 of the value.
+# From this magnitude on, tanh is computed with one exponential. Below, five terms of its series are used; the sixth
+# would be 9e-9 of the value.
 SERIES = tl.constexpr(0.25)
 
 
@@ -49,29 +50,30 @@ def gate_residual_norm(
 
     Args:
         residual: [B, S, D], fp32, fp16 or bf16, any strides.
-        x: as residual; the dtype may differ.
-        gate: [B, D], [B, 1, D] or, per token, [B, S, D]; a batch of 1 serves all samples. Its dtype may differ. A view
-            with contiguous rows, such as a chunk of a projection, is read in place. None: 1.
-        scale: as gate, or None: no scale.
-        shift: as gate, or None: nothing is added.
-        index: [B, S], bool or an integer: gate, scale and shift are [2B, D], and token (b, s) takes row b where index
-            is 0 and row B + b elsewhere.
-        gate_tanh: whether the gate, if there is one, is tanh(gate).
-        x_weight: [D]: x is normed before the gate, x / √(mean(x²) + x_eps) · x_weight. None: it is taken as it is.
+        x: like residual; the dtype may differ.
+        gate: [B, D], [B, 1, D] or, per token, [B, S, D]; a batch size of 1 is broadcast. Its dtype may differ. A view
+            with contiguous rows, such as a chunk of a projection, is read in place. None means 1.
+        scale: like gate; None: no scale.
+        shift: like gate; None adds nothing.
+        index: [B, S], bool or integer. With it, gate, scale and shift are [2B, D], and token (b, s) takes row b where
+            index is 0 and row B + b elsewhere.
+        gate_tanh: whether to use tanh(gate) instead of the gate.
+        x_weight: [D]. With it, x is normalised before the gate: x / √(mean(x²) + x_eps) · x_weight. None: x is used as
+            it is.
         x_eps: added to that mean square.
         norm: "layer" (subtract the mean, divide by the standard deviation), "rms" (divide by the root mean square) or
-            None: h alone is computed.
-        weight: [D], the norm's own, or None.
-        bias: [D], the norm's own, or None.
+            None (only h is computed).
+        weight: [D], the norm's weight, or None.
+        bias: [D], the norm's bias, or None.
         eps: added to the variance or the mean square.
 
     Returns:
         h: contiguous, in residual's shape and dtype.
-        y: as h, computed from the rounded h; None without a norm. Infinities and NaN reach their own token only.
+        y: like h, computed from the rounded h; None without a norm. Infinities and NaN affect only their own token.
 
     Raises:
-        ValueError: a shape does not fit, devices differ, a dtype is not allowed, the norm is unknown, or there is none
-            and yet a scale, a shift, a weight or a bias.
+        ValueError: a shape does not fit, devices differ, a dtype is not allowed, the norm is unknown, or a scale,
+            shift, weight or bias is given without a norm.
     """
     op = "gate_residual_norm"
     if residual.dim() != 3:
@@ -94,7 +96,7 @@ def reference(
     residual, x, gate, scale, shift, index, gate_tanh, x_weight, x_eps, norm, weight, bias, eps,
     *, normed=_norms.normed,
 ):  # fmt: skip
-    """In plain torch, but for the norms where another `normed` computes them."""
+    """In plain torch. `normed` computes the norms."""
     h = x.float() if x_weight is None else normed(x.float(), "rms", x_eps, x_weight)
     if gate is None:
         h = residual + h
@@ -110,7 +112,7 @@ def reference(
 
 @triton.jit
 def _tanh(v):
-    """tanh to a few units in the last place, for small v as well, where the quotient of exponentials cancels."""
+    """tanh, accurate to a few units in the last place. For small v, where the quotient cancels, it uses a series."""
     magnitude = tl.abs(v)
     power = tl.exp(-2.0 * magnitude)
     quotient = (1.0 - power) / (1.0 + power)
@@ -127,7 +129,7 @@ def gate_residual_norm_kernel(
     D: tl.constexpr, TANH: tl.constexpr, LAYER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ONE: tl.constexpr,
 ):  # fmt: skip
-    """A program takes one tile of ROWS tokens of one sample; without p_y it writes h alone."""
+    """A program processes one tile of ROWS tokens of one sample. Without p_y it writes only h."""
     pid = tl.program_id(0)
     sample = (pid // tiles).to(tl.int64)
     first = (pid % tiles).to(tl.int64) * ROWS
@@ -151,7 +153,7 @@ def gate_residual_norm_kernel(
     o_out = (sample * tokens + o_s) * D + o_d
     tl.store(p_h + o_out, b_h, mask=m)
     if p_y is not None:
-        # Loaded here, in their own dtype, they are under way while the row is reduced.
+        # Loaded here, in their own dtype, so that these loads overlap with the row's reduction.
         b_scale, b_shift, b_weight, b_bias = None, None, None, None
         if p_scale is not None:
             b_scale = tl.load(p_scale + row * scale_sample + o_s * scale_token + o_d, mask=m, other=0.0)
@@ -167,7 +169,7 @@ def gate_residual_norm_kernel(
 
 
 def launch(residual, x, gate, scale, shift, index, gate_tanh, x_weight, x_eps, norm, weight, bias, eps):
-    """With the Triton kernel; rows too long for it take the plain-torch implementation."""
+    """With the Triton kernel. Rows that are too long for it use the plain-torch implementation."""
     B, S, D = residual.shape
     limits.whole_row("gate_residual_norm", residual, D, MAX_TRITON_CHANNELS)
     h = residual.new_empty((B, S, D))

@@ -2,8 +2,8 @@
 
     out = ½·x·(1 + tanh(√(2/π)·(x + 0.044715·x³)))        x, out: [...]
 
-As F.gelu(x, approximate="tanh") between the two linear layers of a block (Hendrycks and Gimpel 2016, arXiv:1606.08415),
-in fp32 from load to store. Moves the bytes of x and of out, once.
+The same as F.gelu(x, approximate="tanh"), used between the two linear layers of a feed-forward (Hendrycks and Gimpel
+2016, arXiv:1606.08415). Computed in fp32 and rounded once. Moves the bytes of x and of out once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from omni_kernels.ops._checks import alike, unlike
 from omni_kernels.ops._triton import tl, triton
 from omni_kernels.registration import define
 
-# 16 elements a thread: on sm_90 40 registers and 48 KB of loads under way per multiprocessor. With 8 it is 24 and 32.
+# 16 elements per thread: on sm_90, 40 registers and 48 KB of loads in flight per multiprocessor. With 8: 24 and 32.
 BLOCK = 4096
 
 
@@ -26,12 +26,12 @@ def gelu(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """½·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))).
 
     Args:
-        x: [...], fp32, fp16 or bf16, any strides. A slice of a packed projection is read where it lies.
-        out: where to write, as x, or None for a new tensor. A slice of a packed input is written where it lies; it may
-            be x itself, and no other part of x's memory.
+        x: [...], fp32, fp16 or bf16, any strides. A slice of a packed projection is read in place.
+        out: where to write, like x; None for a new tensor. A slice of a packed tensor is written in place. It may be x
+            itself, but must not overlap x otherwise.
 
     Returns:
-        `out`, or a new contiguous tensor in x's shape and dtype. −∞ gives NaN, as it does in torch.
+        `out`, or a new contiguous tensor in x's shape and dtype. −∞ gives NaN, as in torch.
 
     Raises:
         ValueError: shapes or devices differ, a dtype is not allowed, or x has no dimensions.
@@ -49,7 +49,7 @@ def reference(x, out):
 
 @triton.jit
 def gelu_of(x):
-    """x in fp32. ½·(1 + tanh(u)) is the logistic function of 2u, which loses nothing where tanh(u) is near −1."""
+    """GELU of x in fp32. Uses ½·(1 + tanh(u)) = logistic(2u), which loses no precision where tanh(u) is near −1."""
     return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
 
 
@@ -62,7 +62,7 @@ def gelu_kernel(p_x, p_out, n, x_stride, out_stride, blocks, BLOCK: tl.constexpr
     o = tl.arange(0, BLOCK)
     p_x += row * x_stride + start
     p_out += row * out_stride + start
-    # A mask whose bound may not divide by 16 costs the 128-bit accesses: only the last, incomplete block has one.
+    # A mask whose bound is not divisible by 16 prevents 128-bit accesses. So only the last, incomplete block has one.
     if start + BLOCK <= n:
         tl.store(p_out + o, gelu_of(tl.load(p_x + o).to(tl.float32)).to(p_out.dtype.element_ty))
     else:
@@ -85,7 +85,7 @@ def launch(x, out):
             x, target, n, *strides, blocks,
             BLOCK=block, num_warps=_samples.warps(), enable_fp_fusion=True,
         )  # fmt: skip
-    # What has no rows at one distance was copied.
+    # `target` is a copy if `out` could not be viewed as rows with one stride.
     return out if target.data_ptr() == out.data_ptr() else out.copy_(target.view(out.shape))
 
 

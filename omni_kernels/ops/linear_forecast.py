@@ -1,10 +1,10 @@
-"""linear_forecast: a weighted sum of snapshots, which is what every forecaster comes down to.
+"""linear_forecast: a weighted sum of snapshots. Every forecaster has this form.
 
     out = base + Σ_j weights[j] · history[j]        base, history[j], out: [B, ...]      weights: K numbers in fp32
 
-Reusing a residual is one weight of 1. TaylorSeer (Liu et al. 2025, arXiv:2503.06923), Newton's divided differences,
-Hermite and the others are linear in their snapshots, so that each is a way to choose the weights. Moves the bytes of
-its inputs and of `out`, once, where a ladder of derivatives moves several times as much.
+Reusing a residual is a single weight of 1. TaylorSeer (Liu et al. 2025, arXiv:2503.06923), Newton's divided
+differences, Hermite and the others are linear in their snapshots, so they differ only in the weights. Moves the bytes
+of its inputs and of `out` once. Computing a series of derivatives moves several times as much.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from omni_kernels.ops._checks import DTYPES, alike, unlike
 from omni_kernels.ops._triton import tl, triton
 from omni_kernels.registration import define
 
-# A program reads all snapshots at once; more than any forecaster keeps would only cost registers.
+# A program reads all snapshots at once. A higher limit would only cost registers; no forecaster keeps more snapshots.
 MAX_HISTORY = 16
 
-# 8 elements a thread: on sm_90 39 registers with 4 streams and 73 with 9. With 16 it is 80 and 146.
+# 8 elements per thread: on sm_90, 39 registers with 4 streams and 73 with 9. With 16 elements: 80 and 146.
 BLOCK = 2048
 
 
@@ -35,18 +35,18 @@ def linear_forecast(
     """base + Σ_j weights[j]·history[j], accumulated in fp32.
 
     Args:
-        base: [B, ...], fp32, fp16 or bf16, any strides, or None for 0.
-        history: 0 to 16 tensors like base; dtypes may differ. At least one where base is None.
-        weights: as many numbers, or a tensor [K] on the device of the snapshots, which is not read to the host.
-        out: where to write, or None for a new tensor. May be base or one of the history (the oldest snapshot, in
-            place); it is read before it is written, whatever it overlaps.
+        base: [B, ...], fp32, fp16 or bf16, any strides. None means 0.
+        history: 0 to 16 tensors like base; dtypes may differ. At least one if base is None.
+        weights: one number per snapshot, or a tensor [K] on the snapshots' device, which is not copied to the host.
+        out: where to write; None for a new tensor. It may be base or one of the history (such as the oldest snapshot),
+            or overlap any of them: the inputs are read before it is written.
 
     Returns:
-        `out`, or a new contiguous tensor in the dtype of base or, without one, of history[0].
+        `out`, or a new contiguous tensor in the dtype of base (without base, of history[0]).
 
     Raises:
-        ValueError: shapes or devices differ, a dtype is not allowed, there are not as many weights as snapshots, more
-            than 16 snapshots, or neither a base nor a snapshot.
+        ValueError: shapes or devices differ, a dtype is not allowed, the numbers of weights and snapshots differ,
+            there are more than 16 snapshots, or neither base nor a snapshot is given.
     """
     like = base if base is not None else history[0] if history else None
     if like is None:
@@ -78,10 +78,10 @@ def reference(base, history, weights, out):
     scales = weights
     if isinstance(weights, torch.Tensor):
         scales = weights.tolist() if weights.is_cpu else weights.unbind()
-    elif out is None and history and base is not None and base.dtype is torch.float32:  # as at every skipped step
+    elif out is None and history and base is not None and base.dtype is torch.float32:  # the case of every skipped step
         first = weights[0]
         total = base + history[0] if first == 1.0 else base.add(history[0], alpha=first)
-        # After other work, 1024 elements are added in 8 µs out of place and 13 in place; 2²⁰ in 2.2 ms against 0.8.
+        # After other work, adding 1024 elements takes 8 µs out of place and 13 in place; 2²⁰ elements, 2.2 ms and 0.8.
         small = total.numel() <= _samples.SMALL
         for j in range(1, len(history)):
             add = total.add if small else total.add_
@@ -89,7 +89,7 @@ def reference(base, history, weights, out):
         return total.contiguous()
     read = list(history) if base is None else [base, *history]
     dtype = read[0].dtype if out is None else out.dtype
-    # The first term may be summed straight into `out`, unless a later one would be read from there.
+    # Sum directly into `out`, unless a later term would still be read from that memory.
     into = out
     if out is not None and (
         dtype != torch.float32
@@ -118,13 +118,13 @@ def linear_forecast_kernel(
     p_base, p_history, p_weights, weights, p_out, n, base_stride, history_strides, out_stride, blocks,
     K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program writes one block of one sample of n elements. The weights are numbers, or lie at p_weights."""
+    """A program writes one block of one sample of n elements. The weights are numbers, or are read from p_weights."""
     pid = tl.program_id(0)
     sample = (pid // blocks).to(tl.int64)
     start = (pid % blocks).to(tl.int64) * BLOCK
     o = tl.arange(0, BLOCK)
     p_out += sample * out_stride + start
-    # A mask whose bound may not divide by 16 costs the 128-bit accesses: only the last, incomplete block has one.
+    # A mask whose bound is not divisible by 16 prevents 128-bit accesses. So only the last, incomplete block has one.
     if start + BLOCK <= n:
         total = tl.zeros((BLOCK,), tl.float32)
         if p_base is not None:
@@ -146,7 +146,7 @@ def linear_forecast_kernel(
 
 
 def launch(base, history, weights, out):
-    """With the Triton kernel; a base alone is copied by torch."""
+    """With the Triton kernel. With an empty history, torch copies the base."""
     if not history:
         return reference(base, history, weights, out)
     read = list(history) if base is None else [base, *history]

@@ -1,10 +1,10 @@
-"""modulated_relative_l1: a block's normed, modulated input, and how far it is from the step before's, in one pass.
+"""modulated_relative_l1: a block's normalised, modulated input and its difference to an earlier step's, in one pass.
 
     m       = norm(h) · weight · (1 + scale) + shift        norm: LayerNorm or RMSNorm over the last dimension
     sums[b] = [Σ|m[b] − m_prev[b]|, Σ|m_prev[b]|]           h, m_prev: [B, S, D]      sums: fp32 [B, 2]
 
-TeaCache's signal (Liu et al. 2024, arXiv:2411.19108): the modulated input of block 0. The sums are of m as it is
-returned, rounded to its dtype. Moves the bytes of its inputs and of m, once.
+This is TeaCache's signal (Liu et al. 2024, arXiv:2411.19108): the modulated input of block 0. The sums use the returned
+m, rounded to its dtype. Moves the bytes of its inputs and of m once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from omni_kernels.ops._checks import alike, unlike
 from omni_kernels.ops._triton import tl, triton
 from omni_kernels.registration import define
 
-# A tile is as many rows as fill it, or one row: on sm_90 79 registers and 36 KB of loads under way per multiprocessor.
+# Elements per tile, at least one row: on sm_90, 79 registers and 36 KB of loads in flight per multiprocessor.
 TILE = 4096
 
 
@@ -37,17 +37,17 @@ def modulated_relative_l1(
 
     Args:
         h: [B, S, D], fp32, fp16 or bf16, any strides.
-        scale: [B, D], [B, 1, D] or, per token, [B, S, D]; a batch of 1 serves all samples. Its dtype
-            may differ from h's.
-        shift: as scale, or None: nothing is added.
-        m_prev: [B, S, D], the earlier m, or None: the sums are zeros.
+        scale: [B, D], [B, 1, D] or, per token, [B, S, D]; a batch size of 1 is broadcast. Its dtype may differ from
+            h's.
+        shift: like scale; None adds nothing.
+        m_prev: [B, S, D], the earlier m. With None, the sums are zeros.
         norm: "layer" (subtract the mean, divide by the standard deviation) or "rms" (divide by the root mean square).
-        weight: [D], the norm's own, or None.
+        weight: [D], the norm's weight, or None.
         eps: added to the variance or the mean square.
 
     Returns:
         m: contiguous, in h's shape and dtype.
-        sums: fp32 [B, 2]: [Σ|m − m_prev|, Σ|m_prev|]. Infinities and NaN reach the sums of their sample.
+        sums: fp32 [B, 2]: [Σ|m − m_prev|, Σ|m_prev|]. Infinities and NaN propagate to the sums of their sample.
 
     Raises:
         ValueError: a shape does not fit, devices differ, a dtype is not allowed, or the norm is unknown.
@@ -63,7 +63,7 @@ def modulated_relative_l1(
 
 
 def reference(h, scale, shift, m_prev, norm, weight, eps, *, normed=_norms.normed):
-    """In plain torch, but for the norm where another `normed` computes it."""
+    """In plain torch. `normed` computes the norm."""
     m = normed(h.float(), norm, eps)
     gain = _norms.per_token(scale).float() + 1.0
     if weight is not None:
@@ -81,7 +81,7 @@ def modulated_relative_l1_kernel(
     shift_sample, shift_token, prev_sample, prev_token, eps, tiles, programs,
     D: tl.constexpr, LAYER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program takes `tiles` tiles of ROWS tokens of one sample; partials: [B, 2, programs], none without p_prev."""
+    """A program processes `tiles` tiles of ROWS tokens of one sample. Writes partials [B, 2, programs] if p_prev."""
     pid = tl.program_id(0)
     sample = (pid // programs).to(tl.int64)
     part = pid % programs
@@ -101,10 +101,10 @@ def modulated_relative_l1_kernel(
         m = (o_s < tokens) & m_d
         x = tl.load(p_h + o_s * h_token + o_d, mask=m, other=0.0).to(tl.float32)
         if p_prev is not None:
-            # Here, so that it is under way while the row is reduced.
+            # Loaded here, so that the load overlaps with the row's reduction.
             b_prev = tl.load(p_prev + o_s * prev_token + o_d, mask=m, other=0.0)
         x = _norms.norm_rows(x, m_d, eps, D, LAYER)
-        # Scale and shift are a few KB for all tokens of a sample, and stay in the cache, or are read once.
+        # Scale and shift either are a few KB for all tokens of a sample and stay in the cache, or are read once.
         gain = 1.0 + tl.load(p_scale + o_s * scale_token + o_d, mask=m, other=0.0).to(tl.float32)
         if p_weight is not None:
             gain *= tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
@@ -125,7 +125,7 @@ def modulated_relative_l1_kernel(
 
 
 def launch(h, scale, shift, m_prev, norm, weight, eps):
-    """With the Triton kernel; rows too long for it take the plain-torch implementation."""
+    """With the Triton kernel. Rows that are too long for it use the plain-torch implementation."""
     B, S, D = h.shape
     limits.whole_row("modulated_relative_l1", h, D, _norms.MAX_TRITON_CHANNELS)
     m = h.new_empty((B, S, D))

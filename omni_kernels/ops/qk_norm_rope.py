@@ -1,16 +1,17 @@
-"""qk_norm_rope: everything between the projections and attention, written where attention reads it, in one pass.
+"""qk_norm_rope: norm and rotation of q and k, written where attention reads them, in one pass.
 
     q_out = rotate(rms(q)·q_weight)        rms(x) = x / √(mean(x²) + eps)        q, k, v, *_out: [B, S, H, Dh]
     k_out = rotate(rms(k)·k_weight)        over a head, or over all heads of a token
     v_out = v
-    rotate: (a, b) ← (a·cos − b·sin, a·sin + b·cos)        (cos, sin): freqs[s, i], fp32 [S, Dh/2, 2], or of two tables
+    rotate: (a, b) ← (a·cos − b·sin, a·sin + b·cos)        (cos, sin): freqs[s, i], fp32 [S, Dh/2, 2], or two tables
 
 The pairs (a, b) are elements 2i and 2i + 1 of a head ("interleaved") or i and i + Dh/2 ("half"). RMSNorm: Zhang and
-Sennrich 2019, arXiv:1910.07467; rotary embedding: Su et al. 2021, arXiv:2104.09864. What the attention processors of
-diffusers compute for Qwen-Image, Z-Image, FLUX and Wan (this over all heads), where every step rounds to the tensors'
-dtype; here nothing is rounded before the end. The outputs are places in given buffers, so that text and image, one call
-each, meet in one sequence without being concatenated; v is left out where it lies in its place already. Moves the bytes
-of q, k, v and of the outputs, once, and those of freqs and the weights.
+Sennrich 2019, arXiv:1910.07467; rotary embedding: Su et al. 2021, arXiv:2104.09864.
+
+The attention processors of diffusers compute the same for Qwen-Image, Z-Image, FLUX and Wan (Wan normalises over all
+heads). There every step rounds to the tensors' dtype; here only the result is rounded. The outputs are written into
+given buffers. So text and image, with one call each, can share one sequence without concatenation. v is omitted if it
+is already in place. Moves the bytes of q, k, v and of the outputs once, plus those of freqs and the weights.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ from omni_kernels.registration import define
 LAYOUTS = ("interleaved", "half")
 MAX_HEAD_SIZE = 256
 
-# A tile is as many heads of q as fill it. A thread takes 8 elements of each tensor, and with "half", whose pairs lie
-# apart, 8 of each half: on sm_90 40 and 61 registers, and 72 and 96 KB of loads under way per multiprocessor.
+# Elements of q per tile, in whole heads. A thread processes 8 elements of each tensor; with "half", where the elements
+# of a pair are apart, 8 of each half. On sm_90, 40 and 61 registers, and 72 and 96 KB of loads in flight per
+# multiprocessor.
 TILE = 2048
-# Normed over all heads, a tile is a token, and a thread takes 16 elements of each: on sm_90 at most 77 registers. With
-# tokens twice as long it would spill.
+# With the norm over all heads, a tile is a token, and a thread processes 16 elements of each tensor: on sm_90, at most
+# 77 registers. With tokens twice as long, registers would spill.
 MAX_TRITON_TOKEN = 8192
 
 
@@ -57,31 +59,31 @@ def qk_norm_rope(
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
 ) -> None:
-    """Norm and rotate q and k, copy v, and write all three into given buffers, in fp32 from load to store.
+    """Normalise and rotate q and k, copy v, and write all three into given buffers. Computed in fp32, rounded once.
 
     Args:
-        q: [B, S, H, Dh] with an even Dh up to 256, fp32, fp16 or bf16; the last dimension contiguous, any other
-            strides: a view of a projection [B, S, H·Dh], or of a third of [B, S, 3·H·Dh].
-        k: as q; the dtype may differ.
-        v: as k; None: it lies where attention reads it, and is left alone.
-        q_out: where to write, as k. Usually a stretch of a longer sequence, buffer[:, start : start + S].
-        k_out: as q_out.
-        v_out: as q_out; None where v is.
-        q_weight: the norm's weight, [Dh] or, across heads, [H·Dh]; None: q is not normed.
-        k_weight: as q_weight, for k.
+        q: [B, S, H, Dh] with an even Dh up to 256, fp32, fp16 or bf16. The last dimension must be contiguous; other
+            strides are free, as in a view of a projection [B, S, H·Dh] or of a third of [B, S, 3·H·Dh].
+        k: like q; the dtype may differ.
+        v: like k. None if it is already where attention reads it.
+        q_out: where to write, like k. Usually a slice of a longer sequence, buffer[:, start : start + S].
+        k_out: like q_out.
+        v_out: like q_out; None if v is None.
+        q_weight: the norm's weight, [Dh] or, across heads, [H·Dh]. None: q is not normalised.
+        k_weight: like q_weight, for k.
         eps: added to the mean square.
         freqs: fp32 [S, Dh/2, 2] or [B or 1, S, Dh/2, 2], the cosine and sine of every angle: `torch.view_as_real` of a
-            complex table. None: nothing is rotated, or by cos and sin.
+            complex table. None: cos and sin are used, or nothing is rotated.
         layout: "interleaved" rotates elements 2i and 2i + 1 of a head, "half" elements i and i + Dh/2.
-        across_heads: whether the mean square is that of a whole token.
-        cos: in place of freqs, and with sin: [S, Dh], fp32, fp16 or bf16, the cosine of the angle that each element of
-            a head is rotated by, so that both of a pair have the same, as in the tables of FLUX and Wan in diffusers.
-        sin: as cos.
+        across_heads: whether the mean square is over a whole token instead of a head.
+        cos: alternative to freqs, together with sin: [S, Dh], fp32, fp16 or bf16, the cosine of each element's angle.
+            Both elements of a pair have the same value, as in the tables of FLUX and Wan in diffusers.
+        sin: like cos.
 
     Raises:
-        ValueError: a shape, stride, device or dtype does not fit, the layout is unknown, there is only one of v and
-            v_out, or of cos and sin, or freqs besides, or an output overlaps an input or another output. Views that
-            interleave in memory count as overlapping.
+        ValueError: a shape, stride, device or dtype does not fit, the layout is unknown, only one of v and v_out or of
+            cos and sin is given, freqs is given as well as cos and sin, or an output overlaps an input or another
+            output. Interleaved views count as overlapping.
     """
     if q.dim() != 4 or q.shape[3] % 2 or q.shape[3] > MAX_HEAD_SIZE:
         raise ValueError(
@@ -90,7 +92,7 @@ def qk_norm_rope(
     if not alike(q, k, v, q_out, k_out, v_out):
         raise unlike("qk_norm_rope", q=q, k=k, v=v, q_out=q_out, k_out=k_out, v_out=v_out)
     if (v is None) is not (v_out is None):
-        raise ValueError("qk_norm_rope: v and v_out are given together, or neither")
+        raise ValueError("qk_norm_rope: v and v_out must be given together")
     if layout not in LAYOUTS:
         raise ValueError(f"qk_norm_rope: layout is {layout!r}; allowed are 'interleaved' and 'half'")
     for name, t in (("q", q), ("k", k), ("v", v), ("q_out", q_out), ("k_out", k_out), ("v_out", v_out)):
@@ -115,7 +117,7 @@ def qk_norm_rope(
 def _check_freqs(freqs: torch.Tensor, q: torch.Tensor) -> None:
     B, S, _, Dh = q.shape
     if freqs.dtype != torch.float32:
-        complex_ = "; torch.view_as_real makes it that" if freqs.dtype == torch.complex64 else ""
+        complex_ = "; torch.view_as_real converts it" if freqs.dtype == torch.complex64 else ""
         raise ValueError(f"qk_norm_rope: freqs has dtype {str(freqs.dtype)[6:]}; it must be float32{complex_}")
     if freqs.shape not in ((S, Dh // 2, 2), (B, S, Dh // 2, 2), (1, S, Dh // 2, 2)):
         raise ValueError(
@@ -130,7 +132,7 @@ def _check_tables(
     cos: torch.Tensor | None, sin: torch.Tensor | None, freqs: torch.Tensor | None, q: torch.Tensor
 ) -> None:
     if cos is None or sin is None or freqs is not None:
-        raise ValueError("qk_norm_rope: cos and sin are given together, and without freqs")
+        raise ValueError("qk_norm_rope: cos and sin must be given together, and without freqs")
     if cos.shape != (q.shape[1], q.shape[3]):
         raise ValueError(f"qk_norm_rope: cos has shape {[*cos.shape]}; it must be [S, Dh] = {[q.shape[1], q.shape[3]]}")
     if not alike(cos, sin) or cos.device != q.device:
@@ -152,7 +154,7 @@ def _check_memory(read: dict[str, torch.Tensor | None], written: dict[str, torch
 
 
 def _stretch(t: torch.Tensor) -> tuple[int, int]:
-    """Addresses of the first element and behind the last one."""
+    """The addresses of the first element and of the end of the last one."""
     first, (B, S, H, Dh), strides = t.data_ptr(), t.shape, t.stride()
     if not (B and S and H and Dh):
         return first, first
@@ -161,7 +163,7 @@ def _stretch(t: torch.Tensor) -> tuple[int, int]:
 
 
 def _complex(t: torch.Tensor) -> torch.Tensor:
-    """The pairs [..., 2] as complex numbers [...]: a view, or a copy where they lie so that torch makes no view."""
+    """The pairs [..., 2] as complex numbers [...]: a view, or a copy if torch cannot make a view."""
     seen = _complex_view(t)
     return torch.view_as_complex(t.clone(memory_format=torch.contiguous_format)) if seen is None else seen
 
@@ -169,7 +171,7 @@ def _complex(t: torch.Tensor) -> torch.Tensor:
 def _complex_view(t: torch.Tensor) -> torch.Tensor | None:
     try:
         return torch.view_as_complex(t)
-    except RuntimeError:  # a pair starts at an odd element, or is no fp32
+    except RuntimeError:  # a pair starts at an odd element, or is not fp32
         return None
 
 
@@ -182,7 +184,7 @@ def _rms_normed(y: torch.Tensor, eps: float, weights: Sequence[torch.Tensor]) ->
     return y
 
 
-#: A tensor to be normed and rotated, the weights of its norm if it is normed, and where it is written.
+#: A tensor to normalise and rotate, the weights of its norm (empty without a norm), and where to write it.
 _Part = tuple[torch.Tensor, Sequence[torch.Tensor], torch.Tensor]
 
 
@@ -205,7 +207,7 @@ def _together(
     q_out: torch.Tensor,
     k_out: torch.Tensor,
 ) -> Sequence[_Part]:
-    """q and k as one tensor, where both lie in one: half the operators, which small tensors consist of."""
+    """q and k as one tensor, if both are views of one. This halves the operator calls, which dominate small tensors."""
     both, out = _stacked(q, k), _stacked(q_out, k_out)
     if both is None or out is None or (q_weight is None) is not (k_weight is None):
         return _apart(q, k, q_weight, k_weight, q_out, k_out)
@@ -213,7 +215,7 @@ def _together(
 
 
 def _stacked(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
-    """[2, ...] over the memory of a and b, two views of one tensor; None where they are not."""
+    """A view [2, ...] of a and b, if they are views of one tensor with equal strides and dtype; else None."""
     base, strides = a._base, a.stride()
     if base is None or base is not b._base or strides != b.stride() or a.dtype != b.dtype:
         return None
@@ -224,9 +226,9 @@ def _stacked(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
 def _pairs(
     freqs: torch.Tensor | None, cos: torch.Tensor | None, sin: torch.Tensor | None, layout: str
 ) -> torch.Tensor | None:
-    """The cosine and sine of every angle, as freqs has them, or, interleaved, as complex numbers.
+    """The cosine and sine of every angle, in the form of freqs, or as complex numbers if interleaved.
 
-    Of cos and sin, as the kernel does, one of a pair's and the other's.
+    Like the kernel, it reads the cosine from the first element of a pair and the sine from the second.
     """
     if cos is not None and sin is not None:
         apart, pair = ((-1, 2), -1) if layout == "interleaved" else ((2, -1), -2)
@@ -237,13 +239,13 @@ def _pairs(
 
 def _rotate(y: torch.Tensor, freqs: torch.Tensor, layout: str, out: torch.Tensor) -> None:
     if layout == "interleaved":
-        # Two operators where real arithmetic takes six: at 16 tokens of 4 heads of 48, 45 µs against 112 in all.
+        # Two operators instead of six in real arithmetic: for 16 tokens with 4 heads of 48, 45 µs against 112 in all.
         numbers, angles = _complex(y.unflatten(-1, (-1, 2))), freqs.unsqueeze(-2)
         place = _complex_view(out.unflatten(-1, (-1, 2))) if out.dtype == torch.float32 else None
         if place is None:
             out.copy_(torch.view_as_real(numbers * angles).flatten(-2))
         else:
-            # Where they belong at once: of 60 tiny blocks' host time, this and `_pairs` save a tenth.
+            # Written directly to `out`. This and `_pairs` save a tenth of the host time of 60 tiny blocks.
             torch.mul(numbers, angles, out=place)
         return
     cos, sin = freqs.unsqueeze(-3).unbind(-1)
@@ -261,7 +263,7 @@ def reference(
     q, k, v, q_out, k_out, v_out, q_weight, k_weight, eps, freqs, layout, across_heads, cos, sin,
     *, parts=_together, normed=_rms_normed, prepared=_pairs, rotate=_rotate,
 ):  # fmt: skip
-    """In plain torch, but for the norm and the rotation where others compute them."""
+    """In plain torch. `normed` computes the norm, `rotate` the rotation."""
     rotation = prepared(freqs, cos, sin, layout)
     for x, weights, out in parts(q, k, q_weight, k_weight, q_out, k_out):
         y = x.float()
@@ -279,7 +281,7 @@ def reference(
 def load_pairs(p, o_row, m_row, D: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """The two elements of every pair of ROWS rows of D, each [ROWS, BLOCK / 2], in fp32."""
     if INTERLEAVED:
-        # As they lie, and then apart: loads with a stride of 2 would be of 16 bits.
+        # Loaded contiguously, then split. Loads with a stride of 2 would be 16-bit loads.
         o_d = tl.arange(0, BLOCK)[None, :]
         x = tl.load(p + o_row + o_d, mask=m_row & (o_d < D), other=0.0).to(tl.float32)
         a, b = tl.split(tl.reshape(x, (ROWS, BLOCK // 2, 2)))
@@ -295,7 +297,7 @@ def load_pairs(p, o_row, m_row, D: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS
 def store_pairs(
     p, a, b, o_row, m_row, D: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """What `load_pairs` would load."""
+    """The inverse of `load_pairs`."""
     if INTERLEAVED:
         o_d = tl.arange(0, BLOCK)[None, :]
         x = tl.reshape(tl.join(a, b), (ROWS, BLOCK))
@@ -309,7 +311,7 @@ def store_pairs(
 
 @triton.jit
 def copy_heads(p, p_out, sample, o_s, o_h, strides, out_strides, m_row, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Heads o_h of tokens o_s from one place to another."""
+    """Copy heads o_h of tokens o_s."""
     o_d = tl.arange(0, BLOCK)[None, :]
     m = m_row & (o_d < D)
     p += sample * strides[0]
@@ -320,7 +322,7 @@ def copy_heads(p, p_out, sample, o_s, o_h, strides, out_strides, m_row, D: tl.co
 
 @triton.jit
 def reciprocal_rms(a, b, eps, N: tl.constexpr, ACROSS: tl.constexpr):
-    """1 / √(mean square + eps) of every row, or of all rows together, which have N elements."""
+    """1 / √(mean square + eps) of every row of N elements or, with ACROSS, of all rows together (N elements)."""
     squares = tl.sum(a * a + b * b, axis=1, keep_dims=True)
     if ACROSS:
         squares = tl.sum(squares, axis=0, keep_dims=True)
@@ -334,10 +336,10 @@ def qk_norm_rope_kernel(
     H: tl.constexpr, D: tl.constexpr, INTERLEAVED: tl.constexpr, ACROSS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, OF_TOKEN: tl.constexpr,
 ):  # fmt: skip
-    """A program takes ROWS heads of one sample, or with ACROSS those of one token. Strides: sample, token, head.
+    """A program processes ROWS heads of one sample or, with ACROSS, of one token. Strides: sample, token, head.
 
-    With p_sin, p_freqs are the cosines. With OF_TOKEN, programs take ROWS heads of one token in any case, and what its
-    heads share is loaded once.
+    With p_sin, p_freqs holds the cosines. With OF_TOKEN, a program always processes ROWS heads of one token, and loads
+    what these heads share only once.
     """
     pid = tl.program_id(0)
     sample = (pid // programs).to(tl.int64)
@@ -355,13 +357,13 @@ def qk_norm_rope_kernel(
         m = o_h < H
         o_weight = o_h * D
     else:
-        # Heads are counted through the tokens, so that no number of them leaves lanes idle.
+        # Heads are numbered across tokens, so that no lanes are idle, whatever the number of heads is.
         o_r = part * ROWS + tl.arange(0, ROWS)[:, None]
         o_s = o_r // H
         o_h = o_r % H
         m = o_s < tokens
         o_weight = tl.zeros((ROWS, 1), tl.int64)
-    # Rows of what all heads of a token share, and of a weight.
+    # Numbers of rows: of tables that all heads of a token share, and of a weight.
     SHARED: tl.constexpr = 1 if OF_TOKEN else ROWS
     WEIGHTS: tl.constexpr = ROWS if ACROSS else SHARED
     m_shared, m_weight = m, m
@@ -376,14 +378,14 @@ def qk_norm_rope_kernel(
     if p_v is not None and not ACROSS:
         copy_heads(p_v, p_v_out, sample, o_s, o_h, v_strides, v_out_strides, m, D, BLOCK)
     if p_freqs is not None:
-        # 4 bytes an element where q has 2, but the same for all heads of a token: read from memory once.
+        # 4 bytes per element where q has 2. But all heads of a token share them, so they are read from memory once.
         o_freqs = sample * freqs_strides[0] + o_s * freqs_strides[1]
         if p_sin is None:
             cos, sin = load_pairs(p_freqs, o_freqs, m_shared, D, True, SHARED, BLOCK)
         else:
             cos, _ = load_pairs(p_freqs, o_freqs, m_shared, D, INTERLEAVED, SHARED, BLOCK)
             _, sin = load_pairs(p_sin, o_s * sin_stride, m_shared, D, INTERLEAVED, SHARED, BLOCK)
-    # q is done with before k is begun: a program would need more registers for both at a time.
+    # q is finished before k begins. Both at a time would need more registers.
     if p_q_weight is not None:
         w_a, w_b = load_pairs(p_q_weight, o_weight, m_weight, D, INTERLEAVED, WEIGHTS, BLOCK)
         scale = reciprocal_rms(q_a, q_b, eps, N, ACROSS)
@@ -403,19 +405,22 @@ def qk_norm_rope_kernel(
     o_k = sample * k_out_strides[0] + o_s * k_out_strides[1] + o_h * k_out_strides[2]
     store_pairs(p_k_out, k_a, k_b, o_k, m, D, INTERLEAVED, ROWS, BLOCK)
     if p_v is not None and ACROSS:
-        # Here, so that 62 registers do, of which two programs of 512 threads fit; beside q and k it would be up to 77.
+        # Copied last, so that 62 registers suffice and two programs of 512 threads fit. Next to q and k: up to 77.
         copy_heads(p_v, p_v_out, sample, o_s, o_h, v_strides, v_out_strides, m, D, BLOCK)
 
 
 def _strides(t: torch.Tensor | None) -> tuple[int, ...]:
-    """Of samples, tokens and heads; 0 where there is one, or no tensor, which is known to divide by 16."""
+    """Strides of samples, tokens and heads, 0 for a dimension of size 1 or without a tensor.
+
+    Triton knows that 0 is divisible by 16.
+    """
     if t is None:
         return 0, 0, 0
     return tuple(0 if n == 1 else s for n, s in zip(t.shape[:3], t.stride(), strict=False))
 
 
 def launch(q, k, v, q_out, k_out, v_out, q_weight, k_weight, eps, freqs, layout, across_heads, cos, sin):
-    """With the Triton kernel; tokens too long for a norm across heads take the plain-torch implementation."""
+    """With the Triton kernel. Tokens too long for a norm across heads use the plain-torch implementation."""
     B, S, H, Dh = q.shape
     if q.numel() == 0:
         return

@@ -1,10 +1,10 @@
-"""relative_l1: how far x is from y, per sample.
+"""relative_l1: the difference of x and y relative to y, per sample.
 
     sums[b] = [Σ|x[b] − y[b]|, Σ|y[b]|]        x, y: [B, ...]      sums: fp32 [B, 2]
 
-The step caches' signal (TeaCache, Liu et al. 2024, arXiv:2411.19108; first-block cache and DBCache of the cache-dit
-project) is the quotient of the two. Sums rather than means or the quotient, so that ranks that hold parts of a sample
-can add them. Moves the bytes of x and y, once.
+The signal of the step caches (TeaCache, Liu et al. 2024, arXiv:2411.19108; first-block cache and DBCache of the
+cache-dit project) is the quotient of the two sums. The op returns sums, not means or the quotient, so that ranks with
+parts of a sample can add them. Moves the bytes of x and y once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from omni_kernels.ops._checks import alike, unlike
 from omni_kernels.ops._triton import tl, triton
 from omni_kernels.registration import define
 
-# 16 elements a thread: on sm_90 57 registers, so that 4 programs of a multiprocessor have 64 KB of loads under way.
+# 16 elements per thread: on sm_90, 57 registers, so 4 programs per multiprocessor with 64 KB of loads in flight.
 BLOCK = 4096
 
 
@@ -25,11 +25,11 @@ def relative_l1(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Sums per sample of |x − y| and |y|.
 
     Args:
-        x: [B, ...], fp32, fp16 or bf16, any strides. A tensor of one dimension is a batch of samples of one element.
-        y: as x; the dtype may differ.
+        x: [B, ...], fp32, fp16 or bf16, any strides. A 1-D tensor is a batch of one-element samples.
+        y: like x; the dtype may differ.
 
     Returns:
-        fp32 [B, 2]: [Σ|x − y|, Σ|y|]. Infinities and NaN in the inputs reach the sums of their sample.
+        fp32 [B, 2]: [Σ|x − y|, Σ|y|]. Infinities and NaN in the inputs propagate to the sums of their sample.
 
     Raises:
         ValueError: shapes or devices differ, a dtype is not allowed, or there is no batch dimension.
@@ -57,7 +57,7 @@ def relative_l1_kernel(p_x, p_y, p_partials, n, x_stride, y_stride, blocks, prog
     o = tl.arange(0, BLOCK)
     difference = tl.zeros((BLOCK,), tl.float32)
     magnitude = tl.zeros((BLOCK,), tl.float32)
-    # A mask whose bound may not divide by 16 costs the 128-bit loads: only the last, incomplete block has one.
+    # A mask whose bound is not divisible by 16 prevents 128-bit loads. So only the last, incomplete block has a mask.
     full = elements // BLOCK
     for _ in range(full):
         b_x = tl.load(p_x + o).to(tl.float32)

@@ -1,11 +1,11 @@
-"""residual_relative_l1: what a run of blocks added, and how far that is from what it added before, in one pass.
+"""residual_relative_l1: the residual of a series of blocks and its difference to the former residual, in one pass.
 
     residual = h_out − h_in
     sums[b]  = [Σ|r_prev[b] − residual[b]|, Σ|r_prev[b]|]      h_out, h_in, r_prev: [B, ...]      sums: fp32 [B, 2]
 
-The signal of the first-block cache and DBCache (the cache-dit project), which compare the residual of the first blocks
-with that of the last computed step. The sums are of the residual as it is returned, rounded to its dtype: a step that
-repeats the last one is at distance 0. Moves the bytes of its inputs and of the residual, once.
+This is the signal of the first-block cache and DBCache (the cache-dit project). They compare the residual of the first
+blocks with that of the last computed step. The sums use the returned residual, rounded to its dtype, so a step that
+repeats the last one has distance 0. Moves the bytes of its inputs and of the residual once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from omni_kernels.ops._checks import alike, unlike
 from omni_kernels.ops._triton import tl, triton
 from omni_kernels.registration import define
 
-# 8 elements a thread: on sm_90 48 registers and 60 KB of loads under way per multiprocessor. With 16 it is 98 and 48.
+# 8 elements per thread: on sm_90, 48 registers and 60 KB of loads in flight per multiprocessor. With 16: 98 and 48.
 BLOCK = 2048
 
 
@@ -28,14 +28,13 @@ def residual_relative_l1(
     """The residual h_out − h_in, and the sums per sample of |r_prev − residual| and |r_prev|.
 
     Args:
-        h_out: [B, ...], fp32, fp16 or bf16, any strides. A tensor of one dimension is a batch of samples of one
-            element.
-        h_in: as h_out; the dtype may differ.
-        r_prev: as h_out, the earlier residual, or None: the sums are zeros.
+        h_out: [B, ...], fp32, fp16 or bf16, any strides. A 1-D tensor is a batch of one-element samples.
+        h_in: like h_out; the dtype may differ.
+        r_prev: the former residual, like h_out. With None, the sums are zeros.
 
     Returns:
         residual: contiguous, in h_out's shape and dtype.
-        sums: fp32 [B, 2]: [Σ|r_prev − residual|, Σ|r_prev|]. Infinities and NaN reach the sums of their sample.
+        sums: fp32 [B, 2]: [Σ|r_prev − residual|, Σ|r_prev|]. Infinities and NaN propagate to the sums of their sample.
 
     Raises:
         ValueError: shapes or devices differ, a dtype is not allowed, or there is no batch dimension.
@@ -59,7 +58,7 @@ def residual_relative_l1_kernel(
     p_out, p_in, p_prev, p_residual, p_partials, n, out_stride, in_stride, prev_stride, residual_stride, blocks,
     programs, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program takes `blocks` blocks of one sample of n elements; partials: [B, 2, programs], none without p_prev."""
+    """A program processes `blocks` blocks of one sample of n elements. Writes partials [B, 2, programs] if p_prev."""
     pid = tl.program_id(0)
     sample = (pid // programs).to(tl.int64)
     part = pid % programs
@@ -73,7 +72,7 @@ def residual_relative_l1_kernel(
     o = tl.arange(0, BLOCK)
     difference = tl.zeros((BLOCK,), tl.float32)
     magnitude = tl.zeros((BLOCK,), tl.float32)
-    # A mask whose bound may not divide by 16 costs the 128-bit accesses: only the last, incomplete block has one.
+    # A mask whose bound is not divisible by 16 prevents 128-bit accesses. So only the last, incomplete block has one.
     full = elements // BLOCK
     for _ in range(full):
         b_residual = tl.load(p_out + o).to(tl.float32) - tl.load(p_in + o).to(tl.float32)

@@ -1,8 +1,8 @@
-"""rms_norm: RMSNorm over the last dimension of hidden states, of heads, of anything.
+"""rms_norm: RMSNorm over the last dimension of any tensor, such as hidden states or heads.
 
     y = x / √(mean(x²) + eps) · weight        x, y: [..., D]      weight: [D]
 
-Zhang & Sennrich 2019, arXiv:1910.07467. Moves the bytes of x, of the weight and of y, once.
+Zhang & Sennrich 2019, arXiv:1910.07467. Moves the bytes of x, of the weight and of y once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from omni_kernels.ops._checks import DTYPES, unlike
 from omni_kernels.ops._triton import tl, triton
 from omni_kernels.registration import define
 
-# A tile is as many rows as fill it, or one row: 32 heads of 128 channels, 40 registers on sm_90.
+# Elements per tile, at least one row: 32 heads of 128 channels, 40 registers on sm_90.
 TILE = 4096
 
 
@@ -23,19 +23,19 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, *, eps: float 
     """x / √(mean(x²) + eps) · weight, computed in fp32 and rounded once.
 
     Args:
-        x: [..., D], fp32, fp16 or bf16, any strides. Rows that are contiguous are read in place where the leading
-            dimensions come to three distances or fewer, as those of [B, S, H, D] do in any order.
+        x: [..., D], fp32, fp16 or bf16, any strides. Contiguous rows are read in place if the leading dimensions can
+            be merged into at most three strides, which [B, S, H, D] can in any order.
         weight: [D], or None. Its dtype may differ from x's.
         eps: added to the mean square.
 
     Returns:
-        y: contiguous, in x's shape and dtype. Infinities and NaN reach their own row only.
+        y: contiguous, in x's shape and dtype. Infinities and NaN affect only their own row.
 
     Raises:
         ValueError: the weight's shape does not fit, devices differ, a dtype is not allowed, or x has no dimensions.
     """
     if not x.shape:
-        raise ValueError("rms_norm: x has no dimensions; the last one is what is normed")
+        raise ValueError("rms_norm: x has no dimensions; it is normalised over the last one")
     if x.dtype not in DTYPES:
         raise unlike("rms_norm", x=x)
     _norms.check_vectors("rms_norm", "x", x, weight=weight)
@@ -48,7 +48,7 @@ def reference(x, weight, eps):
 
 
 def on_npu(x, weight, eps):
-    """By torch_npu's operator, which takes one dtype."""
+    """With torch_npu's operator, which needs x and weight in one dtype."""
     y = x if weight is None or weight.dtype == x.dtype else x.float()
     return _norms.normed_on_npu(y, "rms", eps, weight).to(x.dtype).contiguous()
 
@@ -58,7 +58,10 @@ def rms_norm_kernel(
     p_x, p_weight, p_y, n1, n2, stride_0, stride_1, stride_2, eps, tiles,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program takes one tile of ROWS rows of the innermost of three levels, which have n1 and n2 of the one below."""
+    """A program processes one tile of ROWS rows.
+
+    The rows are indexed by three levels with strides stride_0 to stride_2. The middle and innermost have sizes n1, n2.
+    """
     pid = tl.program_id(0)
     outer = pid // tiles
     o_r = (pid % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -75,7 +78,7 @@ def rms_norm_kernel(
 
 
 def _levels(x: torch.Tensor) -> list[tuple[int, int]]:
-    """Size and distance of every level of rows, from the outermost: dimensions that lie in one row are one level."""
+    """Size and stride of every level of rows, outermost first. Dimensions that can be merged are one level."""
     levels: list[tuple[int, int]] = []
     for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
         if size == 1:
@@ -88,7 +91,7 @@ def _levels(x: torch.Tensor) -> list[tuple[int, int]]:
 
 
 def launch(x, weight, eps):
-    """With the Triton kernel; rows too long for it take the plain-torch implementation."""
+    """With the Triton kernel. Rows that are too long for it use the plain-torch implementation."""
     D = x.shape[-1]
     limits.whole_row("rms_norm", x, D, _norms.MAX_TRITON_CHANNELS)
     y = x.new_empty(x.shape)

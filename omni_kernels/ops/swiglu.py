@@ -2,8 +2,8 @@
 
     out = silu(gate)·up,  silu(x) = x / (1 + exp(−x))        gate, up, out: [...]
 
-Between the linear layers of a block (Shazeer 2020, arXiv:2002.05202; Z-Image's w1 and w3), in fp32 from load to store.
-Moves the bytes of gate, up and out, once.
+Used between the linear layers of a feed-forward (Shazeer 2020, arXiv:2002.05202; Z-Image's w1 and w3). Computed in fp32
+and rounded once. Moves the bytes of gate, up and out once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from omni_kernels.ops._checks import alike, unlike
 from omni_kernels.ops._triton import tl, triton
 from omni_kernels.registration import define
 
-# 8 elements a thread: on sm_90 29 registers and 64 KB of loads under way per multiprocessor.
+# 8 elements per thread: on sm_90, 29 registers and 64 KB of loads in flight per multiprocessor.
 BLOCK = 2048
 
 
@@ -26,11 +26,11 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate)·up.
 
     Args:
-        gate: [...], fp32, fp16 or bf16, any strides. Halves of one packed projection are read where they lie.
-        up: as gate; the dtype may differ.
+        gate: [...], fp32, fp16 or bf16, any strides. Halves of one packed projection are read in place.
+        up: like gate; the dtype may differ.
 
     Returns:
-        A new contiguous tensor in gate's shape and dtype. −∞ in gate gives NaN, as it does in torch.
+        A new contiguous tensor in gate's shape and dtype. −∞ in gate gives NaN, as in torch.
 
     Raises:
         ValueError: shapes or devices differ, a dtype is not allowed, or gate has no dimensions.
@@ -47,7 +47,7 @@ def reference(gate, up):
 
 @triton.jit
 def silu_of(x):
-    """x in fp32."""
+    """silu(x) of x in fp32."""
     return x / (1.0 + tl.exp(-x))
 
 
@@ -61,7 +61,7 @@ def swiglu_kernel(p_gate, p_up, p_out, n, gate_stride, up_stride, out_stride, bl
     p_gate += row * gate_stride + start
     p_up += row * up_stride + start
     p_out += row * out_stride + start
-    # A mask whose bound may not divide by 16 costs the 128-bit accesses: only the last, incomplete block has one.
+    # A mask whose bound is not divisible by 16 prevents 128-bit accesses. So only the last, incomplete block has one.
     if start + BLOCK <= n:
         gate = tl.load(p_gate + o).to(tl.float32)
         up = tl.load(p_up + o).to(tl.float32)

@@ -1,4 +1,4 @@
-"""Patching of pipeline instances, and of the cache-dit library: what is installed is recorded, and undone exactly."""
+"""Patches pipeline instances and the cache-dit library. Every change is recorded and can be undone exactly."""
 
 from omni_kernels.patching.api import PatchHandle, handle_of, patch, patched, unpatch
 from omni_kernels.patching.cache_dit import LibraryHandle

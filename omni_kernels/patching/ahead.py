@@ -1,11 +1,11 @@
-"""The first norm of the next block, in the pass that ends a block: one reading of the hidden states less.
+"""Computes the next block's first norm in the kernel that ends a block. This saves one read of the hidden states.
 
-A block that ends with gate, residual and no norm, and a next one that begins with a norm of the same states, are two
-passes that could be one. What is made ahead hangs on the very tensor that the block returns, and is taken by the next
-block only where it is called with that tensor, unchanged, and with the same modulation: whoever works between the
-blocks, or passes the next one over, gets what he would have had, and nothing is kept beyond the tensor.
+A block ends with gate and residual; the next one begins with a norm of the same states. One kernel does both. The norm
+computed ahead is stored as an attribute of the tensor that the block returns. The next block uses it only if it is
+called with that same tensor, unmodified, and with the same modulation inputs. Code that changes the states between the
+blocks, or skips the next block, therefore gets the usual result, and nothing outlives the tensor.
 
-It is left to the blocks themselves where their calls are compiled.
+When the blocks are compiled, nothing is computed ahead.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ _NEXT, _MADE, _APART = "_omni_kernels_next", "_omni_kernels_ahead", "_omni_kerne
 
 
 class _Next(tuple[torch.nn.Module, ...]):
-    """The next block, in a tuple, for a module would become a child; a copied block, which is plain, has none."""
+    """The next block, in a tuple because a bare module would be registered as a child.
+
+    It is copied as an empty tuple: a copied block is not patched, so it has no next block.
+    """
 
     __slots__ = ()
 
@@ -39,16 +42,16 @@ class _Made(NamedTuple):
 
 
 def link(blocks: Sequence[torch.nn.Module], patch: Patch) -> None:
-    """Tell each of these blocks, which run one after the other, of the next; undone with `patch`."""
+    """Store in each of these blocks, which run one after the other, a reference to the next. Undone with `patch`."""
     for block, following in itertools.pairwise(blocks):
         patch.set_attribute(block, _NEXT, _Next((following,)))
 
 
 class Apart:
-    """While open, this block begins no other: whether the next one runs is decided once its states are there.
+    """Context manager in which this block computes nothing ahead for the next one.
 
-    For whoever may pass the next block over, a cache of blocks above all, around the call of the last block before.
-    It is a mark on the block itself, so that no other block, of this model or another, hears of it.
+    A cache that may skip the next block uses it around the call of the block before, because it decides only once it
+    has that block's output. The mark is set on the block itself, so no other block is affected.
     """
 
     def __init__(self, block: torch.nn.Module) -> None:
@@ -64,13 +67,13 @@ class Apart:
 
 
 def next_of(block: torch.nn.Module, states: torch.Tensor, *called: str) -> Any:
-    """The block that is likely to be called next, fused; None where nothing can be made ahead for it.
+    """The fused block that is expected to run next; None if nothing can be computed ahead for it.
 
     Args:
-        states: such as the block will return.
-        called: the names of its modules that would be called ahead; they must not be hooked.
+        states: hidden states like those that the block will return.
+        called: names of the next block's modules that would be called ahead. They must not be hooked.
     """
-    if torch.compiler.is_compiling() or states.is_inference():  # whose changes in place nobody counts
+    if torch.compiler.is_compiling() or states.is_inference():  # inference tensors have no version counter
         return None
     own = vars(block)
     (following,) = own.get(_NEXT) or (None,)
@@ -82,17 +85,17 @@ def next_of(block: torch.nn.Module, states: torch.Tensor, *called: str) -> Any:
 
 
 def _quiet(module: Any) -> bool:
-    """Whether neither the module nor one within it is hooked."""
+    """Whether neither the module nor any of its submodules is hooked."""
     return not hooked(module) and all(map(_quiet, module._modules.values()))
 
 
 def leave(states: torch.Tensor, block: torch.nn.Module, given: tuple[Any, ...], result: Any) -> None:
-    """Keep with `states` what `block` would make of them and of `given`."""
+    """Store on `states` the result that `block` would compute from them and from `given`."""
     setattr(states, _MADE, _Made(block, given, states._version, result))
 
 
 def take(states: torch.Tensor, block: torch.nn.Module, given: tuple[Any, ...]) -> Any:
-    """What was made ahead for `block` of these very states and `given`; None if nothing was."""
+    """What was computed ahead for `block` from exactly these tensors; None if nothing was."""
     made: _Made | None = None if torch.compiler.is_compiling() else vars(states).pop(_MADE, None)
     if made is None or made.block is not block or made.version != states._version:
         return None

@@ -1,4 +1,4 @@
-"""`patch`, `unpatch` and `patched`: one pipeline instance, or the cache-dit library, patched and put back."""
+"""`patch`, `unpatch` and `patched`: patch one pipeline instance, or the cache-dit library, and undo it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class PatchHandle:
     """One patch of one pipeline.
 
     Attributes:
-        cache_backend: the backend's name, None without a cache.
-        cache_config: its complete configuration, defaults filled in.
-        fuse: whether blocks were to be fused.
-        compile: what torch.compile was told for the blocks; None where they were not to be compiled.
-        fused: which blocks were replaced, and which were left alone and why; prints as lines.
-        compiled: the names of the blocks that were compiled; prints as lines, with what is compiled no more and why.
+        cache_backend: the name of the cache backend; None without a cache.
+        cache_config: its complete configuration, with defaults filled in.
+        fuse: whether block fusion was requested.
+        compile: the torch.compile arguments for the blocks; None if compilation was not requested.
+        fused: which blocks were replaced, and which were not and why; printable.
+        compiled: the names of the compiled blocks; printable, with the classes that get no more graphs and why.
     """
 
     def __init__(
@@ -52,38 +52,38 @@ class PatchHandle:
         )
 
     def __reduce__(self) -> Any:
-        # A copied or pickled pipeline is not patched, so it has no handle.
+        # A copied or unpickled pipeline is not patched, so it has no handle.
         return type(None), ()
 
     @property
     def active(self) -> bool:
-        """Whether the pipeline still runs under this patch."""
+        """Whether this patch is still installed on the pipeline."""
         return vars(self._pipe).get(HANDLE) is self
 
     def patches(self, pipe: Any) -> bool:
-        """Whether this is the patch of that very pipeline."""
+        """Whether this patch was made on exactly this pipeline object."""
         return self._pipe is pipe
 
     @property
     def report(self) -> Any:
-        """What the last request computed and skipped (a `CacheReport`); None before the first and without a cache."""
+        """The `CacheReport` of the last request; None before the first one, and without a cache."""
         return None if self._installed is None else self._installed.report
 
     @property
     def reports(self) -> list[Any]:
-        """What each denoising loop of the last call did: a pipeline may run several (videos in segments)."""
+        """One report for each denoising loop of the last call. Pipelines that make videos in segments run several."""
         return [] if self._installed is None else list(getattr(self._installed, "reports", ()))
 
     def sampling(self) -> contextlib.AbstractContextManager[object]:
-        """While open, a denoising loop of your own counts as a call of the pipeline: the cache is at work in it.
+        """Context manager for your own denoising loop: inside it, the cache works as in a call of the pipeline.
 
             with handle.sampling():
                 pipe.scheduler.set_timesteps(50)
                 for t in pipe.scheduler.timesteps:
                     ...
 
-        A backend without a `sampling` of its own follows loops by itself. To be left in the thread and the context in
-        which it was entered: not across the `yield` of a generator.
+        For a backend without a `sampling` method, this does nothing: such a backend detects loops by itself. Exit it
+        in the thread and context in which you entered it; do not hold it open across the `yield` of a generator.
 
         Raises:
             RuntimeError: the patch was undone.
@@ -95,7 +95,7 @@ class PatchHandle:
 
     @property
     def on_step(self) -> Callable[[Any], None] | None:
-        """Called with a `StepEvent` whenever a step closes; None for nobody."""
+        """A function that is called with a `StepEvent` at the end of each step, or None."""
         return None if self._installed is None else self._installed.on_step
 
     @on_step.setter
@@ -104,18 +104,18 @@ class PatchHandle:
             self._installed.on_step = listener
 
     def rehearsal(self) -> contextlib.AbstractContextManager[object]:
-        """While open, requests compute and skip steps by turns, whatever the cache would decide (see `warmup`).
+        """Context manager in which requests follow a fixed pattern of computed and skipped steps (see `warmup`).
 
-        A backend without a `rehearsal` of its own decides as ever.
+        The cache's own decisions are ignored meanwhile. A backend without a `rehearsal` method decides as usual.
         """
         own = getattr(self._installed, "rehearsal", None)
         return contextlib.nullcontext() if own is None else own()
 
     def undo(self) -> None:
-        """Put the pipeline back exactly as it was. Undoing twice does nothing.
+        """Restore the pipeline exactly as it was. A second call does nothing.
 
         Raises:
-            PatchConflictError: somebody else replaced what was installed; nothing is changed then.
+            PatchConflictError: other code has replaced something that was installed. Nothing is changed then.
         """
         if not self.active:
             return
@@ -160,44 +160,45 @@ def patch(
     fuse: bool | None = None,
     compile: str | Mapping[str, Any] | None = None,
 ) -> PatchHandle | LibraryHandle:
-    """Fuse or compile the blocks of one diffusers pipeline, install a cache, or all; other pipelines are left alone.
+    """Fuse blocks, compile blocks or install a cache on one diffusers pipeline. Other pipelines are unchanged.
 
-    Fused blocks compute what the model's own do, up to rounding. Which blocks there is a fused forward for, and what
-    was left alone and why, is in `.fused` of what is returned; where nothing fits, nothing is changed.
+    Fused blocks compute the same as the model's own blocks, up to rounding. The returned handle's `.fused` lists the
+    fused blocks, and those left unchanged and why. A block without a matching fused forward is left unchanged.
 
-    `patch(cache_dit)` takes that library's module instead: what it decides and forecasts is then computed by our
+    `patch(cache_dit)` takes that library's module instead. Its decisions and forecasts are then computed by our
     kernels, for every pipeline that it caches (`omni_kernels.patching.cache_dit`).
 
     Args:
-        pipe: a loaded diffusers pipeline; or the module `cache_dit`, with nothing else.
-        cache_backend: a registered backend's name ("tea_cache", "cache_dit", ...); None and "none" mean no cache.
-        cache_config: the backend's keys; what is left out takes its default, or what a calibration has left for it in
-            the directory that the pipeline was loaded from.
-        fuse: whether to fuse blocks. None: without a backend yes, with one no, so that a cache alone changes no bit of
-            a computed step.
-        compile: "regional" compiles each block by itself, without breaks in its graph, fused or not, under any cache;
-            a dict does so with these arguments of torch.compile. Compiled blocks compute the same up to rounding. Where
-            Dynamo's limit of graphs is passed by far, others run uncompiled; `.compiled` says so. With
-            {"mode": "reduce-overhead"} they are CUDA graphs; see `omni_kernels.patching.calls`.
+        pipe: a loaded diffusers pipeline; or the module `cache_dit`, without further arguments.
+        cache_backend: the name of a registered cache backend ("tea_cache", "cache_dit", ...). None and "none" mean no
+            cache.
+        cache_config: the backend's keys. A missing key takes its default, or the value that a calibration has saved in
+            the directory from which the pipeline was loaded.
+        fuse: whether to fuse blocks. None fuses only without a cache backend, so that adding a cache alone leaves
+            computed steps bit-identical.
+        compile: "regional" compiles each block separately, without graph breaks. It works on fused and unfused blocks,
+            and under any cache. A dict does the same with these torch.compile arguments. Compiled blocks compute the
+            same up to rounding. If far more graphs than Dynamo's limit are needed, further variants run uncompiled,
+            and `.compiled` says so. {"mode": "reduce-overhead"} uses CUDA graphs; see `omni_kernels.patching.calls`.
 
     Returns:
-        The handle: `.fused` tells which blocks were replaced, `.report` what the last request did, `.undo()` takes the
-        patch out. Patching again in the same way returns the handle that is there.
+        The handle. `.fused` lists the replaced blocks, `.report` describes the last request, `.undo()` removes the
+        patch. Patching again with the same arguments returns the existing handle.
 
     Raises:
-        ValueError, TypeError: unknown backend or key, value out of range, a pipeline that the backend cannot serve; a
-            version of the library that the kernels do not fit, another module.
-        PatchConflictError: the pipeline is patched otherwise already, or somebody else holds a slot that is needed.
+        ValueError, TypeError: an unknown backend or key, a value out of range, or a pipeline that the backend does not
+            support; for a module, an unsupported version of cache-dit, or any other module.
+        PatchConflictError: the pipeline is already patched differently, or other code occupies a slot that is needed.
     """
     if isinstance(pipe, ModuleType):
         if any(one is not None for one in (cache_backend, cache_config, fuse, compile)):
-            raise TypeError(f"patch({pipe.__name__}) takes nothing else: a cache is installed on a pipeline")
+            raise TypeError(f"patch({pipe.__name__}) takes no other arguments: a cache is installed on a pipeline")
         return handle_of(pipe) or LibraryHandle(pipe)
     if fuse is not None and not isinstance(fuse, bool):
         raise TypeError(f"fuse must be True, False or None, not {fuse!r}")
     name = None if cache_backend in (None, "none") else cache_backend
     if name is None and not isinstance(cache_config, Mapping | None):
-        raise TypeError(f"cache_config must be a dict or None, and goes with a cache_backend, not {cache_config!r}")
+        raise TypeError(f"cache_config must be a dict or None, not {cache_config!r}, and needs a cache_backend")
     if name is None and cache_config:
         raise ValueError(f"cache_config {dict(cache_config)!r} was given without a cache_backend")
     backend = None if name is None else backends.get(name)
@@ -230,15 +231,15 @@ def handle_of(pipe: Any) -> PatchHandle | None: ...
 
 
 def handle_of(pipe: Any) -> PatchHandle | LibraryHandle | None:
-    """The patch that `pipe` runs under, if any: its own, and not that of a pipeline that it is a copy of."""
+    """The handle of the patch installed on `pipe`, or None. A copy of a patched pipeline has none."""
     handle: PatchHandle | LibraryHandle | None = getattr(pipe, "__dict__", {}).get(HANDLE)
     return handle if handle is not None and handle.patches(pipe) else None
 
 
 def unpatch(pipe: Any) -> None:
-    """Undo the patch of `pipe`; does nothing where there is none. Raises what the handle's `undo` raises.
+    """Undo the patch of `pipe`, if there is one. Raises what the handle's `undo` raises.
 
-    `unpatch(cache_dit)` puts the library's functions back, where no pipeline is patched that runs on them.
+    `unpatch(cache_dit)` restores the library's functions, unless a patched pipeline still uses the replacements.
     """
     handle = handle_of(pipe)
     if handle is not None:
@@ -269,7 +270,7 @@ def patched(
     fuse: bool | None = None,
     compile: str | Mapping[str, Any] | None = None,
 ) -> Iterator[Any]:
-    """`patch` for the length of a with-block. Inside a like block, the outer one keeps the patch."""
+    """`patch` as a context manager. When nested with the same arguments, only the outer block undoes the patch."""
     outer = handle_of(pipe)
     handle = patch(pipe, cache_backend, cache_config, fuse=fuse, compile=compile)
     try:

@@ -1,9 +1,9 @@
-"""Cache backends by name: those of this distribution's runtime, and those that others register.
+"""Cache backends by name: the methods of this distribution's runtime, and plug-ins of other distributions.
 
-Whatever distribution registers an object with the attributes of `CacheBackend` under the entry-point group
-`omni_kernels.cache_backends` can be named in `patch(pipe, cache_backend=...)`. Each of these plug-ins stands alone: one
-that cannot be loaded, or claims a name that is taken, is told of in `refused` and keeps no other from working. The
-methods of `omni_runtime` need no entry point, and none can take their names.
+A distribution can register an object with the attributes of `CacheBackend` under the entry-point group
+`omni_kernels.cache_backends`. It can then be named in `patch(pipe, cache_backend=...)`. Plug-ins are independent of
+each other: one that cannot be loaded, or whose name is taken, is listed in `refused`, and the others still work. The
+methods of `omni_runtime` need no entry point, and no plug-in can take their names.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from typing import Any, Protocol
 from omni_kernels.patching.changes import Patch
 
 GROUP = "omni_kernels.cache_backends"
-#: The table of our own methods. The kernels know no runtime, so this is the one place that names it, by a string: it is
-#: of the same distribution, and is imported only when a backend is asked for.
+#: The table of our own methods. `omni_kernels` does not depend on `omni_runtime`, so it is named only here, as a
+#: string. It is part of the same distribution, and is imported only when a backend is requested.
 _OWN = "omni_runtime.cache.methods"
 
 
 class InstalledBackend(Protocol):
-    """What `CacheBackend.install` gives back: the live backend of one pipeline."""
+    """What `CacheBackend.install` returns: the backend installed on one pipeline."""
 
-    on_step: Any  # None, or a callable that is told of every closed step
+    on_step: Any  # None, or a function called at the end of each step
 
     @property
     def report(self) -> Any:
         """What the last request computed and skipped; None before the first."""
 
     def close(self) -> None:
-        """Free what a request under way still holds."""
+        """Free what an unfinished request still holds."""
 
 
 class CacheBackend(Protocol):
@@ -44,31 +44,31 @@ class CacheBackend(Protocol):
     keys: tuple[Any, ...]
 
     def check(self, config: Mapping[str, Any] | None, transformer: Any = None) -> dict[str, Any]:
-        """The complete configuration, defaults filled in; raises ValueError or TypeError for a bad one."""
+        """The complete configuration, with defaults filled in. Raises ValueError or TypeError if it is invalid."""
 
     def install(self, pipe: Any, config: dict[str, Any], patch: Patch) -> InstalledBackend:
-        """Install on `pipe`, with every change made through `patch`."""
+        """Install on `pipe`. Every change must be made through `patch`."""
 
 
-#: What a plug-in must have, and what each of its keys must have, to be listed.
+#: The attributes that a plug-in, and each of its keys, must have to be listed.
 _BACKEND = ("name", "summary", "keys", "check", "install")
 _KEY = ("name", "default", "type_name", "allowed", "doc")
 
 
 def with_own(backend: CacheBackend, config: Mapping[str, Any] | None, directory: Any) -> Mapping[str, Any] | None:
-    """A checked configuration with what a model's directory brings for the backend, where the caller gives nothing.
+    """A checked configuration, where missing keys may take values from the model's directory.
 
-    A backend that takes nothing from there has no `with_own`.
+    A backend that reads nothing from the directory has no `with_own`.
     """
     own = getattr(backend, "with_own", None)
     return own(config, directory) if own is not None and isinstance(directory, str) else config
 
 
 def complete(backend: CacheBackend, config: Mapping[str, Any] | None, directory: Any, *facts: Any) -> dict[str, Any]:
-    """A backend's complete configuration, with what a model's directory brings; each value is read once.
+    """A backend's complete configuration, including values from the model's directory. Each value is read once.
 
     Args:
-        facts: what is known of the transformer, where something is.
+        facts: what is known about the transformer, if anything.
 
     Raises:
         ValueError, TypeError: what the backend's `check` raises.
@@ -81,12 +81,12 @@ def complete(backend: CacheBackend, config: Mapping[str, Any] | None, directory:
 def _checked(backend: CacheBackend, config: Mapping[str, Any] | None, *facts: Any) -> dict[str, Any]:
     checked: Any = backend.check(config, *facts)
     if not isinstance(checked, dict):
-        raise TypeError(f"cache backend {backend.name!r}: its check gave {shown(checked)}, not a configuration")
+        raise TypeError(f"cache backend {backend.name!r}: its check returned {shown(checked)}, not a configuration")
     return checked
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The end of an error message: the closest known name where there is one, and all of them."""
+    """The end of an error message: the closest known name, if any is close, and all known names."""
     known = sorted(known)
     close = difflib.get_close_matches(word[:100], known, n=1, cutoff=0.5)
     return (f"did you mean {close[0]!r}? " if close else "") + f"Known: {', '.join(known)}"
@@ -105,25 +105,25 @@ class _Shown(reprlib.Repr):
 
 
 def shown(value: Any) -> str:
-    """A given value for an error message: its repr, no longer than a few lines, however large or deep it is."""
+    """The repr of a value for an error message, limited to a few lines however large or nested the value is."""
     return _Shown().repr(value)
 
 
 def built_in() -> Mapping[str, CacheBackend]:
-    """The methods of `omni_runtime` by name, what to try first in front; none where the kernels are alone."""
+    """The methods of `omni_runtime` by name, those to try first in front. Empty if `omni_runtime` is not installed."""
     try:
         return importlib.import_module(_OWN).METHODS
     except ModuleNotFoundError as error:
-        if not f"{_OWN}.".startswith(f"{error.name}."):  # something that the methods need, and not they themselves
+        if not f"{_OWN}.".startswith(f"{error.name}."):  # a dependency of the methods is missing
             raise
         return {}
 
 
 def _plugins() -> dict[str, list[metadata.EntryPoint]]:
-    """Others' backends by name, not yet imported: of a sound one, a single entry."""
+    """The plug-ins' entry points by name, not yet imported. A valid plug-in has exactly one entry."""
     found: dict[str, list[metadata.EntryPoint]] = {}
     for entry in metadata.entry_points(group=GROUP):
-        # Former versions of this distribution registered their methods, and may have been installed before this one.
+        # Earlier versions of this distribution registered their methods as entry points, and may have left them.
         if entry.module.partition(".")[0] == "omni_runtime":
             continue
         same_name = found.setdefault(entry.name, [])
@@ -139,14 +139,14 @@ def _origin(entry: metadata.EntryPoint) -> str:
 
 
 def _loaded(name: str, entries: list[metadata.EntryPoint]) -> CacheBackend:
-    """A plug-in, imported. Raises ValueError, with the distribution, for one that cannot be used."""
+    """Import a plug-in. Raises a ValueError that names its distribution if it cannot be used."""
     if len(entries) > 1:
         raise ValueError(f"two cache backends are called {name!r}: {' and '.join(map(_origin, entries))}")
     origin = _origin(entries[0])
     try:
         backend = entries[0].load()
         lacking = _lacking(backend)
-    except (Exception, SystemExit) as error:  # whatever the code of others raises while it is imported
+    except (Exception, SystemExit) as error:  # importing other people's code may raise anything
         told = f"{type(error).__name__}: {error}"[:300]
         raise ValueError(f"cache backend {name!r} of {origin} cannot be loaded: {told}") from error
     if lacking:
@@ -155,7 +155,7 @@ def _loaded(name: str, entries: list[metadata.EntryPoint]) -> CacheBackend:
 
 
 def _lacking(backend: Any) -> list[str]:
-    """What an object lacks to be a backend that can be listed and installed."""
+    """The attributes that an object lacks to be a backend that can be listed and installed."""
     lacking = [one for one in _BACKEND if not hasattr(backend, one)]
     if lacking:
         return lacking
@@ -165,12 +165,12 @@ def _lacking(backend: Any) -> list[str]:
 
 
 def available() -> dict[str, CacheBackend]:
-    """Every backend that can be used, by name: our own, and the plug-ins that load. `refused` tells of the others."""
+    """All usable backends by name: our own, and the plug-ins that load. The other plug-ins are in `refused`."""
     return _sorted_out()[0]
 
 
 def refused() -> dict[str, str]:
-    """The plug-ins that cannot be used: name → why, and from which distribution they are."""
+    """The plug-ins that cannot be used: name → the reason, with the distribution they come from."""
     return _sorted_out()[1]
 
 
@@ -189,11 +189,12 @@ def _sorted_out() -> tuple[dict[str, CacheBackend], dict[str, str]]:
 
 
 def get(name: str) -> CacheBackend:
-    """The backend of that name. A built-in one is found without a look at the plug-ins.
+    """The backend with this name. Plug-ins are only searched if no built-in method has it.
 
     Raises:
-        ValueError: no such backend, with the nearest one; a plug-in that cannot be used, with its distribution and why.
-        TypeError: `name` is no string.
+        ValueError: there is no such backend (the message suggests the closest name), or the plug-in cannot be used
+            (the message names its distribution and the reason).
+        TypeError: `name` is not a string.
     """
     if not isinstance(name, str):
         raise TypeError(f"cache_backend must be the name of a backend, not {type(name).__name__}")

@@ -1,17 +1,17 @@
-"""The cache-dit library's hot path through our kernels: what `patch(cache_dit)` replaces, and how it is put back.
+"""Runs the hot path of the cache-dit library through our kernels: what `patch(cache_dit)` replaces and restores.
 
 Three functions of the library are replaced, for all pipelines that it caches:
 
     CachedContextManager.similarity    mean|R_prev − R| / mean|R_prev|, in one pass            relative_l1
     CachedContextManager.apply_cache   h + Σ (k^i / i!)·d_i, TaylorSeer and residual at once   linear_forecast
-    TaylorSeerState.approximate            Σ (k^i / i!)·d_i, where the state alone is asked    linear_forecast
+    TaylorSeerState.approximate            Σ (k^i / i!)·d_i, when called directly              linear_forecast
 
-Each decides and computes as the library does, up to the rounding of half-precision sums, on the library's own state: it
-can be put in and taken out between any two steps. What the kernels do not cover goes to the library's own function: a
-distance over chosen tokens or several ranks, other calibrators than TaylorSeer, hidden states that are cached whole,
-and the plain reuse of a residual, which is one addition there as here.
+Each replacement decides and computes as the library does, up to the rounding of half-precision sums. It works on the
+library's own state, so it can be installed and removed between any two steps. Cases that the kernels do not cover are
+passed to the library's own function: a distance over selected tokens or several ranks, calibrators other than
+TaylorSeer, hidden states that are cached whole, and the plain reuse of a residual, which is a single addition anyway.
 
-The seams are looked for by name and signature in the library that is given: none is imported.
+The seams are found by name and signature in the given library module. This file does not import the library.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from omni_kernels.ops import trusted
 from omni_kernels.ops._checks import alike
 from omni_kernels.patching.changes import HANDLE, Patch, PatchConflictError, describe
 
-#: The library's module, to tell it from others.
+#: The name of the library's module.
 NAME = "cache_dit"
 _RECORD = "_omni_kernels_functions"
 
@@ -41,18 +41,18 @@ _MANAGER = "caching.cache_contexts.cache_manager.CachedContextManager"
 _CALIBRATOR = "caching.cache_contexts.calibrators.taylorseer.TaylorSeerCalibrator"
 _STATE = "caching.cache_contexts.calibrators.taylorseer.TaylorSeerState"
 
-#: A stored ladder and the weight of each rung.
+#: TaylorSeer's stored derivatives and the weight of each.
 Expansion = tuple[Sequence[torch.Tensor], Sequence[float]]
 
 
 def _covered(*tensors: torch.Tensor) -> bool:
-    """Whether the kernels take these, and give the dtype that the library's arithmetic has."""
+    """Whether the kernels support these tensors, and would return the same dtype as the library's arithmetic."""
     first = tensors[0]
     return alike(*tensors) and all(t.dtype is first.dtype and not t.requires_grad for t in tensors)
 
 
 def _rounded(number: float, dtype: torch.dtype) -> float:
-    """A number as a tensor of this dtype would hold it: the library's means and quotients are such tensors."""
+    """A number, rounded to this dtype. The library's means and quotients are tensors of that dtype."""
     if dtype is torch.float32 or not math.isfinite(number):
         return number
     if dtype is torch.float16:
@@ -66,7 +66,7 @@ def _rounded(number: float, dtype: torch.dtype) -> float:
 
 
 def _distance(previous: torch.Tensor, current: torch.Tensor) -> float:
-    """mean|previous − current| / mean|previous| over all samples, rounded where the library rounds."""
+    """mean|previous − current| / mean|previous| over all samples, rounded in the same places as in the library."""
     sums = trusted(previous).relative_l1(current, previous).tolist()
     count, dtype = previous.numel(), previous.dtype
     if not count:
@@ -101,7 +101,7 @@ def _similarity(own: Callable[..., Any], library: Library) -> Callable[..., Any]
 
 
 def _expansion(state: Any) -> Expansion:
-    """TaylorSeer's forecast as one weight k^i / i! for each derivative that there is."""
+    """TaylorSeer's forecast as a weighted sum: the stored derivatives, and a weight k^i / i! for each."""
     ladder = list(itertools.takewhile(lambda rung: rung is not None, state.state["dY_current"]))
     elapsed = state.current_step - state.last_non_approximated_step
     return ladder, [elapsed**i / math.factorial(i) for i in range(len(ladder))]
@@ -128,7 +128,7 @@ def _apply_cache(own: Callable[..., Any], library: Library) -> Callable[..., Any
     calibrator_type, state_type = library.find(_CALIBRATOR), library.find(_STATE)
 
     def expansion(manager: Any, base: torch.Tensor, prefix: str, stream: int) -> Expansion | None:
-        """What TaylorSeer adds to a stream (0 hidden, 1 encoder); None where the library does otherwise."""
+        """What TaylorSeer adds to a stream (0 hidden, 1 encoder); None if the library must compute it itself."""
         if "Bn" not in prefix:
             return None
         if stream == 0:
@@ -172,10 +172,10 @@ class Seam:
     """A function of the library that is replaced.
 
     Attributes:
-        owner: its class, from the library's module.
-        parameters: those that it must have, in this order.
-        make: (the library's own function, the library) → ours.
-        uses: what ours asks of the class's instances.
+        owner: dotted path of its class, within the library's module.
+        parameters: the parameters that it must have, in this order.
+        make: (the library's own function, the library) → our replacement.
+        uses: further methods of the class that our replacement calls.
     """
 
     owner: str
@@ -213,10 +213,10 @@ SEAMS = (
 
 
 class Library:
-    """An installed version of the library, asked by name.
+    """An installed version of the library. Looks up its parts by name.
 
     Raises:
-        TypeError: the module is another one.
+        TypeError: the module is not cache-dit.
     """
 
     def __init__(self, module: ModuleType) -> None:
@@ -226,11 +226,11 @@ class Library:
 
     @property
     def version(self) -> str:
-        """As the library says."""
+        """The library's `__version__`."""
         return str(getattr(self.module, "__version__", "of an unknown version"))
 
     def find(self, path: str) -> Any:
-        """What stands at a dotted path. Raises ValueError, with the version, where there is nothing."""
+        """The object at a dotted path. Raises a ValueError with the library's version if there is none."""
         found: Any = self.module
         for name in path.split("."):
             found = getattr(found, name, None)
@@ -239,15 +239,15 @@ class Library:
         return found
 
     def lacking(self, what: str) -> ValueError:
-        """The error for a version whose seams are not where they are known to be."""
-        return ValueError(f"{NAME} {self.version} has {what}: our kernels fit 1.5, whose functions they replace")
+        """The error for a version of the library whose seams differ from the known ones."""
+        return ValueError(f"{NAME} {self.version} has {what}: our kernels replace functions of version 1.5")
 
     def check(self, seam: Seam) -> Callable[..., Any]:
         """The library's own function at a seam.
 
         Raises:
-            ValueError: it is missing or has another signature, or something that ours asks for is missing.
-            PatchConflictError: somebody else has replaced it.
+            ValueError: it is missing or has another signature, or a method that our replacement calls is missing.
+            PatchConflictError: other code has already replaced it.
         """
         owner = self.find(seam.owner)
         where = f"{owner.__name__}.{seam.name}"
@@ -258,14 +258,14 @@ class Library:
             raise PatchConflictError(f"{where} was replaced by {describe(own)}: undo that first")
         parameters = tuple(inspect.signature(own).parameters)
         if parameters != seam.parameters:
-            raise self.lacking(f"{where}({', '.join(parameters)}) where ({', '.join(seam.parameters)}) is known")
+            raise self.lacking(f"{where}({', '.join(parameters)}) instead of ({', '.join(seam.parameters)})")
         for name in seam.uses:
             if not hasattr(owner, name):
                 raise self.lacking(f"no {owner.__name__}.{name}")
         return own
 
     def check_state(self) -> None:
-        """Raise ValueError where TaylorSeer's state is kept otherwise."""
+        """Raise ValueError if the library stores TaylorSeer's state differently."""
         state = self.find(_STATE)(n_derivatives=1)
         for name in ("state", "current_step", "last_non_approximated_step"):
             if not hasattr(state, name):
@@ -278,7 +278,7 @@ class Library:
 
 @dataclass(eq=False)
 class _Functions:
-    """The replaced functions of one library, and who wants them replaced: not for longer than those live."""
+    """The replaced functions of one library, and weak references to their uses by patches."""
 
     patch: Patch
     names: tuple[str, ...]
@@ -289,14 +289,14 @@ class _Functions:
         del vars(module)[_RECORD]
 
     def abandoned(self, module: ModuleType) -> None:
-        """A user is gone that was never undone."""
+        """Called when a user was garbage-collected without being undone."""
         if vars(module).get(_RECORD) is self and not list(self.users) and not self.patch.conflicts():
             self.put_back(module)
 
 
 @dataclass(eq=False)
 class _Use:
-    """A patch's share in the replaced functions: with the last one, they are put back."""
+    """One patch's use of the replaced functions. When the last use is undone, the functions are restored."""
 
     owner: ModuleType
     functions: _Functions
@@ -315,15 +315,15 @@ class _Use:
 
 
 def use_kernels(module: ModuleType, patch: Patch) -> tuple[str, ...]:
-    """Have the library run through our kernels for as long as `patch`, or another that asked for it, is installed.
+    """Run the library through our kernels until `patch`, and every other patch that uses them, is undone.
 
     Returns:
-        The replaced functions.
+        The names of the replaced functions.
 
     Raises:
-        TypeError: another module than the library's.
-        ValueError: a version whose seams are not where they are known to be.
-        PatchConflictError: somebody else has replaced one of the functions.
+        TypeError: the module is not cache-dit.
+        ValueError: the library's seams differ from the known ones.
+        PatchConflictError: other code has already replaced one of the functions.
     """
     functions: _Functions | None = vars(module).get(_RECORD)
     if functions is None:
@@ -340,17 +340,17 @@ def _replace(library: Library) -> _Functions:
     library.check_state()
     patch = Patch()
     for seam, function in zip(SEAMS, own, strict=True):
-        # As the library has it: its bookkeeping is no part of a compiled graph.
+        # As in the library, whose bookkeeping is not part of a compiled graph.
         ours = torch.compiler.disable(seam.make(function, library))
         patch.set_function(library.find(seam.owner), seam.name, ours)
     return _Functions(patch, tuple(f"{seam.owner.rpartition('.')[2]}.{seam.name}" for seam in SEAMS))
 
 
 class LibraryHandle:
-    """One patch of the library itself, which its module keeps.
+    """The patch of the library itself. It is stored on the library's module.
 
     Attributes:
-        replaced: the functions that run through our kernels.
+        replaced: the names of the functions that run through our kernels.
     """
 
     def __init__(self, module: ModuleType) -> None:
@@ -366,20 +366,20 @@ class LibraryHandle:
 
     @property
     def active(self) -> bool:
-        """Whether the library is still patched by this."""
+        """Whether this patch is still installed on the library."""
         return vars(self._module).get(HANDLE) is self
 
     def patches(self, module: Any) -> bool:
-        """Whether this is the patch of that very module."""
+        """Whether this patch was made on exactly this module object."""
         return self._module is module
 
     def undo(self) -> None:
-        """Put the library's functions back; where a pipeline is patched that runs on them, with the last of those.
+        """Restore the library's functions. If patched pipelines use them too, the last of these to be undone does it.
 
-        Undoing twice does nothing.
+        A second call does nothing.
 
         Raises:
-            PatchConflictError: somebody else replaced one of them since; nothing is changed then.
+            PatchConflictError: other code has replaced one of the functions since. Nothing is changed then.
         """
         if self.active:
             self._patch.undo()

@@ -1,12 +1,13 @@
-"""Block by block: regional compilation, one graph shared by all blocks of a class.
+"""Regional compilation: each block is compiled separately, and all blocks of a class share one graph.
 
-What runs between the blocks, caches above all, stays as it is: which blocks run is decided outside. A block whose
-forward is fused is compiled with it, our kernels as operators in its graph.
+Code between the blocks, such as a cache that decides which blocks run, is not compiled. A fused block is compiled with
+its fused forward, and our kernels are operators in its graph.
 
-With `mode="reduce-overhead"`, torch records each block as a CUDA graph. What a block returns then lies in memory that
-is written over in a later forward of the transformer, and torch has to be told where one begins: else each block's call
-counts as one, and finds the states that it is called with gone (`torch._inductor.cudagraph_trees`). Within a forward,
-torch keeps what somebody holds. Whoever keeps what blocks return for longer must copy it.
+With `mode="reduce-overhead"`, torch records each block as a CUDA graph. The block's outputs then lie in memory that a
+later forward of the transformer overwrites. So torch must be told where a forward of the transformer begins. Otherwise
+each block call counts as a new forward, and the block's inputs are already freed
+(`torch._inductor.cudagraph_trees`). Within one forward, torch keeps outputs that are still referenced. Code that keeps
+block outputs for longer must copy them.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from omni_kernels.patching.changes import InstanceMethod, Patch, PatchConflictEr
 from omni_kernels.patching.compiled import Compiled
 
 REGIONAL = "regional"
-#: What torch.compile is told where the caller says nothing else: a break in a graph is an error, not a slow block.
+#: Default arguments of torch.compile: a graph break is an error instead of a slow block.
 OPTIONS = {"fullgraph": True}
 
 
 def options_of(compile: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """What torch.compile is to be told; None where nothing is to be compiled.
+    """The arguments for torch.compile; None if nothing is to be compiled.
 
     Raises:
-        ValueError, TypeError: neither "regional", nor arguments of torch.compile, nor None.
+        ValueError, TypeError: `compile` is neither "regional", nor a dict of torch.compile arguments, nor None.
     """
     if compile is None:
         return None
@@ -44,17 +45,17 @@ def options_of(compile: str | Mapping[str, Any] | None) -> dict[str, Any] | None
 def replace_calls(pipe: Any, options: Mapping[str, Any], patch: Patch) -> Compiled:
     """Compile the repeated blocks of the pipeline's transformers, through `patch`.
 
-    Blocks that somebody has compiled already are not compiled again.
+    Blocks that were already compiled by other code are not compiled again.
 
     Args:
-        options: what torch.compile is told.
+        options: arguments for torch.compile.
 
     Returns:
         Which blocks were compiled.
 
     Raises:
-        ValueError: the pipeline has no blocks of which diffusers knows that they repeat.
-        PatchConflictError: a transformer is compiled as a whole, or its blocks are patched so already.
+        ValueError: the pipeline has no blocks that diffusers lists as repeated (`_repeated_blocks`).
+        PatchConflictError: a transformer is compiled as a whole, or its blocks are already compiled by another patch.
     """
     compiled, blocks = Compiled(), list(_repeated_blocks(pipe))
     for name, _, block in blocks:
@@ -64,7 +65,7 @@ def replace_calls(pipe: Any, options: Mapping[str, Any], patch: Patch) -> Compil
         if call is None:
             patch.set_method(block, "_compiled_call_impl", compiled.call_of(name, block, options))
     if not blocks:
-        raise ValueError(f"{type(pipe).__name__} has no transformer with blocks that repeat: nothing to work on")
+        raise ValueError(f"{type(pipe).__name__} has no transformer with repeated blocks: there is nothing to compile")
     if makes_cuda_graphs(options):
         for model in {id(model): model for _, model, _ in blocks}.values():
             hooks = model._forward_pre_hooks
@@ -75,7 +76,7 @@ def replace_calls(pipe: Any, options: Mapping[str, Any], patch: Patch) -> Compil
 
 
 def makes_cuda_graphs(options: Mapping[str, Any]) -> bool:
-    """Whether torch.compile records CUDA graphs, told these arguments, where it finds a GPU."""
+    """Whether torch.compile with these arguments records CUDA graphs on a GPU."""
     from torch import _inductor
     from torch._inductor import config
 
@@ -84,12 +85,15 @@ def makes_cuda_graphs(options: Mapping[str, Any]) -> bool:
 
 
 def _begins(model: torch.nn.Module, args: tuple[Any, ...]) -> None:
-    """A transformer's forward begins. It is a hook, for whoever caches may have taken the forward's own place."""
+    """Forward pre-hook: tells torch that a transformer's forward begins.
+
+    It is a hook because a cache may have replaced the forward itself.
+    """
     torch.compiler.cudagraph_mark_step_begin()
 
 
 def _repeated_blocks(pipe: Any) -> Iterator[tuple[str, torch.nn.Module, torch.nn.Module]]:
-    """(name, transformer, block) of each."""
+    """(name, transformer, block) of each repeated block."""
     seen: set[int] = set()
     for component, model in (getattr(pipe, "components", None) or vars(pipe)).items():
         kinds = getattr(model, "_repeated_blocks", None)

@@ -1,12 +1,12 @@
-"""What a patch changed on which instance, and how to put it back.
+"""Records what a patch changed on which object, and undoes it.
 
-A `Patch` of a pipeline writes into instance dictionaries only (an object's `__dict__`, a module's `_modules`), never
-into a class, and remembers each slot's former content. Undoing is all or nothing: when another party has since replaced
-something that the patch installed, nothing is touched and the conflict is named. A library that is patched as such has
-methods of its classes replaced (`Patch.set_function`), by the same rules.
+A `Patch` of a pipeline writes only into instance dictionaries (an object's `__dict__`, a module's `_modules`), never
+into a class. It remembers the former content of each slot. Undoing is all or nothing: if other code has replaced
+something that the patch installed, nothing is changed and the error describes the conflict. When a library is patched,
+methods of its classes are replaced (`Patch.set_function`), by the same rules.
 
-A module's forward is special, because the hooks of accelerate and of diffusers take its place and keep what they found
-there: what stands innermost is exchanged, wherever a hook that comes or goes has put it.
+A module's forward needs special care, because hooks of accelerate and diffusers replace it and keep the function that
+they found. So the innermost forward is replaced, wherever hooks have moved it.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from typing import Any, Protocol
 
 import torch
 
-#: Under which a patched instance, or library, keeps the handle of its patch.
+#: The attribute of a patched pipeline or library that holds its handle.
 HANDLE = "_omni_kernels_handle"
 _ABSENT: Any = object()
 
 
 class PatchConflictError(RuntimeError):
-    """A slot that a patch needs, or has filled, is held by somebody else."""
+    """Other code occupies a slot that a patch needs or has filled."""
 
 
 def describe(value: object) -> str:
-    """Where a value comes from, for messages: `module.qualname` of a function, else of its type."""
-    while isinstance(value, functools.partial):  # which may bear the name of what it wraps
+    """Where a value comes from, for messages: `module.qualname` of a function or class, else of the value's type."""
+    while isinstance(value, functools.partial):  # a partial may carry the name of the function that it wraps
         value = value.func
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{getattr(named, '__module__', '?')}.{getattr(named, '__qualname__', '?')}"
 
 
 class InstanceMethod(functools.partial[Any]):
-    """A function in the place of one instance's method. A copy of the instance gets what stood there before.
+    """A function that replaces a method of one instance. A copy of the instance gets the former method.
 
-    A plain function in an instance's `__dict__` would be carried into every copy, where it would go on working on the
-    original; and a local one keeps its owner from being pickled.
+    A plain function in an instance's `__dict__` would be copied with the instance, and would still act on the
+    original. A local function would also prevent pickling.
     """
 
     _former: tuple[Any, ...]
 
     def __new__(cls, owner: object, name: str, function: Callable[..., Any]) -> InstanceMethod:
-        """`function` in the place of `owner`'s method `name`."""
+        """`function` as a replacement for `owner`'s method `name`."""
         self = super().__new__(cls, function)
         functools.update_wrapper(self, function)
         self._former = (getattr, (owner, name)) if name not in vars(owner) else (_same, (vars(owner)[name],))
@@ -61,14 +61,14 @@ def _same(value: Any) -> Any:
 
 
 class Forward(functools.partial[Any]):
-    """A function in the place of one module's forward, called with the module first. A copy of the module is plain.
+    """A function that replaces the forward of one module, with the module as first argument.
 
-    Where the function returns NotImplemented, the module's own forward runs, of the same arguments. Without a closure,
-    so that compiled blocks of one class, with one such forward each, share one graph.
+    If the function returns NotImplemented, the module's own forward runs with the same arguments. A copy of the module
+    gets its own forward back. There is no closure, so that compiled blocks of one class share one graph.
     """
 
     def __new__(cls, module: torch.nn.Module, function: Callable[..., Any]) -> Forward:
-        """`function` in the place of `module`'s forward, whose signature it shows."""
+        """`function` as a replacement for `module`'s forward, with that forward's signature."""
         self = super().__new__(cls, _or_own, function, type(module).forward, module)
         functools.update_wrapper(self, own_forward(module))
         return self
@@ -83,18 +83,19 @@ def _or_own(
     result = function(module, *args, **kwargs)
     if result is not NotImplemented:
         return result
-    # Dynamo does not trace the methods of a class that diffusers allows in graphs, but functions that it is given.
+    # diffusers marks some classes as allowed in graphs. Dynamo does not trace methods of these, but traces functions
+    # that are passed to it.
     own = own if torch.compiler.is_compiling() else type(module).forward
     return own(module, *args, **kwargs)
 
 
 def own_forward(module: torch.nn.Module) -> Callable[..., Any]:
-    """The forward that `module` has from its class."""
+    """The forward of `module`'s class, bound to `module`."""
     return types.MethodType(type(module).forward, module)
 
 
 def _forwards(module: torch.nn.Module) -> Iterator[tuple[MutableMapping[str, Any], str]]:
-    """Every place where a forward of this module may stand: its own slot, and where hooks keep what they replaced."""
+    """Every place that may hold a forward of this module: its own slot, and where hooks keep what they replaced."""
     yield vars(module), "forward"
     yield vars(module), "_old_forward"  # accelerate
     for reference in getattr(vars(module).get("_diffusers_hook"), "_fn_refs", ()):
@@ -111,17 +112,17 @@ class Change(Protocol):
 
     @property
     def held(self) -> bool:
-        """Whether what was installed is still there."""
+        """Whether the installed value is still in place."""
 
     def conflict(self) -> str:
-        """Who holds the slot instead."""
+        """What occupies the slot instead."""
 
     def restore(self) -> None:
-        """Put back what stood there before."""
+        """Put the former value back."""
 
 
 class _ClassNamespace(MutableMapping[str, Any]):
-    """The attributes of a class itself, to be written like an instance's."""
+    """The attributes of a class, writable as a mapping like an instance's `__dict__`."""
 
     def __init__(self, owner: type) -> None:
         self._owner = owner
@@ -146,7 +147,7 @@ class _ClassNamespace(MutableMapping[str, Any]):
 class _ForwardChange:
     owner: torch.nn.Module
     installed: Forward
-    bare: bool  # nothing stood on the instance
+    bare: bool  # the instance had no `forward` attribute before
 
     def _places(self) -> list[tuple[MutableMapping[str, Any], str]]:
         return [(mapping, key) for mapping, key in _forwards(self.owner) if mapping.get(key) is self.installed]
@@ -166,7 +167,7 @@ class _ForwardChange:
                 del mapping[key]
             else:
                 mapping[key] = own
-        # What a hook has wrapped it also names, for its signature.
+        # A hook's wrapper also refers to what it wraps, as `__wrapped__`.
         outer = vars(self.owner).get("forward")
         while outer is not None:
             inner = getattr(outer, "__wrapped__", None)
@@ -202,17 +203,17 @@ class _Entry:
 
 
 class Patch:
-    """A record of changes, made through it and undone by it."""
+    """Makes changes, records them, and undoes them."""
 
     def __init__(self) -> None:
         self._changes: list[Change] = []
 
     def add(self, change: Change) -> None:
-        """Take up a change of another kind, which is undone with the rest."""
+        """Add a change of another kind, which is undone with the rest."""
         self._changes.append(change)
 
     def take_over(self, other: Patch) -> None:
-        """Take up all changes that were made through another record."""
+        """Add all changes that were made through another `Patch`."""
         self._changes += other._changes
 
     def set_function(self, owner: type, name: str, function: Callable[..., Any]) -> None:
@@ -220,11 +221,11 @@ class Patch:
         self._fill(owner, _ClassNamespace(owner), name, function)
 
     def set_method(self, owner: object, name: str, function: Callable[..., Any]) -> None:
-        """Shadow the method `name` of this one instance by `function`, which is called without the instance."""
+        """Replace the method `name` of this one instance by `function`, which is called without the instance."""
         self._fill(owner, vars(owner), name, InstanceMethod(owner, name, function))
 
     def set_attribute(self, owner: object, name: str, value: Any) -> None:
-        """Put a value of our own into this one instance."""
+        """Set an attribute of this one instance."""
         self._fill(owner, vars(owner), name, value)
 
     def set_module(self, owner: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
@@ -232,13 +233,13 @@ class Patch:
         self._fill(owner, owner._modules, name, module)
 
     def set_forward(self, module: torch.nn.Module, function: Callable[..., Any]) -> None:
-        """Shadow the forward of this one module by `function`, which is called with the module first.
+        """Replace the forward of this one module by `function`, which is called with the module as first argument.
 
-        It takes the place of the forward that the module has from its class, beneath every hook. Where it returns
-        NotImplemented, that one runs.
+        It replaces the forward of the module's class, beneath all hooks. If it returns NotImplemented, the replaced
+        forward runs.
 
         Raises:
-            PatchConflictError: somebody else's forward stands there.
+            PatchConflictError: other code has already replaced the forward.
         """
         places = []
         for mapping, key in _forwards(module):
@@ -249,7 +250,7 @@ class Patch:
         if bare:
             places = [(vars(module), "forward")]
         if not places:
-            # The wrappers that hooks put around a forward name it; who is wrapped by none of them stands innermost.
+            # Wrappers of hooks have `__wrapped__`. The forward without it is the innermost.
             found = [mapping[key] for mapping, key in _forwards(module) if mapping.get(key) is not None]
             holder = next((forward for forward in found if not hasattr(forward, "__wrapped__")), found[-1])
             patched = any(isinstance(forward, Forward) for forward in found)
@@ -260,7 +261,7 @@ class Patch:
         self._changes.append(_ForwardChange(module, installed, bare))
 
     def record(self, owner: object, mapping: MutableMapping[Any, Any], former: Mapping[Any, Any]) -> None:
-        """Take up what somebody else has just written into `mapping`, which held `former` before."""
+        """Record what other code has just written into `mapping`. `former` is a copy of it from before."""
         for key in {**former, **mapping}:
             then, now = former.get(key, _ABSENT), mapping.get(key, _ABSENT)
             if now is not then:
@@ -271,15 +272,15 @@ class Patch:
         mapping[key] = value
 
     def conflicts(self, owner: object = None) -> list[str]:
-        """Who holds the slots that are no longer as they were filled; with `owner`, those of that one instance."""
+        """What occupies the slots whose installed value was replaced; with `owner`, only for that instance."""
         changes = [change for change in self._changes if owner is None or change.owner is owner]
         return [change.conflict() for change in changes if not change.held]
 
     def undo(self, owner: object = None) -> None:
-        """Put every slot back as it was; with `owner`, only the slots of that one instance.
+        """Restore every slot; with `owner`, only the slots of that instance.
 
         Raises:
-            PatchConflictError: somebody else replaced what was installed; nothing is changed then.
+            PatchConflictError: other code has replaced something that was installed. Nothing is changed then.
         """
         changes = [change for change in self._changes if owner is None or change.owner is owner]
         conflicts = self.conflicts(owner)
@@ -293,9 +294,9 @@ class Patch:
         self._changes = [change for change in self._changes if change not in changes]
 
     def release(self) -> None:
-        """Put back all changes that are still there, and forget the others: for what is installed for a while only.
+        """Undo all changes that are still in place, and forget the others. For temporary changes.
 
-        What somebody else has put over one stays; he goes on calling what he found there.
+        If other code has replaced one, its replacement stays, and still calls what it had found there.
         """
         for change in reversed(self._changes):
             if change.held:

@@ -1,10 +1,10 @@
-"""Calls of compiled blocks: graphs are shared wherever they can be, and no request fails for want of another one.
+"""Calls of compiled blocks: graphs are shared where possible, and no request fails at Dynamo's limit of graphs.
 
-Dynamo keeps the graphs of a forward with its code: those of all blocks of a class, in whatever model they are. Beyond 8
-(`torch._dynamo.config.recompile_limit`) it compiles none, which with fullgraph=True is an error. The batches, sizes and
-masks that one process is asked for come to more, so each pipeline may add some beyond that, of its own count. After
-these, what has a graph runs compiled, and what has none as it would without compilation. Without fullgraph=True Dynamo
-does the latter by itself, where its own limit is reached.
+Dynamo stores the graphs of a forward with its code object, so all blocks of a class share them, in all models. After 8
+graphs (`torch._dynamo.config.recompile_limit`) it compiles no more, and with fullgraph=True raises an error. One
+process may need more than 8, for different batches, sizes and masks. So each pipeline may add a limited number of its
+own. After that, calls with an existing graph run compiled, and other calls run uncompiled. Without fullgraph=True,
+Dynamo itself runs such calls uncompiled once its limit is reached.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import Any
 
 import torch
 
-#: So many graphs a pipeline's blocks of one class may add where Dynamo's own limit is reached; each takes seconds.
+#: How many graphs a pipeline's blocks of one class may add beyond Dynamo's own limit. Each takes seconds to compile.
 MOST_GRAPHS = 64
 
 
 class Compiled(list[str]):
-    """The names of the blocks that were compiled; printed, how many, and what is compiled no more and why.
+    """The names of the compiled blocks. Prints their number, and which classes get no more graphs and why.
 
     Attributes:
-        refused: why blocks of a class get no more graphs, by the class's name.
+        refused: class name → why blocks of this class get no more graphs.
     """
 
     def __init__(self) -> None:
@@ -39,10 +39,10 @@ class Compiled(list[str]):
         return "\n".join([f"{len(self)} blocks compiled", *lines])
 
     def call_of(self, name: str, block: torch.nn.Module, options: Mapping[str, Any]) -> Callable[..., Any]:
-        """What stands in for the block's call, compiled with these arguments of torch.compile."""
+        """A replacement for the block's call, compiled with these arguments of torch.compile."""
         kind = self._kinds.setdefault(type(block), _Kind(0 if "recompile_limit" in options else MOST_GRAPHS))
         compiled = torch.compile(block._call_impl, **options)
-        known = torch._dynamo.run(block._call_impl)  # compiles nothing
+        known = torch._dynamo.run(block._call_impl)  # uses existing graphs, but compiles nothing
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
@@ -74,7 +74,7 @@ class Compiled(list[str]):
 
 
 class _Kind:
-    """What a pipeline's blocks of one class have in common."""
+    """State shared by a pipeline's blocks of one class."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -83,23 +83,23 @@ class _Kind:
 
 
 def _no_view(value: Any) -> Any:
-    """The same memory, in tensors that are no views.
+    """The same memory, in tensors that are not views.
 
-    Dynamo guards a view of a dynamic shape by its base. The states that come out of a projection are views, those that
-    a block returns are not: the first block would take graphs of its own.
+    For a view with a dynamic shape, Dynamo also guards its base. The states that come from a projection are views,
+    those that a block returns are not. So the first block would need graphs of its own.
     """
     if type(value) is torch.Tensor:
         return value.data if value._is_view() else value
     return type(value)(map(_no_view, value)) if type(value) in (tuple, list) else value
 
 
-#: Dynamo's settings are the process's in some versions of torch, a thread's in others.
+#: Dynamo's settings belong to the process in some versions of torch, and to the thread in others.
 _settings = threading.RLock()
 
 
 @contextlib.contextmanager
 def _no_limit() -> Iterator[None]:
-    """While open, Dynamo compiles what it is asked to. Opened only for a call that compiles: it takes 0.5 ms."""
+    """Context manager without Dynamo's limits. It takes 0.5 ms, so it is used only for a call that compiles."""
     limits = {"recompile_limit": sys.maxsize, "accumulated_recompile_limit": sys.maxsize}
     with _settings, torch._dynamo.config.patch(limits):
         yield

@@ -1,8 +1,8 @@
-"""FLUX's blocks, fused: 12 launches (double) and 7 (single) beside the GEMMs and attention; diffusers' take 80 and 42.
+"""Fused blocks of FLUX: 12 launches (double) and 7 (single) besides GEMMs and attention; diffusers' take 80 and 42.
 
-Double blocks have a stream each for text and image, which meet in attention; single blocks have one for both, and the
-feed-forward beside attention. Everything between two GEMMs is one op. Projections, modulation and output layers are
-called as the modules that they are, so that adapters, quantised layers and hooks on them count.
+Double blocks have separate streams for text and image, joined in attention. Single blocks have one stream for both,
+and the feed-forward is parallel to attention. Everything between two GEMMs is one op. Projections, modulation and
+output layers are called as modules, so adapters, quantised layers and hooks on them keep working.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from omni_kernels.patching.structure import (
     unlike,
 )
 
-#: The modules that are not called, by path, and their classes.
+#: The modules that the fused forwards replace, so do not call: path → class name.
 DOUBLE_STANDS_FOR = {
     "norm1": "AdaLayerNormZero",
     "norm1.norm": "LayerNorm",
@@ -61,12 +61,12 @@ SINGLE_STANDS_FOR = {
 }
 PROCESSOR = "FluxAttnProcessor"
 
-#: Cosines and sines [S, Dh] of the text's tokens and the image's.
+#: Cosines and sines, [S, Dh] each, for the text's tokens and then the image's.
 Tables = tuple[torch.Tensor, torch.Tensor]
 
 
 def double_unfit(block: torch.nn.Module) -> str | None:
-    """Why `double_forward` cannot stand in for this block's own; None where it can."""
+    """Why `double_forward` cannot replace this block's own forward; None if it can."""
     reason = unlike(block, DOUBLE_STANDS_FOR) or not_plain_layer_norm(
         block, "norm1.norm", "norm1_context.norm", "norm2", "norm2_context"
     )
@@ -83,7 +83,7 @@ def double_unfit(block: torch.nn.Module) -> str | None:
 
 
 def single_unfit(block: torch.nn.Module) -> str | None:
-    """Why `single_forward` cannot stand in for this block's own; None where it can."""
+    """Why `single_forward` cannot replace this block's own forward; None if it can."""
     return (
         unlike(block, SINGLE_STANDS_FOR)
         or not_plain_layer_norm(block, "norm.norm")
@@ -107,7 +107,7 @@ def double_forward(
     image_rotary_emb: Tables | None = None,
     joint_attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(text, image), as the block's own forward returns them; where that differs, that is what runs."""
+    """(text, image), the same as from the block's own forward. Falls back to it in cases that are not covered here."""
     x, text = hidden_states, encoder_hidden_states
     if joint_attention_kwargs or not _serves(block, DOUBLE_STANDS_FOR, image_rotary_emb, x, text, temb):
         return NotImplemented
@@ -139,7 +139,7 @@ def single_forward(
     image_rotary_emb: Tables | None = None,
     joint_attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(text, image), as the block's own forward returns them; where that differs, that is what runs."""
+    """(text, image), the same as from the block's own forward. Falls back to it in cases that are not covered here."""
     x, text = hidden_states, encoder_hidden_states
     if joint_attention_kwargs or not _serves(block, SINGLE_STANDS_FOR, image_rotary_emb, x, text, temb):
         return NotImplemented

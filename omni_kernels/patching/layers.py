@@ -1,11 +1,11 @@
-"""What the fused forwards of several models do alike: attention up to its output layers, and the feed-forward.
+"""Parts shared by the fused forwards of several models: attention with its projections, and the feed-forward.
 
-Queries and keys are normed and rotated by one op, which writes them where attention reads them. Values are projected
-to that place, or copied there by the op where the projection is no plain one. Attention runs through the dispatcher
-that the block's processor calls, with that processor's backend and parallel configuration.
+One op normalises and rotates queries and keys, and writes them where attention reads them. Values are projected
+directly into that memory; if the projection is not a plain linear layer, the op copies them there. Attention runs
+through the dispatcher that the block's processor calls, with that processor's backend and parallel configuration.
 
-The ops are `ops.trusted` ones: a fused forward has made sure of the states, and what it calls does not change their
-shape.
+The ops are called as `ops.trusted`, without checks: the fused forward has checked the states, and the modules that it
+calls do not change their shape.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ import torch
 from omni_kernels import ops
 from omni_kernels.patching.structure import dispatcher, idles, multiplies
 
-#: How `qk_norm_rope` is told to rotate: by `freqs`, by `cos` and `sin`, or not at all.
+#: Keyword arguments of `qk_norm_rope` for the rotation: `freqs`, or `cos` and `sin`, or none.
 Rotation = Mapping[str, Any]
 
 
 def modulations(given: torch.Tensor, count: int, index: torch.Tensor | None = None) -> Sequence[torch.Tensor]:
-    """A projected timestep [B, count·D] in `count` parts, [B, 1, D] each; under an `index` [2B, D].
+    """Split a projected timestep [B, count·D] into `count` parts of [B, 1, D] each; with an `index`, of [2B, D].
 
-    The ops take [B, D] as well, but would have to make each part [B, 1, D] whenever they read it.
+    The ops also take [B, D], but would have to reshape each part to [B, 1, D] whenever they read it.
     """
     return (given if index is not None else given.unsqueeze(1)).chunk(count, -1)
 
 
 def for_each(x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """text [B or 1, T, D] for each sample of x [B, S, D]: modulation would broadcast it, as diffusers leaves it to."""
+    """Expand text [B or 1, T, D] to the batch of x [B, S, D]. In diffusers, the modulation broadcasts it."""
     return text.expand(x.shape[0], -1, -1) if text.shape[0] < x.shape[0] else text
 
 
 def complex_rotation(table: torch.Tensor | None) -> Rotation:
-    """By a complex64 table [S, Dh/2] or [B, S, Dh/2]."""
+    """Rotation by a complex64 table [S, Dh/2] or [B, S, Dh/2]."""
     return {} if table is None else {"freqs": torch.view_as_real(table)}
 
 
 def real_rotation(tables: Sequence[torch.Tensor] | None, start: int = 0, end: int | None = None) -> Rotation:
-    """By tables of cosines and sines [S, Dh], for the tokens from `start` to `end`."""
+    """Rotation by tables of cosines and sines [S, Dh], for the tokens from `start` to `end`."""
     return {} if tables is None else {name: t[start:end] for name, t in zip(("cos", "sin"), tables, strict=True)}
 
 
@@ -58,7 +58,7 @@ def attend(
 
     Args:
         mask: as the dispatcher takes it, broadcastable to [B, H, S, T].
-        across_ranks: whether the processor's parallel configuration counts here.
+        across_ranks: whether to use the processor's parallel configuration.
     """
     attended = dispatcher(processor)(
         q,
@@ -81,7 +81,11 @@ def self_attention(
     *,
     across_heads: bool = False,
 ) -> torch.Tensor:
-    """Attention within x [B, S, D], before its output layers; with `across_heads`, q and k are normed so."""
+    """Self-attention of x [B, S, D], without the output layers.
+
+    Args:
+        across_heads: whether q and k are normalised over all heads together.
+    """
     to_q, to_k = attn.to_q, attn.to_k
     q, k = _pair(attn, x, to_q, to_k, multiplies(x, to_q, to_k))
     (v,) = _heads(attn, x, attn.to_v)
@@ -102,9 +106,9 @@ def joint_attention(
     text_rotation: Rotation,
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(text, image) of the attention of both streams, text first, to each other, with their output layers."""
+    """Joint attention of the text and image streams, text first, with the output layers. Returns (text, image)."""
     T, run = text.shape[1], ops.trusted(x)
-    own = attn._modules  # as attributes they would be looked up in Python, one after the other
+    own = attn._modules  # attribute access of modules is slow Python code in torch
     to_q, to_k, to_v = own["to_q"], own["to_k"], own["to_v"]
     t_to_q, t_to_k, t_to_v = own["add_q_proj"], own["add_k_proj"], own["add_v_proj"]
     norm_q, norm_k, t_norm_q, t_norm_k = own["norm_q"], own["norm_k"], own["norm_added_q"], own["norm_added_k"]
@@ -127,16 +131,16 @@ def joint_attention(
     return own["to_add_out"](attended_text.contiguous()), out
 
 
-#: The values of a stream and their place in the joint sequence, where they are yet to be copied there.
+#: A stream's values and their place in the joint sequence if they must still be copied there, else (None, None).
 _Copy = tuple[torch.Tensor, torch.Tensor] | tuple[None, None]
 
 
 def _joint_values(
     attn: Any, text: torch.Tensor, x: torch.Tensor, text_to_v: Any, to_v: Any, plain: bool
 ) -> tuple[torch.Tensor, _Copy, _Copy]:
-    """The joint sequence of values, [B, T + S, H, Dh], and what of text and image is not in it yet."""
+    """The joint sequence of values, [B, T + S, H, Dh], and the copies of text and image still to be made."""
     T = text.shape[1]
-    if plain and x.shape[0] == 1:  # the places of several samples are no matrix
+    if plain and x.shape[0] == 1:  # with several samples, the places of one stream are not a matrix
         joint = x.new_empty((T + x.shape[1], to_v.out_features))
         t_v_out, v_out = _halves(joint, T, 0)
         _multiply(text_to_v, text[0], t_v_out)
@@ -149,8 +153,8 @@ def _joint_values(
 
 
 def _multiply(linear: Any, x: torch.Tensor, out: torch.Tensor) -> None:
-    """What `linear` makes of x [S, C], written to out [S, D]."""
-    parameters = linear._parameters  # of which torch looks up attributes in Python
+    """Apply `linear` to x [S, C] and write the result to out [S, D]."""
+    parameters = linear._parameters  # attribute access of parameters is slow Python code in torch
     weight, bias = parameters["weight"].t(), parameters["bias"]
     if bias is None:
         torch.mm(x, weight, out=out)
@@ -159,13 +163,16 @@ def _multiply(linear: Any, x: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def _halves(joint: torch.Tensor, T: int, dim: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first T tokens, the text's, and the others."""
+    """Split into the first T tokens (text) and the others (image)."""
     text, x = joint.tensor_split((T,), dim)
     return text, x
 
 
 def _empty_pair(q: torch.Tensor, k: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Memory for q and k [B, S, H, Dh] of so many tokens: of one dtype one tensor, which the op takes as a whole."""
+    """Empty tensors [B, tokens, H, Dh] for q and k. If their dtypes match, both are in one tensor.
+
+    The op can then take them as a whole.
+    """
     B, _, H, Dh = q.shape
     if q.dtype != k.dtype:
         return q.new_empty((B, tokens, H, Dh)), k.new_empty((B, tokens, H, Dh))
@@ -174,7 +181,7 @@ def _empty_pair(q: torch.Tensor, k: torch.Tensor, tokens: int) -> tuple[torch.Te
 
 
 def _pair(attn: Any, x: torch.Tensor, to_q: Any, to_k: Any, plain: bool) -> Iterable[torch.Tensor]:
-    """q and k [B, S, H, Dh], in one tensor where their projections are plain layers."""
+    """q and k [B, S, H, Dh], in one tensor if their projections are plain linear layers of equal width."""
     width = to_q.out_features if plain else 0
     if not plain or to_k.out_features != width or not x.is_contiguous():
         return _heads(attn, x, to_q, to_k)
@@ -186,7 +193,7 @@ def _pair(attn: Any, x: torch.Tensor, to_q: Any, to_k: Any, plain: bool) -> Iter
 
 
 def _heads(attn: Any, x: torch.Tensor, *projections: Any) -> Iterable[torch.Tensor]:
-    size = attn.inner_dim // attn.heads  # under tensor parallelism a rank has some of the heads
+    size = attn.inner_dim // attn.heads  # with tensor parallelism, each rank has only some of the heads
     return (projection(x).unflatten(-1, (-1, size)) for projection in projections)
 
 
@@ -198,7 +205,7 @@ def feed_forward(mlp: Any, x: torch.Tensor | None) -> torch.Tensor:
 
 
 def through(modules: Iterable[Any], x: torch.Tensor) -> torch.Tensor:
-    """x through one module after the other; those that would return what they are given are not called."""
+    """Apply the modules to x one after the other, without those that would return their input."""
     for module in modules:
         if not idles(module):
             x = module(x)
@@ -206,5 +213,5 @@ def through(modules: Iterable[Any], x: torch.Tensor) -> torch.Tensor:
 
 
 def clipped(h: torch.Tensor) -> torch.Tensor:
-    """h within fp16's range, where that is its dtype."""
+    """h, clipped to the fp16 range if it is fp16."""
     return h.clip(-65504, 65504) if h.dtype == torch.float16 else h

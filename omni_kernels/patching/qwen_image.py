@@ -1,9 +1,9 @@
-"""Qwen-Image's blocks, fused: 10 launches beside the GEMMs and attention, where diffusers' takes 75.
+"""Fused blocks of Qwen-Image: 10 launches besides the GEMMs and attention, where diffusers' blocks take 75.
 
-Text and image have a stream each, and meet in attention. Everything between two GEMMs is one op, the end of a block and
-the beginning of the next too (`ahead`; the first block takes 2 launches more); queries, keys and values are written
-straight into the joint sequence. Projections, modulation and the feed-forward's output layer are
-called as the modules that they are, so that adapters, quantised layers and hooks on them count.
+Text and image have separate streams that are joined in attention. Everything between two GEMMs is one op, including the
+end of a block with the beginning of the next (`ahead`; the first block takes 2 more launches). Queries, keys and values
+are written directly into the joint sequence. Projections, modulation and the feed-forward's output layer are called as
+modules, so adapters, quantised layers and hooks on them keep working.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from omni_kernels.patching.structure import (
     unlike,
 )
 
-#: The modules that are not called, by path, and their classes.
+#: The modules that the fused forward replaces, so does not call: path → class name.
 STANDS_FOR = {
     "img_norm1": "LayerNorm",
     "img_norm2": "LayerNorm",
@@ -48,7 +48,7 @@ PROCESSOR = "QwenDoubleStreamAttnProcessor2_0"
 
 
 def unfit(block: torch.nn.Module) -> str | None:
-    """Why `forward` cannot stand in for this block's own; None where it can."""
+    """Why `forward` cannot replace this block's own forward; None if it can."""
     reason = unlike(block, STANDS_FOR) or not_plain_layer_norm(
         block, "img_norm1", "img_norm2", "txt_norm1", "txt_norm2"
     )
@@ -73,7 +73,7 @@ def forward(
     joint_attention_kwargs: dict[str, Any] | None = None,
     modulate_index: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(text, image), as the block's own forward returns them; where that differs, that is what runs."""
+    """(text, image), the same as from the block's own forward. Falls back to it in cases that are not covered here."""
     x, text, index = hidden_states, encoder_hidden_states, modulate_index
     if (
         joint_attention_kwargs
@@ -104,7 +104,10 @@ def forward(
 def _begin(
     block: Any, stream: str, x: torch.Tensor, temb: torch.Tensor, index: torch.Tensor | None = None
 ) -> tuple[Sequence[torch.Tensor], torch.Tensor]:
-    """A stream's modulation (shift, scale and gate, of attention and of the feed-forward), and its first norm."""
+    """A stream's modulation (shift, scale and gate, for attention and feed-forward), and the output of its first norm.
+
+    Uses what the block before has computed ahead, if anything.
+    """
     made = ahead.take(x, block, (temb, index))
     if made is not None:
         return made
@@ -123,8 +126,8 @@ def _end(
     temb: torch.Tensor,
     index: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What a stream leaves the block as, and with it, where it can be told, what the next block begins with."""
-    # Of fp16 the states have to be clipped first.
+    """The block's output of a stream. Also computes the next block's modulation and first norm ahead, if possible."""
+    # In fp16 the states must be clipped before the next norm, so nothing is computed ahead.
     following = None if x.dtype == torch.float16 else ahead.next_of(block, x, f"{stream}_mod")
     run = ops.trusted(x)
     if following is None:

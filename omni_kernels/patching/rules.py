@@ -1,6 +1,7 @@
-"""Which blocks have a fused forward: one row per class, found by its name, and what became of each block of a pipeline.
+"""Table of fused forwards, one row per block class, and the report of which blocks of a pipeline were fused.
 
-No model's library is imported. A block that is not built as its row expects is left alone, and the report says why.
+Classes are found by name; diffusers is not imported. A block that differs from what its row expects is not fused, and
+the report says why.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ class BlockRule:
     """One class of blocks.
 
     Attributes:
-        forward: the fused forward, called with the block first and then as the block's own; NotImplemented where it
-            leaves a call to that.
-        unfit: why it cannot stand in for a block's own; None where it can.
-        ahead: whether it begins the next block (`omni_kernels.patching.ahead`).
+        forward: the fused forward. Takes the block, then the arguments of the block's own forward. Returns
+            NotImplemented if the block's own forward must run.
+        unfit: returns why the fused forward cannot replace a block's own; None if it can.
+        ahead: whether it computes the next block's first norm ahead (`omni_kernels.patching.ahead`).
     """
 
     forward: Callable[..., Any]
@@ -44,12 +45,12 @@ RULES = {
 
 @dataclass(frozen=True)
 class BlockFusion:
-    """What became of one block.
+    """Whether one block was fused.
 
     Attributes:
-        name: where it is, "transformer.transformer_blocks.0".
-        block: its class's name.
-        reason: why it was left alone; None where it was replaced.
+        name: its path, such as "transformer.transformer_blocks.0".
+        block: the name of its class.
+        reason: why it was not fused; None if it was.
     """
 
     name: str
@@ -58,7 +59,7 @@ class BlockFusion:
 
 
 class Fusion(tuple[BlockFusion, ...]):
-    """What a patch replaced where, and what it left alone and why; printed, a line for each kind."""
+    """Which blocks a patch fused, and which it did not and why. Prints one line for each kind."""
 
     __slots__ = ()
 
@@ -69,7 +70,7 @@ class Fusion(tuple[BlockFusion, ...]):
 
     @property
     def left_alone(self) -> dict[str, str]:
-        """Reasons by the names of the blocks that run as ever."""
+        """The names of the blocks that were not fused, with the reasons."""
         return {entry.name: entry.reason for entry in self if entry.reason is not None}
 
     def __str__(self) -> str:
@@ -84,12 +85,12 @@ class Fusion(tuple[BlockFusion, ...]):
 
 
 def fuse(pipe: Any, patch: Patch) -> Fusion:
-    """Give every block of the pipeline that fits its fused forward, through `patch`."""
+    """Install the fused forward on every matching block of the pipeline, through `patch`."""
     blocks = list(_blocks(pipe))
     made = Fusion(BlockFusion(name, type(block).__name__, _fuse(block, patch)) for name, block in blocks)
 
     def stretch(one: tuple[BlockFusion, torch.nn.Module]) -> tuple[str, str] | None:
-        """Blocks that are alike here run one after the other, if they are neighbours."""
+        """Grouping key: neighbours with the same key run one after the other. None if nothing is computed ahead."""
         entry = one[0]
         follows = entry.reason is None and RULES[entry.block].ahead
         return (entry.name.rpartition(".")[0], entry.block) if follows else None
@@ -117,7 +118,7 @@ def _fuse(block: torch.nn.Module, patch: Patch) -> str | None:
 
 
 def _blocks(pipe: Any) -> Iterator[tuple[str, torch.nn.Module]]:
-    """The blocks of all components that have a row, and those in the lists of a transformer that have none."""
+    """All blocks that have a row, in any component, and the other modules in a transformer's top-level block lists."""
     components = getattr(pipe, "components", None) or vars(pipe)
     seen = set()
     for component, model in components.items():

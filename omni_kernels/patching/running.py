@@ -1,10 +1,10 @@
-"""The calls of one pipeline: something is open from the beginning of each to its end, however it is left.
+"""Runs each call of one pipeline inside a context manager, which is closed however the call ends.
 
-Python looks `pipe(...)` up in the pipeline's class. So this one instance is given a class of its own, derived from its
-class and called the same; no other instance is touched. Copies and pickles of the pipeline, and pipelines that are made
-from it, are of the plain class.
+Python looks up `pipe(...)` in the pipeline's class. So this instance gets its own class, derived from its original
+class and with the same name. Other instances are unchanged. Copies and pickles of the pipeline, and pipelines made from
+it, have the original class.
 
-`isinstance` holds as before; `type(pipe) is` its class does not, and the class made here cannot be pickled by itself.
+`isinstance` works as before. `type(pipe) is <original class>` is False, and the derived class itself cannot be pickled.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from typing import Any, cast
 
 from omni_kernels.patching.changes import Patch, PatchConflictError, describe
 
-#: On a class made here: the class that it is derived from.
+#: Attribute of a class made here: the original class that it is derived from.
 _PLAIN = "_omni_kernels_plain_class"
 
 
-#: Arguments by which diffusers' pipelines take a function that they call between their steps.
+#: Arguments of diffusers pipelines that take a function to be called between the steps.
 CALLBACKS = ("callback_on_step_end", "callback")
 
 Opened = Callable[[], AbstractContextManager[object]]
 
 
 def around_calls(pipe: Any, opened: Opened, patch: Patch, outside: Opened = contextlib.nullcontext) -> None:
-    """Open what `opened` gives around each call of `pipe`, until `patch` is undone.
+    """Run each call of `pipe` inside the context manager that `opened` returns, until `patch` is undone.
 
     Args:
-        outside: gives what is open while a callback of the caller's runs within a call.
+        outside: returns the context manager for the user's step callbacks during a call.
 
     Raises:
-        TypeError: the class of `pipe` cannot be exchanged (an extension type, or one with slots).
-        PatchConflictError: calls of `pipe` are followed already.
+        TypeError: the class of `pipe` cannot be replaced (an extension type, or one with slots).
+        PatchConflictError: the calls of `pipe` are already wrapped.
     """
     plain = type(pipe)
     if hasattr(plain, _PLAIN):
@@ -48,14 +48,14 @@ def around_calls(pipe: Any, opened: Opened, patch: Patch, outside: Opened = cont
 
 
 def _derived(plain: type, opened: Opened, outside: Opened) -> type:
-    """A class like `plain`, whose one instance opens something around its calls."""
+    """A class derived from `plain`, whose calls run inside the context manager that `opened` returns."""
 
     def new(cls: type, *args: Any, **kwargs: Any) -> Any:
-        """Whoever makes another pipeline of this class, as `from_pipe` does, gets a plain one."""
+        """Creating another pipeline from this class, as `from_pipe` does, gives one of the original class."""
         return plain(*args, **kwargs)
 
     def reduced(self: Any, protocol: Any) -> Any:
-        """A copied or pickled pipeline is of the plain class."""
+        """A copied or unpickled pipeline has the original class."""
         _, _, *state = cast("tuple[Any, ...]", object.__reduce_ex__(self, max(protocol, 2)))
         return object.__new__, (plain,), *state
 
@@ -70,7 +70,10 @@ def _derived(plain: type, opened: Opened, outside: Opened) -> type:
 
 
 def _around(function: Callable[..., Any], opened: Opened, outside: Opened) -> Callable[..., Any]:
-    """`function` with something open while it runs; so is what it wraps, which is how to sample with a gradient."""
+    """`function`, run inside the context manager that `opened` returns.
+
+    Its `__wrapped__`, which callers use to sample with gradients, is wrapped in the same way.
+    """
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:

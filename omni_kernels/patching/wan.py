@@ -1,9 +1,9 @@
-"""Wan's blocks, fused: 9 launches beside the GEMMs and attention, where diffusers' takes 76; 11 and 85 with an image.
+"""Fused blocks of Wan: 9 launches besides the GEMMs and attention, where diffusers' take 76; 11 and 85 with an image.
 
 Video tokens attend to each other, then to the text and, in Wan 2.1's image-to-video models, to an image. q and k are
-normed over all heads of a token; the modulation is fp32, one for all tokens or one for each (Wan 2.2 TI2V). Everything
-between two GEMMs is one op. Projections are called as the modules that they are, so that adapters, quantised layers and
-hooks on them count.
+normalised over all heads of a token. The modulation is fp32, one for all tokens or one per token (Wan 2.2 TI2V).
+Everything between two GEMMs is one op. Projections are called as modules, so adapters, quantised layers and hooks on
+them keep working.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from omni_kernels.patching.structure import (
     unlike,
 )
 
-#: The modules that are not called, by path, and their classes.
+#: The modules that the fused forward replaces, so does not call: path → class name.
 STANDS_FOR = {
     "norm1": "FP32LayerNorm",
     "norm2": "FP32LayerNorm",
@@ -40,15 +40,15 @@ STANDS_FOR = {
     "ffn": "FeedForward",
     "ffn.net.0": "GELU",
 }
-#: Those of a block that attends to an image, too.
+#: The same for a block that also attends to an image.
 STANDS_FOR_WITH_IMAGE = STANDS_FOR | {"attn2.norm_added_k": "RMSNorm"}
 PROCESSOR = "WanAttnProcessor"
-#: Tokens of the text, which stand behind the image's: diffusers' processor has that number, too.
+#: Number of text tokens, which follow the image's tokens. diffusers' processor has the same constant.
 TEXT_TOKENS = 512
 
 
 def unfit(block: torch.nn.Module) -> str | None:
-    """Why `forward` cannot stand in for this block's own; None where it can."""
+    """Why `forward` cannot replace this block's own forward; None if it can."""
     reason = unlike(block, STANDS_FOR)
     if reason is None and part(block, "attn2.add_k_proj") is not None:
         reason = unlike(block, STANDS_FOR_WITH_IMAGE)
@@ -74,7 +74,7 @@ def forward(
     temb: torch.Tensor,
     rotary_emb: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> torch.Tensor:
-    """As the block's own forward; where a module is hooked, or a gradient asked for, that is what runs."""
+    """Same as the block's own forward. Falls back to it if a module is hooked or a gradient is needed."""
     x, attn1, attn2, norm2 = hidden_states, block.attn1, block.attn2, block.norm2
     if (
         not computes(x, beside=(encoder_hidden_states, temb, *(rotary_emb or ())))
@@ -86,7 +86,7 @@ def forward(
         or not stands(block, STANDS_FOR if attn2.add_k_proj is None else STANDS_FOR_WITH_IMAGE)
     ):
         return NotImplemented
-    # temb [B, 6, D], or [B, S, 6, D]: the sum is fp32, whatever its terms are.
+    # temb is [B, 6, D] or [B, S, 6, D]. The sum is fp32, whatever the dtypes of its terms.
     modulation = temb + block.scale_shift_table.float()
     by_token = modulation.dim() == 4
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(-2) if by_token else modulation.chunk(6, -2)
@@ -103,7 +103,7 @@ def forward(
 
 
 def _cross_attention(attn: Any, x: torch.Tensor | None, context: torch.Tensor) -> torch.Tensor:
-    """Attention of x [B, S, D] to the text's tokens, plus that to the image's where there is one."""
+    """Attention of x [B, S, D] to the text's tokens, plus attention to the image's tokens if there is an image."""
     size = (attn.heads, -1)
 
     def normed(norm: Any, t: torch.Tensor) -> torch.Tensor:
@@ -117,6 +117,6 @@ def _cross_attention(attn: Any, x: torch.Tensor | None, context: torch.Tensor) -
         k, v = normed(attn.norm_added_k, attn.add_k_proj(image)), attn.add_v_proj(image).unflatten(2, size)
         to_image = attend(attn.processor, q, k, v, across_ranks=False)
     k, v = normed(attn.norm_k, attn.to_k(context)), attn.to_v(context).unflatten(2, size)
-    # The text is whole on every rank: diffusers leaves the parallel configuration out, too.
+    # Every rank has the whole text. diffusers does not use the parallel configuration here either.
     attended = attend(attn.processor, q, k, v, across_ranks=False)
     return attended if to_image is None else attended + to_image

@@ -1,4 +1,4 @@
-"""All that a first request would wait for, done before it: kernels compiled, blocks compiled."""
+"""Warm-up: compiles kernels and blocks before the first request, which would otherwise wait for it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from omni_kernels.compilations import Compilations, following
 from omni_kernels.device import synchronize
 from omni_kernels.patching.api import handle_of
 
-#: Of a rehearsal every third step is computed: so many steps are enough for forecasts of order 2, corrected.
+#: A rehearsal computes every third step. 10 steps are enough for forecasts of order 2 with correction.
 STEPS = 10
 
 
 @dataclass
 class Warmup:
-    """What a warm-up took; prints as lines.
+    """The result of a warm-up; printable.
 
     Attributes:
-        seconds: of the whole rehearsal.
-        compiled: which of Triton's kernels were compiled meanwhile.
+        seconds: duration of the whole warm-up request.
+        compiled: the Triton kernels that were compiled.
     """
 
     seconds: float
@@ -35,23 +35,23 @@ class Warmup:
 
 
 def warmup(pipe: Any, *, steps: int = STEPS, **arguments: Any) -> Warmup:
-    """Run one short request, so that later ones of the same sizes find everything compiled.
+    """Run one short request, so that everything is compiled for later requests of the same sizes.
 
-    It computes and skips by turns, whatever the cache's thresholds say, and leaves nothing behind in it. Another size,
-    batch or dtype may need other variants of the kernels: each kind of request has a warm-up of its own.
+    With a cache, some steps are computed and some skipped, whatever its thresholds are. No state stays in the cache.
+    Another size, batch or dtype may need other variants of the kernels. So warm up once for each kind of request.
 
     Args:
         pipe: a diffusers pipeline, patched or not.
-        steps: denoising steps; 3 n + 4 for a cache that forecasts with order n.
-        arguments: of the pipeline's call (height, width, image, ...). Without a prompt, it is empty; without a
-            generator, the images' noise is of one seed, and torch's own random numbers stay as they were.
+        steps: number of denoising steps; 3n + 4 for a cache that forecasts with order n.
+        arguments: arguments of the pipeline's call (height, width, image, ...). The default prompt is empty. The
+            default generator has a fixed seed, so torch's global random state is unchanged.
 
     Raises:
         ValueError: fewer than two steps.
         Exception: whatever the pipeline's call raises.
     """
     if steps < 2:
-        raise ValueError(f"steps={steps}: a warm-up computes one step and skips one, at least")
+        raise ValueError(f"steps={steps}: a warm-up needs at least two steps, to compute one and skip one")
     takes = inspect.signature(type(pipe).__call__).parameters
     given: dict[str, Any] = {"num_inference_steps": steps} | arguments
     if "prompt" in takes and "prompt_embeds" not in given:

@@ -1,8 +1,8 @@
-"""Z-Image's blocks, fused: 5 launches beside the GEMMs and attention, where diffusers' takes 66.
+"""Fused blocks of Z-Image: 5 launches besides the GEMMs and attention, where diffusers' blocks take 66.
 
-One stream, RMSNorms before and after both parts, scale and tanh of a gate, no shift. The refiners' blocks are of the
-same class, the context's without modulation. Projections and modulation are called as the modules that they are, so
-that adapters, quantised layers and hooks on them count.
+A block has one stream, with RMSNorms before and after both attention and feed-forward. Modulation is a scale and the
+tanh of a gate, without shift. The refiners use the same class; the context refiner's blocks have no modulation.
+Projections and modulation are called as modules, so adapters, quantised layers and hooks on them keep working.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from omni_kernels.patching.structure import (
     unlike,
 )
 
-#: The modules that are not called, by path, and their classes.
+#: The modules that the fused forward replaces, so does not call: path → class name.
 STANDS_FOR = {
     "attention_norm1": "RMSNorm",
     "attention_norm2": "RMSNorm",
@@ -38,7 +38,7 @@ PROCESSOR = "ZSingleStreamAttnProcessor"
 
 
 def unfit(block: torch.nn.Module) -> str | None:
-    """Why `forward` cannot stand in for this block's own; None where it can."""
+    """Why `forward` cannot replace this block's own forward; None if it can."""
     reason = unlike(block, STANDS_FOR)
     if reason is not None:
         return reason
@@ -62,7 +62,7 @@ def forward(
     adaln_noisy: torch.Tensor | None = None,
     adaln_clean: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As the block's own forward; where a module is hooked, or a gradient asked for, that is what runs."""
+    """Same as the block's own forward. Falls back to it if a module is hooked or a gradient is needed."""
     if not computes(x) or not attends(block.attention, PROCESSOR) or not stands(block, STANDS_FOR):
         return NotImplemented
     scale1 = gate1 = scale2 = gate2 = index = None

@@ -1,4 +1,4 @@
-"""What it takes to say of a device whether every op is right on it, and how fast: `python -m omni_kernels.validate`.
+"""Checks that every op is correct on a device, and measures its speed: `python -m omni_kernels.validate`.
 
-The tests and benchmarks of the project use the same oracle, tolerances, layouts, guards, cases and clocks.
+The project's tests and benchmarks use the same oracle, tolerances, layouts, guards, cases and timing.
 """

@@ -1,8 +1,8 @@
-"""Compiles, with no GPU, the very kernels that a launch would run on one, and reads what they cost.
+"""Compiles, without a GPU, exactly the kernels that a launch would run on one, and reads their costs.
 
-`launches(target, run)` calls `run` with Triton's driver replaced by one that only knows `target`: every kernel that
-`run` launches is specialised and compiled as Triton would for these arguments, and is not run. It needs a process
-without TRITON_INTERPRET: `compiled` starts one.
+`launches(target, run)` calls `run` with a Triton driver that only knows `target`. Every kernel that `run` launches is
+specialised and compiled as Triton would do for these arguments, but is not run. This needs a process without
+TRITON_INTERPRET; `compiled` starts one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from unittest import mock
 
 from omni_kernels.compilations import following
 
-#: Architecture → Triton's target: its backend, its name there, threads of a warp.
+#: Architecture → Triton's target: the backend, the backend's name for it, threads per warp.
 TARGETS: dict[str, tuple[str, int | str, int]] = {
     "sm_80": ("cuda", 80, 32),
     "sm_86": ("cuda", 86, 32),
@@ -37,21 +37,21 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
     "gfx950": ("hip", "gfx950", 64),
     "gfx1100": ("hip", "gfx1100", 32),
 }
-# Registers a thread, NVIDIA's and AMD's. What waits for memory wants many warps under way: a multiprocessor of NVIDIA's
-# has 65536 registers, which 256 threads with 128 each fill with two programs (16 warps), with 80 three, 64 four, 48
-# five and 40 six. AMD has twice as many or more, and gives a thread more before it has fewer programs: with 128 three
-# or four, with 96 four or five, with 64 eight or six.
+# Allowed registers per thread, on NVIDIA and AMD. Memory-bound kernels need many warps in flight. A multiprocessor of
+# NVIDIA has 65536 registers. With programs of 256 threads, it holds two of them (16 warps) at 128 registers per thread,
+# three at 80, four at 64, five at 48 and six at 40. AMD has at least twice as many registers, so more per thread are
+# possible: three or four programs at 128, four or five at 96, eight or six at 64.
 BUDGETS: dict[str, tuple[int, int]] = {
     "relative_l1_kernel": (80, 80),  # 16 elements of two tensors and of two sums
     "residual_relative_l1_kernel": (48, 64),
-    # Whole rows of all inputs at once, which are up to 64 bytes of each a thread: two programs have 128 KB under way.
+    # Whole rows of all inputs at once, up to 64 bytes of each per thread: two programs have 128 KB in flight.
     "modulated_relative_l1_kernel": (128, 128),
     "gate_residual_norm_kernel": (128, 128),
     "ada_layer_norm_kernel": (80, 96),
     "rms_norm_kernel": (48, 64),
-    # Up to 17 streams of 32 bytes a thread: one program alone has 136 KB under way. With up to 3 it is 5 programs.
+    # Up to 17 streams of 32 bytes per thread: a single program has 136 KB in flight. With up to 3 streams, 5 programs.
     "linear_forecast_kernel": (192, 192),
-    # In fp32, by tables in fp32, of which half is read for nothing.
+    # In fp32, with fp32 tables, half of which is loaded but not used.
     "qk_norm_rope_kernel": (128, 96),
     "gelu_kernel": (40, 96),
     "swiglu_kernel": (40, 80),
@@ -60,18 +60,17 @@ BUDGETS: dict[str, tuple[int, int]] = {
 
 
 def budget(kernel: str, target: str) -> int:
-    """Registers a thread that a kernel may take on a target."""
+    """The registers per thread that a kernel may use on a target."""
     return BUDGETS[kernel][TARGETS[target][0] == "hip"]
 
 
 @dataclasses.dataclass
 class Cost:
-    """What one compiled kernel takes.
+    """The cost of one compiled kernel.
 
-    `registers` are per thread (VGPRs on AMD); `spills` and `shared` are in bytes. Only what goes to memory counts as
-    spilt: AMD's scalar registers overflow into lanes of vector registers.
-    `loads` and `stores` are the instructions that touch global memory, each with the number of times that it occurs;
-    `narrow_offsets` and `atomics` are lines of Triton's own code.
+    `registers` are per thread (VGPRs on AMD). `spills` and `shared` are in bytes. Only spills to memory count; AMD's
+    scalar registers spill into lanes of vector registers, which does not. `loads` and `stores` are the instructions
+    that access global memory, with their counts. `narrow_offsets` and `atomics` are lines of the Triton IR.
     """
 
     kernel: str
@@ -85,7 +84,7 @@ class Cost:
 
 
 class _Driver:
-    """As much of a Triton driver as compiling asks for."""
+    """The part of a Triton driver that compilation needs."""
 
     def __init__(self, target: Any, device: int) -> None:
         self.target, self.device = target, device
@@ -102,7 +101,7 @@ class _Driver:
 
 @contextlib.contextmanager
 def driven_by(target: Any, device: int) -> Iterator[None]:
-    """For the block, Triton's driver knows one target, a `GPUTarget`, as its device of that number."""
+    """Context manager in which Triton's driver has one target, a `GPUTarget`, as its device with this number."""
     from triton.runtime.driver import driver
 
     active = driver.active if "active" in vars(driver) else None
@@ -145,13 +144,13 @@ def launches(target: str, run: Callable[[], object]) -> list[Any]:
 
 
 def cost(compiled: Any) -> Cost:
-    """What a compiled kernel takes, from its assembly."""
+    """The cost of a compiled kernel, read from its assembly."""
     read = _nvidia if "ptx" in compiled.asm else _amd
     lines = [line.strip() for line in compiled.asm["ttir"].splitlines()]
-    # A product of 32 bits added to a pointer wraps at 2³¹ elements: those of a program's number must have 64.
+    # A 32-bit product in an offset overflows at 2³¹ elements. Products with a program's number must be 64-bit.
     narrow = [line for line in lines if re.search(r"arith\.muli .*\bi32", line)]
     atomics = [line for line in lines if "atomic" in line]
-    # What a launch is given, reductions between warps included; the assembly knows of static memory alone.
+    # All shared memory of a launch, including that for reductions between warps. The assembly lists only static memory.
     shared = compiled.metadata.shared
     return Cost(kernel=compiled.metadata.name, shared=shared, narrow_offsets=narrow, atomics=atomics, **read(compiled))
 
@@ -193,9 +192,9 @@ def _amd(compiled: Any) -> dict[str, Any]:
 
 @dataclasses.dataclass
 class Result:
-    """What came of compiling a launch for a target: its kernels' costs, in order, or why there are none.
+    """The result of compiling a launch for a target: its kernels' costs, in order, or why there are none.
 
-    `seconds` are those that each kernel took to compile, by name; what the disk's cache had took none.
+    `seconds` are the compile times by kernel name, without kernels that were found in the disk cache.
     """
 
     launch: str
@@ -206,7 +205,7 @@ class Result:
 
     @property
     def spills(self) -> int:
-        """Bytes, of all kernels."""
+        """Spilled bytes of all kernels."""
         return sum(kernel.spills for kernel in self.kernels)
 
 
@@ -215,16 +214,16 @@ def compiled(
     names: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
     table: str = "omni_kernels.validation.launches:table",
 ) -> Iterator[Result]:
-    """What the launches of a table come to on `targets`, each as soon as it is compiled.
+    """Compile the launches of a table for `targets`, in a separate process. Yields each result as soon as it is ready.
 
     Args:
         targets: keys of `TARGETS`.
-        names: keys of the table, for all targets or by target; None: all.
-        table: "module:function", a function of no arguments that returns names and functions that launch. The work is
-            done in a process of its own, without the interpreter.
+        names: keys of the table, for all targets or by target. None: all.
+        table: "module:function", a function without arguments that returns a dict: name → function that launches. The
+            separate process calls it, without Triton's interpreter.
 
     Raises:
-        RuntimeError: the process ended early; with what it wrote.
+        RuntimeError: the process failed; the message has its output.
     """
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     by_target = {target: names[target] if isinstance(names, Mapping) else names for target in targets}
@@ -237,7 +236,7 @@ def compiled(
                 for line in process.stdout:
                     found = json.loads(line)
                     yield Result(**found | {"kernels": [Cost(**kernel) for kernel in found["kernels"]]})
-            except GeneratorExit:  # the rest is not wanted
+            except GeneratorExit:  # the caller does not want the rest
                 process.kill()
                 raise
         if process.returncode:
@@ -248,18 +247,18 @@ def compiled(
 def costs(
     table: str, targets: Sequence[str], names: Mapping[str, Sequence[str]] | None = None
 ) -> dict[str, dict[str, list[Cost]]]:
-    """What the launches of a table cost: a launch's name → a target → its kernels, in order.
+    """The costs of the launches of a table: launch name → target → costs of its kernels, in order.
 
     Args:
         table: as in `compiled`.
         targets: keys of `TARGETS`.
-        names: the keys of the table for each target; None: every launch on every target.
+        names: the keys of the table for each target. None: every launch for every target.
 
     Raises:
-        RuntimeError: one of them cannot be compiled.
+        RuntimeError: a launch cannot be compiled.
     """
     found: dict[str, dict[str, list[Cost]]] = {}
-    # Two processes: a compiler takes one processor.
+    # Two processes, as a compiler uses one processor.
     with ThreadPoolExecutor(2) as pool:
         halves = pool.map(lambda part: list(compiled(part, names, table)), (targets[::2], targets[1::2]))
         for result in itertools.chain.from_iterable(halves):
@@ -278,7 +277,7 @@ def _main(wanted: dict[str, Any]) -> None:
                 with following() as compilations:
                     kernels = launches(target, table[name])
                 result = Result(name, target, [cost(kernel) for kernel in kernels], seconds=compilations.seconds)
-            except Exception as error:  # whatever a compiler raises is what there is to tell
+            except Exception as error:  # anything that a compiler raises is reported
                 result = Result(name, target, [], f"{type(error).__name__}: {error}"[:2000])
             print(json.dumps(dataclasses.asdict(result)), flush=True)
 

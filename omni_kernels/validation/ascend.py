@@ -1,18 +1,19 @@
-"""`python -m omni_kernels.validation.ascend`: the kernels in the hands of Ascend's compilers, without an NPU.
+"""`python -m omni_kernels.validation.ascend`: compile and check the kernels with Ascend's compilers, without an NPU.
 
     python -m omni_kernels.validation.ascend [--tools DIR] [--out FILE] [NAME …]
 
-1. The compilers are fetched by pip, once, and unpacked beside each other (`ascend_ir`); nothing is installed.
-2. Every launch that is compiled for GPUs (`launches`), and the widest that every op's tile must hold (`widest`), is
-   lowered for every target: it fits the unified buffer, or how much it would need, or what the compiler stopped at.
-3. The ops are checked as on a device (`checks`): on CPU tensors, their launchers run unchanged, and every kernel that
-   one launches is the vendor's linalg IR of it, built for this CPU and called once for every program.
+1. pip downloads the compilers once. They are unpacked (`ascend_ir`), not installed.
+2. Every launch that is compiled for GPUs (`launches`), and the widest ones that an op's tile must hold (`widest`), are
+   lowered for every target. The result says whether the launch fits in the unified buffer, how much it would need, or
+   the compiler's error.
+3. The ops are checked as on a device (`checks`). Their launchers run unchanged on CPU tensors. Every kernel that they
+   launch is the vendor's linalg IR, built for this CPU and called once for every program.
 
-The CPU stands in for an NPU, so that launchers choose what they choose there. What this shows is that the compilers
-take every kernel and that what they make of it computes the right numbers, one program after another. It shows nothing
-of an NPU's rounding, of programs that disturb each other, or of time, and the last stage, a binary, is not made.
+The CPU simulates an NPU, so the launchers choose the same as there. This shows that the compilers accept every kernel,
+and that their linalg IR computes correct numbers, one program after another. It does not show an NPU's rounding,
+interference between concurrent programs, or speed. The last stage, a binary, is not built.
 
-Exit codes: 0 all is lowered and right; 1 something is not; 2 wrong usage; 3 the compilers cannot be had.
+Exit codes: 0 everything is lowered and correct; 1 something is not; 2 wrong usage; 3 the compilers are not available.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ from omni_kernels.validation.ascend_ir import (
 )
 
 SUMMARY = "lowered by the vendor's compilers and computed on a CPU; not run on an NPU"
-#: What is said of an op, from the most that there can be.
+#: Levels of support of an op, the highest first.
 COMPUTED = "computed on a CPU from the vendor's IR"
 LOWERED = "compiled (lowered)"
 
@@ -70,7 +71,7 @@ DIVISOR = 256
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel as it was launched: its Triton IR, its arguments without the constants, its grid."""
+    """One launched kernel: its Triton IR, its arguments without the constants, its grid."""
 
     kernel: str
     ttir: str
@@ -80,7 +81,7 @@ class Launch:
 
 @functools.cache
 def _backend() -> Any:
-    """A backend of Triton's that stops at Triton IR, which is the same for all; NVIDIA's makes it."""
+    """A Triton backend that stops at Triton IR, which is the same for all backends. It is derived from NVIDIA's."""
     import triton
     from triton.backends import Backend
     from triton.backends.nvidia.compiler import CUDABackend
@@ -96,7 +97,7 @@ def _backend() -> Any:
 
         @staticmethod
         def parse_attr(description: str) -> list[Any]:
-            return []  # what divides by 16 is of no use to Ascend's compilers
+            return []  # Ascend's compilers do not use divisibility by 16
 
         def add_stages(self, stages: dict[str, Any], options: Any, language: Any) -> None:
             def ttir(module: Any, metadata: dict[str, Any]) -> str:
@@ -115,7 +116,7 @@ def _backend() -> Any:
 
 
 def _flat(value: Any, kind: Any) -> list[Any]:
-    """The arguments that a kernel has at run time, of one of its parameters: tuples come apart, constants are gone."""
+    """The run-time arguments of one kernel parameter. Tuples are flattened, constants are omitted."""
     if isinstance(kind, tuple):
         return [one for v, k in zip(value, kind, strict=True) for one in _flat(v, k)]
     return [] if kind == "constexpr" else [value]
@@ -123,10 +124,10 @@ def _flat(value: Any, kind: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def standing_in(launched: Callable[[Launch], object]) -> Iterator[None]:
-    """For the block, CPU tensors are taken to be on an NPU, and `launched` is given every kernel that is launched.
+    """Context manager in which CPU tensors count as on an NPU, and `launched` is called with every launched kernel.
 
     Raises:
-        ToolError: the process runs Triton's interpreter, under which no kernel has IR.
+        ToolError: the process runs Triton's interpreter, which makes no IR.
     """
     import triton
     from triton.backends import backends
@@ -153,10 +154,10 @@ def standing_in(launched: Callable[[Launch], object]) -> Iterator[None]:
 
 
 def widest() -> dict[str, Callable[[], object]]:
-    """Name → a launch of an op whose tile is as large as its launcher makes it, with all that it may be given.
+    """Name → a launch of an op with the largest tile that its launcher uses, and with all inputs that it can have.
 
-    In fp32, whose tiles are the largest, and in bf16, which is kept beside what is computed in fp32; rows one element
-    short of a tile have a mask besides.
+    In fp32, which has the largest tiles, and in bf16, whose values are held in addition to fp32 ones. Rows are one
+    element shorter than a tile, so that they also need a mask.
     """
     found: dict[str, Callable[[], object]] = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -204,10 +205,10 @@ def widest() -> dict[str, Callable[[], object]]:
 
 
 def lower_all(tools: Tools, table: dict[str, Callable[[], object]]) -> Iterator[dict[str, Any]]:
-    """What comes of lowering every kernel of every launch: a row each, and one for a launch that makes none.
+    """Lower every kernel of every launch. Yields one row per kernel, and one for a launch without kernels.
 
-    `ub_bits` is what the buffers come to where they fit and what they would need where they do not, the most of all
-    targets; `by_row` counts the accesses that the compiler reads or writes row by row, unmasked.
+    `ub_bits` is the size of the buffers (what they need, if they do not fit), the largest of all targets. `by_row`
+    counts the accesses that the compiler makes row by row, without masks.
     """
     for name, launch in table.items():
         found: list[Launch] = []
@@ -215,7 +216,7 @@ def lower_all(tools: Tools, table: dict[str, Callable[[], object]]) -> Iterator[
         try:
             with standing_in(found.append):
                 launch()
-        except Exception as error:  # whatever Triton raises is what there is to tell
+        except Exception as error:  # anything that Triton raises is reported
             yield row | {"status": "error", "problem": first_error(f"{type(error).__name__}: {error}")}
             continue
         if not found:
@@ -245,9 +246,9 @@ def _lowered(tools: Tools, ttir: str) -> dict[str, Any]:
 
 
 def compute_all(tools: Tools, wanted: Sequence[checks.Check], directory: Path) -> Iterator[dict[str, Any]]:
-    """What comes of every check, a row each; programs are built in `directory`, each once.
+    """Run every check. Yields one row each. Programs are built in `directory`, each once.
 
-    `worst` is the largest error over the one that is allowed.
+    `worst` is the largest error divided by the allowed error.
     """
     programs: dict[str, Program] = {}
     for check in wanted:
@@ -264,7 +265,7 @@ def compute_all(tools: Tools, wanted: Sequence[checks.Check], directory: Path) -
             with standing_in(compute):
                 wrong = checks.run(check, lambda op: OPS[op].launcher, torch.device("cpu"), SEED, seen.append)
             problem = "; ".join(map(str, wrong))
-        except Exception as error:  # a kernel that cannot be lowered or built is a finding like any other
+        except Exception as error:  # a kernel that cannot be lowered or built is a failed check, too
             problem = first_error(f"{type(error).__name__}: {error}")
         row: dict[str, Any] = {"check": check.id, "op": check.use.op, "dtype": check.dtype}
         status = "failed" if problem else "passed" if kernels else "plain torch"
@@ -274,7 +275,7 @@ def compute_all(tools: Tools, wanted: Sequence[checks.Check], directory: Path) -
 
 
 def support(lowered: Sequence[dict[str, Any]], computed: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What can be said of every op that anything was done for, and why not more."""
+    """One row per tested op: its level of support, or the first problem, with counts."""
     rows = []
     for op in OPS:
         own = [r for r in lowered if r["op"] == op]
@@ -300,7 +301,7 @@ def support(lowered: Sequence[dict[str, Any]], computed: Sequence[dict[str, Any]
 
 
 def kernels_digest() -> str:
-    """Of what all kernels say, without words about it: a file that has another is of other kernels."""
+    """A digest of all kernels' code, without comments and docstrings. It tells whether results are of these kernels."""
     digest = hashlib.sha256()
     for path in sorted(Path(ops_package.__file__).parent.glob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -311,10 +312,10 @@ def kernels_digest() -> str:
 
 
 def _chosen(names: Sequence[str]) -> tuple[dict[str, Callable[[], object]], list[checks.Check]]:
-    """The launches and checks that names, of launches or ops, stand for; all without any.
+    """The launches and checks selected by names of launches or ops. Without names, all.
 
     Raises:
-        ValueError: one of them is neither.
+        ValueError: a name is neither an op nor a launch.
     """
     table: dict[str, Callable[[], object]] = {**launches.table(), **widest()}
     unknown = [name for name in names if name not in OPS and name not in table]
@@ -328,7 +329,7 @@ def _chosen(names: Sequence[str]) -> tuple[dict[str, Callable[[], object]], list
 
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code, or raises SystemExit(2) where it is used wrongly."""
+    """The command. Returns its exit code, or raises SystemExit(2) for wrong usage."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=(__doc__ or "").split("\n")[0].partition(": ")[2])
     parser.add_argument("names", nargs="*", metavar="NAME", help="an op, or a launch; default: all")
     parser.add_argument(
@@ -343,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         tools = Tools.fetched(options.tools)
     except ToolError as error:
-        print(f"the vendor's compilers cannot be had: {error}", file=sys.stderr)
+        print(f"the vendor's compilers are not available: {error}", file=sys.stderr)
         return NO_TOOLS
     lowered: list[dict[str, Any]] = []
     for row in lower_all(tools, table):

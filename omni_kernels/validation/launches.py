@@ -1,16 +1,17 @@
-"""Launches of every kernel, for `aot` to compile: no element is looked at.
+"""Launches of every kernel, for `aot` to compile. The tensors' values are not used.
 
-`models` has the ops' uses at the sizes of large models, in bf16. `configurations` has what else the launchers choose
-between. A configuration is what a kernel is compiled for and a launcher decides: its constants but for the caller's
-own sizes (D, H), and its warps. What the caller decides, which inputs there are and of which dtypes, multiplies that
-to millions, so that not their product is compiled, but
+`models` has the ops' uses at the sizes of large models, in bf16. `configurations` has the launchers' other choices. A
+configuration is what a launcher decides and a kernel is compiled for: its constants, except the caller's own sizes
+(D, H), and its warps. Together with the caller's choices (which inputs, of which dtypes) there are millions of
+combinations. So not all are compiled, but:
 
-- every BLOCK with as many rows as ever go with it, every K, every layout of pairs, with and without a norm across
-  heads, each with every input that the kernel can have, all in fp32: leaving out an input, a row or half of a dtype's
-  bits leaves a program with less to hold;
-- every number of rows and of warps, every input's absence, every flag and every dtype of every input, at least once.
+- every BLOCK with the most rows that it is used with, every K, every layout of pairs, with and without a norm across
+  heads, each with all inputs that the kernel can have, all in fp32. With fewer inputs, fewer rows or a smaller dtype, a
+  program holds less.
+- every number of rows and of warps, the absence of every input, every flag and every dtype of every input, at least
+  once.
 
-`tests/ops/test_configurations.py` holds both against what the launchers launch over all widths.
+`tests/ops/test_configurations.py` checks both against what the launchers launch for all widths.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ def _tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def _odd(dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """One element more than divides by 16."""
+    """One element more than a multiple of 16."""
     return _tensor(1, TOKENS * CHANNELS + 1, dtype=dtype)
 
 
 def _batch() -> torch.Tensor:
-    """Samples that start at multiples of 16, as those of a model do, and lie apart."""
+    """Samples with a gap between them that start at multiples of 16, as in models."""
     return _tensor(2, TOKENS + 1, CHANNELS)[:, :TOKENS]
 
 
@@ -59,9 +60,9 @@ def _attention(
     v: bool = True,
     **options: Any,
 ) -> Launch:
-    """A launch on the thirds of a packed projection, into the places of the image behind `text` tokens.
+    """A launch on the thirds of a packed projection, which writes the image's part of a sequence after `text` tokens.
 
-    Rotated by freqs, or by tables of cosines and sines of a dtype; with v, or without.
+    The rotation is by freqs, or by tables of cosines and sines with dtype `tables`. `v` says whether there is a v.
     """
     inputs: list[torch.Tensor | None] = [*_tensor(B, S, 3, H, D, dtype=dtype).unbind(2)]
     outputs: list[torch.Tensor | None] = [_tensor(B, text + S, H, D, dtype=dtype)[:, text:] for _ in range(3)]
@@ -81,12 +82,12 @@ def _chunks(B: int) -> tuple[torch.Tensor, ...]:
 
 
 def table() -> dict[str, Launch]:
-    """Name → what launches, without arguments. The first word of a name is the op."""
+    """Name → a function without arguments that launches. The first word of a name is the op."""
     return models() | configurations()
 
 
 def models() -> dict[str, Launch]:
-    """The ops' uses; what is not said is in bf16."""
+    """The ops' uses, in bf16 unless stated otherwise."""
     relative_l1, residual_relative_l1, modulated_relative_l1, linear_forecast = (
         OPS[name].launcher
         for name in ("relative_l1", "residual_relative_l1", "modulated_relative_l1", "linear_forecast")
@@ -96,10 +97,10 @@ def models() -> dict[str, Launch]:
     )
     gelu, swiglu = (OPS[name].launcher for name in ("gelu", "swiglu"))
     h = _tensor(1, TOKENS - 1, CHANNELS)
-    # fp32, one for every token, as views of one projection.
+    # fp32 modulations, one for every token, as views of one projection.
     timesteps = torch.empty(1, TOKENS - 1, 6, CHANNELS).chunk(6, 2)
     per_token = [t.squeeze(2) for t in timesteps[:3]]
-    # Which of two modulations a token takes.
+    # Which of two modulations each token takes.
     index = torch.empty(2, TOKENS, dtype=torch.int32)
     z_image = _tensor(2, 129, 3840)
     return {
@@ -144,7 +145,7 @@ def models() -> dict[str, Launch]:
         "linear_forecast 8": partial(linear_forecast, _odd(), [_odd() for _ in range(8)], [0.5] * 8),
         "linear_forecast 16": partial(linear_forecast, _odd(), [_odd() for _ in range(16)], [0.5] * 16),
         "linear_forecast tensor": partial(linear_forecast, _odd(), [_odd(), _odd()], _tensor(2)),
-        # Qwen-Image, Z-Image, FLUX, Wan, and what none of them is.
+        # Qwen-Image, Z-Image, FLUX, Wan, and other forms.
         "qk_norm_rope joint": _attention(1, TOKENS - 1, 24, 128, 37, weighted=128),
         "qk_norm_rope joint without v": _attention(1, TOKENS - 1, 24, 128, 37, weighted=128, v=False),
         "qk_norm_rope batch": _attention(2, 1023, 30, 128, 0, weighted=128),
@@ -181,7 +182,7 @@ def models() -> dict[str, Launch]:
 
 
 def configurations() -> dict[str, Launch]:
-    """What else the launchers choose between."""
+    """The launchers' other choices."""
     found: dict[str, Launch] = {}
     for block in _powers(_samples.MIN_WIDTH, _norms.MAX_TRITON_CHANNELS):
         found |= {f"{op} fp32, {_width(block)} wide": run for op, run in _rows(block, torch.float32).items()}
@@ -207,7 +208,7 @@ def _powers(first: int, last: int) -> list[int]:
 
 
 def _width(block: int) -> int:
-    """Channels that take a BLOCK: three quarters, where these divide by 16 and the others are masked."""
+    """A number of channels that needs this BLOCK: three quarters of it from 64 on, so that the rest is masked."""
     return block * 3 // 4 if block >= 64 else block
 
 
@@ -216,7 +217,7 @@ def _file(op: str) -> Any:
 
 
 def _rows(block: int, dtype: torch.dtype) -> dict[str, Launch]:
-    """Each op that holds whole rows and has rows as wide as that: all its inputs, twice the rows that fill a tile."""
+    """Each op that holds whole rows and supports this width, with all its inputs and twice the rows of a tile."""
     D = _width(block)
 
     def tensors(op: str, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
@@ -257,7 +258,7 @@ def _rows(block: int, dtype: torch.dtype) -> dict[str, Launch]:
 
 
 def _heads() -> dict[str, Launch]:
-    """qk_norm_rope in fp32, normed and rotated by tables: every width of a head, alone and across the longest token."""
+    """qk_norm_rope in fp32 with norm and tables: every head width, per head and across the longest token."""
     file = _file("qk_norm_rope")
     found: dict[str, Launch] = {}
     for layout in file.LAYOUTS:

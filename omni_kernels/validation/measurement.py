@@ -1,4 +1,4 @@
-"""One measurement: one case, one shape, one provider on one device; the result is checked before it is timed."""
+"""One measurement: one case, shape and provider on one device. The result is checked before it is timed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TARGET_SHARE = 0.85
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured, or why not. `share` is of the measured copy bandwidth."""
+    """One measurement, or why there is none. `share` is the share of the measured copy bandwidth."""
 
     case: str
     shape: str
@@ -33,22 +33,22 @@ class Row:
 
     @property
     def has_target(self) -> bool:
-        """Whether this is one of ours that has to reach `TARGET_SHARE`."""
+        """Whether this is an op of ours that has to reach `TARGET_SHARE`."""
         return self.provider == "ours" and self.bytes >= TARGET_BYTES
 
     @property
     def misses(self) -> bool:
-        """Whether it has to and does not."""
+        """Whether it has a target and misses it."""
         return self.has_target and (self.share is None or self.share < TARGET_SHARE)
 
 
 def calls_for(
     case: Case, shape: Shape, provider: str, run: Callable[[Inputs], Any], device: torch.device
 ) -> tuple[list[Call], int]:
-    """Calls that are ready to be timed, and the bytes that each has to move.
+    """Calls to be timed, and the bytes that each has to move.
 
     Raises:
-        AssertionError: the result of one is wrong.
+        AssertionError: the result is wrong.
     """
     torch.manual_seed(0)
     inputs = case.inputs(shape, device)
@@ -60,7 +60,7 @@ def calls_for(
 
 
 def row(case: Case, shape: Shape, provider: str, device: torch.device, nbytes: int, seconds: float) -> Row:
-    """A measured time, in the terms of the table."""
+    """A measured time as a `Row`."""
     speed = nbytes / seconds
     return Row(
         case=case.name,
@@ -77,7 +77,7 @@ def row(case: Case, shape: Shape, provider: str, device: torch.device, nbytes: i
 def measure(
     case: Case, shape: Shape, provider: str, run: Callable[[Inputs], Any], device: torch.device, rounds: int = 20
 ) -> Row:
-    """Check and time what runs a case on its inputs.
+    """Check and time `run` on the inputs of a case.
 
     Raises:
         AssertionError: its result is wrong.
@@ -87,7 +87,7 @@ def measure(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows, for reading."""
+    """The rows as text."""
     lines = [f"{'op':29} {'shape':41} {'provider':14} {'MB':>7} {'µs':>10} {'GB/s':>8} {'of copy':>8}"]
     for r in rows:
         head = f"{r.case:29} {r.shape:41} {r.provider:14}"
@@ -99,5 +99,5 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The rows, for the results file."""
+    """The rows for the results file."""
     return [{k: v for k, v in vars(r).items() if v is not None} | {"misses_target": r.misses} for r in rows]

@@ -1,4 +1,4 @@
-"""Memory that shows what a kernel should not have done: guards around tensors, NaN where nothing was written yet."""
+"""Memory that reveals wrong accesses of a kernel: guards around tensors, NaN in outputs not yet written."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from unittest import mock
 
 import torch
 
-# Elements on either side; a multiple of what any access needs to be aligned.
+# Guard elements on either side. A multiple of the alignment that any access needs.
 GUARD = 64
 SENTINEL = 42.0
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors hold the same bits; NaN equals itself here, and 0 is not −0."""
+    """Whether two tensors are bit-identical. NaN equals itself, and 0 differs from −0."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
@@ -24,10 +24,10 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 class Placed:
-    """A tensor that lies between guards, in the strides and with the alignment of a given one.
+    """A tensor between guards, with the strides and alignment of a given one.
 
-    `view` is that tensor. Around it, and in the gaps that its strides leave, is a sentinel: for what is read, NaN, so
-    that it spoils the result of whoever reads it (in integers, the number 1); for what is written, 42.
+    `view` is that tensor. The memory around it, and the gaps between its strides, hold a sentinel. For an input it is
+    NaN, which spoils the result of a kernel that reads it (for integers, it is 1). For an output it is 42.
     """
 
     def __init__(self, like: torch.Tensor, *, written: bool = False) -> None:
@@ -38,17 +38,17 @@ class Placed:
         self._where = like.shape, like.stride(), start
         self._written = written
         self.view = self._buffer.as_strided(*self._where)
-        # Of elements that are several in one place, one is written.
+        # Where several elements share one place (stride 0), only one is written.
         once = tuple(slice(None) if s else slice(1) for s in like.stride())
         self.view[once] = math.nan if written else like[once]
         self._before = self._buffer.clone()
 
     def poison(self) -> None:
-        """NaN into everything that is to be written."""
+        """Fill the view with NaN."""
         self.view.fill_(math.nan)
 
     def untouched(self) -> bool:
-        """Whether nothing was changed but, in what is written, the view."""
+        """Whether nothing was changed, except the view of an output."""
         now = self._buffer
         if self._written:
             now = now.clone()
@@ -58,16 +58,16 @@ class Placed:
 
 @contextlib.contextmanager
 def poisoned_outputs() -> Iterator[Callable[[], bool]]:
-    """For the block, buffers that launchers make (`Tensor.new_empty`) hold NaN and lie between guards.
+    """Context manager in which buffers from `Tensor.new_empty`, used by launchers, hold NaN and lie between guards.
 
-    So an element that a kernel does not write spoils the result, and one that it should not write is seen: what is
-    yielded says whether all guards are as they were.
+    So an element that a kernel fails to write spoils the result, and a write outside is detected. Yields a function
+    that returns whether all guards are unchanged.
     """
     guards: list[torch.Tensor] = []
     unguarded = torch.Tensor.new_empty
 
     def new_empty(self: torch.Tensor, *size: Any, dtype: torch.dtype | None = None, **where: Any) -> torch.Tensor:
-        if where or self.is_meta:  # the interpreter's own, and what has no memory
+        if where or self.is_meta:  # calls of the interpreter itself, and meta tensors
             return unguarded(self, *size, dtype=dtype, **where)
         shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
         buffer = torch.full((shape.numel() + 2 * GUARD,), SENTINEL, dtype=dtype or self.dtype, device=self.device)

@@ -1,7 +1,7 @@
-"""The ops in fp64, written from their formulas and sharing nothing with the implementations.
+"""The ops in fp64, written from their formulas. They share no code with the implementations.
 
-`expected` says for each op what its results should be. The functions compute where their inputs are, which has to be a
-device with fp64: the CPU or a GPU.
+`expected` returns the correct results of an op. The functions compute on their inputs' device, which must support fp64:
+the CPU or a GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def relative_l1(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def tokens(t: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
-    """A modulation as every token takes it."""
+    """A modulation, selected or broadcastable for every token."""
     if index is not None:
         B = len(t) // 2
         return t.double()[torch.arange(B, device=t.device)[:, None] + B * (index != 0)]
@@ -41,13 +41,13 @@ def modulated(
     bias: torch.Tensor | None = None,
     index: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """m, and the magnitude of the terms that it is the sum of."""
+    """m, and the summed magnitude of its terms."""
     x = h.double()
     mean = x.mean(-1, keepdim=True) if norm == "layer" else x.new_zeros(())
     centred = x - mean
     deviation = torch.sqrt((centred * centred).mean(-1, keepdim=True) + eps)
-    # The mean is a sum, too: near zero it is off by up to a unit of what was added, an eighth of what is allowed for
-    # arithmetic.
+    # The mean is also a sum. Near zero its error is up to one unit of the summed terms, an eighth of what is allowed
+    # for arithmetic.
     lost = x.abs().mean(-1, keepdim=True) / 8 if norm == "layer" else mean
     m, terms = centred / deviation, (x.abs() + mean.abs() + lost) / deviation
     if weight is not None:
@@ -71,7 +71,7 @@ def gated_residual(
     x_weight: torch.Tensor | None = None,
     x_eps: float = 1e-6,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """h, and the magnitude of the terms that it is the sum of."""
+    """h, and the summed magnitude of its terms."""
     added = x.double()
     if x_weight is not None:
         added = added / torch.sqrt((added * added).mean(-1, keepdim=True) + x_eps) * x_weight.double()
@@ -84,8 +84,8 @@ def gated_residual(
 def linear_forecast(
     base: torch.Tensor | None, history: Sequence[torch.Tensor], weights: Sequence[float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The forecast, and the magnitude of the terms that it is the sum of."""
-    # The weights are fp32 numbers.
+    """The forecast, and the summed magnitude of its terms."""
+    # The op rounds its weights to fp32.
     terms = [float(torch.tensor(w, dtype=torch.float32)) * t.double() for w, t in zip(weights, history, strict=True)]
     if base is not None:
         terms.insert(0, base.double())
@@ -100,7 +100,7 @@ def rotated(
     layout: str = "interleaved",
     across_heads: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q or k [B, S, H, Dh], normed and rotated, and the magnitude of the terms that it is the sum of."""
+    """q or k [B, S, H, Dh], normalised and rotated, and the summed magnitude of its terms."""
     x = x.double()
     B, S, H, D = x.shape
     if weight is not None:
@@ -120,7 +120,7 @@ def rotated(
 
 
 def gelu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The activation, and the magnitude of the terms that it is the sum of."""
+    """The activation, and the summed magnitude of its terms."""
     x = x.double()
     return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))), x.abs()
 
@@ -130,7 +130,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return gate.double() / (1 + torch.exp(-gate.double())) * up.double()
 
 
-#: The name of a result, what it should be, and the magnitude of the terms that it is the sum of (None: its own).
+#: The name of a result, its correct value, and the summed magnitude of its terms (None: that of the value itself).
 Expected = tuple[str, torch.Tensor, torch.Tensor | None]
 
 
@@ -139,7 +139,7 @@ def _relative_l1(got: Sequence[torch.Tensor], x: torch.Tensor, y: torch.Tensor) 
 
 
 def _sums_of(new: torch.Tensor, previous: torch.Tensor | None) -> Expected:
-    """Of a tensor as it was rounded, against the one before."""
+    """The sums for a rounded tensor and the one before."""
     if previous is None:
         return "sums", new.new_zeros((new.shape[0], 2)), None
     return "sums", sums(new.double() - previous.double(), previous), None
@@ -201,7 +201,7 @@ def _gate_residual_norm(
     h: Expected = ("h", *gated_residual(residual, x, gate, index, gate_tanh, x_weight, x_eps))
     if norm is None:
         return [h]
-    # y is of h as it was rounded.
+    # y is computed from the rounded h.
     return [h, ("y", *modulated(got[0], scale, shift, norm, index=index, **options))]
 
 
@@ -224,7 +224,7 @@ def _qk_norm_rope(
     **options: Any,
 ) -> list[Expected]:
     if cos is not None and sin is not None:
-        # Both of a pair have the same.
+        # Both elements of a pair have the same angle.
         D = q.shape[-1]
         first = slice(0, None, 2) if options.get("layout", "interleaved") == "interleaved" else slice(0, D // 2)
         options["freqs"] = torch.stack((cos[:, first].double(), sin[:, first].double()), -1)
@@ -258,10 +258,10 @@ ORACLES: dict[str, Callable[..., list[Expected]]] = {
 
 
 def expected(op: str, got: Sequence[torch.Tensor], *args: Any, **kwargs: Any) -> list[Expected]:
-    """What `op`, called with `args` and `kwargs`, should have resulted in.
+    """The correct results of `op` for `args` and `kwargs`.
 
     Args:
         op: key of `omni_kernels.ops.OPS`.
-        got: its results; where an op computes one of them from another as it was rounded, so does the oracle.
+        got: its actual results. If the op computes one result from another, rounded one, the oracle uses it too.
     """
     return ORACLES[op](got, *args, **kwargs)

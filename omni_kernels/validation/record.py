@@ -1,4 +1,4 @@
-"""What is said of the machine that made a result, and how results are written."""
+"""Describes the machine that produced a result, and writes results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PACKAGES = (
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's or the processor's own name."""
+    """The name of the GPU or processor."""
     if device.type != "cpu":
         return describe(device).name
     cpuinfo = Path("/proc/cpuinfo")
@@ -38,12 +38,12 @@ def device_name(device: torch.device) -> str:
 
 
 def slug(name: str) -> str:
-    """A name for a file: "NVIDIA H200" → "nvidia-h200"."""
+    """A file name from a device name: "NVIDIA H200" → "nvidia-h200"."""
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((R|TM)\)", "", name).lower()).strip("-")
 
 
 def versions() -> dict[str, str | None]:
-    """Of everything that the results depend on; None for what is not installed."""
+    """The versions of everything that the results depend on; None if not installed."""
     return {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES}
 
 
@@ -89,7 +89,7 @@ def _first_line(path: str) -> str | None:
     return file.read_text().split("\n")[0].strip() if file.is_file() else None
 
 
-# Vendor → how its driver's version is found. Another vendor's is not known.
+# Vendor → function that returns the version of its driver.
 DRIVERS: dict[str, Callable[[], str | None]] = {
     "nvidia": _nvidia_driver,
     "amd": lambda: _first_line("/sys/module/amdgpu/version"),
@@ -98,14 +98,14 @@ DRIVERS: dict[str, Callable[[], str | None]] = {
 
 
 def driver(vendor: str) -> str | None:
-    """The version of a vendor's driver; None where it is not known."""
+    """The version of a vendor's driver; None if unknown."""
     return DRIVERS.get(vendor, lambda: None)()
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
-    """As JSON, one measurement to a line."""
+    """Write as JSON, with one measurement per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, indent=1, ensure_ascii=False)
-    # Objects that hold no other: a table is read by the line.
+    # Join the lines of each innermost object, so that a table has one row per line.
     text = re.sub(r"\{[^{}]*\}", lambda m: re.sub(r"\s*\n\s*", " ", m.group(0)), text)
     path.write_text(text + "\n", encoding="utf-8")

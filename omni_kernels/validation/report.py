@@ -1,6 +1,6 @@
-"""What a validation found, for reading: tables in plain text, and one HTML file that holds all and fetches nothing.
+"""Reports of a validation: tables in plain text, and one self-contained HTML file.
 
-Both are made of the document that `validation.json` holds. What was not measured says so.
+Both are made from the document in `validation.json`. Missing measurements are shown as "not measured".
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STATUSES = ("passed", "failed", "not run")
 
 
 def by_op(document: Document) -> dict[str, dict[str, Counter[str]]]:
-    """op → dtype → how many checks of each status."""
+    """op → dtype → number of checks with each status."""
     found: dict[str, dict[str, Counter[str]]] = {}
     for check in document["checks"]:
         found.setdefault(check["op"], {}).setdefault(check["dtype"], Counter())[check["status"]] += 1
@@ -28,7 +28,7 @@ def by_op(document: Document) -> dict[str, dict[str, Counter[str]]]:
 
 
 def speeds(document: Document) -> list[dict[str, Any]]:
-    """What was timed, ours with the time of plain torch beside it."""
+    """The measurements of our ops, each with the time of plain torch."""
     plain = {(m["case"], m["shape"]): m["us"] for m in document["measurements"] if m["provider"] == "eager"}
     return [
         {**m, "plain_us": plain.get((m["case"], m["shape"]))}
@@ -38,12 +38,12 @@ def speeds(document: Document) -> list[dict[str, Any]]:
 
 
 def number(value: float | None, digits: int = 1, unit: str = "") -> str:
-    """For a cell of a table."""
+    """A number as text for a table cell."""
     return NOT_MEASURED if value is None else f"{value:.{digits}f}{unit}"
 
 
 def _rows(document: Document) -> list[tuple[str, ...]]:
-    """Per op: its checks by dtype, and its fastest and slowest share of the roof."""
+    """One row per op: its checks by dtype, and its lowest and highest share of the roof."""
     shares: dict[str, list[float]] = {}
     for m in speeds(document):
         shares.setdefault(m["op"], []).append(m["share"])
@@ -91,7 +91,7 @@ def text(document: Document) -> str:
 
 
 def verdict(document: Document) -> str:
-    """In one or two lines."""
+    """The verdict, with the counts and the speed, in one line."""
     count = Counter(check["status"] for check in document["checks"])
     told = [f"{count[status]} {status}" for status in STATUSES if count[status]]
     if document["unchecked"]:
@@ -100,7 +100,7 @@ def verdict(document: Document) -> str:
         wrong = sum(bool(c["error"] or c["spills"]) for c in document["compiled"])
         told.append(f"{len(document['compiled'])} launches compiled, {wrong} of them with errors or spills")
     if document["not_compiled"]:
-        told.append(f"{document['not_compiled']} not compiled for want of time")
+        told.append(f"{document['not_compiled']} not compiled for lack of time")
     roof = document["copy_gb_per_s"]
     speed = (
         f"copy bandwidth {roof:.1f} GB/s" if roof is not None else f"speed {NOT_MEASURED}: {document['not_measured']}"
@@ -111,7 +111,7 @@ def verdict(document: Document) -> str:
 
 
 def _first_calls(document: Document) -> list[tuple[str, ...]]:
-    """What a kernel's first call waits for: the median of its variants, and all of them."""
+    """The compile times that a kernel's first calls wait for: the median of its variants, and the sum."""
     return [
         (name, str(len(each)), f"{statistics.median(each):.2f}", f"{sum(each):.1f}")
         for name, each in sorted(document["first_calls"].items())
@@ -119,7 +119,7 @@ def _first_calls(document: Document) -> list[tuple[str, ...]]:
 
 
 def _compiled(document: Document) -> list[tuple[str, ...]]:
-    """The most that any kernel of a launch takes."""
+    """One row per launch: the most registers and shared memory of any of its kernels, and their spills."""
     return [
         (
             c["launch"],
@@ -136,7 +136,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def page(document: Document) -> str:
-    """The HTML file, by page.html.jinja."""
+    """The HTML file, from the template page.html.jinja."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -172,7 +172,7 @@ def _facts(document: Document) -> dict[str, Any]:
 
 
 def _speed(m: Mapping[str, Any]) -> dict[str, str]:
-    """What was measured of one use, as the page shows it."""
+    """The measurements of one use, formatted for the page."""
     return {
         "case": m["case"],
         "shape": m["shape"],

@@ -1,7 +1,7 @@
-"""The roof: the bandwidth at which this device copies memory, measured. No op can be expected to move bytes faster.
+"""The roof: the measured bandwidth at which this device copies memory. No op is expected to move bytes faster.
 
-Bytes read plus bytes written, over the median time of a copy of `COPY_BYTES` to another place, or of an
-eighth of a smaller device's memory.
+It is bytes read plus bytes written, divided by the median time of a copy. The copy has `COPY_BYTES` bytes, but at most
+an eighth of the device's memory.
 """
 
 from __future__ import annotations

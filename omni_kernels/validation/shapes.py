@@ -1,19 +1,19 @@
-"""The shapes that are measured: H, the hidden states [B, S, D] of a transformer at a denoising step.
+"""The shapes to measure: H, the hidden states [B, S, D] of a transformer at a denoising step.
 
 - Qwen-Image at 1024²: 60 blocks, 24 heads × 128 = 3072 channels, 128 × 128 latents in 2 × 2 patches = 4096 tokens
   (`transformer/config.json` of Qwen/Qwen-Image). Guidance is two forwards, so the batch is 1.
-- Qwen-Image-Edit: the reference's 4096 tokens stand behind the 4096 of the noise.
+- Qwen-Image-Edit: the noise's 4096 tokens are followed by the reference image's 4096.
 - Z-Image at 1024²: 3840 channels (Tongyi-MAI/Z-Image), 4096 image tokens and the prompt's, padded to a multiple of 32,
   here 128, in one sequence; guidance is a batch of 2.
-- FLUX at 1024²: 3072 channels (black-forest-labs/FLUX.1-dev); in the single blocks, the 4096 image tokens stand behind
-  the prompt's 512. The benchmarks leave it out: to a kernel it is hardly another shape than Qwen-Image's.
+- FLUX at 1024²: 3072 channels (black-forest-labs/FLUX.1-dev); in the single blocks, the prompt's 512 tokens are
+  followed by the 4096 image tokens. The benchmarks omit it: for a kernel, it hardly differs from Qwen-Image.
 - Wan 2.1 14B at 832 × 480, 17 frames: 5120 channels (Wan-AI/Wan2.1-T2V-14B), 5 × 60 × 104 latents in 1 × 2 × 2 patches
-  = 7800 tokens; more frames are more of the same. The benchmarks leave it out, too.
-- tiny: a model of 192 channels at 64 × 64 pixels, 4 × 4 tokens, in fp32: nothing but overhead.
-- large: no model; four of the edit's samples, so that every op moves far more than the 100 MB from which an op has to
+  = 7800 tokens; more frames only add more of these. The benchmarks omit it, too.
+- tiny: a model of 192 channels at 64 × 64 pixels, 4 × 4 tokens, in fp32: only overhead.
+- large: not a model, but four samples of the edit shape. Every op moves far more than the 100 MB from which it has to
   reach its share of the copy bandwidth, and far more than any cache holds.
 
-On the CPU only the tokens shrink, to a sixteenth, and `large` is left out: the whole is then a matter of seconds.
+On the CPU, the number of tokens is divided by 16, and `large` is omitted. The whole then takes seconds.
 """
 
 from __future__ import annotations
@@ -66,5 +66,5 @@ ON_CPU = (
 
 
 def shapes_for(device: torch.device) -> tuple[Shape, ...]:
-    """What is measured on `device`."""
+    """The shapes to measure on `device`."""
     return ON_CPU if device.type == "cpu" else FULL

@@ -1,9 +1,11 @@
-"""How a call is timed: with device events on a device, with the host's clock on the CPU; the median counts.
+"""Times calls: with device events on a device, with the host's clock on the CPU. The result is the median.
 
-On a GPU the calls are captured in a graph and the graph is replayed, so that the host's time to launch, which at these
-sizes can exceed the kernel's, stays out of the numbers. Each call has inputs and outputs of its own, as many sets as
-together exceed the device's cache, so that what is read comes from memory.
-On other devices the events stand around the launches themselves, whose time, where it is the longer, is what is seen.
+On a GPU, the calls are captured in a graph, and the graph is replayed. So the times exclude the host's launch overhead,
+which can exceed the kernel's time at these sizes. Each call has its own inputs and outputs; together these exceed the
+device's cache, so inputs are read from memory.
+
+On other devices, the events are recorded around the launches themselves. If launching takes longer than the kernels,
+that is what is measured.
 """
 
 from __future__ import annotations
@@ -18,22 +20,22 @@ from omni_kernels.device import Timer
 
 Call = Callable[[], object]
 
-# Larger than the last-level cache of any GPU meant here (H200: 50 MB; MI300X: 256 MB).
+# Larger than the last-level cache of all GPUs considered here (H200: 50 MB; MI300X: 256 MB).
 COLD_BYTES = 512 << 20
 MOST_SETS = 32
-# On the host, after so many seconds and three rounds there are no more: the slower, the less a round more would tell.
+# On the host, measuring ends after this many seconds, but not before three rounds. Slow calls need fewer rounds.
 HOST_SECONDS = 2.0
 
 
 def sets_for(device: torch.device, nbytes: int) -> int:
-    """How many sets of inputs to go through in turn, for calls that move `nbytes`."""
+    """The number of input sets to cycle through, for calls that move `nbytes`."""
     if device.type == "cpu":
         return 1
     return max(2, min(MOST_SETS, -(-COLD_BYTES // nbytes)))
 
 
 def median_seconds(calls: Sequence[Call], device: torch.device, rounds: int = 20) -> float:
-    """Seconds of one of `calls`, which do the same on different data: the median over `rounds` of their mean."""
+    """Seconds per call of `calls`, which do the same on different data: the median over `rounds` of their mean."""
     if device.type == "cpu":
         times = _on_host(calls, rounds)
     elif device.type == "cuda":
@@ -71,7 +73,7 @@ def _on_stream(calls: Sequence[Call], device: torch.device, rounds: int) -> list
 
 
 def _between_events(run: Call, device: torch.device, rounds: int) -> list[float]:
-    """Seconds of `run`."""
+    """The seconds of each round of `run`."""
     for _ in range(3):
         run()
     timer = Timer(device)
@@ -85,10 +87,10 @@ def _between_events(run: Call, device: torch.device, rounds: int) -> list[float]
 
 
 def _captured(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, list[object]]:
-    """The calls as a graph, and their outputs, which are kept so that no two share memory."""
+    """The calls as a CUDA graph, and their outputs, which are kept so that no two share memory."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):  # what is compiled or allocated once is so before the capture
+    with torch.cuda.stream(aside):  # compile and allocate before the capture
         for call in calls:
             call()
     torch.cuda.current_stream().wait_stream(aside)

@@ -1,8 +1,8 @@
-"""How far a result may be from the fp64 oracle: one table, by dtype.
+"""The allowed difference of a result from the fp64 oracle: one table, by dtype.
 
-A result that is computed in fp32 and rounded once is off by at most one unit in the last place of its dtype (Triton's
-interpreter truncates fp32 to bf16 where devices round, hence a whole unit), plus what fp32 arithmetic loses on the
-terms that went into it. A sum of fp32 numbers, added pairwise, loses a few units however long it is.
+A result that is computed in fp32 and rounded once has an error of at most one unit in the last place of its dtype. (It
+is a whole unit because Triton's interpreter truncates fp32 to bf16 where devices round.) The error of fp32 arithmetic
+on its terms is added. A pairwise sum of fp32 numbers loses a few units, whatever its length.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from dataclasses import dataclass
 
 import torch
 
-# One unit in the last place, relative, and the smallest step near zero.
+# One unit in the last place (relative), and the smallest step near zero.
 UNIT = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 SMALLEST = {torch.float32: 2.0**-126, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126}
-# fp32 arithmetic on the way, relative to the magnitude of the terms: 8 units.
+# Error of intermediate fp32 arithmetic, relative to the magnitude of the terms: 8 units.
 ARITHMETIC = 2.0**-20
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A result that is not what it should be, by the element that is farthest off.
+    """A wrong result, described by its worst element.
 
-    `index`, `got` and `expected` are that element's; all three are None where already the shape is wrong. `times` is
-    its error over the error that is allowed, infinite for NaN and infinities in the wrong places.
+    `index`, `got` and `expected` belong to that element. They are None if no single element is at fault, such as for a
+    wrong shape. `times` is its error divided by the allowed error; it is infinite for misplaced NaN and infinities.
     """
 
     reason: str
@@ -42,9 +42,9 @@ class Mismatch:
 def worst(
     actual: torch.Tensor, expected: torch.Tensor, magnitude: torch.Tensor | None = None
 ) -> tuple[float, tuple[int, ...]]:
-    """The largest error over the error that is allowed, and its element; the arguments are those of `mismatch`.
+    """The largest error, divided by the allowed error, and its element. The arguments are those of `mismatch`.
 
-    It is infinite for NaN and infinities in the wrong places. The shapes must be the same, and not empty.
+    The error is infinite for misplaced NaN and infinities. The shapes must be equal and not empty.
     """
     expected = expected.double()
     got = actual.to(expected.device).double()
@@ -59,14 +59,14 @@ def worst(
 
 
 def mismatch(actual: torch.Tensor, expected: torch.Tensor, magnitude: torch.Tensor | None = None) -> Mismatch | None:
-    """What is wrong with `actual`, which should be the fp64 `expected`, rounded; None where nothing is.
+    """What is wrong with `actual`, which should be the rounded fp64 `expected`; None if it is correct.
 
     Args:
         actual: fp32, fp16 or bf16, on any device.
-        expected: fp64 in the same shape. It is compared where this one is.
-        magnitude: of the terms, where they cancel in `expected`; None: that of `expected`.
+        expected: fp64 in the same shape. The comparison runs on its device.
+        magnitude: summed magnitude of the terms, if they cancel in `expected`. None: that of `expected`.
 
-    Infinities and NaN must be where they are expected.
+    Infinities and NaN must be in the expected places.
     """
     if actual.shape != expected.shape:
         return Mismatch(f"shape {[*actual.shape]}, expected {[*expected.shape]}")

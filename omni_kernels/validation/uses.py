@@ -1,4 +1,4 @@
-"""What is checked and not timed: the ops' other forms, with an index, into a place that is given, or without a norm."""
+"""Uses that are checked but not timed: other forms of the ops, such as with an index, with `out`, without a norm."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from omni_kernels.validation.shapes import Shape
 
 
 def _index(shape: Shape, device: torch.device) -> torch.Tensor:
-    """Which of two modulations a token takes: the second for the last half, as a reference image's tokens do."""
+    """Which of two modulations each token takes: the second for the last half, as for a reference image's tokens."""
     return (torch.arange(shape.S, device=device) >= shape.S // 2).int().expand(shape.B, -1).contiguous()
 
 
@@ -21,7 +21,7 @@ def _two_rows(shape: Shape, device: torch.device) -> list[torch.Tensor]:
 
 
 def _first_residual() -> Use:
-    """The first step's, which has none before it."""
+    """The residual of the first step, without an earlier one."""
     return Use(
         name="residual_relative_l1 first",
         op="residual_relative_l1",
@@ -31,7 +31,7 @@ def _first_residual() -> Use:
 
 
 def _forecast_into() -> Use:
-    """Into a given tensor, by weights that are on the device."""
+    """A forecast into a given tensor, with weights on the device."""
 
     def inputs(shape: Shape, device: torch.device) -> Inputs:
         made = dict(zip(("base", "last", "before", "out"), hidden_states(shape, device, 4), strict=True))
@@ -47,7 +47,7 @@ def _forecast_into() -> Use:
 
 
 def _ada_layer_norm_index() -> Use:
-    """As Qwen-Image-Edit-2511 has it."""
+    """As in Qwen-Image-Edit-2511."""
 
     def inputs(shape: Shape, device: torch.device) -> Inputs:
         shift, scale, _ = _two_rows(shape, device)
@@ -67,7 +67,7 @@ def _ada_layer_norm_index() -> Use:
 
 
 def _gate_residual_norm_index() -> Use:
-    """As Qwen-Image-Edit-2511 has it."""
+    """As in Qwen-Image-Edit-2511."""
 
     def inputs(shape: Shape, device: torch.device) -> Inputs:
         shift, scale, gate = _two_rows(shape, device)
@@ -93,7 +93,7 @@ def _gate_residual_norm_index() -> Use:
 
 
 def _gated_residual() -> Use:
-    """A block's last, behind which no norm stands."""
+    """The last one of a block, which no norm follows."""
 
     def inputs(shape: Shape, device: torch.device) -> Inputs:
         residual, x = hidden_states(shape, device, 2)
@@ -108,7 +108,7 @@ def _gated_residual() -> Use:
 
 
 def _rotated_halves() -> Use:
-    """Pairs of a head's two halves, without a norm."""
+    """Rotation with pairs from a head's two halves, without a norm."""
     case = qk_norm_rope(across_heads=False)
 
     def ours(i: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -126,7 +126,7 @@ def _rotated_halves() -> Use:
 
 
 def _rotated_by_tables(across_heads: bool) -> Use:
-    """By a cosine and a sine for each element, as FLUX has them, or Wan."""
+    """Rotation by a cosine and a sine for each element, as in FLUX, or (across heads) in Wan."""
     case = qk_norm_rope(across_heads)
 
     def inputs(shape: Shape, device: torch.device) -> Inputs:
@@ -149,7 +149,7 @@ def _rotated_by_tables(across_heads: bool) -> Use:
 
 
 def _gelu_behind() -> Use:
-    """Behind other channels, as FLUX's blocks of one stream have it."""
+    """Output after other channels, as in FLUX's single-stream blocks."""
 
     def inputs(shape: Shape, device: torch.device) -> Inputs:
         x, others = hidden_states(shape, device, 2)
@@ -164,7 +164,7 @@ def _gelu_behind() -> Use:
     )
 
 
-#: What is checked: the cases, and uses that are not timed.
+#: Everything that is checked: the cases, and the uses that are not timed.
 USES: dict[str, Use] = CASES | {
     use.name: use
     for use in (

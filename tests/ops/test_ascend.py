@@ -187,7 +187,7 @@ def test_without_the_compilers_the_command_says_so(linux, tmp_path, monkeypatch,
 
     monkeypatch.setattr(ascend_ir, "_run", offline)
     assert ascend.main(["--tools", str(tmp_path), "gelu"]) == ascend.NO_TOOLS
-    assert "cannot be had: pip ended with 1" in capsys.readouterr().err
+    assert "are not available: pip ended with 1" in capsys.readouterr().err
 
 
 def test_packages_that_are_missing_are_named(tmp_path, monkeypatch):

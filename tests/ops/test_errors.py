@@ -89,7 +89,7 @@ CASES = [
     (lambda: gate_residual_norm(h, h, scale=row, norm=None), "scale is given, and norm is None"),
     (lambda: gate_residual_norm(h, h, bias=row[0], norm=None), "bias is given, and norm is None"),
     (lambda: gate_residual_norm(h, h, x_weight=row), r"x_weight has shape \[2, 24\]; it must be \[24\]"),
-    (lambda: rms_norm(scalar), "rms_norm: x has no dimensions; the last one is what is normed"),
+    (lambda: rms_norm(scalar), "rms_norm: x has no dimensions; it is normalised over the last one"),
     (lambda: rms_norm(integers), "rms_norm: x has dtype int32; allowed are float32, float16 and bfloat16"),
     (lambda: rms_norm(h, row), r"weight has shape \[2, 24\]; it must be \[24\], as one row of x's is"),
     (lambda: rms_norm(h, row[0].int()), "rms_norm: weight has dtype int32"),

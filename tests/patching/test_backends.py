@@ -166,6 +166,6 @@ def test_a_small_value_is_shown_as_it_is():
 
 def test_a_backend_whose_check_gives_nothing_is_named(register, qwen_pipe):
     register("none", "none_cache = none_backend:HALF", SOUND.replace("{'factor': 2, **(config or {})}", "None"))
-    with pytest.raises(TypeError, match=r"its check gave None, not a configuration"):
+    with pytest.raises(TypeError, match=r"its check returned None, not a configuration"):
         omni_kernels.patch(qwen_pipe, "none_cache")
     assert omni_kernels.patching.handle_of(qwen_pipe) is None

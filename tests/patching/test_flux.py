@@ -213,7 +213,7 @@ def test_attention_is_the_processors_own(flux_pipe, monkeypatch):
 
 def layer_norm_with_weights(double, single):
     double.norm2_context = torch.nn.LayerNorm(64)
-    return {0: "norm2_context has weights or norms several dimensions"}
+    return {0: "norm2_context has weights or normalises several dimensions"}
 
 
 def another_eps(double, single):

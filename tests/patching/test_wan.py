@@ -281,7 +281,7 @@ def hook_on_attention(block):
 
 ODD = {
     no_cross_norm: "norm2 is torch.nn.modules.linear.Identity, not FP32LayerNorm",
-    layer_norm_with_weights: "norm3 has weights or norms several dimensions",
+    layer_norm_with_weights: "norm3 has weights or normalises several dimensions",
     another_eps: "attn1.norm_k has eps 0.001; attn1.norm_q has 1e-06",
     another_gelu: "ffn.net.0 has approximate='none', not 'tanh'",
     fused_projections: "attn2 has fused projections",

@@ -160,7 +160,7 @@ def test_omni_warms_up_with_the_models_own_size() -> None:
 
 def test_too_few_steps_are_refused(qwen_pipe: Any) -> None:
     omni_kernels.warmup(qwen_pipe, steps=2)
-    with pytest.raises(ValueError, match="steps=1: a warm-up computes one step"):
+    with pytest.raises(ValueError, match="steps=1: a warm-up needs at least two steps"):
         omni_kernels.warmup(qwen_pipe, steps=1)
 
 
