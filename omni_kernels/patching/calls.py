@@ -101,7 +101,7 @@ def _repeated_blocks(pipe: Any) -> Iterator[tuple[str, torch.nn.Module, torch.nn
             continue
         whole = getattr(model, "_orig_mod", None) or model._compiled_call_impl
         if whole is not None:
-            raise PatchConflictError(f"{component} is compiled as a whole ({describe(whole)}): its blocks need not be")
+            raise PatchConflictError(f"{component} is compiled as a whole ({describe(whole)}): leave out compile=")
         for name, module in model.named_modules():
             if type(module).__name__ in kinds and id(module) not in seen:
                 seen.add(id(module))
