@@ -3,8 +3,9 @@
     report_html.write("out/compare")                 # reads results.json there, writes report.html
     html = report_html.render(document, picture)     # the same in memory
 
-The page has no scripts and fetches nothing: pictures are data URIs, plots inline SVG, and its content security policy
-forbids the rest. It follows the reader's light or dark setting, and prints.
+The page fetches nothing: pictures are data URIs, plots inline SVG. It has one small script, which lays a picture over
+its reference; without it the pictures still show. The content security policy allows that script, by its hash, and
+forbids the rest. The page follows the reader's light or dark setting, and prints.
 
 It shows, for `document` as `omni_runtime.compare.comparison.evaluate` returns it: a table of all measures; two plots
 of PSNR, over speedup and over NFE, with a line per method; for each run which steps were computed, and what its
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import hashlib
 import io
 import json
 import math
@@ -95,8 +97,11 @@ def render(document: Document, picture: Picture) -> str:
     others = [
         row[0]["sitting"] != cell["sitting"] and not cell.get("reference_seconds") for row in rows for cell in row[1:]
     ]
+    script = _templates().get_template("report.js").render()
     shown = {
         "document": document,
+        "script": script,
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "methods": _methods(document),
         "prompts": len({row[0]["prompt"] for row in rows}),
         "seeds": len({row[0]["seed"] for row in rows}),

@@ -1,10 +1,13 @@
 """The report: what is in it, and how a browser shows it."""
 
+import base64
+import hashlib
 import math
 import os
 import random
 from collections.abc import Iterator
 from dataclasses import asdict
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +89,29 @@ def document_in(directory: Path, size: int = 64, seeds: int = 2) -> dict[str, An
     return document
 
 
+class Elements(HTMLParser):
+    """The elements of a page, each with its attributes and the texts directly in it, in the order of the page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.all: list[tuple[str, dict[str, str], list[str]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: Any) -> None:
+        self.all.append((tag, {name: value or "" for name, value in attributes}, []))
+
+    def handle_endtag(self, tag: str) -> None:
+        self.all.append(("", {}, []))  # the text that follows belongs to none
+
+    def handle_data(self, data: str) -> None:
+        if self.all:
+            self.all[-1][2].append(data)
+
+    def named(self, tag: str) -> list[dict[str, str]]:
+        """The attributes of the elements of this name."""
+        return [attributes for name, attributes, _ in self.all if name == tag]
+
+
 # What is in it
 
 
@@ -97,8 +123,47 @@ def test_the_page_is_made_of_results_and_pictures_alone(tmp_path: Path) -> None:
     assert "a &lt;model&gt;" in text
     assert "loose <b>" not in text, "names are escaped"
     assert "http" not in text.replace("http-equiv", "")
-    assert "<script" not in text
     assert f"{report_html.GAIN} times as large" in text
+
+
+def test_a_picture_is_a_button_that_names_its_reference(tmp_path: Path) -> None:
+    document = document_in(tmp_path)
+    elements = Elements(report_html.render(document, report_html.pictures_in(tmp_path)))
+    images = elements.named("img")
+    references = {image["id"]: image for image in images if "id" in image}
+    buttons = [button for button in elements.named("button") if "data-reference" in button]
+    rows = len(document["runs"][0]["cells"])
+    assert len(references) == rows
+    assert len(buttons) == rows * (len(RUNS) - 1)
+    assert all(button["type"] == "button" for button in buttons)
+    for button in buttons:
+        name, _, where = button["aria-label"].partition(" over no cache: ")
+        assert name in [run[0] for run in RUNS[1:]]
+        assert references[button["data-reference"]]["alt"] == f"no cache: {where}"
+    assert all(image["alt"] for image in images)
+    ids = [attributes["id"] for _, attributes, _ in elements.all if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    (dialog,) = elements.named("dialog")
+    assert set(dialog["aria-labelledby"].split()) <= set(ids)
+    (slider,) = elements.named("input")
+    assert slider["type"] == "range"
+    assert slider["aria-label"]
+
+
+def test_each_picture_is_in_the_page_once(tmp_path: Path) -> None:
+    document = document_in(tmp_path)
+    text = report_html.render(document, report_html.pictures_in(tmp_path))
+    assert text.count("data:image/") == len(Elements(text).named("img")) == text.count('loading="lazy"')
+
+
+def test_the_only_script_is_the_one_that_the_policy_allows(tmp_path: Path) -> None:
+    document_in(tmp_path)
+    elements = Elements(report_html.write(tmp_path).read_text())
+    (script,) = ["".join(texts) for tag, _, texts in elements.all if tag == "script"]
+    (policy,) = [meta["content"] for meta in elements.named("meta") if "http-equiv" in meta]
+    assert f"script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in policy
+    assert "default-src 'none'" in policy
+    assert not [name for _, attributes, _ in elements.all for name in attributes if name.startswith("on")]
 
 
 def test_the_verdict_is_of_the_fastest_good_run_or_else_the_nearest(tmp_path: Path) -> None:
@@ -134,7 +199,7 @@ def test_the_best_of_each_column_is_marked_and_the_worst_pictures_come_first(tmp
     assert sorted(map(id, ordered)) == sorted(map(id, rows))
     text = report_html.render(document, report_html.pictures_in(tmp_path))
     assert text.count('class="best"') == sum(map(len, report_html._best(document).values()))
-    assert text.count("<img") == text.count('<img loading="lazy"') > 0
+    assert text.count("<img") == text.count('loading="lazy"') > 0
     anchors = [part.partition('"')[0] for part in text.split('href="#')[1:]]
     assert anchors
     assert all(f'id="{anchor}"' in text for anchor in anchors)
@@ -155,9 +220,7 @@ def test_large_pictures_are_reduced_and_many_are_left_out(tmp_path: Path, monkey
     document = document_in(tmp_path, size=512)
     monkeypatch.setattr(report_html, "ROWS", 4)
     text = report_html.render(document, report_html.pictures_in(tmp_path))
-    assert text.count("data:image/jpeg") == 4 * (7 + 6 + 1), (
-        "pictures, differences, and the reference that a press shows"
-    )
+    assert text.count("data:image/jpeg") == 4 * (7 + 6), "pictures and differences"
     assert "Shown are 4 of 6 prompts × seeds" in text
     assert "Reduced from 512×512" in text
 
@@ -210,6 +273,39 @@ def test_every_picture_is_there_and_can_be_decoded(shown: Any) -> None:
     rows = len(document["runs"][0]["cells"])
     assert len(sizes) == rows * (2 * len(RUNS) - 1), "each run's picture, and its difference but for the reference"
     assert all(size == [64, 128] for size in sizes), "small pictures are enlarged"
+
+
+def test_a_pressed_picture_opens_over_its_reference(shown: Any) -> None:
+    page, document = shown
+    assert (
+        page.evaluate(
+            "(() => { const button = document.querySelectorAll('button[data-reference]')[1]; button.focus();"
+            " button.click(); return document.activeElement.type })()"
+        )
+        == "range"
+    ), "the arrow keys move the slider at once"
+    state = (
+        "[document.querySelector('dialog').open, document.querySelector('.wipe .right').textContent,"
+        " getComputedStyle(document.querySelectorAll('.stage img')[1]).clipPath,"
+        " ...[...document.querySelectorAll('.stage img')].map(image => image.alt.split(':')[0])]"
+    )
+    names = ["no cache", RUNS[2][0]]
+    assert page.evaluate(state) == [True, RUNS[2][0], "inset(0px 0px 0px 50%)", *names]
+    press(page, "Home", 36)
+    assert page.evaluate(state) == [True, RUNS[2][0], "inset(0px 0px 0px 0%)", *names]
+    text = page.evaluate("document.querySelector('dialog').innerText")
+    first = report_html._worst_first(list(zip(*(run["cells"] for run in document["runs"]), strict=True)))[0]
+    for said in (f"{first[2]['psnr']:.1f} dB", first[0]["prompt"], f"seed {first[0]['seed']}", "no cache reference"):
+        assert said in text
+    assert page.evaluate("document.querySelector('dialog').getBoundingClientRect().bottom <= innerHeight")
+    press(page, "Escape", 27)
+    assert page.evaluate("document.querySelector('dialog').open") is False
+    assert page.evaluate("document.activeElement.matches('button[data-reference]')"), "where the reader was"
+
+
+def press(page: browser.Page, key: str, code: int) -> None:
+    for kind in ("keyDown", "keyUp"):
+        page.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
 
 
 def test_the_plots_have_a_mark_for_each_run_and_a_line_for_each_method(shown: Any) -> None:
@@ -266,7 +362,7 @@ def test_the_table_has_the_numbers_of_the_results(shown: Any) -> None:
 
 TEXTS = """
 [...document.querySelectorAll('h1,h2,h3,p,td,th,figcaption,dd,li,svg text')]
-  .filter(one => one.textContent.trim())
+  .filter(one => one.textContent.trim() && !one.closest('dialog'))
   .map(one => { const box = one.getBoundingClientRect(), style = getComputedStyle(one);
     return [one.textContent.trim(), box.width > 2 && box.height > 5, style.visibility == 'visible',
       style.color != style.backgroundColor] })
