@@ -110,6 +110,7 @@ def render(document: Document, picture: Picture) -> str:
         "plots": [_plot(document, measure) for measure in AXES],
         "timelines": [(run, _timeline(run)) for run in runs],
         "gallery": _gallery(runs, rows, picture),
+        "columns": _columns(len(runs)),
         "images": len(rows),
         "size": picture(rows[0][0]).size,
         "gain": GAIN,
@@ -362,6 +363,11 @@ def _gallery(
             shown.append({"run": run, "cell": cell, "image": _image(image), "difference": difference})
         gallery.append(shown)
     return gallery
+
+
+def _columns(pictures: int) -> int:
+    """How many pictures a line has on paper: 6 at most, and so that none is alone on the last line."""
+    return next((columns for columns in range(min(6, pictures), 1, -1) if pictures % columns != 1), 1)
 
 
 def _worst_first(rows: Sequence[Sequence[Mapping[str, Any]]]) -> list[Sequence[Mapping[str, Any]]]:

@@ -225,6 +225,12 @@ def test_large_pictures_are_reduced_and_many_are_left_out(tmp_path: Path, monkey
     assert "Reduced from 512×512" in text
 
 
+def test_no_picture_is_alone_on_the_last_line_of_paper() -> None:
+    assert [report_html._columns(pictures) for pictures in (1, 2, 6, 7, 8, 13, 31)] == [1, 2, 6, 5, 6, 5, 4]
+    for pictures in range(2, 60):
+        assert pictures % report_html._columns(pictures) != 1
+
+
 def test_ticks_are_round_numbers_within_the_axis() -> None:
     for values in ([1.0, 2.77], [32, 100], [15.6, 47.3], [0.0, 1e-6], [5.0, 5.0]):
         low, high, ticks = report_html._axis(values)
@@ -301,6 +307,27 @@ def test_a_pressed_picture_opens_over_its_reference(shown: Any) -> None:
     press(page, "Escape", 27)
     assert page.evaluate("document.querySelector('dialog').open") is False
     assert page.evaluate("document.activeElement.matches('button[data-reference]')"), "where the reader was"
+
+
+def test_the_pictures_of_a_row_are_on_one_line(shown: Any) -> None:
+    page, _ = shown
+    try:
+        for width in (1100, 500, 360):
+            size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+            page.call("Emulation.setDeviceMetricsOverride", **size)
+            tops, sticks_out, scrolls, narrowest = page.evaluate(
+                "[[...document.querySelectorAll('.row')].map(row => new Set([...row.children].map("
+                "cell => cell.getBoundingClientRect().top)).size),"
+                " document.documentElement.scrollWidth > innerWidth,"
+                " [...document.querySelectorAll('.row')].every(row => row.scrollWidth > row.clientWidth),"
+                " Math.min(...[...document.querySelectorAll('.row img')].map(image => image.width))]"
+            )
+            assert set(tops) == {1}
+            assert not sticks_out
+            assert scrolls == (width < 1100), "7 pictures of 128 px fit into 1100 px"
+            assert narrowest == 128
+    finally:
+        page.call("Emulation.clearDeviceMetricsOverride")
 
 
 def press(page: browser.Page, key: str, code: int) -> None:
