@@ -45,7 +45,7 @@ LESS = ("nfe", "blocks", "seconds", "lpips")
 #: Pictures up to this size are shown as they are; larger ones are reduced to it.
 LONGEST = 320
 
-#: Prompts and seeds whose pictures are shown: so many at most, spread over all, and fewer where there are many runs.
+#: Prompts and seeds whose pictures are shown: so many at most, fewer where there are many runs, but the worst of each.
 ROWS, PICTURES = 24, 480
 
 #: Width of a character of the plots' labels, in px: an upper estimate, so that no two labels meet.
@@ -97,6 +97,7 @@ def render(document: Document, picture: Picture) -> str:
     others = [
         row[0]["sitting"] != cell["sitting"] and not cell.get("reference_seconds") for row in rows for cell in row[1:]
     ]
+    worst = _worst(rows)
     script = _templates().get_template("report.js").render()
     shown = {
         "document": document,
@@ -109,7 +110,8 @@ def render(document: Document, picture: Picture) -> str:
         "identical": [run["name"] for run in runs[1:] if run["psnr"]["mean"] is None],
         "plots": [_plot(document, measure) for measure in AXES],
         "timelines": [(run, _timeline(run)) for run in runs],
-        "gallery": _gallery(runs, rows, picture),
+        "gallery": _gallery(runs, rows, worst, picture),
+        "worst": [(run, rows[row][run]) for run, row in enumerate(worst) if row is not None],
         "columns": _columns(len(runs)),
         "images": len(rows),
         "size": picture(rows[0][0]).size,
@@ -349,19 +351,24 @@ def _curves(run: Mapping[str, Any], names: Sequence[str], steps: int, box: float
 
 
 def _gallery(
-    runs: Sequence[Mapping[str, Any]], rows: Sequence[Sequence[Mapping[str, Any]]], picture: Picture
+    runs: Sequence[Mapping[str, Any]],
+    rows: Sequence[Sequence[Mapping[str, Any]]],
+    worst: Sequence[int | None],
+    picture: Picture,
 ) -> list[list[dict[str, Any]]]:
     """For each prompt and seed that is shown, every run's picture and its difference from the first run's."""
-    most = min(ROWS, max(2, PICTURES // len(runs)))
+    most = max(min(ROWS, max(2, PICTURES // len(runs))), len({row for row in worst if row is not None}))
     gallery = []
-    for row in _worst_first(rows)[:most]:
-        reference = picture(row[0]).convert("RGB")
-        shown = [{"run": runs[0], "cell": row[0], "image": _image(reference)}]
-        for run, cell in zip(runs[1:], row[1:], strict=True):
-            image = picture(cell).convert("RGB")
-            difference = _image(_difference(reference, image))
-            shown.append({"run": run, "cell": cell, "image": _image(image), "difference": difference})
-        gallery.append(shown)
+    for number in _worst_first(len(rows), worst)[:most]:
+        images = [picture(cell).convert("RGB") for cell in rows[number]]
+        differences = [None, *(_image(_difference(images[0], image)) for image in images[1:])]
+        shown = zip(runs, rows[number], worst, images, differences, strict=True)
+        gallery.append(
+            [
+                {"run": run, "cell": cell, "worst": row == number, "image": _image(image), "difference": difference}
+                for run, cell, row, image, difference in shown
+            ]
+        )
     return gallery
 
 
@@ -370,14 +377,19 @@ def _columns(pictures: int) -> int:
     return next((columns for columns in range(min(6, pictures), 1, -1) if pictures % columns != 1), 1)
 
 
-def _worst_first(rows: Sequence[Sequence[Mapping[str, Any]]]) -> list[Sequence[Mapping[str, Any]]]:
-    """First the rows with the worst picture of each run, by PSNR, in the order of the runs; then the others."""
+def _worst(rows: Sequence[Sequence[Mapping[str, Any]]]) -> list[int | None]:
+    """For each run, the row of its worst picture, by PSNR: None where all are identical, as the reference's are."""
 
-    def psnr(row: Sequence[Mapping[str, Any]], run: int) -> float:
-        return math.inf if row[run]["psnr"] is None else row[run]["psnr"]
+    def row_of(run: int) -> int | None:
+        measured = [(row[run]["psnr"], number) for number, row in enumerate(rows) if row[run]["psnr"] is not None]
+        return min(measured)[1] if measured else None
 
-    worst = [min(range(len(rows)), key=lambda i: psnr(rows[i], run)) for run in range(1, len(rows[0]))]
-    return [rows[i] for i in dict.fromkeys([*worst, *range(len(rows))])]
+    return [None, *(row_of(run) for run in range(1, len(rows[0])))]
+
+
+def _worst_first(count: int, worst: Sequence[int | None]) -> list[int]:
+    """The order of `count` rows: first those with the worst picture of a run, in the order of the runs."""
+    return list(dict.fromkeys([*(row for row in worst if row is not None), *range(count)]))
 
 
 def _best(document: Document) -> dict[str, list[str]]:

@@ -180,7 +180,33 @@ def test_the_verdict_is_of_the_fastest_good_run_or_else_the_nearest(tmp_path: Pa
     assert "tight is 1.75× as fast as no cache, at 41.0 dB" in report_html.render(document, pictures)
 
 
-def test_the_best_of_each_column_is_marked_and_the_worst_pictures_come_first(tmp_path: Path) -> None:
+def test_the_worst_picture_of_each_run_is_marked_and_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = document_in(tmp_path)
+    rows = list(zip(*(run["cells"] for run in document["runs"]), strict=True))
+    for run in range(1, 6):
+        rows[4 if run < 3 else 2][run]["psnr"] = 1.5
+    assert report_html._worst(rows) == [None, 4, 4, 2, 2, 2, None], "of the reference and of what is identical, none is"
+    assert report_html._worst_first(6, [None, 4, 4, 2]) == [4, 2, 0, 1, 3, 5]
+    rows[1][5]["psnr"] = 0.5
+    monkeypatch.setattr(report_html, "ROWS", 1)
+    text = report_html.render(document, report_html.pictures_in(tmp_path))
+    assert "Shown are 3 of 6 prompts × seeds" in text, "the worst of each run are always shown"
+    shown = [part.partition("</figure>")[0] for part in text.split("<figure class=")[1:]]
+    marked = [
+        f"{number // 7}: {RUNS[number % 7][0]}" for number, part in enumerate(shown) if "worst of this run" in part
+    ]
+    names = ["0: 6 steps", "0: 4 steps", "1: loose <b>", "1: tight", "2: DBCache, the one with a long name"]
+    assert marked == names
+    links = {element["href"] for element in Elements(text).named("a") if element["href"].startswith("#worst-")}
+    assert links == {f"#worst-{run}" for run in range(1, 6)}
+    assert [figure["id"] for figure in Elements(text).named("figure") if "id" in figure] == [
+        f"worst-{run}" for run in range(1, 6)
+    ]
+
+
+def test_the_best_of_each_column_is_marked(tmp_path: Path) -> None:
     document = document_in(tmp_path)
     document["runs"][0]["seconds"]["mean"] = 0.0  # the reference is never the best
     document["runs"][2]["seconds"]["mean"] = 0.1
@@ -191,12 +217,6 @@ def test_the_best_of_each_column_is_marked_and_the_worst_pictures_come_first(tmp
         run["lpips"] = run["ssim"] | {"mean": 0.3 - 0.01 * number}
     assert report_html._best(document)["lpips"] == ["identical"], "of LPIPS, less is better"
     assert set(document["measures"]) == {*MEASURED, "lpips"}
-    rows = list(zip(*(run["cells"] for run in document["runs"]), strict=True))
-    rows[4][1]["psnr"], rows[2][3]["psnr"] = 1.0, 0.5
-    ordered = report_html._worst_first(rows)
-    assert ordered[0] is rows[4]
-    assert rows[2] in ordered[:6]
-    assert sorted(map(id, ordered)) == sorted(map(id, rows))
     text = report_html.render(document, report_html.pictures_in(tmp_path))
     assert text.count('class="best"') == sum(map(len, report_html._best(document).values()))
     assert text.count("<img") == text.count('loading="lazy"') > 0
@@ -300,7 +320,8 @@ def test_a_pressed_picture_opens_over_its_reference(shown: Any) -> None:
     press(page, "Home", 36)
     assert page.evaluate(state) == [True, RUNS[2][0], "inset(0px 0px 0px 0%)", *names]
     text = page.evaluate("document.querySelector('dialog').innerText")
-    first = report_html._worst_first(list(zip(*(run["cells"] for run in document["runs"]), strict=True)))[0]
+    rows = list(zip(*(run["cells"] for run in document["runs"]), strict=True))
+    first = rows[report_html._worst(rows)[1]]
     for said in (f"{first[2]['psnr']:.1f} dB", first[0]["prompt"], f"seed {first[0]['seed']}", "no cache reference"):
         assert said in text
     assert page.evaluate("document.querySelector('dialog').getBoundingClientRect().bottom <= innerHeight")
