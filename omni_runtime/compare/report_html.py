@@ -29,6 +29,7 @@ import jinja2
 import numpy as np
 
 from omni_runtime import files
+from omni_runtime.compare import labels
 
 Document = Mapping[str, Any]
 Picture = Callable[[Mapping[str, Any]], Any]
@@ -47,9 +48,6 @@ LONGEST = 320
 
 #: Prompts and seeds whose pictures are shown: so many at most, fewer where there are many runs, but the worst of each.
 ROWS, PICTURES = 24, 480
-
-#: Width of a character of the plots' labels, in px: an upper estimate, so that no two labels meet.
-CHARACTER = 6.6
 
 #: One per method, in turn. The first is for plain sampling.
 COLOURS = ("#7d8590", "#1f77b4", "#d9541e", "#159f78", "#b85fa6", "#d99a00", "#5b6ee1", "#a0522d", "#0aa5b5", "#c23b5b")
@@ -127,9 +125,12 @@ def render(document: Document, picture: Picture) -> str:
 
 
 def plot_svg(document: Document, measure: str = "speedup") -> str:
-    """PSNR over `measure` ("speedup" or "nfe") as an SVG file of its own, with a key of the methods below."""
+    """PSNR over `measure` ("speedup" or "nfe") as an SVG file of its own, with a key of the methods below.
+
+    Names that have no room are left out: it has no list of numbers and names.
+    """
     methods = _methods(document)
-    longest = 30 + 6.5 * max(map(len, methods), default=0)  # the mark, and a name's letters at their widest
+    longest = 30 + max(map(labels.width, methods), default=0)  # the mark, and the name
     columns, line = max(1, int((WIDTH - LEFT) / longest)), 20
     key = [
         (method, number, LEFT + place % columns * (WIDTH - LEFT) / columns, HEIGHT + 14 + place // columns * line)
@@ -137,7 +138,9 @@ def plot_svg(document: Document, measure: str = "speedup") -> str:
     ]
     height = HEIGHT + line * math.ceil(len(methods) / columns) + 8
     template = _templates().get_template("plot_alone.svg.j2")
-    return template.render(plot=_plot(document, measure), key=key, height=height)
+    plot = _plot(document, measure)
+    plot["names"] = [label for label in plot["names"] if not label.numbered]
+    return template.render(plot=plot, key=key, height=height)
 
 
 @functools.cache
@@ -213,6 +216,9 @@ def _plot(document: Document, measure: str) -> dict[str, Any]:
         chosen = sorted(point for run, point in zip(runs, points, strict=True) if run["method"] == method)
         lines.append((number, [(place_x(x), place_y(y), place_y(y - s), place_y(y + s)) for x, y, s in chosen]))
     places = [(place_x(x), place_y(y)) for x, y, _ in points]
+    frame = (LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM)
+    own = (LEFT, TOP - 6, LEFT + 80, TOP + 10)  # where the axis's own name is
+    named = labels.place([run["name"] for run in runs], places, frame, [own])
     return {
         "measure": measure,
         "label": AXES[measure],
@@ -232,7 +238,12 @@ def _plot(document: Document, measure: str) -> dict[str, Any]:
             (methods[run["method"]], *place, f"{run['name']}: {x:.2f}, {y:.1f} ± {std:.1f} dB")
             for run, place, (x, y, std) in zip(runs, places, points, strict=True)
         ],
-        "names": _labels([run["name"] for run in runs], places),
+        "names": named,
+        "numbered": [
+            (label.text, runs[label.point]["name"], methods[runs[label.point]["method"]])
+            for label in named
+            if label.numbered
+        ],
     }
 
 
@@ -246,36 +257,6 @@ def _axis(values: Sequence[float], wanted: int = 6) -> tuple[float, float, list[
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
     first = math.ceil(low / step)
     return low, high, [round((first + n) * step, 10) for n in range(math.floor(high / step) - first + 1)]
-
-
-def _labels(names: Sequence[str], places: Sequence[tuple[float, float]]) -> list[tuple[str, float, float]]:
-    """A name beside each point, where it meets neither a point nor another name; else only the point's title has it."""
-    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in places]
-    taken.append((LEFT, TOP - 6, LEFT + 80, TOP + 10))  # the axis's own name
-    labels = []
-    for name, (x, y) in zip(names, places, strict=True):
-        width = len(name) * CHARACTER
-        for left, base in (
-            (x + 9, y + 4),
-            (x - 9 - width, y + 4),
-            (x - width / 2, y - 10),
-            (x - width / 2, y + 18),
-            (x + 7, y - 8),
-            (x + 7, y + 16),
-            (x - 7 - width, y - 8),
-            (x - 7 - width, y + 16),
-        ):
-            box = (left, base - 10, left + width, base + 3)
-            inside = box[0] > LEFT and box[2] < WIDTH - RIGHT and box[1] > TOP and box[3] < HEIGHT - BOTTOM
-            if inside and not any(_meet(box, other) for other in taken):
-                taken.append(box)
-                labels.append((name, left, base))
-                break
-    return labels
-
-
-def _meet(a: Sequence[float], b: Sequence[float]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 # Which steps were computed

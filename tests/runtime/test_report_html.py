@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from omni_runtime.compare import comparison as compare
-from omni_runtime.compare import report_html, showing
+from omni_runtime.compare import labels, report_html, showing
 
 RUNS = (
     ("no cache", "fewer steps", None, 12),
@@ -268,6 +268,42 @@ def test_a_plot_is_a_file_of_its_own(tmp_path: Path) -> None:
         assert f">{method}</text>" in text
 
 
+def crowded(directory: Path) -> dict[str, Any]:
+    """A document of many runs at nearly the same place, with long names."""
+    document = document_in(directory)
+    chance = random.Random(0)
+    runs = document["runs"]
+    for number in range(16):
+        run = dict(runs[5], name=f"DBCache {number}, with TaylorSeer of order {number % 4}", method=f"m{number % 5}")
+        run["nfe"] = run["nfe"] | {"mean": 24.0 + number % 3}
+        run["psnr"] = run["psnr"] | {"mean": chance.gauss(30, 1.5), "std": 1.0}
+        runs.append(run)
+    (directory / "results.json").write_text(showing.to_json(document))
+    return document
+
+
+def test_every_point_of_a_crowded_plot_has_a_name_or_a_number_that_is_told(tmp_path: Path) -> None:
+    document = crowded(tmp_path)
+    text = report_html.render(document, report_html.pictures_in(tmp_path))
+    drawn = [run["name"] for run in document["runs"][1:] if run["psnr"]["mean"] is not None]
+    for measure in report_html.AXES:
+        plot = report_html._plot(document, measure)
+        names = plot["names"]
+        told = {number: name for number, name, _ in plot["numbered"]}
+        assert [told.get(label.text, label.text) for label in names] == drawn
+        assert told, "not all names have room"
+        alone = report_html.plot_svg(document, measure)
+        for number, name in told.items():
+            assert f"<b>{number}</b> {name}</li>" in text
+            assert f">{number}</text>" not in alone.partition('class="name"')[2]
+            assert f">{name}</text>" not in alone
+        assert not [(a, b) for a in names for b in names if a is not b and labels.meet(a.box, b.box)]
+        marks = [(x - 5, y - 5, x + 5, y + 5) for _, x, y, _ in plot["points"]]
+        assert not [(a, mark) for a in names for mark in marks if labels.meet(a.box, mark)]
+        for label, mark in zip(names, marks, strict=True):
+            assert label.line is None or label.line[0] == pytest.approx((mark[0] + 5, mark[1] + 5))
+
+
 # How a browser shows it
 
 
@@ -365,7 +401,7 @@ def test_the_plots_have_a_mark_for_each_run_and_a_line_for_each_method(shown: An
     drawn = len(RUNS) - 2  # neither the reference nor what is identical to it
     for points, spreads, lines, names in counts:
         assert (points, spreads, lines) == (drawn, drawn, 4)
-        assert names >= drawn - 1
+        assert names == drawn, "every point has its name, or a number"
     assert len(counts) == 2
     inside = page.evaluate(
         "[...document.querySelectorAll('svg.plot .point')].every(point => { const a = point.getBoundingClientRect(),"
@@ -431,6 +467,14 @@ def test_all_text_can_be_read(shown: Any) -> None:
     assert [text for text, *readable in found if readable != [True, True, True]] == []
     assert page.evaluate(OVERLAPS) == []
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "nothing sticks out at the side"
+
+
+def test_no_text_of_a_crowded_plot_meets_another(shown: Any, tmp_path: Path) -> None:
+    crowded(tmp_path)
+    with browser.opened(report_html.write(tmp_path)) as page:
+        assert page.evaluate("document.querySelectorAll('svg.plot .name').length") == 2 * 21
+        assert page.evaluate("document.querySelectorAll('svg.plot .leader').length") > 10
+        assert page.evaluate(OVERLAPS) == []
 
 
 def test_it_follows_the_readers_light_or_dark_and_prints_light(shown: Any) -> None:
