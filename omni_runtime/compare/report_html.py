@@ -3,8 +3,9 @@
     report_html.write("out/compare")                 # reads results.json there, writes report.html
     html = report_html.render(document, picture)     # the same in memory
 
-The page has no scripts and fetches nothing: pictures are data URIs, plots inline SVG, and its content security policy
-forbids the rest. It follows the reader's light or dark setting, and prints.
+The page fetches nothing: pictures are data URIs, plots inline SVG. It has one small script, which lays a picture over
+its reference; without it the pictures still show. The content security policy allows that script, by its hash, and
+forbids the rest. The page follows the reader's light or dark setting, and prints.
 
 It shows, for `document` as `omni_runtime.compare.comparison.evaluate` returns it: a table of all measures; two plots
 of PSNR, over speedup and over NFE, with a line per method; for each run which steps were computed, and what its
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import hashlib
 import io
 import json
 import math
@@ -27,6 +29,7 @@ import jinja2
 import numpy as np
 
 from omni_runtime import files
+from omni_runtime.compare import labels
 
 Document = Mapping[str, Any]
 Picture = Callable[[Mapping[str, Any]], Any]
@@ -43,11 +46,8 @@ LESS = ("nfe", "blocks", "seconds", "lpips")
 #: Pictures up to this size are shown as they are; larger ones are reduced to it.
 LONGEST = 320
 
-#: Prompts and seeds whose pictures are shown: so many at most, spread over all, and fewer where there are many runs.
+#: Prompts and seeds whose pictures are shown: so many at most, fewer where there are many runs, but the worst of each.
 ROWS, PICTURES = 24, 480
-
-#: Width of a character of the plots' labels, in px: an upper estimate, so that no two labels meet.
-CHARACTER = 6.6
 
 #: One per method, in turn. The first is for plain sampling.
 COLOURS = ("#7d8590", "#1f77b4", "#d9541e", "#159f78", "#b85fa6", "#d99a00", "#5b6ee1", "#a0522d", "#0aa5b5", "#c23b5b")
@@ -95,8 +95,12 @@ def render(document: Document, picture: Picture) -> str:
     others = [
         row[0]["sitting"] != cell["sitting"] and not cell.get("reference_seconds") for row in rows for cell in row[1:]
     ]
+    worst = _worst(rows)
+    script = _templates().get_template("report.js").render()
     shown = {
         "document": document,
+        "script": script,
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "methods": _methods(document),
         "prompts": len({row[0]["prompt"] for row in rows}),
         "seeds": len({row[0]["seed"] for row in rows}),
@@ -104,7 +108,9 @@ def render(document: Document, picture: Picture) -> str:
         "identical": [run["name"] for run in runs[1:] if run["psnr"]["mean"] is None],
         "plots": [_plot(document, measure) for measure in AXES],
         "timelines": [(run, _timeline(run)) for run in runs],
-        "gallery": _gallery(runs, rows, picture),
+        "gallery": _gallery(runs, rows, worst, picture),
+        "worst": [(run, rows[row][run]) for run, row in enumerate(worst) if row is not None],
+        "columns": _columns(len(runs)),
         "images": len(rows),
         "size": picture(rows[0][0]).size,
         "gain": GAIN,
@@ -112,6 +118,7 @@ def render(document: Document, picture: Picture) -> str:
         "facts": _facts(document),
         "best": _best(document),
         "verdict": _verdict(document),
+        "good": GOOD,
         "apart": sum(others),
         "compared": len(others),
     }
@@ -119,9 +126,12 @@ def render(document: Document, picture: Picture) -> str:
 
 
 def plot_svg(document: Document, measure: str = "speedup") -> str:
-    """PSNR over `measure` ("speedup" or "nfe") as an SVG file of its own, with a key of the methods below."""
+    """PSNR over `measure` ("speedup" or "nfe") as an SVG file of its own, with a key of the methods below.
+
+    Names that have no room are left out: it has no list of numbers and names.
+    """
     methods = _methods(document)
-    longest = 30 + 6.5 * max(map(len, methods), default=0)  # the mark, and a name's letters at their widest
+    longest = 30 + max(map(labels.width, methods), default=0)  # the mark, and the name
     columns, line = max(1, int((WIDTH - LEFT) / longest)), 20
     key = [
         (method, number, LEFT + place % columns * (WIDTH - LEFT) / columns, HEIGHT + 14 + place // columns * line)
@@ -129,7 +139,9 @@ def plot_svg(document: Document, measure: str = "speedup") -> str:
     ]
     height = HEIGHT + line * math.ceil(len(methods) / columns) + 8
     template = _templates().get_template("plot_alone.svg.j2")
-    return template.render(plot=_plot(document, measure), key=key, height=height)
+    plot = _plot(document, measure)
+    plot["names"] = [label for label in plot["names"] if not label.numbered]
+    return template.render(plot=plot, key=key, height=height)
 
 
 @functools.cache
@@ -205,6 +217,9 @@ def _plot(document: Document, measure: str) -> dict[str, Any]:
         chosen = sorted(point for run, point in zip(runs, points, strict=True) if run["method"] == method)
         lines.append((number, [(place_x(x), place_y(y), place_y(y - s), place_y(y + s)) for x, y, s in chosen]))
     places = [(place_x(x), place_y(y)) for x, y, _ in points]
+    frame = (LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM)
+    own = (LEFT, TOP - 6, LEFT + 80, TOP + 10)  # where the axis's own name is
+    named = labels.place([run["name"] for run in runs], places, frame, [own])
     return {
         "measure": measure,
         "label": AXES[measure],
@@ -224,7 +239,12 @@ def _plot(document: Document, measure: str) -> dict[str, Any]:
             (methods[run["method"]], *place, f"{run['name']}: {x:.2f}, {y:.1f} ± {std:.1f} dB")
             for run, place, (x, y, std) in zip(runs, places, points, strict=True)
         ],
-        "names": _labels([run["name"] for run in runs], places),
+        "names": named,
+        "numbered": [
+            (label.text, runs[label.point]["name"], methods[runs[label.point]["method"]])
+            for label in named
+            if label.numbered
+        ],
     }
 
 
@@ -238,36 +258,6 @@ def _axis(values: Sequence[float], wanted: int = 6) -> tuple[float, float, list[
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
     first = math.ceil(low / step)
     return low, high, [round((first + n) * step, 10) for n in range(math.floor(high / step) - first + 1)]
-
-
-def _labels(names: Sequence[str], places: Sequence[tuple[float, float]]) -> list[tuple[str, float, float]]:
-    """A name beside each point, where it meets neither a point nor another name; else only the point's title has it."""
-    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in places]
-    taken.append((LEFT, TOP - 6, LEFT + 80, TOP + 10))  # the axis's own name
-    labels = []
-    for name, (x, y) in zip(names, places, strict=True):
-        width = len(name) * CHARACTER
-        for left, base in (
-            (x + 9, y + 4),
-            (x - 9 - width, y + 4),
-            (x - width / 2, y - 10),
-            (x - width / 2, y + 18),
-            (x + 7, y - 8),
-            (x + 7, y + 16),
-            (x - 7 - width, y - 8),
-            (x - 7 - width, y + 16),
-        ):
-            box = (left, base - 10, left + width, base + 3)
-            inside = box[0] > LEFT and box[2] < WIDTH - RIGHT and box[1] > TOP and box[3] < HEIGHT - BOTTOM
-            if inside and not any(_meet(box, other) for other in taken):
-                taken.append(box)
-                labels.append((name, left, base))
-                break
-    return labels
-
-
-def _meet(a: Sequence[float], b: Sequence[float]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 # Which steps were computed
@@ -343,30 +333,45 @@ def _curves(run: Mapping[str, Any], names: Sequence[str], steps: int, box: float
 
 
 def _gallery(
-    runs: Sequence[Mapping[str, Any]], rows: Sequence[Sequence[Mapping[str, Any]]], picture: Picture
+    runs: Sequence[Mapping[str, Any]],
+    rows: Sequence[Sequence[Mapping[str, Any]]],
+    worst: Sequence[int | None],
+    picture: Picture,
 ) -> list[list[dict[str, Any]]]:
     """For each prompt and seed that is shown, every run's picture and its difference from the first run's."""
-    most = min(ROWS, max(2, PICTURES // len(runs)))
+    most = max(min(ROWS, max(2, PICTURES // len(runs))), len({row for row in worst if row is not None}))
     gallery = []
-    for row in _worst_first(rows)[:most]:
-        reference = picture(row[0]).convert("RGB")
-        shown = [{"run": runs[0], "cell": row[0], "image": _image(reference)}]
-        for run, cell in zip(runs[1:], row[1:], strict=True):
-            image = picture(cell).convert("RGB")
-            difference = _image(_difference(reference, image))
-            shown.append({"run": run, "cell": cell, "image": _image(image), "difference": difference})
-        gallery.append(shown)
+    for number in _worst_first(len(rows), worst)[:most]:
+        images = [picture(cell).convert("RGB") for cell in rows[number]]
+        differences = [None, *(_image(_difference(images[0], image)) for image in images[1:])]
+        shown = zip(runs, rows[number], worst, images, differences, strict=True)
+        gallery.append(
+            [
+                {"run": run, "cell": cell, "worst": row == number, "image": _image(image), "difference": difference}
+                for run, cell, row, image, difference in shown
+            ]
+        )
     return gallery
 
 
-def _worst_first(rows: Sequence[Sequence[Mapping[str, Any]]]) -> list[Sequence[Mapping[str, Any]]]:
-    """First the rows with the worst picture of each run, by PSNR, in the order of the runs; then the others."""
+def _columns(pictures: int) -> int:
+    """How many pictures a line has on paper: 6 at most, and so that none is alone on the last line."""
+    return next((columns for columns in range(min(6, pictures), 1, -1) if pictures % columns != 1), 1)
 
-    def psnr(row: Sequence[Mapping[str, Any]], run: int) -> float:
-        return math.inf if row[run]["psnr"] is None else row[run]["psnr"]
 
-    worst = [min(range(len(rows)), key=lambda i: psnr(rows[i], run)) for run in range(1, len(rows[0]))]
-    return [rows[i] for i in dict.fromkeys([*worst, *range(len(rows))])]
+def _worst(rows: Sequence[Sequence[Mapping[str, Any]]]) -> list[int | None]:
+    """For each run, the row of its worst picture, by PSNR: None where all are identical, as the reference's are."""
+
+    def row_of(run: int) -> int | None:
+        measured = [(row[run]["psnr"], number) for number, row in enumerate(rows) if row[run]["psnr"] is not None]
+        return min(measured)[1] if measured else None
+
+    return [None, *(row_of(run) for run in range(1, len(rows[0])))]
+
+
+def _worst_first(count: int, worst: Sequence[int | None]) -> list[int]:
+    """The order of `count` rows: first those with the worst picture of a run, in the order of the runs."""
+    return list(dict.fromkeys([*(row for row in worst if row is not None), *range(count)]))
 
 
 def _best(document: Document) -> dict[str, list[str]]:
@@ -382,7 +387,7 @@ def _best(document: Document) -> dict[str, list[str]]:
 
 
 def _verdict(document: Document) -> str:
-    """One sentence: the fastest run at `GOOD` dB or more, or else the one nearest to the reference."""
+    """The fastest run at `GOOD` dB or more, or else the one nearest to the reference. The page tells this rule."""
     runs = document["runs"][1:]
     if not runs:
         return ""
@@ -392,9 +397,9 @@ def _verdict(document: Document) -> str:
 
     good = [run for run in runs if psnr(run) >= GOOD]
     run = max(good, key=lambda run: run["speedup"]["mean"]) if good else max(runs, key=psnr)
-    near = "its pictures are identical" if math.isinf(psnr(run)) else f"at {psnr(run):.1f} dB"
-    rule = f"the fastest run with a mean PSNR of {GOOD} dB or more" if good else f"no run has {GOOD} dB; the nearest"
-    return f"{run['name']} is {run['speedup']['mean']:.2f}× as fast as {document['runs'][0]['name']}, {near} ({rule})."
+    near = "and its pictures are identical" if math.isinf(psnr(run)) else f"at {psnr(run):.1f} dB"
+    missed = "" if good else f" No run has {GOOD} dB; this one is the nearest."
+    return f"{run['name']} is {run['speedup']['mean']:.2f}× as fast as {document['runs'][0]['name']}, {near}.{missed}"
 
 
 def _difference(reference: Any, image: Any) -> Any:
