@@ -12,7 +12,7 @@ import functools
 import inspect
 import operator
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -26,10 +26,10 @@ States = tuple[torch.Tensor, torch.Tensor | None]
 class BlockList(torch.nn.ModuleList):
     """A block list that lets the current forward decide what is called in place of each block."""
 
-    _start: int
+    _start: int | None
     _sampling: Sampling
 
-    def __init__(self, blocks: torch.nn.ModuleList, start: int, sampling: Sampling) -> None:
+    def __init__(self, blocks: torch.nn.ModuleList, start: int | None, sampling: Sampling) -> None:
         super().__init__()
         self.__dict__.update({**vars(blocks), "_modules": blocks._modules, "_start": start, "_sampling": sampling})
 
@@ -38,7 +38,11 @@ class BlockList(torch.nn.ModuleList):
         blocks: Any = self._modules.values()
         sampling = self._sampling
         passage = sampling.passage if CURRENT.get() is sampling else None
-        return iter(blocks) if passage is None else passage.slots(blocks, self._start)
+        return iter(blocks) if passage is None or self._start is None else passage.slots(blocks, self._start)
+
+    def begin_at(self, start: int | None) -> None:
+        """Say which block of the model is the first of this list; None if its blocks are not the cache's."""
+        self._start = start
 
     def __getitem__(self, index: Any) -> Any:
         """A block; for a slice, a plain list of blocks."""
@@ -56,11 +60,11 @@ class BlockCall:
 
     def __init__(self, row: ListRow, block: torch.nn.Module) -> None:
         self._hidden, self._encoder = row.hidden, row.encoder
-        alone = row.returns == "hidden"
         #: (hidden, encoder) → what the block would return.
-        self.output: Callable[[Any], Any] = operator.itemgetter(0) if alone else operator.itemgetter(1, 0)
+        self.output: Callable[[Any], Any]
         #: the block's output → (hidden, encoder).
-        self.streams: Callable[[Any], States] = _hidden_alone if alone else operator.itemgetter(1, 0)
+        self.streams: Callable[[Any], States]
+        self.output, self.streams = _conversions(row.returns)
         self._names = tuple(inspect.signature(block.forward).parameters)
         self._place = self._names.index(row.hidden)
         self._encoder_place = self._names.index(row.encoder) if row.encoder else -1
@@ -96,6 +100,26 @@ class ForwardCall:
             if kwargs.get(name) is not None or len(args) > place:
                 return True
         return False
+
+
+def _conversions(returns: Literal["hidden"] | tuple[str | None, ...]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """From (hidden, encoder) to what a block returns, and back."""
+    if returns == "hidden":
+        return operator.itemgetter(0), _hidden_alone
+    if returns == ("encoder", "hidden"):
+        return operator.itemgetter(1, 0), operator.itemgetter(1, 0)
+    if returns == ("hidden", "encoder"):
+        return operator.itemgetter(0, 1), operator.itemgetter(0, 1)
+    places = [{"hidden": 0, "encoder": 1}.get(role or "") for role in returns]
+
+    def output(states: States) -> tuple[Any, ...]:
+        return tuple(None if place is None else states[place] for place in places)
+
+    def streams(made: Any) -> States:
+        found = dict(zip(places, made, strict=True))
+        return found[0], found.get(1)
+
+    return output, streams
 
 
 def _hidden_alone(output: torch.Tensor) -> tuple[torch.Tensor, None]:

@@ -226,6 +226,7 @@ class Sampling:
         requests: all requests in which a transformer was called, in order.
         context: the name that the pipeline gives to the current transformer call with `cache_context`.
         passage: decides which blocks run in the current forward of the transformer; None between forwards.
+        lists: the transformer's block lists by path, as this sampling has replaced them.
     """
 
     def __init__(self, pipe: Any, listener: Listener, patch: Patch) -> None:
@@ -234,6 +235,7 @@ class Sampling:
         self.requests: list[Request] = []
         self.context: str | None = None
         self.passage: Any = None
+        self.lists: dict[str, Any] = {}
         self.scheduler: Any = None
         self._pipe = pipe
         self._patch = patch

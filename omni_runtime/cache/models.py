@@ -7,15 +7,13 @@ modulates its input. Nothing of the model's `forward` is repeated here.
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-
-from omni_kernels.patching.backends import nearest
 
 #: The arguments of a call, by name.
 Arguments = Mapping[str, Any]
@@ -49,17 +47,19 @@ class ListRow:
 
     Attributes:
         name: the transformer's attribute that holds the list.
-        depth: the key of the transformer's config that holds the number of blocks.
+        depth: the key of the transformer's config that holds the number of blocks; "" if it is not known.
         hidden, encoder: the names of the blocks' arguments for the image and the text stream; `encoder` is None if
             there is only one stream.
-        returns: what a block returns: (encoder, hidden), or only the hidden states.
+        returns: what a block returns: the hidden states alone, or a tuple of streams, in which None stands for None.
+        ends: whether the last block returns None for the text stream.
     """
 
     name: str
     depth: str
     hidden: str
     encoder: str | None
-    returns: Literal["encoder_first", "hidden"]
+    returns: Literal["hidden"] | tuple[str | None, ...]
+    ends: bool = False
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ _FLUX_RATIOS = (
 
 
 def _two_streams(name: str, depth: str) -> ListRow:
-    return ListRow(name, depth, "hidden_states", "encoder_hidden_states", "encoder_first")
+    return ListRow(name, depth, "hidden_states", "encoder_hidden_states", ("encoder", "hidden"))
 
 
 MODELS: dict[str, ModelRow] = {
@@ -238,26 +238,13 @@ MODELS: dict[str, ModelRow] = {
 }
 
 
-def row_of(class_name: str) -> ModelRow:
-    """The row of a transformer class.
+#: Of a class that is not in the table: its block lists are found (`omni_runtime.cache.contract`).
+UNKNOWN = ModelRow(())
 
-    Raises:
-        ValueError: there is no row; the message says what a row needs.
-    """
-    row = MODELS.get(class_name)
-    if row is None:
-        library = (
-            "The installed cache-dit library may know it: cache_backend='cache_dit' with engine='library'. "
-            if importlib.util.find_spec("cache_dit") is not None
-            else ""
-        )
-        raise ValueError(
-            f"no cache knows the transformer class {class_name!r} yet: {nearest(class_name, MODELS)}. {library}"
-            "To add it, give omni_runtime.cache.models.MODELS a ModelRow under that name: its block lists, the names "
-            "of a block's hidden-state arguments, what a block returns, and, for tea_cache, how block 0 modulates its "
-            "input"
-        )
-    return row
+
+def row_of(class_name: str) -> ModelRow:
+    """The row of a transformer class; `UNKNOWN` if there is none."""
+    return MODELS.get(class_name, UNKNOWN)
 
 
 def describe(config: Mapping[str, Any]) -> TransformerFacts:
@@ -277,22 +264,22 @@ def describe(config: Mapping[str, Any]) -> TransformerFacts:
     return TransformerFacts(class_name, sum(config[key] for key in depths))
 
 
-def block_lists(transformer: torch.nn.Module, row: ModelRow) -> Sequence[torch.nn.ModuleList]:
-    """The transformer's block lists, according to its row.
+def block_lists(transformer: torch.nn.Module, rows: Sequence[ListRow]) -> Sequence[torch.nn.ModuleList]:
+    """The transformer's block lists, according to their rows.
 
     Raises:
-        ValueError: an attribute that the row names is missing or not a module list, or all lists are empty.
+        ValueError: a list that a row names is missing or not a module list, or all lists are empty.
     """
     lists = []
-    for one in row.lists:
-        where, blocks = f"{type(transformer).__name__}.{one.name}", getattr(transformer, one.name, None)
+    for one in rows:
+        parent, _, name = one.name.rpartition(".")
+        where, blocks = f"{type(transformer).__name__}.{one.name}", None
+        with contextlib.suppress(AttributeError):
+            blocks = getattr(transformer.get_submodule(parent), name)
         if not isinstance(blocks, torch.nn.ModuleList):
-            raise ValueError(
-                f"{where} is {type(blocks).__name__}, not a list of blocks as its row in "
-                "omni_runtime.cache.models.MODELS says"
-            )
+            raise ValueError(f"{where} is {type(blocks).__name__}, not a list of blocks")
         lists.append(blocks)
     if not sum(map(len, lists)):
-        names = " and ".join(one.name for one in row.lists)
+        names = " and ".join(one.name for one in rows)
         raise ValueError(f"this {type(transformer).__name__} has no blocks in {names}: there is nothing to skip")
     return lists

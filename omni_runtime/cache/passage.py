@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -59,6 +59,18 @@ class Parts:
     drift_tolerance: float | None = None
 
 
+class Stretch(NamedTuple):
+    """Blocks [first, last) that the same streams go through.
+
+    Attributes:
+        encoder: whether the text stream that leaves it is used.
+    """
+
+    first: int
+    last: int
+    encoder: bool
+
+
 class Blocks(Protocol):
     """What a passage uses of the session: see `omni_runtime.cache.session.BlockSession`."""
 
@@ -67,6 +79,7 @@ class Blocks(Protocol):
     blocks: int
     calls: list[BlockCall]
     ranks: Ranks | None
+    stretches: list[Stretch]
 
     def gate(self, request: Request, branch: Branch) -> Gate:
         """Return a fresh gate for a branch."""
@@ -99,6 +112,8 @@ class Passage:
         "_first",
         "_images",
         "_last",
+        "_later",
+        "_later_from",
         "_noise_tokens",
         "_position",
         "_shard",
@@ -116,7 +131,8 @@ class Passage:
     def __init__(self, session: Blocks, request: Request, branch: Branch) -> None:
         parts = session.parts
         self._calls = session.calls
-        self._first, self._last = parts.first, parts.last
+        site, *later = clipped(session.stretches, parts.first, parts.last)
+        self._first, self._last = site.first, site.last
         self._branch = branch
         self._shard = None if session.ranks is None else Shard(session.ranks)
         self._signal = parts.signal.fresh(self._shard)
@@ -127,8 +143,10 @@ class Passage:
         self.remembered: torch.Tensor | None = None
         add = None if session.ranks is None else session.ranks.add
         self.hidden = history_of(parts.forecaster, add=add)
-        # The text stream is needed only by blocks that run after the site. If there are none, it is not forecast.
-        self.encoder = None if parts.last == session.blocks else history_of(parts.forecaster, add=add)
+        # If nothing uses the text stream that leaves the site, it is not forecast.
+        self.encoder = history_of(parts.forecaster, add=add) if site.encoder else None
+        self._later = [_Later(one, parts.forecaster, add) for one in later]
+        self._later_from = later[0].first if later else session.blocks
         self.ran = 0
         self.stepwise = True
         self.entered: torch.Tensor | None = None
@@ -138,7 +156,8 @@ class Passage:
     def tensors(self) -> list[torch.Tensor]:
         """All tensors held between forwards."""
         held = self.gate.tensors() if self.remembered is None else [self.remembered, *self.gate.tensors()]
-        return held + self.hidden.tensors() + (self.encoder.tensors() if self.encoder else [])
+        held = held + self.hidden.tensors() + (self.encoder.tensors() if self.encoder else [])
+        return held + [tensor for later in self._later for tensor in later.tensors()]
 
     def begin(self, request: Request, arguments: Arguments, stepwise: bool) -> None:
         """Begin a forward.
@@ -164,7 +183,7 @@ class Passage:
         A model may skip blocks itself. If it has skipped the first or the last block of the site, the recorded state
         no longer fits and is dropped.
         """
-        if self._computing is None or self._base is not None:
+        if self._computing is None or self._base is not None or any(later.base is not None for later in self._later):
             self._base = self.entered = None
             self._clear()
         if self._computing is None:
@@ -263,6 +282,8 @@ class Passage:
         self.hidden.clear()
         if self.encoder is not None:
             self.encoder.clear()
+        for later in self._later:
+            later.clear()
 
     def slots(self, blocks: Collection[torch.nn.Module], start: int) -> Iterator[Callable[..., Any]]:
         """Yield what is called in place of each of `blocks`, the first of which is block `start` of the model."""
@@ -270,6 +291,9 @@ class Passage:
         # not the first of `blocks` and the model does nothing between blocks, after the block before it has run. Then
         # the blocks of the site run or are skipped. Skipped blocks are left out of the loop at once; or, if the model
         # adds to the states between them (ControlNet), each one is replaced by a slot that returns its input.
+        if start >= self._later_from:
+            yield from self._later_slots(blocks, start)
+            return
         first, last, end = self._first, self._last, start + len(blocks)
         decided = first if self.stepwise or not start < first < end else first - 1
         numbered = enumerate(blocks, start)
@@ -295,6 +319,38 @@ class Passage:
                     yield Slot(self._arrive, block)
             elif self.stepwise:
                 yield Slot(functools.partial(self._pass_over, index), block)
+
+    def _later_slots(self, blocks: Collection[torch.nn.Module], start: int) -> Iterator[Callable[..., Any]]:
+        """As `slots`, for a list behind a place where the model joins streams. Whether its blocks run is decided."""
+        for index, block in enumerate(blocks, start):
+            later = next((one for one in self._later if one.first <= index < one.last), None)
+            if later is not None and self._computing is False:
+                yield Slot(functools.partial(self._skip_later, later, index), block)
+            elif later is not None and index in (later.first, later.last - 1):
+                yield Slot(functools.partial(self._run_later, later, index), block)
+            else:
+                self.ran += 1
+                yield block
+
+    def _skip_later(self, later: _Later, index: int, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call = self._calls[index]
+        states = call.inputs(args, kwargs)
+        if index == later.first:
+            later.base = states
+        if index < later.last - 1:
+            return call.output(states)
+        base, later.base = later.base, None
+        return call.output(later.forecast(base, self._position))
+
+    def _run_later(self, later: _Later, index: int, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call = self._calls[index]
+        if index == later.first:
+            later.base = call.inputs(args, kwargs)
+        output = self._run(block, args, kwargs)
+        if index == later.last - 1 and later.base is not None:
+            base, later.base = later.base, None
+            later.record(call.streams(output), base, self._position)
+        return output
 
     def _run(self, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.ran += 1
@@ -355,3 +411,60 @@ class Passage:
         """Skip the last block of the site: return the forecast, made from the input of block `first`."""
         base, self._base = self._base, None
         return self._calls[self._last - 1].output(self.forecast(base))
+
+
+def clipped(stretches: Sequence[Stretch], first: int, last: int) -> list[Stretch]:
+    """The parts of the stretches that lie in [first, last), without empty ones."""
+    parts = []
+    for one in stretches:
+        begin, end = max(one.first, first), min(one.last, last)
+        if begin < end:
+            parts.append(Stretch(begin, end, one.encoder or end < one.last))
+    return parts
+
+
+class _Later:
+    """What is kept of a site behind a place where the model joins streams.
+
+    Attributes:
+        base: what entered its first block in the forward under way.
+    """
+
+    def __init__(self, stretch: Stretch, forecaster: Forecaster, add: Any) -> None:
+        self.first, self.last = stretch.first, stretch.last
+        self._hidden = history_of(forecaster, add=add)
+        self._encoder = history_of(forecaster, add=add) if stretch.encoder else None
+        self.base: Any = None
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors held between forwards."""
+        return self._hidden.tensors() + (self._encoder.tensors() if self._encoder else [])
+
+    def clear(self) -> None:
+        """Drop all of it."""
+        self.base = None
+        self._hidden.clear()
+        if self._encoder is not None:
+            self._encoder.clear()
+
+    def record(self, states: States, base: States, position: float) -> None:
+        """Record what its blocks have made of `base`."""
+        self._hidden.record(states[0], base[0], position)
+        if self._encoder is not None and states[1] is not None:
+            self._encoder.record(states[1], base[1], position)
+
+    def forecast(self, base: States, position: float) -> States:
+        """The forecast of what its blocks would make of `base`.
+
+        Raises:
+            RuntimeError: it has another shape than in the last computed step.
+        """
+        hidden, encoder = base
+        if hidden.shape != self._hidden.shape:
+            raise RuntimeError(
+                f"block {self.first} was called with hidden states of shape {tuple(hidden.shape)}, and of "
+                f"{self._hidden.shape and tuple(self._hidden.shape)} in the last computed step"
+            )
+        if self._encoder is not None and encoder is not None:
+            encoder = self._encoder.forecast(encoder, position)
+        return self._hidden.forecast(hidden, position), encoder

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -28,11 +29,12 @@ from omni_kernels.patching.changes import InstanceMethod, describe
 from omni_kernels.patching.running import around_calls
 from omni_runtime.cache import calibration
 from omni_runtime.cache.blocks import BlockCall, BlockList, ForwardCall
+from omni_runtime.cache.contract import Contract, Watcher, module_lists
 from omni_runtime.cache.forecasters import Forecaster, rounding_note
 from omni_runtime.cache.gates import Gate, RehearsalGate, Verdict
 from omni_runtime.cache.lifecycle import CURRENT, Branch, Request, Sampling, outside, turn
-from omni_runtime.cache.models import ModelRow, block_lists, row_of
-from omni_runtime.cache.passage import Parts, Passage
+from omni_runtime.cache.models import ListRow, ModelRow, block_lists, row_of
+from omni_runtime.cache.passage import Parts, Passage, Stretch
 from omni_runtime.cache.ranks import Ranks, SplitCall, ranks_of
 from omni_runtime.cache.replay import ReplayGate, Replays
 from omni_runtime.cache.report import BranchReport, CacheReport, StepEvent
@@ -41,6 +43,8 @@ from omni_runtime.cache.watch import Watch
 
 #: `omni_runtime.cache.library` sets this attribute on a transformer while it works on it.
 LIBRARY_MARK = "_omni_kernels_library"
+#: Stands for the number of blocks while it is not known.
+MANY = 1_000_000
 #: The positional and keyword arguments of a transformer call.
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -327,13 +331,21 @@ class BlockSession(CacheSession):
         super().__init__(name, pipe)
         self._check()
         self.row = row_of(_name(self.transformer))
-        lists = zip(self.row.lists, block_lists(self.transformer, self.row), strict=True)
-        self._flat = [(row, block) for row, blocks in lists for block in blocks]
-        self.blocks = len(self._flat)
         self.ranks: Ranks | None = None
         self.calls: list[BlockCall] = []
+        self.contract: Contract | None = None
+        self.stretches: list[Stretch] = []
+        self._flat: list[tuple[ListRow, torch.nn.Module]] = []
+        self._parts_of = functools.partial(parts, self.row)
         self._forward = ForwardCall(self.row, self.transformer.forward)
-        self.parts = parts(self.row, self.blocks)
+        if self.row.lists:
+            lists = zip(self.row.lists, block_lists(self.transformer, self.row.lists), strict=True)
+            self._flat = [(row, block) for row, blocks in lists for block in blocks]
+            self.blocks = len(self._flat)
+            self.parts = self._parts_of(self.blocks)
+            self.stretches = [Stretch(0, self.blocks, False)]
+        else:
+            self.parts = self._parts_of(MANY)  # for what does not depend on their number
         self.fitted_for = self.parts.fitted_for
         self.forecaster = self.parts.forecaster
         self.notes += [] if self.parts.note is None else [self.parts.note]
@@ -344,15 +356,75 @@ class BlockSession(CacheSession):
         """See `CacheSession.take`."""
         self._check()
         super().take(sampling, seams)
+        sampling.lists.clear()
+        if not self._flat:
+            for number, (path, blocks) in enumerate(module_lists(self.transformer).items()):
+                self._take_list(path, blocks, number, sampling, seams)
+            return
         start = 0
-        for row, blocks in zip(self.row.lists, block_lists(self.transformer, self.row), strict=True):
-            seams.set_module(self.transformer, row.name, BlockList(blocks, start, sampling))
+        for row, blocks in zip(self._rows(), block_lists(self.transformer, self._rows()), strict=True):
+            self._take_list(row.name, blocks, start, sampling, seams)
             start += len(blocks)
         if start != self.blocks:
             raise ValueError(
                 f"this {_name(self.transformer)} has {start} blocks, and had {self.blocks} when it was patched: "
                 "omni_kernels.unpatch(pipe), and patch it again"
             )
+
+    def _rows(self) -> tuple[ListRow, ...]:
+        return self.row.lists if self.contract is None else self.contract.lists
+
+    def _take_list(self, path: str, blocks: torch.nn.ModuleList, start: int, sampling: Sampling, seams: Patch) -> None:
+        parent, _, name = path.rpartition(".")
+        sampling.lists[path] = BlockList(blocks, start, sampling)
+        seams.set_module(self.transformer.get_submodule(parent), name, sampling.lists[path])
+
+    def _find(self, sampling: Sampling, request: Request, call: Any, args: Args, kwargs: Kwargs) -> None:
+        """Find how the transformer calls its blocks, by a forward whose result is not used.
+
+        Raises:
+            ValueError: they cannot be followed.
+        """
+        watcher = Watcher(sampling.lists)
+        sampling.passage = watcher
+        try:
+            call(*args, **kwargs)
+        finally:
+            sampling.passage = None
+        kind = _name(self.transformer)
+        try:
+            contract = watcher.contract()
+            parts = self._parts_of(contract.blocks)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.name} cannot follow the blocks of this {kind}: those {error}. velocity_cache needs to know none"
+            ) from error
+        bounds = [0, *contract.ends()]
+        if parts.first >= bounds[1]:
+            raise ValueError(
+                f"{self.name} decides after {parts.first} blocks, but this {kind} joins its streams after {bounds[1]}"
+            )
+        ended = [contract.lists[place - 1].ends for place in itertools.accumulate(contract.stretches)]
+        self.stretches = [
+            Stretch(first, last, not end) for (first, last), end in zip(itertools.pairwise(bounds), ended, strict=True)
+        ]
+        self.contract, self.parts, self.blocks = contract, parts, contract.blocks
+        self._flat = [(row, block) for row in contract.lists for block in sampling.lists[row.name]]
+        starts = dict(zip([row.name for row in contract.lists], self._starts(contract), strict=True))
+        for path, blocks in sampling.lists.items():
+            blocks.begin_at(starts.get(path))
+        self._make_calls()
+        request.notes.append(f"blocks of {kind}: {'; '.join(str(contract).splitlines())}")
+
+    @staticmethod
+    def _starts(contract: Contract) -> list[int]:
+        counts = [count for _, count in contract.classes]
+        return [0, *itertools.accumulate(counts[:-1])]
+
+    def _make_calls(self) -> None:
+        kind = BlockCall if self.ranks is None else SplitCall
+        if not self.calls or type(self.calls[0]) is not kind:
+            self.calls = [kind(row, block) for row, block in self._flat]
 
     def opened(self, request: Request) -> None:
         """See `CacheSession.opened`. Checks the parallel setup again: it may have changed since the last request."""
@@ -363,9 +435,7 @@ class BlockSession(CacheSession):
                 f"the blocks of this {_name(self.transformer)} are compiled, and it is run by several ranks: a cache "
                 "of blocks does not support both together yet"
             )
-        kind = BlockCall if self.ranks is None else SplitCall
-        if not self.calls or type(self.calls[0]) is not kind:
-            self.calls = [kind(row, block) for row, block in self._flat]
+        self._make_calls()
         super().opened(request)
 
     def call(
@@ -378,11 +448,14 @@ class BlockSession(CacheSession):
             branch.kept = None
             branch.decide(Verdict(True, GRADIENT))
         else:
+            if not self._flat:
+                self._find(sampling, request, call, args, kwargs)
             passage: Passage = branch.kept
             if passage is None:
                 passage = branch.kept = self.passage_class(self, request, branch)
             forward = self._forward
-            passage.begin(request, forward.arguments(args, kwargs), forward.works_between(args, kwargs))
+            stepwise = self.contract is not None or forward.works_between(args, kwargs)
+            passage.begin(request, forward.arguments(args, kwargs), stepwise)
             sampling.passage = passage
             try:
                 output = call(*args, **kwargs)

@@ -1,0 +1,303 @@
+"""How a transformer calls its blocks, found by watching one forward: no table has to know the model.
+
+Some of a transformer's module lists hold its blocks. A block takes the hidden states and returns new ones. It may carry
+a second stream in the same way (text, or sound beside a video). Which lists, which arguments and which places of the
+output these are, shows in one forward: an argument of a block *is* the tensor that the block before it returned.
+
+    watcher = Watcher(module_lists(transformer))   # in the place of a passage, during one forward
+    contract = watcher.contract()                  # or ValueError: why a cache cannot follow these blocks
+
+The contract begins with the list that has the most parameters. A list that runs right before or after belongs to it,
+too, if a stream goes from one to the other. Refiners of the text alone, or of the noise alone, do not. If the model
+joins two streams into one between two lists (FLUX.2, Chroma), the lists are different *stretches*: what their blocks
+add is forecast for each stretch separately.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from omni_runtime.cache.blocks import Slot
+from omni_runtime.cache.models import ListRow
+
+#: A list that runs between the blocks of another one, and has at least this share of its parameters, is as important.
+IMPORTANT = 0.5
+
+#: Argument or output of a block → its shape; None for an output that is None.
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Contract:
+    """The block lists of a transformer, and how their blocks are called.
+
+    Attributes:
+        lists: the lists, in the order in which they run.
+        stretches: the number of lists in each stretch. Within a stretch, the same streams go from block to block.
+        classes: the class of each list's blocks, and how many there are.
+    """
+
+    lists: tuple[ListRow, ...]
+    stretches: tuple[int, ...]
+    classes: tuple[tuple[str, int], ...]
+
+    @property
+    def blocks(self) -> int:
+        """The number of blocks."""
+        return sum(count for _, count in self.classes)
+
+    def ends(self) -> list[int]:
+        """The number of blocks up to the end of each stretch."""
+        ends, lists, blocks = [], iter(self.classes), 0
+        for count in self.stretches:
+            blocks += sum(next(lists)[1] for _ in range(count))
+            ends.append(blocks)
+        return ends
+
+    def __str__(self) -> str:
+        lines, lists = [], iter(zip(self.lists, self.classes, strict=True))
+        for stretch, count in enumerate(self.stretches):
+            if stretch:
+                lines.append("the model joins the streams")
+            for _ in range(count):
+                one, (kind, blocks) = next(lists)
+                streams = " and ".join(filter(None, (one.hidden, one.encoder)))
+                lines.append(f"{one.name}: {blocks} × {kind}, {streams}")
+        return "\n".join(lines)
+
+
+def module_lists(transformer: torch.nn.Module) -> dict[str, torch.nn.ModuleList]:
+    """The module lists that may hold blocks, by their path: all that are not inside another one."""
+    found: dict[str, torch.nn.ModuleList] = {}
+    for path, module in transformer.named_modules():
+        inside = any(path.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, torch.nn.ModuleList) and len(module) and not inside:
+            found[path] = module
+    return found
+
+
+@dataclass
+class _Seen:
+    """One call of a block.
+
+    Attributes:
+        at: its number among all calls.
+        index: the block's place in its list.
+        shapes: argument → its shape, for tensors.
+        outputs: the shapes of what it returned.
+        alone: whether it returned a tensor instead of a tuple.
+        fed: (list, place of the output) → the arguments that are what the last block of that list returned there.
+    """
+
+    at: int
+    index: int
+    shapes: dict[str, Shape]
+    outputs: tuple[Shape | None, ...]
+    alone: bool
+    fed: dict[tuple[str, int], list[str]]
+
+
+@dataclass
+class _List:
+    """What was seen of one list."""
+
+    path: str
+    blocks: list[torch.nn.Module]
+    seen: list[_Seen] = field(default_factory=list)
+    odd: str | None = None
+
+    @functools.cached_property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for block in self.blocks for parameter in block.parameters())
+
+
+class Watcher:
+    """Takes the place of a passage in one forward, and records how the blocks of each list are called.
+
+    Only the newest output of each list is held, until the forward is over.
+
+    Args:
+        lists: the module lists by path; the number of a list, in `slots`, is its place here.
+    """
+
+    def __init__(self, lists: Mapping[str, torch.nn.ModuleList]) -> None:
+        self._lists = [_List(path, list(blocks)) for path, blocks in lists.items()]
+        self._newest: dict[str, tuple[Any, ...]] = {}
+        self._calls = 0
+
+    def slots(self, blocks: Collection[torch.nn.Module], number: int) -> Iterator[Any]:
+        """Yield slots that record the calls of the blocks of a list."""
+        for index, block in enumerate(blocks):
+            yield Slot(functools.partial(self._run, self._lists[number], index), block)
+
+    def _run(self, where: _List, index: int, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        names = list(inspect.signature(block.forward).parameters)
+        if len(args) > len(names):
+            where.odd = "takes more arguments than its forward names"
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+        fed: dict[tuple[str, int], list[str]] = {}
+        for path, outputs in self._newest.items():
+            for place, output in enumerate(outputs):
+                same = [name for name, tensor in tensors.items() if tensor is output]
+                if same:
+                    fed[path, place] = same
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        output = block(*args, **kwargs)
+        alone = not isinstance(output, (tuple, list))
+        outputs = (output,) if alone else tuple(output)
+        if not all(one is None or isinstance(one, torch.Tensor) for one in outputs):
+            where.odd = f"returns {', '.join(type(one).__name__ for one in outputs)}"
+            outputs = ()
+        self._newest[where.path] = outputs
+        sizes = tuple(None if one is None else tuple(one.shape) for one in outputs)
+        where.seen.append(_Seen(self._calls, index, shapes, sizes, alone, fed))
+        self._calls += 1
+        return output
+
+    def contract(self) -> Contract:
+        """What was found. The tensors are no longer held.
+
+        Raises:
+            ValueError: a cache cannot follow the blocks; the message says why, after the words "its blocks".
+        """
+        self._newest.clear()
+        ran = [one for one in self._lists if one.seen]
+        if not ran:
+            raise ValueError("are not taken from a list of modules in turn")
+        main = max(ran, key=lambda one: one.parameters)
+        rows = {main.path: _row(main)}
+        _refuse_turns(main, ran)
+        chain, joins = [main], list[bool]()
+        for step in (-1, 1):
+            while True:
+                near = _neighbour(chain[0] if step < 0 else chain[-1], ran, step)
+                if near is None:
+                    break
+                try:
+                    rows[near.path] = _row(near)
+                except ValueError:
+                    break  # a list that no stream comes from, or goes to
+                first, second = (near, chain[0]) if step < 0 else (chain[-1], near)
+                link = _link(first, rows[first.path], second, rows[second.path])
+                if link is None:
+                    break
+                chain.insert(0 if step < 0 else len(chain), near)
+                joins.insert(0 if step < 0 else len(joins), link)
+        stretches = [1]
+        for joined in joins:
+            if joined:
+                stretches.append(1)
+            else:
+                stretches[-1] += 1
+        classes = tuple((type(one.blocks[0]).__name__, len(one.blocks)) for one in chain)
+        return Contract(tuple(rows[one.path] for one in chain), tuple(stretches), classes)
+
+
+def _row(where: _List) -> ListRow:
+    """How the blocks of a list are called.
+
+    Raises:
+        ValueError: they cannot be followed.
+    """
+    name = f"of {where.path}"
+    if where.odd is not None:
+        raise ValueError(f"{name} cannot be followed: one {where.odd}")
+    if [one.index for one in where.seen] != list(range(len(where.blocks))):
+        raise ValueError(f"{name} do not run one after the other, each of them once")
+    first = where.seen[0]
+    if any((len(one.outputs), one.alone) != (len(first.outputs), first.alone) for one in where.seen):
+        raise ValueError(f"{name} do not all return as much")
+    links = _links(where)
+    signature = list(inspect.signature(where.blocks[0].forward).parameters)
+    carried = sorted(links.values(), key=signature.index)
+    if not carried:
+        raise ValueError(f"{name} do not take what the block before returned")
+    if len(carried) > 2:
+        raise ValueError(f"{name} carry {len(carried)} streams: {', '.join(carried)}")
+    hidden, encoder = carried[0], carried[1] if len(carried) > 1 else None
+    role = {hidden: "hidden", encoder: "encoder"}
+    places: list[str | None] = [role[links[place]] if place in links else None for place in range(len(first.outputs))]
+    unknown = [place for place, one in enumerate(places) if one is None]
+    if any(one.outputs[place] is not None for one in where.seen for place in unknown):
+        raise ValueError(f"{name} return something that no other block takes")
+    last = where.seen[-1].outputs
+    ended = [place for place, one in enumerate(places) if one is not None and last[place] is None]
+    if any(places[place] == "hidden" for place in ended):
+        raise ValueError(f"{name} return no hidden states at the end")
+    return ListRow(where.path, "", hidden, encoder, "hidden" if first.alone else tuple(places), bool(ended))
+
+
+def _links(where: _List) -> dict[int, str]:
+    """Place of the output → the argument in which the next block takes it."""
+    links: dict[int, str] = {}
+    for one in where.seen[1:]:
+        for (path, place), names in one.fed.items():
+            if path == where.path:
+                links.setdefault(place, names[0])
+    # The model may work on a stream between all blocks (ControlNet), or the list may have one block. Then the stream is
+    # the only other argument of that shape, or what diffusers has registered.
+    first = where.seen[0]
+    for place, shape in enumerate(first.outputs):
+        if place in links or shape is None:
+            continue
+        alike = [name for name, size in first.shapes.items() if size == shape and name not in links.values()]
+        registered = _registered(where.blocks[0], place)
+        if registered in alike:
+            links[place] = str(registered)
+        elif len(alike) == 1:
+            links[place] = alike[0]
+    return links
+
+
+def _registered(block: torch.nn.Module, place: int) -> str | None:
+    """The argument that belongs to a place of the output, if diffusers' registry of blocks says so."""
+    from diffusers.hooks._helpers import TransformerBlockRegistry
+
+    try:
+        known = TransformerBlockRegistry.get(type(block))
+    except ValueError:
+        return None
+    if place == known.return_hidden_states_index:
+        return str(known.hidden_states_argument_name)
+    if place == known.return_encoder_hidden_states_index:
+        return str(known.encoder_hidden_states_argument_name)
+    return None
+
+
+def _refuse_turns(main: _List, ran: Sequence[_List]) -> None:
+    start, end = main.seen[0].at, main.seen[-1].at
+    for other in ran:
+        within = any(start < one.at < end for one in other.seen)
+        if other is not main and within and other.parameters >= IMPORTANT * main.parameters:
+            raise ValueError(f"of {main.path} and {other.path} run in turns")
+
+
+def _neighbour(one: _List, ran: Sequence[_List], step: int) -> _List | None:
+    """The list that ran right before (step −1) or right after `one`."""
+    if step < 0:
+        before = [other for other in ran if other.seen[-1].at < one.seen[0].at]
+        return max(before, key=lambda other: other.seen[-1].at, default=None)
+    after = [other for other in ran if other.seen[0].at > one.seen[-1].at]
+    return min(after, key=lambda other: other.seen[0].at, default=None)
+
+
+def _link(first: _List, row: ListRow, second: _List, following: ListRow) -> bool | None:
+    """Whether the streams are joined between two lists; None if no stream goes from one to the other."""
+    entry, exit_ = second.seen[0], first.seen[-1]
+    streams = {following.hidden, following.encoder} - {None}
+    went = {name for (path, _), names in entry.fed.items() if path == first.path for name in names if name in streams}
+    if went and (row.encoder is None) == (following.encoder is None):
+        return False
+    if row.encoder is not None and following.encoder is None:
+        parts = [shape for shape in exit_.outputs if shape is not None and len(shape) == 3]
+        whole = entry.shapes[following.hidden]
+        if len(parts) == 2 and len(whole) == 3 and whole[1] == parts[0][1] + parts[1][1]:
+            return True
+    return None
