@@ -74,6 +74,15 @@ class PatchHandle:
         """One report for each denoising loop of the last call. Pipelines that make videos in segments run several."""
         return [] if self._installed is None else list(getattr(self._installed, "reports", ()))
 
+    @property
+    def blocks(self) -> Any:
+        """Which blocks the cache works on, and how the model calls them; `print` it.
+
+        Of a model that is not in the table, this is found in its first forward; None before that, and for a cache
+        that needs no blocks.
+        """
+        return getattr(self._installed, "contract", None)
+
     def sampling(self) -> contextlib.AbstractContextManager[object]:
         """Context manager for your own denoising loop: inside it, the cache works as in a call of the pipeline.
 

@@ -32,7 +32,7 @@ def test_row_fits_the_class_in_diffusers(any_pipe):
     name = type(transformer).__name__
     row = MODELS[name]
     assert type(any_pipe).__name__ in row.pipelines
-    blocks = [block for blocks in models.block_lists(transformer, row) for block in blocks]
+    blocks = [block for blocks in models.block_lists(transformer, row.lists) for block in blocks]
     assert len(blocks) == sum(transformer.config[one.depth] for one in row.lists)
     for one in row.lists:
         for block in getattr(transformer, one.name):
@@ -56,7 +56,7 @@ def test_row_whose_block_list_is_missing_is_named(qwen_pipe, monkeypatch):
     monkeypatch.setitem(
         MODELS,
         "QwenImageTransformer2DModel",
-        ModelRow((ListRow("img_in", "num_layers", "hidden_states", "encoder_hidden_states", "encoder_first"),)),
+        ModelRow((ListRow("img_in", "num_layers", "hidden_states", "encoder_hidden_states", ("encoder", "hidden")),)),
     )
     with pytest.raises(ValueError, match=r"QwenImageTransformer2DModel.img_in is Linear, not a list of blocks"):
         omni_kernels.patch(qwen_pipe, "first_block_cache")
@@ -178,7 +178,7 @@ def test_edit_skips_and_stays_near(edit_pipe):
 # A model of somebody else
 
 SD3 = ModelRow(
-    (ListRow("transformer_blocks", "num_layers", "hidden_states", "encoder_hidden_states", "encoder_first"),),
+    (ListRow("transformer_blocks", "num_layers", "hidden_states", "encoder_hidden_states", ("encoder", "hidden")),),
     between=("block_controlnet_hidden_states",),
 )
 
