@@ -212,8 +212,9 @@ def patch(
         if there == (name, config, fuse, options):
             return present
         raise PatchConflictError(
-            f"this {type(pipe).__name__} is already patched with {present.cache_backend or 'no cache'} "
-            f"{_short(present.cache_config)}, fuse={present.fuse} and compile={present.compile}: unpatch(pipe) first"
+            f"this {type(pipe).__name__} is already patched: call omni_kernels.unpatch(pipe) first. It has "
+            f"{present.cache_backend or 'no cache'} {_short(present.cache_config)}, fuse={present.fuse} and "
+            f"compile={present.compile}"
         )
     handle = PatchHandle(pipe, name, config, fuse, options)
     handle._install(backend)
