@@ -106,8 +106,8 @@ def _how(document: dict[str, Any]) -> str:
     full = next(run for run in document["runs"] if run["name"] == "no cache")
     return (
         f"{full['psnr']['identical']} pictures with {len(document['seeds'])} seeds, {full['steps']} steps on a CPU. "
-        "PSNR is against the full run: the mean, and the fifth percentile (p5). Without a cache, a picture takes "
-        f"{full['nfe']['mean']:.0f} forwards. Made by `{document['command']}`."
+        "A number in a name is a threshold or a budget. PSNR is against the full run: the mean, and the fifth "
+        f"percentile (p5). Without a cache, a picture takes {full['nfe']['mean']:.0f} forwards. Made by `{document['command']}`."
     )
 
 

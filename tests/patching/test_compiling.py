@@ -289,7 +289,7 @@ def test_compiled_code_computes_the_same_at_other_lengths_and_sizes(build):
     with omni_kernels.patched(pipe, fuse=True, compile="regional") as handle:
         for request, exact in zip(requests, expected, strict=True):
             torch.testing.assert_close(latents(pipe, num_inference_steps=2, **request), exact, rtol=1e-5, atol=1e-5)
-        assert len(handle.compiled) == 1
+        assert len(handle.compiled) == len(handle.fused.replaced) > 0
 
 
 def test_undone_exactly(qwen_pipe):
