@@ -107,7 +107,8 @@ def _how(document: dict[str, Any]) -> str:
     return (
         f"{full['psnr']['identical']} pictures with {len(document['seeds'])} seeds, {full['steps']} steps on a CPU. "
         "A number in a name is a threshold or a budget. PSNR is against the full run: the mean, and the fifth "
-        f"percentile (p5). Without a cache, a picture takes {full['nfe']['mean']:.0f} forwards. Made by `{document['command']}`."
+        f"percentile (p5). Without a cache, a picture takes {full['nfe']['mean']:.0f} forwards. "
+        f"Made by `{document['command']}`."
     )
 
 
