@@ -9,15 +9,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from omni_runtime.generation.loading import embedded_pipeline
     from omni_runtime.generation.omni import Omni
     from omni_runtime.generation.result import OmniResult, Timings
 
-__all__ = ["Omni", "OmniResult", "Timings"]
+__all__ = ["Omni", "OmniResult", "Timings", "embedded_pipeline"]
 
 _HOME = {
     "Omni": "omni_runtime.generation.omni",
     "OmniResult": "omni_runtime.generation.result",
     "Timings": "omni_runtime.generation.result",
+    "embedded_pipeline": "omni_runtime.generation.loading",
 }
 
 

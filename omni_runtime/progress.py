@@ -1,6 +1,6 @@
-"""A progress bar that shows for each denoising step whether it was computed or reused.
+"""A progress bar that shows for each denoising step whether it was computed or skipped.
 
-    a cat                [████░░█░░█░░····················]  12/50  7 computed, 5 reused
+    a cat                [████░░█░░█░░····················]  12/50  7 computed, 5 skipped
 
 On a terminal tqdm redraws the line at every step. Elsewhere it is written once, after the request. If there are several
 requests, each line can also show how many there are and how long they will take.
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 #: Columns: the label's largest width, the steps' smallest width, and the line's width outside a terminal.
 LABEL_WIDTH, CELLS, COLUMNS = 28, 6, 120
-#: computed, reused, to come
+#: computed, skipped, to come
 BLOCKS, ASCII = ("█", "░", "·"), ("#", "-", ".")
 
 
@@ -129,7 +129,7 @@ class StepBar:
         """Return the current line followed by `end`, in the available columns. Redundant words are left out first."""
         done, computed = len(self._computed), sum(self._computed)
         columns = columns_of(self._stream) - 1 if self._stream.isatty() else COLUMNS
-        for words in (f"  {computed} computed, {done - computed} reused", f"  {computed} computed", ""):
+        for words in (f"  {computed} computed, {done - computed} skipped", f"  {computed} computed", ""):
             tail = f"  {done:>2}/{self._steps}{words}{self._note}{end}"
             room = columns - len(tail) - len("[]") - (0 if end else len("  100.00 s"))
             if room >= CELLS:
@@ -139,12 +139,12 @@ class StepBar:
 
     def _cells(self, count: int) -> str:
         """Return one character per step. With more steps than `count`, one stands for several: computed if any was."""
-        computed, reused, coming = self._characters()
+        computed, skipped, coming = self._characters()
         text = ""
         for cell in range(count):
             first, last = cell * self._steps // count, (cell + 1) * self._steps // count
             steps = self._computed[first:last]
-            text += coming if len(steps) < last - first else computed if any(steps) else reused
+            text += coming if len(steps) < last - first else computed if any(steps) else skipped
         return text
 
     def _characters(self) -> tuple[str, str, str]:

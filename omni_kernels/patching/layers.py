@@ -171,18 +171,22 @@ def _halves(joint: torch.Tensor, T: int, dim: int = 1) -> tuple[torch.Tensor, to
 def _empty_pair(q: torch.Tensor, k: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Empty tensors [B, tokens, H, Dh] for q and k. If their dtypes match, both are in one tensor.
 
-    The op can then take them as a whole.
+    The op can then take them as a whole. Not while compiling: where the number of tokens is symbolic, code of Inductor
+    (torch 2.13) writes the second half of such a tensor to a wrong place.
     """
     B, _, H, Dh = q.shape
-    if q.dtype != k.dtype:
+    if q.dtype != k.dtype or torch.compiler.is_compiling():
         return q.new_empty((B, tokens, H, Dh)), k.new_empty((B, tokens, H, Dh))
     q_out, k_out = q.new_empty((2, B, tokens, H, Dh)).unbind()
     return q_out, k_out
 
 
 def _pair(attn: Any, x: torch.Tensor, to_q: Any, to_k: Any, plain: bool) -> Iterable[torch.Tensor]:
-    """q and k [B, S, H, Dh], in one tensor if their projections are plain linear layers of equal width."""
-    width = to_q.out_features if plain else 0
+    """q and k [B, S, H, Dh], in one tensor if their projections are plain linear layers of equal width.
+
+    Not while compiling: see `_empty_pair`.
+    """
+    width = to_q.out_features if plain and not torch.compiler.is_compiling() else 0
     if not plain or to_k.out_features != width or not x.is_contiguous():
         return _heads(attn, x, to_q, to_k)
     B, S, C = x.shape

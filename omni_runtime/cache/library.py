@@ -98,8 +98,7 @@ def check(config: Mapping[str, Any]) -> None:
     """
     if not installed():
         raise ModuleNotFoundError(
-            "engine 'library' runs on the cache-dit library, which is not installed: "
-            "pip install omni-kernels[cache-dit]"
+            "engine 'library' runs on the cache-dit library, which is not installed: pip install cache-dit"
         )
     if config["decision"] != "measure":
         raise ValueError("engine 'library' measures in each request: decision must be 'measure'")

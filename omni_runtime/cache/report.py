@@ -85,6 +85,12 @@ class CacheReport:
     drift: float | None = None
 
     @property
+    def skipped(self) -> list[int]:
+        """Indices of the steps that every CFG branch skipped."""
+        of_each = [set(branch.skipped) for branch in self.branches.values()]
+        return sorted(set.intersection(*of_each)) if of_each else []
+
+    @property
     def forwards(self) -> int:
         """The number of transformer forwards that were computed."""
         return sum(len(branch.computed) for branch in self.branches.values())

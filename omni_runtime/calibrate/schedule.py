@@ -44,6 +44,10 @@ class Event(NamedTuple):
     seconds_left: float
 
 
+#: Fewer held-out images than this say little about a schedule.
+FEW = 4
+
+
 @dataclasses.dataclass
 class Found:
     """One budget's result.
@@ -217,16 +221,22 @@ def _row(steps: int, sigmas: Sequence[float], budget: int, found: Found) -> dict
 
 
 def words(found: Mapping[int, Found]) -> Iterator[str]:
-    """Yield a description of each budget's result, one line each."""
+    """Yield a description of each budget's result, one line each, and a warning line where it is no gain."""
     for budget, one in found.items():
         now, plain, even = statistics(one.held_out), statistics(one.plain), statistics(one.even)
+        images = f"{now['images']} image{'s' * (now['images'] > 1)}"
         yield (
             f"{budget} computed steps: {one.speedup:.2f} times as fast, {now['mean']:.1f} ± {now['std']:.1f} dB, 5th "
-            f"percentile {now['p5']:.1f}, on {now['images']} images that were not searched on; evenly spread steps "
-            f"have {even['mean']:.1f} dB, 5th percentile {even['p5']:.1f}, plain sampling with {budget} steps "
+            f"percentile {now['p5']:.1f}, on {images} not searched on; evenly spread steps have "
+            f"{even['mean']:.1f} dB, 5th percentile {even['p5']:.1f}, plain sampling with {budget} steps "
             f"{plain['mean']:.1f} and {plain['p5']:.1f}. On the searched images "
             f"{score(one.start.psnr):.1f} at the start, {one.best.score:.1f} after {len(one.trail)} schedules."
         )
+        better = max((even["mean"], "evenly spread steps"), (plain["mean"], "plain sampling"))
+        if now["mean"] < better[0]:
+            yield f"warning: {better[1]} did better on these images: search on more prompts, or use no calibration"
+        elif now["images"] < FEW:
+            yield f"warning: {images} say little: hold out at least {FEW}"
 
 
 def plot(found: Mapping[int, Found]) -> str:

@@ -226,6 +226,8 @@ class Tried:
 
 def gain(psnr: Sequence[float], best: Sequence[float]) -> tuple[float, float]:
     """Return the mean and standard error of the images' gains over `best`, in dB. `best` may have more images."""
+    if not psnr:
+        return 0.0, 0.0
     gains = np.asarray(psnr, np.float64) - np.asarray(best[: len(psnr)], np.float64)
     error = gains.std(ddof=1) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
     return float(gains.mean()), float(error)

@@ -126,6 +126,8 @@ def _calibrate_schedule(options: argparse.Namespace) -> None:
         other_seeds = [max(options.seeds) + 1 + place for place in range(len(options.seeds))]
         held_out = with_seeds(options, omni, others, other_seeds)
         steps = requests[0].arguments["num_inference_steps"]
+        if any(not 2 <= budget <= steps for budget in options.budgets or ()):
+            raise UsageError(f"--budgets: each must be from 2 to the {steps} steps of a request")
         budgets = options.budgets or sorted({max(2, round(steps / part)) for part in (2, 3, 4, 5)}, reverse=True)
         journal = out.with_suffix(".search.jsonl")
         if options.fresh:
@@ -136,7 +138,7 @@ def _calibrate_schedule(options: argparse.Namespace) -> None:
         most = most_steps(budgets, tries, len(requests), len(held_out), steps)
         print(
             f"{len(requests)} images; at most {most} computed steps of one image: with guidance {2 * most} forwards, "
-            f"{2 * most * LARGE_FORWARD / 3600:.1f} hours at {LARGE_FORWARD} s each",
+            f"{duration(2 * most * LARGE_FORWARD)} at {LARGE_FORWARD} s each (a large model)",
             file=sys.stderr,
         )
     told = _Told(options.quiet)

@@ -25,6 +25,8 @@ def compare(options: argparse.Namespace) -> None:
     with wrong_input():
         runs = comparison.make_runs(options.model, options.run, options.steps, options.fewer_steps)
         for run in runs:
+            if (run.config or {}).get("decision") == "replay":
+                raise UsageError(f"--run {run.name}: each image is made by itself, so there is nothing to replay")
             make_omni(options, cache_backend=run.backend, cache_config=run.config).check_steps(run.steps)
         omni = make_omni(options, cache_backend=None)
         requests = with_seeds(options, omni, prompts_and_images(options, OWN_PROMPTS, options.prompts), options.seeds)

@@ -81,7 +81,7 @@ def texts(given: str) -> list[str]:
         if given.endswith(".txt") or (
             any(mark in given for mark in {"/", os.sep}) and not any(map(str.isspace, given))
         ):
-            raise UsageError(f"no file {given!r}: put a prompt that looks like a file name into a file")
+            raise UsageError(f"no file {given!r}: a prompt that looks like a file name must be in a file")
         return [given]
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]

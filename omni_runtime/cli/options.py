@@ -193,7 +193,7 @@ def _add_calibrate(commands: Any, shared: argparse.ArgumentParser) -> None:
         "method",
         choices=["tea_cache", "mag_cache", "schedule"],
         metavar="METHOD",
-        help="tea_cache, mag_cache or schedule",
+        help="tea_cache, mag_cache or schedule (of velocity_cache)",
     )
     command.add_argument(
         "--prompts",

@@ -160,7 +160,7 @@ def lpips(a: Images, b: Images, data_range: float = 1.0) -> torch.Tensor:
 def lpips_missing() -> str | None:
     """Return what LPIPS needs and does not find, and how to get it; None if nothing is missing. Downloads nothing."""
     if importlib.util.find_spec("lpips") is None:
-        return "LPIPS needs the package lpips: pip install 'omni-kernels[metrics]'"
+        return "LPIPS needs the package lpips: pip install lpips"
     path = Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_WEIGHTS
     if not path.is_file():
         return (

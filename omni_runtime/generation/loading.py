@@ -8,6 +8,7 @@ complete and finite (`omni_runtime.generation.weights`).
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import reprlib
 from collections.abc import Mapping
@@ -93,6 +94,30 @@ class Source:
 def embedded_models() -> dict[str, Path]:
     """Return the models that come with the package: name → directory."""
     return {path.parent.name: path.parent for path in sorted(EMBEDDED.glob("*/model_index.json"))}
+
+
+def embedded_pipeline(name: str = "emoji-qwen-image") -> Any:
+    """Load a small model that comes with the package, as a plain diffusers pipeline on the CPU, in float32.
+
+    These models make pictures of 64 × 64 pixels. Qwen-Image's pipeline does so by default; give the others
+    `height=64, width=64`. The edit pipeline enlarges its reference images; `Omni` keeps them small.
+
+    Args:
+        name: one of `embedded_models()`.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    from diffusers import DiffusionPipeline
+
+    models = embedded_models()
+    if name not in models:
+        raise ValueError(f"there is no embedded model {name!r}; there are {', '.join(models)}")
+    pipe = DiffusionPipeline.from_pretrained(models[name], torch_dtype=torch.float32)
+    if hasattr(pipe, "default_sample_size"):
+        height = json.loads((models[name] / "defaults.json").read_text(encoding="utf-8")).get("height", 64)
+        pipe.default_sample_size = height // pipe.vae_scale_factor
+    return pipe
 
 
 def find(name: str, arguments: Mapping[str, Any] | None = None) -> Source:

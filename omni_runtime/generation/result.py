@@ -37,7 +37,7 @@ class Timings:
 
     total: float
     before: float
-    steps: list[float]
+    steps: list[float] = field(repr=False)
     after: float
 
     def to_dict(self) -> dict[str, Any]:

@@ -89,7 +89,10 @@ def test_patching_twice_alike_returns_the_handle_that_is_there(qwen_pipe):
 def test_patching_twice_otherwise_is_a_conflict(qwen_pipe, backend, config):
     handle = patch(qwen_pipe)
     installed = contents(qwen_pipe)
-    with pytest.raises(omni_kernels.PatchConflictError, match="already patched with first_block_cache"):
+    with pytest.raises(
+        omni_kernels.PatchConflictError,
+        match=r"already patched: call omni_kernels.unpatch\(pipe\) first. It has first_block_cache",
+    ):
         omni_kernels.patch(qwen_pipe, backend, config)
     assert contents(qwen_pipe) == installed
     assert handle.active

@@ -276,6 +276,22 @@ def _at(pipe, path):
     return getattr(pipe, component).get_submodule(rest)
 
 
+@pytest.mark.parametrize(
+    "build",
+    [tiny.qwen_image, *(pytest.param(build, marks=pytest.mark.long) for build in (tiny.wan, tiny.flux, tiny.z_image))],
+)
+def test_compiled_code_computes_the_same_at_other_lengths_and_sizes(build):
+    """By Inductor itself, whose code for symbolic lengths is other code than that for the first one."""
+    pipe = build(layers=1)
+    requests = [{}, {"prompt": "a dog that is not a cat at all"}, {"height": 96}]
+    with omni_kernels.patched(pipe, fuse=True):
+        expected = [latents(pipe, num_inference_steps=2, **request) for request in requests]
+    with omni_kernels.patched(pipe, fuse=True, compile="regional") as handle:
+        for request, exact in zip(requests, expected, strict=True):
+            torch.testing.assert_close(latents(pipe, num_inference_steps=2, **request), exact, rtol=1e-5, atol=1e-5)
+        assert len(handle.compiled) == len(handle.fused.replaced) > 0
+
+
 def test_undone_exactly(qwen_pipe):
     before = [dict(vars(block)) for block in qwen_pipe.transformer.transformer_blocks]
     handle = omni_kernels.patch(qwen_pipe, "first_block_cache", {"threshold": 0.4}, compile="regional")

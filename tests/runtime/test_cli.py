@@ -55,9 +55,9 @@ def test_generate_writes_a_png_with_its_settings_and_prints_a_summary(
     assert settings["versions"]["diffusers"]
     assert str(path) in out
     assert "seed 3, 6 steps" in out
-    assert "cache_dit: 8 of 12 transformer forwards computed, 4 reused" in out
-    assert "[████░░]" in err, "the bar says which steps were computed and which reused"
-    assert "4 computed, 2 reused" in err
+    assert "cache_dit: 8 of 12 transformer forwards computed, 4 skipped" in out
+    assert "[████░░]" in err, "the bar says which steps were computed and which skipped"
+    assert "4 computed, 2 skipped" in err
 
 
 def test_the_same_command_makes_the_same_image_under_another_name(saved: dict[str, Path], tmp_path: Path) -> None:

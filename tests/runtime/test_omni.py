@@ -17,7 +17,7 @@ from PIL import Image
 
 import omni_kernels
 from omni_kernels.patching import handle_of
-from omni_runtime import Omni, OmniResult
+from omni_runtime import Omni, OmniResult, embedded_pipeline
 from omni_runtime.cache.report import CacheReport, StepEvent
 
 pytestmark = pytest.mark.usefixtures("no_environment")
@@ -473,7 +473,20 @@ def test_all_names_what_there_is() -> None:
     import omni_runtime
 
     for name in omni_runtime.__all__:
-        assert isinstance(getattr(omni_runtime, name), type)
+        assert callable(getattr(omni_runtime, name))
         assert name in dir(omni_runtime)
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = omni_runtime.no_such_name
+
+
+@pytest.mark.parametrize("name", ["emoji-qwen-image", "emoji-z-image"])
+def test_an_embedded_pipeline_is_plain_and_makes_small_pictures(name: str) -> None:
+    pipe = embedded_pipeline(name)
+    assert handle_of(pipe) is None
+    size = {} if name == "emoji-qwen-image" else {"height": 64, "width": 64}
+    assert pipe("red apple on blue", num_inference_steps=2, **size).images[0].size == (64, 64)
+
+
+def test_an_embedded_pipeline_that_is_not_there_is_named() -> None:
+    with pytest.raises(ValueError, match="no embedded model 'emoji-flux'; there are emoji-qwen-image"):
+        embedded_pipeline("emoji-flux")

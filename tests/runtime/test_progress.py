@@ -39,7 +39,7 @@ def test_a_terminal_sees_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [line[line.index("[") : line.index("]") + 1] for line in drawn(stream)] == [
         "[····]", "[█···]", "[██··]", "[██░·]", "[██░█]", "[██░█]",
     ]  # fmt: skip
-    assert "4/4  3 computed, 1 reused" in drawn(stream)[-1]
+    assert "4/4  3 computed, 1 skipped" in drawn(stream)[-1]
     assert stream.getvalue().count("\n") == 1
     assert "\x1b" not in stream.getvalue()
 
@@ -59,12 +59,12 @@ def test_no_line_is_wider_than_the_terminal(columns: int, label: str, monkeypatc
     assert all("[" in line and "/50" in line for line in drawn(stream))
 
 
-def test_a_narrow_terminal_still_says_how_many_steps_were_reused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_narrow_terminal_still_says_how_many_steps_were_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "50")
     stream = Terminal()
     with StepBar("a cat", stream, 50) as bar:
         follow(bar, "1" * 20 + "0" * 30, steps=50)
-    assert "50/50  20 computed, 30 reused" in drawn(stream)[-1]
+    assert "50/50  20 computed, 30 skipped" in drawn(stream)[-1]
 
 
 def test_a_dumb_terminal_gets_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,5 +139,5 @@ def test_the_line_of_one_of_many_requests_says_which_and_how_long() -> None:
     stream = File()
     with StepBar("a cat", stream, 2, str(Progress(3, 96, 125.0))) as bar:
         follow(bar, "11", steps=2)
-    assert "0 reused  3 of 96, 2 min left" in stream.getvalue()
+    assert "0 skipped  3 of 96, 2 min left" in stream.getvalue()
     assert str(Progress(1, 96, None)) == "1 of 96"

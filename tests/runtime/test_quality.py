@@ -145,7 +145,7 @@ def test_latents_are_measured_in_the_range_of_the_reference() -> None:
 
 def test_without_its_package_lpips_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quality.importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'omni-kernels[metrics]'" in (lpips_missing() or "")
+    assert "pip install lpips" in (lpips_missing() or "")
     with pytest.raises(ModuleNotFoundError, match="needs the package lpips"):
         lpips(picture(0), picture(1))
 

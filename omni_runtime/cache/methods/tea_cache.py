@@ -53,7 +53,7 @@ def _parts(config: Config, row: ModelRow, blocks: int) -> Parts:
 
 TEA_CACHE = Method(
     name="tea_cache",
-    summary="TeaCache: skip all blocks while block 0's modulated input has changed little since the last computed step",
+    summary="TeaCache: skip all blocks while the accumulated change of block 0's modulated input is small",
     keys=(
         keys.number("rel_l1_thresh", 0.2, "accumulated distance at which a step is computed", above=0.0),
         calibrated_key(
