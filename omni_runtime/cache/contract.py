@@ -4,8 +4,8 @@ Some of a transformer's module lists hold its blocks. A block takes the hidden s
 a second stream in the same way (text, or sound beside a video). Which lists, which arguments and which places of the
 output these are, shows in one forward: an argument of a block *is* the tensor that the block before it returned.
 
-    watcher = Watcher(module_lists(transformer))   # in the place of a passage, during one forward
-    contract = watcher.contract()                  # or ValueError: why a cache cannot follow these blocks
+    watcher = Watcher(module_lists(transformer), 1, 0)   # in the place of a passage, during one forward
+    contract = watcher.contract()                        # or ValueError: why a cache cannot follow these blocks
 
 The contract begins with the list that has the most parameters. A list that runs right before or after belongs to it,
 too, if a stream goes from one to the other. Refiners of the text alone, or of the noise alone, do not. If the model
@@ -117,17 +117,39 @@ class _List:
         return sum(parameter.numel() for block in self.blocks for parameter in block.parameters())
 
 
+@dataclass(frozen=True)
+class Kept:
+    """A block's call, kept until the forward is over. It is of no use if the model has changed its tensors since."""
+
+    block: torch.nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+    versions: dict[int, int | None]
+
+    def unchanged(self) -> bool:
+        """Whether all tensors are as they were when the block returned."""
+        return None not in self.versions.values() and self.versions == _versions(self.args, self.kwargs, self.output)
+
+
 class Watcher:
     """Takes the place of a passage in one forward, and records how the blocks of each list are called.
 
-    Only the newest output of each list is held, until the forward is over.
+    The newest output of each list is held, and the few calls that a passage records from.
 
     Args:
         lists: the module lists by path; the number of a list, in `slots`, is its place here.
+        first: the calls of the blocks 0 and `first` of each list are kept, ...
+        behind: ... and those of its last block and of the block that so many others follow.
+
+    Attributes:
+        kept: (path of a list, index) → the call.
     """
 
-    def __init__(self, lists: Mapping[str, torch.nn.ModuleList]) -> None:
+    def __init__(self, lists: Mapping[str, torch.nn.ModuleList], first: int, behind: int) -> None:
+        self.kept: dict[tuple[str, int], Kept] = {}
         self._lists = [_List(path, list(blocks)) for path, blocks in lists.items()]
+        self._first, self._behind = first, behind
         self._newest: dict[str, tuple[Any, ...]] = {}
         self._calls = 0
 
@@ -155,6 +177,8 @@ class Watcher:
         if not all(one is None or isinstance(one, torch.Tensor) for one in outputs):
             where.odd = f"returns {', '.join(type(one).__name__ for one in outputs)}"
             outputs = ()
+        if index in (0, self._first, len(where.blocks) - 1, len(where.blocks) - 1 - self._behind):
+            self.kept[where.path, index] = Kept(block, args, kwargs, output, _versions(args, kwargs, output))
         self._newest[where.path] = outputs
         sizes = tuple(None if one is None else tuple(one.shape) for one in outputs)
         where.seen.append(_Seen(self._calls, index, shapes, sizes, alone, fed))
@@ -162,7 +186,7 @@ class Watcher:
         return output
 
     def contract(self) -> Contract:
-        """What was found. The tensors are no longer held.
+        """What was found.
 
         Raises:
             ValueError: a cache cannot follow the blocks; the message says why, after the words "its blocks".
@@ -198,6 +222,13 @@ class Watcher:
                 stretches[-1] += 1
         classes = tuple((type(one.blocks[0]).__name__, len(one.blocks)) for one in chain)
         return Contract(tuple(rows[one.path] for one in chain), tuple(stretches), classes)
+
+
+def _versions(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> dict[int, int | None]:
+    """How often each tensor was changed in place; None for inference tensors, which do not count it."""
+    outputs = output if isinstance(output, (tuple, list)) else (output,)
+    tensors = [one for one in (*args, *kwargs.values(), *outputs) if isinstance(one, torch.Tensor)]
+    return {id(one): None if one.is_inference() else one._version for one in tensors}
 
 
 def _row(where: _List) -> ListRow:

@@ -23,9 +23,10 @@ import torch
 from omni_kernels import ops
 from omni_kernels.patching.ahead import Apart
 from omni_runtime.cache.blocks import BlockCall, Slot, States
-from omni_runtime.cache.forecasters import Forecaster
+from omni_runtime.cache.contract import Kept
+from omni_runtime.cache.forecasters import Forecaster, make_forecaster
 from omni_runtime.cache.gates import Gate, Plan, Verdict, by_image
-from omni_runtime.cache.history import history_of
+from omni_runtime.cache.history import History, history_of
 from omni_runtime.cache.lifecycle import Branch, Request
 from omni_runtime.cache.models import Arguments, ModelRow
 from omni_runtime.cache.offloading import fetched, released
@@ -111,6 +112,7 @@ class Passage:
         "_every_step",
         "_first",
         "_images",
+        "_joins",
         "_last",
         "_later",
         "_later_from",
@@ -132,6 +134,10 @@ class Passage:
         parts = session.parts
         self._calls = session.calls
         site, *later = clipped(session.stretches, parts.first, parts.last)
+        # If the model joins its streams right before the site, the gate decides before that; the site is a later one.
+        self._joins = any(one.last == parts.first for one in session.stretches)
+        if self._joins:
+            site, later = Stretch(parts.first, parts.first, False), [site, *later]
         self._first, self._last = site.first, site.last
         self._branch = branch
         self._shard = None if session.ranks is None else Shard(session.ranks)
@@ -142,9 +148,11 @@ class Passage:
         self.gate = session.gate(request, branch)
         self.remembered: torch.Tensor | None = None
         add = None if session.ranks is None else session.ranks.add
-        self.hidden = history_of(parts.forecaster, add=add)
+        self.hidden: History = Shape() if self._joins else history_of(parts.forecaster, add=add)
         # If nothing uses the text stream that leaves the site, it is not forecast.
         self.encoder = history_of(parts.forecaster, add=add) if site.encoder else None
+        if self._joins:
+            self.encoder = Shape()
         self._later = [_Later(one, parts.forecaster, add) for one in later]
         self._later_from = later[0].first if later else session.blocks
         self.ran = 0
@@ -176,6 +184,39 @@ class Passage:
         self._signal.situate(request.sigma, arguments)
         if self._shard is not None and self._shard.reshaped(arguments):
             self.hidden.shape = None  # matches no input, on any rank: the step is computed
+
+    def record_all(self, made: Mapping[int, Kept]) -> bool:
+        """Record a whole forward after it has run: the one in which the blocks were found. `begin` was called.
+
+        Args:
+            made: index of a block → its call, if it was kept.
+
+        Returns:
+            Whether all that is needed was kept. If not, nothing is recorded.
+        """
+        sites = [(later.first, later.last) for later in self._later]
+        sites += [] if self._joins else [(self._first, self._last)]
+        needed = {0} | {index for first, last in sites for index in (first, last - 1)}
+        needed |= {self._first - 1} if self._joins else set()
+        if self._signal.reads_weights or not all(index in made and made[index].unchanged() for index in needed):
+            return False
+
+        def entry(index: int) -> States:
+            return self._calls[index].inputs(made[index].args, made[index].kwargs)
+
+        def exit_(index: int) -> States:
+            return self._calls[index].streams(made[index].output)
+
+        decides = self._first - 1 if self._joins else self._first
+        block, base = made[decides], exit_(decides) if self._joins else entry(decides)
+        if self._first:
+            self.entered = entry(0)[0]
+        self.enter(block.block, base, self._calls[decides].arguments(block.args, block.kwargs))
+        self.entered = None
+        self.leave(*(base if self._joins else exit_(self._last - 1)), base)
+        for later in self._later:
+            later.record(exit_(later.last - 1), entry(later.first), self._position)
+        return True
 
     def finish(self) -> None:
         """End the forward.
@@ -298,7 +339,9 @@ class Passage:
         decided = first if self.stepwise or not start < first < end else first - 1
         numbered = enumerate(blocks, start)
         for index, block in numbered:
-            if index == decided:
+            if self._joins and index == first - 1:
+                yield Slot(self._run_before_join, block)
+            elif index == decided:
                 yield Slot(self._enter_first if index == first else self._run_before, block)
                 if self._computing is False and not self.stepwise:
                     if last >= end:
@@ -383,6 +426,18 @@ class Passage:
         self._base = base
         return output
 
+    def _run_before_join(self, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run block first − 1, then decide. The model makes the input of block `first` from its output."""
+        call = self._calls[self._first - 1]
+        if self._first == 1:
+            self.entered, _ = call.inputs(args, kwargs)
+        output = self._run_apart(block, *args, **kwargs)
+        states = call.streams(output)
+        if self.enter(block, states, call.arguments(args, kwargs) if args else kwargs):
+            self.leave(*states, states)
+        self.entered = None
+        return output
+
     def _enter_first(self, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         call, alone = self._calls[self._first], self._last - self._first == 1
         base = call.inputs(args, kwargs)
@@ -421,6 +476,17 @@ def clipped(stretches: Sequence[Stretch], first: int, last: int) -> list[Stretch
         if begin < end:
             parts.append(Stretch(begin, end, one.encoder or end < one.last))
     return parts
+
+
+class Shape(History):
+    """In the place of a history where nothing is forecast: it keeps the shape of the last computed step."""
+
+    def __init__(self) -> None:
+        super().__init__(make_forecaster("reuse"))
+
+    def record(self, after: torch.Tensor, before: torch.Tensor | None, position: float) -> None:
+        """See `History.record`."""
+        self.shape = after.shape
 
 
 class _Later:

@@ -379,28 +379,46 @@ class BlockSession(CacheSession):
         sampling.lists[path] = BlockList(blocks, start, sampling)
         seams.set_module(self.transformer.get_submodule(parent), name, sampling.lists[path])
 
-    def _find(self, sampling: Sampling, request: Request, call: Any, args: Args, kwargs: Kwargs) -> None:
-        """Find how the transformer calls its blocks, by a forward whose result is not used.
+    def _find(self, sampling: Sampling, request: Request, branch: Branch, call: Any, args: Args, kwargs: Kwargs) -> Any:
+        """Make a transformer call, and find in it how the transformer calls its blocks. Returns its output.
 
         Raises:
-            ValueError: they cannot be followed.
+            ValueError: the blocks cannot be followed; the message says why.
         """
-        watcher = Watcher(sampling.lists)
+        watcher = Watcher(sampling.lists, self.parts.first, MANY - self.parts.last)
         sampling.passage = watcher
         try:
-            call(*args, **kwargs)
+            output = call(*args, **kwargs)
         finally:
             sampling.passage = None
+        self._adopt(watcher)
+        starts = dict(zip([row.name for row in self._rows()], self._starts(), strict=True))
+        for path, blocks in sampling.lists.items():
+            blocks.begin_at(starts.get(path))
+        passage = branch.kept = self.passage_class(self, request, branch)
+        passage.begin(request, self._forward.arguments(args, kwargs), True)
+        made = {starts[path] + index: kept for (path, index), kept in watcher.kept.items() if path in starts}
+        if not passage.record_all(made):
+            branch.kept = None
+            branch.decide(Verdict(True, "the blocks were found"))
+        return output
+
+    def _adopt(self, watcher: Watcher) -> None:
+        """Work on the blocks that were found.
+
+        Raises:
+            ValueError: they cannot be followed, or the method's settings do not suit them.
+        """
         kind = _name(self.transformer)
         try:
             contract = watcher.contract()
-            parts = self._parts_of(contract.blocks)
         except ValueError as error:
             raise ValueError(
-                f"{self.name} cannot follow the blocks of this {kind}: those {error}. velocity_cache needs to know none"
+                f"{self.name} cannot follow the blocks of this {kind}: those {error}. velocity_cache works without them"
             ) from error
+        parts = self._parts_of(contract.blocks)
         bounds = [0, *contract.ends()]
-        if parts.first >= bounds[1]:
+        if parts.first > bounds[1]:
             raise ValueError(
                 f"{self.name} decides after {parts.first} blocks, but this {kind} joins its streams after {bounds[1]}"
             )
@@ -409,16 +427,17 @@ class BlockSession(CacheSession):
             Stretch(first, last, not end) for (first, last), end in zip(itertools.pairwise(bounds), ended, strict=True)
         ]
         self.contract, self.parts, self.blocks = contract, parts, contract.blocks
-        self._flat = [(row, block) for row in contract.lists for block in sampling.lists[row.name]]
-        starts = dict(zip([row.name for row in contract.lists], self._starts(contract), strict=True))
-        for path, blocks in sampling.lists.items():
-            blocks.begin_at(starts.get(path))
+        lists = block_lists(self.transformer, contract.lists)
+        self._flat = [
+            (row, block)
+            for row, blocks in zip(contract.lists, lists, strict=True)
+            for block in blocks._modules.values()
+        ]
         self._make_calls()
-        request.notes.append(f"blocks of {kind}: {'; '.join(str(contract).splitlines())}")
 
-    @staticmethod
-    def _starts(contract: Contract) -> list[int]:
-        counts = [count for _, count in contract.classes]
+    def _starts(self) -> list[int]:
+        """The index of the first block of each list."""
+        counts = [] if self.contract is None else [count for _, count in self.contract.classes]
         return [0, *itertools.accumulate(counts[:-1])]
 
     def _make_calls(self) -> None:
@@ -447,9 +466,9 @@ class BlockSession(CacheSession):
             output, ran = call(*args, **kwargs), self.blocks
             branch.kept = None
             branch.decide(Verdict(True, GRADIENT))
+        elif not self._flat:
+            output, ran = self._find(sampling, request, branch, call, args, kwargs), self.blocks
         else:
-            if not self._flat:
-                self._find(sampling, request, call, args, kwargs)
             passage: Passage = branch.kept
             if passage is None:
                 passage = branch.kept = self.passage_class(self, request, branch)
