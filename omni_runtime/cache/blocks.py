@@ -82,6 +82,33 @@ class BlockCall:
         return {**dict(zip(self._names, args, strict=False)), **kwargs} if args else kwargs
 
 
+class FoundCall(BlockCall):
+    """A `BlockCall` according to a row that was found in one forward: later calls are checked against it."""
+
+    def __init__(self, row: ListRow, block: torch.nn.Module) -> None:
+        super().__init__(row, block)
+        returned, streams = self._wanted(row), self.streams
+
+        def checked(output: Any) -> States:
+            if isinstance(output, torch.Tensor) if returned is None else _lengthy(output) == returned:
+                return streams(output)
+            raise RuntimeError(f"a {type(block).__name__} returned something else than in the first forward")
+
+        self.streams = checked
+        self._kind = type(block).__name__
+
+    def inputs(self, args: tuple[Any, ...], kwargs: Arguments) -> States:
+        """See `BlockCall.inputs`."""
+        try:
+            return super().inputs(args, kwargs)
+        except KeyError as error:
+            raise RuntimeError(f"a {self._kind} was called without {error}, unlike in the first forward") from error
+
+    @staticmethod
+    def _wanted(row: ListRow) -> int | None:
+        return None if row.returns == "hidden" else len(row.returns)
+
+
 class ForwardCall:
     """How a transformer's forward is called."""
 
@@ -120,6 +147,10 @@ def _conversions(returns: Literal["hidden"] | tuple[str | None, ...]) -> tuple[C
         return found[0], found.get(1)
 
     return output, streams
+
+
+def _lengthy(output: Any) -> int:
+    return len(output) if isinstance(output, (tuple, list)) else -1
 
 
 def _hidden_alone(output: torch.Tensor) -> tuple[torch.Tensor, None]:

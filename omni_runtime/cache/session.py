@@ -28,7 +28,7 @@ from omni_kernels.patching import Patch, PatchConflictError
 from omni_kernels.patching.changes import InstanceMethod, describe
 from omni_kernels.patching.running import around_calls
 from omni_runtime.cache import calibration
-from omni_runtime.cache.blocks import BlockCall, BlockList, ForwardCall
+from omni_runtime.cache.blocks import BlockCall, BlockList, ForwardCall, FoundCall
 from omni_runtime.cache.contract import Contract, Watcher, module_lists
 from omni_runtime.cache.forecasters import Forecaster, rounding_note
 from omni_runtime.cache.gates import Gate, RehearsalGate, Verdict
@@ -441,7 +441,7 @@ class BlockSession(CacheSession):
         return [0, *itertools.accumulate(counts[:-1])]
 
     def _make_calls(self) -> None:
-        kind = BlockCall if self.ranks is None else SplitCall
+        kind = (FoundCall if self.contract else BlockCall) if self.ranks is None else SplitCall
         if not self.calls or type(self.calls[0]) is not kind:
             self.calls = [kind(row, block) for row, block in self._flat]
 

@@ -228,14 +228,6 @@ def sd3_latents(pipe):
     ).images
 
 
-def test_unknown_transformer_is_named_with_what_its_row_needs(sd3_pipe):
-    with pytest.raises(ValueError, match="SD3Transformer2DModel") as error:
-        omni_kernels.patch(sd3_pipe, "first_block_cache")
-    for part in ("MODELS", "ModelRow", "block lists", "hidden-state arguments", "returns", "modulates its input"):
-        assert part in str(error.value)
-    assert "_omni_kernels_handle" not in vars(sd3_pipe)
-
-
 def test_pipeline_without_a_transformer_is_named():
     unet = diffusers.UNet2DModel(
         sample_size=8, block_out_channels=(8,), norm_num_groups=4, down_block_types=["DownBlock2D"],

@@ -635,19 +635,10 @@ def test_without_the_library_the_extra_is_named(monkeypatch):
     CHECK({})
 
 
-def test_a_model_without_a_row_is_told_of_the_library_where_it_is_installed(monkeypatch):
-    with pytest.raises(ValueError, match="cache_backend='cache_dit' with engine='library'"):
-        models.row_of("StrangeTransformer")
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"ZImageTransformer2DModel\. To add it"):
-        models.row_of("StrangeTransformer")
-
-
 def test_what_is_known_before_the_weights_are_loaded_is_checked():
     stranger = models.TransformerFacts("StrangeTransformer", None)
     assert CHECK({"engine": "library"}, stranger)["engine"] == "library"
-    with pytest.raises(ValueError, match="no cache knows"):
-        CHECK({}, stranger)
+    assert CHECK({}, stranger)["engine"] == "own"
     with pytest.raises(ValueError, match="at least one must be left to skip"):
         CHECK({"engine": "library", "Fn_compute_blocks": 4}, models.TransformerFacts("QwenImageTransformer2DModel", 4))
 

@@ -430,7 +430,7 @@ def test_an_embedded_model_is_calibrated_with_its_own_prompts(
         (["tea_cache", "--model", "MODEL"], "has no prompts of its own: give --prompts"),
         (["tea_cache", "--model", "MODEL", "--prompt", "x", "--out", "."], "--out . is a directory: give a file"),
         (["tea_cache", "--model", "MODEL", "--prompt", "x", "--steps", "0"], "a whole number of at least 1"),
-        (["tea_cache", "--model", "UNKNOWN", "--prompt", "x"], "no cache knows the transformer class 'Strange'"),
+        (["tea_cache", "--model", "UNKNOWN", "--prompt", "x"], "the transformer's ModelRow gives no modulation"),
     ],
 )
 def test_wrong_input_is_one_line_before_loading(

@@ -34,7 +34,10 @@ from omni_runtime.cache.signals import ModulatedInput
 
 def _parts(config: Config, row: ModelRow, blocks: int) -> Parts:
     if row.modulation is None:
-        raise ValueError("tea_cache watches block 0's modulated input: the transformer's ModelRow gives no modulation")
+        raise ValueError(
+            "tea_cache watches block 0's modulated input: the transformer's ModelRow gives no modulation. "
+            "velocity_cache, cache_dit and first_block_cache need none"
+        )
     numbers, fitted_for, note = calibrated_numbers("coefficients", config["coefficients"], row.tea_coefficients)
     coefficients, fitted = numbers["coefficients"], numbers.get("range", (-math.inf, math.inf))
     if coefficients is None:
