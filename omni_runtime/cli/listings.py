@@ -19,14 +19,13 @@ from omni_runtime.cli.output import print_json
 #: Our own cache backends, in the order of listings, with the `summary` of each. A test checks that they are equal.
 SUMMARIES = {
     "velocity_cache": "Velocity cache: skip whole steps on a schedule, and forecast the guided model output there",
-    "tea_cache": "TeaCache: skip all blocks while block 0's modulated input has changed little since the last computed "
-    "step",
+    "tea_cache": "TeaCache: skip all blocks while the accumulated change of block 0's modulated input is small",
     "cache_dit": "DBCache, with TaylorSeer and SCM: skip the middle blocks while what the first Fn add has changed "
     "little",
     "first_block_cache": "First-block cache: skip all blocks but the first while its residual has changed little",
     "mag_cache": "MagCache: skip all blocks while calibrated ratios say that the residual's magnitude has changed "
     "little",
-    "sea_cache": "SeaCache: TeaCache on what a filter for the step's noise level leaves of block 0's modulated input",
+    "sea_cache": "SeaCache: TeaCache on block 0's modulated input, filtered for the step's noise level",
     "easy_cache": "EasyCache: skip whole steps while the guided model output is expected to have changed little",
 }
 #: The largest width of a listing in columns.

@@ -53,7 +53,7 @@ def _parts(config: Config, row: ModelRow, blocks: int) -> Parts:
 
 SEA_CACHE = Method(
     name="sea_cache",
-    summary="SeaCache: TeaCache on what a filter for the step's noise level leaves of block 0's modulated input",
+    summary="SeaCache: TeaCache on block 0's modulated input, filtered for the step's noise level",
     keys=(
         keys.number("threshold", 0.25, "accumulated distance at which a step is computed", above=0.0),
         keys.integer("max_consecutive_cached", 2, -1, None, "most steps skipped in a row; −1: no limit"),
