@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +27,8 @@ import torch
 from omni_runtime.cache.blocks import Slot
 from omni_runtime.cache.models import ListRow
 
-#: A list that runs between the blocks of another one, and has at least this share of its parameters, is as important.
+#: A list that runs between the blocks of another one is as important as that if it has this share of its parameters, or
+#: a stream of its own.
 IMPORTANT = 0.5
 
 #: Argument or output of a block → its shape; None for an output that is None.
@@ -73,11 +75,20 @@ class Contract:
 
 
 def module_lists(transformer: torch.nn.Module) -> dict[str, torch.nn.ModuleList]:
-    """The module lists that may hold blocks, by their path: all that are not inside another one."""
+    """The module lists that may hold blocks, by their path: plain ones, of modules that can be called.
+
+    Lists inside another list are left out.
+    """
     found: dict[str, torch.nn.ModuleList] = {}
+    inside: list[str] = []
     for path, module in transformer.named_modules():
-        inside = any(path.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, torch.nn.ModuleList) and len(module) and not inside:
+        if not isinstance(module, (torch.nn.ModuleList, torch.nn.ModuleDict)) or not len(module):
+            continue
+        if any(path.startswith(outer) for outer in inside):
+            continue
+        inside.append(f"{path}.")
+        containers = (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.ParameterList)
+        if type(module) is torch.nn.ModuleList and not any(isinstance(one, containers) for one in module):
             found[path] = module
     return found
 
@@ -93,6 +104,7 @@ class _Seen:
         outputs: the shapes of what it returned.
         alone: whether it returned a tensor instead of a tuple.
         fed: (list, place of the output) → the arguments that are what the last block of that list returned there.
+        again: the arguments that are the tensors that the block before was called with.
     """
 
     at: int
@@ -101,6 +113,7 @@ class _Seen:
     outputs: tuple[Shape | None, ...]
     alone: bool
     fed: dict[tuple[str, int], list[str]]
+    again: set[str]
 
 
 @dataclass
@@ -111,25 +124,54 @@ class _List:
     blocks: list[torch.nn.Module]
     seen: list[_Seen] = field(default_factory=list)
     odd: str | None = None
+    returned: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
+    given: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @functools.cached_property
     def parameters(self) -> int:
         return sum(parameter.numel() for block in self.blocks for parameter in block.parameters())
 
 
+class Marks:
+    """How some tensors were, to see later whether they were changed in place.
+
+    A tensor counts its changes. An inference tensor does not, so a copy of it is kept.
+    """
+
+    def __init__(self, *values: Any) -> None:
+        self._tensors = _tensors(values)
+        self._marks = [one.clone() if one.is_inference() else one._version for one in self._tensors]
+
+    def same(self) -> bool:
+        """Whether no tensor was changed since."""
+        return all(
+            torch.equal(mark, one) if isinstance(mark, torch.Tensor) else mark == one._version
+            for one, mark in zip(self._tensors, self._marks, strict=True)
+        )
+
+    def __contains__(self, tensor: torch.Tensor) -> bool:
+        return any(one is tensor for one in self._tensors)
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    for one in values:
+        if isinstance(one, torch.Tensor):
+            found.append(one)
+        elif isinstance(one, (tuple, list)):
+            found += _tensors(one)
+    return found
+
+
 @dataclass(frozen=True)
 class Kept:
-    """A block's call, kept until the forward is over. It is of no use if the model has changed its tensors since."""
+    """A block's call, kept until the forward is over. It is of no use if its tensors were changed since (`marks`)."""
 
     block: torch.nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any
-    versions: dict[int, int | None]
-
-    def unchanged(self) -> bool:
-        """Whether all tensors are as they were when the block returned."""
-        return None not in self.versions.values() and self.versions == _versions(self.args, self.kwargs, self.output)
+    marks: Marks
 
 
 class Watcher:
@@ -150,7 +192,7 @@ class Watcher:
         self.kept: dict[tuple[str, int], Kept] = {}
         self._lists = [_List(path, list(blocks)) for path, blocks in lists.items()]
         self._first, self._behind = first, behind
-        self._newest: dict[str, tuple[Any, ...]] = {}
+        self._newest: dict[str, tuple[tuple[Any, ...], Marks]] = {}
         self._calls = 0
 
     def slots(self, blocks: Collection[torch.nn.Module], number: int) -> Iterator[Any]:
@@ -160,38 +202,71 @@ class Watcher:
 
     def _run(self, where: _List, index: int, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         names = list(inspect.signature(block.forward).parameters)
-        if len(args) > len(names):
-            where.odd = "takes more arguments than its forward names"
+        if len(args) > len(names) or not set(kwargs) <= set(names):
+            where.odd = "takes arguments that its forward does not name"
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
-        fed: dict[tuple[str, int], list[str]] = {}
-        for path, outputs in self._newest.items():
-            for place, output in enumerate(outputs):
-                same = [name for name, tensor in tensors.items() if tensor is output]
-                if same:
-                    fed[path, place] = same
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        fed = {
+            (path, place): same
+            for path, (outputs, _) in self._newest.items()
+            for place, output in enumerate(outputs)
+            if (same := [name for name, tensor in tensors.items() if tensor is output])
+        }
+        self._see_what_the_model_does(where, list(tensors.values()))
+        before, containers = Marks(args, tuple(kwargs.values())), _containers(given.values())
         output = block(*args, **kwargs)
-        alone = not isinstance(output, (tuple, list))
-        outputs = (output,) if alone else tuple(output)
+        if not before.same():
+            where.odd = "changes its input in place"
+        if containers != _containers(given.values()):
+            where.odd = "writes into one of its arguments"
+        alone = isinstance(output, torch.Tensor)
+        outputs = (output,) if alone else tuple(output) if type(output) is tuple else (output,)
         if not all(one is None or isinstance(one, torch.Tensor) for one in outputs):
             where.odd = f"returns {', '.join(type(one).__name__ for one in outputs)}"
             outputs = ()
+        marks = Marks(outputs)
         if index in (0, self._first, len(where.blocks) - 1, len(where.blocks) - 1 - self._behind):
-            self.kept[where.path, index] = Kept(block, args, kwargs, output, _versions(args, kwargs, output))
-        self._newest[where.path] = outputs
-        sizes = tuple(None if one is None else tuple(one.shape) for one in outputs)
-        where.seen.append(_Seen(self._calls, index, shapes, sizes, alone, fed))
+            self.kept[where.path, index] = Kept(
+                block, args, kwargs, output, Marks(args, tuple(kwargs.values()), outputs)
+            )
+        where.returned += [weakref.ref(one) for one in outputs if one is not None and one not in before]
+        self._newest[where.path] = outputs, marks
+        again = {name for name, tensor in tensors.items() if where.given.get(name) is tensor}
+        where.given = tensors
+        where.seen.append(_Seen(self._calls, index, _shapes(tensors), tuple(map(_shape, outputs)), alone, fed, again))
         self._calls += 1
         return output
 
+    def _see_what_the_model_does(self, where: _List, given: Sequence[torch.Tensor]) -> None:
+        """Find out whether the model has changed the last output in place, or uses earlier ones."""
+
+        def held(tensor: torch.Tensor) -> bool:
+            """Whether it is only alive because it is kept here."""
+            return any(tensor is one for one in where.given.values()) or any(
+                tensor in kept.marks for kept in self.kept.values()
+            )
+
+        outputs, marks = self._newest.get(where.path, ((), None))
+        if marks is not None and not marks.same():
+            where.odd = "has its output changed in place"
+        for ref in where.returned:
+            earlier = ref()
+            if earlier is None or any(earlier is one for one in outputs):
+                continue
+            if any(earlier is one for one in given):
+                where.odd = "takes what an earlier block than the last returned"
+            elif not held(earlier):
+                where.odd = "has its output kept for later"
+
     def contract(self) -> Contract:
-        """What was found.
+        """What was found. What the blocks were given is no longer held.
 
         Raises:
             ValueError: a cache cannot follow the blocks; the message says why, after the words "its blocks".
         """
         self._newest.clear()
+        for one in self._lists:
+            one.given.clear()
         ran = [one for one in self._lists if one.seen]
         if not ran:
             raise ValueError("are not taken from a list of modules in turn")
@@ -224,11 +299,18 @@ class Watcher:
         return Contract(tuple(rows[one.path] for one in chain), tuple(stretches), classes)
 
 
-def _versions(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> dict[int, int | None]:
-    """How often each tensor was changed in place; None for inference tensors, which do not count it."""
-    outputs = output if isinstance(output, (tuple, list)) else (output,)
-    tensors = [one for one in (*args, *kwargs.values(), *outputs) if isinstance(one, torch.Tensor)]
-    return {id(one): None if one.is_inference() else one._version for one in tensors}
+def _containers(values: Iterable[Any]) -> list[list[int]]:
+    """The identities of what the lists, dicts and sets among some values hold."""
+    held = (one.values() if isinstance(one, dict) else one for one in values if isinstance(one, (dict, list, set)))
+    return [[id(item) for item in one] for one in held]
+
+
+def _shape(tensor: torch.Tensor | None) -> Shape | None:
+    return None if tensor is None else tuple(tensor.shape)
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, Shape]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _row(where: _List) -> ListRow:
@@ -242,6 +324,8 @@ def _row(where: _List) -> ListRow:
         raise ValueError(f"{name} cannot be followed: one {where.odd}")
     if [one.index for one in where.seen] != list(range(len(where.blocks))):
         raise ValueError(f"{name} do not run one after the other, each of them once")
+    if len({tuple(inspect.signature(block.forward).parameters) for block in where.blocks}) > 1:
+        raise ValueError(f"{name} do not all take the same arguments")
     first = where.seen[0]
     if any((len(one.outputs), one.alone) != (len(first.outputs), first.alone) for one in where.seen):
         raise ValueError(f"{name} do not all return as much")
@@ -252,6 +336,14 @@ def _row(where: _List) -> ListRow:
         raise ValueError(f"{name} do not take what the block before returned")
     if len(carried) > 2:
         raise ValueError(f"{name} carry {len(carried)} streams: {', '.join(carried)}")
+    for one in where.seen:
+        for place, argument in links.items():
+            output = one.outputs[place]
+            if output is not None and one.shapes.get(argument) != output:
+                raise ValueError(f"{name} take {argument} in one shape and return it in another")
+            passed = argument in one.fed.get((where.path, place), ())
+            if argument in one.again and not passed:
+                raise ValueError(f"{name} take the same {argument}, one beside the other")
     hidden, encoder = carried[0], carried[1] if len(carried) > 1 else None
     role = {hidden: "hidden", encoder: "encoder"}
     places: list[str | None] = [role[links[place]] if place in links else None for place in range(len(first.outputs))]
@@ -306,7 +398,8 @@ def _refuse_turns(main: _List, ran: Sequence[_List]) -> None:
     start, end = main.seen[0].at, main.seen[-1].at
     for other in ran:
         within = any(start < one.at < end for one in other.seen)
-        if other is not main and within and other.parameters >= IMPORTANT * main.parameters:
+        carries = any(path == other.path for one in other.seen for path, _ in one.fed)
+        if other is not main and within and (carries or other.parameters >= IMPORTANT * main.parameters):
             raise ValueError(f"of {main.path} and {other.path} run in turns")
 
 

@@ -227,6 +227,7 @@ class Sampling:
         context: the name that the pipeline gives to the current transformer call with `cache_context`.
         passage: decides which blocks run in the current forward of the transformer; None between forwards.
         lists: the transformer's block lists by path, as this sampling has replaced them.
+        contract: what these lists are numbered by; None for a model's row, and before the blocks are found.
     """
 
     def __init__(self, pipe: Any, listener: Listener, patch: Patch) -> None:
@@ -236,6 +237,7 @@ class Sampling:
         self.context: str | None = None
         self.passage: Any = None
         self.lists: dict[str, Any] = {}
+        self.contract: Any = None
         self.scheduler: Any = None
         self._pipe = pipe
         self._patch = patch

@@ -415,7 +415,7 @@ class OutputSession(CacheSession):
         second = getattr(pipe, "transformer_2", None)
         self.transformers += [] if second is None else [second]
         row = MODELS.get(type(self.transformer).__name__)
-        self.blocks = 0 if row is None else sum(map(len, block_lists(self.transformer, row.lists)))
+        self.blocks = 0 if row is None or not row.lists else sum(map(len, block_lists(self.transformer, row.lists)))
         self._site = output
         self.fitted_for = output.fitted_for
         self.forecaster = output.forecaster

@@ -23,7 +23,7 @@ import torch
 from omni_kernels import ops
 from omni_kernels.patching.ahead import Apart
 from omni_runtime.cache.blocks import BlockCall, Slot, States
-from omni_runtime.cache.contract import Kept
+from omni_runtime.cache.contract import Contract, Kept
 from omni_runtime.cache.forecasters import Forecaster, make_forecaster
 from omni_runtime.cache.gates import Gate, Plan, Verdict, by_image
 from omni_runtime.cache.history import History, history_of
@@ -81,6 +81,7 @@ class Blocks(Protocol):
     calls: list[BlockCall]
     ranks: Ranks | None
     stretches: list[Stretch]
+    contract: Contract | None
 
     def gate(self, request: Request, branch: Branch) -> Gate:
         """Return a fresh gate for a branch."""
@@ -111,6 +112,7 @@ class Passage:
         "_count_noise",
         "_every_step",
         "_first",
+        "_found",
         "_images",
         "_joins",
         "_last",
@@ -121,6 +123,7 @@ class Passage:
         "_shard",
         "_signal",
         "_using",
+        "_versions",
         "encoder",
         "entered",
         "gate",
@@ -133,6 +136,8 @@ class Passage:
     def __init__(self, session: Blocks, request: Request, branch: Branch) -> None:
         parts = session.parts
         self._calls = session.calls
+        self._found = session.contract is not None
+        self._versions: Any = None
         site, *later = clipped(session.stretches, parts.first, parts.last)
         # If the model joins its streams right before the site, the gate decides before that; the site is a later one.
         self._joins = any(one.last == parts.first for one in session.stretches)
@@ -178,6 +183,8 @@ class Passage:
         self.ran = 0
         self.stepwise = stepwise
         self._computing = None
+        for later in self._later:
+            later.begin()
         self._noise_tokens = None if self._count_noise is None else self._count_noise(arguments)
         self._images = request.images
         self._position = float(request.step) if self._by_step else request.sigma
@@ -198,7 +205,7 @@ class Passage:
         sites += [] if self._joins else [(self._first, self._last)]
         needed = {0} | {index for first, last in sites for index in (first, last - 1)}
         needed |= {self._first - 1} if self._joins else set()
-        if self._signal.reads_weights or not all(index in made and made[index].unchanged() for index in needed):
+        if self._signal.reads_weights or not all(index in made and made[index].marks.same() for index in needed):
             return False
 
         def entry(index: int) -> States:
@@ -206,6 +213,11 @@ class Passage:
 
         def exit_(index: int) -> States:
             return self._calls[index].streams(made[index].output)
+
+        for begin, end in sites:
+            entered, left = entry(begin)[0].dtype, exit_(end - 1)[0].dtype
+            if entered != left:
+                raise ValueError(f"the blocks from {begin} on take {entered} and return {left}: they cannot be skipped")
 
         decides = self._first - 1 if self._joins else self._first
         block, base = made[decides], exit_(decides) if self._joins else entry(decides)
@@ -224,7 +236,11 @@ class Passage:
         A model may skip blocks itself. If it has skipped the first or the last block of the site, the recorded state
         no longer fits and is dropped.
         """
-        if self._computing is None or self._base is not None or any(later.base is not None for later in self._later):
+        if self._found and self._computing is False and self._base is not None:
+            self._base = None
+            raise RuntimeError(f"the model did not call block {self._last - 1}, the last of those that were skipped")
+        missed = self._computing and not all(later.recorded for later in self._later)
+        if self._computing is None or self._base is not None or missed:
             self._base = self.entered = None
             self._clear()
         if self._computing is None:
@@ -295,6 +311,15 @@ class Passage:
         if len(pairs) != self._images:
             pairs = by_image(pairs, self._images)
         return gate.judge(pairs, elements // len(pairs))
+
+    def _unchanged(self, base: Any, versions: Any) -> None:
+        """Raise RuntimeError if the model has changed these states in place since: they are what is forecast from."""
+        if versions is not None and versions != _versions_of(base):
+            self.hidden.clear()
+            raise RuntimeError(
+                f"the model changed the hidden states in place between its blocks, after block {self._first} was "
+                "called: a cache of blocks cannot follow that. velocity_cache works without the blocks"
+            )
 
     def leave(self, hidden: torch.Tensor, encoder: torch.Tensor | None, base: Any) -> None:
         """Record the result of blocks [first, last), which have run on `base`, a pair (hidden, encoder)."""
@@ -379,19 +404,24 @@ class Passage:
         call = self._calls[index]
         states = call.inputs(args, kwargs)
         if index == later.first:
-            later.base = states
+            later.base, later.versions = states, _versions_of(states)
         if index < later.last - 1:
             return call.output(states)
         base, later.base = later.base, None
+        if base is None:
+            raise RuntimeError(f"the model passed over block {later.first} in a skipped step, but not block {index}")
+        self._unchanged(base, later.versions)
         return call.output(later.forecast(base, self._position))
 
     def _run_later(self, later: _Later, index: int, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         call = self._calls[index]
         if index == later.first:
             later.base = call.inputs(args, kwargs)
+            later.versions = _versions_of(later.base)
         output = self._run(block, args, kwargs)
         if index == later.last - 1 and later.base is not None:
             base, later.base = later.base, None
+            self._unchanged(base, later.versions)
             later.record(call.streams(output), base, self._position)
         return output
 
@@ -446,6 +476,7 @@ class Passage:
         if not computing and (alone or not self.stepwise):
             return call.output(self.forecast(base))
         self._base = base
+        self._versions = _versions_of(base) if self._found else None
         if not computing:
             return call.output(base)
         return self._run_last(block, *args, **kwargs) if alone else self._run(block, args, kwargs)
@@ -454,6 +485,7 @@ class Passage:
         output = self._run(block, args, kwargs)
         base, self._base = self._base, None
         if base is not None:
+            self._unchanged(base, self._versions)
             self.leave(*self._calls[self._last - 1].streams(output), base)
         return output
 
@@ -465,6 +497,7 @@ class Passage:
     def _arrive(self, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Skip the last block of the site: return the forecast, made from the input of block `first`."""
         base, self._base = self._base, None
+        self._unchanged(base, self._versions)
         return self._calls[self._last - 1].output(self.forecast(base))
 
 
@@ -476,6 +509,12 @@ def clipped(stretches: Sequence[Stretch], first: int, last: int) -> list[Stretch
         if begin < end:
             parts.append(Stretch(begin, end, one.encoder or end < one.last))
     return parts
+
+
+def _versions_of(states: States) -> tuple[int, ...] | None:
+    """How often the states were changed in place; None for inference tensors, which do not count it."""
+    tensors = [one for one in states if one is not None]
+    return None if any(one.is_inference() for one in tensors) else tuple(one._version for one in tensors)
 
 
 class Shape(History):
@@ -493,7 +532,8 @@ class _Later:
     """What is kept of a site behind a place where the model joins streams.
 
     Attributes:
-        base: what entered its first block in the forward under way.
+        base, versions: what entered its first block in the forward under way, and how often that was changed.
+        recorded: whether the forward under way was recorded.
     """
 
     def __init__(self, stretch: Stretch, forecaster: Forecaster, add: Any) -> None:
@@ -501,6 +541,12 @@ class _Later:
         self._hidden = history_of(forecaster, add=add)
         self._encoder = history_of(forecaster, add=add) if stretch.encoder else None
         self.base: Any = None
+        self.versions: Any = None
+        self.recorded = False
+
+    def begin(self) -> None:
+        """A forward begins."""
+        self.base, self.recorded = None, False
 
     def tensors(self) -> list[torch.Tensor]:
         """All tensors held between forwards."""
@@ -515,6 +561,7 @@ class _Later:
 
     def record(self, states: States, base: States, position: float) -> None:
         """Record what its blocks have made of `base`."""
+        self.recorded = True
         self._hidden.record(states[0], base[0], position)
         if self._encoder is not None and states[1] is not None:
             self._encoder.record(states[1], base[1], position)

@@ -357,6 +357,7 @@ class BlockSession(CacheSession):
         self._check()
         super().take(sampling, seams)
         sampling.lists.clear()
+        sampling.contract = self.contract
         if not self._flat:
             for number, (path, blocks) in enumerate(module_lists(self.transformer).items()):
                 self._take_list(path, blocks, number, sampling, seams)
@@ -392,9 +393,7 @@ class BlockSession(CacheSession):
         finally:
             sampling.passage = None
         self._adopt(watcher)
-        starts = dict(zip([row.name for row in self._rows()], self._starts(), strict=True))
-        for path, blocks in sampling.lists.items():
-            blocks.begin_at(starts.get(path))
+        starts = self._align(sampling)
         passage = branch.kept = self.passage_class(self, request, branch)
         passage.begin(request, self._forward.arguments(args, kwargs), True)
         made = {starts[path] + index: kept for (path, index), kept in watcher.kept.items() if path in starts}
@@ -402,6 +401,14 @@ class BlockSession(CacheSession):
             branch.kept = None
             branch.decide(Verdict(True, "the blocks were found"))
         return output
+
+    def _align(self, sampling: Sampling) -> dict[str, int]:
+        """Tell the lists of a sampling which blocks they begin with, by the contract; returns this by path."""
+        starts = dict(zip([row.name for row in self._rows()], self._starts(), strict=True))
+        for path, blocks in sampling.lists.items():
+            blocks.begin_at(starts.get(path))
+        sampling.contract = self.contract
+        return starts
 
     def _adopt(self, watcher: Watcher) -> None:
         """Work on the blocks that were found.
@@ -472,6 +479,8 @@ class BlockSession(CacheSession):
             passage: Passage = branch.kept
             if passage is None:
                 passage = branch.kept = self.passage_class(self, request, branch)
+            if sampling.contract is not self.contract:
+                self._align(sampling)
             forward = self._forward
             stepwise = self.contract is not None or forward.works_between(args, kwargs)
             passage.begin(request, forward.arguments(args, kwargs), stepwise)
