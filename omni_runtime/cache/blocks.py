@@ -173,5 +173,11 @@ class Slot(functools.partial[Any]):
     def __class__(self, kind: type) -> None:
         raise TypeError("the class of a slot cannot be changed")
 
+    def __eq__(self, other: object) -> bool:
+        return self is other or self.args[-1] is other
+
+    def __hash__(self) -> int:
+        return hash(self.args[-1])
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.args[-1], name)

@@ -20,11 +20,11 @@ import inspect
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from omni_runtime.cache.blocks import Slot
+from omni_runtime.cache.blocks import BlockList, Slot
 from omni_runtime.cache.models import ListRow
 
 #: A list that runs between the blocks of another one is as important as that if it has this share of its parameters, or
@@ -82,14 +82,16 @@ def module_lists(transformer: torch.nn.Module) -> dict[str, torch.nn.ModuleList]
     found: dict[str, torch.nn.ModuleList] = {}
     inside: list[str] = []
     for path, module in transformer.named_modules():
+        if path and module._compiled_call_impl is not None:  # what is inside was compiled with the list as it is
+            inside.append(f"{path}.")
         if not isinstance(module, (torch.nn.ModuleList, torch.nn.ModuleDict)) or not len(module):
             continue
         if any(path.startswith(outer) for outer in inside):
             continue
         inside.append(f"{path}.")
         containers = (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.ParameterList)
-        if type(module) is torch.nn.ModuleList and not any(isinstance(one, containers) for one in module):
-            found[path] = module
+        if type(module) in (torch.nn.ModuleList, BlockList) and not any(isinstance(one, containers) for one in module):
+            found[path] = cast(torch.nn.ModuleList, module)
     return found
 
 

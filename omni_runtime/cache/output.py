@@ -27,7 +27,7 @@ from omni_runtime.cache.history import History, history_of
 from omni_runtime.cache.lifecycle import Branch, Request, Sampling
 from omni_runtime.cache.models import MODELS, block_lists
 from omni_runtime.cache.replay import Replays
-from omni_runtime.cache.session import GRADIENT, Args, CacheSession, Kwargs, differentiates
+from omni_runtime.cache.session import GRADIENT, Args, CacheSession, Kwargs, differentiates, tensors_of
 from omni_runtime.cache.signals import ExpectedChange
 
 #: Schedulers that evaluate the model once per step, on the latents that they returned: class → attribute used for `σ`.
@@ -199,12 +199,12 @@ class StandIn:
 
     def tensors(self) -> list[torch.Tensor]:
         """All tensors held."""
-        return _tensors_of(self._returned) + [t for history in self._histories for t in history.tensors()]
+        return tensors_of(self._returned) + [t for history in self._histories for t in history.tensors()]
 
     def record(self, returned: Any, position: float) -> None:
         """Record the result of a computed call."""
         self._returned = returned
-        found = [tensor for tensor in _tensors_of(returned) if tensor.is_floating_point()]
+        found = [tensor for tensor in tensors_of(returned) if tensor.is_floating_point()]
         if len(found) < 2 or any(tensor.requires_grad for tensor in found):
             self._histories = []
             return
@@ -386,20 +386,12 @@ def reached(positions: Sequence[float], x: float, reach: float) -> float:
 
 
 def _with_tensors(value: Any, made: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """The same structure with `made(tensor)` in place of each tensor, in the order of `_tensors_of`."""
+    """The same structure with `made(tensor)` in place of each tensor, in the order of `tensors_of`."""
     if isinstance(value, torch.Tensor):
         return made(value)
     if isinstance(value, Mapping):  # diffusers' outputs are mappings, and are constructed from keyword arguments
         return type(value)(**{key: _with_tensors(one, made) for key, one in value.items()})
     return type(value)(_with_tensors(one, made) for one in value) if type(value) in (tuple, list) else value
-
-
-def _tensors_of(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    return [t for one in value for t in _tensors_of(one)] if isinstance(value, (tuple, list)) else []
 
 
 class OutputSession(CacheSession):

@@ -12,6 +12,7 @@ A `Passage` holds the state of one CFG branch of one request. A forward of the t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from omni_kernels.patching.ahead import Apart
 from omni_runtime.cache.blocks import BlockCall, Slot, States
 from omni_runtime.cache.contract import Contract, Kept
 from omni_runtime.cache.forecasters import Forecaster, make_forecaster
-from omni_runtime.cache.gates import Gate, Plan, Verdict, by_image
+from omni_runtime.cache.gates import Gate, Plan, ScheduleGate, Verdict, by_image
 from omni_runtime.cache.history import History, history_of
 from omni_runtime.cache.lifecycle import Branch, Request
 from omni_runtime.cache.models import Arguments, ModelRow
@@ -229,6 +230,18 @@ class Passage:
         for later in self._later:
             later.record(exit_(later.last - 1), entry(later.first), self._position)
         return True
+
+    @contextlib.contextmanager
+    def skipping(self) -> Iterator[None]:
+        """While open, the site is skipped, whatever the gate would say; no decision is recorded."""
+        gate, decisions = self.gate, len(self._branch.decisions)
+        self.gate = ScheduleGate([0] * (self._branch.called + 1))
+        try:
+            yield
+            self.finish()
+        finally:
+            self.gate = gate
+            del self._branch.decisions[decisions:]
 
     def finish(self) -> None:
         """End the forward.

@@ -16,8 +16,10 @@ The path of a transformer call:
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -45,6 +47,8 @@ from omni_runtime.cache.watch import Watch
 LIBRARY_MARK = "_omni_kernels_library"
 #: Stands for the number of blocks while it is not known.
 MANY = 1_000_000
+#: A skipped forward of the same input may differ from the computed one by this share, in fp32 and in other dtypes.
+EXACT, ROUNDED = 1e-3, 0.05
 #: The positional and keyword arguments of a transformer call.
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -387,6 +391,8 @@ class BlockSession(CacheSession):
             ValueError: the blocks cannot be followed; the message says why.
         """
         watcher = Watcher(sampling.lists, self.parts.first, MANY - self.parts.last)
+        again = [copy.copy(one) if isinstance(one, (list, dict)) else one for one in args]
+        again_by_name = {name: copy.copy(one) if isinstance(one, (list, dict)) else one for name, one in kwargs.items()}
         sampling.passage = watcher
         try:
             output = call(*args, **kwargs)
@@ -398,9 +404,30 @@ class BlockSession(CacheSession):
         passage.begin(request, self._forward.arguments(args, kwargs), True)
         made = {starts[path] + index: kept for (path, index), kept in watcher.kept.items() if path in starts}
         if not passage.record_all(made):
-            branch.kept = None
-            branch.decide(Verdict(True, "the blocks were found"))
+            self._forget_contract()
+            raise ValueError(
+                f"{self.name} cannot follow the blocks of this {_name(self.transformer)}: what they take and return is "
+                "changed in place, or the settings leave less than a list of blocks. velocity_cache works without them"
+            )
+        # The same call once more, with the site skipped: a forecast at the position of the only snapshot is exact.
+        passage.begin(request, self._forward.arguments(args, kwargs), True)
+        sampling.passage = passage
+        try:
+            with passage.skipping():
+                skipped = call(*again, **again_by_name)
+        finally:
+            sampling.passage = None
+        error = _difference(skipped, output)
+        if not error <= (EXACT if all(one.dtype == torch.float32 for one in tensors_of(output)) else ROUNDED):
+            self._forget_contract()
+            raise ValueError(
+                f"{self.name} cannot follow the blocks of this {_name(self.transformer)}: a skipped step of the same "
+                f"input is off by {error:.2g} of its output. velocity_cache works without them"
+            )
         return output
+
+    def _forget_contract(self) -> None:
+        self.contract, self._flat, self.calls, self.blocks = None, [], [], 0
 
     def _align(self, sampling: Sampling) -> dict[str, int]:
         """Tell the lists of a sampling which blocks they begin with, by the contract; returns this by path."""
@@ -509,6 +536,29 @@ class BlockSession(CacheSession):
         """Raise an error if the transformer is compiled, or parallel in a way that this cache does not support."""
         refuse_compiled(self.transformer)
         refuse_parallel(self.transformer, self.alone)
+
+
+def _difference(found: Any, expected: Any) -> float:
+    """The largest relative difference of two outputs of a transformer, over their tensors; inf if they are unlike."""
+    largest, pairs = 0.0, list(zip(tensors_of(found), tensors_of(expected), strict=False))
+    for one, other in pairs:
+        if one.shape != other.shape:
+            return math.inf
+        size = torch.linalg.vector_norm(other.double()).item()
+        off = torch.linalg.vector_norm(one.double() - other.double()).item()
+        largest = max(largest, off / size if size else off)
+        if largest != largest:
+            return 0.0 if bool(torch.equal(one.isnan(), other.isnan())) else math.inf
+    return largest if len(pairs) == len(tensors_of(expected)) == len(tensors_of(found)) else math.inf
+
+
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """The tensors in nested tuples, lists and mappings, such as a transformer's output, in their order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [one for part in value for one in tensors_of(part)] if isinstance(value, (tuple, list)) else []
 
 
 def differentiates(transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

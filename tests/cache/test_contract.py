@@ -228,9 +228,48 @@ class Dicts(Strange):
         return (tokens,)
 
 
+def looping(body, result=lambda tokens, kept: tokens):
+    """A Strange whose loop is `tokens, words = body(block, tokens, words, kept)`."""
+
+    class Looping(Strange):
+        def forward(self, hidden_states, timestep=None, return_dict=False):
+            tokens, words, kept = hidden_states, hidden_states[:, :2], []
+            for block in self.trunk.stack:
+                tokens, words = body(block, tokens, words, kept)
+            return (result(tokens, kept),)
+
+    return Looping
+
+
+def changed_in_place(block, tokens, words, kept):
+    tokens, words = block(tokens, words)
+    return tokens.add_(0.1), words
+
+
+def changed_in_place_unseen(block, tokens, words, kept):
+    tokens, words = block(tokens, words)
+    tokens.data.add_(0.1)
+    return tokens, words
+
+
+def collected(block, tokens, words, kept):
+    tokens, words = block(tokens, words)
+    kept.append(tokens.tanh())
+    return tokens, words
+
+
+def beside_each_other(block, tokens, words, kept):
+    kept.append(block(tokens, words)[0])
+    return tokens, words
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
+        (looping(changed_in_place), "has its output changed in place"),
+        (looping(changed_in_place_unseen), "a skipped step of the same input is off by"),
+        (looping(collected, lambda tokens, kept: sum(kept)), "a skipped step of the same input is off by"),
+        (looping(beside_each_other, lambda tokens, kept: sum(kept)), "take the same tokens, one beside the other"),
         (ByIndex, "are not taken from a list of modules in turn"),
         (Rearranged, "of trunk.stack do not run one after the other"),
         (Dicts, "of trunk.stack cannot be followed: one returns dict, Tensor"),
@@ -247,6 +286,42 @@ def test_blocks_that_cannot_be_followed_are_refused_and_nothing_is_left(kind, re
     ):
         pipe()
     assert torch.equal(pipe(), plain)
+
+
+def test_a_sampling_within_another_finds_the_blocks_for_both():
+    outer = Pipe(Strange())
+    inner = Pipe(outer.transformer)
+    plain = outer()
+    config = {"threshold": 0.2}
+    with omni_kernels.patched(inner, "mag_cache", METHODS["mag_cache"]):
+        alone = inner()
+    with omni_kernels.patched(outer, "first_block_cache", config) as handle:
+        cached = outer()
+        with omni_kernels.patched(inner, "mag_cache", METHODS["mag_cache"]), handle.sampling():
+            assert torch.equal(inner(), alone)
+        assert torch.equal(outer(), cached)
+    assert torch.equal(outer(), plain)
+
+
+class Asking(Strange):
+    """It asks of each module of a list what it is, and leaves out what it does not know."""
+
+    def __init__(self):
+        super().__init__()
+        self.entry = torch.nn.ModuleList([torch.nn.Linear(8, 8)])
+
+    def forward(self, hidden_states, timestep=None, return_dict=False):
+        for layer in self.entry:
+            if isinstance(layer, torch.nn.Linear) and layer == self.entry[0]:
+                hidden_states = layer(hidden_states)
+        return super().forward(hidden_states)
+
+
+def test_a_module_in_the_watched_forward_is_what_it_is():
+    pipe = Pipe(Asking())
+    plain = pipe()
+    with omni_kernels.patched(pipe, "first_block_cache", {"threshold": 0.0}):
+        assert torch.equal(pipe(), plain)
 
 
 def test_a_block_that_returns_something_else_later_ends_the_request():
