@@ -7,6 +7,8 @@ output these are, shows in one forward: an argument of a block *is* the tensor t
     watcher = Watcher(module_lists(transformer), 1, 0)   # in the place of a passage, during one forward
     contract = watcher.contract()                        # or ValueError: why a cache cannot follow these blocks
 
+`BlockSession` then repeats the call with its blocks skipped, and refuses the model if the output differs.
+
 The contract begins with the list that has the most parameters. A list that runs right before or after belongs to it,
 too, if a stream goes from one to the other. Refiners of the text alone, or of the noise alone, do not. If the model
 joins two streams into one between two lists (FLUX.2, Chroma), the lists are different *stretches*: what their blocks
