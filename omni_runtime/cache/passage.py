@@ -374,10 +374,11 @@ class Passage:
             yield from self._later_slots(blocks, start)
             return
         first, last, end = self._first, self._last, start + len(blocks)
-        decided = first if self.stepwise or not start < first < end else first - 1
+        after = self._joins or not (self.stepwise or not start < first < end)
+        decided = first - 1 if after else first
         numbered = enumerate(blocks, start)
         for index, block in numbered:
-            if self._joins and index == first - 1:
+            if index == decided and self._joins:
                 yield Slot(self._run_before_join, block)
             elif index == decided:
                 yield Slot(self._enter_first if index == first else self._run_before, block)
