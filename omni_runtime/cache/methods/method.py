@@ -12,10 +12,10 @@ from omni_runtime.cache import calibration
 from omni_runtime.cache import config as keys
 from omni_runtime.cache.library import LibrarySession
 from omni_runtime.cache.lifecycle import Request
-from omni_runtime.cache.models import ModelRow, TransformerFacts, row_of
+from omni_runtime.cache.models import UNKNOWN, ModelRow, TransformerFacts, row_of
 from omni_runtime.cache.output import OutputSession, OutputSite
 from omni_runtime.cache.passage import Parts
-from omni_runtime.cache.session import BlockSession, CacheSession
+from omni_runtime.cache.session import MANY, BlockSession, CacheSession
 
 #: Every key of a method with its value.
 Config = dict[str, Any]
@@ -74,8 +74,13 @@ class Method:
         rowless = transformer is None or self.parts is None or self._on_library(resolved)
         row = None if transformer is None or rowless else row_of(transformer.class_name)
         self.relations(resolved, None if transformer is None else transformer.blocks, steps)
-        if self.parts is not None and row is not None and transformer is not None and transformer.blocks is not None:
-            self.parts(resolved, row, transformer.blocks)
+        if self.parts is not None and row is not None and transformer is not None:
+            try:
+                self.parts(resolved, row, MANY if transformer.blocks is None else transformer.blocks)
+            except ValueError as error:
+                if row is not UNKNOWN:
+                    raise
+                raise ValueError(f"{error} (the transformer is {transformer.class_name!r})") from None
         if transformer is not None and self.output is not None:
             self.output(resolved)
         return resolved
