@@ -191,8 +191,7 @@ def test_weights_offloaded_by_accelerate_are_fetched(name, backend):
     torch.testing.assert_close(cached(pipe, backend), expected)
 
 
-@pytest.mark.parametrize("level", ["block_level", "leaf_level"])
-@pytest.mark.parametrize("patch_first", [True, False])
+@pytest.mark.parametrize(("level", "patch_first"), in_turn(["block_level", "leaf_level"], [True, False]))
 def test_group_offload_keeps_working(qwen_pipe, level, patch_first):
     plain, expected = latents(qwen_pipe), cached(qwen_pipe, "tea_cache")
     if patch_first:
@@ -220,7 +219,9 @@ def test_weights_that_group_offload_keeps_on_the_disk_are_there_when_they_are_wa
     torch.testing.assert_close(latents(qwen_pipe), plain, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["qwen_image", "z_image", "flux"])
+@pytest.mark.parametrize(
+    "name", ["qwen_image", *(pytest.param(name, marks=pytest.mark.long) for name in ("z_image", "flux"))]
+)
 def test_layerwise_casting_keeps_working(name):
     pipe = build(name)
     pipe.transformer.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)

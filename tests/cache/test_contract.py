@@ -6,6 +6,7 @@ import diffusers
 import pytest
 import tiny
 import torch
+from pairs import in_turn
 
 import omni_kernels
 from omni_runtime.cache.models import MODELS
@@ -27,8 +28,9 @@ def without_lists(monkeypatch, pipe):
         monkeypatch.setitem(MODELS, name, dataclasses.replace(MODELS[name], lists=()))
 
 
-@pytest.mark.parametrize("backend", METHODS)
-def test_what_is_found_decides_and_computes_as_what_is_written(any_pipe, backend, monkeypatch):
+@pytest.mark.parametrize(("name", "backend"), in_turn(tiny.PIPELINES, METHODS))
+def test_what_is_found_decides_and_computes_as_what_is_written(name, backend, monkeypatch):
+    any_pipe = tiny.PIPELINES[name]()
     with omni_kernels.patched(any_pipe, backend, METHODS[backend]) as handle:
         expected, written = latents(any_pipe), handle.report
     without_lists(monkeypatch, any_pipe)
@@ -105,8 +107,7 @@ LOOSE = {
 }
 
 
-@pytest.mark.parametrize("build", [tiny.wan, tiny.chroma])
-@pytest.mark.parametrize("backend", METHODS)
+@pytest.mark.parametrize(("build", "backend"), in_turn([tiny.wan, tiny.chroma], METHODS))
 def test_nothing_skipped_is_the_same_picture_and_a_second_request_too(build, backend):
     pipe = build()
     plain = latents(pipe)
