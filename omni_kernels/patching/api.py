@@ -77,8 +77,8 @@ class PatchHandle:
     def blocks(self) -> Any:
         """Which blocks the cache works on, and how the model calls them; `print` it.
 
-        Of a model that is not in the table, this is found in its first forward; None before that, and for a cache
-        that needs no blocks.
+        Of a model that is not in the table, this is found in its first forward; None before that, for a
+        model in the table, and for a cache that needs no blocks.
         """
         return getattr(self._installed, "contract", None)
 

@@ -143,7 +143,7 @@ class Marks:
     """
 
     def __init__(self, *values: Any) -> None:
-        self._tensors = _tensors(values)
+        self._tensors = tensors_of(values)
         self._marks = [one.clone() if one.is_inference() else one._version for one in self._tensors]
 
     def same(self) -> bool:
@@ -157,14 +157,13 @@ class Marks:
         return any(one is tensor for one in self._tensors)
 
 
-def _tensors(values: Any) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    for one in values:
-        if isinstance(one, torch.Tensor):
-            found.append(one)
-        elif isinstance(one, (tuple, list)):
-            found += _tensors(one)
-    return found
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """The tensors in nested tuples, lists and mappings, such as a transformer's output, in their order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [one for part in value for one in tensors_of(part)] if isinstance(value, (tuple, list)) else []
 
 
 @dataclass(frozen=True)
@@ -266,7 +265,7 @@ class Watcher:
         """What was found. What the blocks were given is no longer held.
 
         Raises:
-            ValueError: a cache cannot follow the blocks; the message says why, after the words "its blocks".
+            ValueError: a cache cannot follow the blocks; the message says why, after the word "those".
         """
         self._newest.clear()
         for one in self._lists:

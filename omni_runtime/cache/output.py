@@ -21,13 +21,14 @@ import torch
 
 from omni_kernels.patching import Patch
 from omni_kernels.patching.backends import nearest
+from omni_runtime.cache.contract import tensors_of
 from omni_runtime.cache.forecasters import Forecaster, newton
 from omni_runtime.cache.gates import Gate, Plan, Verdict
 from omni_runtime.cache.history import History, history_of
 from omni_runtime.cache.lifecycle import Branch, Request, Sampling
 from omni_runtime.cache.models import MODELS, block_lists
 from omni_runtime.cache.replay import Replays
-from omni_runtime.cache.session import GRADIENT, Args, CacheSession, Kwargs, differentiates, tensors_of
+from omni_runtime.cache.session import GRADIENT, Args, CacheSession, Kwargs, differentiates
 from omni_runtime.cache.signals import ExpectedChange
 
 #: Schedulers that evaluate the model once per step, on the latents that they returned: class → attribute used for `σ`.

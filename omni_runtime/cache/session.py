@@ -31,7 +31,7 @@ from omni_kernels.patching.changes import InstanceMethod, describe
 from omni_kernels.patching.running import around_calls
 from omni_runtime.cache import calibration
 from omni_runtime.cache.blocks import BlockCall, BlockList, ForwardCall, FoundCall
-from omni_runtime.cache.contract import Contract, Watcher, module_lists
+from omni_runtime.cache.contract import Contract, Watcher, module_lists, tensors_of
 from omni_runtime.cache.forecasters import Forecaster, rounding_note
 from omni_runtime.cache.gates import Gate, RehearsalGate, Verdict
 from omni_runtime.cache.lifecycle import CURRENT, Branch, Request, Sampling, outside, turn
@@ -391,6 +391,8 @@ class BlockSession(CacheSession):
             ValueError: the blocks cannot be followed; the message says why.
         """
         watcher = Watcher(sampling.lists, self.parts.first, MANY - self.parts.last)
+        for number, blocks in enumerate(sampling.lists.values()):
+            blocks.begin_at(number)
         again = [copy.copy(one) if isinstance(one, (list, dict)) else one for one in args]
         again_by_name = {name: copy.copy(one) if isinstance(one, (list, dict)) else one for name, one in kwargs.items()}
         sampling.passage = watcher
@@ -399,12 +401,29 @@ class BlockSession(CacheSession):
         finally:
             sampling.passage = None
         self._adopt(watcher)
+        try:
+            made = call, args, kwargs, output
+            self._record_and_check(sampling, request, branch, watcher, made, (again, again_by_name))
+        except BaseException:  # the next request finds them again, or is refused again
+            self.contract, self._flat, self.calls, self.blocks = None, [], [], 0
+            self.parts = self._parts_of(MANY)
+            raise
+        return output
+
+    def _record_and_check(
+        self, sampling: Sampling, request: Request, branch: Branch, watcher: Watcher, made: Any, again: Any
+    ) -> None:
+        """Record the forward in which the blocks were found, and repeat the call with the site skipped.
+
+        Raises:
+            ValueError: what is needed was not kept, or the output differs.
+        """
+        call, args, kwargs, output = made
         starts = self._align(sampling)
         passage = branch.kept = self.passage_class(self, request, branch)
         passage.begin(request, self._forward.arguments(args, kwargs), True)
-        made = {starts[path] + index: kept for (path, index), kept in watcher.kept.items() if path in starts}
-        if not passage.record_all(made):
-            self._forget_contract()
+        kept = {starts[path] + index: one for (path, index), one in watcher.kept.items() if path in starts}
+        if not passage.record_all(kept):
             raise ValueError(
                 f"{self.name} cannot follow the blocks of this {_name(self.transformer)}: what they take and return is "
                 "changed in place, or the settings leave less than a list of blocks. velocity_cache works without them"
@@ -414,20 +433,15 @@ class BlockSession(CacheSession):
         sampling.passage = passage
         try:
             with passage.skipping():
-                skipped = call(*again, **again_by_name)
+                skipped = call(*again[0], **again[1])
         finally:
             sampling.passage = None
         error = _difference(skipped, output)
         if not error <= (EXACT if all(one.dtype == torch.float32 for one in tensors_of(output)) else ROUNDED):
-            self._forget_contract()
             raise ValueError(
                 f"{self.name} cannot follow the blocks of this {_name(self.transformer)}: a skipped step of the same "
                 f"input is off by {error:.2g} of its output. velocity_cache works without them"
             )
-        return output
-
-    def _forget_contract(self) -> None:
-        self.contract, self._flat, self.calls, self.blocks = None, [], [], 0
 
     def _align(self, sampling: Sampling) -> dict[str, int]:
         """Tell the lists of a sampling which blocks they begin with, by the contract; returns this by path."""
@@ -544,21 +558,13 @@ def _difference(found: Any, expected: Any) -> float:
     for one, other in pairs:
         if one.shape != other.shape:
             return math.inf
-        size = torch.linalg.vector_norm(other.double()).item()
-        off = torch.linalg.vector_norm(one.double() - other.double()).item()
+        if not torch.equal(one.isnan(), other.isnan()):
+            return math.inf
+        one, other = one.float().nan_to_num(), other.float().nan_to_num()
+        size = torch.linalg.vector_norm(other).item()
+        off = torch.linalg.vector_norm(one - other).item()
         largest = max(largest, off / size if size else off)
-        if largest != largest:
-            return 0.0 if bool(torch.equal(one.isnan(), other.isnan())) else math.inf
     return largest if len(pairs) == len(tensors_of(expected)) == len(tensors_of(found)) else math.inf
-
-
-def tensors_of(value: Any) -> list[torch.Tensor]:
-    """The tensors in nested tuples, lists and mappings, such as a transformer's output, in their order."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    return [one for part in value for one in tensors_of(part)] if isinstance(value, (tuple, list)) else []
 
 
 def differentiates(transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
