@@ -15,6 +15,7 @@ decoder runs.
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
@@ -170,6 +171,40 @@ def qwen_vae(**config: Any) -> diffusers.AutoencoderKLQwenImage:
     """Qwen-Image's autoencoder: 8 times smaller, 16 channels."""
     sizes: dict[str, Any] = {"base_dim": 4, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
     return diffusers.AutoencoderKLQwenImage(**sizes | {"temperal_downsample": [False, True, True]} | config)
+
+
+def mask(side: int = SIDE) -> Image.Image:
+    """A mask for inpainting: the left half is white."""
+    half = Image.new("L", (side, side))
+    half.paste(255, (0, 0, side // 2, side))
+    return half
+
+
+def wake(module: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:
+    """Give the parameters that are all zeros small random values: such layers do nothing before they are trained."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if not parameter.any():
+                parameter.normal_(std=std)
+    return module
+
+
+def limit_area(pipeline_module: Any, side: int = SIDE) -> None:
+    """Make a pipeline scale its input pictures to about side² pixels where it would scale them to 1024²."""
+    scaled = pipeline_module.calculate_dimensions
+    if not isinstance(scaled, functools.partial):
+        pipeline_module.calculate_dimensions = functools.partial(_limited_area, scaled, side * side)
+
+
+def _limited_area(scaled: Callable[[int, float], Any], limit: int, target_area: int, ratio: float) -> Any:
+    return scaled(min(target_area, limit), ratio)
+
+
+class TextEncoder(torch.nn.Module):
+    """Stands where a pipeline asks its text encoder for no more than a dtype."""
+
+    dtype = torch.float32
+    device = torch.device("cpu")
 
 
 def tensors(made: Any) -> list[torch.Tensor]:
