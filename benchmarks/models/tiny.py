@@ -121,6 +121,8 @@ def smooth(transformer: torch.nn.Module) -> None:
         for layer in transformer.modules():
             if isinstance(layer, TimestepEmbedding):
                 layer.linear_2.weight.mul_(DAMPED)
+            elif type(layer).__name__ == "TimestepEmbedder":  # Z-Image's
+                layer.mlp[-1].weight.mul_(DAMPED)
 
 
 def numbers(*shape: int, seed: int = 1, scale: float = 1.0) -> torch.Tensor:
