@@ -121,6 +121,9 @@ def smooth(transformer: torch.nn.Module) -> None:
         for layer in transformer.modules():
             if isinstance(layer, TimestepEmbedding):
                 layer.linear_2.weight.mul_(DAMPED)
+                if layer.linear_2.bias is None:  # without a constant part, the timestep's fast waves are damped
+                    half = layer.linear_1.in_features // 2
+                    layer.linear_1.weight[:, torch.arange(2 * half) % half < 0.75 * half] *= 0.1
             elif type(layer).__name__ == "TimestepEmbedder":  # Z-Image's
                 layer.mlp[-1].weight.mul_(DAMPED)
 
