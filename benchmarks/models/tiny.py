@@ -66,6 +66,14 @@ class Tiny:
             return torch.cat([one.detach().float().reshape(-1) for one in tensors(self.pipe(**arguments))])
 
 
+#: The last layer of the timestep embeddings that are not diffusers' common one, by the name of their class.
+_LAST_LAYERS = {
+    "Ideogram4EmbedScalar": "mlp_out",
+    "Krea2TimestepEmbedding": "linear_2",
+    "MLPEmbedder": "out_layer",
+    "TimestepEmbedder": "mlp.2",
+}
+
 #: As the value of an argument: it is left out.
 OMIT = object()
 
@@ -103,12 +111,11 @@ def build(name: str) -> Tiny:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = _BUILDERS[name]()
-    for part in model.pipe.components.values():
+    for name, part in model.pipe.components.items():
         if isinstance(part, torch.nn.Module):
             part.eval()
-    for name in ("transformer", "transformer_2"):
-        if isinstance(getattr(model.pipe, name, None), torch.nn.Module):
-            smooth(getattr(model.pipe, name))
+            if "transformer" in name:
+                smooth(part)
     return model
 
 
@@ -124,8 +131,8 @@ def smooth(transformer: torch.nn.Module) -> None:
                 if layer.linear_2.bias is None:  # without a constant part, the timestep's fast waves are damped
                     half = layer.linear_1.in_features // 2
                     layer.linear_1.weight[:, torch.arange(2 * half) % half < 0.75 * half] *= 0.1
-            elif type(layer).__name__ == "TimestepEmbedder":  # Z-Image's
-                layer.mlp[-1].weight.mul_(DAMPED)
+            elif last := _LAST_LAYERS.get(type(layer).__name__):
+                layer.get_submodule(last).weight.mul_(DAMPED)
 
 
 def numbers(*shape: int, seed: int = 1, scale: float = 1.0) -> torch.Tensor:
