@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 import torch
 
-from benchmarks.models.tiny import Tiny, flow, kl_vae, numbers, tiny
+from benchmarks.models.tiny import Tiny, flow, kl_vae, numbers, tiny, wake
 
 TEXT, WIDTH = 12, 32
 
@@ -22,6 +22,7 @@ def _parts(**config: Any) -> dict[str, Any]:
         "axes_dim": [8, 8],
     }
     transformer = diffusers.PRXTransformer2DModel(**sizes | config)
+    wake(transformer)
     return {"text_encoder": None, "tokenizer": None, "scheduler": flow(shift=3.0), "transformer": transformer}
 
 
