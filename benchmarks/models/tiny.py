@@ -15,6 +15,7 @@ decoder runs.
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
@@ -65,6 +66,14 @@ class Tiny:
             return torch.cat([one.detach().float().reshape(-1) for one in tensors(self.pipe(**arguments))])
 
 
+#: The last layer of the timestep embeddings that are not diffusers' common one, by the name of their class.
+_LAST_LAYERS = {
+    "Ideogram4EmbedScalar": "mlp_out",
+    "Krea2TimestepEmbedding": "linear_2",
+    "MLPEmbedder": "out_layer",
+    "TimestepEmbedder": "mlp.2",
+}
+
 #: As the value of an argument: it is left out.
 OMIT = object()
 
@@ -102,12 +111,11 @@ def build(name: str) -> Tiny:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = _BUILDERS[name]()
-    for part in model.pipe.components.values():
+    for name, part in model.pipe.components.items():
         if isinstance(part, torch.nn.Module):
             part.eval()
-    for name in ("transformer", "transformer_2"):
-        if isinstance(getattr(model.pipe, name, None), torch.nn.Module):
-            smooth(getattr(model.pipe, name))
+            if "transformer" in name:
+                smooth(part)
     return model
 
 
@@ -120,6 +128,11 @@ def smooth(transformer: torch.nn.Module) -> None:
         for layer in transformer.modules():
             if isinstance(layer, TimestepEmbedding):
                 layer.linear_2.weight.mul_(DAMPED)
+                if layer.linear_2.bias is None:  # without a constant part, the timestep's fast waves are damped
+                    half = layer.linear_1.in_features // 2
+                    layer.linear_1.weight[:, torch.arange(2 * half) % half < 0.75 * half] *= 0.1
+            elif last := _LAST_LAYERS.get(type(layer).__name__):
+                layer.get_submodule(last).weight.mul_(DAMPED)
 
 
 def numbers(*shape: int, seed: int = 1, scale: float = 1.0) -> torch.Tensor:
@@ -170,6 +183,40 @@ def qwen_vae(**config: Any) -> diffusers.AutoencoderKLQwenImage:
     """Qwen-Image's autoencoder: 8 times smaller, 16 channels."""
     sizes: dict[str, Any] = {"base_dim": 4, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
     return diffusers.AutoencoderKLQwenImage(**sizes | {"temperal_downsample": [False, True, True]} | config)
+
+
+def mask(side: int = SIDE) -> Image.Image:
+    """A mask for inpainting: the left half is white."""
+    half = Image.new("L", (side, side))
+    half.paste(255, (0, 0, side // 2, side))
+    return half
+
+
+def wake(module: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:
+    """Give the parameters that are all zeros small random values: such layers do nothing before they are trained."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if not parameter.any():
+                parameter.normal_(std=std)
+    return module
+
+
+def limit_area(pipeline_module: Any, side: int = SIDE) -> None:
+    """Make a pipeline scale its input pictures to about side² pixels where it would scale them to 1024²."""
+    scaled = pipeline_module.calculate_dimensions
+    if not isinstance(scaled, functools.partial):
+        pipeline_module.calculate_dimensions = functools.partial(_limited_area, scaled, side * side)
+
+
+def _limited_area(scaled: Callable[[int, float], Any], limit: int, target_area: int, ratio: float) -> Any:
+    return scaled(min(target_area, limit), ratio)
+
+
+class TextEncoder(torch.nn.Module):
+    """Stands where a pipeline asks its text encoder for no more than a dtype."""
+
+    dtype = torch.float32
+    device = torch.device("cpu")
 
 
 def tensors(made: Any) -> list[torch.Tensor]:
