@@ -172,6 +172,11 @@ def qwen_vae(**config: Any) -> diffusers.AutoencoderKLQwenImage:
     return diffusers.AutoencoderKLQwenImage(**sizes | {"temperal_downsample": [False, True, True]} | config)
 
 
+def always(value: Any) -> Callable[..., Any]:
+    """A function that returns this for any arguments: it stands in for an encoder."""
+    return lambda *arguments, **named: value
+
+
 def tensors(made: Any) -> list[torch.Tensor]:
     """The tensors in the output of a pipeline; pictures and arrays become tensors."""
     if isinstance(made, torch.Tensor):
