@@ -24,7 +24,6 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers.models.embeddings import TimestepEmbedding
 from PIL import Image
 
 #: By default, requests have so many steps, ...
@@ -33,6 +32,11 @@ STEPS = 8
 SIDE = 64
 #: The weights of the last layer of a timestep embedding are scaled by this: see `smooth`.
 DAMPED = 0.3
+#: That layer, in the classes that have a timestep embedding of their own.
+LAST_TIMESTEP_LAYER = {
+    "Kandinsky5TimeEmbeddings": "out_layer",
+    "TimestepEmbedding": "linear_2",
+}
 
 
 @dataclass(frozen=True)
@@ -118,8 +122,8 @@ def smooth(transformer: torch.nn.Module) -> None:
     """
     with torch.no_grad():
         for layer in transformer.modules():
-            if isinstance(layer, TimestepEmbedding):
-                layer.linear_2.weight.mul_(DAMPED)
+            if last := LAST_TIMESTEP_LAYER.get(type(layer).__name__):
+                layer.get_submodule(last).weight.mul_(DAMPED)
 
 
 def numbers(*shape: int, seed: int = 1, scale: float = 1.0) -> torch.Tensor:
@@ -170,6 +174,15 @@ def qwen_vae(**config: Any) -> diffusers.AutoencoderKLQwenImage:
     """Qwen-Image's autoencoder: 8 times smaller, 16 channels."""
     sizes: dict[str, Any] = {"base_dim": 4, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
     return diffusers.AutoencoderKLQwenImage(**sizes | {"temperal_downsample": [False, True, True]} | config)
+
+
+def wake(module: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:
+    """Give the parameters that are all zeros small random values: such layers do nothing before they are trained."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if not parameter.any():
+                parameter.normal_(std=std)
+    return module
 
 
 def always(value: Any) -> Callable[..., Any]:
