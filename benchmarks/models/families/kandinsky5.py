@@ -61,7 +61,9 @@ def kandinsky5_video() -> Tiny:
 @tiny("Kandinsky5I2VPipeline")
 def kandinsky5_image_to_video() -> Tiny:
     pipe = diffusers.Kandinsky5I2VPipeline(**_parts(_video_vae(), visual_cond=True))
-    return Tiny(pipe, _REQUEST | {"num_frames": 5, "image": picture()}, _GUIDED, _LARGER | {"num_frames": 9})
+    # the pipeline matches the first four latent frames with those that follow
+    request = _REQUEST | {"num_frames": 25, "image": picture(), "height": 32, "width": 32}
+    return Tiny(pipe, request, _GUIDED, {"width": 64, "num_frames": 29})
 
 
 @tiny("Kandinsky5T2IPipeline")
