@@ -25,7 +25,6 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers.models.embeddings import TimestepEmbedding
 from PIL import Image
 
 #: By default, requests have so many steps, ...
@@ -34,6 +33,14 @@ STEPS = 8
 SIDE = 64
 #: The weights of the last layer of a timestep embedding are scaled by this: see `smooth`.
 DAMPED = 0.3
+#: That layer, in the timestep embeddings that are not diffusers' common one.
+LAST_TIMESTEP_LAYER = {
+    "Ideogram4EmbedScalar": "mlp_out",
+    "Kandinsky5TimeEmbeddings": "out_layer",
+    "Krea2TimestepEmbedding": "linear_2",
+    "MLPEmbedder": "out_layer",
+    "TimestepEmbedder": "mlp.2",
+}
 
 
 @dataclass(frozen=True)
@@ -65,14 +72,6 @@ class Tiny:
             torch.manual_seed(0)
             return torch.cat([one.detach().float().reshape(-1) for one in tensors(self.pipe(**arguments))])
 
-
-#: The last layer of the timestep embeddings that are not diffusers' common one, by the name of their class.
-_LAST_LAYERS = {
-    "Ideogram4EmbedScalar": "mlp_out",
-    "Krea2TimestepEmbedding": "linear_2",
-    "MLPEmbedder": "out_layer",
-    "TimestepEmbedder": "mlp.2",
-}
 
 #: As the value of an argument: it is left out.
 OMIT = object()
@@ -131,7 +130,7 @@ def smooth(transformer: torch.nn.Module) -> None:
                 if layer.linear_2.bias is None:  # without a constant part, the timestep's fast waves are damped
                     half = layer.linear_1.in_features // 2
                     layer.linear_1.weight[:, torch.arange(2 * half) % half < 0.75 * half] *= 0.1
-            elif last := _LAST_LAYERS.get(type(layer).__name__):
+            elif last := LAST_TIMESTEP_LAYER.get(type(layer).__name__):
                 layer.get_submodule(last).weight.mul_(DAMPED)
 
 
@@ -217,6 +216,11 @@ class TextEncoder(torch.nn.Module):
 
     dtype = torch.float32
     device = torch.device("cpu")
+
+
+def always(value: Any) -> Callable[..., Any]:
+    """A function that returns this for any arguments: it stands in for an encoder."""
+    return lambda *arguments, **named: value
 
 
 def tensors(made: Any) -> list[torch.Tensor]:
