@@ -172,6 +172,15 @@ def qwen_vae(**config: Any) -> diffusers.AutoencoderKLQwenImage:
     return diffusers.AutoencoderKLQwenImage(**sizes | {"temperal_downsample": [False, True, True]} | config)
 
 
+def awaken(model: Any, scale: float = 0.1) -> Any:
+    """Give small random weights to all layers of a model that start with zeros, and return it."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            if not weight.any():
+                weight.normal_(0, scale)
+    return model
+
+
 def tensors(made: Any) -> list[torch.Tensor]:
     """The tensors in the output of a pipeline; pictures and arrays become tensors."""
     if isinstance(made, torch.Tensor):
