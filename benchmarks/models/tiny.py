@@ -24,7 +24,6 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers.models.embeddings import TimestepEmbedding
 from PIL import Image
 
 #: By default, requests have so many steps, ...
@@ -33,6 +32,14 @@ STEPS = 8
 SIDE = 64
 #: The weights of the last layer of a timestep embedding are scaled by this: see `smooth`.
 DAMPED = 0.3
+#: That layer, in the classes that have a timestep embedding of their own.
+LAST_TIMESTEP_LAYER = {
+    "AceStepTimestepEmbedding": "linear_2",
+    "AudioDiTTimestepEmbedding": "time_mlp.2",
+    "StableAudio3DiTModel": "to_timestep_embed.2",
+    "StableAudioDiTModel": "timestep_proj.2",
+    "TimestepEmbedding": "linear_2",
+}
 
 
 @dataclass(frozen=True)
@@ -118,8 +125,8 @@ def smooth(transformer: torch.nn.Module) -> None:
     """
     with torch.no_grad():
         for layer in transformer.modules():
-            if isinstance(layer, TimestepEmbedding):
-                layer.linear_2.weight.mul_(DAMPED)
+            if last := LAST_TIMESTEP_LAYER.get(type(layer).__name__):
+                layer.get_submodule(last).weight.mul_(DAMPED)
 
 
 def numbers(*shape: int, seed: int = 1, scale: float = 1.0) -> torch.Tensor:

@@ -13,10 +13,10 @@ TEXT, WIDTH = 12, 24
 
 def _parts(**config: Any) -> dict[str, Any]:
     transformer = diffusers.PixArtTransformer2DModel(
-        num_attention_heads=4,
+        num_attention_heads=6,
         attention_head_dim=8,
         num_layers=4,
-        cross_attention_dim=32,
+        cross_attention_dim=48,
         caption_channels=WIDTH,
         sample_size=config.pop("sample_size", 8),
         norm_type="ada_norm_single",
