@@ -66,6 +66,9 @@ class Tiny:
         arguments |= {**self.arguments, **(self.guided if guided else {}), **(self.larger if larger else {}), **others}
         arguments = {name: _own(value) for name, value in arguments.items() if value is not OMIT}
         arguments.setdefault("generator", torch.Generator().manual_seed(0))
+        guiders = {name: arguments.pop(name) for name in ("guider", "guider_2") if name in arguments}
+        if guiders:  # a modular pipeline takes its guidance as a component, not as an argument
+            self.pipe.update_components(**guiders)
         self.pipe.set_progress_bar_config(disable=True)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):  # some pipelines also draw from the global generator
             torch.manual_seed(0)
@@ -179,13 +182,13 @@ def qwen_vae(**config: Any) -> diffusers.AutoencoderKLQwenImage:
     return diffusers.AutoencoderKLQwenImage(**sizes | {"temperal_downsample": [False, True, True]} | config)
 
 
-def awaken(model: Any, scale: float = 0.1) -> Any:
-    """Give small random weights to all layers of a model that start with zeros, and return it."""
+def wake(module: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:
+    """Give the parameters that are all zeros small random values: such layers do nothing before they are trained."""
     with torch.no_grad():
-        for weight in model.parameters():
-            if not weight.any():
-                weight.normal_(0, scale)
-    return model
+        for parameter in module.parameters():
+            if not parameter.any():
+                parameter.normal_(std=std)
+    return module
 
 
 def tensors(made: Any) -> list[torch.Tensor]:

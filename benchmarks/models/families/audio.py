@@ -8,7 +8,7 @@ import diffusers
 import torch
 from diffusers.pipelines.stable_audio.modeling_stable_audio import StableAudioProjectionModel
 
-from benchmarks.models.tiny import Tiny, awaken, flow, numbers, ones, tiny
+from benchmarks.models.tiny import Tiny, flow, numbers, ones, tiny, wake
 
 TEXT, WIDTH = 12, 24
 
@@ -88,7 +88,7 @@ def _stable_audio_3(distilled: bool = False) -> dict[str, Any]:
         "text_encoder": None,
         "tokenizer": None,
         "duration_embedder": diffusers.StableAudio3DurationEmbedder(output_dim=WIDTH, fourier_dim=16),
-        "transformer": awaken(transformer),
+        "transformer": wake(transformer),
         "scheduler": flow(num_train_timesteps=1, stochastic_sampling=distilled),
     }
 
@@ -151,7 +151,7 @@ def ace_step() -> Tiny:
         vae=_oobleck(8),
         text_encoder=None,
         tokenizer=None,
-        transformer=awaken(transformer),
+        transformer=wake(transformer),
         condition_encoder=condition_encoder,
         scheduler=flow(num_train_timesteps=1, shift=1.0),
     )
@@ -179,7 +179,7 @@ def longcat_audio() -> Tiny:
         downsampling_ratio=2,
         sample_rate=4,
     )
-    pipe = diffusers.LongCatAudioDiTPipeline(vae, None, None, awaken(transformer))
+    pipe = diffusers.LongCatAudioDiTPipeline(vae, None, None, wake(transformer))
     pipe.encode_prompt = lambda *_: (numbers(1, TEXT, WIDTH), torch.tensor([TEXT]))
     request = {"prompt": "", "audio_duration_s": 8.0, "guidance_scale": 1.0}
     return Tiny(pipe, request, {"guidance_scale": 4.0}, {"audio_duration_s": 12.0})

@@ -6,7 +6,7 @@ from typing import Any
 
 import diffusers
 
-from benchmarks.models.tiny import Tiny, awaken, kl_vae, numbers, ones, picture, tiny
+from benchmarks.models.tiny import Tiny, kl_vae, numbers, ones, picture, tiny, wake
 
 TEXT, TEXT_T5, WIDTH, WIDTH_T5 = 6, 8, 32, 24
 
@@ -72,6 +72,6 @@ def perturbed_attention() -> Tiny:
 
 @tiny("HunyuanDiTControlNetPipeline")
 def controlnet() -> Tiny:
-    control = awaken(diffusers.HunyuanDiT2DControlNetModel(**_sizes(), transformer_num_layers=6))
+    control = wake(diffusers.HunyuanDiT2DControlNetModel(**_sizes(), transformer_num_layers=6))
     pipe = diffusers.HunyuanDiTControlNetPipeline(**_parts(), controlnet=control)
     return Tiny(pipe, _REQUEST | {"control_image": picture()}, _GUIDED, _LARGER)

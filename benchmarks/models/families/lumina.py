@@ -5,7 +5,7 @@ from __future__ import annotations
 import diffusers
 import torch
 
-from benchmarks.models.tiny import Tiny, awaken, flow, kl_vae, numbers, ones, tiny
+from benchmarks.models.tiny import Tiny, flow, kl_vae, numbers, ones, tiny, wake
 
 TEXT, WIDTH = 12, 16
 
@@ -55,5 +55,5 @@ def lumina_next() -> Tiny:
     )
     with torch.no_grad():
         transformer.pad_token.normal_()  # made by torch.empty
-    pipe = diffusers.LuminaPipeline(awaken(transformer), flow(), kl_vae(4), None, None)
+    pipe = diffusers.LuminaPipeline(wake(transformer), flow(), kl_vae(4), None, None)
     return Tiny(pipe, _REQUEST, _GUIDED, _LARGER)

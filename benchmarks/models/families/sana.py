@@ -6,7 +6,7 @@ from typing import Any
 
 import diffusers
 
-from benchmarks.models.tiny import Tiny, awaken, flow, numbers, ones, picture, tiny
+from benchmarks.models.tiny import Tiny, flow, numbers, ones, picture, tiny, wake
 
 TEXT, WIDTH = 12, 24
 
@@ -78,7 +78,7 @@ def sana() -> Tiny:
 
 @tiny("SanaControlNetPipeline")
 def controlnet() -> Tiny:
-    control = awaken(diffusers.SanaControlNetModel(**_sizes(num_layers=2)))
+    control = wake(diffusers.SanaControlNetModel(**_sizes(num_layers=2)))
     pipe = diffusers.SanaControlNetPipeline(**_parts(controlnet=control))
     return Tiny(pipe, _REQUEST | {"control_image": picture()}, _GUIDED, _LARGER)
 

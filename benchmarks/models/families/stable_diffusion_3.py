@@ -6,7 +6,7 @@ from typing import Any
 
 import diffusers
 
-from benchmarks.models.tiny import Tiny, awaken, flow, kl_vae, numbers, picture, tiny
+from benchmarks.models.tiny import Tiny, flow, kl_vae, numbers, picture, tiny, wake
 
 TEXT, WIDTH = 12, 32
 
@@ -36,7 +36,7 @@ def _parts(**parts: Any) -> dict[str, Any]:
 
 
 def _controlnet(**config: Any) -> diffusers.SD3ControlNetModel:
-    return awaken(diffusers.SD3ControlNetModel(**_sizes(num_layers=2, qk_norm=None, **config)))
+    return wake(diffusers.SD3ControlNetModel(**_sizes(num_layers=2, qk_norm=None, **config)))
 
 
 _REQUEST = {
