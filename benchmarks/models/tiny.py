@@ -36,6 +36,7 @@ DAMPED = 0.3
 LAST_TIMESTEP_LAYER = {
     "AceStepTimestepEmbedding": "linear_2",
     "AudioDiTTimestepEmbedding": "time_mlp.2",
+    "Ideogram4EmbedScalar": "mlp_out",
     "StableAudio3DiTModel": "to_timestep_embed.2",
     "StableAudioDiTModel": "timestep_proj.2",
     "TimestepEmbedding": "linear_2",

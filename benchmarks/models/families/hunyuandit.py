@@ -28,7 +28,7 @@ def _sizes() -> dict[str, Any]:
 
 
 def _parts() -> dict[str, Any]:
-    parts = {name: None for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")}
+    parts = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     return {
         **parts,
         "vae": kl_vae(4),

@@ -5,15 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
+import torch
 from diffusers import modular_pipelines
 from diffusers.configuration_utils import FrozenDict
 from diffusers.modular_pipelines import ComponentSpec
 
-from benchmarks.models.tiny import OMIT, Tiny, flow, numbers, ones, tiny, wake
+from benchmarks.models.tiny import OMIT, STEPS, Tiny, flow, kl_vae, numbers, ones, picture, tiny, wake
 
 TEXT, WIDTH = 12, 32
 #: Blocks that are left out; what the first of them return is then an input of the pipeline.
-_LEFT_OUT = {"text_encoder", "decode", "prompt_upsampler", "prompt_upsample", "prompt_enhancer", "before_encode"}
+_LEFT_OUT = {
+    *("before_encode", "prompt_enhancer", "prompt_upsample", "prompt_upsampler", "semantic_generator", "text_encoder"),
+    "decode",
+}
 
 
 def _pipe(blocks: str, workflow: str | None = None, **components: Any) -> diffusers.ModularPipeline:
@@ -56,7 +60,7 @@ _NEGATIVE_MASKS = {"negative_prompt_embeds_mask": ones(1, TEXT).bool()}
 _LARGER = {"width": 96}
 
 
-def _flux(**config: Any) -> diffusers.FluxTransformer2DModel:
+def _flux() -> diffusers.FluxTransformer2DModel:
     return diffusers.FluxTransformer2DModel(
         in_channels=64,
         num_layers=3,
@@ -74,6 +78,15 @@ def _flux(**config: Any) -> diffusers.FluxTransformer2DModel:
 def flux() -> Tiny:
     pipe = _pipe("FluxAutoBlocks", "text2image", scheduler=flow(use_dynamic_shifting=True), transformer=_flux())
     return Tiny(pipe, _REQUEST | {"pooled_prompt_embeds": numbers(1, 24, seed=3)}, larger=_LARGER)
+
+
+@tiny("ModularPipeline (FLUX.1 image-to-image)")
+def flux_image_to_image() -> Tiny:
+    vae = kl_vae(16, scaling_factor=0.36, shift_factor=0.12)
+    scheduler = flow(use_dynamic_shifting=True)
+    pipe = _pipe("FluxAutoBlocks", "image2image", scheduler=scheduler, transformer=_flux(), vae=vae)
+    request = _REQUEST | {"pooled_prompt_embeds": numbers(1, 24, seed=3), "image": picture(), "strength": 0.9}
+    return Tiny(pipe, request, larger=_LARGER)
 
 
 _FLUX_2: dict[str, Any] = {
@@ -138,7 +151,7 @@ _LONGER = {"width": 96, "num_frames": 9}
 @tiny("ModularPipeline (Wan)")
 def wan() -> Tiny:
     pipe = _pipe("WanBlocks", scheduler=_unipc(), transformer=_wan())
-    return Tiny(pipe, _REQUEST | _UNGUIDED | _GUIDED | _UNGUIDED | {"num_frames": 5}, _GUIDED, _LONGER)
+    return Tiny(pipe, _REQUEST | _GUIDED | _UNGUIDED | {"num_frames": 5}, _GUIDED, _LONGER)
 
 
 @tiny("ModularPipeline (Wan 2.2)")
@@ -175,8 +188,8 @@ def qwen_image_21() -> Tiny:
     )
     scheduler = flow(use_dynamic_shifting=True)
     pipe = _pipe("QwenImage21AutoBlocks", "text2image", scheduler=scheduler, transformer=transformer)
-    masks = _MASKS | {"image_pad_mask": ones(1, TEXT) * 0}
-    negative = _NEGATIVE_MASKS | {"negative_image_pad_mask": ones(1, TEXT) * 0}
+    masks = _MASKS | {"image_pad_mask": torch.zeros(1, TEXT, dtype=torch.bool)}
+    negative = _NEGATIVE_MASKS | {"negative_image_pad_mask": torch.zeros(1, TEXT, dtype=torch.bool)}
     return Tiny(pipe, _REQUEST | masks | _UNGUIDED, _GUIDED | negative, _LARGER)
 
 
@@ -250,9 +263,9 @@ def ltx() -> Tiny:
         caption_channels=WIDTH,
     )
     pipe = _pipe("LTXAutoBlocks", "text2video", scheduler=flow(), transformer=transformer)
-    request = _REQUEST | _UNGUIDED | {"prompt_attention_mask": ones(1, TEXT), "num_frames": 9}
-    guided = _GUIDED | {"negative_prompt_attention_mask": ones(1, TEXT)}
-    return Tiny(pipe, request, guided, {"width": 96, "num_frames": 17})
+    masks = {"prompt_attention_mask": ones(1, TEXT), "negative_prompt_attention_mask": ones(1, TEXT)}
+    request = _REQUEST | _GUIDED | _UNGUIDED | masks | {"num_frames": 9}
+    return Tiny(pipe, request, _GUIDED, {"width": 96, "num_frames": 17})
 
 
 @tiny("ModularPipeline (ERNIE-Image)")
@@ -270,3 +283,197 @@ def ernie_image() -> Tiny:
     pipe = _pipe("ErnieImageAutoBlocks", "text2image", scheduler=flow(shift=3.0), transformer=wake(transformer))
     request = _REQUEST | _UNGUIDED | {"prompt_embeds": [numbers(TEXT, WIDTH)]}
     return Tiny(pipe, request, _GUIDED | {"negative_prompt_embeds": [numbers(TEXT, WIDTH, seed=2)]}, _LARGER)
+
+
+@tiny("ModularPipeline (HunyuanVideo 1.5)")
+def hunyuan_video_15() -> Tiny:
+    transformer = diffusers.HunyuanVideo15Transformer3DModel(
+        in_channels=65,
+        out_channels=32,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=4,
+        num_refiner_layers=1,
+        text_embed_dim=WIDTH,
+        text_embed_2_dim=24,
+        image_embed_dim=16,
+        rope_axes_dim=(4, 6, 6),
+    )
+    pipe = _pipe("HunyuanVideo15AutoBlocks", "text2video", scheduler=flow(shift=5.0), transformer=transformer)
+    texts = {"prompt_embeds_2": numbers(1, 8, 24, seed=3), "prompt_embeds_mask_2": ones(1, 8)}
+    negative = {"negative_prompt_embeds_2": numbers(1, 8, 24, seed=4), "negative_prompt_embeds_mask_2": ones(1, 8)}
+    request = _REQUEST | _MASKS | _UNGUIDED | texts | {"num_frames": 5}
+    return Tiny(pipe, request, _GUIDED | _NEGATIVE_MASKS | negative, _LONGER)
+
+
+@tiny("ModularPipeline (Ideogram 4)")
+def ideogram_4() -> Tiny:
+    def transformer() -> diffusers.Ideogram4Transformer2DModel:
+        return diffusers.Ideogram4Transformer2DModel(
+            in_channels=16,
+            num_layers=4,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            intermediate_size=64,
+            adaln_dim=16,
+            llm_features_dim=WIDTH,
+            mrope_section=(4, 2, 2),
+        )
+
+    pipe = _pipe(
+        "Ideogram4AutoBlocks",
+        "text2image",
+        scheduler=flow(),
+        transformer=transformer(),
+        unconditional_transformer=transformer(),
+    )
+    texts = {"text_features": numbers(1, TEXT, WIDTH), "text_lengths": [TEXT], "prompt_embeds": OMIT}
+    return Tiny(pipe, _REQUEST | texts | {"guidance_schedule": (7.0,) * STEPS}, larger=_LARGER)
+
+
+@tiny("ModularPipeline (Anima)")
+def anima() -> Tiny:
+    conditioner = diffusers.AnimaTextConditioner(
+        source_dim=WIDTH,
+        target_dim=WIDTH,
+        model_dim=WIDTH,
+        num_layers=1,
+        num_attention_heads=2,
+        target_vocab_size=16,
+        min_sequence_length=16,
+    )
+    transformer = diffusers.CosmosTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=4,
+        text_embed_dim=WIDTH,
+        adaln_lora_dim=8,
+        max_size=(4, 16, 16),
+        extra_pos_embed_type=None,
+        concat_padding_mask=False,  # for which diffusers needs torchvision
+    )
+    parts = {"scheduler": flow(shift=3.0), "transformer": transformer, "text_conditioner": conditioner}
+    pipe = _pipe("AnimaAutoBlocks", "text2image", **parts)
+
+    def texts(prefix: str, seed: int) -> dict[str, Any]:
+        return {
+            f"{prefix}qwen_prompt_embeds": numbers(1, TEXT, WIDTH, seed=seed),
+            f"{prefix}qwen_attention_mask": ones(1, TEXT),
+            f"{prefix}t5_input_ids": torch.arange(TEXT)[None],
+            f"{prefix}t5_attention_mask": ones(1, TEXT),
+        }
+
+    request = _REQUEST | _UNGUIDED | texts("", 1) | {"prompt_embeds": OMIT}
+    return Tiny(pipe, request, {"guider": _guidance(4.0)} | texts("negative_", 2), _LARGER)
+
+
+@tiny("ModularPipeline (MiniMax-H3)")
+def minimax_h3() -> Tiny:
+    transformer = diffusers.MiniMaxH3Transformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        hidden_size=32,
+        num_layers=4,
+        num_refiner_layers=1,
+        ffn_dim=48,
+        text_dim=WIDTH,
+        freq_dim=32,
+        time_embed_hidden_dim=32,
+        time_embed_dim=32,
+        rope_freq_dim=2,
+    )
+    pipe = _pipe(
+        "MiniMaxH3Blocks",
+        "t2va",
+        scheduler=diffusers.MiniMaxH3Scheduler(shift=12.0),
+        audio_scheduler=diffusers.MiniMaxH3Scheduler(shift=3.0),
+        transformer=transformer,
+    )
+    request = _REQUEST | {
+        "prompt_embeds": numbers(1, TEXT, WIDTH),
+        "text_token_tags": ones(TEXT),
+        "height": 32,
+        "width": 32,
+        "output": ["latents", "audio_latents"],
+    }
+    return Tiny(pipe, request, larger={"width": 64})
+
+
+@tiny("ModularPipeline (MiniMax-Music 3)")
+def minimax_music_3() -> Tiny:
+    transformer = diffusers.MiniMaxMusic3Transformer1DModel(
+        in_channels=8,
+        condition_dim=24,
+        num_layers=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        ff_inner_dim=48,
+        rotary_dim=8,
+        fourier_embedding_dim=16,
+    )
+    encoder = diffusers.MiniMaxMusic3ConditionEncoder(condition_hidden_dim=16, num_condition_layers=2, out_dim=24)
+    pipe = _pipe(
+        "MiniMaxMusic3Blocks",
+        scheduler=flow(invert_sigmas=True, num_train_timesteps=1),
+        transformer=transformer,
+        condition_encoder=encoder,
+    )
+    sizes = dict.fromkeys(("prompt_embeds", "height", "width"), OMIT)
+    request = _REQUEST | sizes | {"frame_hiddens": numbers(1, 20, 32), "output": "latent_chunks"}
+    # longer ones are made of overlapping windows
+    larger = {"frame_hiddens": numbers(1, 240, 32)}
+    return Tiny(pipe, request | _UNGUIDED, {"guider": _guidance(2.0)}, larger)
+
+
+@tiny("ModularPipeline (FLUX.1 Kontext)")
+def flux_kontext() -> Tiny:
+    vae = kl_vae(16, scaling_factor=0.36, shift_factor=0.12)
+    scheduler = flow(use_dynamic_shifting=True)
+    pipe = _pipe("FluxKontextAutoBlocks", "image_conditioned", scheduler=scheduler, transformer=_flux(), vae=vae)
+    image = {"image": picture(), "_auto_resize": False, "max_area": 64 * 64}
+    larger = _LARGER | {"max_area": 96 * 64}
+    return Tiny(pipe, _REQUEST | {"pooled_prompt_embeds": numbers(1, 24, seed=3)} | image, larger=larger)
+
+
+def _flux_2_vae() -> diffusers.AutoencoderKLFlux2:
+    return diffusers.AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=8
+    )
+
+
+@tiny("ModularPipeline (FLUX.2 editing)")
+def flux_2_edit() -> Tiny:
+    transformer = diffusers.Flux2Transformer2DModel(**_FLUX_2, timestep_guidance_channels=32)
+    parts = {"scheduler": flow(use_dynamic_shifting=True), "transformer": transformer, "vae": _flux_2_vae()}
+    pipe = _pipe("Flux2AutoBlocks", "image_conditioned", **parts)
+    return Tiny(pipe, _REQUEST | {"image": [picture()]}, larger=_LARGER)
+
+
+@tiny("ModularPipeline (FLUX.3 editing)")
+def flux_3_edit() -> Tiny:
+    transformer = diffusers.Flux3Transformer2DModel(**_FLUX_2, cond_in_channels=32, timestep_channels=32)
+    pipe = _pipe("Flux3AutoBlocks", "image_conditioned", transformer=transformer, vae=_flux_2_vae())
+    return Tiny(pipe, _REQUEST | _UNGUIDED | {"image": [picture()]}, _GUIDED, _LARGER)
+
+
+@tiny("ModularPipeline (Stable Diffusion XL)")
+def stable_diffusion_xl() -> Tiny:
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(1, 2),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        transformer_layers_per_block=(1, 2),
+        projection_class_embeddings_input_dim=24 + 6 * 8,
+        cross_attention_dim=WIDTH,
+    )
+    parts = {"scheduler": diffusers.EulerDiscreteScheduler(), "unet": unet, "vae": kl_vae()}
+    pipe = _pipe("StableDiffusionXLAutoBlocks", "text2image", **parts)
+    request = _REQUEST | _UNGUIDED | {"pooled_prompt_embeds": numbers(1, 24, seed=3)}
+    return Tiny(pipe, request, _GUIDED | {"negative_pooled_prompt_embeds": numbers(1, 24, seed=4)}, _LARGER)
