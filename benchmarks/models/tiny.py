@@ -35,10 +35,14 @@ SIDE = 64
 DAMPED = 0.3
 #: That layer, in the timestep embeddings that are not diffusers' common one.
 LAST_TIMESTEP_LAYER = {
+    "AceStepTimestepEmbedding": "linear_2",
+    "AudioDiTTimestepEmbedding": "time_mlp.2",
     "Ideogram4EmbedScalar": "mlp_out",
     "Kandinsky5TimeEmbeddings": "out_layer",
     "Krea2TimestepEmbedding": "linear_2",
     "MLPEmbedder": "out_layer",
+    "StableAudio3DiTModel": "to_timestep_embed.2",
+    "StableAudioDiTModel": "timestep_proj.2",
     "TimestepEmbedder": "mlp.2",
 }
 
@@ -67,6 +71,9 @@ class Tiny:
         arguments |= {**self.arguments, **(self.guided if guided else {}), **(self.larger if larger else {}), **others}
         arguments = {name: _own(value) for name, value in arguments.items() if value is not OMIT}
         arguments.setdefault("generator", torch.Generator().manual_seed(0))
+        guiders = {name: arguments.pop(name) for name in ("guider", "guider_2") if name in arguments}
+        if guiders:  # a modular pipeline takes its guidance as a component, not as an argument
+            self.pipe.update_components(**guiders)
         self.pipe.set_progress_bar_config(disable=True)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):  # some pipelines also draw from the global generator
             torch.manual_seed(0)

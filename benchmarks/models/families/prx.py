@@ -47,7 +47,5 @@ def prx() -> Tiny:
 
 @tiny("PRXPixelPipeline")
 def prx_pixel() -> Tiny:
-    pipe = diffusers.PRXPixelPipeline(
-        **_parts(in_channels=3, patch_size=4, bottleneck_size=16, resolution_embeds=True)
-    )
+    pipe = diffusers.PRXPixelPipeline(**_parts(in_channels=3, patch_size=4, bottleneck_size=16, resolution_embeds=True))
     return Tiny(pipe, _REQUEST | {"height": 16, "width": 16}, _GUIDED, {"width": 24})
