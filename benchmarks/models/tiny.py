@@ -25,6 +25,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+from diffusers.models.embeddings import TimestepEmbedding
 from PIL import Image
 
 #: By default, requests have so many steps, ...
