@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import torch
+from diffusers.models.controlnets import controlnet_cosmos
+from diffusers.models.transformers import transformer_cosmos
+from diffusers.utils import is_torchvision_available
+from torch.nn import functional
 
 from benchmarks.models.tiny import OMIT, Tiny, clip, flow, numbers, picture, tiny, wake, wan_vae
 
@@ -18,6 +23,12 @@ _SIZES: dict[str, Any] = {
     "adaln_lora_dim": 8,
     "max_size": (8, 32, 32),
 }
+if not is_torchvision_available():  # the models need it just for this
+    resize = SimpleNamespace(resize=lambda mask, size, interpolation: functional.interpolate(mask, size))
+    for module in (transformer_cosmos, controlnet_cosmos):
+        vars(module)["transforms"] = SimpleNamespace(
+            functional=resize, InterpolationMode=SimpleNamespace(NEAREST="nearest")
+        )
 
 
 class _SafetyChecker(torch.nn.Module):
@@ -70,7 +81,7 @@ def cosmos_text_to_world() -> Tiny:
 
 @tiny("CosmosVideoToWorldPipeline")
 def cosmos_video_to_world() -> Tiny:
-    return _cosmos_1(diffusers.CosmosVideoToWorldPipeline, 17, video=clip(9))
+    return _cosmos_1(diffusers.CosmosVideoToWorldPipeline, 17, image=picture())
 
 
 @tiny("Cosmos2TextToImagePipeline")
@@ -94,8 +105,7 @@ def _scheduler_25() -> diffusers.UniPCMultistepScheduler:
 @tiny("Cosmos2_5_PredictBasePipeline")
 def cosmos25_predict() -> Tiny:
     pipe = diffusers.Cosmos2_5_PredictBasePipeline(**_parts(transformer=_transformer(), scheduler=_scheduler_25()))
-    guided = _GUIDED | {"guidance_scale": 7.0}
-    return Tiny(pipe, _REQUEST | {"image": picture()}, guided, _LARGER)
+    return Tiny(pipe, _REQUEST | {"video": clip(5), "num_latent_conditional_frames": 1}, _GUIDED, _LARGER)
 
 
 @tiny("Cosmos2_5_TransferPipeline")

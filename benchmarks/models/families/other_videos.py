@@ -82,8 +82,7 @@ def latte() -> Tiny:
         norm_eps=1e-6,
         video_length=4,
     )
-    pipe = diffusers.LattePipeline(
-        **_ENCODER, vae=kl_vae(), scheduler=diffusers.DDIMScheduler(), transformer=wake(transformer)
-    )
+    scheduler = diffusers.DDIMScheduler(prediction_type="v_prediction", clip_sample=False)
+    pipe = diffusers.LattePipeline(**_ENCODER, vae=kl_vae(), scheduler=scheduler, transformer=wake(transformer))
     request = _TEXTS | {"negative_prompt": None, "video_length": 4, "mask_feature": False}
     return Tiny(pipe, request, _GUIDED, {"width": 96})
