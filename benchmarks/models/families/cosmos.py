@@ -119,3 +119,42 @@ def cosmos25_transfer() -> Tiny:
     # two chunks of frames, one after the other
     frames = {"controls": clip(9), "num_frames": 9, "num_frames_per_chunk": 5}
     return Tiny(diffusers.Cosmos2_5_TransferPipeline(**parts), _REQUEST | frames, _GUIDED, {"width": 96})
+
+
+class _Tokenizer:
+    """Makes a token of each letter."""
+
+    eos_token_id = 1
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        return 2
+
+    def apply_chat_template(self, conversations: Any, **settings: Any) -> Any:
+        return SimpleNamespace(input_ids=[3 + ord(letter) % 60 for letter in conversations[-1]["content"]])
+
+
+@tiny("Cosmos3OmniPipeline")
+def cosmos3_omni() -> Tiny:
+    transformer = diffusers.Cosmos3OmniTransformer(
+        head_dim=16,
+        hidden_size=32,
+        intermediate_size=64,
+        latent_channel=16,
+        patch_latent_dim=64,
+        num_attention_heads=2,
+        num_hidden_layers=4,
+        num_key_value_heads=1,
+        rope_axes_dim=[4, 2, 2],
+        vocab_size=64,
+    )
+    pipe = diffusers.Cosmos3OmniPipeline(
+        transformer=wake(transformer),
+        text_tokenizer=_Tokenizer(),
+        vae=wan_vae(),
+        scheduler=_scheduler_25(),
+        enable_safety_checker=False,
+        default_use_system_prompt=False,
+    )
+    request = {"prompt": "a dog", "guidance_scale": 1.0, "height": 64, "width": 64, "num_frames": 5}
+    templates = {"add_resolution_template": False, "add_duration_template": False}
+    return Tiny(pipe, request | templates, _GUIDED | {"negative_prompt": "bad"}, _LARGER)
