@@ -68,7 +68,7 @@ def kandinsky6_image_to_video() -> Tiny:
     return _video_and_audio(image=picture(), sample_audio=False)
 
 
-def _super_resolution(scheduler: Any, guesses: int = 1) -> Tiny:
+def _super_resolution(scheduler: Any, guesses: int = 1) -> diffusers.Kandinsky6SRPipeline:
     transformer = diffusers.Kandinsky6SRTransformer3DModel(
         in_visual_dim=CHANNELS,
         out_visual_dim=CHANNELS * guesses,
@@ -86,17 +86,19 @@ def _super_resolution(scheduler: Any, guesses: int = 1) -> Tiny:
         decoder_block_out_channels=(4, 8, 8, 8),
         layers_per_block=1,
     )
-    pipe = diffusers.Kandinsky6SRPipeline(transformer=wake(transformer), vae=vae, scheduler=scheduler)
-    # two tiles, one after the other
-    wide = [frame.resize((48, 32)) for frame in clip(9)]
-    return Tiny(pipe, {"video": wide[:5], "resolution_scale": 2, "output_type": "pt"}, {}, {"video": wide})
+    return diffusers.Kandinsky6SRPipeline(transformer=wake(transformer), vae=vae, scheduler=scheduler)
+
+
+_SMALL_VIDEO = {"video": clip(5, 32), "resolution_scale": 2, "output_type": "pt"}
 
 
 @tiny("Kandinsky6SRPipeline")
 def kandinsky6_sr() -> Tiny:
-    return _super_resolution(flow(shift=5.0))
+    return Tiny(_super_resolution(flow(shift=5.0)), _SMALL_VIDEO, {}, {"video": clip(9, 32)})
 
 
-@tiny("Kandinsky6SRPipeline (distilled)")
+@tiny("Kandinsky6SRPipeline (distilled, two tiles)")
 def kandinsky6_sr_distilled() -> Tiny:
-    return _super_resolution(diffusers.PiflowScheduler(n_grid=3), guesses=3)
+    pipe = _super_resolution(diffusers.PiflowScheduler(n_grid=3), guesses=3)
+    wide = [frame.resize((48, 32)) for frame in clip(9)]
+    return Tiny(pipe, _SMALL_VIDEO | {"video": wide[:5]}, {}, {"video": wide}, steps=4)

@@ -57,9 +57,9 @@ def allegro() -> Tiny:
         caption_channels=WIDTH,
     )
     vae = diffusers.AutoencoderKLAllegro(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=2)
-    scheduler = diffusers.EulerAncestralDiscreteScheduler()
+    scheduler = diffusers.EulerAncestralDiscreteScheduler(prediction_type="v_prediction")
     pipe = diffusers.AllegroPipeline(**_ENCODER, vae=vae, scheduler=scheduler, transformer=transformer)
-    return Tiny(pipe, _TEXTS | _MASKS | {"num_frames": 8}, _GUIDED, {"width": 96, "num_frames": 12})
+    return Tiny(pipe, _TEXTS | _MASKS | {"negative_prompt": None, "num_frames": 8}, _GUIDED, {"width": 96, "num_frames": 12})
 
 
 @tiny("LattePipeline")
@@ -82,8 +82,7 @@ def latte() -> Tiny:
         norm_eps=1e-6,
         video_length=4,
     )
-    pipe = diffusers.LattePipeline(
-        **_ENCODER, vae=kl_vae(), scheduler=diffusers.DDIMScheduler(), transformer=wake(transformer)
-    )
-    request = _TEXTS | {"video_length": 4, "mask_feature": False}
-    return Tiny(pipe, request, _GUIDED, {"video_length": 6})
+    scheduler = diffusers.DDIMScheduler(prediction_type="v_prediction", clip_sample=False)
+    pipe = diffusers.LattePipeline(**_ENCODER, vae=kl_vae(), scheduler=scheduler, transformer=wake(transformer))
+    request = _TEXTS | {"negative_prompt": None, "video_length": 4, "mask_feature": False}
+    return Tiny(pipe, request, _GUIDED, {"width": 96})
