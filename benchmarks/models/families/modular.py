@@ -29,8 +29,8 @@ from benchmarks.models.tiny import (
 TEXT, WIDTH = 12, 32
 #: Blocks that are left out; what the first of them return is then an input of the pipeline.
 _LEFT_OUT = {
-    *("before_encode", "prompt_enhancer", "prompt_upsample", "prompt_upsampler", "semantic_generator", "text_encoder"),
-    "decode",
+    *("before_encode", "duration", "prompt_enhancer", "prompt_upsample", "prompt_upsampler"),
+    *("semantic_generator", "text_encoder", "decode"),
 }
 
 
@@ -514,10 +514,9 @@ def wan_22_image_to_video() -> Tiny:
 @tiny("ModularPipeline (Wan 2.2 VACE)")
 def wan_22_vace() -> Tiny:
     sizes = _WAN | {"num_layers": 4, "vace_layers": [0, 2]}
-    transformers = {
-        name: wake(diffusers.WanVACETransformer3DModel(**sizes)) for name in ("transformer", "transformer_2")
-    }
-    pipe = _pipe("Wan22VaceBlocks", scheduler=_unipc(), vae=wan_vae(), **transformers)
+    transformer, transformer_2 = (wake(diffusers.WanVACETransformer3DModel(**sizes)) for _ in range(2))
+    parts = {"scheduler": _unipc(), "vae": wan_vae(), "transformer": transformer, "transformer_2": transformer_2}
+    pipe = _pipe("Wan22VaceBlocks", **parts)
     request = _REQUEST | _GUIDED | _UNGUIDED | {"guider_2": _guidance(1.0), "num_frames": 5, "video": clip(5)}
     return Tiny(pipe, request, _GUIDED | {"guider_2": _guidance(3.0)}, _LONGER | {"video": clip(9)})
 
