@@ -55,8 +55,11 @@ def _silence(blocks: diffusers.ModularPipelineBlocks) -> None:
 
 
 def _guidance(scale: float) -> diffusers.ClassifierFreeGuidance:
-    config = FrozenDict({"guidance_scale": scale})
-    return ComponentSpec("guider", diffusers.ClassifierFreeGuidance, config=config).create()
+    return _guider(diffusers.ClassifierFreeGuidance, guidance_scale=scale)
+
+
+def _guider(kind: type, **config: Any) -> Any:
+    return ComponentSpec("guider", kind, config=FrozenDict(config)).create()
 
 
 _REQUEST = {
@@ -574,4 +577,11 @@ def ltx_2() -> Tiny:
         )
     }
     request = _REQUEST | texts | {"prompt_embeds": OMIT, "batch_size": 1, "dtype": torch.float32, "num_frames": 9}
-    return Tiny(pipe, request | {"output": ["latents", "audio_latents"]}, larger={"width": 96, "num_frames": 17})
+    no_guidance = _guider(diffusers.LTX2Guidance)
+    request |= {"output": ["latents", "audio_latents"], "guider": no_guidance, "audio_guider": no_guidance}
+    scales = {"stg_scale": 1.0, "modality_scale": 3.0, "spatio_temporal_guidance_blocks": [2]}
+    guided = {
+        "guider": _guider(diffusers.LTX2Guidance, guidance_scale=3.0, **scales),
+        "audio_guider": _guider(diffusers.LTX2Guidance, guidance_scale=7.0),
+    }
+    return Tiny(pipe, request, guided, {"width": 96, "num_frames": 17})
