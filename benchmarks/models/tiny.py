@@ -72,7 +72,7 @@ class Tiny:
         arguments |= {**self.arguments, **(self.guided if guided else {}), **(self.larger if larger else {}), **others}
         arguments = {name: _own(value) for name, value in arguments.items() if value is not OMIT}
         arguments.setdefault("generator", torch.Generator().manual_seed(0))
-        guiders = {name: arguments.pop(name) for name in ("guider", "guider_2") if name in arguments}
+        guiders = {name: arguments.pop(name) for name in list(arguments) if "guider" in name}
         if guiders:  # a modular pipeline takes its guidance as a component, not as an argument
             self.pipe.update_components(**guiders)
         self.pipe.set_progress_bar_config(disable=True)

@@ -10,13 +10,27 @@ from diffusers import modular_pipelines
 from diffusers.configuration_utils import FrozenDict
 from diffusers.modular_pipelines import ComponentSpec
 
-from benchmarks.models.tiny import OMIT, STEPS, Tiny, flow, kl_vae, numbers, ones, picture, tiny, wake
+from benchmarks.models.tiny import (
+    OMIT,
+    STEPS,
+    Tiny,
+    clip,
+    flow,
+    kl_vae,
+    numbers,
+    ones,
+    picture,
+    qwen_vae,
+    tiny,
+    wake,
+    wan_vae,
+)
 
 TEXT, WIDTH = 12, 32
 #: Blocks that are left out; what the first of them return is then an input of the pipeline.
 _LEFT_OUT = {
-    *("before_encode", "prompt_enhancer", "prompt_upsample", "prompt_upsampler", "semantic_generator", "text_encoder"),
-    "decode",
+    *("before_encode", "duration", "prompt_enhancer", "prompt_upsample", "prompt_upsampler"),
+    *("semantic_generator", "text_encoder", "decode"),
 }
 
 
@@ -41,8 +55,11 @@ def _silence(blocks: diffusers.ModularPipelineBlocks) -> None:
 
 
 def _guidance(scale: float) -> diffusers.ClassifierFreeGuidance:
-    config = FrozenDict({"guidance_scale": scale})
-    return ComponentSpec("guider", diffusers.ClassifierFreeGuidance, config=config).create()
+    return _guider(diffusers.ClassifierFreeGuidance, guidance_scale=scale)
+
+
+def _guider(kind: type, **config: Any) -> Any:
+    return ComponentSpec("guider", kind, config=FrozenDict(config)).create()
 
 
 _REQUEST = {
@@ -129,16 +146,19 @@ def flux_3_distilled() -> Tiny:
     return Tiny(pipe, _REQUEST, larger=_LARGER)
 
 
-def _wan() -> diffusers.WanTransformer3DModel:
-    return diffusers.WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        text_dim=WIDTH,
-        freq_dim=32,
-        ffn_dim=48,
-        num_layers=3,
-        rope_max_seq_len=32,
-    )
+_WAN: dict[str, Any] = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "text_dim": WIDTH,
+    "freq_dim": 32,
+    "ffn_dim": 48,
+    "num_layers": 3,
+    "rope_max_seq_len": 32,
+}
+
+
+def _wan(**config: Any) -> diffusers.WanTransformer3DModel:
+    return diffusers.WanTransformer3DModel(**_WAN | config)
 
 
 def _unipc() -> diffusers.UniPCMultistepScheduler:
@@ -161,15 +181,19 @@ def wan_22() -> Tiny:
     return Tiny(pipe, _REQUEST | unguided, _GUIDED | {"guider_2": _guidance(3.0)}, _LONGER)
 
 
+_QWEN_IMAGE: dict[str, Any] = {
+    "in_channels": 64,
+    "num_layers": 4,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": WIDTH,
+    "axes_dims_rope": (4, 6, 6),
+}
+
+
 @tiny("ModularPipeline (Qwen-Image)")
 def qwen_image() -> Tiny:
-    transformer = diffusers.QwenImageTransformer2DModel(
-        num_layers=4,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=WIDTH,
-        axes_dims_rope=(4, 6, 6),
-    )
+    transformer = diffusers.QwenImageTransformer2DModel(**_QWEN_IMAGE)
     scheduler = flow(use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02)
     pipe = _pipe("QwenImageAutoBlocks", "text2image", scheduler=scheduler, transformer=transformer)
     return Tiny(pipe, _REQUEST | _MASKS | _UNGUIDED, _GUIDED | _NEGATIVE_MASKS, _LARGER)
@@ -193,9 +217,8 @@ def qwen_image_21() -> Tiny:
     return Tiny(pipe, _REQUEST | masks | _UNGUIDED, _GUIDED | negative, _LARGER)
 
 
-@tiny("ModularPipeline (Z-Image)")
-def z_image() -> Tiny:
-    transformer = diffusers.ZImageTransformer2DModel(
+def _z_image() -> diffusers.ZImageTransformer2DModel:
+    return diffusers.ZImageTransformer2DModel(
         dim=32,
         n_layers=4,
         n_refiner_layers=1,
@@ -205,7 +228,11 @@ def z_image() -> Tiny:
         axes_dims=[4, 6, 6],
         axes_lens=[128, 32, 32],
     )
-    pipe = _pipe("ZImageAutoBlocks", "text2image", scheduler=flow(shift=3.0), transformer=transformer)
+
+
+@tiny("ModularPipeline (Z-Image)")
+def z_image() -> Tiny:
+    pipe = _pipe("ZImageAutoBlocks", "text2image", scheduler=flow(shift=3.0), transformer=_z_image())
     request = _REQUEST | _UNGUIDED | {"prompt_embeds": [numbers(TEXT, WIDTH)]}
     return Tiny(pipe, request, _GUIDED | {"negative_prompt_embeds": [numbers(TEXT, WIDTH, seed=2)]}, _LARGER)
 
@@ -477,3 +504,84 @@ def stable_diffusion_xl() -> Tiny:
     pipe = _pipe("StableDiffusionXLAutoBlocks", "text2image", **parts)
     request = _REQUEST | _UNGUIDED | {"pooled_prompt_embeds": numbers(1, 24, seed=3)}
     return Tiny(pipe, request, _GUIDED | {"negative_pooled_prompt_embeds": numbers(1, 24, seed=4)}, _LARGER)
+
+
+@tiny("ModularPipeline (Wan 2.2 image-to-video)")
+def wan_22_image_to_video() -> Tiny:
+    transformers = {name: _wan(in_channels=36) for name in ("transformer", "transformer_2")}
+    pipe = _pipe("Wan22Image2VideoBlocks", scheduler=_unipc(), vae=wan_vae(), **transformers)
+    request = _REQUEST | _GUIDED | _UNGUIDED | {"guider_2": _guidance(1.0), "num_frames": 5, "image": picture()}
+    return Tiny(pipe, request, _GUIDED | {"guider_2": _guidance(3.0)}, _LONGER)
+
+
+@tiny("ModularPipeline (Wan 2.2 VACE)")
+def wan_22_vace() -> Tiny:
+    sizes = _WAN | {"num_layers": 4, "vace_layers": [0, 2]}
+    transformer, transformer_2 = (wake(diffusers.WanVACETransformer3DModel(**sizes)) for _ in range(2))
+    parts = {"scheduler": _unipc(), "vae": wan_vae(), "transformer": transformer, "transformer_2": transformer_2}
+    pipe = _pipe("Wan22VaceBlocks", **parts)
+    request = _REQUEST | _GUIDED | _UNGUIDED | {"guider_2": _guidance(1.0), "num_frames": 5, "video": clip(5)}
+    return Tiny(pipe, request, _GUIDED | {"guider_2": _guidance(3.0)}, _LONGER | {"video": clip(9)})
+
+
+@tiny("ModularPipeline (Qwen-Image ControlNet)")
+def qwen_image_controlnet() -> Tiny:
+    scheduler = flow(use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02)
+    control = wake(diffusers.QwenImageControlNetModel(**_QWEN_IMAGE | {"num_layers": 2}))
+    transformer = diffusers.QwenImageTransformer2DModel(**_QWEN_IMAGE)
+    parts = {"scheduler": scheduler, "transformer": transformer, "controlnet": control, "vae": qwen_vae()}
+    pipe = _pipe("QwenImageAutoBlocks", "controlnet_text2image", **parts)
+    request = _REQUEST | _MASKS | _UNGUIDED | {"control_image": picture()}
+    return Tiny(pipe, request, _GUIDED | _NEGATIVE_MASKS, _LARGER)
+
+
+@tiny("ModularPipeline (Z-Image image-to-image)")
+def z_image_image_to_image() -> Tiny:
+    vae = kl_vae(16, scaling_factor=0.36, shift_factor=0.12)
+    pipe = _pipe("ZImageAutoBlocks", "image2image", scheduler=flow(shift=3.0), transformer=_z_image(), vae=vae)
+    texts = {"prompt_embeds": [numbers(TEXT, WIDTH)]}
+    negative = {"negative_prompt_embeds": [numbers(TEXT, WIDTH, seed=2)]}
+    request = _REQUEST | _UNGUIDED | texts | {"image": picture(), "strength": 0.9}
+    return Tiny(pipe, request, _GUIDED | negative, _LARGER)
+
+
+@tiny("ModularPipeline (LTX-2)")
+def ltx_2() -> Tiny:
+    transformer = diffusers.LTX2VideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        cross_attention_dim=32,
+        vae_scale_factors=(8, 32, 32),
+        audio_in_channels=8,
+        audio_out_channels=8,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=8,
+        audio_cross_attention_dim=16,
+        num_layers=4,
+        caption_channels=WIDTH,
+        rope_type="split",
+    )
+    audio_vae = diffusers.AutoencoderKLLTX2Audio(
+        base_channels=4, ch_mult=(1,), num_res_blocks=1, resolution=32, latent_channels=2, mel_bins=16
+    )
+    pipe = _pipe("LTX2AutoBlocks", "text2video", scheduler=flow(), transformer=transformer, audio_vae=audio_vae)
+    texts = {
+        f"{sign}connector_{name}": value
+        for seed, sign in ((1, ""), (2, "negative_"))
+        for name, value in (
+            ("prompt_embeds", numbers(1, TEXT, WIDTH, seed=seed)),
+            ("audio_prompt_embeds", numbers(1, TEXT, WIDTH, seed=seed + 2)),
+            ("attention_mask", ones(1, TEXT)),
+        )
+    }
+    request = _REQUEST | texts | {"prompt_embeds": OMIT, "batch_size": 1, "dtype": torch.float32, "num_frames": 9}
+    no_guidance = _guider(diffusers.LTX2Guidance)
+    request |= {"output": ["latents", "audio_latents"], "guider": no_guidance, "audio_guider": no_guidance}
+    scales = {"stg_scale": 1.0, "modality_scale": 3.0, "spatio_temporal_guidance_blocks": [2]}
+    guided = {
+        "guider": _guider(diffusers.LTX2Guidance, guidance_scale=3.0, **scales),
+        "audio_guider": _guider(diffusers.LTX2Guidance, guidance_scale=7.0),
+    }
+    return Tiny(pipe, request, guided, {"width": 96, "num_frames": 17})

@@ -47,7 +47,7 @@ def sana_wm() -> Tiny:
     )
     pipe = diffusers.SanaWMPipeline(None, None, vae, wake(transformer), flow(shift=3.0))
     request = {
-        "image": picture(),
+        "image": picture(32),
         "prompt": "",
         "prompt_embeds": numbers(1, TEXT, WIDTH),
         "prompt_attention_mask": ones(1, TEXT),
@@ -55,8 +55,8 @@ def sana_wm() -> Tiny:
         "negative_prompt_attention_mask": ones(1, TEXT),
         "guidance_scale": 1.0,
         "c2w": _path(9),
-        "intrinsics": [64.0, 64.0, 32.0, 32.0],
-        "height": 64,
-        "width": 64,
+        "intrinsics": [32.0, 32.0, 16.0, 16.0],
+        "height": 32,
+        "width": 32,
     }
-    return Tiny(pipe, request, {"guidance_scale": 5.0}, {"width": 96, "c2w": _path(17)})
+    return Tiny(pipe, request, {"guidance_scale": 5.0}, {"width": 64, "c2w": _path(13)})
