@@ -20,6 +20,7 @@ from omni_runtime.calibrate.images import Images, Settings
 from omni_runtime.calibrate.journal import KeptResponses
 from omni_runtime.calibrate.schedule import find, plot, words
 from omni_runtime.calibrate.search import Tried, most_steps
+from omni_runtime.cli.options import parser
 from omni_runtime.compare import quality
 
 STEPS = 8
@@ -290,10 +291,13 @@ def test_most_steps_counts_every_run():
     assert most_steps([17], 60, 8, 16, 50) == 8 * (100 + responses) + 16 * 50 + 17 * (60 * 8 + 3 * 16) + timed
 
 
-@pytest.mark.parametrize("method", ["schedule", "velocity_cache"])
-def test_command_writes_a_file_that_the_cache_takes(method, tmp_path, saved, capsys):
+def test_the_methods_name_means_its_schedule():
+    assert parser().parse_args(["calibrate", "velocity_cache"]).method == "schedule"
+
+
+def test_command_writes_a_file_that_the_cache_takes(tmp_path, saved, capsys):
     out = tmp_path / "made" / "velocity_cache.json"
-    arguments = ["calibrate", method, "--model", str(saved["qwen_image"]), "--steps", "6", "--budgets", "3"]
+    arguments = ["calibrate", "schedule", "--model", str(saved["qwen_image"]), "--steps", "6", "--budgets", "3"]
     arguments += ["--size", "64", "--prompts", "a cat", "--prompts", "a dog", "--seeds", "0,1000", "--tries", "4"]
     arguments += ["--out", str(out), "--quiet"]
     assert cli.main(arguments) == 0
