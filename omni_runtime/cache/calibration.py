@@ -46,11 +46,13 @@ class Kind:
         title: the method's name in words.
         key: the configuration key that takes the file.
         fields: a parsed file → the fields that a run needs; raises ValueError if they are broken.
+        carries_over: whether the numbers may serve another transformer class. A schedule may: it only names steps.
     """
 
     title: str
     key: str
     fields: Callable[[Mapping[str, Any]], dict[str, Any]]
+    carries_over: bool = False
 
 
 def _polynomial(parsed: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,7 +107,7 @@ def _schedule(row: Any) -> dict[str, Any]:
 KINDS = {
     "tea_cache": Kind("TeaCache", "coefficients", _polynomial),
     "mag_cache": Kind("MagCache", "mag_ratios", _ratios),
-    "velocity_cache": Kind("schedules", "calibration", _schedules),
+    "velocity_cache": Kind("schedules", "calibration", _schedules, carries_over=True),
 }
 
 
@@ -280,6 +282,29 @@ def differences(calibrated_for: Mapping[str, Any], run: Mapping[str, Any]) -> li
             if key in now_all and now_all[key] != then
         ]
     return found
+
+
+def check_class(method: str, given: Any, transformer: str, *bases: str) -> None:
+    """Check that a calibration was made for this transformer class, unless it carries over or names no class.
+
+    Args:
+        method: the method that the calibration is of.
+        given: the value of the method's key. Only a calibration is checked, not numbers without a file.
+        transformer: the class of the pipeline's transformer.
+        bases: its base classes: FSDP makes a subclass of the model's own class.
+
+    Raises:
+        ValueError: it was made for another class. The message names both classes and says what to do.
+    """
+    kind = KINDS[method]
+    if kind.carries_over or not isinstance(given, Mapping):
+        return
+    then = given["calibrated_for"].get("transformer")
+    if then is not None and then not in (transformer, *bases):
+        raise ValueError(
+            f"{kind.key}: {given.get('file', 'this dict')} was calibrated for the class {then}, but this transformer "
+            f"is a {transformer}: calibrate for this model with `omni calibrate {method} --model MODEL`"
+        )
 
 
 _PHRASES = {

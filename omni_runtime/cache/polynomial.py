@@ -72,7 +72,7 @@ class Fit:
     def words(self) -> str:
         """The fit in two sentences, followed by the coefficients."""
         (low, high), (least, most) = self.range, self.output_range
-        falls = "" if self.rises else ", not everywhere rising"
+        falls = "" if self.rises else " (not everywhere rising)"
         return (
             f"{self.points} points: the modulated input moves by {low:.4g} to {high:.4g} a step, the residual by "
             f"{least:.4g} to {most:.4g}. A polynomial of degree {self.degree}{falls} explains {self.r_squared:.0%} of "

@@ -229,8 +229,8 @@ def words(found: Mapping[int, Found]) -> Iterator[str]:
             f"{budget} computed steps: {one.speedup:.2f} times as fast, {now['mean']:.1f} ± {now['std']:.1f} dB, 5th "
             f"percentile {now['p5']:.1f}, on {images} not searched on; evenly spread steps have "
             f"{even['mean']:.1f} dB, 5th percentile {even['p5']:.1f}, plain sampling with {budget} steps "
-            f"{plain['mean']:.1f} and {plain['p5']:.1f}. On the searched images "
-            f"{score(one.start.psnr):.1f} at the start, {one.best.score:.1f} after {len(one.trail)} schedules."
+            f"{plain['mean']:.1f} and {plain['p5']:.1f}. On the searched images, {len(one.trail)} schedules raised the "
+            f"mean of mean and 5th percentile from {score(one.start.psnr):.1f} to {one.best.score:.1f} dB."
         )
         better = max((even["mean"], "evenly spread steps"), (plain["mean"], "plain sampling"))
         if now["mean"] < better[0]:

@@ -31,6 +31,7 @@ from omni_runtime.cli.inputs import (
 from omni_runtime.cli.options import UsageError
 from omni_runtime.cli.output import print_json
 from omni_runtime.compare import comparison
+from omni_runtime.generation.loading import embedded_models
 from omni_runtime.generation.request import GenerationRequest
 from omni_runtime.progress import Line, Progress, StepBar, duration
 
@@ -136,24 +137,23 @@ def _calibrate_schedule(options: argparse.Namespace) -> None:
     tries = options.tries or finding.TRIES
     if not options.quiet:
         most = most_steps(budgets, tries, len(requests), len(held_out), steps)
-        print(
-            f"{len(requests)} images; at most {most} computed steps of one image: with guidance {2 * most} forwards, "
-            f"{duration(2 * most * LARGE_FORWARD)} at {LARGE_FORWARD} s each (a large model)",
-            file=sys.stderr,
-        )
-    told = _Told(options.quiet)
+        told = f"{len(requests)} images; at most {most} computed steps of one image: with guidance {2 * most} forwards"
+        if options.model not in embedded_models():
+            told += f", {duration(2 * most * LARGE_FORWARD)} at {LARGE_FORWARD} s each (a large model)"
+        print(told, file=sys.stderr)
+    progress = _Told(options.quiet)
     try:
         with wrong_input():
             found, document = finding.find(
                 omni, requests, held_out, budgets, tries=tries, batch=options.batch or finding.BATCH, journal=journal,
-                listener=told.of_schedule, on_step=told.of_step,
+                listener=progress.of_schedule, on_step=progress.of_step,
             )  # fmt: skip
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"interrupted; what was sampled is kept in {journal}; run the same command to continue"
         ) from None
     finally:
-        told.line.close()
+        progress.line.close()
     document = fitting.schedule_document(omni, requests, held_out, document)
     calibration.write(document, out)
     picture = out.with_suffix(".search.svg")

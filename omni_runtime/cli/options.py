@@ -192,9 +192,10 @@ def _add_calibrate(commands: Any, shared: argparse.ArgumentParser) -> None:
     command.set_defaults(module="calibrate", command="calibrate")
     command.add_argument(
         "method",
+        type=lambda name: "schedule" if name == "velocity_cache" else name,
         choices=["tea_cache", "mag_cache", "schedule"],
         metavar="METHOD",
-        help="tea_cache, mag_cache or schedule (of velocity_cache)",
+        help="tea_cache, mag_cache or schedule; velocity_cache means schedule",
     )
     command.add_argument(
         "--prompts",

@@ -101,6 +101,7 @@ def embedded_pipeline(name: str = "emoji-qwen-image") -> Any:
 
     These models make pictures of 64 × 64 pixels. Qwen-Image's pipeline does so by default; give the others
     `height=64, width=64`. The edit pipeline enlarges its reference images; `Omni` keeps them small.
+    Call `torch.set_num_threads(1)` for them: with more threads they are many times slower.
 
     Args:
         name: one of `embedded_models()`.
@@ -113,7 +114,7 @@ def embedded_pipeline(name: str = "emoji-qwen-image") -> Any:
     models = embedded_models()
     if name not in models:
         raise ValueError(f"there is no embedded model {name!r}; there are {', '.join(models)}")
-    pipe = DiffusionPipeline.from_pretrained(models[name], torch_dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(models[name], dtype=torch.float32)
     if hasattr(pipe, "default_sample_size"):
         height = json.loads((models[name] / "defaults.json").read_text(encoding="utf-8")).get("height", 64)
         pipe.default_sample_size = height // pipe.vae_scale_factor

@@ -9,9 +9,10 @@ import pytest
 import tiny
 
 import omni_kernels
-from omni_runtime.cache import calibration, polynomial
+from omni_runtime.cache import calibration, magnitudes, polynomial
 from omni_runtime.cache.gates import AccumulatedPolynomialGate, Limits
 from omni_runtime.cache.methods import METHODS
+from omni_runtime.cache.models import TransformerFacts
 from omni_runtime.files import WriteError
 
 X = np.linspace(0.04, 0.2, 200)
@@ -325,11 +326,6 @@ def test_a_run_like_those_that_were_calibrated_is_not_warned_of():
         ({}, {"height": 96}, "latents of 24×64 instead of 16×64 (64×64 pixels)"),
         ({"blocks": 60}, {}, "4 transformer blocks instead of 60"),
         (
-            {"transformer": "FluxTransformer2DModel"},
-            {},
-            "a QwenImageTransformer2DModel instead of a FluxTransformer2DModel",
-        ),
-        (
             {"scheduler": "UniPCMultistepScheduler"},
             {},
             "the scheduler FlowMatchEulerDiscreteScheduler instead of UniPCMultistepScheduler",
@@ -363,3 +359,36 @@ def test_the_report_says_which_coefficients_are_used(given, note):
     with omni_kernels.patched(pipe, "tea_cache", {"coefficients": given}) as handle:
         tiny.generate(pipe, num_inference_steps=3)
         assert handle.report.to_dict()["notes"] == [f"coefficients: {note}"]
+
+
+OTHER_CLASS = (
+    "was calibrated for the class FluxTransformer2DModel, but this transformer is a QwenImageTransformer2DModel: "
+    "calibrate for this model with `omni calibrate tea_cache --model MODEL`"
+)
+
+
+def test_a_calibration_of_another_class_is_refused(tmp_path):
+    document = made(transformer="FluxTransformer2DModel")
+    calibration.write(document, tmp_path / "flux.json")
+    for given, name in ((document, "this dict"), (tmp_path / "flux.json", "flux.json")):
+        with pytest.raises(ValueError, match=f"^coefficients: {name} {OTHER_CLASS}$"):
+            omni_kernels.patch(tiny.qwen_image(), "tea_cache", {"coefficients": given})
+        with pytest.raises(ValueError, match=f"^coefficients: {name} {OTHER_CLASS}$"):  # no weights are loaded for this
+            METHODS["tea_cache"].check({"coefficients": given}, TransformerFacts("QwenImageTransformer2DModel", 4))
+
+
+def test_a_calibration_that_names_no_class_is_taken():
+    assert run_with(made(transformer=None))[0] == []
+
+
+def test_a_subclass_takes_the_calibration_of_its_class():
+    """As FSDP makes one: it changes the class of the model."""
+    pipe = tiny.z_image()
+    run = calibration.describe(pipe.transformer, 4, pipe.scheduler, 8, (16, 64))
+    document = calibration.document(magnitudes.fit([(1, 1.1), (2, 0.9)]), run, {"model": "tiny"})
+    kind = type(pipe.transformer)
+    pipe.transformer.__class__ = type(f"FSDP{kind.__name__}", (kind,), {})
+    omni_kernels.patch(pipe, "mag_cache", {"mag_ratios": document}).undo()
+    pipe = tiny.qwen_image()
+    with pytest.raises(ValueError, match="class ZImageTransformer2DModel, but this transformer is a QwenImage"):
+        omni_kernels.patch(pipe, "mag_cache", {"mag_ratios": document})

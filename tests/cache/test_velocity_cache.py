@@ -17,6 +17,7 @@ import omni_kernels
 from omni_runtime import Omni
 from omni_runtime.cache.history import History
 from omni_runtime.cache.methods import METHODS
+from omni_runtime.cache.models import TransformerFacts
 from omni_runtime.cache.output import SCHEDULERS, Corrector, OutputSession
 from omni_runtime.compare.comparison import prompts_of
 from omni_runtime.generation import loading
@@ -778,6 +779,15 @@ def test_another_request_than_calibrated_for_is_mapped_and_said(qwen_pipe):
         )
     assert len(computed) == 10
     assert "made for 5 of 8 steps, carried over to 10 of 16" in notes
+
+
+def test_schedules_of_another_class_are_taken_with_a_warning(qwen_pipe):
+    """They only name steps, and may serve as well as evenly spread ones."""
+    found = made_for(qwen_pipe)
+    found["calibrated_for"]["transformer"] = "FluxTransformer2DModel"
+    METHODS["velocity_cache"].check({"calibration": found}, TransformerFacts("QwenImageTransformer2DModel", 4))
+    with pytest.warns(UserWarning, match="a QwenImageTransformer2DModel instead of a FluxTransformer2DModel"):
+        assert computed_by(qwen_pipe, {"calibration": found, "budget": 3})[0] == [0, 2, 7]
 
 
 def test_calibrated_steps_are_mapped_by_their_noise_levels(z_pipe):

@@ -20,6 +20,7 @@ from omni_runtime.calibrate.images import Images, Settings
 from omni_runtime.calibrate.journal import KeptResponses
 from omni_runtime.calibrate.schedule import find, plot, words
 from omni_runtime.calibrate.search import Tried, most_steps
+from omni_runtime.cli.options import parser
 from omni_runtime.compare import quality
 
 STEPS = 8
@@ -288,6 +289,10 @@ def test_most_steps_counts_every_run():
     responses = sum(50 - step + 2 for step in range(1, 49))
     timed = 50 + 3 * (50 + 17)
     assert most_steps([17], 60, 8, 16, 50) == 8 * (100 + responses) + 16 * 50 + 17 * (60 * 8 + 3 * 16) + timed
+
+
+def test_the_methods_name_means_its_schedule():
+    assert parser().parse_args(["calibrate", "velocity_cache"]).method == "schedule"
 
 
 def test_command_writes_a_file_that_the_cache_takes(tmp_path, saved, capsys):

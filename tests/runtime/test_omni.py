@@ -96,8 +96,10 @@ def test_a_loaded_pipeline_gives_what_the_pipeline_alone_gives(qwen_pipe: Any) -
     assert torch.equal(result.images, alone)
 
 
-def test_a_directory_gives_what_the_loaded_pipeline_gives(saved: dict[str, Path], qwen_pipe: Any) -> None:
-    (expected,) = Omni(qwen_pipe).generate("a cat", **SMALL)
+def test_a_directory_gives_what_the_loaded_pipeline_gives(saved: dict[str, Path]) -> None:
+    """Loaded from the same file: where weights lie in memory may decide the last bit of a product."""
+    loaded = diffusers.DiffusionPipeline.from_pretrained(saved["qwen_image"])
+    (expected,) = Omni(loaded).generate("a cat", **SMALL)
     for model in (str(saved["qwen_image"]), saved["qwen_image"]):
         assert images_equal(Omni(model).generate("a cat", **SMALL)[0], expected)
 

@@ -419,6 +419,20 @@ def test_the_plots_have_a_mark_for_each_run_and_a_line_for_each_method(shown: An
     assert inside
 
 
+def test_no_chart_of_steps_is_alone_in_its_row(shown: Any) -> None:
+    """On a wide page; there are 7 charts, in two columns that are as long as each other but for one chart."""
+    page, document = shown
+    assert len(document["runs"]) % 2
+    page.call("Emulation.setDeviceMetricsOverride", width=1280, height=900, deviceScaleFactor=1, mobile=False)
+    left, right = page.evaluate(
+        "Object.values(Object.groupBy([...document.querySelectorAll('.timelines figure')]"
+        ".map(one => one.getBoundingClientRect()), place => place.left))"
+        ".map(column => [column.length, column.at(-1).bottom, Math.max(...column.map(place => place.height))])"
+    )
+    assert left[0] + right[0] == len(document["runs"])
+    assert abs(left[1] - right[1]) <= max(left[2], right[2])
+
+
 def test_each_run_has_its_steps_and_its_distances(shown: Any) -> None:
     page, document = shown
     counts = page.evaluate(

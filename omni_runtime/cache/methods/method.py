@@ -67,14 +67,16 @@ class Method:
             steps: the number of denoising steps of the request; None omits the checks that need it.
 
         Raises:
-            ValueError: unknown key, value out of range, values that cannot be combined, or a transformer that lacks
-                what the method needs.
+            ValueError: unknown key, value out of range, values that cannot be combined, a transformer that lacks what
+                the method needs, or a calibration that was made for another transformer class.
             TypeError: a value of the wrong type.
         """
         resolved = config if isinstance(config, keys.Resolved) else keys.resolve(self.keys, config, self.name)
         rowless = transformer is None or self.parts is None or self._on_library(resolved)
         row = None if transformer is None or rowless else row_of(transformer.class_name)
         self.relations(resolved, None if transformer is None else transformer.blocks, steps)
+        if transformer is not None and self.calibrated_by is not None:
+            calibration.check_class(self.name, resolved[self.calibrated_by], transformer.class_name)
         if self.parts is not None and row is not None and transformer is not None:
             try:
                 self.parts(resolved, row, MANY if transformer.blocks is None else transformer.blocks)
@@ -123,4 +125,8 @@ class Method:
             self.relations(config, blocks, None)
             return choose(config, row, blocks)
 
-        return BlockSession(self.name, pipe, parts)
+        session = BlockSession(self.name, pipe, parts)
+        if self.calibrated_by is not None:
+            classes = [kind.__name__ for kind in type(session.transformer).__mro__]
+            calibration.check_class(self.name, config[self.calibrated_by], *classes)
+        return session
