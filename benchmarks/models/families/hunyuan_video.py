@@ -81,7 +81,8 @@ def hunyuan_video_framepack() -> Tiny:
     transformer = diffusers.HunyuanVideoFramepackTransformer3DModel(**_VIDEO | pictures)
     pipe = diffusers.HunyuanVideoFramepackPipeline(**_parts(transformer), image_encoder=None, feature_extractor=None)
     pipe.encode_image = always(numbers(1, 4, 16, seed=5))
-    request = _REQUEST | {"image": picture(), "latent_window_size": 3}
+    # two windows of frames, one after the other
+    request = _REQUEST | {"image": picture(), "num_frames": 17, "latent_window_size": 3}
     return Tiny(pipe, request, _GUIDED, {"width": 96})
 
 
