@@ -228,6 +228,7 @@ class Sampling:
         request: the request under way, if any.
         requests: all requests in which a transformer was called, in order.
         context: the name that the pipeline gives to the current transformer call with `cache_context`.
+        announced: the index of the step that the pipeline gives with it; None if it gives none.
         passage: decides which blocks run in the current forward of the transformer; None between forwards.
         taken: what this sampling has put in the place of block lists, by transformer (`omni_runtime.cache.stack`).
     """
@@ -237,6 +238,7 @@ class Sampling:
         self.request: Request | None = None
         self.requests: list[Request] = []
         self.context: str | None = None
+        self.announced: int | None = None
         self.passage: Any = None
         self.taken: dict[Any, Any] = {}
         self.scheduler: Any = None
@@ -265,7 +267,10 @@ class Sampling:
         if not request.opened:
             self._starts(request)
         elif request.calls >= MOST_CALLS:
-            self._lost(request)
+            self._lost(request, f"has called its transformer {request.calls} times without a step of its scheduler")
+            return None
+        if self.announced is not None and self.announced != request.step:
+            self._lost(request, f"is at step {self.announced}, and its scheduler has made {request.step}")
             return None
         return request
 
@@ -298,10 +303,10 @@ class Sampling:
         self.requests.append(request)
         self.listener.opened(request)
 
-    def _lost(self, request: Request) -> None:
+    def _lost(self, request: Request, why: str) -> None:
         note = (
-            f"{type(self._pipe).__name__} has called its transformer {request.calls} times without a step of its "
-            f"scheduler, so it steps another one, perhaps a copy: {self.listener.name} has cached nothing"
+            f"{type(self._pipe).__name__} {why}, so it steps another one, perhaps a copy: {self.listener.name} caches "
+            "nothing from here on"
         )
         request.notes.append(note)
         self.end_request()

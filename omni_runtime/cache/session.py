@@ -411,7 +411,7 @@ def differentiates(transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: 
 
 
 def _context_of(sampling: Sampling, original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a transformer's `cache_context` to record the name in the sampling, too."""
+    """Wrap a transformer's `cache_context` to record the name, and the step if it is given, in the sampling, too."""
 
     @functools.wraps(original)
     @contextlib.contextmanager
@@ -420,12 +420,13 @@ def _context_of(sampling: Sampling, original: Callable[..., Any]) -> Callable[..
             with original(name, *args, **kwargs):
                 yield
             return
-        outer, sampling.context = sampling.context, name
+        outer = sampling.context, sampling.announced
+        sampling.context, sampling.announced = name, kwargs.get("step_index")
         try:
             with original(name, *args, **kwargs):
                 yield
         finally:
-            sampling.context = outer
+            sampling.context, sampling.announced = outer
 
     return cache_context
 

@@ -1,5 +1,8 @@
 """Block contracts: what is found by watching a forward is what the rows say, and what works is the same picture."""
 
+import contextlib
+import copy
+
 import diffusers
 import pytest
 import tiny
@@ -210,6 +213,160 @@ class Dicts(Strange):
             made, words = block(tokens, words)
             tokens = made["tokens"]
         return (tokens,)
+
+
+class Sliced(Strange):
+    """Its loop runs over two slices of its list."""
+
+    def forward(self, hidden_states, timestep=None, return_dict=False):
+        tokens, words = hidden_states, hidden_states[:, :2]
+        for part in (self.trunk.stack[:2], self.trunk.stack[2:]):
+            for block in part:
+                tokens, words = block(tokens, words)
+        return (tokens + words.mean(),)
+
+
+class InADict(Strange):
+    """Its list is in a dict of lists."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = torch.nn.ModuleDict({"stack": self.trunk.stack})
+
+    def forward(self, hidden_states, timestep=None, return_dict=False):
+        tokens, words = hidden_states, hidden_states[:, :2]
+        for block in self.trunk["stack"]:
+            tokens, words = block(tokens, words)
+        return (tokens + words.mean(),)
+
+
+class Counting(Strange):
+    """It must see all blocks of its loop, as a model that pairs them with a ControlNet's outputs does."""
+
+    def forward(self, hidden_states, timestep=None, return_dict=False):
+        tokens, words, left = hidden_states, hidden_states[:, :2], len(self.trunk.stack)
+        for block in self.trunk.stack:
+            tokens, words = block(tokens, words)
+            left -= 1
+        if left:
+            raise ValueError("some blocks were not seen")
+        return (tokens + words.mean(),)
+
+
+class Jumping(Strange):
+    """What the first blocks return goes to the last ones, too, as in a U-Net."""
+
+    def forward(self, hidden_states, timestep=None, return_dict=False):
+        tokens, words, jumps = hidden_states, hidden_states[:, :2], []
+        for number, block in enumerate(self.trunk.stack):
+            scale = jumps.pop() if number >= len(self.trunk.stack) // 2 else torch.ones(())
+            tokens, words = block(tokens, words, scale)
+            if number < len(self.trunk.stack) // 2:
+                jumps.append(tokens)
+        return (tokens + words.mean(),)
+
+
+class TextFirst(Strange):
+    """Its blocks take and return the text before the noise, and the text depends on nothing."""
+
+    class Block(torch.nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def forward(self, und_seq, gen_seq):
+            return und_seq + 1, self.block(gen_seq, gen_seq)[0]
+
+    def __init__(self):
+        super().__init__()
+        self.trunk.stack = torch.nn.ModuleList(map(self.Block, self.trunk.stack))
+
+    def forward(self, hidden_states, timestep=None, return_dict=False):
+        text, noise = torch.ones(1, 5, 8), hidden_states
+        for block in self.trunk.stack:
+            text, noise = block(text, noise)
+        return (noise,)
+
+
+@pytest.mark.parametrize("kind", [Sliced, InADict, Counting, Jumping, TextFirst])
+def test_loops_of_other_kinds_work_too(kind):
+    pipe = Pipe(kind())
+    plain = pipe()
+    with omni_kernels.patched(pipe, "first_block_cache", {"threshold": 1e-9}) as handle:
+        assert torch.equal(pipe(), plain), "the stream of noise is watched"
+        assert handle.report.forwards_saved == 0
+    with omni_kernels.patched(pipe, "first_block_cache", METHODS["first_block_cache"]) as handle:
+        cached = pipe()
+        report = handle.report
+        assert report.forwards_saved > 0
+        assert report.blocks_run == 4 * report.forwards + report.forwards_saved
+        assert torch.equal(pipe(), cached)
+        assert (cached - plain).norm() < 0.1 * plain.norm()
+    assert torch.equal(pipe(), plain)
+
+
+def test_jumps_out_of_the_skipped_blocks_are_refused():
+    pipe = Pipe(Jumping(6))
+    with (
+        omni_kernels.patched(pipe, "cache_dit", METHODS["cache_dit"]),
+        pytest.raises(
+            ValueError, match=r"cannot be followed: one (takes what an earlier|has its output)"
+        ),
+    ):
+        pipe()
+
+
+@pytest.mark.parametrize("backend", METHODS)
+def test_a_second_transformer_is_cached_too(backend):
+    """Wan 2.2 changes to another transformer for the last steps."""
+    pipe = tiny.wan(layers=3, two_stages=True)
+    plain = latents(pipe, num_inference_steps=10)
+    with omni_kernels.patched(pipe, backend, LOOSE[backend]) as handle:
+        cached = latents(pipe, num_inference_steps=10)
+        report = handle.report
+        assert str(handle.blocks).count("blocks: 3 × WanTransformerBlock, hidden_states") == 2
+        assert {name: len(branch.decisions) for name, branch in report.branches.items()} == {"cond": 10, "uncond": 10}
+        reasons = [one.reason for one in report.branches["cond"].decisions]
+        assert reasons.count("nothing cached yet") == 2
+        second = reasons.index("nothing cached yet", 1)
+        assert any(step > second for step in report.skipped), "steps of the second one"
+        assert any(step < second for step in report.skipped) or backend == "cache_dit"
+        assert torch.equal(latents(pipe, num_inference_steps=10), cached)
+    assert torch.equal(latents(pipe, num_inference_steps=10), plain)
+
+
+class Announcing(Strange):
+    """It can be told the step, as diffusers' models can."""
+
+    @contextlib.contextmanager
+    def cache_context(self, name, **where):
+        yield
+
+
+class Elsewhere(Pipe):
+    """A loop that steps a copy of its scheduler, and tells the step."""
+
+    @torch.no_grad()
+    def __call__(self, steps=6):
+        x = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(0))
+        self.scheduler.set_timesteps(steps)
+        scheduler = copy.deepcopy(self.scheduler)
+        for step, t in enumerate(scheduler.timesteps):
+            with self.transformer.cache_context("cond", step_index=step, sigma=float(scheduler.sigmas[step])):
+                output = self.transformer(x, t)[0]
+            x = scheduler.step(output, t, x, return_dict=False)[0]
+        return x
+
+
+def test_a_step_that_the_pipeline_tells_and_no_scheduler_makes_ends_the_request():
+    pipe = Elsewhere(Announcing())
+    plain = pipe()
+    with omni_kernels.patched(pipe, "first_block_cache", {"threshold": 1.0}) as handle:
+        with pytest.warns(
+            UserWarning, match="Elsewhere is at step 1, and its scheduler has made 0.*caches nothing"
+        ):
+            assert torch.equal(pipe(), plain)
+        assert "is at step 1" in handle.report.notes[-1]
 
 
 def looping(body, result=lambda tokens, kept: tokens):
