@@ -22,7 +22,7 @@ Arguments = Mapping[str, Any]
 class Modulation:
     """How a block normalises and modulates its input: norm(h)·weight·(1 + scale) + shift.
 
-    scale and shift are [B, D] or [B, 1, D], weight [D].
+    scale and shift are [B, D], [B, 1, D] or, for each token, [B, S, D]; weight is [D].
     """
 
     norm: Literal["layer", "rms"]
@@ -143,14 +143,68 @@ def _flux_noise_grid(arguments: Arguments) -> Grid:
     noise = ids[ids[:, 0] == 0]
     if not len(noise):
         raise ValueError("none of the transformer's img_ids begins with 0, as those of a single image do")
-    _, height, width = (int(last) + 1 for last in noise.amax(0).tolist())
+    height, width = (int(last) + 1 for last in noise.amax(0)[1:3].tolist())
     return 1, height, width
 
 
 def _flux_modulation(block: Any, arguments: Arguments) -> Modulation:
+    """AdaLayerNormZero, or one with more than 6 parts (Stable Diffusion 3.5): shift and scale come first."""
     norm = block.norm1
-    shift, scale = norm.linear(norm.silu(arguments["temb"])).chunk(6, dim=-1)[:2]
+    modulation = norm.linear(norm.silu(arguments["temb"]))
+    parts = modulation.shape[-1] // norm.norm.normalized_shape[0]
+    shift, scale = modulation.chunk(parts, dim=-1)[:2]
     return Modulation("layer", scale, shift, None, norm.norm.eps)
+
+
+def _flux_2_modulation(block: Any, arguments: Arguments) -> Modulation:
+    shift, scale = arguments["temb_mod_img"].chunk(6, dim=-1)[:2]
+    return Modulation("layer", scale, shift, None, block.norm1.eps)
+
+
+def _chroma_modulation(block: Any, arguments: Arguments) -> Modulation:
+    shift, scale = arguments["temb"][:, 0], arguments["temb"][:, 1]  # of the 6 parts of the image, before the text's
+    return Modulation("layer", scale, shift, None, block.norm1.norm.eps)
+
+
+def _qwen_21_modulation(block: Any, arguments: Arguments) -> Modulation:
+    scale = arguments["modulation"].chunk(4, dim=-1)[0]
+    noise = arguments.get("target_token_mask")
+    if noise is not None:  # the last row modulates the text and the references, as at t = 0
+        scale = torch.where(noise[None, :, None], scale[:-1, None], scale[-1:, None])
+    return Modulation("layer", scale, None, None, block.img_norm1.eps)
+
+
+def _qwen_21_noise_grid(arguments: Arguments) -> Grid:
+    if arguments.get("kv_cache_mode") is None:
+        raise ValueError("the noise comes after the text in its sequence: use the pipeline's cache of keys and values")
+    frames, height, width = arguments["img_shapes"][0][-1]
+    return frames, height, width
+
+
+def _table_modulation(block: Any, arguments: Arguments) -> Modulation:
+    """Wan and LTX-Video: a table of the block is added to the time embedding, whose parts come before the last axis."""
+    temb, table = arguments["temb"], block.scale_shift_table
+    parts, width = table.shape[-2:]
+    both = temb.unflatten(-1, (parts, width)) if temb.shape[-1] != width else temb
+    shift, scale = (both.float() + table.float()).unbind(-2)[:2]
+    return Modulation("rms" if hasattr(block, "ff") else "layer", scale, shift, None, block.norm1.eps)
+
+
+def _video_noise_grid(arguments: Arguments) -> Grid:
+    *_, frames, height, width = arguments["hidden_states"].shape  # [B, C, F, H, W]; a patch is 1×2×2
+    return frames, height // 2, width // 2
+
+
+def _picture_noise_grid(arguments: Arguments) -> Grid:
+    *_, height, width = arguments["hidden_states"].shape  # [B, C, H, W]; a patch is 2×2
+    return 1, height // 2, width // 2
+
+
+def _ltx_noise_grid(arguments: Arguments) -> Grid:
+    frames, height, width = (arguments.get(name) for name in ("num_frames", "height", "width"))
+    if frames is None or height is None or width is None:
+        raise ValueError("the transformer was called without num_frames, height and width")
+    return int(frames), int(height), int(width)
 
 
 #: Qwen-Image in 50 steps, from the MagCache project.
@@ -169,6 +223,7 @@ _FLUX_RATIOS = (
 )  # fmt: skip
 
 
+#: TeaCache's polynomials of FLUX, HunyuanVideo and LTX-Video are from its project (github.com/ali-vilab/TeaCache).
 MODELS: dict[str, ModelRow] = {
     "QwenImageTransformer2DModel": ModelRow(
         depths=("num_layers",),
@@ -201,6 +256,50 @@ MODELS: dict[str, ModelRow] = {
         tea_coefficients=(498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861),
         mag_ratios=_FLUX_RATIOS,
         pipelines=("FluxPipeline", "FluxImg2ImgPipeline"),
+    ),
+    "Flux2Transformer2DModel": ModelRow(
+        depths=("num_layers", "num_single_layers"),
+        modulation=_flux_2_modulation,
+        noise_grid=_flux_noise_grid,
+        pipelines=("Flux2Pipeline", "Flux2KleinPipeline"),
+    ),
+    "QwenImage21Transformer2DModel": ModelRow(
+        depths=("num_layers",),
+        modulation=_qwen_21_modulation,
+        noise_grid=_qwen_21_noise_grid,
+        pipelines=("QwenImage21Pipeline",),
+    ),
+    "ChromaTransformer2DModel": ModelRow(
+        depths=("num_layers", "num_single_layers"),
+        modulation=_chroma_modulation,
+        noise_grid=_flux_noise_grid,
+        pipelines=("ChromaPipeline", "ChromaImg2ImgPipeline"),
+    ),
+    "SD3Transformer2DModel": ModelRow(
+        depths=("num_layers",),
+        modulation=_flux_modulation,
+        noise_grid=_picture_noise_grid,
+        pipelines=("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"),
+    ),
+    "WanTransformer3DModel": ModelRow(
+        depths=("num_layers",),
+        modulation=_table_modulation,
+        noise_grid=_video_noise_grid,
+        pipelines=("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline"),
+    ),
+    "HunyuanVideoTransformer3DModel": ModelRow(
+        depths=("num_layers", "num_single_layers"),
+        modulation=_flux_modulation,
+        noise_grid=_video_noise_grid,
+        tea_coefficients=(733.226126, -401.131952, 67.5869174, -3.149878, 0.0961237896),
+        pipelines=("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline"),
+    ),
+    "LTXVideoTransformer3DModel": ModelRow(
+        depths=("num_layers",),
+        modulation=_table_modulation,
+        noise_grid=_ltx_noise_grid,
+        tea_coefficients=(21.4700694, -12.8016453, 2.31279151, 0.792487521, 0.00969274326),
+        pipelines=("LTXPipeline", "LTXImageToVideoPipeline"),
     ),
 }
 

@@ -80,7 +80,7 @@ def check_scheduler(scheduler: Any, residual: bool = False) -> None:
         )
     if name in SCHEDULERS:
         predicts = getattr(scheduler.config, "prediction_type", None)
-        if residual and not name.startswith("FlowMatch") and predicts != "flow_prediction":
+        if residual and not name.startswith("Flow") and predicts != "flow_prediction":
             raise ValueError(
                 f"{name} with prediction_type {predicts!r}: what a model adds to the latents can be reused only if it "
                 "predicts a flow. velocity_cache works with it"

@@ -309,9 +309,7 @@ def test_jumps_out_of_the_skipped_blocks_are_refused():
     pipe = Pipe(Jumping(6))
     with (
         omni_kernels.patched(pipe, "cache_dit", METHODS["cache_dit"]),
-        pytest.raises(
-            ValueError, match=r"cannot be followed: one (takes what an earlier|has its output)"
-        ),
+        pytest.raises(ValueError, match=r"cannot be followed: one (takes what an earlier|has its output)"),
     ):
         pipe()
 
@@ -362,9 +360,7 @@ def test_a_step_that_the_pipeline_tells_and_no_scheduler_makes_ends_the_request(
     pipe = Elsewhere(Announcing())
     plain = pipe()
     with omni_kernels.patched(pipe, "first_block_cache", {"threshold": 1.0}) as handle:
-        with pytest.warns(
-            UserWarning, match="Elsewhere is at step 1, and its scheduler has made 0.*caches nothing"
-        ):
+        with pytest.warns(UserWarning, match="Elsewhere is at step 1, and its scheduler has made 0.*caches nothing"):
             assert torch.equal(pipe(), plain)
         assert "is at step 1" in handle.report.notes[-1]
 

@@ -145,9 +145,7 @@ def step_copies(pipe):
 def test_scheduler_whose_copy_steps_is_told_of_and_nothing_piles_up(pipe, backend):
     plain = pipe(step_copies)
     with omni_kernels.patched(pipe, backend, SKIPPING[backend]) as handle:
-        with pytest.warns(
-            UserWarning, match=rf"LoopPipeline .* steps another one.*{backend} caches nothing"
-        ):
+        with pytest.warns(UserWarning, match=rf"LoopPipeline .* steps another one.*{backend} caches nothing"):
             made = pipe(step_copies)
         assert handle._installed.held_tensors() == []
         assert "steps another one" in handle.report.notes[-1]

@@ -1,6 +1,8 @@
 """The table of transformer classes: rows that fit diffusers, distances over the noise, and a model added by a row."""
 
+import inspect
 import itertools
+import math
 
 import diffusers
 import pytest
@@ -8,6 +10,8 @@ import tiny
 import torch
 
 import omni_kernels
+from benchmarks.models.tiny import build
+from omni_kernels import ops
 from omni_runtime.cache import models
 from omni_runtime.cache.models import MODELS, ModelRow
 
@@ -158,6 +162,78 @@ def test_edit_skips_and_stays_near(edit_pipe):
             near = latents(edit_pipe)
             assert handle.report.forwards_saved > 0
         assert (near - expected).norm() < 0.1 * expected.norm()
+
+
+#: A tiny pipeline of each row that is not in `tiny`.
+OTHERS = [
+    "Flux2Pipeline",
+    "QwenImage21Pipeline",
+    "ChromaPipeline",
+    "StableDiffusion3Pipeline",
+    "WanPipeline",
+    "WanPipeline (2.2, a timestep for each token)",
+    "HunyuanVideoPipeline",
+    "HunyuanVideoImageToVideoPipeline (the picture as first tokens)",
+    "LTXPipeline",
+    "LTXImageToVideoPipeline",
+]
+
+
+def first_block(transformer):
+    blocks = getattr(transformer, "transformer_blocks", None) or transformer.blocks
+    return blocks[0]
+
+
+def test_every_row_has_a_tiny_pipeline():
+    classes = {type(build(name).pipe.transformer).__name__ for name in OTHERS}
+    assert classes | {type(make().transformer).__name__ for make in tiny.PIPELINES.values()} == set(MODELS)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_modulated_input_is_what_block_0_attends_to(name):
+    model = build(name)
+    row = MODELS[type(model.pipe.transformer).__name__]
+    block = first_block(model.pipe.transformer)
+    attention = next(part for name, part in block.named_children() if name.startswith("attn"))
+    names, made, taken = list(inspect.signature(block.forward).parameters), [], []
+
+    def before(_, args, kwargs):
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        how = row.modulation(block, arguments)
+        made.append(
+            ops.modulated_relative_l1(
+                arguments["hidden_states"], how.scale, how.shift, None, norm=how.norm, weight=how.weight, eps=how.eps
+            )[0]
+        )
+
+    block.register_forward_pre_hook(before, with_kwargs=True)
+    attention.register_forward_pre_hook(
+        lambda _, args, kwargs: taken.append(kwargs["hidden_states"] if not args else args[0]), with_kwargs=True
+    )
+    model.generate(num_inference_steps=2)
+    assert len(made) == len(taken) > 1
+    for one, other in zip(made, taken, strict=True):  # the tokens of a given picture come first, with t = 0
+        noise = slice(one.shape[1] // 2 if "as first tokens" in name else 0, None)
+        torch.testing.assert_close(one[:, noise], other[:, noise], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_grid_has_as_many_tokens_as_there_are(name):
+    model = build(name)
+    transformer = model.pipe.transformer
+    row, grids, tokens = MODELS[type(transformer).__name__], [], []
+    names = list(inspect.signature(transformer.forward).parameters)
+    block = first_block(transformer)
+    transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: grids.append(row.noise_grid(dict(zip(names, args, strict=False)) | kwargs)),
+        with_kwargs=True,
+    )
+    block.register_forward_pre_hook(
+        lambda _, args, kwargs: tokens.append((kwargs.get("hidden_states") if not args else args[0]).shape[1]),
+        with_kwargs=True,
+    )
+    model.generate(num_inference_steps=3)
+    assert tokens[-1] == math.prod(grids[-1])
 
 
 # A model of somebody else

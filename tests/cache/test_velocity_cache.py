@@ -470,9 +470,17 @@ def sampled(pipe, scheduler):
     return torch.stack(behind)
 
 
+#: What a scheduler of the table needs to be used like the others.
+OF = {"HeliosScheduler": {"stages": 1, "stage_range": [0, 1], "scheduler_type": "euler"}}
+
+
 @pytest.mark.parametrize(
     ("name", "config"),
-    [*((name, {}) for name in SCHEDULERS), ("UniPCMultistepScheduler", FLOW), ("DPMSolverMultistepScheduler", FLOW)],
+    [
+        *((name, OF.get(name, {})) for name in SCHEDULERS),
+        ("UniPCMultistepScheduler", FLOW),
+        ("DPMSolverMultistepScheduler", FLOW),
+    ],
     ids=lambda value: value if isinstance(value, str) else "flow" if value else "defaults",
 )
 def test_every_scheduler_of_the_table(qwen_pipe, given, name, config):
