@@ -3,7 +3,7 @@
 Time depends on shapes and dtypes, not on the values of weights. Values are drawn so that nothing over- or underflows.
 Sizes are the defaults of diffusers' classes, which are those of the released models: Qwen/Qwen-Image and its edit
 models (2511 has a separate modulation for reference images), Tongyi-MAI/Z-Image, black-forest-labs/FLUX.1-dev and
-Wan-AI/Wan2.1-T2V-14B. `small` builds the same model with few channels, to run anywhere.
+FLUX.2-dev, and Wan-AI/Wan2.1-T2V-14B. `small` builds the same model with few channels, to run anywhere.
 """
 
 from __future__ import annotations
@@ -88,6 +88,21 @@ def _flux(config: Mapping[str, Any], side: int) -> Inputs:
     }
 
 
+def _flux_2(config: Mapping[str, Any], side: int) -> Inputs:
+    n = side // 16
+    text = 4 * _text(config, "joint_attention_dim")
+    zero, place = torch.zeros(1), torch.arange(n).float()
+    return {
+        "hidden_states": torch.randn(1, n * n, config["in_channels"]),
+        "encoder_hidden_states": torch.randn(1, text, config["joint_attention_dim"]),
+        "timestep": torch.tensor([0.5]),
+        "guidance": torch.tensor([4.0]),
+        "img_ids": torch.cartesian_prod(zero, place, place, zero),
+        "txt_ids": torch.cartesian_prod(zero, zero, zero, torch.arange(text).float()),
+        "return_dict": False,
+    }
+
+
 def _wan(config: Mapping[str, Any], side: int) -> Inputs:
     return {
         "hidden_states": torch.randn(1, config["in_channels"], 5, side // 8, side // 8),  # 17 frames
@@ -106,6 +121,14 @@ _SMALL_QWEN = {
     "num_layers": 2,
 }
 _SMALL_FLUX = _SMALL_QWEN | {"pooled_projection_dim": 32, "num_single_layers": 2}
+_SMALL_FLUX_2 = {
+    "attention_head_dim": 32,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "axes_dims_rope": (8, 8, 8, 8),
+    "num_layers": 2,
+    "num_single_layers": 2,
+}
 _SMALL_Z = {
     "dim": 64,
     "n_layers": 2,
@@ -132,6 +155,7 @@ MODELS = {
         {"guidance_embeds": True},
         _SIDES,
     ),
+    "flux-2": Model("Flux2Transformer2DModel", ("num_layers", "num_single_layers"), _flux_2, _SMALL_FLUX_2, {}, _SIDES),
     "wan": Model(
         "WanTransformer3DModel",
         ("num_layers",),
@@ -187,7 +211,7 @@ def inputs(model: Model, transformer: Any, side: int, dtype: torch.dtype) -> Inp
     def placed(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             narrow = (
-                value.is_floating_point() and value.dim() > 1 and value.shape[-1] > 3
+                value.is_floating_point() and value.dim() > 1 and value.shape[-1] > 4
             )  # times and positions keep their dtype
             return value.to(device, dtype if narrow else value.dtype)
         if isinstance(value, list) and value and isinstance(value[0], torch.Tensor):

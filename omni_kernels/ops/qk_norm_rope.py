@@ -136,7 +136,8 @@ def _check_tables(
     if cos is None or sin is None or freqs is not None:
         raise ValueError("qk_norm_rope: cos and sin must be given together, and without freqs")
     B, S, H, Dh = q.shape
-    if cos.shape not in ((S, Dh), (B, S, H, Dh), (1, S, H, Dh)):
+    # Not `in`, which Dynamo takes for false where a size is symbolic on one side only.
+    if cos.shape != (S, Dh) and cos.shape != (B, S, H, Dh) and cos.shape != (1, S, H, Dh):
         raise ValueError(
             f"qk_norm_rope: cos has shape {[*cos.shape]}; it must be [S, Dh] = {[S, Dh]}, "
             f"or [B, S, H, Dh] with B = {B} or 1, H = {H}"
@@ -456,7 +457,8 @@ def launch(q, k, v, q_out, k_out, v_out, q_weight, k_weight, eps, freqs, layout,
         programs, threads = -(-S * H // rows), _samples.THREADS
     if freqs is not None and freqs.stride()[-2:] != (2, 1):
         freqs = freqs.contiguous()
-    of_freqs = of_sin = 0, 0, 0
+    of_freqs: tuple[int, ...] = (0, 0, 0)
+    of_sin = of_freqs
     if cos is not None and sin is not None:
         freqs, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (cos, sin))
         of_freqs, of_sin = (_strides(t) if t.dim() == 4 else (0, t.stride(0), 0) for t in (freqs, sin))

@@ -89,13 +89,21 @@ def self_attention(
     to_q, to_k = attn.to_q, attn.to_k
     q, k = _pair(attn, x, to_q, to_k, multiplies(x, to_q, to_k))
     (v,) = _heads(attn, x, attn.to_v)
+    q, k = normed_and_rotated(attn, q, k, rotation, across_heads=across_heads)
+    return attend(attn.processor, q, k, v, mask=mask)
+
+
+def normed_and_rotated(
+    attn: Any, q: torch.Tensor, k: torch.Tensor, rotation: Rotation, *, across_heads: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and k [B, S, H, Dh], normalised by the attention's `norm_q` and `norm_k` and rotated, as new tensors."""
     q_out, k_out = _empty_pair(q, k, q.shape[1])
     norm_q = attn.norm_q
-    ops.trusted(x).qk_norm_rope(
+    ops.trusted(q).qk_norm_rope(
         q, k, None, q_out, k_out, None, **rotation, across_heads=across_heads,
         q_weight=norm_q.weight, k_weight=attn.norm_k.weight, eps=norm_q.eps,
     )  # fmt: skip
-    return attend(attn.processor, q_out, k_out, v, mask=mask)
+    return q_out, k_out
 
 
 def joint_attention(

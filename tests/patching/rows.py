@@ -1,0 +1,170 @@
+"""Tiny transformers whose blocks have a fused forward, for the tests in `test_transformers.py`.
+
+Each row says how a transformer is made and called, and what can differ in its blocks. A change takes the blocks, and
+returns the reasons why some of them are then not fused, by their place.
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.models.transformers.transformer_flux2 import Flux2SingleTransformerBlock, Flux2TransformerBlock
+
+Change = Callable[[Sequence[Any]], Mapping[int, str]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One transformer.
+
+    Attributes:
+        make: makes it, the same each time.
+        arguments: (transformer, seed, **case) → the arguments of one call.
+        cases: the calls that are tried.
+        classes: the classes of its blocks.
+        odd: changes of the blocks with which some are left alone.
+        later: changes that also count if they come after patching, with how far the result then moves at least.
+        boxes: paths of layers that a fused forward calls, by the block's place.
+    """
+
+    make: Callable[[], Any]
+    arguments: Callable[..., dict[str, Any]]
+    cases: Mapping[str, Mapping[str, Any]]
+    classes: tuple[type[torch.nn.Module], ...]
+    odd: Sequence[Change]
+    later: Mapping[Change, float]
+    boxes: Mapping[int, Sequence[str]]
+
+    def blocks(self, transformer: Any) -> list[Any]:
+        """Its blocks, in order."""
+        return [module for module in transformer.modules() if isinstance(module, self.classes)]
+
+    @property
+    def module(self) -> Any:
+        """The module of diffusers in which its classes are."""
+        return sys.modules[self.classes[0].__module__]
+
+
+def random_norms(model: torch.nn.Module) -> Any:
+    """The model, ready to be called, with random weights of its norms, which are 1 until someone trains them."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name and parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, 1.0, 0.3)
+    return model.eval()
+
+
+def draw(transformer: Any, seed: int) -> Callable[..., torch.Tensor]:
+    """A function that draws normal numbers of a shape, in the dtype of the transformer's last layer."""
+    generator, dtype = torch.Generator().manual_seed(seed), transformer.proj_out.weight.dtype
+    return lambda *shape: torch.randn(shape, generator=generator).to(dtype)
+
+
+def doubled(module: torch.nn.Module) -> None:
+    """Make a module return twice as much."""
+    module.register_forward_hook(
+        lambda module, args, output: tuple(2 * t for t in output) if isinstance(output, tuple) else 2 * output
+    )
+
+
+def another_processor(attn: Any) -> None:
+    """Give an attention a processor of another class, which returns twice as much."""
+
+    class Theirs(type(attn.processor)):  # type: ignore[misc]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            result = super().__call__(*args, **kwargs)
+            return tuple(2 * t for t in result) if isinstance(result, tuple) else 2 * result
+
+    attn.set_processor(Theirs())
+
+
+# FLUX.2
+
+
+def flux_2() -> Any:
+    torch.manual_seed(0)
+    return random_norms(
+        diffusers.Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=3,
+            attention_head_dim=32,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            axes_dims_rope=(8, 8, 8, 8),
+        )
+    )
+
+
+def flux_2_arguments(transformer: Any, seed: int = 0, batch: int = 1, texts: int | None = None, side: int = 4) -> Any:
+    randn = draw(transformer, seed)
+    place, words = torch.arange(1.0 * side), torch.arange(7.0)
+    zero = torch.zeros(1)
+    return {
+        "hidden_states": randn(batch, side * side, 16),
+        "encoder_hidden_states": randn(batch if texts is None else texts, 7, 32),
+        "timestep": torch.tensor([0.25, 0.5][:batch]),
+        "guidance": torch.full((batch,), 4.0),
+        "img_ids": torch.cartesian_prod(zero, place, place, zero),
+        "txt_ids": torch.cartesian_prod(zero, zero, zero, words),
+        "return_dict": False,
+    }
+
+
+def flux_2_layer_norm(blocks: Sequence[Any]) -> Mapping[int, str]:
+    blocks[0].norm2_context = torch.nn.LayerNorm(64)
+    return {0: "norm2_context has weights or normalises several dimensions"}
+
+
+def flux_2_eps(blocks: Sequence[Any]) -> Mapping[int, str]:
+    blocks[0].attn.norm_added_k.eps = blocks[2].attn.norm_k.eps = 1e-3
+    return {
+        0: "attn.norm_added_k has eps 0.001; attn.norm_added_q has 1e-06",
+        2: "attn.norm_k has eps 0.001; attn.norm_q has 1e-06",
+    }
+
+
+def flux_2_fused_projections(blocks: Sequence[Any]) -> Mapping[int, str]:
+    blocks[1].attn.fuse_projections()
+    return {1: "attn has fused projections"}
+
+
+def flux_2_processors(blocks: Sequence[Any]) -> Mapping[int, str]:
+    for block in blocks[1:3]:
+        another_processor(block.attn)
+    return {
+        1: "attn.processor is Theirs, not Flux2AttnProcessor",
+        2: "attn.processor is Theirs, not Flux2ParallelSelfAttnProcessor",
+    }
+
+
+def flux_2_hooks(blocks: Sequence[Any]) -> Mapping[int, str]:
+    doubled(blocks[0].ff.act_fn.gate_fn)
+    doubled(blocks[1].norm1)
+    doubled(blocks[2].attn.mlp_act_fn)
+    doubled(blocks[3].norm)
+    return {
+        0: "ff.act_fn.gate_fn is hooked",
+        1: "norm1 is hooked",
+        2: "attn.mlp_act_fn is hooked",
+        3: "norm is hooked",
+    }
+
+
+ROWS = {
+    "flux_2": Row(
+        make=flux_2,
+        arguments=flux_2_arguments,
+        cases={"plain": {}, "batch": {"batch": 2}, "one text": {"batch": 2, "texts": 1}},
+        classes=(Flux2TransformerBlock, Flux2SingleTransformerBlock),
+        odd=(flux_2_layer_norm, flux_2_eps, flux_2_fused_projections, flux_2_processors, flux_2_hooks),
+        later={flux_2_fused_projections: 0.0, flux_2_processors: 1e-3, flux_2_hooks: 1e-3},
+        boxes={
+            0: ("attn.to_q", "attn.add_v_proj", "attn.to_out.0", "attn.to_add_out", "ff.linear_in"),
+            1: ("attn.to_v", "ff_context.linear_out"),
+            3: ("attn.to_qkv_mlp_proj", "attn.to_out"),
+        },
+    ),
+}

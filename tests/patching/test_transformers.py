@@ -1,0 +1,302 @@
+"""Fused blocks of one transformer after another (`rows.py`): the same result up to rounding, whoever else works
+on them."""
+
+import copy
+import inspect
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers.models.transformers import transformer_flux2
+from fused import boxed, off, unfused_fails, wide
+from rows import ROWS
+
+import omni_kernels
+from omni_kernels.patching import rules
+from omni_kernels.patching.changes import Patch
+
+CASES = [(name, case) for name, row in ROWS.items() for case in row.cases]
+CHANGES = [(name, change) for name, row in ROWS.items() for change in row.odd]
+LATER = [(name, change) for name, row in ROWS.items() for change in row.later]
+
+every_row = pytest.mark.parametrize("name", ROWS)
+
+
+@torch.no_grad()
+def output(name, transformer, seed=0, **case):
+    return transformer(**ROWS[name].arguments(transformer, seed, **case))[0]
+
+
+def patched(transformer):
+    return omni_kernels.patched(SimpleNamespace(transformer=transformer))
+
+
+def patch(transformer):
+    return omni_kernels.patch(SimpleNamespace(transformer=transformer))
+
+
+def all_fused(name):
+    return unfused_fails(*ROWS[name].classes)
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_fp32_agrees_and_undo_restores(name, case):
+    row = ROWS[name]
+    transformer, given = row.make(), row.cases[case]
+    expected = output(name, transformer, **given)
+    before = [dict(vars(block)) for block in row.blocks(transformer)]
+    handle = patch(transformer)
+    assert len(handle.fused.replaced) == len(before)
+    assert handle.fused.left_alone == {}
+    with all_fused(name):
+        assert 0 <= off(output(name, transformer, **given), expected) < 1e-5
+        with torch.inference_mode():  # nothing is computed ahead there
+            assert off(output(name, transformer, **given), expected) < 1e-5
+    handle.undo()
+    assert [dict(vars(block)) for block in row.blocks(transformer)] == before
+    assert torch.equal(output(name, transformer, **given), expected)
+
+
+def sharp(name):
+    """The transformer in bf16, with attention that tells one token from another, as a trained model's does.
+
+    Random weights attend to all tokens alike, and what queries and keys are shows in nothing.
+    """
+    transformer = ROWS[name].make()
+    for path, parameter in transformer.named_parameters():
+        if "norm_q" in path or "norm_k" in path or "norm_added" in path:
+            parameter.data *= 2
+    kept = set(transformer._keep_in_fp32_modules or ())
+    for path, parameter in transformer.named_parameters():
+        if not kept & set(path.split(".")):
+            parameter.data = parameter.data.bfloat16()
+    return transformer
+
+
+@every_row
+@torch.no_grad()
+def test_bf16_is_no_farther_from_fp64_than_the_unpatched(name):
+    """In the mean over all cases and seeds."""
+    row, transformer = ROWS[name], sharp(name)
+    exact = copy.deepcopy(transformer).double()
+    plain, fused = [], []
+    for seed in range(16):
+        for case in row.cases.values():
+            given = row.arguments(transformer, seed, side=8, **case)
+            truth = exact(**{key: wide(value) for key, value in given.items()})[0]
+            plain.append(off(transformer(**given)[0], truth))
+            with patched(transformer), all_fused(name):
+                fused.append(off(transformer(**given)[0], truth))
+    assert 0 < sum(fused) <= sum(plain)
+
+
+@every_row
+def test_attention_is_the_processors_own(name, monkeypatch):
+    """Same tensors' shapes, mask, backend and parallel configuration reach diffusers' dispatcher."""
+    row = ROWS[name]
+    dispatch, calls = row.module.dispatch_attention_fn, []
+
+    def recording(query, key, value, **options):
+        bound = inspect.signature(dispatch).bind(query, key, value, **options)
+        bound.apply_defaults()
+        mask = bound.arguments.pop("attn_mask")
+        shown = {n: v.shape if isinstance(v, torch.Tensor) else v for n, v in bound.arguments.items()}
+        calls.append((shown, mask if mask is None else mask.tolist()))
+        return dispatch(query, key, value, **options | {"parallel_config": None})
+
+    monkeypatch.setattr(row.module, "dispatch_attention_fn", recording)
+    transformer = row.make()
+    transformer.set_attention_backend("_native_math")
+    for module in transformer.modules():
+        if hasattr(getattr(module, "processor", None), "_parallel_config"):
+            module.processor._parallel_config = "theirs"
+    for case in row.cases.values():
+        output(name, transformer, **case)
+    plain = calls[:]
+    calls.clear()
+    patch(transformer)
+    with all_fused(name):
+        for case in row.cases.values():
+            output(name, transformer, **case)
+    assert calls == plain
+    assert {call["parallel_config"] for call, _ in calls} == {"theirs"}
+
+
+@pytest.mark.parametrize(("name", "change"), CHANGES)
+def test_block_that_does_not_fit_is_left_alone_and_said_why(name, change):
+    row = ROWS[name]
+    transformer = row.make()
+    paths = {module: path for path, module in transformer.named_modules()}
+    blocks = row.blocks(transformer)
+    reasons = {f"transformer.{paths[blocks[i]]}": reason for i, reason in change(blocks).items()}
+    expected = output(name, transformer)
+    handle = patch(transformer)
+    assert handle.fused.left_alone.keys() == reasons.keys()
+    assert all(handle.fused.left_alone[path].startswith(reason) for path, reason in reasons.items())
+    assert len(handle.fused.replaced) == len(blocks) - len(reasons)
+    assert off(output(name, transformer), expected) < 1e-5
+    handle.undo()
+    assert torch.equal(output(name, transformer), expected)
+
+
+@pytest.mark.parametrize(("name", "change"), LATER)
+def test_what_changes_after_patching_counts(name, change):
+    row = ROWS[name]
+    transformer, other = row.make(), row.make()
+    change(row.blocks(other))
+    expected = output(name, other)
+    patch(transformer)
+    assert off(output(name, transformer), expected) >= row.later[change]
+    change(row.blocks(transformer))
+    assert off(output(name, transformer), expected) < 1e-5
+
+
+@every_row
+def test_what_the_ops_do_not_do_runs_unfused(name):
+    row = ROWS[name]
+    transformer = row.make()
+    given = row.arguments(transformer)
+    expected = transformer(**given)[0]
+    patch(transformer)
+    result = transformer(**given)[0]
+    assert torch.equal(result, expected)
+    result.sum().backward()
+    for block in row.blocks(transformer)[:-1]:
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in block.parameters())
+    transformer.double()
+    assert output(name, transformer).dtype == torch.float64
+
+
+@every_row
+def test_projection_of_any_class_is_called(name):
+    row = ROWS[name]
+    transformer = row.make()
+    expected = output(name, transformer)
+    blocks = row.blocks(transformer)
+    boxes = [box for i, paths in row.boxes.items() for box in boxed(blocks[i], *paths)]
+    patch(transformer)
+    with all_fused(name):
+        assert off(output(name, transformer), expected) < 1e-5
+    assert [box.calls for box in boxes] == [1] * len(boxes)
+
+
+@every_row
+def test_compiled_blocks_are_one_graph_each_and_stay_so(name):
+    row = ROWS[name]
+    torch._dynamo.reset()
+    transformer, graphs = row.make(), []
+    expected = [output(name, transformer, **case) for case in row.cases.values()]
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    patch(transformer)
+    transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
+    for case in row.cases.values():
+        output(name, transformer, **case)
+    warm = len(graphs)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        results = [output(name, transformer, **case) for case in row.cases.values()]
+    assert len(graphs) == warm
+    assert all(off(result, wanted) < 1e-5 for result, wanted in zip(results, expected, strict=True))
+    for graph in graphs:
+        assert any("omni_kernels" in str(node.target) for node in graph.graph.nodes)
+
+
+@every_row
+def test_compilers_without_mutation_agree(name):
+    torch._dynamo.reset()
+    transformer, case = ROWS[name].make(), ROWS[name].cases["batch"]
+    expected = output(name, transformer, **case)
+    patch(transformer)
+    transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    with all_fused(name):
+        assert off(output(name, transformer, **case), expected) < 1e-5
+
+
+@every_row
+def test_every_row_has_its_rules(name):
+    assert {cls.__name__ for cls in ROWS[name].classes} <= set(rules.RULES)
+
+
+# Of FLUX.2 alone
+
+
+def flux_2_blocks():
+    return ROWS["flux_2"].blocks(ROWS["flux_2"].make())
+
+
+def same_fused(block, *given, **options):
+    """Assert that a block returns the same fused, in one call with these arguments."""
+    expected = block(*given, **options)
+    Patch().set_forward(block, rules.RULES[type(block).__name__].forward)
+    with unfused_fails(type(block)):
+        results = block(*given, **options)
+    assert type(results) is type(expected)
+    for ours, theirs in zip(tensors(results), tensors(expected), strict=True):
+        assert ours.shape == theirs.shape
+        assert off(ours, theirs) < 1e-5
+
+
+def tensors(output):
+    return [output] if isinstance(output, torch.Tensor) else output
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@torch.no_grad()
+def test_flux_2_modulation_has_any_of_its_forms(per_token):
+    """[B, n·D], or [B, S, n·D] as where references have a timestep of their own."""
+    double, _, single, *_ = flux_2_blocks()
+    x, text = torch.randn(2, 9, 64), torch.randn(2, 5, 64)
+    shape = (2, 9) if per_token else (1,)
+    same_fused(double, x, text, torch.randn(*shape, 6 * 64), torch.randn(2, 1, 6 * 64))
+    same_fused(single, x, None, torch.randn(*shape, 3 * 64))
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("joined", [False, True])
+@torch.no_grad()
+def test_flux_2_single_block_takes_text_and_image_joined_or_not(joined, split):
+    *_, single = flux_2_blocks()
+    x, text = torch.randn(2, 9, 64), torch.randn(2, 5, 64)
+    given = (torch.cat([text, x], 1), None) if joined else (x, text)
+    same_fused(single, *given, torch.randn(2, 3 * 64), split_hidden_states=split, text_seq_len=5 if joined else None)
+
+
+@torch.no_grad()
+def test_flux_2_arguments_of_attention_reach_the_processor():
+    """Keys and values of references that a step kept, for example."""
+    double, _, single, *_ = blocks = flux_2_blocks()
+    double.attn.set_processor(transformer_flux2.Flux2KVAttnProcessor())
+    assert rules.RULES["Flux2TransformerBlock"].unfit(double) == (
+        "attn.processor is Flux2KVAttnProcessor, not Flux2AttnProcessor"
+    )
+    x, text, mask = torch.randn(1, 9, 64), torch.randn(1, 5, 64), torch.zeros(1, 1, 1, 14)
+    mask[..., :3] = float("-inf")
+    for block, given in ((blocks[1], (x, text, torch.randn(1, 384), torch.randn(1, 384))),
+                         (single, (x, text, torch.randn(1, 192)))):  # fmt: skip
+        expected = block(*given, None, {"attention_mask": mask})
+        Patch().set_forward(block, rules.RULES[type(block).__name__].forward)
+        assert all(map(torch.equal, block(*given, None, {"attention_mask": mask}), expected))
+
+
+@pytest.mark.parametrize("place", [0, 2])
+@torch.no_grad()
+def test_flux_2_fp16_is_clipped_as_ever(place):
+    block = flux_2_blocks()[place].half()
+    if place == 0:
+        block.ff_context.linear_out.weight *= 16
+    x, text = torch.randn(1, 9, 64).half() * 60, torch.randn(1, 5, 64).half() * 60
+    mods = [torch.randn(1, 384 if place == 0 else 192).half() for _ in range(2 if place == 0 else 1)]
+    for mod in mods:
+        mod[:, -64:] = 6e4
+    given = (x, text, *mods) if place == 0 else (torch.cat([text, x], 1), None, *mods)
+    expected = tensors(block(*given))
+    Patch().set_forward(block, rules.RULES[type(block).__name__].forward)
+    with unfused_fails(type(block)):
+        fused = tensors(block(*given))
+    assert (fused[0].abs() == 65504).any()
+    for ours, theirs in zip(fused, expected, strict=True):
+        assert torch.equal(ours.isinf(), theirs.isinf())
+        assert torch.equal(ours.abs() == 65504, theirs.abs() == 65504)
