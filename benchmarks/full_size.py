@@ -3,7 +3,7 @@
 Time depends on shapes and dtypes, not on the values of weights. Values are drawn so that nothing over- or underflows.
 Sizes are the defaults of diffusers' classes, which are those of the released models: Qwen/Qwen-Image and its edit
 models (2511 has a separate modulation for reference images), Tongyi-MAI/Z-Image, black-forest-labs/FLUX.1-dev and
-FLUX.2-dev, and Wan-AI/Wan2.1-T2V-14B. `small` builds the same model with few channels, to run anywhere.
+FLUX.2-dev, Wan-AI/Wan2.1-T2V-14B and Lightricks/LTX-Video (2B). `small` builds the same model with few channels, to run anywhere.
 """
 
 from __future__ import annotations
@@ -112,6 +112,22 @@ def _wan(config: Mapping[str, Any], side: int) -> Inputs:
     }
 
 
+def _ltx(config: Mapping[str, Any], side: int) -> Inputs:
+    n, frames = side // 32, 3  # 17 of the video's
+    text = _text(config, "caption_channels")
+    return {
+        "hidden_states": torch.randn(1, frames * n * n, config["in_channels"]),
+        "encoder_hidden_states": torch.randn(1, text, config["caption_channels"]),
+        "timestep": torch.tensor([500.0]),
+        "encoder_attention_mask": torch.ones(1, text),
+        "num_frames": frames,
+        "height": n,
+        "width": n,
+        "rope_interpolation_scale": (8 / 25, 32, 32),
+        "return_dict": False,
+    }
+
+
 _SIDES = {"512²": 512, "1024²": 1024}
 _SMALL_QWEN = {
     "attention_head_dim": 32,
@@ -138,6 +154,13 @@ _SMALL_Z = {
     "cap_feat_dim": 32,
     "axes_dims": [8, 12, 12],
 }
+_SMALL_LTX = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "cross_attention_dim": 32,
+    "caption_channels": 32,
+    "num_layers": 2,
+}
 _SMALL_WAN = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 32, "freq_dim": 32, "ffn_dim": 48}
 
 MODELS = {
@@ -161,6 +184,14 @@ MODELS = {
         ("num_layers",),
         _wan,
         _SMALL_WAN | {"num_layers": 2},
+        {},
+        {f"17 frames {name}": side for name, side in _SIDES.items()},
+    ),
+    "ltx": Model(
+        "LTXVideoTransformer3DModel",
+        ("num_layers",),
+        _ltx,
+        _SMALL_LTX,
         {},
         {f"17 frames {name}": side for name, side in _SIDES.items()},
     ),

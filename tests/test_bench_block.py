@@ -38,10 +38,11 @@ def test_small_models_run_and_are_the_same_each_time(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "billions"), [("qwen-image", 20.4), ("z-image", 6.15), ("flux", 11.9), ("flux-2", 32.2), ("wan", 14.3)]
+    ("name", "billions"),
+    [("qwen-image", 20.4), ("z-image", 6.15), ("flux", 11.9), ("flux-2", 32.2), ("wan", 14.3), ("ltx", 1.92)],
 )
 def test_full_size_is_the_released_models(name, billions):
-    """As the models' cards have it: 20, 6, 12, 32 and 14 billion."""
+    """As the models' cards have it: 20, 6, 12, 32, 14 and 2 billion."""
     with init_empty_weights():
         transformer = getattr(diffusers, MODELS[name].transformer)(**MODELS[name].config)
     assert sum(p.numel() for p in transformer.parameters()) / 1e9 == pytest.approx(billions, rel=0.01)

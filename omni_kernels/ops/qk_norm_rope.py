@@ -392,10 +392,11 @@ def qk_norm_rope_kernel(
         if p_sin is None:
             cos, sin = load_pairs(p_freqs, o_freqs, m_shared, D, True, SHARED, BLOCK)
         else:
-            o_sin = sample * sin_strides[0] + o_s * sin_strides[1]
-            if not OF_TOKEN:
+            o_sin = o_s * sin_strides[1]
+            # For each head: known from the number of strides, so that tables for all heads need no more registers.
+            if len(freqs_strides) == 3:
                 o_freqs += o_h * freqs_strides[2]
-                o_sin += o_h * sin_strides[2]
+                o_sin += sample * sin_strides[0] + o_h * sin_strides[2]
             cos, _ = load_pairs(p_freqs, o_freqs, m_shared, D, INTERLEAVED, SHARED, BLOCK)
             _, sin = load_pairs(p_sin, o_sin, m_shared, D, INTERLEAVED, SHARED, BLOCK)
     # q is finished before k begins. Both at a time would need more registers.
@@ -457,13 +458,13 @@ def launch(q, k, v, q_out, k_out, v_out, q_weight, k_weight, eps, freqs, layout,
         programs, threads = -(-S * H // rows), _samples.THREADS
     if freqs is not None and freqs.stride()[-2:] != (2, 1):
         freqs = freqs.contiguous()
-    of_freqs: tuple[int, ...] = (0, 0, 0)
+    of_freqs: tuple[int, ...] = (0, 0)
     of_sin = of_freqs
     if cos is not None and sin is not None:
         freqs, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (cos, sin))
-        of_freqs, of_sin = (_strides(t) if t.dim() == 4 else (0, t.stride(0), 0) for t in (freqs, sin))
+        of_freqs, of_sin = (_strides(t) if t.dim() == 4 else (0, t.stride(0)) for t in (freqs, sin))
     elif freqs is not None:
-        of_freqs = 0 if freqs.dim() == 3 or freqs.shape[0] == 1 else freqs.stride(0), freqs.stride(-3), 0
+        of_freqs = (0 if freqs.dim() == 3 or freqs.shape[0] == 1 else freqs.stride(0), freqs.stride(-3))
     q_weight, k_weight = (None if weight is None else weight.contiguous() for weight in (q_weight, k_weight))
     with _samples.on_device_of(q):
         qk_norm_rope_kernel[limits.grid(q, B * programs)](

@@ -12,6 +12,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.models.transformers.transformer_flux2 import Flux2SingleTransformerBlock, Flux2TransformerBlock
+from diffusers.models.transformers.transformer_ltx import LTXVideoTransformerBlock
 
 Change = Callable[[Sequence[Any]], Mapping[int, str]]
 
@@ -153,6 +154,93 @@ def flux_2_hooks(blocks: Sequence[Any]) -> Mapping[int, str]:
     }
 
 
+# LTX
+
+
+def ltx(**config: Any) -> Any:
+    torch.manual_seed(0)
+    return random_norms(
+        diffusers.LTXVideoTransformer3DModel(
+            in_channels=16,
+            out_channels=16,
+            num_attention_heads=4,
+            attention_head_dim=16,
+            cross_attention_dim=64,
+            num_layers=2,
+            caption_channels=32,
+            **config,
+        )
+    )
+
+
+def ltx_arguments(
+    transformer: Any,
+    seed: int = 0,
+    batch: int = 1,
+    masked: bool = False,
+    by_token: bool = False,
+    placed: bool = False,
+    side: int = 4,
+) -> Any:
+    """A video of two frames; `placed`: each sample's tokens are elsewhere in time and space."""
+    randn, S = draw(transformer, seed), side * side // 2
+    timestep = torch.tensor([250.0, 500.0][:batch])
+    if by_token:
+        timestep = timestep[:, None] * (torch.arange(S) >= S // 2)
+    given = {
+        "hidden_states": randn(batch, S, 16),
+        "encoder_hidden_states": randn(batch, 7, 32),
+        "timestep": timestep,
+        "encoder_attention_mask": torch.arange(7) < torch.tensor([[7], [4]])[:batch] if masked else None,
+        "return_dict": False,
+    }
+    if placed:
+        return given | {"video_coords": 100 * torch.rand(batch, 3, S, generator=torch.Generator().manual_seed(seed))}
+    return given | {
+        "num_frames": 2,
+        "height": side // 2,
+        "width": side // 2,
+        "rope_interpolation_scale": (1 / 3, 32.0, 32.0),
+    }
+
+
+def ltx_bias(blocks: Sequence[Any]) -> Mapping[int, str]:
+    blocks[0].norm2.weight = torch.nn.Parameter(torch.rand(64))
+    blocks[0].norm2.bias = torch.nn.Parameter(torch.rand(64))
+    return {0: "norm2 has a bias"}
+
+
+def ltx_eps(blocks: Sequence[Any]) -> Mapping[int, str]:
+    blocks[0].attn1.norm_k.eps = 1e-3
+    return {0: "attn1.norm_k has eps 0.001; attn1.norm_q has 1e-05"}
+
+
+def ltx_gelu(blocks: Sequence[Any]) -> Mapping[int, str]:
+    blocks[1].ff.net[0].approximate = "none"
+    return {1: "ff.net.0 has approximate='none', not 'tanh'"}
+
+
+def ltx_fused_projections(blocks: Sequence[Any]) -> Mapping[int, str]:
+    blocks[0].attn1.fuse_projections()
+    blocks[1].attn2.fuse_projections()
+    return {0: "attn1 has fused projections", 1: "attn2 has fused projections"}
+
+
+def ltx_processors(blocks: Sequence[Any]) -> Mapping[int, str]:
+    another_processor(blocks[0].attn1)
+    another_processor(blocks[1].attn2)
+    return {
+        0: "attn1.processor is Theirs, not LTXVideoAttnProcessor",
+        1: "attn2.processor is Theirs, not LTXVideoAttnProcessor",
+    }
+
+
+def ltx_hooks(blocks: Sequence[Any]) -> Mapping[int, str]:
+    doubled(blocks[0].attn2.norm_k)
+    doubled(blocks[1].norm2)
+    return {0: "attn2.norm_k is hooked", 1: "norm2 is hooked"}
+
+
 ROWS = {
     "flux_2": Row(
         make=flux_2,
@@ -165,6 +253,24 @@ ROWS = {
             0: ("attn.to_q", "attn.add_v_proj", "attn.to_out.0", "attn.to_add_out", "ff.linear_in"),
             1: ("attn.to_v", "ff_context.linear_out"),
             3: ("attn.to_qkv_mlp_proj", "attn.to_out"),
+        },
+    ),
+    "ltx": Row(
+        make=ltx,
+        arguments=ltx_arguments,
+        cases={
+            "plain": {},
+            "batch": {"batch": 2},
+            "mask": {"batch": 2, "masked": True},
+            "by token": {"batch": 2, "masked": True, "by_token": True},
+            "placed": {"batch": 2, "placed": True},
+        },
+        classes=(LTXVideoTransformerBlock,),
+        odd=(ltx_bias, ltx_eps, ltx_gelu, ltx_fused_projections, ltx_processors, ltx_hooks),
+        later={ltx_fused_projections: 0.0, ltx_processors: 1e-3, ltx_hooks: 1e-3},
+        boxes={
+            0: ("attn1.to_q", "attn1.to_out.0", "attn2.to_k", "ff.net.0.proj"),
+            1: ("attn1.to_v", "attn2.to_q", "attn2.to_out.0", "ff.net.2"),
         },
     ),
 }

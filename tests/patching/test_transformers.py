@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers.models.transformers import transformer_flux2
 from fused import boxed, off, unfused_fails, wide
-from rows import ROWS
+from rows import ROWS, ltx
 
 import omni_kernels
 from omni_kernels.patching import rules
@@ -218,6 +218,18 @@ def test_compilers_without_mutation_agree(name):
 @every_row
 def test_every_row_has_its_rules(name):
     assert {cls.__name__ for cls in ROWS[name].classes} <= set(rules.RULES)
+
+
+# Of LTX alone
+
+
+def test_ltx_norms_may_have_weights():
+    transformer = ltx(norm_elementwise_affine=True)
+    expected = output("ltx", transformer)
+    assert off(output("ltx", ltx()), expected) > 1e-2
+    patch(transformer)
+    with all_fused("ltx"):
+        assert off(output("ltx", transformer), expected) < 1e-5
 
 
 # Of FLUX.2 alone
