@@ -2,8 +2,9 @@
 
 Time depends on shapes and dtypes, not on the values of weights. Values are drawn so that nothing over- or underflows.
 Sizes are the defaults of diffusers' classes, which are those of the released models: Qwen/Qwen-Image and its edit
-models (2511 has a separate modulation for reference images), Tongyi-MAI/Z-Image, black-forest-labs/FLUX.1-dev and
-FLUX.2-dev, Wan-AI/Wan2.1-T2V-14B and Lightricks/LTX-Video (2B). `small` builds the same model with few channels, to run anywhere.
+models (2511 has a separate modulation for reference images), Qwen-Image 2.1, Tongyi-MAI/Z-Image,
+black-forest-labs/FLUX.1-dev and FLUX.2-dev, Wan-AI/Wan2.1-T2V-14B, Lightricks/LTX-Video (2B) and HunyuanVideo. `small`
+builds the same model with few channels, to run anywhere.
 """
 
 from __future__ import annotations
@@ -60,6 +61,18 @@ def _qwen(config: Mapping[str, Any], side: int, references: int = 0) -> Inputs:
 
 def _qwen_edit(config: Mapping[str, Any], side: int) -> Inputs:
     return _qwen(config, side, references=1)
+
+
+def _qwen_21(config: Mapping[str, Any], side: int) -> Inputs:
+    n, text = side // 16, _text(config, "context_in_dim")
+    return {
+        "hidden_states": torch.randn(1, n * n, config["in_channels"]),
+        "encoder_hidden_states": torch.randn(1, text, config["context_in_dim"]),
+        "timestep": torch.tensor([0.5]),
+        "img_shapes": [[(1, n, n)]],
+        "img_mask": torch.tensor([[False] * text + [True] * (n * n // 4)]),
+        "return_dict": False,
+    }
 
 
 def _z_image(config: Mapping[str, Any], side: int) -> Inputs:
@@ -136,6 +149,7 @@ _SMALL_QWEN = {
     "axes_dims_rope": (8, 12, 12),
     "num_layers": 2,
 }
+_SMALL_QWEN_21 = {name: size for name, size in _SMALL_QWEN.items() if name != "joint_attention_dim"}
 _SMALL_FLUX = _SMALL_QWEN | {"pooled_projection_dim": 32, "num_single_layers": 2}
 _SMALL_FLUX_2 = {
     "attention_head_dim": 32,
@@ -168,6 +182,14 @@ MODELS = {
     "qwen-image-edit": Model("QwenImageTransformer2DModel", ("num_layers",), _qwen_edit, _SMALL_QWEN, {}, _SIDES),
     "qwen-image-edit-2511": Model(
         "QwenImageTransformer2DModel", ("num_layers",), _qwen_edit, _SMALL_QWEN, {"zero_cond_t": True}, _SIDES
+    ),
+    "qwen-image-2.1": Model(
+        "QwenImage21Transformer2DModel",
+        ("num_layers",),
+        _qwen_21,
+        _SMALL_QWEN_21 | {"context_in_dim": 32},
+        {},
+        _SIDES,
     ),
     "z-image": Model("ZImageTransformer2DModel", ("n_layers",), _z_image, _SMALL_Z, {}, _SIDES),
     "flux": Model(

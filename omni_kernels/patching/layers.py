@@ -86,11 +86,46 @@ def self_attention(
     Args:
         across_heads: whether q and k are normalised over all heads together.
     """
+    q, k, v = queries_keys_values(attn, x, rotation, across_heads=across_heads)
+    return attend(attn.processor, q, k, v, mask=mask)
+
+
+def queries_keys_values(
+    attn: Any, x: torch.Tensor, rotation: Rotation, *, across_heads: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q and k of x [B, S, D], normalised and rotated, and v; [B, S, H, Dh] each."""
     to_q, to_k = attn.to_q, attn.to_k
     q, k = _pair(attn, x, to_q, to_k, multiplies(x, to_q, to_k))
     (v,) = _heads(attn, x, attn.to_v)
-    q, k = normed_and_rotated(attn, q, k, rotation, across_heads=across_heads)
-    return attend(attn.processor, q, k, v, mask=mask)
+    return *normed_and_rotated(attn, q, k, rotation, across_heads=across_heads), v
+
+
+def attention_with_kept(
+    attn: Any,
+    x: torch.Tensor,
+    rotation: Rotation,
+    kept_k: torch.Tensor,
+    kept_v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of x [B, S, D] to kept keys and values [B, P, H, Dh], then to itself, without the output layers."""
+    to_q, to_k, to_v, P, S = attn.to_q, attn.to_k, attn.to_v, kept_k.shape[1], x.shape[1]
+    plain = multiplies(x, to_q, to_k, to_v)
+    q, k = _pair(attn, x, to_q, to_k, plain)
+    all_k, all_v = (t.new_empty((t.shape[0], P + S, *t.shape[2:])) for t in (kept_k, kept_v))
+    for kept, out in ((kept_k, all_k), (kept_v, all_v)):
+        out[:, :P].copy_(kept)
+    v, v_out = None, None
+    if plain and x.shape[0] == 1:  # with several samples, the places of x are not a matrix
+        _multiply(to_v, x[0], all_v.view(P + S, -1)[P:])
+    else:
+        (v,), v_out = _heads(attn, x, to_v), all_v[:, P:]
+    q_out, norm_q = torch.empty_like(q, memory_format=torch.contiguous_format), attn.norm_q
+    ops.trusted(x).qk_norm_rope(
+        q, k, v, q_out, all_k[:, P:], v_out, **rotation,
+        q_weight=norm_q.weight, k_weight=attn.norm_k.weight, eps=norm_q.eps,
+    )  # fmt: skip
+    return attend(attn.processor, q_out, all_k, all_v, mask=mask)
 
 
 def normed_and_rotated(

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from omni_kernels.patching import ahead, flux, flux2, ltx, qwen_image, wan, z_image
+from omni_kernels.patching import ahead, flux, flux2, ltx, qwen_image, qwen_image_21, wan, z_image
 from omni_kernels.patching.changes import Patch, PatchConflictError
 from omni_kernels.patching.structure import home, is_librarys, remember
 
@@ -40,6 +40,7 @@ RULES = {
     "FluxSingleTransformerBlock": BlockRule(flux.single_forward, flux.single_unfit),
     "FluxTransformerBlock": BlockRule(flux.double_forward, flux.double_unfit),
     "LTXVideoTransformerBlock": BlockRule(ltx.forward, ltx.unfit),
+    "QwenImage21TransformerBlock": BlockRule(qwen_image_21.forward, qwen_image_21.unfit, ahead=True),
     "QwenImageTransformerBlock": BlockRule(qwen_image.forward, qwen_image.unfit, ahead=True),
     "WanTransformerBlock": BlockRule(wan.forward, wan.unfit),
     "ZImageTransformerBlock": BlockRule(z_image.forward, z_image.unfit),

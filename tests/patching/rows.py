@@ -13,6 +13,7 @@ import diffusers
 import torch
 from diffusers.models.transformers.transformer_flux2 import Flux2SingleTransformerBlock, Flux2TransformerBlock
 from diffusers.models.transformers.transformer_ltx import LTXVideoTransformerBlock
+from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21TransformerBlock
 
 Change = Callable[[Sequence[Any]], Mapping[int, str]]
 
@@ -241,6 +242,67 @@ def ltx_hooks(blocks: Sequence[Any]) -> Mapping[int, str]:
     return {0: "attn2.norm_k is hooked", 1: "norm2 is hooked"}
 
 
+# Qwen-Image 2.1
+
+
+def qwen_image_21(causal: bool = True) -> Any:
+    torch.manual_seed(0)
+    return random_norms(
+        diffusers.QwenImage21Transformer2DModel(
+            in_channels=16,
+            out_channels=16,
+            num_layers=3,
+            attention_head_dim=32,
+            num_attention_heads=2,
+            context_in_dim=32,
+            axes_dims_rope=(8, 12, 12),
+            causal_condition=causal,
+        )
+    )
+
+
+def qwen_image_21_arguments(
+    transformer: Any, seed: int = 0, batch: int = 1, reference: bool = False, masked: bool = False, side: int = 4
+) -> Any:
+    """Text of 7 tokens, with an image of 16 tokens (4 slots) after the third if there is a reference."""
+    randn, slots = draw(transformer, seed), [False] * 7
+    if reference:
+        slots[3:3] = [True] * 4
+    given = {
+        "hidden_states": randn(batch, side * side + 16 * reference, 16),
+        "encoder_hidden_states": randn(batch, len(slots), 32),
+        "timestep": torch.tensor([0.25, 0.5][:batch]),
+        "img_shapes": [[(1, 4, 4)] * reference + [(1, side, side)]] * batch,
+        "img_mask": torch.tensor([slots + [True] * (side * side // 4)] * batch),
+        "return_dict": False,
+    }
+    if masked:
+        given["encoder_hidden_states_mask"] = torch.arange(len(slots)) < torch.tensor([[len(slots)], [5]])[:batch]
+    return given
+
+
+def qwen_image_21_layer_norm(blocks: Sequence[Any]) -> Mapping[int, str]:
+    blocks[1].img_norm2 = torch.nn.LayerNorm(64)
+    return {1: "img_norm2 has weights or normalises several dimensions"}
+
+
+def qwen_image_21_eps(blocks: Sequence[Any]) -> Mapping[int, str]:
+    blocks[0].attn.norm_k.eps = 1e-3
+    return {0: "attn.norm_k has eps 0.001; attn.norm_q has 1e-06"}
+
+
+def qwen_image_21_processors(blocks: Sequence[Any]) -> Mapping[int, str]:
+    another_processor(blocks[2].attn)
+    return {2: "attn.processor is Theirs, not QwenImage21AttnProcessor"}
+
+
+def qwen_image_21_hooks(blocks: Sequence[Any]) -> Mapping[int, str]:
+    doubled(blocks[0].attn)
+    doubled(blocks[1].img_norm1)
+    doubled(blocks[2].img_mlp.activation_fn)
+    return {0: "attn is hooked", 1: "img_norm1 is hooked", 2: "img_mlp.activation_fn is hooked"}
+
+
 ROWS = {
     "flux_2": Row(
         make=flux_2,
@@ -271,6 +333,23 @@ ROWS = {
         boxes={
             0: ("attn1.to_q", "attn1.to_out.0", "attn2.to_k", "ff.net.0.proj"),
             1: ("attn1.to_v", "attn2.to_q", "attn2.to_out.0", "ff.net.2"),
+        },
+    ),
+    "qwen_image_21": Row(
+        make=qwen_image_21,
+        arguments=qwen_image_21_arguments,
+        cases={
+            "plain": {},
+            "batch": {"batch": 2},
+            "reference": {"batch": 2, "reference": True},
+            "mask": {"batch": 2, "reference": True, "masked": True},
+        },
+        classes=(QwenImage21TransformerBlock,),
+        odd=(qwen_image_21_layer_norm, qwen_image_21_eps, qwen_image_21_processors, qwen_image_21_hooks),
+        later={qwen_image_21_processors: 1e-3, qwen_image_21_hooks: 1e-3},
+        boxes={
+            0: ("attn.to_q", "attn.to_out.0", "img_mlp.proj"),
+            1: ("attn.to_v", "img_mlp.gate_layer", "img_mlp.out"),
         },
     ),
 }

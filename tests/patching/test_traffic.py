@@ -384,3 +384,36 @@ def test_ltx_block_moves_a_fourth_at_most_in_an_eighth_of_the_launches(by_token,
     # Of diffusers 0.42: 75 launches.
     assert plain.launches >= 8 * fused.launches
     assert theirs - 0.1 < plain.bytes / H < theirs
+
+
+def kept(tokens, D):
+    """What a first step keeps of so many tokens."""
+    cache = transformer_qwenimage21.QwenImage21KVLayerCache()
+    cache.store(*(meta(1, tokens, D // HEAD, HEAD) for _ in range(2)))
+    return cache
+
+
+def test_qwen_image_21_block_moves_a_quarter_in_a_fifth_of_the_launches():
+    D, HEADS = 4096, 32
+    with torch.device("meta"):
+        block, *others = (transformer_qwenimage21.QwenImage21TransformerBlock(D, HEADS, HEAD) for _ in range(4))
+    target = meta(IMAGE, dtype=torch.bool)
+    given = (meta(2, 4 * D), meta(IMAGE, HEAD // 2, dtype=torch.complex64), None, target, kept(TEXT, D), "cached")
+    plain, fused = plain_and_fused(block, meta(1, IMAGE, D), *given)
+    # The ops, the rows of the modulation, and where kept keys and values are copied.
+    assert fused.ops == {"ada_layer_norm": 1, "qk_norm_rope": 1, "gate_residual_norm": 2, "swiglu": 1}
+    assert fused.launches == 8
+    # 2 for the first norm, 4 for queries and keys, 0.1 for the kept ones, 4 for the second norm, 9 for SwiGLU, 3 for the
+    # residual.
+    H = IMAGE * D * 2
+    assert 22.1 < fused.bytes / H < 22.2
+    # Of diffusers 0.42: 42 launches and 105.4.
+    assert plain.launches >= 5 * fused.launches
+    assert plain.bytes > 4 * fused.bytes
+
+    each = in_a_row(others, lambda block, x: block(meta(1, IMAGE, D) if x is None else x, *given))
+    assert [one.launches for one in each] == [8, 6, 6]
+    copied = 4 * TEXT * D * 2
+    index = (2 + 1, 2, 1)  # reads of a byte for each token
+    moved = [one.bytes - one.tables - one.vectors - copied - n * IMAGE for one, n in zip(each, index, strict=True)]
+    assert [round(one / H, 2) for one in moved] == [23, 21, 20]

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers.models.transformers import transformer_flux2
+from diffusers.models.transformers import transformer_flux2, transformer_qwenimage21
 from fused import boxed, off, unfused_fails, wide
-from rows import ROWS, ltx
+from rows import ROWS, ltx, qwen_image_21
 
 import omni_kernels
 from omni_kernels.patching import rules
@@ -312,3 +312,65 @@ def test_flux_2_fp16_is_clipped_as_ever(place):
     for ours, theirs in zip(fused, expected, strict=True):
         assert torch.equal(ours.isinf(), theirs.isinf())
         assert torch.equal(ours.abs() == 65504, theirs.abs() == 65504)
+
+
+# Of Qwen-Image 2.1 alone
+
+
+@torch.no_grad()
+def steps(transformer, given):
+    """The first step of a request, which keeps the prefix's keys and values, and one that reads them."""
+    cache = transformer_qwenimage21.QwenImage21KVCache(len(transformer.transformer_blocks))
+    first = transformer(**given, kv_cache=cache, kv_cache_mode="extract")[0]
+    later = given | {"timestep": given["timestep"] / 2}
+    return first, transformer(**later, kv_cache=cache, kv_cache_mode="cached")[0]
+
+
+@pytest.mark.parametrize("boxed_too", [False, True])
+@pytest.mark.parametrize("case", ROWS["qwen_image_21"].cases)
+def test_qwen_image_21_keeps_and_reads_the_prefix(case, boxed_too):
+    row = ROWS["qwen_image_21"]
+    transformer = row.make()
+    given = row.arguments(transformer, **row.cases[case])
+    expected = steps(transformer, given)
+    if boxed_too:  # values are copied then, and not projected to their place
+        boxed(transformer.transformer_blocks[1], "attn.to_k", "attn.to_v")
+    patch(transformer)
+    with all_fused("qwen_image_21"):
+        for ours, theirs in zip(steps(transformer, given), expected, strict=True):
+            assert ours.shape == theirs.shape
+            assert off(ours, theirs) < 1e-5
+
+
+def test_qwen_image_21_may_have_one_modulation_for_all_tokens():
+    row, transformer = ROWS["qwen_image_21"], qwen_image_21(causal=False)
+    expected = output("qwen_image_21", transformer, **row.cases["mask"])
+    patch(transformer)
+    with all_fused("qwen_image_21"):
+        assert off(output("qwen_image_21", transformer, **row.cases["mask"]), expected) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_qwen_image_21_flex_attention_is_the_processors_own():
+    row, transformer = ROWS["qwen_image_21"], qwen_image_21()
+    transformer.set_attn_processor(transformer_qwenimage21.QwenImage21FlexAttnProcessor())
+    given = row.arguments(transformer, **row.cases["mask"])
+    expected = steps(transformer, given)
+    patch(transformer)
+    with all_fused("qwen_image_21"):
+        for ours, theirs in zip(steps(transformer, given), expected, strict=True):
+            assert off(ours, theirs) < 1e-5
+
+
+@torch.no_grad()
+def test_qwen_image_21_fp16_is_clipped_as_ever():
+    block = qwen_image_21().transformer_blocks[0].half()
+    block.img_mlp.out.weight *= 6400
+    x, mod = (torch.randn(1, 9, 64) * 4e4).clamp(-6.4e4, 6.4e4).half(), torch.randn(1, 256).half()
+    mod[:, -64:] = 30
+    expected = block(x, mod)
+    Patch().set_forward(block, rules.RULES[type(block).__name__].forward)
+    with unfused_fails(type(block)):
+        fused = block(x, mod)
+    assert (fused.abs() == 65504).any()
+    assert torch.equal(fused.abs() == 65504, expected.abs() == 65504)
