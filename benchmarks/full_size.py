@@ -141,6 +141,19 @@ def _ltx(config: Mapping[str, Any], side: int) -> Inputs:
     }
 
 
+def _hunyuan_video(config: Mapping[str, Any], side: int) -> Inputs:
+    text = 2 * _text(config, "text_embed_dim")
+    return {
+        "hidden_states": torch.randn(1, config["in_channels"], 5, side // 8, side // 8),  # 17 frames
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, text, config["text_embed_dim"]),
+        "encoder_attention_mask": torch.ones(1, text, dtype=torch.int64),
+        "pooled_projections": torch.randn(1, config["pooled_projection_dim"]),
+        "guidance": torch.tensor([6000.0]),
+        "return_dict": False,
+    }
+
+
 _SIDES = {"512²": 512, "1024²": 1024}
 _SMALL_QWEN = {
     "attention_head_dim": 32,
@@ -167,6 +180,16 @@ _SMALL_Z = {
     "n_kv_heads": 2,
     "cap_feat_dim": 32,
     "axes_dims": [8, 12, 12],
+}
+_SMALL_HUNYUAN_VIDEO = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 32,
+    "text_embed_dim": 32,
+    "pooled_projection_dim": 32,
+    "rope_axes_dim": (8, 12, 12),
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "num_refiner_layers": 1,
 }
 _SMALL_LTX = {
     "num_attention_heads": 2,
@@ -206,6 +229,14 @@ MODELS = {
         ("num_layers",),
         _wan,
         _SMALL_WAN | {"num_layers": 2},
+        {},
+        {f"17 frames {name}": side for name, side in _SIDES.items()},
+    ),
+    "hunyuan-video": Model(
+        "HunyuanVideoTransformer3DModel",
+        ("num_layers", "num_single_layers"),
+        _hunyuan_video,
+        _SMALL_HUNYUAN_VIDEO,
         {},
         {f"17 frames {name}": side for name, side in _SIDES.items()},
     ),

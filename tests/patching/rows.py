@@ -12,6 +12,10 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.models.transformers.transformer_flux2 import Flux2SingleTransformerBlock, Flux2TransformerBlock
+from diffusers.models.transformers.transformer_hunyuan_video import (
+    HunyuanVideoSingleTransformerBlock,
+    HunyuanVideoTransformerBlock,
+)
 from diffusers.models.transformers.transformer_ltx import LTXVideoTransformerBlock
 from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21TransformerBlock
 
@@ -303,6 +307,74 @@ def qwen_image_21_hooks(blocks: Sequence[Any]) -> Mapping[int, str]:
     return {0: "attn is hooked", 1: "img_norm1 is hooked", 2: "img_mlp.activation_fn is hooked"}
 
 
+# HunyuanVideo
+
+
+def hunyuan_video() -> Any:
+    torch.manual_seed(0)
+    return random_norms(
+        diffusers.HunyuanVideoTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=32,
+            num_layers=2,
+            num_single_layers=2,
+            num_refiner_layers=1,
+            text_embed_dim=32,
+            pooled_projection_dim=16,
+            rope_axes_dim=(8, 12, 12),
+        )
+    )
+
+
+def hunyuan_video_arguments(
+    transformer: Any, seed: int = 0, batch: int = 1, masked: bool = False, side: int = 4
+) -> Any:
+    """A video of two frames of side × side latents."""
+    randn = draw(transformer, seed)
+    there = torch.arange(7) < torch.tensor([[7 if not masked else 6], [4]])[:batch]
+    return {
+        "hidden_states": randn(batch, 4, 2, side, side),
+        "timestep": torch.tensor([250, 500][:batch]),
+        "encoder_hidden_states": randn(batch, 7, 32),
+        "encoder_attention_mask": there.long(),
+        "pooled_projections": randn(batch, 16),
+        "guidance": torch.full((batch,), 4000.0),
+        "return_dict": False,
+    }
+
+
+def hunyuan_video_layer_norm(blocks: Sequence[Any]) -> Mapping[int, str]:
+    blocks[0].norm2_context = torch.nn.LayerNorm(64)
+    return {0: "norm2_context has weights or normalises several dimensions"}
+
+
+def hunyuan_video_numbers(blocks: Sequence[Any]) -> Mapping[int, str]:
+    blocks[2].attn.norm_k.eps = blocks[0].attn.norm_added_k.eps = 1e-3
+    blocks[1].ff.net[0].approximate = blocks[3].act_mlp.approximate = "none"
+    return {
+        0: "attn.norm_added_k has eps 0.001; attn.norm_added_q has 1e-06",
+        1: "ff.net.0 has approximate='none', not 'tanh'",
+        2: "attn.norm_k has eps 0.001; attn.norm_q has 1e-06",
+        3: "act_mlp has approximate='none', not 'tanh'",
+    }
+
+
+def hunyuan_video_processors(blocks: Sequence[Any]) -> Mapping[int, str]:
+    another_processor(blocks[1].attn)
+    another_processor(blocks[2].attn)
+    return dict.fromkeys((1, 2), "attn.processor is Theirs, not HunyuanVideoAttnProcessor2_0")
+
+
+def hunyuan_video_hooks(blocks: Sequence[Any]) -> Mapping[int, str]:
+    doubled(blocks[0].norm1)
+    doubled(blocks[1].attn.norm_added_q)
+    doubled(blocks[2].norm.norm)
+    doubled(blocks[3].act_mlp)
+    return {0: "norm1 is hooked", 1: "attn.norm_added_q is hooked", 2: "norm.norm is hooked", 3: "act_mlp is hooked"}
+
+
 ROWS = {
     "flux_2": Row(
         make=flux_2,
@@ -350,6 +422,19 @@ ROWS = {
         boxes={
             0: ("attn.to_q", "attn.to_out.0", "img_mlp.proj"),
             1: ("attn.to_v", "img_mlp.gate_layer", "img_mlp.out"),
+        },
+    ),
+    "hunyuan_video": Row(
+        make=hunyuan_video,
+        arguments=hunyuan_video_arguments,
+        cases={"plain": {}, "batch": {"batch": 2}, "mask": {"masked": True}},
+        classes=(HunyuanVideoTransformerBlock, HunyuanVideoSingleTransformerBlock),
+        odd=(hunyuan_video_layer_norm, hunyuan_video_numbers, hunyuan_video_processors, hunyuan_video_hooks),
+        later={hunyuan_video_processors: 1e-3, hunyuan_video_hooks: 1e-3},
+        boxes={
+            0: ("norm1.linear", "attn.to_q", "attn.add_v_proj", "attn.to_out.0", "ff.net.0.proj"),
+            1: ("norm1_context.silu", "attn.to_v", "attn.to_add_out", "ff_context.net.2"),
+            2: ("norm.linear", "attn.to_k", "proj_mlp", "proj_out"),
         },
     ),
 }

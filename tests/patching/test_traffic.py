@@ -403,8 +403,8 @@ def test_qwen_image_21_block_moves_a_quarter_in_a_fifth_of_the_launches():
     # The ops, the rows of the modulation, and where kept keys and values are copied.
     assert fused.ops == {"ada_layer_norm": 1, "qk_norm_rope": 1, "gate_residual_norm": 2, "swiglu": 1}
     assert fused.launches == 8
-    # 2 for the first norm, 4 for queries and keys, 0.1 for the kept ones, 4 for the second norm, 9 for SwiGLU, 3 for the
-    # residual.
+    # 2 for the first norm, 4 for queries and keys, 0.1 for the kept ones, 4 for the second norm, 9 for SwiGLU, 3 for
+    # the residual.
     H = IMAGE * D * 2
     assert 22.1 < fused.bytes / H < 22.2
     # Of diffusers 0.42: 42 launches and 105.4.
@@ -417,3 +417,33 @@ def test_qwen_image_21_block_moves_a_quarter_in_a_fifth_of_the_launches():
     index = (2 + 1, 2, 1)  # reads of a byte for each token
     moved = [one.bytes - one.tables - one.vectors - copied - n * IMAGE for one, n in zip(each, index, strict=True)]
     assert [round(one / H, 2) for one in moved] == [23, 21, 20]
+
+
+def test_hunyuan_video_double_block_moves_a_fifth_in_a_sixth_of_the_launches():
+    with torch.device("meta"):
+        block = transformer_hunyuan_video.HunyuanVideoTransformerBlock(HEADS, HEAD, 4)
+    mask = meta(1, 1, 1, IMAGE + TEXT, dtype=torch.bool)
+    plain, fused = plain_and_fused(block, meta(1, IMAGE, D), meta(1, TEXT, D), meta(1, D), mask, real_tables(IMAGE))
+    # As Qwen-Image's.
+    assert fused.ops == {"ada_layer_norm": 2, "qk_norm_rope": 2, "gate_residual_norm": 4, "gelu": 2}
+    assert fused.launches == 12
+    H = (IMAGE + TEXT) * D * 2
+    assert 21.1 < fused.bytes / H < 21.2
+    # Of diffusers 0.42: 79 launches and 118.9.
+    assert plain.launches > 6 * fused.launches
+    assert plain.bytes > 5 * fused.bytes
+
+
+def test_hunyuan_video_single_block_moves_a_fifth_in_a_fifth_of_the_launches():
+    with torch.device("meta"):
+        block = transformer_hunyuan_video.HunyuanVideoSingleTransformerBlock(HEADS, HEAD)
+    mask = meta(1, 1, 1, IMAGE + TEXT, dtype=torch.bool)
+    plain, fused = plain_and_fused(block, meta(1, IMAGE, D), meta(1, TEXT, D), meta(1, D), mask, real_tables(IMAGE))
+    # As FLUX's, where video and text are not rotated alike.
+    assert fused.ops == {"ada_layer_norm": 1, "qk_norm_rope": 2, "gate_residual_norm": 1, "gelu": 1}
+    assert fused.launches == 8
+    H = (IMAGE + TEXT) * D * 2
+    assert 21.1 < fused.bytes / H < 21.2
+    # Of diffusers 0.42: 46 launches and 122.9.
+    assert plain.launches > 5 * fused.launches
+    assert plain.bytes > 5 * fused.bytes
