@@ -33,6 +33,7 @@ class Model:
         layers: the keys of the config that are numbers of blocks.
         inputs: (the transformer's config, side of the image in pixels) → a forward's arguments, on the CPU in fp32.
         sides: side in pixels of each measured image size, by name.
+        reads: whether a forward reads values of its inputs, and so cannot run on the meta device.
     """
 
     transformer: str
@@ -41,6 +42,7 @@ class Model:
     small: Mapping[str, Any]
     config: Mapping[str, Any]
     sides: Mapping[str, int]
+    reads: bool = False
 
 
 def _text(config: Mapping[str, Any], key: str) -> int:
@@ -213,6 +215,7 @@ MODELS = {
         _SMALL_QWEN_21 | {"context_in_dim": 32},
         {},
         _SIDES,
+        reads=True,
     ),
     "z-image": Model("ZImageTransformer2DModel", ("n_layers",), _z_image, _SMALL_Z, {}, _SIDES),
     "flux": Model(

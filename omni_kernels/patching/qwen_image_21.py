@@ -105,7 +105,8 @@ def forward(
         and segments is None
         and not _is_block_mask(attention_mask)
     ):
-        attended = attention_with_kept(attn, y, rotation, *layer_cache.get(), mask=attention_mask)
+        kept_k, kept_v = layer_cache.get()
+        attended = attention_with_kept(attn, y, rotation, kept_k, kept_v, attention_mask)
     else:
         options = {
             "attention_mask": attention_mask, "layer_cache": layer_cache, "kv_cache_mode": kv_cache_mode,
