@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import statistics
 import sys
 import time
@@ -178,9 +179,17 @@ class Count:
 
 @torch.no_grad()
 def counted(name: str, model: Model, layers: int | None = None) -> Count:
-    """Count the operators of a model's forward at its largest size, on the meta device."""
-    transformer = build(model, torch.device("meta"), torch.bfloat16, layers=layers)
+    """Count the operators of a model's forward at its largest size, on the meta device.
+
+    A model that reads its inputs runs on the CPU, with few channels and pixels, which makes no other operators.
+    """
     size, side = max(model.sides.items(), key=lambda one: one[1])
+    if model.reads:
+        side, few = SMALL_SIDE, {name: value for name, value in model.small.items() if name not in model.layers}
+        few_channels = dataclasses.replace(model, small=few)
+        transformer = build(few_channels, torch.device("cpu"), torch.bfloat16, small=True, layers=layers)
+    else:
+        transformer = build(model, torch.device("meta"), torch.bfloat16, layers=layers)
     arguments = inputs(model, transformer, side, torch.bfloat16)
 
     def operators() -> int:

@@ -2,8 +2,9 @@
 
 Time depends on shapes and dtypes, not on the values of weights. Values are drawn so that nothing over- or underflows.
 Sizes are the defaults of diffusers' classes, which are those of the released models: Qwen/Qwen-Image and its edit
-models (2511 has a separate modulation for reference images), Tongyi-MAI/Z-Image, black-forest-labs/FLUX.1-dev and
-Wan-AI/Wan2.1-T2V-14B. `small` builds the same model with few channels, to run anywhere.
+models (2511 has a separate modulation for reference images), Qwen-Image 2.1, Tongyi-MAI/Z-Image,
+black-forest-labs/FLUX.1-dev and FLUX.2-dev, Wan-AI/Wan2.1-T2V-14B, Lightricks/LTX-Video (2B) and HunyuanVideo. `small`
+builds the same model with few channels, to run anywhere.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Model:
         layers: the keys of the config that are numbers of blocks.
         inputs: (the transformer's config, side of the image in pixels) → a forward's arguments, on the CPU in fp32.
         sides: side in pixels of each measured image size, by name.
+        reads: whether a forward reads values of its inputs, and so cannot run on the meta device.
     """
 
     transformer: str
@@ -40,6 +42,7 @@ class Model:
     small: Mapping[str, Any]
     config: Mapping[str, Any]
     sides: Mapping[str, int]
+    reads: bool = False
 
 
 def _text(config: Mapping[str, Any], key: str) -> int:
@@ -60,6 +63,18 @@ def _qwen(config: Mapping[str, Any], side: int, references: int = 0) -> Inputs:
 
 def _qwen_edit(config: Mapping[str, Any], side: int) -> Inputs:
     return _qwen(config, side, references=1)
+
+
+def _qwen_21(config: Mapping[str, Any], side: int) -> Inputs:
+    n, text = side // 16, _text(config, "context_in_dim")
+    return {
+        "hidden_states": torch.randn(1, n * n, config["in_channels"]),
+        "encoder_hidden_states": torch.randn(1, text, config["context_in_dim"]),
+        "timestep": torch.tensor([0.5]),
+        "img_shapes": [[(1, n, n)]],
+        "img_mask": torch.tensor([[False] * text + [True] * (n * n // 4)]),
+        "return_dict": False,
+    }
 
 
 def _z_image(config: Mapping[str, Any], side: int) -> Inputs:
@@ -88,11 +103,55 @@ def _flux(config: Mapping[str, Any], side: int) -> Inputs:
     }
 
 
+def _flux_2(config: Mapping[str, Any], side: int) -> Inputs:
+    n = side // 16
+    text = 4 * _text(config, "joint_attention_dim")
+    zero, place = torch.zeros(1), torch.arange(n).float()
+    return {
+        "hidden_states": torch.randn(1, n * n, config["in_channels"]),
+        "encoder_hidden_states": torch.randn(1, text, config["joint_attention_dim"]),
+        "timestep": torch.tensor([0.5]),
+        "guidance": torch.tensor([4.0]),
+        "img_ids": torch.cartesian_prod(zero, place, place, zero),
+        "txt_ids": torch.cartesian_prod(zero, zero, zero, torch.arange(text).float()),
+        "return_dict": False,
+    }
+
+
 def _wan(config: Mapping[str, Any], side: int) -> Inputs:
     return {
         "hidden_states": torch.randn(1, config["in_channels"], 5, side // 8, side // 8),  # 17 frames
         "timestep": torch.tensor([500]),
         "encoder_hidden_states": torch.randn(1, 4 * _text(config, "text_dim"), config["text_dim"]),
+        "return_dict": False,
+    }
+
+
+def _ltx(config: Mapping[str, Any], side: int) -> Inputs:
+    n, frames = side // 32, 3  # 17 of the video's
+    text = _text(config, "caption_channels")
+    return {
+        "hidden_states": torch.randn(1, frames * n * n, config["in_channels"]),
+        "encoder_hidden_states": torch.randn(1, text, config["caption_channels"]),
+        "timestep": torch.tensor([500.0]),
+        "encoder_attention_mask": torch.ones(1, text),
+        "num_frames": frames,
+        "height": n,
+        "width": n,
+        "rope_interpolation_scale": (8 / 25, 32, 32),
+        "return_dict": False,
+    }
+
+
+def _hunyuan_video(config: Mapping[str, Any], side: int) -> Inputs:
+    text = 2 * _text(config, "text_embed_dim")
+    return {
+        "hidden_states": torch.randn(1, config["in_channels"], 5, side // 8, side // 8),  # 17 frames
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, text, config["text_embed_dim"]),
+        "encoder_attention_mask": torch.ones(1, text, dtype=torch.int64),
+        "pooled_projections": torch.randn(1, config["pooled_projection_dim"]),
+        "guidance": torch.tensor([6000.0]),
         "return_dict": False,
     }
 
@@ -105,7 +164,16 @@ _SMALL_QWEN = {
     "axes_dims_rope": (8, 12, 12),
     "num_layers": 2,
 }
+_SMALL_QWEN_21 = {name: size for name, size in _SMALL_QWEN.items() if name != "joint_attention_dim"}
 _SMALL_FLUX = _SMALL_QWEN | {"pooled_projection_dim": 32, "num_single_layers": 2}
+_SMALL_FLUX_2 = {
+    "attention_head_dim": 32,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "axes_dims_rope": (8, 8, 8, 8),
+    "num_layers": 2,
+    "num_single_layers": 2,
+}
 _SMALL_Z = {
     "dim": 64,
     "n_layers": 2,
@@ -115,6 +183,23 @@ _SMALL_Z = {
     "cap_feat_dim": 32,
     "axes_dims": [8, 12, 12],
 }
+_SMALL_HUNYUAN_VIDEO = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 32,
+    "text_embed_dim": 32,
+    "pooled_projection_dim": 32,
+    "rope_axes_dim": (8, 12, 12),
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "num_refiner_layers": 1,
+}
+_SMALL_LTX = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "cross_attention_dim": 32,
+    "caption_channels": 32,
+    "num_layers": 2,
+}
 _SMALL_WAN = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 32, "freq_dim": 32, "ffn_dim": 48}
 
 MODELS = {
@@ -122,6 +207,15 @@ MODELS = {
     "qwen-image-edit": Model("QwenImageTransformer2DModel", ("num_layers",), _qwen_edit, _SMALL_QWEN, {}, _SIDES),
     "qwen-image-edit-2511": Model(
         "QwenImageTransformer2DModel", ("num_layers",), _qwen_edit, _SMALL_QWEN, {"zero_cond_t": True}, _SIDES
+    ),
+    "qwen-image-2.1": Model(
+        "QwenImage21Transformer2DModel",
+        ("num_layers",),
+        _qwen_21,
+        _SMALL_QWEN_21 | {"context_in_dim": 32},
+        {},
+        _SIDES,
+        reads=True,
     ),
     "z-image": Model("ZImageTransformer2DModel", ("n_layers",), _z_image, _SMALL_Z, {}, _SIDES),
     "flux": Model(
@@ -132,11 +226,28 @@ MODELS = {
         {"guidance_embeds": True},
         _SIDES,
     ),
+    "flux-2": Model("Flux2Transformer2DModel", ("num_layers", "num_single_layers"), _flux_2, _SMALL_FLUX_2, {}, _SIDES),
     "wan": Model(
         "WanTransformer3DModel",
         ("num_layers",),
         _wan,
         _SMALL_WAN | {"num_layers": 2},
+        {},
+        {f"17 frames {name}": side for name, side in _SIDES.items()},
+    ),
+    "hunyuan-video": Model(
+        "HunyuanVideoTransformer3DModel",
+        ("num_layers", "num_single_layers"),
+        _hunyuan_video,
+        _SMALL_HUNYUAN_VIDEO,
+        {},
+        {f"17 frames {name}": side for name, side in _SIDES.items()},
+    ),
+    "ltx": Model(
+        "LTXVideoTransformer3DModel",
+        ("num_layers",),
+        _ltx,
+        _SMALL_LTX,
         {},
         {f"17 frames {name}": side for name, side in _SIDES.items()},
     ),
@@ -187,7 +298,7 @@ def inputs(model: Model, transformer: Any, side: int, dtype: torch.dtype) -> Inp
     def placed(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             narrow = (
-                value.is_floating_point() and value.dim() > 1 and value.shape[-1] > 3
+                value.is_floating_point() and value.dim() > 1 and value.shape[-1] > 4
             )  # times and positions keep their dtype
             return value.to(device, dtype if narrow else value.dtype)
         if isinstance(value, list) and value and isinstance(value[0], torch.Tensor):

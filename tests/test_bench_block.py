@@ -37,9 +37,21 @@ def test_small_models_run_and_are_the_same_each_time(name):
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize(("name", "billions"), [("qwen-image", 20.4), ("z-image", 6.15), ("flux", 11.9), ("wan", 14.3)])
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("qwen-image", 20.4),
+        ("qwen-image-2.1", 7.1),
+        ("z-image", 6.15),
+        ("flux", 11.9),
+        ("flux-2", 32.2),
+        ("wan", 14.3),
+        ("hunyuan-video", 12.8),
+        ("ltx", 1.92),
+    ],
+)
 def test_full_size_is_the_released_models(name, billions):
-    """As the models' cards have it: 20, 6, 12 and 14 billion."""
+    """As the models' cards have it, in billions."""
     with init_empty_weights():
         transformer = getattr(diffusers, MODELS[name].transformer)(**MODELS[name].config)
     assert sum(p.numel() for p in transformer.parameters()) / 1e9 == pytest.approx(billions, rel=0.01)
@@ -56,7 +68,7 @@ def test_everything_is_measured_and_written(tmp_path):
     path = tmp_path / "blocks.json"
     assert bench_block.main(["--small", "--compiler", "eager", "--out", str(path)]) == 0
     written = json.loads(path.read_text(encoding="utf-8"))
-    parts = len(MODELS) * 2 + 1  # a block and a forward each, and FLUX's other block
+    parts = len(MODELS) * 2 + 3  # a block and a forward each, and the other block of FLUX, FLUX.2 and HunyuanVideo
     assert len(written["rows"]) == parts * len(bench_block.providers_on(torch.device("cpu")))
     for one in written["rows"]:
         assert one["us"] > 0

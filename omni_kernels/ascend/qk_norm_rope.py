@@ -1,6 +1,6 @@
 """qk_norm_rope in real numbers, which NPUs support natively: with `npu_rms_norm` and `npu_rotary_mul`, in fp32.
 
-rotate: x·cos + x'·sin        x' = (−b, a) for every pair (a, b) of x; cos and sin: [1 or B, S, 1, Dh]
+rotate: x·cos + x'·sin        x' = (−b, a) for every pair (a, b) of x; cos and sin: [1 or B, S, 1 or H, Dh]
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ MOST_HEADS = 999
 def tables(
     freqs: torch.Tensor | None, cos: torch.Tensor | None, sin: torch.Tensor | None, layout: str
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The cosine and sine for every element of a head, fp32 [1 or B, S, 1, Dh]; None without a rotation."""
+    """The cosine and sine for every element of a head, fp32 [1 or B, S, 1 or H, Dh]; None without a rotation."""
     if freqs is not None:
         cos, sin = (_doubled(t, layout) for t in freqs.unbind(-1))
     if cos is None or sin is None:
         return None
+    if freqs is None and cos.dim() == 4:  # for each head
+        return cos.float(), sin.float()
     cos, sin = (t.float().unsqueeze(-2) for t in (cos, sin))
     return (cos, sin) if cos.dim() == 4 else (cos.unsqueeze(0), sin.unsqueeze(0))
 
@@ -47,6 +49,8 @@ def _fits(y: torch.Tensor, cos: torch.Tensor, layout: str) -> bool:
     """Whether `npu_rotary_mul` supports these, by its documentation, which does not list all product differences."""
     B, _, H, _ = y.shape
     if not y.numel() or describe(y.device).arch.startswith("Ascend310"):  # supports only few sizes, and only "half"
+        return False
+    if cos.shape[2] != 1:  # the documentation has tables that all heads share
         return False
     if layout == "interleaved":
         return B * H <= MOST_HEADS and cos.shape[0] == 1

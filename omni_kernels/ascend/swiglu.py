@@ -14,7 +14,7 @@ from omni_kernels.ascend.operators import fused
 MOST_DIMENSIONS = 8
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def swiglu(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """See `omni_kernels.ops.swiglu`. Returns NotImplemented if the operator is missing or does not support these."""
     operator = fused("npu_swiglu")
     both = None if operator is None else packed(gate, up)
@@ -22,8 +22,8 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return NotImplemented
     if gate.dtype is torch.float16:
         both = both.float()
-    out: torch.Tensor = operator(both, -1).to(gate.dtype)
-    return out
+    y: torch.Tensor = operator(both, -1)
+    return y.to(gate.dtype) if out is None else out.copy_(y)
 
 
 def packed(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor | None:

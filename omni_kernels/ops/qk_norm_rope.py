@@ -8,10 +8,11 @@
 The pairs (a, b) are elements 2i and 2i + 1 of a head ("interleaved") or i and i + Dh/2 ("half"). RMSNorm: Zhang and
 Sennrich 2019, arXiv:1910.07467; rotary embedding: Su et al. 2021, arXiv:2104.09864.
 
-The attention processors of diffusers compute the same for Qwen-Image, Z-Image, FLUX and Wan (Wan normalises over all
-heads). There every step rounds to the tensors' dtype; here only the result is rounded. The outputs are written into
-given buffers. So text and image, with one call each, can share one sequence without concatenation. v is omitted if it
-is already in place. Moves the bytes of q, k, v and of the outputs once, plus those of freqs and the weights.
+The attention processors of diffusers compute the same for Qwen-Image, Z-Image, FLUX, Wan and LTX (Wan and LTX normalise
+over all heads, and in LTX every head has its own angles). There every step rounds to the tensors' dtype; here only the
+result is rounded. The outputs are written into given buffers. So text and image, with one call each, can share one
+sequence without concatenation. v is omitted if it is already in place. Moves the bytes of q, k, v and of the outputs
+once, plus those of freqs and the weights.
 """
 
 from __future__ import annotations
@@ -76,8 +77,9 @@ def qk_norm_rope(
             complex table. None: cos and sin are used, or nothing is rotated.
         layout: "interleaved" rotates elements 2i and 2i + 1 of a head, "half" elements i and i + Dh/2.
         across_heads: whether the mean square is over a whole token instead of a head.
-        cos: alternative to freqs, together with sin: [S, Dh], fp32, fp16 or bf16, the cosine of each element's angle.
-            Both elements of a pair have the same value, as in the tables of FLUX and Wan in diffusers.
+        cos: alternative to freqs, together with sin: [S, Dh] or, with angles for each head, [B or 1, S, H, Dh], fp32,
+            fp16 or bf16, the cosine of each element's angle. Both elements of a pair have the same value, as in the
+            tables of FLUX, Wan and LTX in diffusers.
         sin: like cos.
 
     Raises:
@@ -133,8 +135,13 @@ def _check_tables(
 ) -> None:
     if cos is None or sin is None or freqs is not None:
         raise ValueError("qk_norm_rope: cos and sin must be given together, and without freqs")
-    if cos.shape != (q.shape[1], q.shape[3]):
-        raise ValueError(f"qk_norm_rope: cos has shape {[*cos.shape]}; it must be [S, Dh] = {[q.shape[1], q.shape[3]]}")
+    B, S, H, Dh = q.shape
+    # Not `in`, which Dynamo takes for false where a size is symbolic on one side only.
+    if cos.shape != (S, Dh) and cos.shape != (B, S, H, Dh) and cos.shape != (1, S, H, Dh):
+        raise ValueError(
+            f"qk_norm_rope: cos has shape {[*cos.shape]}; it must be [S, Dh] = {[S, Dh]}, "
+            f"or [B, S, H, Dh] with B = {B} or 1, H = {H}"
+        )
     if not alike(cos, sin) or cos.device != q.device:
         raise unlike("qk_norm_rope", **{"a token's head": q.new_empty(cos.shape), "cos": cos, "sin": sin})
 
@@ -226,29 +233,31 @@ def _stacked(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
 def _pairs(
     freqs: torch.Tensor | None, cos: torch.Tensor | None, sin: torch.Tensor | None, layout: str
 ) -> torch.Tensor | None:
-    """The cosine and sine of every angle, in the form of freqs, or as complex numbers if interleaved.
+    """The cosine and sine of every angle [..., S, H or 1, Dh/2, 2], or as complex numbers [..., Dh/2] if interleaved.
 
     Like the kernel, it reads the cosine from the first element of a pair and the sine from the second.
     """
     if cos is not None and sin is not None:
         apart, pair = ((-1, 2), -1) if layout == "interleaved" else ((2, -1), -2)
-        first, other = cos.unflatten(1, apart).select(pair, 0), sin.unflatten(1, apart).select(pair, 1)
+        first, other = cos.unflatten(-1, apart).select(pair, 0), sin.unflatten(-1, apart).select(pair, 1)
         freqs = torch.stack((first, other), -1).float()
+    if freqs is not None and (cos is None or cos.dim() == 2):
+        freqs = freqs.unsqueeze(-3)
     return _complex(freqs) if freqs is not None and layout == "interleaved" else freqs
 
 
 def _rotate(y: torch.Tensor, freqs: torch.Tensor, layout: str, out: torch.Tensor) -> None:
     if layout == "interleaved":
         # Two operators instead of six in real arithmetic: for 16 tokens with 4 heads of 48, 45 µs against 112 in all.
-        numbers, angles = _complex(y.unflatten(-1, (-1, 2))), freqs.unsqueeze(-2)
+        numbers = _complex(y.unflatten(-1, (-1, 2)))
         place = _complex_view(out.unflatten(-1, (-1, 2))) if out.dtype == torch.float32 else None
         if place is None:
-            out.copy_(torch.view_as_real(numbers * angles).flatten(-2))
+            out.copy_(torch.view_as_real(numbers * freqs).flatten(-2))
         else:
             # Written directly to `out`. This and `_pairs` save a tenth of the host time of 60 tiny blocks.
-            torch.mul(numbers, angles, out=place)
+            torch.mul(numbers, freqs, out=place)
         return
-    cos, sin = freqs.unsqueeze(-3).unbind(-1)
+    cos, sin = freqs.unbind(-1)
     a, b = y.unflatten(-1, (2, -1)).unbind(-2)
     a_out, b_out = out.unflatten(-1, (2, -1)).unbind(-2)
     a_out.copy_((a * cos).addcmul_(b, sin, value=-1))
@@ -332,14 +341,14 @@ def reciprocal_rms(a, b, eps, N: tl.constexpr, ACROSS: tl.constexpr):
 @triton.jit(do_not_specialize=["tokens", "programs", "eps"])
 def qk_norm_rope_kernel(
     p_q, p_k, p_v, p_q_out, p_k_out, p_v_out, p_q_weight, p_k_weight, p_freqs, p_sin, tokens, programs, eps, q_strides,
-    k_strides, v_strides, q_out_strides, k_out_strides, v_out_strides, freqs_strides, sin_stride,
+    k_strides, v_strides, q_out_strides, k_out_strides, v_out_strides, freqs_strides, sin_strides,
     H: tl.constexpr, D: tl.constexpr, INTERLEAVED: tl.constexpr, ACROSS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, OF_TOKEN: tl.constexpr,
 ):  # fmt: skip
     """A program processes ROWS heads of one sample or, with ACROSS, of one token. Strides: sample, token, head.
 
     With p_sin, p_freqs holds the cosines. With OF_TOKEN, a program always processes ROWS heads of one token, and loads
-    what these heads share only once.
+    what these heads share only once; tables must be the same for all heads.
     """
     pid = tl.program_id(0)
     sample = (pid // programs).to(tl.int64)
@@ -383,8 +392,13 @@ def qk_norm_rope_kernel(
         if p_sin is None:
             cos, sin = load_pairs(p_freqs, o_freqs, m_shared, D, True, SHARED, BLOCK)
         else:
+            o_sin = o_s * sin_strides[1]
+            # For each head: known from the number of strides, so that tables for all heads need no more registers.
+            if len(freqs_strides) == 3:
+                o_freqs += o_h * freqs_strides[2]
+                o_sin += sample * sin_strides[0] + o_h * sin_strides[2]
             cos, _ = load_pairs(p_freqs, o_freqs, m_shared, D, INTERLEAVED, SHARED, BLOCK)
-            _, sin = load_pairs(p_sin, o_s * sin_stride, m_shared, D, INTERLEAVED, SHARED, BLOCK)
+            _, sin = load_pairs(p_sin, o_sin, m_shared, D, INTERLEAVED, SHARED, BLOCK)
     # q is finished before k begins. Both at a time would need more registers.
     if p_q_weight is not None:
         w_a, w_b = load_pairs(p_q_weight, o_weight, m_weight, D, INTERLEAVED, WEIGHTS, BLOCK)
@@ -428,6 +442,8 @@ def launch(q, k, v, q_out, k_out, v_out, q_weight, k_weight, eps, freqs, layout,
     block = max(_samples.MIN_WIDTH, triton.next_power_of_2(Dh))
     token = triton.next_power_of_2(H) * block
     on_ascend = limits.here(q)
+    if on_ascend and cos is not None and cos.dim() == 4:
+        raise limits.NotLaunchableError("qk_norm_rope: the kernel has no rotation by head on Ascend")
     if across:
         limits.whole_row("qk_norm_rope", q, token, MAX_TRITON_TOKEN)
     interleaved = layout == "interleaved"
@@ -442,10 +458,11 @@ def launch(q, k, v, q_out, k_out, v_out, q_weight, k_weight, eps, freqs, layout,
         programs, threads = -(-S * H // rows), _samples.THREADS
     if freqs is not None and freqs.stride()[-2:] != (2, 1):
         freqs = freqs.contiguous()
-    of_freqs, of_sin = (0, 0), 0
+    of_freqs: tuple[int, ...] = (0, 0)
+    of_sin = of_freqs
     if cos is not None and sin is not None:
-        freqs, sin = (t if t.stride(1) == 1 else t.contiguous() for t in (cos, sin))
-        of_freqs, of_sin = (0, freqs.stride(0)), sin.stride(0)
+        freqs, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (cos, sin))
+        of_freqs, of_sin = (_strides(t) if t.dim() == 4 else (0, t.stride(0)) for t in (freqs, sin))
     elif freqs is not None:
         of_freqs = (0 if freqs.dim() == 3 or freqs.shape[0] == 1 else freqs.stride(0), freqs.stride(-3))
     q_weight, k_weight = (None if weight is None else weight.contiguous() for weight in (q_weight, k_weight))

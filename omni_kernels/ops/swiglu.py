@@ -2,8 +2,8 @@
 
     out = silu(gate)·up,  silu(x) = x / (1 + exp(−x))        gate, up, out: [...]
 
-Used between the linear layers of a feed-forward (Shazeer 2020, arXiv:2002.05202; Z-Image's w1 and w3). Computed in fp32
-and rounded once. Moves the bytes of gate, up and out once.
+Used between the linear layers of a feed-forward (Shazeer 2020, arXiv:2002.05202; Z-Image's w1 and w3, FLUX.2). Computed
+in fp32 and rounded once. Moves the bytes of gate, up and out once.
 """
 
 from __future__ import annotations
@@ -22,27 +22,30 @@ from omni_kernels.registration import define
 BLOCK = 2048
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def swiglu(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """silu(gate)·up.
 
     Args:
         gate: [...], fp32, fp16 or bf16, any strides. Halves of one packed projection are read in place.
         up: like gate; the dtype may differ.
+        out: where to write, like gate; None for a new tensor. A slice of a packed tensor is written in place. It may be
+            gate or up itself, but must not overlap them otherwise.
 
     Returns:
-        A new contiguous tensor in gate's shape and dtype. −∞ in gate gives NaN, as in torch.
+        `out`, or a new contiguous tensor in gate's shape and dtype. −∞ in gate gives NaN, as in torch.
 
     Raises:
         ValueError: shapes or devices differ, a dtype is not allowed, or gate has no dimensions.
     """
-    if not alike(gate, up):
-        raise unlike("swiglu", gate=gate, up=up)
-    return _op(gate, up)
+    if not alike(gate, up, out):
+        raise unlike("swiglu", gate=gate, up=up, out=out)
+    return _op(gate, up, out)
 
 
-def reference(gate, up):
+def reference(gate, up, out):
     """In plain torch."""
-    return F.silu(gate.float()).mul_(up).to(gate.dtype).contiguous()
+    y = F.silu(gate.float()).mul_(up)
+    return y.to(gate.dtype).contiguous() if out is None else out.copy_(y)
 
 
 @triton.jit
@@ -73,9 +76,10 @@ def swiglu_kernel(p_gate, p_up, p_out, n, gate_stride, up_stride, out_stride, bl
         tl.store(p_out + o, (silu_of(gate) * up).to(p_out.dtype.element_ty), mask=m)
 
 
-def launch(gate, up):
+def launch(gate, up, out):
     """With the Triton kernel."""
-    out = gate.new_empty(gate.shape)
+    if out is None:
+        out = gate.new_empty(gate.shape)
     if out.numel() == 0:
         return out
     (gate, up, target), strides, R, n = _rows.by_row(gate, up, out)
@@ -86,7 +90,8 @@ def launch(gate, up):
             gate, up, target, n, *strides, blocks,
             BLOCK=block, num_warps=_samples.warps(), enable_fp_fusion=True,
         )  # fmt: skip
-    return out
+    # `target` is a copy if `out` could not be viewed as rows with one stride.
+    return out if target.data_ptr() == out.data_ptr() else out.copy_(target.view(out.shape))
 
 
 _op = define(swiglu, reference, launch, npu=on_npu)

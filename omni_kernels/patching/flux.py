@@ -13,6 +13,7 @@ import torch
 
 from omni_kernels import ops
 from omni_kernels.patching.layers import (
+    beside,
     clipped,
     feed_forward,
     for_each,
@@ -148,11 +149,8 @@ def single_forward(
     joint = torch.cat([text, x], 1)
     y = run.ada_layer_norm(joint, scale, shift, eps=norm.norm.eps)
     attended = self_attention(block.attn, y, real_rotation(image_rotary_emb))
-    fed, D = block.proj_mlp(y), attended.shape[2]
-    both = fed.new_empty((*fed.shape[:2], D + fed.shape[2]))
-    both[..., :D].copy_(attended)
-    run.gelu(fed, out=both[..., D:])
-    h, _ = run.gate_residual_norm(joint, block.proj_out(both), gate, norm=None)
+    out = block.proj_out(beside(attended, block.proj_mlp(y)))
+    h, _ = run.gate_residual_norm(joint, out, gate, norm=None)
     h = clipped(h)
     return h[:, :T], h[:, T:]
 

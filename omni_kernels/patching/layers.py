@@ -10,7 +10,7 @@ calls do not change their shape.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -86,16 +86,72 @@ def self_attention(
     Args:
         across_heads: whether q and k are normalised over all heads together.
     """
+    q, k, v = queries_keys_values(attn, x, rotation, across_heads=across_heads)
+    return attend(attn.processor, q, k, v, mask=mask)
+
+
+def queries_keys_values(
+    attn: Any, x: torch.Tensor, rotation: Rotation, *, across_heads: bool = False, rotated: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q and k of x [B, S, D], normalised and rotated, and v; [B, S, H, Dh] each.
+
+    Args:
+        rotated: how many tokens, the first ones, are rotated; None: all.
+    """
     to_q, to_k = attn.to_q, attn.to_k
     q, k = _pair(attn, x, to_q, to_k, multiplies(x, to_q, to_k))
     (v,) = _heads(attn, x, attn.to_v)
-    q_out, k_out = _empty_pair(q, k, q.shape[1])
-    norm_q = attn.norm_q
+    return *normed_and_rotated(attn, q, k, rotation, across_heads=across_heads, rotated=rotated), v
+
+
+def attention_with_kept(
+    attn: Any,
+    x: torch.Tensor,
+    rotation: Rotation,
+    kept_k: torch.Tensor,
+    kept_v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of x [B, S, D] to kept keys and values [B, P, H, Dh], then to itself, without the output layers."""
+    to_q, to_k, to_v, P, S = attn.to_q, attn.to_k, attn.to_v, kept_k.shape[1], x.shape[1]
+    plain = multiplies(x, to_q, to_k, to_v)
+    q, k = _pair(attn, x, to_q, to_k, plain)
+    all_k, all_v = (t.new_empty((t.shape[0], P + S, *t.shape[2:])) for t in (kept_k, kept_v))
+    for kept, out in ((kept_k, all_k), (kept_v, all_v)):
+        out[:, :P].copy_(kept)
+    v, v_out = None, None
+    if plain and x.shape[0] == 1:  # with several samples, the places of x are not a matrix
+        _multiply(to_v, x[0], all_v.view(P + S, -1)[P:])
+    else:
+        (v,), v_out = _heads(attn, x, to_v), all_v[:, P:]
+    q_out, norm_q = torch.empty_like(q, memory_format=torch.contiguous_format), attn.norm_q
     ops.trusted(x).qk_norm_rope(
-        q, k, None, q_out, k_out, None, **rotation, across_heads=across_heads,
+        q, k, v, q_out, all_k[:, P:], v_out, **rotation,
         q_weight=norm_q.weight, k_weight=attn.norm_k.weight, eps=norm_q.eps,
     )  # fmt: skip
-    return attend(attn.processor, q_out, k_out, v, mask=mask)
+    return attend(attn.processor, q_out, all_k, all_v, mask=mask)
+
+
+def normed_and_rotated(
+    attn: Any,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    rotation: Rotation,
+    *,
+    across_heads: bool = False,
+    rotated: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and k [B, S, H, Dh], normalised by the attention's `norm_q` and `norm_k` and rotated, as new tensors."""
+    q_out, k_out = _empty_pair(q, k, q.shape[1])
+    norm_q, run = attn.norm_q, ops.trusted(q)
+    norms = {"q_weight": norm_q.weight, "k_weight": attn.norm_k.weight, "eps": norm_q.eps}
+    if rotated is None or not rotation:
+        run.qk_norm_rope(q, k, None, q_out, k_out, None, **rotation, **norms, across_heads=across_heads)
+        return q_out, k_out
+    halves = (_halves(t, rotated) for t in (q, k, q_out, k_out))
+    for turned, (one_q, one_k, to_q, to_k) in zip((rotation, {}), zip(*halves, strict=True), strict=True):
+        run.qk_norm_rope(one_q, one_k, None, to_q, to_k, None, **turned, **norms, across_heads=across_heads)
+    return q_out, k_out
 
 
 def joint_attention(
@@ -105,18 +161,30 @@ def joint_attention(
     rotation: Rotation,
     text_rotation: Rotation,
     mask: torch.Tensor | None = None,
+    *,
+    text_first: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Joint attention of the text and image streams, text first, with the output layers. Returns (text, image)."""
-    T, run = text.shape[1], ops.trusted(x)
+    """Joint attention of the text and image streams, with the output layers. Returns (text, image).
+
+    Args:
+        text_first: whether the text's tokens come before the image's, or after them.
+    """
+    T, S, run = text.shape[1], x.shape[1], ops.trusted(x)
+
+    def parts(joint: torch.Tensor, dim: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of the text and of the image."""
+        first, last = _halves(joint, T if text_first else S, dim)
+        return (first, last) if text_first else (last, first)
+
     own = attn._modules  # attribute access of modules is slow Python code in torch
     to_q, to_k, to_v = own["to_q"], own["to_k"], own["to_v"]
     t_to_q, t_to_k, t_to_v = own["add_q_proj"], own["add_k_proj"], own["add_v_proj"]
     norm_q, norm_k, t_norm_q, t_norm_k = own["norm_q"], own["norm_k"], own["norm_added_q"], own["norm_added_k"]
     plain = multiplies(x, to_q, to_k, to_v, t_to_q, t_to_k, t_to_v)
     (q, k), (t_q, t_k) = _pair(attn, x, to_q, to_k, plain), _pair(attn, text, t_to_q, t_to_k, plain)
-    joint_q, joint_k = _empty_pair(q, k, T + x.shape[1])
-    joint_v, (t_v, t_v_out), (v, v_out) = _joint_values(attn, text, x, t_to_v, to_v, plain)
-    (t_q_out, q_out), (t_k_out, k_out) = _halves(joint_q, T), _halves(joint_k, T)
+    joint_q, joint_k = _empty_pair(q, k, T + S)
+    joint_v, (t_v, t_v_out), (v, v_out) = _joint_values(attn, text, x, t_to_v, to_v, plain, parts)
+    (t_q_out, q_out), (t_k_out, k_out) = parts(joint_q), parts(joint_k)
     run.qk_norm_rope(
         t_q, t_k, t_v, t_q_out, t_k_out, t_v_out, **text_rotation,
         q_weight=t_norm_q.weight, k_weight=t_norm_k.weight, eps=t_norm_q.eps,
@@ -126,7 +194,7 @@ def joint_attention(
         q_weight=norm_q.weight, k_weight=norm_k.weight, eps=norm_q.eps,
     )  # fmt: skip
     attended = attend(attn.processor, joint_q, joint_k, joint_v, mask=mask)
-    attended_text, attended = _halves(attended, T)
+    attended_text, attended = parts(attended)
     out = through(own["to_out"], attended.contiguous())
     return own["to_add_out"](attended_text.contiguous()), out
 
@@ -136,19 +204,19 @@ _Copy = tuple[torch.Tensor, torch.Tensor] | tuple[None, None]
 
 
 def _joint_values(
-    attn: Any, text: torch.Tensor, x: torch.Tensor, text_to_v: Any, to_v: Any, plain: bool
+    attn: Any, text: torch.Tensor, x: torch.Tensor, text_to_v: Any, to_v: Any, plain: bool, parts: Callable[..., Any]
 ) -> tuple[torch.Tensor, _Copy, _Copy]:
     """The joint sequence of values, [B, T + S, H, Dh], and the copies of text and image still to be made."""
     T = text.shape[1]
     if plain and x.shape[0] == 1:  # with several samples, the places of one stream are not a matrix
         joint = x.new_empty((T + x.shape[1], to_v.out_features))
-        t_v_out, v_out = _halves(joint, T, 0)
+        t_v_out, v_out = parts(joint, 0)
         _multiply(text_to_v, text[0], t_v_out)
         _multiply(to_v, x[0], v_out)
         return joint.view(1, joint.shape[0], -1, attn.inner_dim // attn.heads), (None, None), (None, None)
     (t_v,), (v,) = _heads(attn, text, text_to_v), _heads(attn, x, to_v)
     joint = v.new_empty((v.shape[0], T + x.shape[1], *v.shape[2:]))
-    t_v_out, v_out = _halves(joint, T)
+    t_v_out, v_out = parts(joint)
     return joint, (t_v, t_v_out), (v, v_out)
 
 
@@ -163,9 +231,9 @@ def _multiply(linear: Any, x: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def _halves(joint: torch.Tensor, T: int, dim: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split into the first T tokens (text) and the others (image)."""
-    text, x = joint.tensor_split((T,), dim)
-    return text, x
+    """Split into the first T tokens and the others."""
+    first, others = joint.tensor_split((T,), dim)
+    return first, others
 
 
 def _empty_pair(q: torch.Tensor, k: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -206,6 +274,15 @@ def feed_forward(mlp: Any, x: torch.Tensor | None) -> torch.Tensor:
     first, *others = mlp.net
     x = first.proj(x)
     return through(others, ops.trusted(x).gelu(x))
+
+
+def beside(attended: torch.Tensor, fed: torch.Tensor) -> torch.Tensor:
+    """Attention's output [B, S, D], and behind it GELU of the feed-forward's input [B, S, F]: [B, S, D + F]."""
+    D = attended.shape[2]
+    both = fed.new_empty((*fed.shape[:2], D + fed.shape[2]))
+    both[..., :D].copy_(attended)
+    ops.trusted(fed).gelu(fed, out=both[..., D:])
+    return both
 
 
 def through(modules: Iterable[Any], x: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from omni_kernels.patching import ahead, flux, qwen_image, wan, z_image
+from omni_kernels.patching import ahead, flux, flux2, hunyuan_video, ltx, qwen_image, qwen_image_21, wan, z_image
 from omni_kernels.patching.changes import Patch, PatchConflictError
 from omni_kernels.patching.structure import home, is_librarys, remember
 
@@ -35,8 +35,17 @@ class BlockRule:
 
 
 RULES = {
+    "Flux2SingleTransformerBlock": BlockRule(flux2.single_forward, flux2.single_unfit, ahead=True),
+    "Flux2TransformerBlock": BlockRule(flux2.double_forward, flux2.double_unfit, ahead=True),
     "FluxSingleTransformerBlock": BlockRule(flux.single_forward, flux.single_unfit),
     "FluxTransformerBlock": BlockRule(flux.double_forward, flux.double_unfit),
+    "HunyuanImageSingleTransformerBlock": BlockRule(hunyuan_video.single_forward, hunyuan_video.single_unfit),
+    "HunyuanImageTransformerBlock": BlockRule(hunyuan_video.double_forward, hunyuan_video.double_unfit),
+    "HunyuanVideo15TransformerBlock": BlockRule(hunyuan_video.double_forward, hunyuan_video.double_unfit),
+    "HunyuanVideoSingleTransformerBlock": BlockRule(hunyuan_video.single_forward, hunyuan_video.single_unfit),
+    "HunyuanVideoTransformerBlock": BlockRule(hunyuan_video.double_forward, hunyuan_video.double_unfit),
+    "LTXVideoTransformerBlock": BlockRule(ltx.forward, ltx.unfit),
+    "QwenImage21TransformerBlock": BlockRule(qwen_image_21.forward, qwen_image_21.unfit, ahead=True),
     "QwenImageTransformerBlock": BlockRule(qwen_image.forward, qwen_image.unfit, ahead=True),
     "WanTransformerBlock": BlockRule(wan.forward, wan.unfit),
     "ZImageTransformerBlock": BlockRule(z_image.forward, z_image.unfit),

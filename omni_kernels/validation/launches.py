@@ -58,11 +58,13 @@ def _attention(
     tables: torch.dtype | None = None,
     dtype: torch.dtype = torch.bfloat16,
     v: bool = True,
+    by_head: bool = False,
     **options: Any,
 ) -> Launch:
     """A launch on the thirds of a packed projection, which writes the image's part of a sequence after `text` tokens.
 
-    The rotation is by freqs, or by tables of cosines and sines with dtype `tables`. `v` says whether there is a v.
+    The rotation is by freqs, or by tables of cosines and sines with dtype `tables`, for each sample and head if
+    `by_head`. `v` says whether there is a v.
     """
     inputs: list[torch.Tensor | None] = [*_tensor(B, S, 3, H, D, dtype=dtype).unbind(2)]
     outputs: list[torch.Tensor | None] = [_tensor(B, text + S, H, D, dtype=dtype)[:, text:] for _ in range(3)]
@@ -70,7 +72,8 @@ def _attention(
         inputs[2] = outputs[2] = None
     options |= {name: _tensor(weighted, dtype=dtype) for name in ("q_weight", "k_weight") if weighted}
     if tables is not None:
-        options |= {name: _tensor(S, D, dtype=tables) for name in ("cos", "sin")}
+        shape = (B, S, H, D) if by_head else (S, D)
+        options |= {name: _tensor(*shape, dtype=tables) for name in ("cos", "sin")}
     elif rotated:
         options |= {"freqs": torch.empty(S, D // 2, 2)}
     return partial(OPS["qk_norm_rope"].launcher, *inputs, *outputs, **options)
@@ -145,7 +148,7 @@ def models() -> dict[str, Launch]:
         "linear_forecast 8": partial(linear_forecast, _odd(), [_odd() for _ in range(8)], [0.5] * 8),
         "linear_forecast 16": partial(linear_forecast, _odd(), [_odd() for _ in range(16)], [0.5] * 16),
         "linear_forecast tensor": partial(linear_forecast, _odd(), [_odd(), _odd()], _tensor(2)),
-        # Qwen-Image, Z-Image, FLUX, Wan, and other forms.
+        # Qwen-Image, Z-Image, FLUX, Wan, LTX, and other forms.
         "qk_norm_rope joint": _attention(1, TOKENS - 1, 24, 128, 37, weighted=128),
         "qk_norm_rope joint without v": _attention(1, TOKENS - 1, 24, 128, 37, weighted=128, v=False),
         "qk_norm_rope batch": _attention(2, 1023, 30, 128, 0, weighted=128),
@@ -169,6 +172,9 @@ def models() -> dict[str, Launch]:
         "qk_norm_rope cos and sin, across, largest": _attention(
             1, 9, 64, 128, 0, weighted=64 * 128, tables=torch.float32, across_heads=True
         ),
+        "qk_norm_rope cos and sin by head, across": _attention(
+            2, 33, 32, 64, 0, weighted=32 * 64, tables=torch.float32, across_heads=True, v=False, by_head=True
+        ),
         "qk_norm_rope no norm": _attention(1, TOKENS - 1, 24, 128, 37),
         "qk_norm_rope no rotation": _attention(1, TOKENS - 1, 24, 128, 37, weighted=128, rotated=False),
         "gelu odd": partial(gelu, _odd()),
@@ -178,6 +184,9 @@ def models() -> dict[str, Launch]:
         ),
         "swiglu odd": partial(swiglu, _odd(), _odd()),
         "swiglu packed": partial(swiglu, *_tensor(1, TOKENS, 2 * 10240).chunk(2, -1)),
+        "swiglu behind": partial(
+            swiglu, *_tensor(1, TOKENS, 6 * CHANNELS).chunk(2, -1), _tensor(1, TOKENS, 4 * CHANNELS)[..., CHANNELS:]
+        ),
     }
 
 

@@ -100,7 +100,10 @@ def rotated(
     layout: str = "interleaved",
     across_heads: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q or k [B, S, H, Dh], normalised and rotated, and the summed magnitude of its terms."""
+    """q or k [B, S, H, Dh], normalised and rotated, and the summed magnitude of its terms.
+
+    freqs are as the op takes them, or for each head: [B or 1, S, H, Dh/2, 2].
+    """
     x = x.double()
     B, S, H, D = x.shape
     if weight is not None:
@@ -109,11 +112,11 @@ def rotated(
     if freqs is None:
         return x, x.abs()
     turned, terms = torch.empty_like(x), torch.empty_like(x)
-    angles = freqs.double().expand(B, S, D // 2, 2)
+    angles = (freqs if freqs.dim() == 5 else freqs.unsqueeze(-3)).double()
     one = torch.arange(D // 2, device=x.device) * (2 if layout == "interleaved" else 1)
     other = one + (1 if layout == "interleaved" else D // 2)
     a, b = x[..., one], x[..., other]
-    cos, sin = angles[:, :, None, :, 0], angles[:, :, None, :, 1]
+    cos, sin = angles.expand(B, S, -1, D // 2, 2).unbind(-1)
     turned[..., one], turned[..., other] = a * cos - b * sin, a * sin + b * cos
     terms[..., one], terms[..., other] = (a * cos).abs() + (b * sin).abs(), (a * sin).abs() + (b * cos).abs()
     return turned, terms
@@ -227,7 +230,7 @@ def _qk_norm_rope(
         # Both elements of a pair have the same angle.
         D = q.shape[-1]
         first = slice(0, None, 2) if options.get("layout", "interleaved") == "interleaved" else slice(0, D // 2)
-        options["freqs"] = torch.stack((cos[:, first].double(), sin[:, first].double()), -1)
+        options["freqs"] = torch.stack((cos[..., first].double(), sin[..., first].double()), -1)
     found: list[Expected] = [
         ("q_out", *rotated(q, q_weight, **options)),
         ("k_out", *rotated(k, k_weight, **options)),
@@ -239,7 +242,9 @@ def _gelu(got: Sequence[torch.Tensor], x: torch.Tensor, out: torch.Tensor | None
     return [("out", *gelu(x))]
 
 
-def _swiglu(got: Sequence[torch.Tensor], gate: torch.Tensor, up: torch.Tensor) -> list[Expected]:
+def _swiglu(
+    got: Sequence[torch.Tensor], gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor | None = None
+) -> list[Expected]:
     return [("out", swiglu(gate, up), None)]
 
 

@@ -125,13 +125,18 @@ def _rotated_halves() -> Use:
     )
 
 
-def _rotated_by_tables(across_heads: bool) -> Use:
-    """Rotation by a cosine and a sine for each element, as in FLUX, or (across heads) in Wan."""
+def _rotated_by_tables(across_heads: bool, by_head: bool = False) -> Use:
+    """Rotation by a cosine and a sine for each element, as in FLUX, or (across heads) in Wan; by head, as in LTX."""
     case = qk_norm_rope(across_heads)
 
     def inputs(shape: Shape, device: torch.device) -> Inputs:
         made = case.inputs(shape, device)
-        cos, sin = (t.repeat_interleave(2, -1) for t in made["freqs"].unbind(-1))
+        angles = made["freqs"]
+        if by_head:
+            B, _, H, _ = made["q"].shape
+            angle = torch.rand(B, shape.S, H, angles.shape[1], device=device)
+            angles = torch.stack((angle.cos(), angle.sin()), -1)
+        cos, sin = (t.repeat_interleave(2, -1) for t in angles.unbind(-1))
         return made | {"cos": cos, "sin": sin}
 
     def ours(i: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -139,7 +144,7 @@ def _rotated_by_tables(across_heads: bool) -> Use:
         return args, kwargs | {"freqs": None, "cos": i["cos"], "sin": i["sin"]}
 
     return Use(
-        name="qk_norm_rope cos and sin" + (" across heads" if across_heads else ""),
+        name="qk_norm_rope cos and sin" + (" by head" if by_head else "") + (" across heads" if across_heads else ""),
         op="qk_norm_rope",
         inputs=inputs,
         ours=ours,
@@ -164,6 +169,20 @@ def _gelu_behind() -> Use:
     )
 
 
+def _swiglu_behind() -> Use:
+    """Halves of a packed projection, and output after other channels, as in FLUX.2's single-stream blocks."""
+
+    def inputs(shape: Shape, device: torch.device) -> Inputs:
+        gate, up, others = hidden_states(shape, device, 3)
+        return {"both": torch.cat((gate, up), -1), "packed": torch.cat((others, others), -1)}
+
+    def ours(i: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        gate, up = i["both"].chunk(2, -1)
+        return (gate, up, i["packed"][..., gate.shape[-1] :]), {}
+
+    return Use(name="swiglu behind", op="swiglu", inputs=inputs, ours=ours, places=(2,))
+
+
 #: Everything that is checked: the cases, and the uses that are not timed.
 USES: dict[str, Use] = CASES | {
     use.name: use
@@ -173,7 +192,9 @@ USES: dict[str, Use] = CASES | {
         _rotated_halves(),
         _rotated_by_tables(across_heads=False),
         _rotated_by_tables(across_heads=True),
+        _rotated_by_tables(across_heads=True, by_head=True),
         _gelu_behind(),
+        _swiglu_behind(),
         _ada_layer_norm_index(),
         _gate_residual_norm_index(),
         _gated_residual(),

@@ -27,6 +27,7 @@ TAKES = {
     "gate_residual_norm rms": {"npu_rms_norm"},
     "rms_norm": {"npu_rms_norm"},
     "qk_norm_rope half": {"npu_rotary_mul"},
+    "qk_norm_rope cos and sin by head": {"npu_rms_norm"},
     "qk_norm_rope": {"npu_rms_norm", "npu_rotary_mul"},
     "gelu": {"npu_gelu"},
 }
@@ -105,19 +106,21 @@ def test_weights_as_a_tensor_are_not_read(version):
 
 
 @pytest.mark.parametrize("layout", ["interleaved", "half"])
-@pytest.mark.parametrize("tables", ["freqs", "freqs of each sample", "cos and sin"])
+@pytest.mark.parametrize("tables", ["freqs", "freqs of each sample", "cos and sin", "cos and sin of each head"])
 @pytest.mark.parametrize("heads", [4, 600])
 @torch.no_grad()
 def test_rotations_are_the_cpus_fused_where_the_operator_takes_them(heads, tables, layout):
     q, k, v = torch.randn(3, 2, 3, heads, 8)
-    angle = torch.rand(2, 3, 4) if tables == "freqs of each sample" else torch.rand(3, 4)
+    by_head = tables == "cos and sin of each head"
+    angle = torch.rand(2, 3, *[heads] * by_head, 4) if "each" in tables else torch.rand(3, 4)
     rotation = {"freqs": torch.stack((angle.cos(), angle.sin()), -1)}
-    if tables == "cos and sin":
+    if "cos" in tables:
         doubled = angle.repeat_interleave(2, -1) if layout == "interleaved" else torch.cat((angle, angle), -1)
         rotation = {"cos": doubled.cos(), "sin": doubled.sin()}
     expected = [torch.empty_like(q) for _ in range(3)]
     ops.qk_norm_rope(q, k, v, *expected, q_weight=torch.ones(8), layout=layout, **rotation)
     takes = (2 * heads < 1000 and tables != "freqs of each sample") if layout == "interleaved" else True
+    takes = takes and not by_head
     for version in VERSIONS:
         out = [torch.empty_like(q, device=NPU) for _ in range(3)]
         given = on_npu((q, k, v)), on_npu({"q_weight": torch.ones(8), **rotation})
@@ -189,6 +192,10 @@ def test_halves_of_one_projection_are_gated_at_once(dtype):
         assert out.is_contiguous()
         if gate.shape == expected.shape and takes:
             torch.testing.assert_close(out.cpu(), expected)
+            place = torch.zeros(2, 5, 36, dtype=dtype, device=NPU)[..., 12:]
+            with simulated_npu.fused("2.13.0"):
+                assert ops.swiglu(gate, up, out=place) is place
+            torch.testing.assert_close(place.cpu(), expected)
 
 
 @torch.no_grad()

@@ -85,25 +85,28 @@ def test_samples_far_apart(triton_launch, op):
     assert torch.equal(triton_launch[op](*map(far_apart, inputs)), triton_launch[op](*inputs))
 
 
+@every_op
 @pytest.mark.parametrize("view", [lambda t: t, *VIEWS[:-1]], ids=lambda view: view.__name__)
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float16)], ids=str)
-def test_output_is_written_where_it_is_to_be(implementation, view, dtypes):
-    x = implementation.randn(2, 5, 48, dtype=dtypes[0])
-    out = view(torch.full_like(x, 42.0, dtype=dtypes[1]))
+def test_output_is_written_where_it_is_to_be(implementation, op, view, dtypes):
+    inputs = [implementation.randn(2, 5, 48, dtype=dtypes[0]) for _ in range(1 + (op == "swiglu"))]
+    out = view(torch.full_like(inputs[0], 42.0, dtype=dtypes[1]))
     around = out.untyped_storage().nbytes() // out.element_size()
     memory = torch.as_strided(out, (around,), (1,), 0)
-    others = torch.ones(around, dtype=torch.bool, device=x.device)
+    others = torch.ones(around, dtype=torch.bool, device=out.device)
     others.as_strided(out.shape, out.stride(), out.storage_offset()).fill_(False)
     before = memory[others].clone()
-    assert implementation["gelu"](x, out=out) is out
-    assert_near(out, *oracle.gelu(x))
+    assert implementation[op](*inputs, out=out) is out
+    assert_near(out, *ORACLES[op](*inputs))
     assert torch.equal(memory[others], before)
 
 
-def test_output_may_be_the_input(implementation):
-    x = implementation.randn(2, 5, 48, dtype=torch.float16)
-    expected = implementation["gelu"](x)
-    assert torch.equal(implementation["gelu"](x, out=x), expected)
+@every_op
+@pytest.mark.parametrize("place", [0, 1])
+def test_output_may_be_an_input(implementation, op, place):
+    inputs = [implementation.randn(2, 5, 48, dtype=torch.float16) for _ in range(1 + (op == "swiglu"))]
+    expected = implementation[op](*inputs)
+    assert torch.equal(implementation[op](*inputs, out=inputs[place % len(inputs)]), expected)
 
 
 def test_behind_other_channels_nothing_is_copied(implementation, no_copies):
@@ -111,6 +114,8 @@ def test_behind_other_channels_nothing_is_copied(implementation, no_copies):
     first = packed[..., :12].clone()
     x = implementation.randn(2, 5, 48)
     assert_near(implementation["gelu"](x, out=packed[..., 12:]), *oracle.gelu(x))
+    gate, up = implementation.randn(2, 5, 96).chunk(2, -1)
+    assert_near(implementation["swiglu"](gate, up, out=packed[..., 12:]), oracle.swiglu(gate, up), None)
     assert torch.equal(packed[..., :12], first)
 
 

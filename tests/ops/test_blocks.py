@@ -7,7 +7,9 @@ given the block's own modulation, have to come to the same.
 import pytest
 import torch
 from diffusers.models.transformers.transformer_flux import FluxTransformerBlock
+from diffusers.models.transformers.transformer_ltx import LTXVideoTransformerBlock
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
+from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21TransformerBlock
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
 
@@ -151,4 +153,43 @@ def test_wan(ops, per_token):
     h, y = ops["gate_residual_norm"](h, crossed, None, scale3, shift3)
     assert_normed(y, block.ffn.seen, h, scale3, shift3)
     h, _ = ops["gate_residual_norm"](h, fed, gate3, norm=None)
+    assert_same(h, out, 1 + out.abs())
+
+
+@pytest.mark.parametrize("with_index", [True, False], ids=["causal", "one modulation"])
+def test_qwen_image_21(ops, with_index):
+    block = QwenImage21TransformerBlock(D, **SIZES)
+    x, attended, fed = hidden(3)
+    block.attn, block.img_mlp = Given(attended), Given(fed)
+    modulation = torch.randn(B + with_index, 4 * D)
+    target = torch.arange(S) % 3 == 0 if with_index else None
+    out = block(x, modulation, target_token_mask=target)
+    if with_index:  # the last row is that of the tokens that are not the target's
+        modulation, index = torch.cat([modulation[-1:].expand(B, -1), modulation[:-1]]), target.expand(B, -1)
+    else:
+        index = None
+    scale1, gate1, scale2, gate2 = modulation.chunk(4, -1)
+    assert_normed(ops["ada_layer_norm"](x, scale1, index=index), block.attn.seen, x, scale1, index=index)
+    gated = {"gate_tanh": True, "index": index}
+    h, y = ops["gate_residual_norm"](x, attended, gate1, scale2, **gated)
+    assert_normed(y, block.img_mlp.seen, h, scale2, index=index)
+    h, _ = ops["gate_residual_norm"](h, fed, gate2, **gated, norm=None)
+    assert_same(h, out, 1 + out.abs())
+
+
+@pytest.mark.parametrize("per_token", [True, False], ids=["image to video", "one timestep"])
+def test_ltx(ops, per_token):
+    block = LTXVideoTransformerBlock(D, *SIZES.values(), cross_attention_dim=D)
+    x, attended, crossed, fed = hidden(4)
+    block.attn1, block.attn2, block.ff = Given(attended), Given(crossed), Given(fed)
+    temb = torch.randn(B, S if per_token else 1, 6 * D)
+    out = block(x, None, temb)
+    shift1, scale1, gate1, shift2, scale2, gate2 = (temb.unflatten(2, (6, D)) + block.scale_shift_table).unbind(2)
+    y = ops["ada_layer_norm"](x, scale1, shift1, norm="rms")
+    assert_normed(y, block.attn1.seen, x, scale1, shift1, norm="rms")
+    h, _ = ops["gate_residual_norm"](x, attended, gate1, norm=None)
+    assert_same(h, block.attn2.seen, 1 + h.abs())
+    h, y = ops["gate_residual_norm"](h, crossed, None, scale2, shift2, norm="rms")
+    assert_normed(y, block.ff.seen, h, scale2, shift2, norm="rms")
+    h, _ = ops["gate_residual_norm"](h, fed, gate2, norm=None)
     assert_same(h, out, 1 + out.abs())

@@ -53,6 +53,7 @@ CASES = [
     (lambda: gelu(h, out=integers), "gelu: out has dtype int32"),
     (lambda: swiglu(h, other_shape), r"swiglu: up has shape \[2, 4, 24\]; it must be \[2, 5, 24\], as gate's is"),
     (lambda: swiglu(h, meta), "swiglu: up is on meta; it must be on cpu, as gate is"),
+    (lambda: swiglu(h, h, out=other_shape), r"swiglu: out has shape \[2, 4, 24\]"),
     (lambda: linear_forecast(h, [h], torch.ones(1).int()), "weights has dtype int32"),
     (lambda: linear_forecast(h, [h] * 17, [1.0] * 17), "history has 17 tensors; allowed are 0 to 16"),
     (lambda: linear_forecast(h, [h, other_shape], [1.0, 1.0]), r"history\[1\] has shape \[2, 4, 24\]"),

@@ -129,6 +129,31 @@ def test_forms_of_cos_and_sin(implementation, form, across_heads, layout):
 
 
 @every_layout
+@pytest.mark.parametrize("across_heads", [False, True])
+@pytest.mark.parametrize("form", ["[1, S]", "[B, S]", "fp16 and bf16", "a stretch", "expanded", "apart", "transposed"])
+def test_cos_and_sin_of_each_head(implementation, form, across_heads, layout):
+    B, S, H, D = 2, 5, 3, 24
+    q, k, v = (implementation.randn(B, S, H, D) for _ in range(3))
+    heads = 1 if form == "expanded" else H
+    made = tables(angles(implementation, 1 if form == "[1, S]" else B, 2 * S, heads, D // 2), layout)
+    cos, sin = (t[:, :S] for t in made.values())
+    if form == "fp16 and bf16":
+        cos, sin = cos.half(), sin.bfloat16()
+    elif form == "a stretch":
+        cos, sin = (t[:, S - 2 : 2 * S - 2] for t in made.values())
+    elif form == "expanded":
+        cos, sin = (t.expand(B, S, H, D) for t in (cos, sin))
+    elif form == "apart":
+        sin = sin.contiguous()
+    elif form == "transposed":
+        cos, sin = (t.transpose(2, 3).contiguous().transpose(2, 3) for t in (cos, sin))
+    first = slice(0, None, 2) if layout == "interleaved" else slice(None, D // 2)
+    truth = torch.stack((cos[..., first].float(), sin[..., first].float()), -1)
+    options = weights(implementation, H * D if across_heads else D) | {"cos": cos, "sin": sin}
+    check(implementation, q, k, v, truth=truth, layout=layout, across_heads=across_heads, **options)
+
+
+@every_layout
 @pytest.mark.parametrize("view", ["packed", "heads first", "offset", "one for all", "every other head"])
 def test_views_give_what_their_elements_give(implementation, view, layout):
     B, S, H, D = 2, 5, 3, 32
@@ -531,7 +556,9 @@ def test_tables_that_do_not_fit_are_refused():
     cos, sin = made.values()
     refused("cos and sin must be given together, and without freqs", *tensors, cos=cos)
     refused("cos and sin must be given together, and without freqs", *tensors, **made, freqs=options["freqs"])
-    refused(r"cos has shape \[5, 8\]; it must be \[S, Dh\] = \[5, 16\]", *tensors, cos=cos[:, :8], sin=sin)
+    refused(r"cos has shape \[5, 8\]; it must be \[S, Dh\] = \[5, 16\], or", *tensors, cos=cos[:, :8], sin=sin)
+    by_head = cos[None, :, None].expand(3, 5, 3, 16)
+    refused(r"cos has shape \[3, 5, 3, 16\]; .* B = 2 or 1, H = 3", *tensors, cos=by_head, sin=by_head)
     refused(r"sin has shape \[4, 16\]; it must be \[5, 16\]", *tensors, cos=cos, sin=sin[:4])
     refused("cos has dtype float64", *tensors, cos=cos.double(), sin=sin)
     refused("sin is on meta; it must be on cpu", *tensors, cos=cos, sin=sin.to("meta"))

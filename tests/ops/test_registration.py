@@ -103,6 +103,7 @@ OVERLOADS = {
     "gelu": [("default", arguments("gelu"))],
     "gelu_into": [("default", (*arguments("gelu"), torch.zeros(2, 5, 30)[..., 6:]))],
     "swiglu": [("default", arguments("swiglu", torch.bfloat16))],
+    "swiglu_into": [("default", (*arguments("swiglu"), torch.zeros(2, 5, 30)[..., 6:]))],
 }
 
 
@@ -178,9 +179,12 @@ def test_plain_torch_stays_on_the_device(name):
     assert all(t.device.type == "xpu" for t in (result if isinstance(result, tuple) else (result,)))
 
 
+VARIANTS = ["linear_forecast.tensor", "linear_forecast_into.tensor"]
+
+
 @pytest.mark.parametrize(
     "name",
-    sorted({*OPS, "gelu_into", "linear_forecast_into", "linear_forecast.tensor", "linear_forecast_into.tensor"}),
+    sorted({*OPS, *(f"{name}_into" for name in ("gelu", "linear_forecast", "swiglu")), *VARIANTS}),
 )
 @pytest.mark.parametrize("key", ["CPU", "CUDA", "PrivateUse1", "CompositeExplicitAutograd", "Autograd"])
 def test_every_device_has_an_implementation(name, key):
@@ -190,6 +194,7 @@ def test_every_device_has_an_implementation(name, key):
 WITH_GRADIENT = [
     *((name, {}) for name in NAMES),
     ("gelu", {"out": torch.empty(2, 5, 24)}),
+    ("swiglu", {"out": torch.empty(2, 5, 24)}),
     ("linear_forecast", {"out": torch.empty(2, 5, 24)}),
     ("linear_forecast", {"weights": torch.ones(2)}),
     ("linear_forecast", {"weights": torch.ones(2), "out": torch.empty(2, 5, 24)}),

@@ -5,10 +5,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import peft
+import rows
 import tiny
 import torch
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+from diffusers.models.transformers.transformer_flux2 import Flux2SingleTransformerBlock, Flux2TransformerBlock
+from diffusers.models.transformers.transformer_hunyuan_video import (
+    HunyuanVideoSingleTransformerBlock,
+    HunyuanVideoTransformerBlock,
+)
+from diffusers.models.transformers.transformer_ltx import LTXVideoTransformerBlock
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
@@ -48,6 +56,51 @@ class Model:
             pipe.transformer.add_adapter(config, "lora")
 
 
+def flux_2() -> diffusers.Flux2KleinPipeline:
+    """Text to image without a text encoder: `latents` passes embeddings."""
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLFlux2(
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=[4, 4],
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=1,
+        sample_size=16,
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return diffusers.Flux2KleinPipeline(scheduler, vae.eval(), None, None, modulated(rows.flux_2(), 1.5))
+
+
+def ltx() -> diffusers.LTXPipeline:
+    """Text to video without a text encoder: `latents` passes embeddings."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return diffusers.LTXPipeline(scheduler, None, None, None, modulated(rows.ltx(), 0.1))
+
+
+def hunyuan_video() -> diffusers.HunyuanVideoPipeline:
+    """Text to video without a text encoder: `latents` passes embeddings."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return diffusers.HunyuanVideoPipeline(None, None, modulated(rows.hunyuan_video(), 0.3), None, scheduler, None, None)
+
+
+def modulated(transformer: Any, factor: float) -> Any:
+    """Scale a random transformer's modulation, so that it is smooth in time and caches find something to reuse."""
+    for name, parameter in transformer.named_parameters():
+        modulates = ("modulation", "time_embed.linear", "scale_shift_table", "norm.linear", "norm1", "norm1_context")
+        if any(part in name for part in modulates):
+            parameter.data *= factor
+    return transformer
+
+
+#: Pipeline → the arguments of a request to one without a text encoder.
+REQUESTS: dict[str, dict[str, Any]] = {
+    "Flux2KleinPipeline": {"height": 16, "width": 16, "guidance_scale": 4.0},
+    "HunyuanVideoPipeline": {"height": 32, "width": 32, "num_frames": 5},
+    "LTXPipeline": {"height": 64, "width": 64, "num_frames": 9, "guidance_scale": 3.0},
+}
+
+
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 JOINT = ("add_k_proj", "add_q_proj", "to_add_out")
 FEED_FORWARD = ("net.0.proj", "net.2")
@@ -69,6 +122,24 @@ MODELS = {
         (*ATTENTION, *JOINT, *FEED_FORWARD, "norm1.linear", "norm.linear", "proj_mlp", "proj_out"),
         {},
     ),
+    "flux_2": Model(
+        flux_2,
+        (Flux2TransformerBlock, Flux2SingleTransformerBlock),
+        5,
+        (
+            *(*ATTENTION, *JOINT, "ff.linear_in", "ff.linear_out", "ff_context.linear_in", "attn.to_qkv_mlp_proj"),
+            *(f"single_transformer_blocks.{i}.attn.to_out" for i in range(3)),
+        ),
+        {},
+    ),
+    "hunyuan_video": Model(
+        hunyuan_video,
+        (HunyuanVideoTransformerBlock, HunyuanVideoSingleTransformerBlock),
+        4,
+        (*ATTENTION, *JOINT, *FEED_FORWARD, "norm1.linear", "norm.linear", "proj_mlp", "proj_out"),
+        {},
+    ),
+    "ltx": Model(ltx, (LTXVideoTransformerBlock,), 2, (*ATTENTION, *FEED_FORWARD), {}),
     "wan": Model(
         tiny.wan,
         (WanTransformerBlock,),
@@ -81,4 +152,18 @@ MODELS = {
 
 def latents(pipe: Any, **arguments: Any) -> torch.Tensor:
     """The latents of a request of two steps."""
-    return tiny.generate(pipe, output_type="latent", **{"num_inference_steps": 2} | arguments)
+    request = REQUESTS.get(type(pipe).__name__)
+    arguments = {"num_inference_steps": 2} | arguments
+    if request is None:
+        return tiny.generate(pipe, output_type="latent", **arguments)
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randn(2, 1, 7, 32, generator=generator)
+    embeds, there = {"prompt_embeds": first, "negative_prompt_embeds": second}, torch.arange(7)[None] < 5
+    if type(pipe).__name__ == "LTXPipeline":
+        embeds |= {"prompt_attention_mask": there, "negative_prompt_attention_mask": there}
+    if type(pipe).__name__ == "HunyuanVideoPipeline":
+        embeds = {"prompt_embeds": first, "prompt_attention_mask": there, "pooled_prompt_embeds": first[:, 0, :16]}
+    pipe.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        (made,) = pipe(**embeds, **request, generator=generator, output_type="latent", return_dict=False, **arguments)
+    return made

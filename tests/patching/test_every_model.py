@@ -100,8 +100,9 @@ def unfused_under(cache, name):
     return plain, request_of_six(pipe)
 
 
-# Z-Image's transformer has no cache of diffusers'.
-CACHED = [(Diffusers, name) for name in MODELS if name != "z_image"] + [(Library, name) for name in MODELS]
+# Z-Image's transformer has no cache of diffusers', and FLUX.2's fails under it, fused or not.
+CACHED = [(Diffusers, name) for name in MODELS if name not in ("z_image", "flux_2")]
+CACHED += [(Library, name) for name in MODELS]
 
 
 @pytest.mark.parametrize(
@@ -305,7 +306,7 @@ def test_derivatives_that_go_along_are_the_blocks_own(model):
         def run(x):
             given = (x, *args[1:]) if name is None else args
             output = block(*given, **(kwargs if name is None else kwargs | {name: x}))
-            return output if isinstance(output, torch.Tensor) else output[1]
+            return next(t for t in ([output] if isinstance(output, torch.Tensor) else output) if t.shape == x.shape)
 
         with torch.no_grad():
             return torch.func.jvp(run, (x,), (torch.ones_like(x),))

@@ -60,10 +60,11 @@ def test_blocks_of_quantised_layers_are_fused_and_agree(name, quantise):
     model = MODELS[name]
     pipe = model.build(**model.options)
     whole = latents(pipe)
+    layers = [sum(isinstance(m, torch.nn.Linear) for m in block.modules()) for block in model.blocks_of(pipe)]
     quantise(pipe.transformer)
     quantised = [sum(map(is_quantised, block.modules())) for block in model.blocks_of(pipe)]
     assert len(quantised) == model.blocks
-    assert all(count >= 6 for count in quantised)
+    assert all(count >= min(6, there) for count, there in zip(quantised, layers, strict=True))
     expected = latents(pipe)
     assert off(expected, whole) > 1e-4, "quantised in earnest"
     handle = omni_kernels.patch(pipe)

@@ -10,7 +10,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers.models.transformers import transformer_flux, transformer_qwenimage, transformer_wan, transformer_z_image
+from diffusers.models.transformers import (
+    transformer_flux,
+    transformer_flux2,
+    transformer_hunyuan_video,
+    transformer_ltx,
+    transformer_qwenimage,
+    transformer_qwenimage21,
+    transformer_wan,
+    transformer_z_image,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from omni_kernels.ops import OPS
@@ -53,7 +62,8 @@ class Traffic(TorchDispatchMode):
             self.launches += 1
             self.bytes += OPS[name].bytes_moved(**given)
             self.tables += sum(memory(given[one]) for one in TABLES if given.get(one) is not None)
-            self.vectors += sum(memory(given[one]) for one in VECTORS if given.get(one) is not None)
+            vectors = VECTORS if name != "swiglu" else ()  # whose gate is as large as hidden states
+            self.vectors += sum(memory(given[one]) for one in vectors if given.get(one) is not None)
         elif name in GEMMS:
             self.gemms += name != "t"
         elif name not in FREE:
@@ -78,7 +88,10 @@ def attention_is_not_counted(monkeypatch):
     def attend(query, key, value, **options):
         return torch.empty_like(query)
 
-    for model in (transformer_flux, transformer_qwenimage, transformer_wan, transformer_z_image):
+    for model in (
+        transformer_flux, transformer_flux2, transformer_hunyuan_video, transformer_ltx, transformer_qwenimage,
+        transformer_qwenimage21, transformer_wan, transformer_z_image,
+    ):  # fmt: skip
         monkeypatch.setattr(model, "dispatch_attention_fn", attend)
 
 
@@ -292,3 +305,145 @@ def test_wan_block_with_a_modulation_for_each_token_moves_a_quarter():
     # Of diffusers 0.42: 82 launches and 265.2.
     assert plain.launches >= 9 * fused.launches
     assert plain.bytes > 4 * fused.bytes
+
+
+def in_a_row(blocks, call, attribute="transformer_blocks"):
+    """Traffic of each of these blocks of one transformer, fused. `call` calls a block with what it returned before."""
+    transformer, state, each = torch.nn.Module(), None, []
+    setattr(transformer, attribute, torch.nn.ModuleList(blocks))
+    transformer = transformer.to(torch.bfloat16).eval()
+    assert len(rules.fuse(SimpleNamespace(transformer=transformer), Patch()).replaced) == len(blocks)
+    with torch.no_grad():
+        for block in blocks:
+            with Traffic() as traffic:
+                state = call(block, state)
+            each.append(traffic)
+    return each
+
+
+def test_flux_2_double_block_moves_a_sixth_in_an_eighth_of_the_launches():
+    D, HEADS = 6144, 48
+    with torch.device("meta"):
+        block, *others = (transformer_flux2.Flux2TransformerBlock(D, HEADS, HEAD) for _ in range(4))
+    x, text, tables = meta(1, IMAGE, D), meta(1, TEXT, D), real_tables(IMAGE + TEXT)
+    mod, t_mod = meta(1, 6 * D), meta(1, 6 * D)
+    plain, fused = plain_and_fused(block, x, text, mod, t_mod, tables)
+    assert fused.ops == {"ada_layer_norm": 2, "qk_norm_rope": 2, "gate_residual_norm": 4, "swiglu": 2}
+    assert fused.launches == 10
+    # 2 for the first norm, 4 for queries and keys, 4 for the second norm, 9 for SwiGLU, 3 for the last residual.
+    H = (IMAGE + TEXT) * D * 2
+    assert 22.0 < fused.bytes / H < 22.1
+    # Of diffusers 0.42: 80 launches and 134.4.
+    assert plain.launches >= 8 * fused.launches
+    assert plain.bytes > 6 * fused.bytes
+
+    def call(block, state):
+        return block(*(state or (text, x))[::-1], mod, t_mod, tables)
+
+    each = in_a_row(others, call)
+    assert [one.launches for one in each] == [10, 8, 8]
+    assert [one.bytes - one.tables - one.vectors for one in each] == [23 * H, 21 * H, 20 * H]
+
+
+def test_flux_2_single_block_moves_a_sixth_in_an_eighth_of_the_launches():
+    D, HEADS, S = 6144, 48, IMAGE + TEXT
+    with torch.device("meta"):
+        block, *others = (transformer_flux2.Flux2SingleTransformerBlock(D, HEADS, HEAD) for _ in range(4))
+    x, mod, tables = meta(1, S, D), meta(1, 3 * D), real_tables(S)
+    plain, fused = plain_and_fused(block, x, None, mod, tables)
+    # The ops, and where attention and feed-forward are put together.
+    assert fused.ops == {"ada_layer_norm": 1, "qk_norm_rope": 1, "gate_residual_norm": 1, "swiglu": 1}
+    assert fused.launches == 5
+    # 2 for the norm, 4 for queries and keys, 2 and 9 for the output layer's input, 3 for the residual.
+    H = S * D * 2
+    assert 20.0 < fused.bytes / H < 20.1
+    # Of diffusers 0.42: 42 launches and 134.4.
+    assert plain.launches >= 8 * fused.launches
+    assert plain.bytes > 6 * fused.bytes
+    each = in_a_row(others, lambda block, state: block(x if state is None else state, None, mod, tables))
+    assert [one.launches for one in each] == [5, 4, 4]
+    assert [one.bytes - one.tables - one.vectors for one in each] == [21 * H, 19 * H, 18 * H]
+
+
+@pytest.mark.parametrize(("by_token", "theirs", "ours"), [(False, 179.7, 30.1), (True, 201.7, 48.1)])
+def test_ltx_block_moves_a_fourth_at_most_in_an_eighth_of_the_launches(by_token, theirs, ours):
+    D, HEADS, size = 2048, 32, 64
+    with torch.device("meta"):
+        block = transformer_ltx.LTXVideoTransformerBlock(D, HEADS, size, D)
+    temb = meta(1, IMAGE if by_token else 1, 6 * D)
+    tables = [meta(1, IMAGE, D, dtype=torch.float32) for _ in range(2)]
+    plain, fused = plain_and_fused(block, meta(1, IMAGE, D), meta(1, TEXT, D), temb, tables)
+    # The ops, and the sum of the timestep's modulation and the block's.
+    assert fused.ops == {"ada_layer_norm": 1, "qk_norm_rope": 1, "gate_residual_norm": 3, "rms_norm": 2, "gelu": 1}
+    assert fused.launches == 9
+    # 2 for the first norm, 4 for queries and keys and 4 for the angles of every head, 3 for the first residual, 2 for
+    # the queries that ask the text, 4 for the second norm, 8 for GELU, 3 for the last residual. With a modulation for
+    # each token, 12 for the sum, and 6 where the ops read it.
+    H = IMAGE * D * 2
+    assert ours - 0.1 < fused.bytes / H < ours
+    # Of diffusers 0.42: 75 launches.
+    assert plain.launches >= 8 * fused.launches
+    assert theirs - 0.1 < plain.bytes / H < theirs
+
+
+def kept(tokens, D):
+    """What a first step keeps of so many tokens."""
+    cache = transformer_qwenimage21.QwenImage21KVLayerCache()
+    cache.store(*(meta(1, tokens, D // HEAD, HEAD) for _ in range(2)))
+    return cache
+
+
+def test_qwen_image_21_block_moves_a_quarter_in_a_fifth_of_the_launches():
+    D, HEADS = 4096, 32
+    with torch.device("meta"):
+        block, *others = (transformer_qwenimage21.QwenImage21TransformerBlock(D, HEADS, HEAD) for _ in range(4))
+    target = meta(IMAGE, dtype=torch.bool)
+    given = (meta(2, 4 * D), meta(IMAGE, HEAD // 2, dtype=torch.complex64), None, target, kept(TEXT, D), "cached")
+    plain, fused = plain_and_fused(block, meta(1, IMAGE, D), *given)
+    # The ops, the rows of the modulation, and where kept keys and values are copied.
+    assert fused.ops == {"ada_layer_norm": 1, "qk_norm_rope": 1, "gate_residual_norm": 2, "swiglu": 1}
+    assert fused.launches == 8
+    # 2 for the first norm, 4 for queries and keys, 0.1 for the kept ones, 4 for the second norm, 9 for SwiGLU, 3 for
+    # the residual.
+    H = IMAGE * D * 2
+    assert 22.1 < fused.bytes / H < 22.2
+    # Of diffusers 0.42: 42 launches and 105.4.
+    assert plain.launches >= 5 * fused.launches
+    assert plain.bytes > 4 * fused.bytes
+
+    each = in_a_row(others, lambda block, x: block(meta(1, IMAGE, D) if x is None else x, *given))
+    assert [one.launches for one in each] == [8, 6, 6]
+    copied = 4 * TEXT * D * 2
+    index = (2 + 1, 2, 1)  # reads of a byte for each token
+    moved = [one.bytes - one.tables - one.vectors - copied - n * IMAGE for one, n in zip(each, index, strict=True)]
+    assert [round(one / H, 2) for one in moved] == [23, 21, 20]
+
+
+def test_hunyuan_video_double_block_moves_a_fifth_in_a_sixth_of_the_launches():
+    with torch.device("meta"):
+        block = transformer_hunyuan_video.HunyuanVideoTransformerBlock(HEADS, HEAD, 4)
+    mask = meta(1, 1, 1, IMAGE + TEXT, dtype=torch.bool)
+    plain, fused = plain_and_fused(block, meta(1, IMAGE, D), meta(1, TEXT, D), meta(1, D), mask, real_tables(IMAGE))
+    # As Qwen-Image's.
+    assert fused.ops == {"ada_layer_norm": 2, "qk_norm_rope": 2, "gate_residual_norm": 4, "gelu": 2}
+    assert fused.launches == 12
+    H = (IMAGE + TEXT) * D * 2
+    assert 21.1 < fused.bytes / H < 21.2
+    # Of diffusers 0.42: 79 launches and 118.9.
+    assert plain.launches > 6 * fused.launches
+    assert plain.bytes > 5 * fused.bytes
+
+
+def test_hunyuan_video_single_block_moves_a_fifth_in_a_fifth_of_the_launches():
+    with torch.device("meta"):
+        block = transformer_hunyuan_video.HunyuanVideoSingleTransformerBlock(HEADS, HEAD)
+    mask = meta(1, 1, 1, IMAGE + TEXT, dtype=torch.bool)
+    plain, fused = plain_and_fused(block, meta(1, IMAGE, D), meta(1, TEXT, D), meta(1, D), mask, real_tables(IMAGE))
+    # As FLUX's, where video and text are not rotated alike.
+    assert fused.ops == {"ada_layer_norm": 1, "qk_norm_rope": 2, "gate_residual_norm": 1, "gelu": 1}
+    assert fused.launches == 8
+    H = (IMAGE + TEXT) * D * 2
+    assert 21.1 < fused.bytes / H < 21.2
+    # Of diffusers 0.42: 46 launches and 122.9.
+    assert plain.launches > 5 * fused.launches
+    assert plain.bytes > 5 * fused.bytes
