@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import omni_kernels
+from benchmarks.models.ranks import of_each_rank
 from benchmarks.models.tiny import Tiny
 from omni_runtime.cache.calibration import UselessFitError
 from omni_runtime.calibrate.fitting import RECORDINGS, recording
@@ -19,6 +20,8 @@ from omni_runtime.calibrate.fitting import RECORDINGS, recording
 WORKS, REFUSED, NOTHING, WRONG = "works", "refused", "nothing", "wrong"
 #: Fused and compiled blocks may differ from the model's own by this share, in fp32.
 ROUNDED = 1e-4
+#: The same for two ranks and one. A request has several steps, over which rounding adds up.
+RANKED = 1e-3
 
 
 @dataclass(frozen=True)
@@ -121,10 +124,11 @@ class Trial:
         self.has_guidance = bool(model.guided)
 
     def cell(self, method: str) -> Cell:
-        """Try a method, or "fuse" or "compile"."""
+        """Try a method, or "fuse", "compile" or "parallel"."""
         attempt: Callable[[], Cell] = {
             "fuse": lambda: self._blocks("fused", {"fuse": True}),
             "compile": lambda: self._blocks("compiled", {"fuse": False, "compile": {"backend": "eager"}}),
+            "parallel": self._parallel,
         }.get(method, lambda: self._cache(method))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -170,6 +174,20 @@ class Trial:
             raise WrongError(f"the same request, once more after another one, is off by {off(second, first):.2g}")
         saved, run = report.forwards_saved, report.forwards
         return Cell(WORKS, "", saved, saved + run, off(first, self.guided))
+
+    def _parallel(self) -> Cell:
+        """Two ranks under first_block_cache: the same steps on both, and the same result as on one."""
+        found = of_each_rank(self.model.name, {"threshold": _THRESHOLD})
+        first, second = found
+        if "refused" in first:
+            return Cell(REFUSED, first["refused"])
+        if first != second:
+            raise WrongError("the ranks have not computed the same")
+        if not max(first["off"]) <= RANKED:
+            raise WrongError(f"the result is off by {max(first['off']):.2g} from that of one rank")
+        if not first["saved"]:
+            return Cell(NOTHING, "nothing was skipped")
+        return Cell(WORKS, "", first["saved"], first["saved"] + first["run"], max(first["off"]))
 
     def _blocks(self, kind: str, options: Mapping[str, Any]) -> Cell:
         """Fused or compiled blocks: the same result, up to rounding."""

@@ -1,4 +1,4 @@
-"""Try every cache, fused and compiled blocks on every tiny pipeline, and write the table of what works.
+"""Try every cache, fused blocks, compiled blocks and two ranks on every tiny pipeline; write the table of what works.
 
     python -m benchmarks.models                           # prints the table
     python -m benchmarks.models --write docs/models.md    # also writes results/models.json and the table into the page
@@ -37,6 +37,7 @@ METHODS = (
     "sea_cache",
     "fuse",
     "compile",
+    "parallel",
 )
 FILE = RESULTS / "models.json"
 COMMAND = "python -m benchmarks.models --write docs/models.md"

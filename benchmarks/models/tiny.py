@@ -19,7 +19,7 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import diffusers
@@ -58,6 +58,7 @@ class Tiny:
         guided: further arguments with which a request has classifier-free guidance; empty if the pipeline has none.
         larger: further arguments with which a request has another size.
         steps: the number of steps of a request.
+        name: the name that `build` takes.
     """
 
     pipe: Any
@@ -65,6 +66,7 @@ class Tiny:
     guided: Mapping[str, Any] = field(default_factory=dict)
     larger: Mapping[str, Any] = field(default_factory=dict)
     steps: int = STEPS
+    name: str = ""
 
     def generate(self, guided: bool = False, larger: bool = False, **others: Any) -> torch.Tensor:
         """Run one request with seed 0, and return all that it made, in one flat fp32 tensor."""
@@ -117,7 +119,7 @@ def build(name: str) -> Tiny:
     names()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = _BUILDERS[name]()
+        model = replace(_BUILDERS[name](), name=name)
     for name, part in model.pipe.components.items():
         if isinstance(part, torch.nn.Module):
             part.eval()

@@ -65,7 +65,11 @@ def replace_calls(pipe: Any, options: Mapping[str, Any], patch: Patch) -> Compil
         if call is None:
             patch.set_method(block, "_compiled_call_impl", compiled.call_of(name, block, options))
     if not blocks:
-        raise ValueError(f"{type(pipe).__name__} has no transformer with repeated blocks: there is nothing to compile")
+        kind = type(getattr(pipe, "transformer", None)).__name__
+        raise ValueError(
+            f"diffusers lists no blocks of the {kind} of this {type(pipe).__name__} that can be compiled one by one "
+            "(its attribute _repeated_blocks): leave out compile="
+        )
     if makes_cuda_graphs(options):
         for model in {id(model): model for _, model, _ in blocks}.values():
             hooks = model._forward_pre_hooks
