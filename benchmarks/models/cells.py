@@ -71,7 +71,7 @@ def settings(method: str, model: Tiny) -> Settings:
         steps = taken(model)
         return Settings({"schedule": list(range(steps))}, {"budget": (steps + 1) // 2})
     if method == "easy_cache":
-        return Settings({"ret_steps": model.steps}, {"thresh": _THRESHOLD, "ret_steps": 1})
+        return Settings({"ret_steps": model.steps}, {"thresh": 5 * _THRESHOLD, "ret_steps": 1})
     if method == "mag_cache":
         ratios = calibrated(model)
         return Settings(
@@ -106,7 +106,7 @@ def taken(model: Tiny) -> int:
     """The number of steps that a request takes: image-to-image pipelines leave out the first ones."""
     with omni_kernels.patched(model.pipe, "velocity_cache") as handle:
         model.generate()
-        return int(handle.report.steps)
+        return max(report.steps for report in handle.reports)
 
 
 class Trial:
@@ -135,7 +135,8 @@ class Trial:
             try:
                 cell = attempt()
             except (ValueError, TypeError, omni_kernels.PatchConflictError, UselessFitError) as error:
-                cell = Cell(REFUSED, in_words(error, self.model.pipe))
+                words = in_words(error, self.model.pipe)
+                cell = Cell(REFUSED, re.sub(rf"^({method}|calibration)\b", "the cache", words))
             except WrongError as error:
                 cell = Cell(WRONG, str(error))
             except Exception as error:
@@ -239,6 +240,6 @@ def in_words(error: BaseException, pipe: Any) -> str:
     """An error's message without the names of this pipeline and of its parts' classes, to find equal reasons."""
     words = " ".join(str(error).split())
     for name, part in [("pipeline", pipe), *sorted(pipe.components.items())]:
-        if isinstance(part, torch.nn.Module) or part is pipe or name == "scheduler":
+        if isinstance(part, torch.nn.Module) or part is pipe:
             words = re.sub(rf"\b{type(part).__name__}\b", name, words)
     return words

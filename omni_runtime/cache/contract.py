@@ -340,7 +340,7 @@ class Watcher:
 
 
 def _main(ran: Sequence[_List]) -> tuple[_List, ListRow]:
-    """The list that does the most work, and how its blocks are called; or the next one that does about as much.
+    """The list that does the most work, and how its blocks are called; or the next one of about as many parameters.
 
     Raises:
         ValueError: its blocks cannot be followed.
@@ -349,8 +349,9 @@ def _main(ran: Sequence[_List]) -> tuple[_List, ListRow]:
     try:
         return by_work[0], _row(by_work[0])
     except ValueError:
+        most = max(one.parameters for one in ran)
         for one in by_work[1:]:
-            if one.work >= IMPORTANT * by_work[0].work:
+            if one.parameters >= IMPORTANT * most:
                 with contextlib.suppress(ValueError):
                     return one, _row(one)
         raise

@@ -414,6 +414,8 @@ def _with_tensors(value: Any, made: Callable[[torch.Tensor], torch.Tensor]) -> A
     """The same structure with `made(tensor)` in place of each tensor, in the order of `tensors_of`."""
     if isinstance(value, torch.Tensor):
         return made(value)
+    if type(value) is dict:
+        return {key: _with_tensors(one, made) for key, one in value.items()}
     if isinstance(value, Mapping):  # diffusers' outputs are mappings, and are constructed from keyword arguments
         return type(value)(**{key: _with_tensors(one, made) for key, one in value.items()})
     return type(value)(_with_tensors(one, made) for one in value) if type(value) in (tuple, list) else value

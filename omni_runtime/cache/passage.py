@@ -300,6 +300,8 @@ class Passage:
         if self._noise_tokens is not None:
             noise = self._noise_tokens if self._shard is None else self._shard.part(self._noise_tokens)
             hidden, entered = hidden[:, :noise], entered[:, :noise]
+        if hidden.dim() == 2:  # one sample, without an axis for it
+            hidden, entered = hidden[None], entered[None]
         then = self.remembered if verdict is None else None
         fetching = self._signal.reads_weights and fetched(block)
         now, sums = self._signal.observe(block, arguments, hidden, entered, then, self._using)

@@ -116,7 +116,8 @@ class MagnitudePassage(RecordingPassage):
 
     def _measure(self, after: torch.Tensor, entered: torch.Tensor, then: torch.Tensor) -> Sequence[Any]:
         now = torch.linalg.vector_norm((after - entered).float(), dim=-1)
-        return (now / (torch.linalg.vector_norm(then.float(), dim=-1) + 1e-8)).mean(1).tolist()
+        ratios = now / (torch.linalg.vector_norm(then.float(), dim=-1) + 1e-8)
+        return ratios.flatten(1).mean(1).tolist() if ratios.dim() > 1 else [ratios.mean().item()]
 
     def _point(self, name: str, step: int, place: int, measured: Any) -> Ratio:
         return Ratio(name, step, place, measured)

@@ -39,7 +39,7 @@ import torch
 
 from omni_kernels.device import describe
 from omni_runtime import files
-from omni_runtime.cache.contract import IMPORTANT, module_lists
+from omni_runtime.cache.contract import module_lists
 from omni_runtime.cache.report import CacheReport
 from omni_runtime.generation.checks import finite_number
 from omni_runtime.generation.omni import Omni
@@ -387,16 +387,10 @@ class _Watch:
 
 def projections(transformer: Any) -> list[torch.nn.Module]:
     """Return for each block the projection that shows whether it runs; an empty list for an unknown transformer."""
-    lists = list(module_lists(transformer).values())
-    largest = max((_parameters(one) for one in lists), default=0)
-    main = [one for one in lists if _parameters(one) >= IMPORTANT * largest]  # the others are refiners
-    blocks = [dict(block.named_modules()) for one in main for block in one]
+    lists = [blocks for path, blocks in module_lists(transformer).items() if "refiner" not in path]
+    blocks = [dict(block.named_modules()) for one in lists for block in one]
     found = [block[name] for block in blocks for name in PROJECTIONS if name in block]
     return found if len(found) == len(blocks) else []
-
-
-def _parameters(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _branches(report: CacheReport) -> dict[str, dict[str, Any]]:
