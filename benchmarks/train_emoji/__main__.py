@@ -62,6 +62,9 @@ def autoencoder_stage(model: Model, options: argparse.Namespace, device: torch.d
     if model.parent is not None:
         print(f"the autoencoder is that of {options.parent}", flush=True)
         return
+    if model.autoencoder.encoder_of is not None:
+        print(f"the encoder is that of {model.autoencoder.encoder_of}; the stage decoder trains the rest", flush=True)
+        return
     train_autoencoder(
         model.autoencoder,
         model.autoencoder.new(),

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+
+from .scenes import Scene, scene
 
 __all__ = ["Autoencoder", "Model"]
 
@@ -25,11 +28,15 @@ class Autoencoder:
         new: creates the VAE.
         channels: number of latent channels.
         downscale: pixels per latent and axis.
-        frames: whether pictures and latents have a frame axis, [batch, channels, 1, height, width].
+        frames: whether the VAE wants a frame axis that pictures and latents lack, [batch, channels, 1, height, width].
         per_channel: whether latents are normalised per channel, or by one mean and one deviation.
         prepare: makes an instance faster to train, without changing its results.
         compilable: whether torch.compile may train it.
         configure: writes the latents' mean and deviation, lists of 1 or `channels` numbers, into the configuration.
+        sample: (seed, index, side) → what is in a training picture or clip, and its pixels, uint8 [..., side, side, 3].
+        latent_frames: latents along the time axis of a clip; None: the samples are pictures.
+        encoder_of: the model whose trained VAE it starts from, whose encoder it keeps; only its decoder is trained.
+        batch, rate: samples and learning rate of a training step.
     """
 
     new: Callable[[], torch.nn.Module]
@@ -40,6 +47,11 @@ class Autoencoder:
     prepare: Callable[[torch.nn.Module], None]
     configure: Callable[[torch.nn.Module, list[float], list[float]], None]
     compilable: bool = True
+    sample: Callable[[int, int, int], tuple[Scene, np.ndarray]] = scene
+    latent_frames: int | None = None
+    encoder_of: str | None = None
+    batch: int = 16
+    rate: float = 1.5e-3
 
 
 @dataclass(frozen=True)
