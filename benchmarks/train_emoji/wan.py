@@ -146,7 +146,7 @@ AUTOENCODER = Autoencoder(
     latent_frames=LATENT_FRAMES,
     encoder_of=SINGLE_FRAMES,
     batch=1,
-    rate=1e-3,
+    rate=3e-4,
 )
 
 
@@ -215,7 +215,6 @@ def new_transformer(layers: int = LAYERS, heads: int = HEADS, seed: int = 0) -> 
         freq_dim=64,
         ffn_dim=4 * heads * HEAD_DIM,
         num_layers=layers,
-        rope_max_seq_len=32,
     )
     zeroed = [transformer.condition_embedder.time_proj, transformer.proj_out]
     zeroed += [block.attn2.to_out[0] for block in transformer.blocks]
