@@ -137,8 +137,11 @@ def reconstruct(row: Autoencoder, vae: torch.nn.Module, pictures: list[np.ndarra
 
 
 def reconstruction_psnr(row: Autoencoder, vae: torch.nn.Module, pictures: list[np.ndarray]) -> torch.Tensor:
-    """PSNR in dB of each picture's reconstruction by `reconstruct`."""
-    return psnr(reconstruct(row, vae, pictures), pictures_to_tensor(pictures) / 2 + 0.5)
+    """PSNR in dB of each picture's reconstruction by `reconstruct`; of clips, of each frame, clip by clip."""
+    restored, true = reconstruct(row, vae, pictures), pictures_to_tensor(pictures) / 2 + 0.5
+    if row.latent_frames:
+        restored, true = (clips.transpose(1, 2).flatten(0, 1) for clips in (restored, true))
+    return psnr(restored, true)
 
 
 def latent_statistics(row: Autoencoder, latents: torch.Tensor) -> tuple[list[float], list[float]]:

@@ -93,7 +93,9 @@ def render_clip(rng: random.Random, stem: str, motion: Motion, colour: str, side
     frames = []
     for number in range(FRAMES):
         time = number / (FRAMES - 1)
-        centre = tuple(m + way * travel * (time - 0.5) for m, way in zip(middle, (motion.across, motion.down)))
+        centre = tuple(
+            m + way * travel * (time - 0.5) for m, way in zip(middle, (motion.across, motion.down), strict=True)
+        )
         grown = {0: 1.0, 1: time, -1: 1.0 - time}[motion.growth]
         frame = ground.copy()
         frame.alpha_composite(
@@ -101,6 +103,11 @@ def render_clip(rng: random.Random, stem: str, motion: Motion, colour: str, side
         )
         frames.append(np.array(frame.convert("RGB")))
     return np.stack(frames)
+
+
+def draw_clip(rng: random.Random, stem: str, side: int) -> np.ndarray:
+    """A clip of a Twemoji file with any motion, on any colour."""
+    return render_clip(rng, stem, rng.choice(list(MOTIONS.values())), rng.choice(CLIP_COLOURS), side)
 
 
 def clip(seed: int, index: int, side: int = 64) -> tuple[Scene, np.ndarray]:

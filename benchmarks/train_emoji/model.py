@@ -6,6 +6,7 @@ scenes, training loop, losses, optimizers, report.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .scenes import Scene, scene
+from .scenes import Scene, render, scene
 
 __all__ = ["Autoencoder", "Model"]
 
@@ -34,6 +35,7 @@ class Autoencoder:
         compilable: whether torch.compile may train it.
         configure: writes the latents' mean and deviation, lists of 1 or `channels` numbers, into the configuration.
         sample: (seed, index, side) → what is in a training picture or clip, and its pixels, uint8 [..., side, side, 3].
+        draw: (random numbers, Twemoji file, side) → the pixels of a sample of that emoji.
         latent_frames: latents along the time axis of a clip; None: the samples are pictures.
         encoder_of: the model whose trained VAE it starts from, whose encoder it keeps; only its decoder is trained.
         batch, rate: samples and learning rate of a training step.
@@ -48,6 +50,7 @@ class Autoencoder:
     configure: Callable[[torch.nn.Module, list[float], list[float]], None]
     compilable: bool = True
     sample: Callable[[int, int, int], tuple[Scene, np.ndarray]] = scene
+    draw: Callable[[random.Random, str, int], np.ndarray] = lambda rng, stem, side: render(rng, (stem,), None, side)
     latent_frames: int | None = None
     encoder_of: str | None = None
     batch: int = 16
@@ -81,6 +84,7 @@ class Model:
         pipeline_settings: side → the content of pipeline.json, with settings for the pipeline class.
         write_sheets: (model, pipeline, folder, work) writes contact_sheet.png into the folder, and other sheets;
             returns the figures that only this model has.
+        samples_measured, prompts_measured: samples that the VAE restores, and prompts of fewer steps, for the figures.
     """
 
     name: str
@@ -100,6 +104,8 @@ class Model:
     prompts: Callable[[Path, int], dict[str, Any]]
     write_sheets: Callable[..., dict[str, Any]]
     defaults: dict[str, Any]
+    samples_measured: int = 256
+    prompts_measured: int = 16
     parent: str | None = None
     further_parts: Callable[[Any], dict[str, Any]] = lambda tokenizer: {}
     pipeline_settings: Callable[[int], dict[str, Any]] | None = None

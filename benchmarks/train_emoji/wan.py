@@ -31,7 +31,8 @@ from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from omni_runtime.generation.loading import EMBEDDED
 
-from .clips import FRAMES, all_clip_captions, clip, clip_prompts
+from .clip_report import clip_sheets
+from .clips import FRAMES, all_clip_captions, clip, clip_prompts, draw_clip
 from .model import Autoencoder, Model
 from .operators import plain_attention
 from .text import TEXT_DIM, encode_texts, freeze
@@ -143,6 +144,7 @@ AUTOENCODER = Autoencoder(
     prepare=run_whole_clips,
     configure=configure,
     sample=clip,
+    draw=draw_clip,
     latent_frames=LATENT_FRAMES,
     encoder_of=SINGLE_FRAMES,
     batch=1,
@@ -283,7 +285,9 @@ MODEL = Model(
     block_prefixes=("blocks.",),
     batch=32,
     prompts=clip_prompts,
-    write_sheets=None,
+    write_sheets=clip_sheets,
+    samples_measured=24,
+    prompts_measured=8,
     defaults={
         "num_frames": FRAMES,
         "num_inference_steps": 50,

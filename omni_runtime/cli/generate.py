@@ -72,7 +72,9 @@ def _check_ending(path: Path, of_video: bool) -> None:
         if missing is not None:
             raise UsageError(f"--out {path}: {missing}")
     elif path.suffix.lower() in video.SUFFIXES:
-        raise UsageError(f"--out {path}: the model makes pictures, and pictures are PNG: give a .png file or a directory")
+        raise UsageError(
+            f"--out {path}: the model makes pictures, and pictures are PNG: give a .png file or a directory"
+        )
 
 
 def _unused(directory: Path, result: OmniResult) -> Path:

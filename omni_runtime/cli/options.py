@@ -131,7 +131,10 @@ def _add_generate(commands: Any, shared: argparse.ArgumentParser) -> None:
     command.add_argument("--fuse", action="store_true", help="run transformer blocks fused")
     command.add_argument("--compile", choices=["regional"], help="compile each transformer block separately")
     command.add_argument(
-        "--fps", type=_rate, metavar="N", help="frames per second of videos (default: the request's frame_rate, else 16)"
+        "--fps",
+        type=_rate,
+        metavar="N",
+        help="frames per second of videos (default: the request's frame_rate, else 16)",
     )
     command.add_argument(
         "--out",

@@ -10,12 +10,13 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import io
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["FPS", "SUFFIXES", "encode", "encoder_missing", "makes_video", "read_frames", "settings_text"]
+__all__ = ["FPS", "SUFFIXES", "encode", "encoder_missing", "makes_video", "read_frames", "settings_text", "webp"]
 
 #: Frames per second if nothing else is said: that of Wan.
 FPS = 16.0
@@ -57,16 +58,18 @@ def encode(suffix: str, frames: Sequence[Any], settings: Mapping[str, Any], fps:
         raise ValueError(f"fps must be positive, not {fps}")
     text = json.dumps({**settings, "fps": fps, "frames": len(frames)})
     pictures = [frame.convert("RGB") for frame in frames]
-    return (_mp4 if suffix.lower() == ".mp4" else _webp)(pictures, text, fps)
+    return _mp4(pictures, text, fps) if suffix.lower() == ".mp4" else webp(pictures, fps, text)
 
 
-def _webp(frames: Sequence[Any], text: str, fps: float) -> bytes:
+def webp(frames: Sequence[Any], fps: float, text: str | None = None, exact: bool = True) -> bytes:
+    """Animated WebP of RGB images of one size: without loss if `exact`, and with `text` as its description."""
     from PIL import Image
 
     exif = Image.Exif()
-    exif[_DESCRIPTION] = text
+    if text is not None:
+        exif[_DESCRIPTION] = text
     ends = [round(1000 * number / fps) for number in range(len(frames) + 1)]  # whole milliseconds, without drift
-    durations = [max(1, end - start) for start, end in zip(ends[:-1], ends[1:], strict=True)]
+    durations = [max(1, end - start) for start, end in itertools.pairwise(ends)]
     buffer = io.BytesIO()
     frames[0].save(
         buffer,
@@ -75,7 +78,8 @@ def _webp(frames: Sequence[Any], text: str, fps: float) -> bytes:
         append_images=list(frames[1:]),
         duration=durations,
         loop=0,
-        lossless=True,
+        lossless=exact,
+        quality=80,
         exif=exif,
     )
     return buffer.getvalue()
