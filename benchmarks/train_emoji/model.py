@@ -1,6 +1,6 @@
 """The description of a model for the training program: one `Autoencoder` and one `Model` row each.
 
-The rows are in qwen_image.py, z_image.py and qwen_image_edit.py, their table in models.py. Everything else is shared:
+The rows are in qwen_image.py, z_image.py, qwen_image_edit.py and wan.py, their table in models.py. Everything else is shared:
 scenes, training loop, losses, optimizers, report.
 """
 
@@ -38,6 +38,7 @@ class Autoencoder:
         draw: (random numbers, Twemoji file, side) → the pixels of a sample of that emoji.
         latent_frames: latents along the time axis of a clip; None: the samples are pictures.
         encoder_of: the model whose trained VAE it starts from, whose encoder it keeps; only its decoder is trained.
+        decoder_minutes: how long the decoder is trained alone by default.
         batch, rate: samples and learning rate of a training step.
     """
 
@@ -53,6 +54,7 @@ class Autoencoder:
     draw: Callable[[random.Random, str, int], np.ndarray] = lambda rng, stem, side: render(rng, (stem,), None, side)
     latent_frames: int | None = None
     encoder_of: str | None = None
+    decoder_minutes: float = 0
     batch: int = 16
     rate: float = 1.5e-3
 

@@ -147,6 +147,7 @@ AUTOENCODER = Autoencoder(
     draw=draw_clip,
     latent_frames=LATENT_FRAMES,
     encoder_of=SINGLE_FRAMES,
+    decoder_minutes=60,
     batch=1,
     rate=3e-4,
 )
