@@ -90,8 +90,8 @@ def playing_sheet(clips: list[np.ndarray]) -> bytes:
 
 
 def clip_sheets(model: Model, pipeline: Any, folder: Path, work: Path) -> dict:
-    """Write contact_sheet.png (first, middle and last frames) and contact_sheet.webp into the model folder, and those of
-    unseen combinations, held_out_sheet, into `work`; return the figures."""
+    """Write contact_sheet.png (first, middle and last frames) and contact_sheet.webp into the model folder, and
+    held_out_sheet, the same of unseen combinations, into `work`; return the figures."""
     defaults = json.loads((folder / "defaults.json").read_text())
     side = defaults["height"]
     figures = {}

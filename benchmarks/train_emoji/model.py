@@ -1,7 +1,7 @@
 """The description of a model for the training program: one `Autoencoder` and one `Model` row each.
 
-The rows are in qwen_image.py, z_image.py, qwen_image_edit.py and wan.py, their table in models.py. Everything else is shared:
-scenes, training loop, losses, optimizers, report.
+The rows are in qwen_image.py, z_image.py, qwen_image_edit.py and wan.py, their table in models.py. Everything else is
+shared: scenes, training loop, losses, optimizers, report.
 """
 
 from __future__ import annotations

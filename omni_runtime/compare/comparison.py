@@ -103,7 +103,7 @@ RUNS: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
     "emoji-qwen-image": _runs_at(0.12, 0.1, 0.09),
     "emoji-z-image": _runs_at(0.08, 0.12, 0.11),
     "emoji-qwen-image-edit": _runs_at(0.09, 0.07, 0.06),
-    "emoji-wan": (*_VELOCITY, ("EasyCache", "easy_cache", {"threshold": 0.08}), *_blocks_at(0.1, 0.09)),
+    "emoji-wan": (*_VELOCITY, ("EasyCache", "easy_cache", {"thresh": 0.08}), *_blocks_at(0.1, 0.09)),
     "": (
         *_VELOCITY,
         ("TeaCache", "tea_cache", {}),
