@@ -64,8 +64,12 @@ def spread(steps: int, published: float) -> tuple[int, ...]:
 def told(handle: Any, steps: int) -> None:
     """Make an installed tea_cache compute the steps that its published time implies."""
     gate = functools.partial(AccumulatedPolynomialGate, Limits(mask=spread(steps, 10.47)), math.inf, (1.0, 0.0))
-    session = handle._installed
-    session.parts = dataclasses.replace(session.parts, gate=lambda request: gate())
+    for stack in handle._installed.stacks.values():
+        stack.choose = functools.partial(_with_gate, stack.choose, lambda request: gate())
+
+
+def _with_gate(choose: Any, gate: Any, row: Any, blocks: int) -> Any:
+    return dataclasses.replace(choose(row, blocks), gate=gate)
 
 
 def runs(steps: int) -> dict[str, tuple[str | None, dict[str, Any]]]:

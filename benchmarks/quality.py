@@ -35,8 +35,8 @@ from benchmarks.results import RESULTS
 from omni_kernels.validation.record import machine, write
 from omni_runtime import Omni
 from omni_runtime.cache.schedules import even
+from omni_runtime.compare import cells, report_html, showing
 from omni_runtime.compare import comparison as compare
-from omni_runtime.compare import report_html, showing
 from omni_runtime.compare.cells import Run
 from omni_runtime.compare.comparison import IDENTITY, REFERENCE
 from omni_runtime.generation.loading import embedded_models
@@ -176,7 +176,8 @@ def generate(pipe: Any, request: GenerationRequest) -> None:
 
 
 def leave_out(contest: Contest, pipe: Any, request: GenerationRequest) -> None:
-    """Remove the libraries' runs that raise an error on this model; each method is tried once.
+    """Remove the runs that this model cannot have: the libraries' methods that raise an error, each tried once, and our
+    caches that are refused.
 
     Raises:
         RuntimeError: a library left a hook on the pipeline.
@@ -184,6 +185,11 @@ def leave_out(contest: Contest, pipe: Any, request: GenerationRequest) -> None:
     tried: dict[str | None, str | None] = {}
     for run in list(contest.runs):
         if run.install is None:
+            try:
+                cells.complete_config(run, pipe)
+            except ValueError as error:
+                contest.runs.remove(run)
+                contest.left_out[str(run.method)] = str(error).split("\n")[0]
             continue
         if run.method not in tried:
             tried[run.method] = None

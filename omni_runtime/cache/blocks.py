@@ -12,15 +12,35 @@ import functools
 import inspect
 import operator
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
 from omni_runtime.cache.lifecycle import CURRENT, Sampling
-from omni_runtime.cache.models import Arguments, ListRow, ModelRow
+from omni_runtime.cache.models import Arguments
 
 #: The (hidden, encoder) states, [B, S, D] and [B, T, D]; encoder is None if there is only one stream.
 States = tuple[torch.Tensor, torch.Tensor | None]
+
+
+@dataclass(frozen=True)
+class ListRow:
+    """How the blocks of one list are called; all of them in the same way.
+
+    Attributes:
+        name: the path of the list in the transformer.
+        hidden, encoder: the names of the blocks' arguments for the image and the text stream; `encoder` is None if
+            there is only one stream.
+        returns: what a block returns: the hidden states alone, or a tuple of streams, in which None stands for None.
+        ends: whether the last block returns None for the text stream.
+    """
+
+    name: str
+    hidden: str
+    encoder: str | None
+    returns: Literal["hidden"] | tuple[str | None, ...]
+    ends: bool = False
 
 
 class BlockList(torch.nn.ModuleList):
@@ -56,79 +76,53 @@ class BlockList(torch.nn.ModuleList):
 
 
 class BlockCall:
-    """How one block is called and what it returns, according to its list's row."""
+    """How one block is called and what it returns, as in the first forward. Later calls are checked against that."""
 
     def __init__(self, row: ListRow, block: torch.nn.Module) -> None:
         self._hidden, self._encoder = row.hidden, row.encoder
         #: (hidden, encoder) → what the block would return.
         self.output: Callable[[Any], Any]
-        #: the block's output → (hidden, encoder).
-        self.streams: Callable[[Any], States]
-        self.output, self.streams = _conversions(row.returns)
+        self.output, self._streams = _conversions(row.returns)
+        self._absent = tuple(place for place, role in enumerate(row.returns) if role is None)
+        self._returned = None if row.returns == "hidden" else len(row.returns)
         self._names = tuple(inspect.signature(block.forward).parameters)
         self._place = self._names.index(row.hidden)
         self._encoder_place = self._names.index(row.encoder) if row.encoder else -1
-
-    def inputs(self, args: tuple[Any, ...], kwargs: Arguments) -> States:
-        """The (hidden, encoder) states from the arguments of a call."""
-        given, encoder = len(args), self._encoder
-        hidden = args[self._place] if self._place < given else kwargs[self._hidden]
-        if encoder is None:
-            return hidden, None
-        return hidden, args[self._encoder_place] if self._encoder_place < given else kwargs[encoder]
-
-    def arguments(self, args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
-        """All arguments of a call by name."""
-        return {**dict(zip(self._names, args, strict=False)), **kwargs} if args else kwargs
-
-
-class FoundCall(BlockCall):
-    """A `BlockCall` according to a row that was found in one forward: later calls are checked against it."""
-
-    def __init__(self, row: ListRow, block: torch.nn.Module) -> None:
-        super().__init__(row, block)
-        returned, streams = self._wanted(row), self.streams
-
-        def checked(output: Any) -> States:
-            if isinstance(output, torch.Tensor) if returned is None else _lengthy(output) == returned:
-                absent = () if returned is None else (place for place, role in enumerate(row.returns) if role is None)
-                if all(output[place] is None for place in absent):
-                    return streams(output)
-            raise RuntimeError(f"a {type(block).__name__} returned something else than in the first forward")
-
-        self.streams = checked
         self._kind = type(block).__name__
 
     def inputs(self, args: tuple[Any, ...], kwargs: Arguments) -> States:
-        """See `BlockCall.inputs`."""
+        """The (hidden, encoder) states from the arguments of a call.
+
+        Raises:
+            RuntimeError: the call lacks one of them.
+        """
+        given, encoder = len(args), self._encoder
         try:
-            return super().inputs(args, kwargs)
+            hidden = args[self._place] if self._place < given else kwargs[self._hidden]
+            if encoder is None:
+                return hidden, None
+            return hidden, args[self._encoder_place] if self._encoder_place < given else kwargs[encoder]
         except KeyError as error:
             raise RuntimeError(f"a {self._kind} was called without {error}, unlike in the first forward") from error
 
-    @staticmethod
-    def _wanted(row: ListRow) -> int | None:
-        return None if row.returns == "hidden" else len(row.returns)
+    def streams(self, output: Any) -> States:
+        """The (hidden, encoder) states in what the block has returned.
 
-
-class ForwardCall:
-    """How a transformer's forward is called."""
-
-    def __init__(self, row: ModelRow, forward: Callable[..., Any]) -> None:
-        parameters = list(inspect.signature(forward).parameters)
-        self._names = tuple(parameters)
-        self._between = [(name, parameters.index(name)) for name in row.between if name in parameters]
+        Raises:
+            RuntimeError: it has returned something else than in the first forward.
+        """
+        returned = self._returned
+        if returned is None:
+            fits = isinstance(output, torch.Tensor)
+        else:
+            fits = _length(output) == returned and all(output[place] is None for place in self._absent)
+        if fits:
+            return self._streams(output)
+        raise RuntimeError(f"a {self._kind} returned something else than in the first forward")
 
     def arguments(self, args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
         """All arguments of a call by name."""
         return {**dict(zip(self._names, args, strict=False)), **kwargs} if args else kwargs
-
-    def works_between(self, args: tuple[Any, ...], kwargs: Arguments) -> bool:
-        """Whether the forward does anything between its blocks in this call."""
-        for name, place in self._between:  # noqa: SIM110 -- runs in every forward, where a generator costs more
-            if kwargs.get(name) is not None or len(args) > place:
-                return True
-        return False
 
 
 def _conversions(returns: Literal["hidden"] | tuple[str | None, ...]) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -151,7 +145,7 @@ def _conversions(returns: Literal["hidden"] | tuple[str | None, ...]) -> tuple[C
     return output, streams
 
 
-def _lengthy(output: Any) -> int:
+def _length(output: Any) -> int:
     return len(output) if isinstance(output, (tuple, list)) else -1
 
 

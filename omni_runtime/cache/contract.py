@@ -9,25 +9,27 @@ output these are, shows in one forward: an argument of a block *is* the tensor t
 
 `BlockSession` then repeats the call with its blocks skipped, and refuses the model if the output differs.
 
-The contract begins with the list that has the most parameters. A list that runs right before or after belongs to it,
-too, if a stream goes from one to the other. Refiners of the text alone, or of the noise alone, do not. If the model
-joins two streams into one between two lists (FLUX.2, Chroma), the lists are different *stretches*: what their blocks
-add is forecast for each stretch separately.
+The contract begins with the list that does the most work: parameters times tokens. A list that runs right before or
+after belongs to it, too, if a stream goes from one to the other. Refiners of the text alone, or of the noise alone, do
+not. If the model joins two streams into one between two lists (FLUX.2, Chroma), the lists are different *stretches*:
+what their blocks add is forecast for each stretch separately.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import itertools
+import math
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from omni_runtime.cache.blocks import BlockList, Slot
-from omni_runtime.cache.models import ListRow
+from omni_runtime.cache.blocks import BlockList, ListRow, Slot
+from omni_runtime.cache.ranks import split_inputs
 
 #: A list that runs between the blocks of another one is as important as that if it has this share of its parameters, or
 #: a stream of its own.
@@ -76,6 +78,15 @@ class Contract:
         return "\n".join(lines)
 
 
+class Found(dict[str, Contract]):
+    """The contracts of a pipeline's transformers, by their names in it."""
+
+    def __str__(self) -> str:
+        if len(self) == 1:
+            return str(next(iter(self.values())))
+        return "\n".join(f"{name}:\n{contract}" for name, contract in self.items())
+
+
 def module_lists(transformer: torch.nn.Module) -> dict[str, torch.nn.ModuleList]:
     """The module lists that may hold blocks, by their path: plain ones, of modules that can be called.
 
@@ -86,14 +97,14 @@ def module_lists(transformer: torch.nn.Module) -> dict[str, torch.nn.ModuleList]
     for path, module in transformer.named_modules():
         if path and module._compiled_call_impl is not None:  # what is inside was compiled with the list as it is
             inside.append(f"{path}.")
-        if not isinstance(module, (torch.nn.ModuleList, torch.nn.ModuleDict)) or not len(module):
+        if not isinstance(module, torch.nn.ModuleList) or not len(module):
             continue
         if any(path.startswith(outer) for outer in inside):
             continue
         inside.append(f"{path}.")
         containers = (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.ParameterList)
         if type(module) in (torch.nn.ModuleList, BlockList) and not any(isinstance(one, containers) for one in module):
-            found[path] = cast(torch.nn.ModuleList, module)
+            found[path] = module
     return found
 
 
@@ -122,18 +133,29 @@ class _Seen:
 
 @dataclass
 class _List:
-    """What was seen of one list."""
+    """What was seen of one list.
+
+    `odd` says why its blocks cannot be followed. `jumps` says how a block's output is used otherwise than by the next
+    block: then the site must reach to the last block.
+    """
 
     path: str
     blocks: list[torch.nn.Module]
     seen: list[_Seen] = field(default_factory=list)
     odd: str | None = None
+    jumps: str | None = None
     returned: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
     given: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @functools.cached_property
     def parameters(self) -> int:
         return sum(parameter.numel() for block in self.blocks for parameter in block.parameters())
+
+    @property
+    def work(self) -> int:
+        """About how many multiplications its blocks need: parameters times tokens."""
+        outputs = self.seen[0].outputs
+        return self.parameters * sum(math.prod(shape[:-1]) for shape in outputs if shape is not None)
 
 
 class Marks:
@@ -186,15 +208,19 @@ class Watcher:
         lists: the module lists by path; the number of a list, in `slots`, is its place here.
         first: the calls of the blocks 0 and `first` of each list are kept, ...
         behind: ... and those of its last block and of the block that so many others follow.
+        split: whether diffusers may split the states among ranks at a block's entry.
 
     Attributes:
         kept: (path of a list, index) → the call.
+        plain: whether each block of the contract was given what the one before it had returned, so that the model does
+            nothing between them; False before `contract`.
     """
 
-    def __init__(self, lists: Mapping[str, torch.nn.ModuleList], first: int, behind: int) -> None:
+    def __init__(self, lists: Mapping[str, torch.nn.ModuleList], first: int, behind: int, split: bool = False) -> None:
         self.kept: dict[tuple[str, int], Kept] = {}
         self._lists = [_List(path, list(blocks)) for path, blocks in lists.items()]
-        self._first, self._behind = first, behind
+        self._first, self._behind, self._split = first, behind, split
+        self.plain = False
         self._newest: dict[str, tuple[tuple[Any, ...], Marks]] = {}
         self._calls = 0
 
@@ -207,7 +233,8 @@ class Watcher:
         names = list(inspect.signature(block.forward).parameters)
         if len(args) > len(names) or not set(kwargs) <= set(names):
             where.odd = "takes arguments that its forward does not name"
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        seen = split_inputs(block, args, kwargs) if self._split else (args, kwargs)
+        given = {**dict(zip(names, seen[0], strict=False)), **seen[1]}
         tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
         fed = {
             (path, place): same
@@ -257,9 +284,9 @@ class Watcher:
             if earlier is None or any(earlier is one for one in outputs):
                 continue
             if any(earlier is one for one in given):
-                where.odd = "takes what an earlier block than the last returned"
+                where.jumps = "takes what an earlier block than the last returned"
             elif not held(earlier):
-                where.odd = "has its output kept for later"
+                where.jumps = "has its output kept for later"
 
     def contract(self) -> Contract:
         """What was found. What the blocks were given is no longer held.
@@ -273,7 +300,10 @@ class Watcher:
         ran = [one for one in self._lists if one.seen]
         if not ran:
             raise ValueError("are not taken from a list of modules in turn")
-        main = max(ran, key=lambda one: one.parameters)
+        for one in ran:
+            if one.jumps is not None and self._behind:
+                one.odd = one.jumps
+        main = max(ran, key=lambda one: one.work)
         rows = {main.path: _row(main)}
         _refuse_turns(main, ran)
         chain, joins = [main], list[bool]()
@@ -298,8 +328,27 @@ class Watcher:
                 stretches.append(1)
             else:
                 stretches[-1] += 1
+        self.plain = not any(one.jumps for one in chain) and _plain(chain, rows, joins)
         classes = tuple((type(one.blocks[0]).__name__, len(one.blocks)) for one in chain)
         return Contract(tuple(rows[one.path] for one in chain), tuple(stretches), classes)
+
+
+def _plain(chain: Sequence[_List], rows: Mapping[str, ListRow], joins: Sequence[bool]) -> bool:
+    """Whether each block of some lists was given what the one before it had returned, but where streams are joined."""
+
+    def passed(one: _Seen, path: str, into: ListRow) -> bool:
+        streams = [name for name in (into.hidden, into.encoder) if name is not None]
+        given = {name for (source, place), names in one.fed.items() if source == path for name in names}
+        return given.issuperset(streams)
+
+    for one in chain:
+        row = rows[one.path]
+        if not all(passed(seen, one.path, row) for seen in one.seen[1:]):
+            return False
+    return all(
+        joined or passed(second.seen[0], first.path, rows[second.path])
+        for (first, second), joined in zip(itertools.pairwise(chain), joins, strict=True)
+    )
 
 
 def _containers(values: Iterable[Any]) -> list[list[int]]:
@@ -357,7 +406,7 @@ def _row(where: _List) -> ListRow:
     ended = [place for place, one in enumerate(places) if one is not None and last[place] is None]
     if any(places[place] == "hidden" for place in ended):
         raise ValueError(f"{name} return no hidden states at the end")
-    return ListRow(where.path, "", hidden, encoder, "hidden" if first.alone else tuple(places), bool(ended))
+    return ListRow(where.path, hidden, encoder, "hidden" if first.alone else tuple(places), bool(ended))
 
 
 def _links(where: _List) -> dict[int, str]:

@@ -33,17 +33,8 @@ from omni_kernels.patching.cache_dit import NAME, Library, use_kernels
 from omni_kernels.patching.changes import describe
 from omni_runtime.cache.gates import Verdict
 from omni_runtime.cache.lifecycle import CURRENT, Request, Sampling, turn
-from omni_runtime.cache.session import (
-    GRADIENT,
-    LIBRARY_MARK,
-    Args,
-    CacheSession,
-    Kwargs,
-    differentiates,
-    refuse_cached,
-    refuse_compiled,
-    refuse_parallel,
-)
+from omni_runtime.cache.refusals import LIBRARY_MARK, refuse_cached, refuse_compiled, refuse_parallel
+from omni_runtime.cache.session import GRADIENT, Args, CacheSession, Kwargs, differentiates
 
 #: Our forecasters that the library has → the class that configures its calibrator. None: the residual is reused.
 CALIBRATORS = {
@@ -242,8 +233,6 @@ class LibrarySession(CacheSession):
     ) -> None:
         super().__init__(name, pipe)
         _refuse(pipe)
-        second = getattr(pipe, "transformer_2", None)
-        self.transformers += [] if second is None else [second]
         self._config = config
         self._mask = mask
         self._library = _load()

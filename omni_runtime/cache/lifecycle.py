@@ -48,15 +48,17 @@ class Branch:
     Attributes:
         called: the step of the branch's last transformer call; −1 before the first.
         kept: what the cache keeps for the branch; None before its first call, and after the request.
+        former: what it kept for transformers that the pipeline has changed from.
     """
 
-    __slots__ = ("called", "decisions", "kept", "name")
+    __slots__ = ("called", "decisions", "former", "kept", "name")
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.decisions: list[Decision] = []
         self.called = -1
         self.kept: Any = None
+        self.former: list[Any] = []
 
     def decide(self, verdict: Verdict) -> None:
         """Record the verdict for the current call."""
@@ -170,7 +172,7 @@ class Request:
 
     def tensors(self) -> list[torch.Tensor]:
         """All tensors held for the request."""
-        kept = [branch.kept for branch in self.branches.values()]
+        kept = [one for branch in self.branches.values() for one in (branch.kept, *branch.former)]
         holders: list[Held] = [one for one in (*kept, self.outputs) if one is not None]
         return [tensor for holder in holders for tensor in holder.tensors()]
 
@@ -186,6 +188,7 @@ class Request:
         self.outputs = self.sample = None
         for branch in self.branches.values():
             branch.kept = None
+            branch.former.clear()
 
 
 class _OfAnotherRun(int):
@@ -226,8 +229,7 @@ class Sampling:
         requests: all requests in which a transformer was called, in order.
         context: the name that the pipeline gives to the current transformer call with `cache_context`.
         passage: decides which blocks run in the current forward of the transformer; None between forwards.
-        lists: the transformer's block lists by path, as this sampling has replaced them.
-        contract: what these lists are numbered by; None for a model's row, and before the blocks are found.
+        taken: what this sampling has put in the place of block lists, by transformer (`omni_runtime.cache.stack`).
     """
 
     def __init__(self, pipe: Any, listener: Listener, patch: Patch) -> None:
@@ -236,8 +238,7 @@ class Sampling:
         self.requests: list[Request] = []
         self.context: str | None = None
         self.passage: Any = None
-        self.lists: dict[str, Any] = {}
-        self.contract: Any = None
+        self.taken: dict[Any, Any] = {}
         self.scheduler: Any = None
         self._pipe = pipe
         self._patch = patch
@@ -283,11 +284,13 @@ class Sampling:
         """Warn if the pipeline called its transformer, but no scheduler step was seen, so nothing could be cached."""
         called = self._uncached > 0 or len(self.requests) > 0
         if called and not self._told and not any(request.step for request in self.requests):
-            warnings.warn(
+            note = (
                 f"{type(self._pipe).__name__} called its transformer, but its own scheduler made no step, so "
-                f"{self.listener.name} has cached nothing",
-                stacklevel=6,
+                f"{self.listener.name} has cached nothing"
             )
+            for request in self.requests:
+                request.notes.append(note)
+            warnings.warn(note, stacklevel=6)
 
     def _starts(self, request: Request) -> None:
         request.starts(getattr(self.scheduler, "begin_index", None), getattr(self._pipe, "_num_timesteps", None))

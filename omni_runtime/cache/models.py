@@ -1,13 +1,12 @@
-"""The table of transformer classes: what the block-list seam needs to know of a model, one row per class.
+"""The table of transformer classes: what cannot be seen in a forward of a model, one row per class.
 
-To add a model whose blocks form one sequence (in one or several module lists), add a row to `MODELS`. It has the
-lists, the names of their blocks' hidden-state arguments, what the blocks return, and, for TeaCache, how block 0
-modulates its input. Nothing of the model's `forward` is repeated here.
+A model needs no row to be cached: where its blocks are, and how they are called, is found in its first forward
+(`omni_runtime.cache.contract`). A row adds how block 0 modulates its input, which TeaCache and SeaCache watch; which
+tokens are noise, and their grid; and published numbers. Nothing of the model's `forward` is repeated here.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,33 +41,12 @@ Grid = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class ListRow:
-    """One block list. All of its blocks are called in the same way.
-
-    Attributes:
-        name: the transformer's attribute that holds the list.
-        depth: the key of the transformer's config that holds the number of blocks; "" if it is not known.
-        hidden, encoder: the names of the blocks' arguments for the image and the text stream; `encoder` is None if
-            there is only one stream.
-        returns: what a block returns: the hidden states alone, or a tuple of streams, in which None stands for None.
-        ends: whether the last block returns None for the text stream.
-    """
-
-    name: str
-    depth: str
-    hidden: str
-    encoder: str | None
-    returns: Literal["hidden"] | tuple[str | None, ...]
-    ends: bool = False
-
-
-@dataclass(frozen=True)
 class ModelRow:
     """One transformer class.
 
     Attributes:
-        lists: its block lists, in the order in which they run.
-        between: the arguments of the forward that make the model do something between blocks (ControlNet residuals).
+        depths: the keys of its config that hold the numbers of its blocks, which are then known before the weights are
+            loaded; empty if they are not.
         modulation: (block 0, its arguments) → how it modulates its input. None: TeaCache does not support the model.
         noise_tokens: the forward's arguments → how many of the first tokens are noise; None for all tokens.
         noise_grid: the forward's arguments → the grid of these tokens, which are stored row by row; raises ValueError
@@ -78,8 +56,7 @@ class ModelRow:
         pipelines: the diffusers pipelines that run this transformer.
     """
 
-    lists: tuple[ListRow, ...]
-    between: tuple[str, ...] = ()
+    depths: tuple[str, ...] = ()
     modulation: Callable[[torch.nn.Module, Arguments], Modulation] | None = None
     noise_tokens: Callable[[Arguments], int | None] = _all_tokens
     noise_grid: Callable[[Arguments], Grid] | None = None
@@ -192,14 +169,9 @@ _FLUX_RATIOS = (
 )  # fmt: skip
 
 
-def _two_streams(name: str, depth: str) -> ListRow:
-    return ListRow(name, depth, "hidden_states", "encoder_hidden_states", ("encoder", "hidden"))
-
-
 MODELS: dict[str, ModelRow] = {
     "QwenImageTransformer2DModel": ModelRow(
-        lists=(_two_streams("transformer_blocks", "num_layers"),),
-        between=("controlnet_block_samples",),
+        depths=("num_layers",),
         modulation=_qwen_modulation,
         noise_tokens=_qwen_noise_tokens,
         noise_grid=_qwen_noise_grid,
@@ -216,19 +188,14 @@ MODELS: dict[str, ModelRow] = {
         ),
     ),
     "ZImageTransformer2DModel": ModelRow(
-        lists=(ListRow("layers", "n_layers", hidden="x", encoder=None, returns="hidden"),),
-        between=("controlnet_block_samples",),
+        depths=("n_layers",),
         modulation=_z_image_modulation,
         noise_grid=_z_image_noise_grid,
         tea_coefficients=(-75.4613422, -92.3596156, 57.5318402, -3.76790311, 0.227176809),
         pipelines=("ZImagePipeline", "ZImageImg2ImgPipeline"),
     ),
     "FluxTransformer2DModel": ModelRow(
-        lists=(
-            _two_streams("transformer_blocks", "num_layers"),
-            _two_streams("single_transformer_blocks", "num_single_layers"),
-        ),
-        between=("controlnet_block_samples", "controlnet_single_block_samples"),
+        depths=("num_layers", "num_single_layers"),
         modulation=_flux_modulation,
         noise_grid=_flux_noise_grid,
         tea_coefficients=(498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861),
@@ -238,8 +205,8 @@ MODELS: dict[str, ModelRow] = {
 }
 
 
-#: Of a class that is not in the table: its block lists are found (`omni_runtime.cache.contract`).
-UNKNOWN = ModelRow(())
+#: Of a class that is not in the table.
+UNKNOWN = ModelRow()
 
 
 def row_of(class_name: str) -> ModelRow:
@@ -248,38 +215,24 @@ def row_of(class_name: str) -> ModelRow:
 
 
 def describe(config: Mapping[str, Any]) -> TransformerFacts:
-    """Read the facts from a transformer's config.json: its `_class_name` and depth.
+    """Read the facts from a transformer's config: its `_class_name` and depth.
 
     Raises:
-        ValueError: the config lacks a key that the row's `depth` names.
+        ValueError: the config lacks a key that the row's `depths` name.
     """
     class_name = config["_class_name"]
-    row = MODELS.get(class_name)
-    if row is None:
-        return TransformerFacts(class_name, None)
-    depths = [one.depth for one in row.lists]
+    depths = row_of(class_name).depths
     missing = [key for key in depths if not isinstance(config.get(key), int)]
     if missing:
         raise ValueError(f"the config of {class_name} lacks {', '.join(missing)}, from which its blocks are counted")
-    return TransformerFacts(class_name, sum(config[key] for key in depths))
+    return TransformerFacts(class_name, sum(config[key] for key in depths) if depths else None)
 
 
-def block_lists(transformer: torch.nn.Module, rows: Sequence[ListRow]) -> Sequence[torch.nn.ModuleList]:
-    """The transformer's block lists, according to their rows.
+def depth(transformer: Any) -> int:
+    """The number of blocks that a transformer's config tells; 0 if its row names no key of the config.
 
     Raises:
-        ValueError: a list that a row names is missing or not a module list, or all lists are empty.
+        ValueError: see `describe`.
     """
-    lists = []
-    for one in rows:
-        parent, _, name = one.name.rpartition(".")
-        where, blocks = f"{type(transformer).__name__}.{one.name}", None
-        with contextlib.suppress(AttributeError):
-            blocks = getattr(transformer.get_submodule(parent), name)
-        if not isinstance(blocks, torch.nn.ModuleList):
-            raise ValueError(f"{where} is {type(blocks).__name__}, not a list of blocks")
-        lists.append(blocks)
-    if not sum(map(len, lists)):
-        names = " and ".join(one.name for one in rows)
-        raise ValueError(f"this {type(transformer).__name__} has no blocks in {names}: there is nothing to skip")
-    return lists
+    name = type(transformer).__name__
+    return (describe({**transformer.config, "_class_name": name}).blocks or 0) if row_of(name).depths else 0

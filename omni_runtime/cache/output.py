@@ -26,7 +26,7 @@ from omni_runtime.cache.forecasters import Forecaster, newton
 from omni_runtime.cache.gates import Gate, Plan, Verdict
 from omni_runtime.cache.history import History, history_of
 from omni_runtime.cache.lifecycle import Branch, Request, Sampling
-from omni_runtime.cache.models import MODELS, block_lists
+from omni_runtime.cache.models import depth
 from omni_runtime.cache.replay import Replays
 from omni_runtime.cache.session import GRADIENT, Args, CacheSession, Kwargs, differentiates
 from omni_runtime.cache.signals import ExpectedChange
@@ -38,7 +38,30 @@ SCHEDULERS: dict[str, str] = {
     "UniPCMultistepScheduler": "sigmas",
     "DPMSolverMultistepScheduler": "sigmas",
     "EulerDiscreteScheduler": "sigmas",
+    "FlowMapEulerDiscreteScheduler": "sigmas",
+    "EDMEulerScheduler": "sigmas",
+    "EDMDPMSolverMultistepScheduler": "sigmas",
+    "DEISMultistepScheduler": "sigmas",
+    "LMSDiscreteScheduler": "sigmas",
+    "HeliosScheduler": "sigmas",
     "DDIMScheduler": "timesteps",
+    "CogVideoXDDIMScheduler": "timesteps",
+}
+#: Schedulers that replace the noise in the latents with fresh noise at each step, whatever their settings.
+NOISY = {
+    "CogVideoXDPMScheduler",
+    "CosineDPMSolverMultistepScheduler",
+    "DDPMScheduler",
+    "DDPMWuerstchenScheduler",
+    "DPMSolverSDEScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "FlowMatchLCMScheduler",
+    "HeliosDMDScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "LCMScheduler",
+    "LTXEulerAncestralRFScheduler",
+    "SCMScheduler",
+    "TCDScheduler",
 }
 
 
@@ -79,7 +102,7 @@ def _draws_noise(scheduler: Any) -> bool:
     """Whether each step replaces the noise in the latents with fresh noise."""
     config = scheduler.config
     return (
-        type(scheduler).__name__ == "FlowMatchLCMScheduler"
+        type(scheduler).__name__ in NOISY
         or bool(getattr(config, "stochastic_sampling", False))
         or str(getattr(config, "algorithm_type", "")).startswith("sde")
     )
@@ -404,11 +427,7 @@ class OutputSession(CacheSession):
 
     def __init__(self, name: str, pipe: Any, output: OutputSite) -> None:
         super().__init__(name, pipe)
-        # A pipeline may change to a second transformer for the last steps (Wan 2.2).
-        second = getattr(pipe, "transformer_2", None)
-        self.transformers += [] if second is None else [second]
-        row = MODELS.get(type(self.transformer).__name__)
-        self.blocks = 0 if row is None or not row.lists else sum(map(len, block_lists(self.transformer, row.lists)))
+        self.blocks = depth(self.transformer)
         self._site = output
         self.fitted_for = output.fitted_for
         self.forecaster = output.forecaster

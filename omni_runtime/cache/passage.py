@@ -15,17 +15,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from omni_kernels import ops
 from omni_kernels.patching.ahead import Apart
 from omni_runtime.cache.blocks import BlockCall, Slot, States
-from omni_runtime.cache.contract import Contract, Kept
-from omni_runtime.cache.forecasters import Forecaster, make_forecaster
+from omni_runtime.cache.contract import Kept
+from omni_runtime.cache.forecasters import Forecaster
 from omni_runtime.cache.gates import Gate, Plan, ScheduleGate, Verdict, by_image
 from omni_runtime.cache.history import History, history_of
 from omni_runtime.cache.lifecycle import Branch, Request
@@ -33,6 +33,7 @@ from omni_runtime.cache.models import Arguments, ModelRow
 from omni_runtime.cache.offloading import fetched, released
 from omni_runtime.cache.ranks import Ranks, Shard
 from omni_runtime.cache.signals import Signal
+from omni_runtime.cache.stretches import Later, Shape, Stretch, clipped, versions_of
 
 
 @dataclass(frozen=True)
@@ -61,20 +62,8 @@ class Parts:
     drift_tolerance: float | None = None
 
 
-class Stretch(NamedTuple):
-    """Blocks [first, last) that the same streams go through.
-
-    Attributes:
-        encoder: whether the text stream that leaves it is used.
-    """
-
-    first: int
-    last: int
-    encoder: bool
-
-
 class Blocks(Protocol):
-    """What a passage uses of the session: see `omni_runtime.cache.session.BlockSession`."""
+    """What a passage uses of `omni_runtime.cache.stack.Stack`."""
 
     parts: Parts
     row: ModelRow
@@ -82,7 +71,6 @@ class Blocks(Protocol):
     calls: list[BlockCall]
     ranks: Ranks | None
     stretches: list[Stretch]
-    contract: Contract | None
 
     def gate(self, request: Request, branch: Branch) -> Gate:
         """Return a fresh gate for a branch."""
@@ -92,7 +80,7 @@ class Passage:
     """The cached state of one CFG branch of one request, and its forwards over the blocks.
 
     Args:
-        session: gives the blocks and the method's choices.
+        stack: the transformer's blocks, and the method's choices.
         request: the request.
         branch: the branch; the verdicts are recorded in it.
 
@@ -113,7 +101,6 @@ class Passage:
         "_count_noise",
         "_every_step",
         "_first",
-        "_found",
         "_images",
         "_joins",
         "_last",
@@ -131,38 +118,41 @@ class Passage:
         "hidden",
         "ran",
         "remembered",
+        "stack",
         "stepwise",
+        "unchanged",
     )
 
-    def __init__(self, session: Blocks, request: Request, branch: Branch) -> None:
-        parts = session.parts
-        self._calls = session.calls
-        self._found = session.contract is not None
+    def __init__(self, stack: Blocks, request: Request, branch: Branch) -> None:
+        parts = stack.parts
+        self.stack = stack
+        self._calls = stack.calls
         self._versions: Any = None
-        site, *later = clipped(session.stretches, parts.first, parts.last)
+        site, *later = clipped(stack.stretches, parts.first, parts.last)
         # If the model joins its streams right before the site, the gate decides before that; the site is a later one.
-        self._joins = any(one.last == parts.first for one in session.stretches)
+        self._joins = any(one.last == parts.first for one in stack.stretches)
         if self._joins:
             site, later = Stretch(parts.first, parts.first, False), [site, *later]
         self._first, self._last = site.first, site.last
         self._branch = branch
-        self._shard = None if session.ranks is None else Shard(session.ranks)
+        self._shard = None if stack.ranks is None else Shard(stack.ranks)
         self._signal = parts.signal.fresh(self._shard)
         self._every_step = parts.signal.every_step
-        self._count_noise = session.row.noise_tokens if parts.signal.noise_only else None
+        self._count_noise = stack.row.noise_tokens if parts.signal.noise_only else None
         self._by_step = parts.forecaster.axis == "step"
-        self.gate = session.gate(request, branch)
+        self.gate = stack.gate(request, branch)
         self.remembered: torch.Tensor | None = None
-        add = None if session.ranks is None else session.ranks.add
+        add = None if stack.ranks is None else stack.ranks.add
         self.hidden: History = Shape() if self._joins else history_of(parts.forecaster, add=add)
         # If nothing uses the text stream that leaves the site, it is not forecast.
         self.encoder = history_of(parts.forecaster, add=add) if site.encoder else None
         if self._joins:
             self.encoder = Shape()
-        self._later = [_Later(one, parts.forecaster, add) for one in later]
-        self._later_from = later[0].first if later else session.blocks
+        self._later = [Later(one, parts.forecaster, add) for one in later]
+        self._later_from = later[0].first if later else stack.blocks
         self.ran = 0
         self.stepwise = True
+        self.unchanged = False
         self.entered: torch.Tensor | None = None
         self._computing: bool | None = None
         self._base: States | None = None
@@ -172,6 +162,10 @@ class Passage:
         held = self.gate.tensors() if self.remembered is None else [self.remembered, *self.gate.tensors()]
         held = held + self.hidden.tensors() + (self.encoder.tensors() if self.encoder else [])
         return held + [tensor for later in self._later for tensor in later.tensors()]
+
+    def retire(self) -> None:
+        """Drop all recorded state but the gate's: the branch goes on with another transformer."""
+        self._clear()
 
     def begin(self, request: Request, arguments: Arguments, stepwise: bool) -> None:
         """Begin a forward.
@@ -183,7 +177,8 @@ class Passage:
         """
         self.ran = 0
         self.stepwise = stepwise
-        self._computing = None
+        self.unchanged = False
+        self._computing = self._versions = self._base = None
         for later in self._later:
             later.begin()
         self._noise_tokens = None if self._count_noise is None else self._count_noise(arguments)
@@ -206,7 +201,7 @@ class Passage:
         sites += [] if self._joins else [(self._first, self._last)]
         needed = {0} | {index for first, last in sites for index in (first, last - 1)}
         needed |= {self._first - 1} if self._joins else set()
-        if self._signal.reads_weights or not all(index in made and made[index].marks.same() for index in needed):
+        if not all(index in made and made[index].marks.same() for index in needed):
             return False
 
         def entry(index: int) -> States:
@@ -225,6 +220,8 @@ class Passage:
         if self._first:
             self.entered = entry(0)[0]
         self.enter(block.block, base, self._calls[decides].arguments(block.args, block.kwargs))
+        if self._signal.reads_weights:
+            released(block.block)
         self.entered = None
         self.leave(*(base if self._joins else exit_(self._last - 1)), base)
         for later in self._later:
@@ -249,7 +246,7 @@ class Passage:
         A model may skip blocks itself. If it has skipped the first or the last block of the site, the recorded state
         no longer fits and is dropped.
         """
-        if self._found and self._computing is False and self._base is not None:
+        if self._computing is False and self._base is not None:
             self._base = None
             raise RuntimeError(f"the model did not call block {self._last - 1}, the last of those that were skipped")
         missed = self._computing and not all(later.recorded for later in self._later)
@@ -325,9 +322,9 @@ class Passage:
             pairs = by_image(pairs, self._images)
         return gate.judge(pairs, elements // len(pairs))
 
-    def _unchanged(self, base: Any, versions: Any) -> None:
+    def _check(self, base: Any, versions: Any) -> None:
         """Raise RuntimeError if the model has changed these states in place since: they are what is forecast from."""
-        if versions is not None and versions != _versions_of(base):
+        if versions is not None and versions != versions_of(base):
             self.hidden.clear()
             raise RuntimeError(
                 f"the model changed the hidden states in place between its blocks, after block {self._first} was "
@@ -414,28 +411,28 @@ class Passage:
                 self.ran += 1
                 yield block
 
-    def _skip_later(self, later: _Later, index: int, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def _skip_later(self, later: Later, index: int, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         call = self._calls[index]
         states = call.inputs(args, kwargs)
         if index == later.first:
-            later.base, later.versions = states, _versions_of(states)
+            later.base, later.versions = states, versions_of(states)
         if index < later.last - 1:
             return call.output(states)
         base, later.base = later.base, None
         if base is None:
             raise RuntimeError(f"the model passed over block {later.first} in a skipped step, but not block {index}")
-        self._unchanged(base, later.versions)
+        self._check(base, later.versions)
         return call.output(later.forecast(base, self._position))
 
-    def _run_later(self, later: _Later, index: int, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def _run_later(self, later: Later, index: int, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         call = self._calls[index]
         if index == later.first:
             later.base = call.inputs(args, kwargs)
-            later.versions = _versions_of(later.base)
+            later.versions = versions_of(later.base)
         output = self._run(block, args, kwargs)
         if index == later.last - 1 and later.base is not None:
             base, later.base = later.base, None
-            self._unchanged(base, later.versions)
+            self._check(base, later.versions)
             later.record(call.streams(output), base, self._position)
         return output
 
@@ -490,7 +487,7 @@ class Passage:
         if not computing and (alone or not self.stepwise):
             return call.output(self.forecast(base))
         self._base = base
-        self._versions = _versions_of(base) if self._found else None
+        self._versions = versions_of(base)
         if not computing:
             return call.output(base)
         return self._run_last(block, *args, **kwargs) if alone else self._run(block, args, kwargs)
@@ -499,7 +496,7 @@ class Passage:
         output = self._run(block, args, kwargs)
         base, self._base = self._base, None
         if base is not None:
-            self._unchanged(base, self._versions)
+            self._check(base, self._versions)
             self.leave(*self._calls[self._last - 1].streams(output), base)
         return output
 
@@ -510,88 +507,10 @@ class Passage:
 
     def _arrive(self, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Skip the last block of the site: return the forecast, made from the input of block `first`."""
-        base, self._base = self._base, None
-        self._unchanged(base, self._versions)
-        return self._calls[self._last - 1].output(self.forecast(base))
-
-
-def clipped(stretches: Sequence[Stretch], first: int, last: int) -> list[Stretch]:
-    """The parts of the stretches that lie in [first, last), without empty ones."""
-    parts = []
-    for one in stretches:
-        begin, end = max(one.first, first), min(one.last, last)
-        if begin < end:
-            parts.append(Stretch(begin, end, one.encoder or end < one.last))
-    return parts
-
-
-def _versions_of(states: States) -> tuple[int, ...] | None:
-    """How often the states were changed in place; None for inference tensors, which do not count it."""
-    tensors = [one for one in states if one is not None]
-    return None if any(one.is_inference() for one in tensors) else tuple(one._version for one in tensors)
-
-
-class Shape(History):
-    """In the place of a history where nothing is forecast: it keeps the shape of the last computed step."""
-
-    def __init__(self) -> None:
-        super().__init__(make_forecaster("reuse"))
-
-    def record(self, after: torch.Tensor, before: torch.Tensor | None, position: float) -> None:
-        """See `History.record`."""
-        self.shape = after.shape
-
-
-class _Later:
-    """What is kept of a site behind a place where the model joins streams.
-
-    Attributes:
-        base, versions: what entered its first block in the forward under way, and how often that was changed.
-        recorded: whether the forward under way was recorded.
-    """
-
-    def __init__(self, stretch: Stretch, forecaster: Forecaster, add: Any) -> None:
-        self.first, self.last = stretch.first, stretch.last
-        self._hidden = history_of(forecaster, add=add)
-        self._encoder = history_of(forecaster, add=add) if stretch.encoder else None
-        self.base: Any = None
-        self.versions: Any = None
-        self.recorded = False
-
-    def begin(self) -> None:
-        """A forward begins."""
-        self.base, self.recorded = None, False
-
-    def tensors(self) -> list[torch.Tensor]:
-        """All tensors held between forwards."""
-        return self._hidden.tensors() + (self._encoder.tensors() if self._encoder else [])
-
-    def clear(self) -> None:
-        """Drop all of it."""
-        self.base = None
-        self._hidden.clear()
-        if self._encoder is not None:
-            self._encoder.clear()
-
-    def record(self, states: States, base: States, position: float) -> None:
-        """Record what its blocks have made of `base`."""
-        self.recorded = True
-        self._hidden.record(states[0], base[0], position)
-        if self._encoder is not None and states[1] is not None:
-            self._encoder.record(states[1], base[1], position)
-
-    def forecast(self, base: States, position: float) -> States:
-        """The forecast of what its blocks would make of `base`.
-
-        Raises:
-            RuntimeError: it has another shape than in the last computed step.
-        """
-        hidden, encoder = base
-        if hidden.shape != self._hidden.shape:
-            raise RuntimeError(
-                f"block {self.first} was called with hidden states of shape {tuple(hidden.shape)}, and of "
-                f"{self._hidden.shape and tuple(self._hidden.shape)} in the last computed step"
-            )
-        if self._encoder is not None and encoder is not None:
-            encoder = self._encoder.forecast(encoder, position)
-        return self._hidden.forecast(hidden, position), encoder
+        base: Any = self._base
+        self._base = None
+        self._check(base, self._versions)
+        call = self._calls[self._last - 1]
+        hidden, encoder = call.inputs(args, kwargs)
+        self.unchanged = hidden is base[0] and encoder is base[1]
+        return call.output(self.forecast(base))

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from omni_runtime.cache.blocks import BlockCall, States
-from omni_runtime.cache.models import Arguments, ListRow
+from omni_runtime.cache.blocks import BlockCall, ListRow, States
+from omni_runtime.cache.models import Arguments
 
 
 class Ranks:
@@ -163,16 +163,20 @@ class SplitCall(BlockCall):
     """A `BlockCall` for a block at whose entry diffusers may split the states among the ranks."""
 
     def __init__(self, row: ListRow, block: torch.nn.Module) -> None:
-        from diffusers.hooks.context_parallel import ContextParallelSplitHook
-
         super().__init__(row, block)
-        self._block: Any = block
-        self._kind = ContextParallelSplitHook
+        self._block = block
 
     def inputs(self, args: tuple[Any, ...], kwargs: Arguments) -> States:
         """See `BlockCall.inputs`. Returns this rank's part of the states."""
-        registry = getattr(self._block, "_diffusers_hook", None)
-        for hook in () if registry is None else registry.hooks.values():
-            if isinstance(hook, self._kind):
-                args, kwargs = hook.pre_forward(self._block, *args, **kwargs)
-        return super().inputs(args, kwargs)
+        return super().inputs(*split_inputs(self._block, args, kwargs))
+
+
+def split_inputs(block: Any, args: tuple[Any, ...], kwargs: Arguments) -> tuple[tuple[Any, ...], Arguments]:
+    """The arguments of a block's call as the block sees them, where diffusers splits states at its entry."""
+    from diffusers.hooks.context_parallel import ContextParallelSplitHook
+
+    registry = getattr(block, "_diffusers_hook", None)
+    for hook in () if registry is None else registry.hooks.values():
+        if isinstance(hook, ContextParallelSplitHook):
+            args, kwargs = hook.pre_forward(block, *args, **kwargs)
+    return args, kwargs

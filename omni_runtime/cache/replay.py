@@ -188,7 +188,10 @@ class Replays:
             measured = gate.measured()
             replayed = {f.step: verdict for f, verdict in measured if f.replayed}
             for decisions in lists:
-                decisions[:] = [_completed(d, replayed[d.step]) if d.reason == REPLAYED else d for d in decisions]
+                decisions[:] = [
+                    _completed(d, replayed[d.step]) if d.reason == REPLAYED and d.step in replayed else d
+                    for d in decisions
+                ]
             for kind in {forward.kind: None for forward, _ in measured if forward.kind is not None}:
                 of_kind = [(forward, verdict) for forward, verdict in measured if forward.kind == kind]
                 drifts += self._settle(kind, of_kind, gate.threshold)

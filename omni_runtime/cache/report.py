@@ -86,9 +86,9 @@ class CacheReport:
 
     @property
     def skipped(self) -> list[int]:
-        """Indices of the steps that every CFG branch skipped."""
-        of_each = [set(branch.skipped) for branch in self.branches.values()]
-        return sorted(set.intersection(*of_each)) if of_each else []
+        """Indices of the steps that every CFG branch skipped, of those that were called in the step."""
+        computed = {step for branch in self.branches.values() for step in branch.computed}
+        return sorted({step for branch in self.branches.values() for step in branch.skipped} - computed)
 
     @property
     def forwards(self) -> int:

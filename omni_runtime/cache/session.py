@@ -9,46 +9,40 @@ The path of a transformer call:
 
     transformer(...)        nn.Module.__call__ → `_compiled_call_impl`, which the sampling has replaced
     CacheSession._answer    does the call belong to this sampling, and to a request?
-    BlockSession.call       finds the branch, then runs the model's own forward over the sampling's `BlockList`
+    BlockSession.call       finds the branch
+    Stack.forward           runs the model's own forward over the sampling's `BlockList`
     Passage                 decides, records, forecasts
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
-import itertools
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from omni_kernels.patching import Patch, PatchConflictError
-from omni_kernels.patching.changes import InstanceMethod, describe
+from omni_kernels.patching import Patch
 from omni_kernels.patching.running import around_calls
 from omni_runtime.cache import calibration
-from omni_runtime.cache.blocks import BlockCall, BlockList, ForwardCall, FoundCall
-from omni_runtime.cache.contract import Contract, Watcher, module_lists, tensors_of
+from omni_runtime.cache.contract import Found
 from omni_runtime.cache.forecasters import Forecaster, rounding_note
 from omni_runtime.cache.gates import Gate, RehearsalGate, Verdict
-from omni_runtime.cache.lifecycle import CURRENT, Branch, Request, Sampling, outside, turn
-from omni_runtime.cache.models import ListRow, ModelRow, block_lists, row_of
-from omni_runtime.cache.passage import Parts, Passage, Stretch
-from omni_runtime.cache.ranks import Ranks, SplitCall, ranks_of
+from omni_runtime.cache.lifecycle import CURRENT, Request, Sampling, outside, turn
+from omni_runtime.cache.models import ModelRow
+from omni_runtime.cache.passage import Parts, Passage
+from omni_runtime.cache.refusals import refuse_cached
 from omni_runtime.cache.replay import ReplayGate, Replays
 from omni_runtime.cache.report import BranchReport, CacheReport, StepEvent
 from omni_runtime.cache.signals import Nothing
+from omni_runtime.cache.stack import Stack
 from omni_runtime.cache.watch import Watch
 
-#: `omni_runtime.cache.library` sets this attribute on a transformer while it works on it.
-LIBRARY_MARK = "_omni_kernels_library"
-#: Stands for the number of blocks while it is not known.
-MANY = 1_000_000
-#: A skipped forward of the same input may differ from the computed one by this share, in fp32 and in other dtypes.
-EXACT, ROUNDED = 1e-3, 0.05
+#: The names under which a pipeline may have transformers: one for the first steps and one for the last (Wan 2.2), or
+#: one with the prompt and one without (Ideogram 4).
+NAMES = ("transformer", "transformer_2", "unconditional_transformer")
 #: The positional and keyword arguments of a transformer call.
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -82,7 +76,10 @@ class CacheSession:
         self.on_step: Callable[[StepEvent], None] | None = None
         self.pipe = pipe
         self.transformer = _transformer_of(pipe)
-        self.transformers: list[torch.nn.Module] = [self.transformer]
+        others = {name: getattr(pipe, name, None) for name in NAMES[1:]}
+        self.names: dict[torch.nn.Module, str] = {self.transformer: NAMES[0]}
+        self.names |= {one: name for name, one in others.items() if isinstance(one, torch.nn.Module)}
+        self.transformers: list[torch.nn.Module] = list(self.names)
         self.blocks = 0
         self.rehearsing = False
         self.replays: Replays | None = None
@@ -326,245 +323,83 @@ class BlockSession(CacheSession):
     """A session of a method that skips blocks.
 
     Args:
-        parts: (model row, number of blocks) → the method's choices for the transformer's blocks.
+        parts: (model row, number of blocks) → the method's choices for a transformer's blocks.
+        passage: makes the passages of the branches.
     """
 
-    passage_class: type[Passage] = Passage
-
-    def __init__(self, name: str, pipe: Any, parts: Callable[[ModelRow, int], Parts]) -> None:
+    def __init__(
+        self,
+        name: str,
+        pipe: Any,
+        parts: Callable[[ModelRow, int], Parts],
+        passage: Callable[..., Passage] = Passage,
+    ) -> None:
         super().__init__(name, pipe)
-        self._check()
-        self.row = row_of(_name(self.transformer))
-        self.ranks: Ranks | None = None
-        self.calls: list[BlockCall] = []
-        self.contract: Contract | None = None
-        self.stretches: list[Stretch] = []
-        self._flat: list[tuple[ListRow, torch.nn.Module]] = []
-        self._parts_of = functools.partial(parts, self.row)
-        self._forward = ForwardCall(self.row, self.transformer.forward)
-        if self.row.lists:
-            lists = zip(self.row.lists, block_lists(self.transformer, self.row.lists), strict=True)
-            self._flat = [(row, block) for row, blocks in lists for block in blocks]
-            self.blocks = len(self._flat)
-            self.parts = self._parts_of(self.blocks)
-            self.stretches = [Stretch(0, self.blocks, False)]
-        else:
-            self.parts = self._parts_of(MANY)  # for what does not depend on their number
-        self.fitted_for = self.parts.fitted_for
-        self.forecaster = self.parts.forecaster
-        self.notes += [] if self.parts.note is None else [self.parts.note]
-        if self.parts.drift_tolerance is not None:
-            self.replays = Replays(self.parts.drift_tolerance)
+        self.stacks = {
+            transformer: Stack(name, transformer, parts, self._gate, passage, self.alone, f"of {attribute}")
+            for transformer, attribute in self.names.items()
+        }
+        chosen = self.stacks[self.transformer].parts
+        self.blocks = self.stacks[self.transformer].blocks
+        self.fitted_for = chosen.fitted_for
+        self.forecaster = chosen.forecaster
+        self.measures = not isinstance(chosen.signal, Nothing)
+        self.notes += [] if chosen.note is None else [chosen.note]
+        if chosen.drift_tolerance is not None:
+            self.replays = Replays(chosen.drift_tolerance)
+
+    @property
+    def contract(self) -> Found | None:
+        """How the transformers call their blocks; None before the first computed forward."""
+        found = {name: self.stacks[one].contract for one, name in self.names.items()}
+        known = {name: contract for name, contract in found.items() if contract is not None}
+        return Found(known) if known else None
 
     def take(self, sampling: Sampling, seams: Patch) -> None:
         """See `CacheSession.take`."""
-        self._check()
+        for stack in self.stacks.values():
+            stack.check()
         super().take(sampling, seams)
-        sampling.lists.clear()
-        sampling.contract = self.contract
-        if not self._flat:
-            for number, (path, blocks) in enumerate(module_lists(self.transformer).items()):
-                self._take_list(path, blocks, number, sampling, seams)
-            return
-        start = 0
-        for row, blocks in zip(self._rows(), block_lists(self.transformer, self._rows()), strict=True):
-            self._take_list(row.name, blocks, start, sampling, seams)
-            start += len(blocks)
-        if start != self.blocks:
-            raise ValueError(
-                f"this {_name(self.transformer)} has {start} blocks, and had {self.blocks} when it was patched: "
-                "omni_kernels.unpatch(pipe), and patch it again"
-            )
-
-    def _rows(self) -> tuple[ListRow, ...]:
-        return self.row.lists if self.contract is None else self.contract.lists
-
-    def _take_list(self, path: str, blocks: torch.nn.ModuleList, start: int, sampling: Sampling, seams: Patch) -> None:
-        parent, _, name = path.rpartition(".")
-        sampling.lists[path] = BlockList(blocks, start, sampling)
-        seams.set_module(self.transformer.get_submodule(parent), name, sampling.lists[path])
-
-    def _find(self, sampling: Sampling, request: Request, branch: Branch, call: Any, args: Args, kwargs: Kwargs) -> Any:
-        """Make a transformer call, and find in it how the transformer calls its blocks. Returns its output.
-
-        Raises:
-            ValueError: the blocks cannot be followed; the message says why.
-        """
-        watcher = Watcher(sampling.lists, self.parts.first, MANY - self.parts.last)
-        for number, blocks in enumerate(sampling.lists.values()):
-            blocks.begin_at(number)
-        again = [copy.copy(one) if isinstance(one, (list, dict)) else one for one in args]
-        again_by_name = {name: copy.copy(one) if isinstance(one, (list, dict)) else one for name, one in kwargs.items()}
-        sampling.passage = watcher
-        try:
-            output = call(*args, **kwargs)
-        finally:
-            sampling.passage = None
-        self._adopt(watcher)
-        try:
-            made = call, args, kwargs, output
-            self._record_and_check(sampling, request, branch, watcher, made, (again, again_by_name))
-        except BaseException:  # the next request finds them again, or is refused again
-            self.contract, self._flat, self.calls, self.blocks = None, [], [], 0
-            self.parts = self._parts_of(MANY)
-            raise
-        return output
-
-    def _record_and_check(
-        self, sampling: Sampling, request: Request, branch: Branch, watcher: Watcher, made: Any, again: Any
-    ) -> None:
-        """Record the forward in which the blocks were found, and repeat the call with the site skipped.
-
-        Raises:
-            ValueError: what is needed was not kept, or the output differs.
-        """
-        call, args, kwargs, output = made
-        starts = self._align(sampling)
-        passage = branch.kept = self.passage_class(self, request, branch)
-        passage.begin(request, self._forward.arguments(args, kwargs), True)
-        kept = {starts[path] + index: one for (path, index), one in watcher.kept.items() if path in starts}
-        if not passage.record_all(kept):
-            raise ValueError(
-                f"{self.name} cannot follow the blocks of this {_name(self.transformer)}: what they take and return is "
-                "changed in place, or the settings leave less than a list of blocks. velocity_cache works without them"
-            )
-        # The same call once more, with the site skipped: a forecast at the position of the only snapshot is exact.
-        passage.begin(request, self._forward.arguments(args, kwargs), True)
-        sampling.passage = passage
-        try:
-            with passage.skipping():
-                skipped = call(*again[0], **again[1])
-        finally:
-            sampling.passage = None
-        error = _difference(skipped, output)
-        if not error <= (EXACT if all(one.dtype == torch.float32 for one in tensors_of(output)) else ROUNDED):
-            raise ValueError(
-                f"{self.name} cannot follow the blocks of this {_name(self.transformer)}: a skipped step of the same "
-                f"input is off by {error:.2g} of its output. velocity_cache works without them"
-            )
-
-    def _align(self, sampling: Sampling) -> dict[str, int]:
-        """Tell the lists of a sampling which blocks they begin with, by the contract; returns this by path."""
-        starts = dict(zip([row.name for row in self._rows()], self._starts(), strict=True))
-        for path, blocks in sampling.lists.items():
-            blocks.begin_at(starts.get(path))
-        sampling.contract = self.contract
-        return starts
-
-    def _adopt(self, watcher: Watcher) -> None:
-        """Work on the blocks that were found.
-
-        Raises:
-            ValueError: they cannot be followed, or the method's settings do not suit them.
-        """
-        kind = _name(self.transformer)
-        try:
-            contract = watcher.contract()
-        except ValueError as error:
-            raise ValueError(
-                f"{self.name} cannot follow the blocks of this {kind}: those {error}. velocity_cache works without them"
-            ) from error
-        parts = self._parts_of(contract.blocks)
-        bounds = [0, *contract.ends()]
-        if parts.first > bounds[1]:
-            raise ValueError(
-                f"{self.name} decides after {parts.first} blocks, but this {kind} joins its streams after {bounds[1]}"
-            )
-        ended = [contract.lists[place - 1].ends for place in itertools.accumulate(contract.stretches)]
-        self.stretches = [
-            Stretch(first, last, not end) for (first, last), end in zip(itertools.pairwise(bounds), ended, strict=True)
-        ]
-        self.contract, self.parts, self.blocks = contract, parts, contract.blocks
-        lists = block_lists(self.transformer, contract.lists)
-        self._flat = [
-            (row, block)
-            for row, blocks in zip(contract.lists, lists, strict=True)
-            for block in blocks._modules.values()
-        ]
-        self._make_calls()
-
-    def _starts(self) -> list[int]:
-        """The index of the first block of each list."""
-        counts = [] if self.contract is None else [count for _, count in self.contract.classes]
-        return [0, *itertools.accumulate(counts[:-1])]
-
-    def _make_calls(self) -> None:
-        kind = (FoundCall if self.contract else BlockCall) if self.ranks is None else SplitCall
-        if not self.calls or type(self.calls[0]) is not kind:
-            self.calls = [kind(row, block) for row, block in self._flat]
+        for stack in self.stacks.values():
+            stack.take(sampling, seams)
 
     def opened(self, request: Request) -> None:
-        """See `CacheSession.opened`. Checks the parallel setup again: it may have changed since the last request."""
-        refuse_parallel(self.transformer, self.alone)
-        self.ranks = ranks_of(self.transformer)
-        if self.ranks is not None and any(block._compiled_call_impl is not None for _, block in self._flat):
-            raise ValueError(
-                f"the blocks of this {_name(self.transformer)} are compiled, and it is run by several ranks: a cache "
-                "of blocks does not support both together yet"
-            )
-        self._make_calls()
+        """See `CacheSession.opened`."""
+        for stack in self.stacks.values():
+            stack.opened()
         super().opened(request)
 
     def call(
         self, sampling: Sampling, request: Request, transformer: Any, call: Any, args: Args, kwargs: Kwargs
     ) -> Any:
         """See `CacheSession.call`."""
-        branch = request.branch(sampling.context)
+        branch, stack = request.branch(sampling.context), self.stacks[transformer]
         if differentiates(transformer, args, kwargs):
-            output, ran = call(*args, **kwargs), self.blocks
+            output, ran = call(*args, **kwargs), stack.blocks
             branch.kept = None
             branch.decide(Verdict(True, GRADIENT))
-        elif not self._flat:
-            output, ran = self._find(sampling, request, branch, call, args, kwargs), self.blocks
         else:
-            passage: Passage = branch.kept
-            if passage is None:
-                passage = branch.kept = self.passage_class(self, request, branch)
-            if sampling.contract is not self.contract:
-                self._align(sampling)
-            forward = self._forward
-            stepwise = self.contract is not None or forward.works_between(args, kwargs)
-            passage.begin(request, forward.arguments(args, kwargs), stepwise)
-            sampling.passage = passage
-            try:
-                output = call(*args, **kwargs)
-            finally:
-                sampling.passage = None
-            passage.finish()
-            ran = passage.ran
+            output, ran = stack.forward(sampling, request, branch, call, args, kwargs)
+        self.blocks = self.stacks[self.transformer].blocks
         request.calls += 1
         request.blocks_run += ran
-        request.blocks_total += self.blocks
+        request.blocks_total += stack.blocks
         return output
 
-    def gate(self, request: Request, branch: Branch) -> Gate:
-        """Return a fresh gate for a branch."""
-        parts = self.parts
-        return self.gate_for(lambda: parts.gate(request), not isinstance(parts.signal, Nothing), request, branch.name)
+    def _gate(self, request: Request, branch: str) -> Gate:
+        return self.gate_for(lambda: self._parts().gate(request), self.measures, request, branch)
+
+    def _parts(self) -> Parts:
+        return self.stacks[self.transformer].parts
 
     def gates_of(self, request: Request) -> Sequence[tuple[Gate, list[Any]]]:
         """See `CacheSession.gates_of`."""
-        return [(branch.kept.gate, [branch.decisions]) for branch in request.branches.values() if branch.kept]
-
-    def _check(self) -> None:
-        """Raise an error if the transformer is compiled, or parallel in a way that this cache does not support."""
-        refuse_compiled(self.transformer)
-        refuse_parallel(self.transformer, self.alone)
-
-
-def _difference(found: Any, expected: Any) -> float:
-    """The largest relative difference of two outputs of a transformer, over their tensors; inf if they are unlike."""
-    largest, pairs = 0.0, list(zip(tensors_of(found), tensors_of(expected), strict=False))
-    for one, other in pairs:
-        if one.shape != other.shape:
-            return math.inf
-        if not torch.equal(one.isnan(), other.isnan()):
-            return math.inf
-        one, other = one.float().nan_to_num(), other.float().nan_to_num()
-        size = torch.linalg.vector_norm(other).item()
-        off = torch.linalg.vector_norm(one - other).item()
-        largest = max(largest, off / size if size else off)
-    return largest if len(pairs) == len(tensors_of(expected)) == len(tensors_of(found)) else math.inf
+        return [
+            (kept.gate, [branch.decisions])
+            for branch in request.branches.values()
+            for kept in (*branch.former, branch.kept)
+            if kept is not None
+        ]
 
 
 def differentiates(transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -608,42 +443,3 @@ def _transformer_of(pipe: Any) -> torch.nn.Module:
         )
     found: torch.nn.Module = pipe.transformer
     return found
-
-
-def refuse_cached(transformer: torch.nn.Module) -> None:
-    """Raise PatchConflictError, naming the other cache, if the transformer is already cached."""
-    kind = _name(transformer)
-    if getattr(transformer, "is_cache_enabled", False):
-        raise PatchConflictError(f"diffusers' own cache is enabled on this {kind}: transformer.disable_cache() first")
-    if LIBRARY_MARK in vars(transformer):
-        raise PatchConflictError(
-            f"engine 'library' works on this {kind} in a call of another pipeline that is under way: this one cannot "
-            "begin within it"
-        )
-    if getattr(transformer, "_is_cached", False):
-        raise PatchConflictError(
-            f"the cache-dit library is enabled on this {kind}: cache_dit.disable_cache(pipe) first"
-        )
-
-
-def refuse_compiled(transformer: torch.nn.Module) -> None:
-    """Raise PatchConflictError if the transformer is compiled as a whole: none of its blocks can be skipped then."""
-    compiled = getattr(transformer, "_compiled_call_impl", None)
-    ours = isinstance(compiled, InstanceMethod)  # installed by an outer sampling, within which this one begins
-    if (compiled is not None and not ours) or hasattr(transformer, "_orig_mod"):
-        raise PatchConflictError(
-            f"this {_name(transformer)} was compiled as a whole ({describe(compiled or transformer)}): which blocks "
-            "run could no longer be decided at run time. Compile its blocks instead: "
-            "transformer.compile_repeated_blocks()"
-        )
-
-
-def refuse_parallel(transformer: torch.nn.Module, alone: str | None) -> None:
-    """Raise ValueError if several ranks run the transformer and `alone` gives a reason why they may not."""
-    config = getattr(transformer, "_parallel_config", None)
-    if alone is not None and config is not None:
-        kind = "tensor" if config.context_parallel_config is None else "context"
-        raise ValueError(
-            f"this {_name(transformer)} runs under {kind} parallelism, {alone}; omni_kernels.unpatch(pipe) takes a "
-            "cache out"
-        )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from omni_runtime.cache.models import ModelRow
 from omni_runtime.cache.passage import Parts, Passage
 from omni_runtime.cache.session import BlockSession
 from omni_runtime.cache.signals import ModulatedInput, Nothing
+from omni_runtime.cache.stack import Stack
 from omni_runtime.generation.omni import Omni
 from omni_runtime.generation.request import GenerationRequest
 from omni_runtime.generation.result import identified, jsonable
@@ -72,9 +74,9 @@ class RecordingGate(Gate):
 class RecordingPassage(Passage):
     """Computed forwards that add a point for each image or sample."""
 
-    def __init__(self, session: Recording, request: Request, branch: Branch) -> None:
-        super().__init__(session, request, branch)
-        self._points = session.points
+    def __init__(self, points: list[Any], stack: Stack, request: Request, branch: Branch) -> None:
+        super().__init__(stack, request, branch)
+        self._points = points
 
     def leave(self, hidden: torch.Tensor, encoder: torch.Tensor | None, base: Any) -> None:
         """See `Passage.leave`."""
@@ -177,9 +179,8 @@ class Recording(BlockSession):
 
     def __init__(self, pipe: Any, method: str) -> None:
         record = RECORDINGS[method]
-        self.passage_class = record.passage
-        super().__init__("calibration", pipe, record.parts)
         self.points: list[Any] = []
+        super().__init__("calibration", pipe, record.parts, functools.partial(record.passage, self.points))
 
 
 @contextlib.contextmanager

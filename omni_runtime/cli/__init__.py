@@ -1,4 +1,4 @@
-"""The command line: omni generate | compare | calibrate | backends | models.
+"""The command line: omni generate | compare | calibrate | inspect | backends | models.
 
 Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 something unexpected, 2 wrong input, 130
 interrupted by Ctrl-C.

@@ -60,10 +60,10 @@ def backends(options: argparse.Namespace) -> None:
         )
         return
     for name, one in found.items():
-        _print_wrapped(one.summary, f"{name}: ", "  ")
+        print_wrapped(one.summary, f"{name}: ", "  ")
         for key in one.keys:
-            _print_wrapped(json.dumps(key.default, ensure_ascii=False), f"  {key.name} = ", "      ")
-            _print_wrapped(f"{key.doc} ({key.allowed})", "      ", "      ")
+            print_wrapped(json.dumps(key.default, ensure_ascii=False), f"  {key.name} = ", "      ")
+            print_wrapped(f"{key.doc} ({key.allowed})", "      ", "      ")
     print(f"\n{USE.replace('NAME', options.name)}")
 
 
@@ -73,7 +73,7 @@ def _print_summaries() -> None:
     names = [*SUMMARIES, *sorted(others - SUMMARIES.keys())]
     width = max(map(len, names)) + 2
     for name in names:
-        _print_wrapped(SUMMARIES.get(name) or _summary(name), f"{name:<{width}}", " " * width)
+        print_wrapped(SUMMARIES.get(name) or _summary(name), f"{name:<{width}}", " " * width)
     print(f"\nThe keys of one, with their defaults: omni backends NAME\n{USE}")
 
 
@@ -87,7 +87,7 @@ def _summary(name: str) -> str:
         return str(error)
 
 
-def _print_wrapped(text: str, first: str, others: str) -> None:
+def print_wrapped(text: str, first: str, others: str) -> None:
     """Print `text` with `first` before it and `others` before its other lines, no wider than the terminal."""
     columns = max(40, min(WIDEST, shutil.get_terminal_size().columns))
     print(
@@ -120,21 +120,21 @@ def models(options: argparse.Namespace) -> None:
     for name, about in embedded.items():
         print(f"  {name}{' (default)' * (name == DEFAULT_MODEL)}: {about['pipeline']}, {about['bytes'] / 1e6:.1f} MB")
         for key, value in about["defaults"].items():
-            _print_wrapped(f"{key} {json.dumps(value)}", " " * 4, " " * 6)
+            print_wrapped(f"{key} {json.dumps(value)}", " " * 4, " " * 6)
         for method, kind in calibration.KINDS.items():
             own = about[method] or "those published for its transformer"
-            _print_wrapped(f"{method} {kind.key}: {own}", " " * 4, " " * 6)
+            print_wrapped(f"{method} {kind.key}: {own}", " " * 4, " " * 6)
     if not embedded:
         print("  none in this installation")
     print()
-    _print_wrapped(
+    print_wrapped(
         "Transformers that the caches know, with their pipelines; any checkpoint of these can be loaded", "", ""
     )
     for transformer, row in MODELS.items():
         print(f"  {transformer}")
         if row.tea_coefficients is not None:
             numbers = ", ".join(f"{one:g}" for one in row.tea_coefficients)
-            _print_wrapped(f"tea_cache coefficients {numbers}", " " * 4, " " * 6)
+            print_wrapped(f"tea_cache coefficients {numbers}", " " * 4, " " * 6)
         if row.mag_ratios is not None:
             print(f"    mag_cache mag_ratios of {len(row.mag_ratios)} steps")
         for pipeline in row.pipelines:

@@ -59,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     _add_generate(commands, model)
     _add_compare(commands, model)
     _add_calibrate(commands, model)
+    _add_inspect(commands, model)
     for name, about in (
         ("backends", "list the cache backends, or the keys of one with their defaults"),
         ("models", "list the embedded models and the transformers that caches know"),
@@ -238,6 +239,19 @@ def _add_calibrate(commands: Any, shared: argparse.ArgumentParser) -> None:
     )
     schedule.add_argument("--batch", type=_whole, metavar="N", help="largest number of images in one call (default: 8)")
     schedule.add_argument("--fresh", action="store_true", help="discard the samples of an interrupted search")
+
+
+def _add_inspect(commands: Any, shared: argparse.ArgumentParser) -> None:
+    about = "show where a model's blocks are, which of them are fused, and which caches work with it"
+    command = commands.add_parser(
+        "inspect",
+        help=about,
+        description=f"{about.capitalize()}. Runs two steps with each cache.",
+        parents=[shared],
+        allow_abbrev=False,
+    )
+    command.set_defaults(module="inspect", command="inspect")
+    command.add_argument("--prompt", type=text_of, metavar="TEXT", help="default: one of the model's own, or 'a cat'")
 
 
 def text_of(argument: str) -> str:

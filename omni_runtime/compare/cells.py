@@ -39,7 +39,7 @@ import torch
 
 from omni_kernels.device import describe
 from omni_runtime import files
-from omni_runtime.cache.models import MODELS
+from omni_runtime.cache.contract import IMPORTANT, module_lists
 from omni_runtime.cache.report import CacheReport
 from omni_runtime.generation import video
 from omni_runtime.generation.checks import finite_number
@@ -406,19 +406,16 @@ class _Watch:
 
 def projections(transformer: Any) -> list[torch.nn.Module]:
     """Return for each block the projection that shows whether it runs; an empty list for an unknown transformer."""
-    row = MODELS.get(type(transformer).__name__)
-    if row is not None:
-        lists = [getattr(transformer, one.name) for one in row.lists]
-    else:  # the lists of what diffusers itself calls the model's repeated blocks
-        repeated = getattr(transformer, "_repeated_blocks", None) or ()
-        lists = [
-            one
-            for one in (transformer.children() if repeated else ())
-            if isinstance(one, torch.nn.ModuleList) and len(one) and all(type(b).__name__ in repeated for b in one)
-        ]
-    blocks = [dict(block.named_modules()) for one in lists for block in one]
+    lists = list(module_lists(transformer).values())
+    largest = max((_parameters(one) for one in lists), default=0)
+    main = [one for one in lists if _parameters(one) >= IMPORTANT * largest]  # the others are refiners
+    blocks = [dict(block.named_modules()) for one in main for block in one]
     found = [block[name] for block in blocks for name in PROJECTIONS if name in block]
     return found if len(found) == len(blocks) else []
+
+
+def _parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _branches(report: CacheReport) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,5 @@
 """The table of transformer classes: rows that fit diffusers, distances over the noise, and a model added by a row."""
 
-import inspect
 import itertools
 
 import diffusers
@@ -10,7 +9,7 @@ import torch
 
 import omni_kernels
 from omni_runtime.cache import models
-from omni_runtime.cache.models import MODELS, ListRow, ModelRow
+from omni_runtime.cache.models import MODELS, ModelRow
 
 NOISE_TOKENS = 16  # 64×64 pixels
 
@@ -27,18 +26,14 @@ def distance(now, then):
 # Rows
 
 
-def test_row_fits_the_class_in_diffusers(any_pipe):
+def test_row_tells_the_number_of_blocks(any_pipe):
     transformer = any_pipe.transformer
     name = type(transformer).__name__
-    row = MODELS[name]
-    assert type(any_pipe).__name__ in row.pipelines
-    blocks = [block for blocks in models.block_lists(transformer, row.lists) for block in blocks]
-    assert len(blocks) == sum(transformer.config[one.depth] for one in row.lists)
-    for one in row.lists:
-        for block in getattr(transformer, one.name):
-            assert {one.hidden, one.encoder} - {None} <= set(inspect.signature(block.forward).parameters)
-    assert set(row.between) <= set(inspect.signature(transformer.forward).parameters)
-    assert models.describe({"_class_name": name, **transformer.config}) == models.TransformerFacts(name, len(blocks))
+    assert type(any_pipe).__name__ in MODELS[name].pipelines
+    with omni_kernels.patched(any_pipe, "first_block_cache") as handle:
+        latents(any_pipe)
+        found = handle.blocks["transformer"].blocks
+    assert models.describe({"_class_name": name, **transformer.config}) == models.TransformerFacts(name, found)
 
 
 def test_rows_name_pipelines_that_exist():
@@ -52,20 +47,10 @@ def test_config_without_a_depth_is_named():
         models.describe({"_class_name": "FluxTransformer2DModel", "num_layers": 2})
 
 
-def test_row_whose_block_list_is_missing_is_named(qwen_pipe, monkeypatch):
-    monkeypatch.setitem(
-        MODELS,
-        "QwenImageTransformer2DModel",
-        ModelRow((ListRow("img_in", "num_layers", "hidden_states", "encoder_hidden_states", ("encoder", "hidden")),)),
-    )
-    with pytest.raises(ValueError, match=r"QwenImageTransformer2DModel.img_in is Linear, not a list of blocks"):
-        omni_kernels.patch(qwen_pipe, "first_block_cache")
-
-
 @pytest.mark.parametrize("backend", ["tea_cache", "cache_dit", "mag_cache"])
 def test_empty_block_list_is_refused(qwen_pipe, backend):
     qwen_pipe.transformer.transformer_blocks = torch.nn.ModuleList()
-    with pytest.raises(ValueError, match=r"no blocks in transformer_blocks|of the transformer's 0 blocks"):
+    with pytest.raises(ValueError, match="QwenImageTransformer2DModel has no list of blocks: there is nothing to skip"):
         omni_kernels.patch(qwen_pipe, backend)
 
 
@@ -177,10 +162,7 @@ def test_edit_skips_and_stays_near(edit_pipe):
 
 # A model of somebody else
 
-SD3 = ModelRow(
-    (ListRow("transformer_blocks", "num_layers", "hidden_states", "encoder_hidden_states", ("encoder", "hidden")),),
-    between=("block_controlnet_hidden_states",),
-)
+SD3 = ModelRow(depths=("num_layers",))
 
 
 @pytest.fixture
@@ -238,9 +220,8 @@ def test_pipeline_without_a_transformer_is_named():
         omni_kernels.patch(pipe, "first_block_cache")
 
 
-def test_row_alone_makes_first_block_cache_work(sd3_pipe, monkeypatch):
+def test_first_block_cache_needs_no_row(sd3_pipe):
     expected = sd3_latents(sd3_pipe)
-    monkeypatch.setitem(MODELS, "SD3Transformer2DModel", SD3)
     with omni_kernels.patched(sd3_pipe, "first_block_cache", {"threshold": 0.0}):
         assert torch.equal(sd3_latents(sd3_pipe), expected)
     with omni_kernels.patched(sd3_pipe, "first_block_cache", {"threshold": 0.2}) as handle:
@@ -251,9 +232,8 @@ def test_row_alone_makes_first_block_cache_work(sd3_pipe, monkeypatch):
     assert torch.equal(sd3_latents(sd3_pipe), expected)
 
 
-def test_row_alone_makes_a_controlnet_work(sd3_pipe, monkeypatch):
+def test_a_controlnet_needs_no_row(sd3_pipe):
     """SD3 asks each block of its loop for an attribute when a ControlNet is there."""
-    monkeypatch.setitem(MODELS, "SD3Transformer2DModel", SD3)
     generator = torch.Generator().manual_seed(0)
     call = {
         "hidden_states": torch.randn(1, 4, 8, 8, generator=generator),

@@ -18,7 +18,6 @@ import torch
 from two_ranks import NEEDED, RANKS, RING, TENSOR, ULYSSES, UNEVEN, enable, of_each_rank
 
 import omni_kernels
-from omni_runtime.cache.models import MODELS, ListRow, ModelRow
 from omni_runtime.cache.ranks import Ranks, Shard
 
 pytestmark = NEEDED
@@ -51,8 +50,6 @@ CACHES = {
 }
 FEW = ("tea_cache", "first_block_cache", "mag_cache", "sea_cache")
 
-#: Of no model's row: the seam asks diffusers' own hooks what is split where.
-WAN = ModelRow((ListRow("blocks", "num_layers", hidden="hidden_states", encoder=None, returns="hidden"),))
 #: To be split into even halves, prompts must have an even number of tokens.
 EVEN = {"prompt": "two cats"}
 #: name → (pipeline, arguments of a request, how the sequence is shared, which caches)
@@ -263,20 +260,18 @@ def compiled_blocks():
 
 def on_a_rank():
     """All that is asserted, but for the long ones."""
-    with mock.patch.dict(MODELS, {"WanTransformer3DModel": WAN}):
-        return {name: shared(name, caches) for name, caches in CHOSEN.items()} | {
-            "installed before": {name: installed_before(name) for name in ("flux", "qwen_image")},
-            "either side": {name: on_either_side(name) for name in ("flux", "qwen_image")},
-            "another size": replayed_at_another_size(),
-            "recorded before": recorded_before(),
-            "reshaped": reshaped_within_a_request(),
-            "compiled blocks": compiled_blocks(),
-        }
+    return {name: shared(name, caches) for name, caches in CHOSEN.items()} | {
+        "installed before": {name: installed_before(name) for name in ("flux", "qwen_image")},
+        "either side": {name: on_either_side(name) for name in ("flux", "qwen_image")},
+        "another size": replayed_at_another_size(),
+        "recorded before": recorded_before(),
+        "reshaped": reshaped_within_a_request(),
+        "compiled blocks": compiled_blocks(),
+    }
 
 
 def others_on_a_rank():
-    with mock.patch.dict(MODELS, {"WanTransformer3DModel": WAN}):
-        return {name: shared(name, caches) for name, caches in OTHERS.items()}
+    return {name: shared(name, caches) for name, caches in OTHERS.items()}
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ from omni_runtime.cache.lifecycle import Request
 from omni_runtime.cache.models import UNKNOWN, ModelRow, TransformerFacts, row_of
 from omni_runtime.cache.output import OutputSession, OutputSite
 from omni_runtime.cache.passage import Parts
-from omni_runtime.cache.session import MANY, BlockSession, CacheSession
+from omni_runtime.cache.session import BlockSession, CacheSession
+from omni_runtime.cache.stack import MANY
 
 #: Every key of a method with its value.
 Config = dict[str, Any]

@@ -1,0 +1,368 @@
+"""A stack: the blocks of one transformer, and how a method caches what they compute.
+
+How the transformer calls its blocks is found in its first computed forward, and checked (`Stack._find`). From then on,
+each forward runs over block lists that skip what the `Passage` of its CFG branch says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from omni_kernels.patching import Patch
+from omni_runtime.cache.blocks import BlockCall, BlockList, ListRow
+from omni_runtime.cache.contract import Contract, Watcher, module_lists, tensors_of
+from omni_runtime.cache.gates import Gate
+from omni_runtime.cache.lifecycle import Branch, Request, Sampling
+from omni_runtime.cache.models import ModelRow, depth, row_of
+from omni_runtime.cache.passage import Parts, Passage
+from omni_runtime.cache.ranks import Ranks, SplitCall, ranks_of
+from omni_runtime.cache.refusals import refuse_compiled, refuse_parallel
+from omni_runtime.cache.stretches import Stretch
+
+#: Stands for the number of blocks while it is not known.
+MANY = 1_000_000
+#: A skipped forward of the same input may differ from the computed one by this share, in fp32 and in other dtypes.
+EXACT, ROUNDED = 1e-3, 0.05
+#: What a user can do with a model whose blocks cannot be followed.
+INSTEAD = "velocity_cache works without them"
+
+
+@dataclass
+class Taken:
+    """The block lists that one sampling has put in the place of a transformer's own.
+
+    Attributes:
+        lists: path → list.
+        contract: what the lists are numbered by; None before the blocks are found.
+    """
+
+    lists: dict[str, BlockList]
+    contract: Contract | None
+
+
+class Stack:
+    """The blocks of one transformer.
+
+    Args:
+        method: the method's name, for messages.
+        transformer: the transformer.
+        parts: (model row, number of blocks) → the method's choices for the transformer's blocks.
+        gate: (request, name of a branch) → a fresh gate for it.
+        passage: makes the passages of the branches.
+        alone: why several ranks may not run the transformer; None if they may.
+        name: is added to the name of a branch, for the gates: a pipeline may change between transformers.
+
+    Attributes:
+        row: the transformer class's row.
+        choose: the argument `parts`.
+        parts: the method's choices.
+        blocks: the number of blocks; 0 if it is not known yet.
+        calls: how each block is called.
+        contract: what was found; None before the first computed forward.
+        stretches: the stretches of blocks that the same streams go through.
+        ranks: the ranks that run the transformer together; None for one.
+
+    Raises:
+        ValueError, PatchConflictError: the transformer is not supported; the message says why.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        transformer: torch.nn.Module,
+        parts: Callable[[ModelRow, int], Parts],
+        gate: Callable[[Request, str], Gate],
+        passage: Callable[..., Passage],
+        alone: str | None,
+        name: str,
+    ) -> None:
+        self.method = method
+        self.transformer = transformer
+        self.kind = type(transformer).__name__
+        self.row = row_of(self.kind)
+        self.ranks: Ranks | None = None
+        self.calls: list[BlockCall] = []
+        self.contract: Contract | None = None
+        self.stretches: list[Stretch] = []
+        self.blocks = depth(transformer)
+        self.name = name
+        self._alone = alone
+        self._gate = gate
+        self._passage = passage
+        self._flat: list[tuple[ListRow, torch.nn.Module]] = []
+        self._plain: set[tuple[Any, ...]] = set()
+        self.choose = parts
+        self._names = tuple(inspect.signature(transformer.forward).parameters)
+        self.parts = parts(self.row, self.blocks or MANY)
+        self.check()
+        if not module_lists(transformer):
+            raise ValueError(f"this {self.kind} has no list of blocks: there is nothing to skip")
+
+    def check(self) -> None:
+        """Raise an error if the transformer is compiled, or parallel in a way that this cache does not support."""
+        refuse_compiled(self.transformer)
+        refuse_parallel(self.transformer, self._alone)
+
+    def gate(self, request: Request, branch: Branch) -> Gate:
+        """Return a fresh gate for a branch."""
+        return self._gate(request, f"{branch.name} {self.name}")
+
+    def take(self, sampling: Sampling, seams: Patch) -> None:
+        """Put lists that can skip blocks in the place of the transformer's own, for one sampling.
+
+        Raises:
+            ValueError, PatchConflictError: the transformer is not supported in its present state.
+        """
+        self.check()
+        found = module_lists(self.transformer) if self.contract is None else self._lists(self.contract)
+        sampling.taken[self] = taken = Taken({}, self.contract)
+        for path, blocks in found.items():
+            parent, _, name = path.rpartition(".")
+            taken.lists[path] = BlockList(blocks, None, sampling)
+            seams.set_module(self.transformer.get_submodule(parent), name, taken.lists[path])
+        self._align(taken)
+
+    def opened(self) -> None:
+        """A request begins. Checks the parallel setup again: it may have changed since the last one.
+
+        Raises:
+            ValueError: it is not supported.
+        """
+        refuse_parallel(self.transformer, self._alone)
+        self.ranks = ranks_of(self.transformer)
+        lists = [block for blocks in module_lists(self.transformer).values() for block in blocks._modules.values()]
+        if self.ranks is not None and any(block._compiled_call_impl is not None for block in lists if block):
+            raise ValueError(
+                f"the blocks of this {self.kind} are compiled, and it is run by several ranks: a cache of blocks does "
+                "not support both together yet"
+            )
+        self._make_calls()
+
+    def forward(
+        self, sampling: Sampling, request: Request, branch: Branch, call: Any, args: Any, kwargs: Any
+    ) -> tuple[Any, int]:
+        """Make a transformer call over the blocks. Returns its output, and the number of blocks that ran.
+
+        Raises:
+            ValueError, RuntimeError: the blocks cannot be followed; the message says why.
+        """
+        if self.contract is None:
+            return self._find(sampling, request, branch, call, args, kwargs), self.blocks
+        if sampling.taken[self].contract is not self.contract:
+            self._align(sampling.taken[self])
+        passage = branch.kept
+        if passage is None or passage.stack is not self:
+            passage = self._begin(request, branch)
+        passage.begin(request, self._arguments(args, kwargs), _manner(args, kwargs) not in self._plain)
+        sampling.passage = passage
+        try:
+            output = call(*args, **kwargs)
+        finally:
+            sampling.passage = None
+        passage.finish()
+        if passage.unchanged and self._plain:
+            self._plain.add(_manner(args, kwargs))
+        return output, passage.ran
+
+    def _begin(self, request: Request, branch: Branch) -> Passage:
+        """A passage for a branch whose last call, if any, went to another transformer."""
+        if branch.kept is not None:
+            branch.kept.retire()
+            branch.former.append(branch.kept)
+        branch.kept = self._passage(self, request, branch)
+        return branch.kept
+
+    def _find(self, sampling: Sampling, request: Request, branch: Branch, call: Any, args: Any, kwargs: Any) -> Any:
+        """Make a transformer call, and find in it how the transformer calls its blocks. Returns its output.
+
+        Raises:
+            ValueError: the blocks cannot be followed; the message says why.
+        """
+        taken = sampling.taken[self]
+        parts = self.choose(self.row, MANY)
+        watcher = Watcher(taken.lists, parts.first, MANY - parts.last, self.ranks is not None)
+        for number, blocks in enumerate(taken.lists.values()):
+            blocks.begin_at(number)
+        again = _copied(args, kwargs)
+        sampling.passage = watcher
+        try:
+            output = call(*args, **kwargs)
+        finally:
+            sampling.passage = None
+        try:
+            self._adopt(watcher, _manner(args, kwargs))
+            made = call, args, kwargs, output
+            self._record_and_check(sampling, request, branch, watcher, made, again)
+        except BaseException:  # the next request finds them again, or is refused again
+            self.contract, self._flat, self.calls, self.blocks = None, [], [], depth(self.transformer)
+            self._plain.clear()
+            raise
+        return output
+
+    def _adopt(self, watcher: Watcher, manner: tuple[Any, ...]) -> None:
+        """Work on the blocks that were found.
+
+        Raises:
+            ValueError: they cannot be followed, or the method's settings do not suit them.
+        """
+        try:
+            contract = watcher.contract()
+        except ValueError as error:
+            raise ValueError(
+                f"{self.method} cannot follow the blocks of this {self.kind}: those {error}. {INSTEAD}"
+            ) from error
+        parts = self.choose(self.row, contract.blocks)
+        bounds = [0, *contract.ends()]
+        if parts.first > bounds[1]:
+            raise ValueError(
+                f"{self.method} decides after {parts.first} blocks, but this {self.kind} joins its streams after "
+                f"{bounds[1]}"
+            )
+        ended = [contract.lists[place - 1].ends for place in itertools.accumulate(contract.stretches)]
+        self.stretches = [
+            Stretch(first, last, not end) for (first, last), end in zip(itertools.pairwise(bounds), ended, strict=True)
+        ]
+        self.contract, self.parts, self.blocks = contract, parts, contract.blocks
+        self._flat = [
+            (row, block)
+            for row, blocks in zip(contract.lists, self._lists(contract).values(), strict=True)
+            for block in blocks._modules.values()
+            if block is not None
+        ]
+        self._plain = {manner} if watcher.plain else set()
+        self._make_calls()
+
+    def _record_and_check(
+        self, sampling: Sampling, request: Request, branch: Branch, watcher: Watcher, made: Any, again: Any
+    ) -> None:
+        """Record the forward in which the blocks were found, and repeat the call with the site skipped.
+
+        The call is not repeated if the class has a row, and the row tells as many blocks: tests have checked it.
+
+        Raises:
+            ValueError: what is needed was not kept, or the output differs.
+        """
+        _, args, kwargs, output = made
+        starts = self._align(sampling.taken[self])
+        passage = self._begin(request, branch)
+        passage.begin(request, self._arguments(args, kwargs), True)
+        kept = {starts[path] + index: one for (path, index), one in watcher.kept.items() if path in starts}
+        if not passage.record_all(kept):
+            raise ValueError(
+                f"{self.method} cannot follow the blocks of this {self.kind}: what they take and return is changed in "
+                f"place, or the settings leave less than a list of blocks. {INSTEAD}"
+            )
+        if self.blocks == depth(self.transformer):
+            return
+        # The same call once more, with the site skipped: a forecast at the position of the only snapshot is exact.
+        exact = EXACT if all(one.dtype == torch.float32 for one in tensors_of(output)) else ROUNDED
+        if self._plain:
+            with contextlib.suppress(Exception):
+                if self._skipped(sampling, request, passage, made, _copied(*again), False) <= exact:
+                    return
+            self._plain.clear()  # the model cannot do without its loop over the blocks
+        error = self._skipped(sampling, request, passage, made, again, True)
+        if not error <= exact:
+            raise ValueError(
+                f"{self.method} cannot follow the blocks of this {self.kind}: a skipped step of the same input is off "
+                f"by {error:.2g} of its output. {INSTEAD}"
+            )
+
+    def _skipped(
+        self, sampling: Sampling, request: Request, passage: Passage, made: Any, again: Any, stepwise: bool
+    ) -> float:
+        """Repeat a computed call with the site skipped. Returns the relative difference of the outputs."""
+        call, args, kwargs, output = made
+        passage.begin(request, self._arguments(args, kwargs), stepwise)
+        sampling.passage = passage
+        try:
+            with passage.skipping():
+                return _difference(call(*again[0], **again[1]), output)
+        finally:
+            sampling.passage = None
+
+    def _align(self, taken: Taken) -> dict[str, int]:
+        """Tell the lists of a sampling which blocks they begin with, by the contract; returns this by path."""
+        contract = self.contract
+        starts: dict[str, int] = {}
+        if contract is not None:
+            counts = [count for _, count in contract.classes]
+            first = [0, *itertools.accumulate(counts[:-1])]
+            starts = dict(zip([row.name for row in contract.lists], first, strict=True))
+        for path, blocks in taken.lists.items():
+            blocks.begin_at(starts.get(path))
+        taken.contract = contract
+        return starts
+
+    def _lists(self, contract: Contract) -> dict[str, torch.nn.ModuleList]:
+        """The lists of a contract, by path.
+
+        Raises:
+            ValueError: they are no longer as they were found.
+        """
+        found: dict[str, torch.nn.ModuleList] = {}
+        for row, (_, count) in zip(contract.lists, contract.classes, strict=True):
+            parent, _, name = row.name.rpartition(".")
+            blocks = None
+            with contextlib.suppress(AttributeError):
+                blocks = getattr(self.transformer.get_submodule(parent), name)
+            if not isinstance(blocks, torch.nn.ModuleList) or len(blocks) != count:
+                has = f"{len(blocks)} blocks" if isinstance(blocks, torch.nn.ModuleList) else "no list of blocks"
+                raise ValueError(
+                    f"this {self.kind} has {has} in {row.name}, and had {count} when a cache followed it: "
+                    "omni_kernels.unpatch(pipe), and patch it again"
+                )
+            found[row.name] = blocks
+        return found
+
+    def _make_calls(self) -> None:
+        kind = BlockCall if self.ranks is None else SplitCall
+        if not self.calls or type(self.calls[0]) is not kind:
+            self.calls = [kind(row, block) for row, block in self._flat]
+
+    def _arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """All arguments of a transformer call by name."""
+        return {**dict(zip(self._names, args, strict=False)), **kwargs} if args else kwargs
+
+
+def _copied(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of a call, with copies of the lists and dicts that the call may change."""
+
+    def copied(value: Any) -> Any:
+        return copy.copy(value) if isinstance(value, (list, dict)) else value
+
+    return [copied(one) for one in args], {name: copied(one) for name, one in kwargs.items()}
+
+
+def _manner(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Which arguments a transformer call has, and which of them are None or False.
+
+    Two calls that are equal in this do the same between their blocks: what a model adds there (a ControlNet's
+    residuals) is given to it as an argument.
+    """
+    given = (*args, *kwargs.values())
+    return len(args), *kwargs, *[one is None or one is False for one in given]
+
+
+def _difference(found: Any, expected: Any) -> float:
+    """The largest relative difference of two outputs of a transformer, over their tensors; inf if they are unlike."""
+    largest, pairs = 0.0, list(zip(tensors_of(found), tensors_of(expected), strict=False))
+    for one, other in pairs:
+        if one.shape != other.shape:
+            return math.inf
+        if not torch.equal(one.isnan(), other.isnan()):
+            return math.inf
+        one, other = one.float().nan_to_num(), other.float().nan_to_num()
+        size = torch.linalg.vector_norm(other).item()
+        off = torch.linalg.vector_norm(one - other).item()
+        largest = max(largest, off / size if size else off)
+    return largest if len(pairs) == len(tensors_of(expected)) == len(tensors_of(found)) else math.inf
