@@ -35,8 +35,8 @@ from benchmarks.results import RESULTS
 from omni_kernels.validation.record import machine, write
 from omni_runtime import Omni
 from omni_runtime.cache.schedules import even
-from omni_runtime.compare import cells, report_html, showing
 from omni_runtime.compare import comparison as compare
+from omni_runtime.compare import report_html, showing
 from omni_runtime.compare.cells import Run
 from omni_runtime.compare.comparison import IDENTITY, REFERENCE
 from omni_runtime.generation.loading import embedded_models
@@ -183,13 +183,11 @@ def leave_out(contest: Contest, pipe: Any, request: GenerationRequest) -> None:
         RuntimeError: a library left a hook on the pipeline.
     """
     tried: dict[str | None, str | None] = {}
+    methods = {run.name: str(run.method) for run in contest.runs}
+    contest.runs, refused = compare.possible(contest.runs, pipe)
+    contest.left_out |= {methods[name]: why for name, why in refused.items()}
     for run in list(contest.runs):
         if run.install is None:
-            try:
-                cells.complete_config(run, pipe)
-            except ValueError as error:
-                contest.runs.remove(run)
-                contest.left_out[str(run.method)] = str(error).split("\n")[0]
             continue
         if run.method not in tried:
             tried[run.method] = None
@@ -204,7 +202,7 @@ def leave_out(contest: Contest, pipe: Any, request: GenerationRequest) -> None:
             contest.runs.remove(run)
             contest.left_out[str(run.method)] = str(tried[run.method])
     names = {run.name for run in contest.runs}
-    contest.pairs = [pair for pair in contest.pairs if pair.theirs in names]
+    contest.pairs = [pair for pair in contest.pairs if {pair.ours, pair.theirs} <= names]
 
 
 def requests_of(omni: Omni, model: str, prompts: int, seeds: int) -> list[GenerationRequest]:

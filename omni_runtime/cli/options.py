@@ -174,7 +174,7 @@ def _add_compare(commands: Any, shared: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=BACKEND:JSON",
-        help="a cache to compare; repeatable; name and JSON may be left out (default: several that suit the model)",
+        help="a cache to compare; repeatable; name and JSON may be left out (default: several that the model can have)",
     )
     command.add_argument(
         "--fewer-steps",

@@ -198,6 +198,20 @@ def make_runs(model: str, chosen: Sequence[str], steps: int, fewer_steps: Sequen
     return runs
 
 
+def possible(runs: Sequence[Run], pipe: Any) -> tuple[list[Run], dict[str, str]]:
+    """Return the runs that this pipeline can have, and for each of the others, by name, why its cache is refused."""
+
+    def why_not(run: Run) -> str | None:
+        try:
+            cells.complete_config(run, pipe)
+        except ValueError as error:
+            return str(error).split("\n")[0]
+        return None
+
+    refused = {run.name: why for run in runs if (why := why_not(run)) is not None}
+    return [run for run in runs if run.name not in refused], refused
+
+
 def _check_names(runs: Sequence[Run]) -> None:
     names = [run.name for run in runs]
     for name in names:

@@ -154,6 +154,20 @@ def test_a_model_of_pictures_writes_no_video(saved: Any, tmp_path: Path, capsys:
 # Comparing
 
 
+def test_the_usual_runs_are_those_that_the_model_can_have(
+    wan: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wan.save_pretrained(tmp_path / "model")
+    words = ["compare", "--model", str(tmp_path / "model"), "--prompt", "a cat", "--seeds", "0", "--size", "64"]
+    words += ["--set", "num_frames=5", "--set", "max_sequence_length=16", "--steps", "8", "--quiet"]
+    assert cli.main([*words, "--out", str(tmp_path / "out")]) == 0
+    err = capsys.readouterr().err
+    runs = [run["name"] for run in json.loads((tmp_path / "out" / "results.json").read_text())["runs"]]
+    assert {"no cache", "4 steps", "velocity cache 2x", "DBCache", "first-block cache"} <= set(runs)
+    for run in compare.make_runs("", [], 8, None):
+        assert (run.name in runs) != (f"{run.name} is left out: " in err)
+
+
 def test_a_video_is_compared_by_frames_and_motion_and_plays_in_the_report(wan: Any, tmp_path: Path) -> None:
     with Omni(wan, cache_backend=None) as omni:
         requests = omni.prepare(
