@@ -1,5 +1,6 @@
 """The emoji models' training program, on the smallest of runs, and the model folders that it made."""
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -20,6 +21,7 @@ from benchmarks.train_emoji.muon import BatchedMuon
 from benchmarks.train_emoji.text import TEXT_DIM, pad_rows
 from benchmarks.train_emoji.training import Budget
 from benchmarks.train_emoji.transformer import Samples, train_transformer
+from omni_runtime.generation.video import read_frames
 
 EMBEDDED = Path(__file__).parents[1] / "omni_runtime" / "embedded"
 SHIPPED = [name for name in MODELS if (EMBEDDED / name).is_dir()]
@@ -220,19 +222,25 @@ def test_captions_of_clips_are_encoded_as_by_the_pipeline():
     assert tokenizer.unk_token_id not in tokenizer(" ".join(clips.all_clip_captions())).input_ids
 
 
-def test_the_stages_of_a_model_of_clips_make_a_folder_that_draws(tmp_path):
+def test_the_stages_of_a_model_of_clips_make_a_folder_that_draws(tmp_path, monkeypatch):
+    few = {"contact_sheet": ["a fox moves left on blue"], "held_out": ["a fox grows on yellow"], "vocabulary": {}}
+    small = {"samples_measured": 2, "prompts_measured": 1, "prompts": lambda folder, side: few}
+    short = {"defaults": wan.MODEL.defaults | {"num_inference_steps": 2}}
+    monkeypatch.setitem(MODELS, "emoji-wan", dataclasses.replace(wan.MODEL, **small, **short))
     options = ["--model", "emoji-wan", "--out", str(tmp_path / "made"), "--scenes", "32", "--no-compile"]
-    options += ["--minutes-transformer", "0.001", "--minutes-decoder", "0.001"]
-    program.main([*options, "--stages", "autoencoder", "latents", "transformer", "decoder", "assemble"])
+    program.main([*options, "--minutes-transformer", "0.001", "--minutes-decoder", "0.001"])
     made = tmp_path / "made"
     assert sum(file.stat().st_size for file in made.rglob("*") if file.is_file()) <= SIZE_LIMIT
     parts = json.loads((made / "training.json").read_text())["parts"]
     assert {name: part["steps"] for name, part in parts.items()} == {"autoencoder": 0, "decoder": 1, "transformer": 1}
+    figures = json.loads((made / "figures.json").read_text())
+    assert figures["frames_psnr_db"]["kept"]["mean"] > 25 > figures["frames_psnr_db"]["between"]["mean"]
+    assert figures["motion"]["contact_sheet"]["of"] == 1
+    assert "$" not in (made / "README.md").read_text()
+    assert len(read_frames(made / "contact_sheet.webp")) == 17
     pipeline = wan.MODEL.pipeline.from_pretrained(made, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    defaults = json.loads((made / "defaults.json").read_text())
-    prompt = json.loads((made / "prompts.json").read_text())["contact_sheet"][0]
-    clip = pipeline(prompt, **defaults | {"num_inference_steps": 2}).frames[0]
+    clip = pipeline(few["held_out"][0], **json.loads((made / "defaults.json").read_text())).frames[0]
     assert clip.shape == (17, 64, 64, 3)
 
 

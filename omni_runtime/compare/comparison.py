@@ -77,15 +77,6 @@ _VELOCITY = (
 )
 
 
-def _blocks_at(dbcache: float, first_block: float) -> tuple[tuple[str, str, dict[str, Any]], ...]:
-    """Return the runs of caches of blocks that any transformer can have, with these thresholds."""
-    return (
-        ("DBCache", "cache_dit", {"residual_diff_threshold": dbcache}),
-        ("DBCache + TaylorSeer", "cache_dit", {"residual_diff_threshold": dbcache, "enable_taylorseer": True}),
-        ("first-block cache", "first_block_cache", {"threshold": first_block}),
-    )
-
-
 def _runs_at(tea_cache: float, dbcache: float, first_block: float) -> tuple[tuple[str, str, dict[str, Any]], ...]:
     """Return the runs of an embedded model, with these thresholds."""
     tea = {"rel_l1_thresh": tea_cache, "coefficients": IDENTITY}
@@ -93,7 +84,9 @@ def _runs_at(tea_cache: float, dbcache: float, first_block: float) -> tuple[tupl
         *_VELOCITY,
         ("TeaCache", "tea_cache", tea),
         ("TeaCache + Newton", "tea_cache", tea | {"forecaster": "newton"}),
-        *_blocks_at(dbcache, first_block),
+        ("DBCache", "cache_dit", {"residual_diff_threshold": dbcache}),
+        ("DBCache + TaylorSeer", "cache_dit", {"residual_diff_threshold": dbcache, "enable_taylorseer": True}),
+        ("first-block cache", "first_block_cache", {"threshold": first_block}),
     )
 
 
@@ -103,7 +96,6 @@ RUNS: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
     "emoji-qwen-image": _runs_at(0.12, 0.1, 0.09),
     "emoji-z-image": _runs_at(0.08, 0.12, 0.11),
     "emoji-qwen-image-edit": _runs_at(0.09, 0.07, 0.06),
-    "emoji-wan": (*_VELOCITY, ("EasyCache", "easy_cache", {"thresh": 0.08}), *_blocks_at(0.1, 0.09)),
     "": (
         *_VELOCITY,
         ("TeaCache", "tea_cache", {}),
