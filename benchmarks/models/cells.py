@@ -65,7 +65,8 @@ _IDENTITY = [0.0, 0.0, 0.0, 1.0, 0.0]
 def settings(method: str, model: Tiny) -> Settings:
     """The settings with which a method is tried."""
     if method == "velocity_cache":
-        return Settings({"schedule": list(range(model.steps))}, {"budget": (model.steps + 1) // 2})
+        steps = taken(model)
+        return Settings({"schedule": list(range(steps))}, {"budget": (steps + 1) // 2})
     if method == "easy_cache":
         return Settings({"ret_steps": model.steps}, {"thresh": _THRESHOLD, "ret_steps": 1})
     if method == "mag_cache":
@@ -96,6 +97,13 @@ def calibrated(model: Tiny) -> list[float]:
         model.generate(guided=bool(model.guided))
     fitted: Any = RECORDINGS["mag_cache"].fit(session.points)
     return list(fitted.mag_ratios)
+
+
+def taken(model: Tiny) -> int:
+    """The number of steps that a request takes: image-to-image pipelines leave out the first ones."""
+    with omni_kernels.patched(model.pipe, "velocity_cache") as handle:
+        model.generate()
+        return int(handle.report.steps)
 
 
 class Trial:
@@ -201,7 +209,7 @@ def counted(pipe: Any) -> Iterator[Callable[[], int]]:
         if isinstance(part, torch.nn.Module):
             for module in part.modules():
                 if type(module) is torch.nn.ModuleList:
-                    hooks += [block.register_forward_pre_hook(count) for block in module]
+                    hooks += [block.register_forward_pre_hook(count) for block in module if block is not None]
     try:
         yield lambda: calls
     finally:

@@ -65,10 +65,14 @@ class BlockList(torch.nn.ModuleList):
         self._start = start
 
     def __getitem__(self, index: Any) -> Any:
-        """A block; for a slice, a plain list of blocks."""
-        if isinstance(index, slice):
-            return torch.nn.ModuleList(list(self._modules.values())[index])
-        return super().__getitem__(index)
+        """A block; for a slice, a list of blocks, which is part of this one if it leaves none out in between."""
+        if not isinstance(index, slice):
+            return super().__getitem__(index)
+        part = torch.nn.ModuleList(list(self._modules.values())[index])
+        first, _, step = index.indices(len(self))
+        if self._start is None or step != 1:
+            return part
+        return BlockList(part, self._start + first, self._sampling)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A copied or pickled list becomes a plain one: the copy is not patched."""

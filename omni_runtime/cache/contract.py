@@ -17,6 +17,7 @@ what their blocks add is forecast for each stretch separately.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -35,6 +36,10 @@ from omni_runtime.cache.ranks import split_inputs
 #: a stream of its own.
 IMPORTANT = 0.5
 
+#: While they are watched, each list's blocks are numbered from the next multiple of this.
+SPAN = 10_000
+#: Words in the names of arguments that hold the text stream. Blocks are watched at the other stream, which is noise.
+TEXT = frozenset(["encoder", "text", "txt", "context", "caption", "cap", "prompt", "cond", "und"])
 #: Argument or output of a block → its shape; None for an output that is None.
 Shape = tuple[int, ...]
 
@@ -205,7 +210,7 @@ class Watcher:
     The newest output of each list is held, and the few calls that a passage records from.
 
     Args:
-        lists: the module lists by path; the number of a list, in `slots`, is its place here.
+        lists: the module lists by path. The blocks of each are numbered from its place here times `SPAN`.
         first: the calls of the blocks 0 and `first` of each list are kept, ...
         behind: ... and those of its last block and of the block that so many others follow.
         split: whether diffusers may split the states among ranks at a block's entry.
@@ -224,9 +229,10 @@ class Watcher:
         self._newest: dict[str, tuple[tuple[Any, ...], Marks]] = {}
         self._calls = 0
 
-    def slots(self, blocks: Collection[torch.nn.Module], number: int) -> Iterator[Any]:
-        """Yield slots that record the calls of the blocks of a list."""
-        for index, block in enumerate(blocks):
+    def slots(self, blocks: Collection[torch.nn.Module], start: int) -> Iterator[Any]:
+        """Yield slots that record the calls of blocks of a list; the first of them has the number `start`."""
+        number, first = divmod(start, SPAN)
+        for index, block in enumerate(blocks, first):
             yield Slot(functools.partial(self._run, self._lists[number], index), block)
 
     def _run(self, where: _List, index: int, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -303,8 +309,8 @@ class Watcher:
         for one in ran:
             if one.jumps is not None and self._behind:
                 one.odd = one.jumps
-        main = max(ran, key=lambda one: one.work)
-        rows = {main.path: _row(main)}
+        main, row = _main(ran)
+        rows = {main.path: row}
         _refuse_turns(main, ran)
         chain, joins = [main], list[bool]()
         for step in (-1, 1):
@@ -331,6 +337,23 @@ class Watcher:
         self.plain = not any(one.jumps for one in chain) and _plain(chain, rows, joins)
         classes = tuple((type(one.blocks[0]).__name__, len(one.blocks)) for one in chain)
         return Contract(tuple(rows[one.path] for one in chain), tuple(stretches), classes)
+
+
+def _main(ran: Sequence[_List]) -> tuple[_List, ListRow]:
+    """The list that does the most work, and how its blocks are called; or the next one that does about as much.
+
+    Raises:
+        ValueError: its blocks cannot be followed.
+    """
+    by_work = sorted(ran, key=lambda one: one.work, reverse=True)
+    try:
+        return by_work[0], _row(by_work[0])
+    except ValueError:
+        for one in by_work[1:]:
+            if one.work >= IMPORTANT * by_work[0].work:
+                with contextlib.suppress(ValueError):
+                    return one, _row(one)
+        raise
 
 
 def _plain(chain: Sequence[_List], rows: Mapping[str, ListRow], joins: Sequence[bool]) -> bool:
@@ -393,9 +416,12 @@ def _row(where: _List) -> ListRow:
             output = one.outputs[place]
             if output is not None and one.shapes.get(argument) != output:
                 raise ValueError(f"{name} take {argument} in one shape and return it in another")
+            if one.shapes.get(argument) != first.shapes.get(argument):
+                raise ValueError(f"{name} do not all take {argument} in the same shape")
             passed = argument in one.fed.get((where.path, place), ())
             if argument in one.again and not passed:
                 raise ValueError(f"{name} take the same {argument}, one beside the other")
+    carried.sort(key=_is_text)  # otherwise in the order of the signature
     hidden, encoder = carried[0], carried[1] if len(carried) > 1 else None
     role = {hidden: "hidden", encoder: "encoder"}
     places: list[str | None] = [role[links[place]] if place in links else None for place in range(len(first.outputs))]
@@ -407,6 +433,10 @@ def _row(where: _List) -> ListRow:
     if any(places[place] == "hidden" for place in ended):
         raise ValueError(f"{name} return no hidden states at the end")
     return ListRow(where.path, hidden, encoder, "hidden" if first.alone else tuple(places), bool(ended))
+
+
+def _is_text(argument: str) -> bool:
+    return any(word in TEXT for word in argument.lower().split("_"))
 
 
 def _links(where: _List) -> dict[int, str]:

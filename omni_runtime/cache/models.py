@@ -46,7 +46,7 @@ class ModelRow:
 
     Attributes:
         depths: the keys of its config that hold the numbers of its blocks, which are then known before the weights are
-            loaded; empty if they are not.
+            loaded; empty if they are not. Such a class does not use its text stream after the last block.
         modulation: (block 0, its arguments) → how it modulates its input. None: TeaCache does not support the model.
         noise_tokens: the forward's arguments → how many of the first tokens are noise; None for all tokens.
         noise_grid: the forward's arguments → the grid of these tokens, which are stored row by row; raises ValueError

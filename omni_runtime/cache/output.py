@@ -42,7 +42,6 @@ SCHEDULERS: dict[str, str] = {
     "EDMEulerScheduler": "sigmas",
     "EDMDPMSolverMultistepScheduler": "sigmas",
     "DEISMultistepScheduler": "sigmas",
-    "LMSDiscreteScheduler": "sigmas",
     "HeliosScheduler": "sigmas",
     "DDIMScheduler": "timesteps",
     "CogVideoXDDIMScheduler": "timesteps",
@@ -211,11 +210,11 @@ class StandIn:
     each one is forecast.
 
     Attributes:
-        batch: the number of samples in the call.
+        shape: the shape of the call's first argument, the number of samples first.
     """
 
-    def __init__(self, batch: int | None, forecaster: Forecaster, reach: float) -> None:
-        self.batch = batch
+    def __init__(self, shape: tuple[int, ...], forecaster: Forecaster, reach: float) -> None:
+        self.shape = shape
         self._forecaster = forecaster
         self._reach = reach
         self._returned: Any = None
@@ -283,22 +282,24 @@ class OutputSteps:
         watched = [] if self._signal is None else self._signal.tensors()
         return self._history.tensors() + watched + self.gate.tensors()
 
-    def verdict(self, branch: Branch, batch: int | None, differentiated: bool = False) -> Verdict:
+    def verdict(self, branch: Branch, shape: tuple[int, ...], differentiated: bool = False) -> Verdict:
         """Whether the current step is computed. This is decided at the first transformer call of the step.
 
         Args:
             branch: the branch of the call.
-            batch: the number of samples in the call; None if unknown.
+            shape: the shape of the call's first argument; () if unknown.
             differentiated: whether the call needs a gradient.
         """
         if self._step != self._request.step:
             self._step = self._request.step
             if differentiated:
                 self._verdict = Verdict(True, GRADIENT)
-            elif branch.kept is not None and branch.kept.batch != batch:
+            elif branch.kept is not None and branch.kept.shape[:1] != shape[:1]:
                 # Guidance has ended or begun (Z-Image's cfg_truncation): earlier outputs cannot be used any more.
                 self._forget()
                 self._verdict = Verdict(True, "another batch")
+            elif branch.kept is not None and branch.kept.shape != shape:
+                self._verdict = Verdict(True, "another shape")
             elif self._history.shape is not None:
                 self.gate.enters(self._history.shape)
                 plan, reason = self.gate.plan(self._step)
@@ -323,20 +324,20 @@ class OutputSteps:
                 return self.gate.keep(sums, latents.numel(), self._request.images)
         return Verdict(True, "nothing to compare with")
 
-    def remember(self, branch: Branch, batch: int | None, returned: Any) -> None:
-        """Record the result of a transformer call of this step; `batch` is its number of samples."""
-        if branch.kept is None or branch.kept.batch != batch:
-            branch.kept = StandIn(batch, self._forecaster, self._reach)
+    def remember(self, branch: Branch, shape: tuple[int, ...], returned: Any) -> None:
+        """Record the result of a transformer call of this step, whose first argument has this shape."""
+        if branch.kept is None or branch.kept.shape != shape:
+            branch.kept = StandIn(shape, self._forecaster, self._reach)
         branch.kept.record(returned, self._position())
 
     def _forget(self) -> None:
         self._history.clear()
         self._signal = None if self._new_signal is None else self._new_signal()
 
-    def stand_in(self, branch: Branch, batch: int | None) -> Any:
-        """The stand-in for a call's result; None if no call of this branch with this batch size was recorded."""
+    def stand_in(self, branch: Branch, shape: tuple[int, ...]) -> Any:
+        """The stand-in for a call's result; None if no call of this branch with this shape was recorded."""
         kept: StandIn | None = branch.kept
-        return None if kept is None or kept.batch != batch else kept.returned(self._position())
+        return None if kept is None or kept.shape != shape else kept.returned(self._position())
 
     def _position(self) -> float:
         return float(self._step) if self._by_step else self._request.sigma
@@ -449,12 +450,12 @@ class OutputSession(CacheSession):
             gate = self.gate_for(self._gate_of(request), self._site.signal is not None, request, "")
             steps = request.outputs = OutputSteps(self._site, request, gate, sampling.scheduler)
         branch = request.branch(sampling.context)
-        batch = _batch_of(*args, *kwargs.values())
-        verdict = steps.verdict(branch, batch, differentiates(transformer, args, kwargs))
-        answer = None if verdict.computed else steps.stand_in(branch, batch)
+        shape = _shape_of(*args, *kwargs.values())
+        verdict = steps.verdict(branch, shape, differentiates(transformer, args, kwargs))
+        answer = None if verdict.computed else steps.stand_in(branch, shape)
         if answer is None:
             answer = call(*args, **kwargs)
-            steps.remember(branch, batch, answer)
+            steps.remember(branch, shape, answer)
             request.blocks_run += self.blocks
             if not verdict.computed:
                 verdict = Verdict(True, "no stand-in for this call")
@@ -483,6 +484,9 @@ class OutputSession(CacheSession):
         return [] if request.outputs is None else [(request.outputs.gate, list(request.decisions.values()))]
 
 
-def _batch_of(*arguments: Any) -> int | None:
-    """The number of samples in a transformer call, from its first argument: a tensor, or a list of tensors."""
-    return len(arguments[0]) if arguments and isinstance(arguments[0], (torch.Tensor, list, tuple)) else None
+def _shape_of(*arguments: Any) -> tuple[int, ...]:
+    """The shape of a transformer call's first argument, a tensor or a list of tensors; () if it is neither."""
+    first = arguments[0] if arguments else None
+    if isinstance(first, torch.Tensor):
+        return tuple(first.shape)
+    return (len(first),) if isinstance(first, (list, tuple)) else ()

@@ -336,7 +336,7 @@ class BlockSession(CacheSession):
     ) -> None:
         super().__init__(name, pipe)
         self.stacks = {
-            transformer: Stack(name, transformer, parts, self._gate, passage, self.alone, f"of {attribute}")
+            transformer: Stack(name, transformer, parts, self._gate, passage, self.alone, attribute)
             for transformer, attribute in self.names.items()
         }
         chosen = self.stacks[self.transformer].parts

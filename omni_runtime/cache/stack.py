@@ -19,7 +19,7 @@ import torch
 
 from omni_kernels.patching import Patch
 from omni_runtime.cache.blocks import BlockCall, BlockList, ListRow
-from omni_runtime.cache.contract import Contract, Watcher, module_lists, tensors_of
+from omni_runtime.cache.contract import SPAN, Contract, Watcher, module_lists, tensors_of
 from omni_runtime.cache.gates import Gate
 from omni_runtime.cache.lifecycle import Branch, Request, Sampling
 from omni_runtime.cache.models import ModelRow, depth, row_of
@@ -59,7 +59,7 @@ class Stack:
         gate: (request, name of a branch) → a fresh gate for it.
         passage: makes the passages of the branches.
         alone: why several ranks may not run the transformer; None if they may.
-        name: is added to the name of a branch, for the gates: a pipeline may change between transformers.
+        name: the transformer's name in the pipeline.
 
     Attributes:
         row: the transformer class's row.
@@ -114,7 +114,7 @@ class Stack:
 
     def gate(self, request: Request, branch: Branch) -> Gate:
         """Return a fresh gate for a branch."""
-        return self._gate(request, f"{branch.name} {self.name}")
+        return self._gate(request, branch.name if self.name == "transformer" else f"{branch.name} of {self.name}")
 
     def take(self, sampling: Sampling, seams: Patch) -> None:
         """Put lists that can skip blocks in the place of the transformer's own, for one sampling.
@@ -191,7 +191,7 @@ class Stack:
         parts = self.choose(self.row, MANY)
         watcher = Watcher(taken.lists, parts.first, MANY - parts.last, self.ranks is not None)
         for number, blocks in enumerate(taken.lists.values()):
-            blocks.begin_at(number)
+            blocks.begin_at(number * SPAN)
         again = _copied(args, kwargs)
         sampling.passage = watcher
         try:
@@ -228,6 +228,7 @@ class Stack:
                 f"{bounds[1]}"
             )
         ended = [contract.lists[place - 1].ends for place in itertools.accumulate(contract.stretches)]
+        ended[-1] = ended[-1] or contract.blocks == depth(self.transformer)
         self.stretches = [
             Stretch(first, last, not end) for (first, last), end in zip(itertools.pairwise(bounds), ended, strict=True)
         ]

@@ -69,7 +69,9 @@ def _cosmos_1(pipeline: Any, in_channels: int, **request: Any) -> Tiny:
         resolution=64,
         num_layers=1,
     )
-    scheduler = diffusers.EDMEulerScheduler(sigma_min=0.002, sigma_max=80, sigma_data=0.5, final_sigmas_type="sigma_min")
+    scheduler = diffusers.EDMEulerScheduler(
+        sigma_min=0.002, sigma_max=80, sigma_data=0.5, final_sigmas_type="sigma_min"
+    )
     pipe = pipeline(**_parts(transformer=_transformer(in_channels=in_channels), vae=vae, scheduler=scheduler))
     return Tiny(pipe, _REQUEST | {"num_frames": 9, **request}, _GUIDED, {"width": 96, "num_frames": 17})
 
@@ -97,9 +99,7 @@ def cosmos2_video_to_world() -> Tiny:
 
 
 def _scheduler_25() -> diffusers.UniPCMultistepScheduler:
-    return diffusers.UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
-    )
+    return diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
 
 
 @tiny("Cosmos2_5_PredictBasePipeline")

@@ -59,7 +59,9 @@ def allegro() -> Tiny:
     vae = diffusers.AutoencoderKLAllegro(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=2)
     scheduler = diffusers.EulerAncestralDiscreteScheduler(prediction_type="v_prediction")
     pipe = diffusers.AllegroPipeline(**_ENCODER, vae=vae, scheduler=scheduler, transformer=transformer)
-    return Tiny(pipe, _TEXTS | _MASKS | {"negative_prompt": None, "num_frames": 8}, _GUIDED, {"width": 96, "num_frames": 12})
+    return Tiny(
+        pipe, _TEXTS | _MASKS | {"negative_prompt": None, "num_frames": 8}, _GUIDED, {"width": 96, "num_frames": 12}
+    )
 
 
 @tiny("LattePipeline")
