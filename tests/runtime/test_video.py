@@ -143,6 +143,15 @@ def test_generate_writes_a_video(wan: Any, tmp_path: Path, capsys: pytest.Captur
         assert message in capsys.readouterr().err
 
 
+def test_a_calibration_of_a_model_of_videos_knows_their_size(wan: Any, tmp_path: Path) -> None:
+    wan.save_pretrained(tmp_path / "model")
+    words = ["calibrate", "mag_cache", "--model", str(tmp_path / "model"), "--prompts", "a cat", "--seeds", "0"]
+    words += ["--steps", "4", "--size", "64", "--set", "num_frames=5", "--set", "max_sequence_length=16", "--quiet"]
+    assert cli.main([*words, "--out", str(tmp_path / "ratios.json")]) == 0
+    document = json.loads((tmp_path / "ratios.json").read_text())
+    assert '"width": 64' in json.dumps(document)
+
+
 def test_a_model_of_pictures_writes_no_video(saved: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["generate", "--model", str(saved["qwen_image"]), "--prompt", "a cat", "--out"]
     assert cli.main([*words, str(tmp_path / "cat.webp")]) == 2
