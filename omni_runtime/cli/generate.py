@@ -106,7 +106,8 @@ def _summary(result: OmniResult, files: Sequence[Path]) -> str:
         total = report.forwards + report.forwards_saved
         lines.append(
             f"  {report.backend}: {report.forwards} of {total} transformer forwards computed, "
-            f"{report.forwards_saved} skipped; {report.blocks_run / max(report.blocks_total, 1):.0%} of the blocks run"
+            f"{report.forwards_saved} skipped"
+            + (f"; {report.blocks_run / report.blocks_total:.0%} of the blocks run" if report.blocks_total else "")
         )
         lines += [f"  {note}" for note in report.notes]
     return "\n".join(lines)
