@@ -176,12 +176,16 @@ def generate(pipe: Any, request: GenerationRequest) -> None:
 
 
 def leave_out(contest: Contest, pipe: Any, request: GenerationRequest) -> None:
-    """Remove the libraries' runs that raise an error on this model; each method is tried once.
+    """Remove the runs that this model cannot have: the libraries' methods that raise an error, each tried once, and our
+    caches that are refused.
 
     Raises:
         RuntimeError: a library left a hook on the pipeline.
     """
     tried: dict[str | None, str | None] = {}
+    methods = {run.name: str(run.method) for run in contest.runs}
+    contest.runs, refused = compare.possible(contest.runs, pipe)
+    contest.left_out |= {methods[name]: why for name, why in refused.items()}
     for run in list(contest.runs):
         if run.install is None:
             continue
@@ -198,7 +202,7 @@ def leave_out(contest: Contest, pipe: Any, request: GenerationRequest) -> None:
             contest.runs.remove(run)
             contest.left_out[str(run.method)] = str(tried[run.method])
     names = {run.name for run in contest.runs}
-    contest.pairs = [pair for pair in contest.pairs if pair.theirs in names]
+    contest.pairs = [pair for pair in contest.pairs if {pair.ours, pair.theirs} <= names]
 
 
 def requests_of(omni: Omni, model: str, prompts: int, seeds: int) -> list[GenerationRequest]:

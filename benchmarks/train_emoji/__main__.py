@@ -6,7 +6,9 @@ autoencoder is trained further, the latents are made again, and the transformer 
 `report` can be run separately at any time, even while the transformer trains. Minutes are the training time over all
 runs together.
 
-A model with a parent uses the VAE from the parent's folder, trains none, and starts from the parent's transformer.
+A model with a parent uses the VAE from the parent's folder, trains none, and starts from the parent's transformer. The
+VAE of a model of clips keeps the encoder of one of pictures, so its autoencoder stage is empty, and the decoder stage
+trains it.
 
 On a CPU, set OMP_WAIT_POLICY=PASSIVE if other programs run at the same time.
 """
@@ -44,7 +46,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto takes the accelerator if there is one")
     parser.add_argument("--minutes-vae", type=float, default=30, help="training time of the whole autoencoder")
     parser.add_argument("--minutes-transformer", type=float, default=60, help="training time of the transformer")
-    parser.add_argument("--minutes-decoder", type=float, default=0, help="further training time of the decoder alone")
+    parser.add_argument(
+        "--minutes-decoder", type=float, help="training time of the decoder alone (default: the model's)"
+    )
     parser.add_argument("--scenes", type=int, default=60_000, help="scenes whose latents the transformer trains on")
     parser.add_argument("--no-compile", action="store_true", help="plain fp32 instead of torch.compile in bf16")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="run only these")
@@ -61,6 +65,9 @@ def choose_device(name: str) -> torch.device:
 def autoencoder_stage(model: Model, options: argparse.Namespace, device: torch.device) -> None:
     if model.parent is not None:
         print(f"the autoencoder is that of {options.parent}", flush=True)
+        return
+    if model.autoencoder.encoder_of is not None:
+        print(f"the encoder is that of {model.autoencoder.encoder_of}; the stage decoder trains the rest", flush=True)
         return
     train_autoencoder(
         model.autoencoder,
@@ -107,7 +114,7 @@ def decoder_stage(model: Model, options: argparse.Namespace, device: torch.devic
         vae,
         decoder_checkpoint(options.work, trained["autoencoder"]["steps"]),
         options.side,
-        Budget(options.minutes_decoder),
+        Budget(model.autoencoder.decoder_minutes if options.minutes_decoder is None else options.minutes_decoder),
         device,
         decoder_only=True,
         compiled=not options.no_compile,

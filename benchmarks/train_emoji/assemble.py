@@ -33,11 +33,13 @@ def load_autoencoder(model: Model, work: Path, parent: Path | None) -> tuple[tor
         vae = type(vae).from_pretrained(parent / "vae", dtype=torch.float32)
         vae.register_to_config(_name_or_path=None)  # otherwise a directory of this machine would be saved
         return vae, {name: parts[name] for name in ("autoencoder", "decoder")}
-    trained = {"autoencoder": load_ema(all_parameters(vae), work / "autoencoder.pt")}
+    trained = {"autoencoder": {"steps": 0, "samples": 0, "minutes": 0.0}}
+    if model.autoencoder.encoder_of is None:
+        trained["autoencoder"] = load_ema(all_parameters(model.autoencoder, vae), work / "autoencoder.pt")
     decoder = decoder_checkpoint(work, trained["autoencoder"]["steps"])
     trained["decoder"] = {"steps": 0, "samples": 0, "minutes": 0.0}
     if decoder.exists():
-        trained["decoder"] = load_ema(decoder_parameters(vae), decoder)
+        trained["decoder"] = load_ema(decoder_parameters(model.autoencoder, vae), decoder)
     return vae, trained
 
 

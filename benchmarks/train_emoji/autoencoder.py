@@ -1,7 +1,7 @@
 """Training of a model's VAE on rendered scenes, its reconstructions, and the statistics of its latents.
 
 Pictures are [batch, 3, side, side] in [-1, 1], latents [batch, channels, side/downscale, side/downscale]; for VAEs
-with a frame axis, the axis is added here at the call.
+with a frame axis, the axis is added here at the call. Clips have their own: [batch, 3, frames, side, side].
 
 The transformer depends only on the encoder and the latents' statistics. The whole VAE is trained first. Then the
 encoder is frozen, and the decoder trains on alone, before, during or after the transformer.
@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 
 from .model import Autoencoder
-from .scenes import scene
 from .training import Budget, Fit, fit
 
 __all__ = [
@@ -33,10 +32,8 @@ __all__ = [
     "train_autoencoder",
 ]
 
-BATCH = 16
 TRAIN_SEED, DECODER_SEED, TEST_SEED = 1, 2, 9
 KL_WEIGHT = 1e-3
-RATE = 1.5e-3
 
 
 def encode(row: Autoencoder, vae: torch.nn.Module, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,20 +55,20 @@ def decode(row: Autoencoder, vae: torch.nn.Module, latents: torch.Tensor) -> tor
 
 
 def pictures_to_tensor(pictures: list[np.ndarray]) -> torch.Tensor:
-    """uint8 [side, side, 3] pictures to floats [batch, 3, side, side] in [-1, 1]."""
-    stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)  # channels last in memory
+    """uint8 [..., side, side, 3] pictures or clips to floats [batch, 3, ..., side, side] in [-1, 1]."""
+    stacked = torch.from_numpy(np.stack(pictures)).movedim(-1, 1)  # channels last in memory
     return stacked.float() / 127.5 - 1.0
 
 
-def all_parameters(vae: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """All parameters that a single frame passes through, in a fixed order."""
-    return [parameter for name, parameter in vae.named_parameters() if "time_conv" not in name]
+def all_parameters(row: Autoencoder, vae: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """All parameters that a sample passes through, in a fixed order; a single frame passes by the time axis."""
+    return [p for name, p in vae.named_parameters() if row.latent_frames or "time_conv" not in name]
 
 
-def decoder_parameters(vae: torch.nn.Module) -> list[torch.nn.Parameter]:
+def decoder_parameters(row: Autoencoder, vae: torch.nn.Module) -> list[torch.nn.Parameter]:
     """The part of `all_parameters` after the latents, in a fixed order."""
-    modules = [module for module in (vae.post_quant_conv, vae.decoder) if module is not None]
-    return [p for module in modules for name, p in module.named_parameters() if "time_conv" not in name]
+    decoder = {id(p) for part in (vae.post_quant_conv, vae.decoder) if part is not None for p in part.parameters()}
+    return [p for p in all_parameters(row, vae) if id(p) in decoder]
 
 
 def train_autoencoder(
@@ -83,17 +80,19 @@ def train_autoencoder(
     device: torch.device,
     decoder_only: bool = False,
     compiled: bool = True,
-    batch: int = BATCH,
+    batch: int | None = None,
 ) -> Fit:
     """Train the VAE, or only its decoder with a frozen encoder; afterwards, the VAE has the EMA weights."""
     vae.to(device).train()
     row.prepare(vae)
-    parameters = decoder_parameters(vae) if decoder_only else all_parameters(vae)
+    parameters = decoder_parameters(row, vae) if decoder_only else all_parameters(row, vae)
     trained = {id(p) for p in parameters}
     for parameter in vae.parameters():
         parameter.requires_grad_(id(parameter) in trained)
     seed = DECODER_SEED if decoder_only else TRAIN_SEED
-    latent_shape = (batch, row.channels, side // row.downscale, side // row.downscale)
+    batch = batch or row.batch
+    frames = [row.latent_frames] if row.latent_frames else []
+    latent_shape = (batch, row.channels, *frames, side // row.downscale, side // row.downscale)
 
     def losses(pictures: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         mean, log_variance = encode(row, vae, pictures)
@@ -105,12 +104,12 @@ def train_autoencoder(
     step_losses = torch.compile(losses) if compiled and row.compilable else losses
 
     def loss_of_step(step: int) -> torch.Tensor:
-        pictures = pictures_to_tensor([scene(seed, step * batch + i, side)[1] for i in range(batch)]).to(device)
+        pictures = pictures_to_tensor([row.sample(seed, step * batch + i, side)[1] for i in range(batch)]).to(device)
         noise = torch.randn(latent_shape, generator=torch.Generator().manual_seed(step)).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=compiled):
             return step_losses(pictures, noise)
 
-    optimizer = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=row.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     result = fit(parameters, [optimizer], loss_of_step, checkpoint, budget, batch, ema_decay=0.999)
     with torch.no_grad():
         for parameter, value in zip(parameters, result.ema, strict=True):
@@ -138,8 +137,11 @@ def reconstruct(row: Autoencoder, vae: torch.nn.Module, pictures: list[np.ndarra
 
 
 def reconstruction_psnr(row: Autoencoder, vae: torch.nn.Module, pictures: list[np.ndarray]) -> torch.Tensor:
-    """PSNR in dB of each picture's reconstruction by `reconstruct`."""
-    return psnr(reconstruct(row, vae, pictures), pictures_to_tensor(pictures) / 2 + 0.5)
+    """PSNR in dB of each picture's reconstruction by `reconstruct`; of clips, of each frame, clip by clip."""
+    restored, true = reconstruct(row, vae, pictures), pictures_to_tensor(pictures) / 2 + 0.5
+    if row.latent_frames:
+        restored, true = (clips.transpose(1, 2).flatten(0, 1) for clips in (restored, true))
+    return psnr(restored, true)
 
 
 def latent_statistics(row: Autoencoder, latents: torch.Tensor) -> tuple[list[float], list[float]]:

@@ -1,18 +1,22 @@
 """The description of a model for the training program: one `Autoencoder` and one `Model` row each.
 
-The rows are in qwen_image.py, z_image.py and qwen_image_edit.py, their table in models.py. Everything else is shared:
-scenes, training loop, losses, optimizers, report.
+The rows are in qwen_image.py, z_image.py, qwen_image_edit.py and wan.py, their table in models.py. Everything else is
+shared: scenes, training loop, losses, optimizers, report.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+
+from .scenes import Scene, render, scene
 
 __all__ = ["Autoencoder", "Model"]
 
@@ -25,11 +29,17 @@ class Autoencoder:
         new: creates the VAE.
         channels: number of latent channels.
         downscale: pixels per latent and axis.
-        frames: whether pictures and latents have a frame axis, [batch, channels, 1, height, width].
+        frames: whether the VAE wants a frame axis that pictures and latents lack, [batch, channels, 1, height, width].
         per_channel: whether latents are normalised per channel, or by one mean and one deviation.
         prepare: makes an instance faster to train, without changing its results.
         compilable: whether torch.compile may train it.
         configure: writes the latents' mean and deviation, lists of 1 or `channels` numbers, into the configuration.
+        sample: (seed, index, side) → what is in a training picture or clip, and its pixels, uint8 [..., side, side, 3].
+        draw: (random numbers, Twemoji file, side) → the pixels of a sample of that emoji.
+        latent_frames: latents along the time axis of a clip; None: the samples are pictures.
+        encoder_of: the model whose trained VAE it starts from, whose encoder it keeps; only its decoder is trained.
+        decoder_minutes: how long the decoder is trained alone by default.
+        batch, rate: samples and learning rate of a training step.
     """
 
     new: Callable[[], torch.nn.Module]
@@ -40,6 +50,13 @@ class Autoencoder:
     prepare: Callable[[torch.nn.Module], None]
     configure: Callable[[torch.nn.Module, list[float], list[float]], None]
     compilable: bool = True
+    sample: Callable[[int, int, int], tuple[Scene, np.ndarray]] = scene
+    draw: Callable[[random.Random, str, int], np.ndarray] = lambda rng, stem, side: render(rng, (stem,), None, side)
+    latent_frames: int | None = None
+    encoder_of: str | None = None
+    decoder_minutes: float = 0
+    batch: int = 16
+    rate: float = 1.5e-3
 
 
 @dataclass(frozen=True)
@@ -69,6 +86,7 @@ class Model:
         pipeline_settings: side → the content of pipeline.json, with settings for the pipeline class.
         write_sheets: (model, pipeline, folder, work) writes contact_sheet.png into the folder, and other sheets;
             returns the figures that only this model has.
+        samples_measured, prompts_measured: samples that the VAE restores, and prompts of fewer steps, for the figures.
     """
 
     name: str
@@ -88,6 +106,8 @@ class Model:
     prompts: Callable[[Path, int], dict[str, Any]]
     write_sheets: Callable[..., dict[str, Any]]
     defaults: dict[str, Any]
+    samples_measured: int = 256
+    prompts_measured: int = 16
     parent: str | None = None
     further_parts: Callable[[Any], dict[str, Any]] = lambda tokenizer: {}
     pipeline_settings: Callable[[int], dict[str, Any]] | None = None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from . import qwen_image, qwen_image_edit, z_image
+from . import qwen_image, qwen_image_edit, wan, z_image
 
 __all__ = ["MODELS"]
 
-MODELS = {row.name: row for row in (qwen_image.MODEL, z_image.MODEL, qwen_image_edit.MODEL)}
+MODELS = {row.name: row for row in (qwen_image.MODEL, z_image.MODEL, qwen_image_edit.MODEL, wan.MODEL)}

@@ -27,7 +27,7 @@ from omni_runtime.generation.loading import find, load
 
 from .autoencoder import TEST_SEED, psnr, reconstruction_psnr
 from .model import Model
-from .scenes import EMOJI, asset_directory, package_names, render, scene
+from .scenes import EMOJI, asset_directory, package_names
 
 __all__ = [
     "caption_sheets",
@@ -40,8 +40,7 @@ __all__ = [
     "write_report",
 ]
 
-COMPARISON_PROMPTS, COMPARISON_SEEDS = 16, (0, 1)
-RECONSTRUCTED = 256
+COMPARISON_SEEDS = (0, 1)
 BATCH = 16
 
 
@@ -53,7 +52,8 @@ def generate(
     images: list[Image.Image] | None = None,
     **changes: object,
 ) -> list[np.ndarray]:
-    """One float picture [side, side, 3] in [0, 1] per prompt (and reference), each from the noise of its seed."""
+    """One float picture [side, side, 3] or clip [frames, side, side, 3] in [0, 1] per prompt (and reference), each from
+    the noise of its seed."""
     pictures = []
     for start in range(0, len(prompts), BATCH):
         chosen = prompts[start : start + BATCH]
@@ -63,20 +63,21 @@ def generate(
         if images is not None:
             settings["image"] = images[start : start + BATCH]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + BATCH]]
-        pictures += list(pipeline(prompt=chosen, generator=generators, output_type="np", **settings).images)
+        output = pipeline(prompt=chosen, generator=generators, output_type="np", **settings)
+        pictures += list(output.frames if hasattr(output, "frames") else output.images)
     return pictures
 
 
 def contact_sheet(pictures: list[np.ndarray], captions: list[str], columns: int = 8) -> Image.Image:
     """Pictures in a grid with their captions below, in 256 colours to keep the file small."""
-    side = pictures[0].shape[0]
-    width, height = max(side, 96) + 8, side + 30
+    side, breadth = pictures[0].shape[:2]
+    width, height = max(breadth, 96) + 8, side + 30
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * width, rows * height), "white")
     draw = ImageDraw.Draw(sheet)
     for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         left, top = number % columns * width, number // columns * height
-        sheet.paste(Image.fromarray((picture * 255).round().astype(np.uint8)), (left + (width - side) // 2, top + 2))
+        sheet.paste(Image.fromarray((picture * 255).round().astype(np.uint8)), (left + (width - breadth) // 2, top + 2))
         words, lines = caption.split(), [""]
         for word in words:
             if len(lines[-1]) + len(word) >= 19:
@@ -94,8 +95,8 @@ def contact_sheet(pictures: list[np.ndarray], captions: list[str], columns: int 
     return sheet.quantize(256)
 
 
-def unknown_scenes(count: int, side: int) -> list[np.ndarray]:
-    """Single-emoji scenes of Twemoji outside the vocabulary (no skin tones, no flags), which are not in training."""
+def unknown_scenes(model: Model, count: int, side: int) -> list[np.ndarray]:
+    """Samples of Twemoji outside the vocabulary (no skin tones, no flags), which are not in training."""
     stems = [
         stem
         for stem, name in sorted(package_names().items())
@@ -105,7 +106,7 @@ def unknown_scenes(count: int, side: int) -> list[np.ndarray]:
         and (asset_directory() / f"{stem}.png").exists()
     ]
     rng = random.Random("unknown")
-    return [render(rng, (rng.choice(stems),), None, side) for _ in range(count)]
+    return [model.autoencoder.draw(rng, rng.choice(stems), side) for _ in range(count)]
 
 
 def summary(values: torch.Tensor) -> dict[str, float]:
@@ -162,27 +163,35 @@ def measure(model: Model, pipeline: Any, folder: Path) -> dict:
     side = defaults["height"]
 
     restore = functools.partial(reconstruction_psnr, model.autoencoder, pipeline.vae)
-    known = [scene(TEST_SEED, index, side)[1] for index in range(RECONSTRUCTED)]
+    count = model.samples_measured
+    known = [model.autoencoder.sample(TEST_SEED, index, side)[1] for index in range(count)]
     reconstruction = {
         "unseen_scenes": summary(restore(known)),
-        "emoji_outside_the_vocabulary": summary(restore(unknown_scenes(RECONSTRUCTED, side))),
+        "emoji_outside_the_vocabulary": summary(restore(unknown_scenes(model, count, side))),
     }
     prompts, images = listed_requests(folder, "contact_sheet")
-    spread = [number * len(prompts) // COMPARISON_PROMPTS for number in range(COMPARISON_PROMPTS)]
+    compared = model.prompts_measured
+    spread = [number * len(prompts) // compared for number in range(compared)]
     chosen = [i for i in spread for _ in COMPARISON_SEEDS]
     stacked = functools.partial(
         generate,
         pipeline,
         [prompts[i] for i in chosen],
-        list(COMPARISON_SEEDS) * COMPARISON_PROMPTS,
+        list(COMPARISON_SEEDS) * compared,
         defaults,
         [images[i] for i in chosen] if images else None,
     )
     with recorded_velocities(pipeline) as velocities:
         reference = torch.from_numpy(np.stack(stacked()))
+    per_picture = reference.shape[-3:]  # the frames of a clip count one by one
     bend = bend_of(velocities, defaults["num_inference_steps"])
     fewer_steps = {
-        str(steps): summary(psnr(torch.from_numpy(np.stack(stacked(num_inference_steps=steps))), reference))
+        str(steps): summary(
+            psnr(
+                torch.from_numpy(np.stack(stacked(num_inference_steps=steps))).reshape(-1, *per_picture),
+                reference.reshape(-1, *per_picture),
+            )
+        )
         for steps in (25, 13)
     }
     sizes = {
@@ -195,7 +204,7 @@ def measure(model: Model, pipeline: Any, folder: Path) -> dict:
         "reconstruction_psnr_db": reconstruction,
         "fewer_steps_psnr_db": fewer_steps,
         "comparison": {
-            "prompts": COMPARISON_PROMPTS,
+            "prompts": compared,
             "seeds": list(COMPARISON_SEEDS),
             "reference_steps": defaults["num_inference_steps"],
         },

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from .autoencoder import encode, latent_statistics, pictures_to_tensor
 from .model import Autoencoder, Model
 from .muon import BatchedMuon
-from .scenes import scene
 from .training import Budget, Fit, fit, save
 
 __all__ = [
@@ -98,7 +97,7 @@ def build_latents(
     row = model.autoencoder
     encode_pictures = batch_encoder(row, vae, device, compiled)
     latents, captions = [], []
-    for scenes in batches(lambda index: scene(LATENT_SEED, index, side), count):
+    for scenes in batches(lambda index: row.sample(LATENT_SEED, index, side), count, 8 * row.batch):
         captions += [drawn.caption for drawn, _ in scenes]
         latents.append(encode_pictures([picture for _, picture in scenes]))
     stacked = torch.cat(latents)[:count]
@@ -129,8 +128,8 @@ def captioned_samples(model: Model, cached: dict, encode_captions: CaptionEncode
 
 
 def normalised_tokens(model: Model, cached: dict, latents: torch.Tensor) -> torch.Tensor:
-    """Latents [count, channels, h, w] as the transformer's input tokens, fp16."""
-    mean, std = (torch.tensor(cached[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
+    """Latents [count, channels, ..., h, w] as the transformer's input tokens, fp16."""
+    mean, std = (torch.tensor(cached[name]).view(1, -1, *[1] * (latents.ndim - 2)) for name in ("mean", "std"))
     return model.pack(((latents.float() - mean) / std).half())
 
 

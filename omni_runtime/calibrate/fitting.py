@@ -231,7 +231,8 @@ def calibrate(
             with listener(number, request) as on_step:
                 result = omni.run(request, on_step)
         run = session.describe_last()
-    size = getattr(result.images[0], "size", None)
+    picture = result.images[0] if result.frames is None else result.frames[0][0]
+    size = getattr(picture, "size", None)
     if isinstance(size, tuple):
         run |= {"width": size[0], "height": size[1]}
     fitted = RECORDINGS[method].fit(session.points)

@@ -24,10 +24,16 @@ def compare(options: argparse.Namespace) -> None:
     settle(options)
     with wrong_input():
         runs = comparison.make_runs(options.model, options.run, options.steps, options.fewer_steps)
-        for run in runs:
+        for run in list(runs):
             if (run.config or {}).get("decision") == "replay":
                 raise UsageError(f"--run {run.name}: each image is made by itself, so there is nothing to replay")
-            make_omni(options, cache_backend=run.backend, cache_config=run.config).check_steps(run.steps)
+            try:
+                make_omni(options, cache_backend=run.backend, cache_config=run.config).check_steps(run.steps)
+            except ValueError as error:
+                if options.run or run.backend is None:
+                    raise
+                runs.remove(run)  # one of the usual runs, which this model cannot have
+                print(f"{run.name} is left out: {error}", file=sys.stderr)
         omni = make_omni(options, cache_backend=None)
         requests = with_seeds(options, omni, prompts_and_images(options, OWN_PROMPTS, options.prompts), options.seeds)
         make_directory(options.out)

@@ -1,4 +1,4 @@
-"""`omni generate`: one PNG or more per prompt, and a summary of each."""
+"""`omni generate`: one PNG or video, or more, per prompt, and a summary of each."""
 
 from __future__ import annotations
 
@@ -13,19 +13,25 @@ from omni_runtime.cli.inputs import bar, make_directory, make_omni, request_argu
 from omni_runtime.cli.options import UsageError
 from omni_runtime.cli.output import print_json
 from omni_runtime.files import WriteError
+from omni_runtime.generation import video
 from omni_runtime.generation.result import OmniResult
 
-#: File name endings of picture formats that cannot be written.
+#: File name endings of formats that cannot be written.
 OTHER_PICTURES = frozenset(
-    [".apng", ".avif", ".bmp", ".gif", ".heic", ".jfif", ".jpe", ".jpeg", ".jpg", ".jxl", ".tif", ".tiff", ".webp"]
+    [".apng", ".avif", ".bmp", ".gif", ".heic", ".jfif", ".jpe", ".jpeg", ".jpg", ".jxl", ".tif", ".tiff"]
 )
+OTHER_VIDEOS = frozenset([".avi", ".m4v", ".mkv", ".mov", ".mpeg", ".mpg", ".ogv", ".webm"])
+FILES = frozenset([".png", *video.SUFFIXES])
 
 
 def generate(options: argparse.Namespace) -> None:
-    """Make the images."""
-    if options.out.suffix.lower() in OTHER_PICTURES and not options.out.is_dir():
-        raise UsageError(f"--out {options.out}: pictures are PNG: give a .png file or a directory")
-    to_file = options.out.suffix.lower() == ".png"
+    """Make the images or videos."""
+    ending = options.out.suffix.lower()
+    if ending in OTHER_PICTURES | OTHER_VIDEOS and not options.out.is_dir():
+        raise UsageError(
+            f"--out {options.out}: pictures are PNG: give a .png file or a directory; videos are .mp4 or .webp"
+        )
+    to_file = ending in FILES and not options.out.is_dir()
     if to_file and len(options.prompt) > 1:
         raise UsageError(f"--out {options.out} is one file, for {len(options.prompt)} prompts: give a directory")
     settle(options)
@@ -34,6 +40,10 @@ def generate(options: argparse.Namespace) -> None:
         how["cache_backend"] = options.cache_backend
     with wrong_input():
         omni = make_omni(options, cache_config=options.cache_config, **how)
+        if to_file:
+            _check_ending(options.out, omni.makes_video)
+        if options.fps is not None and not omni.makes_video:
+            raise UsageError(f"--fps is for videos, and {options.model} makes pictures")
         prompts = options.prompt[0] if len(options.prompt) == 1 else options.prompt
         requests = omni.prepare(prompts, seed=options.seed, **request_arguments(options))
         make_directory(options.out.parent if to_file else options.out)
@@ -44,7 +54,7 @@ def generate(options: argparse.Namespace) -> None:
         with bar(options, request.prompt or "", request.arguments.get("num_inference_steps", 0)) as on_step:
             result = omni.run(request, on_step)
         try:
-            files = result.save(options.out if to_file else _unused(options.out, result))
+            files = result.save(options.out if to_file else _unused(options.out, result), options.fps)
         except WriteError as error:
             raise error.keeping(f"kept from earlier prompts: {', '.join(written) or 'nothing'}") from error
         written += map(str, files)
@@ -55,17 +65,32 @@ def generate(options: argparse.Namespace) -> None:
         print_json({"results": made})
 
 
+def _check_ending(path: Path, of_video: bool) -> None:
+    """Check before anything is loaded that the model's output can be written to this file."""
+    if of_video:
+        missing = video.encoder_missing(path.suffix)
+        if missing is not None:
+            raise UsageError(f"--out {path}: {missing}")
+    elif path.suffix.lower() in video.SUFFIXES:
+        raise UsageError(
+            f"--out {path}: the model makes pictures, and pictures are PNG: give a .png file or a directory"
+        )
+
+
 def _unused(directory: Path, result: OmniResult) -> Path:
-    """Return an unused path whose file name describes the image."""
+    """Return an unused path whose file name describes the image or video."""
+    suffix = ".png"
+    if result.frames is not None:
+        suffix = next(ending for ending in video.SUFFIXES if video.encoder_missing(ending) is None)
     encoding = sys.getfilesystemencoding()
     prompt = (result.prompt or "").lower().encode(encoding, "ignore").decode(encoding)
     words = re.sub(r"\W+", "-", prompt).strip("-")[:60].strip("-") or "image"
     backend = result.settings["cache_backend"]
     stem = f"{words}-seed{result.seed}" + (f"-{backend}" if backend else "")
-    path, number = directory / f"{stem}.png", 1
+    path, number = directory / f"{stem}{suffix}", 1
     while path.exists():
         number += 1
-        path = directory / f"{stem}-{number}.png"
+        path = directory / f"{stem}-{number}{suffix}"
     return path
 
 
@@ -81,7 +106,8 @@ def _summary(result: OmniResult, files: Sequence[Path]) -> str:
         total = report.forwards + report.forwards_saved
         lines.append(
             f"  {report.backend}: {report.forwards} of {total} transformer forwards computed, "
-            f"{report.forwards_saved} skipped; {report.blocks_run / max(report.blocks_total, 1):.0%} of the blocks run"
+            f"{report.forwards_saved} skipped"
+            + (f"; {report.blocks_run / report.blocks_total:.0%} of the blocks run" if report.blocks_total else "")
         )
         lines += [f"  {note}" for note in report.notes]
     return "\n".join(lines)

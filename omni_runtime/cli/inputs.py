@@ -59,7 +59,7 @@ def request_arguments(options: argparse.Namespace) -> dict[str, Any]:
     width, height = options.size or (None, None)
     images = options.image or []
     if dict(options.set).get("output_type", "pil") != "pil":
-        raise UsageError("images are written as PNG: output_type cannot be set")
+        raise UsageError("images are written as PNG, videos as MP4 or WebP: output_type cannot be set")
     return {
         "negative_prompt": options.negative_prompt,
         "image": images[0] if len(images) == 1 else images or None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 import os
 import re
 import sys
@@ -110,7 +111,7 @@ def _model_options() -> argparse.ArgumentParser:
 
 
 def _add_generate(commands: Any, shared: argparse.ArgumentParser) -> None:
-    about = "make images and write them as PNG, with their settings inside"
+    about = "make images or videos, and write them as PNG, MP4 or animated WebP, with their settings inside"
     command = commands.add_parser(
         "generate", help=about, description=f"{about.capitalize()}.", parents=[shared], allow_abbrev=False
     )
@@ -131,7 +132,17 @@ def _add_generate(commands: Any, shared: argparse.ArgumentParser) -> None:
     command.add_argument("--fuse", action="store_true", help="run transformer blocks fused")
     command.add_argument("--compile", choices=["regional"], help="compile each transformer block separately")
     command.add_argument(
-        "--out", type=Path, default=Path("out"), metavar="PATH", help="a directory, or a .png file (default: out)"
+        "--fps",
+        type=_rate,
+        metavar="N",
+        help="frames per second of videos (default: the request's frame_rate, else 16)",
+    )
+    command.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out"),
+        metavar="PATH",
+        help="a directory, or a file: .png, for videos .mp4 or .webp (default: out)",
     )
 
 
@@ -163,7 +174,7 @@ def _add_compare(commands: Any, shared: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=BACKEND:JSON",
-        help="a cache to compare; repeatable; name and JSON may be left out (default: several that suit the model)",
+        help="a cache to compare; repeatable; name and JSON may be left out (default: several that the model can have)",
     )
     command.add_argument(
         "--fewer-steps",
@@ -256,6 +267,16 @@ def _whole(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
     return int(text)
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate <= 1000:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, of 1000 at most, not {text!r}")
+    return rate
 
 
 def _seed(text: str) -> int:

@@ -1,13 +1,13 @@
 """Cells of a comparison: one image of one run, for one prompt and seed, written to disk as soon as it is made.
 
 A cell is three files, named after the prompt, the seed and a digest of everything that the image depends on: the
-picture as PNG with its settings inside, the final latents as .npy (float32), and a JSON record of what was computed and
-how long it took. The record is written last, with digests of the other files. So a cell without its record counts as
-missing, and damage is detected. An existing cell is not made again. Any change makes another cell: a setting, a weight
-or, for our own caches, a line of the caches or kernels.
+picture as PNG (a video as lossless animated WebP) with its settings inside, the final latents as .npy (float32), and a
+JSON record of what was computed and how long it took. The record is written last, with digests of the other files. So a
+cell without its record counts as missing, and damage is detected. An existing cell is not made again. Any change makes
+another cell: a setting, a weight or, for our own caches, a line of the caches or kernels.
 
-Pictures are what the pipeline returns to its user, with 8 bits per channel. PNG keeps them exactly, so a cell that is
-read from disk has the same measures as when it was made.
+Pictures are what the pipeline returns to its user, with 8 bits per channel. PNG and WebP keep them exactly, so a cell
+that is read from disk has the same measures as when it was made.
 
 Every run is watched in the same way, also one with another library's cache. A hook on a projection of each block counts
 the blocks that really ran, for caches that skip whole blocks and for those that skip within them. A transformer forward
@@ -41,6 +41,7 @@ from omni_kernels.device import describe
 from omni_runtime import files
 from omni_runtime.cache.contract import module_lists
 from omni_runtime.cache.report import CacheReport
+from omni_runtime.generation import video
 from omni_runtime.generation.checks import finite_number
 from omni_runtime.generation.omni import Omni
 from omni_runtime.generation.request import GenerationRequest
@@ -52,7 +53,7 @@ PACKAGES = ("omni-kernels", "diffusers", "transformers", "torch")
 SOURCES = ("omni_kernels", "omni_runtime/cache")
 
 #: Names, within a block, of the module that runs whenever the block does: its (self-)attention's output projection.
-PROJECTIONS = ("attn.to_out.0", "attention.to_out.0", "proj_out")
+PROJECTIONS = ("attn.to_out.0", "attention.to_out.0", "attn1.to_out.0", "proj_out")
 
 SAMPLES = 32  # how many values of each weight the fingerprint reads
 
@@ -83,10 +84,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Cell:
-    """One image, on disk.
+    """One image or video, on disk.
 
     Attributes:
-        path: the PNG file; the latents and the record are in the same directory.
+        path: the PNG or WebP file; the latents and the record are in the same directory.
         record: prompt, seed, seconds, forwards, blocks, branches, sitting, ...: see `make`.
         made_now: whether this call made the cell; False if it was on disk already.
     """
@@ -96,19 +97,30 @@ class Cell:
     made_now: bool
 
     @property
-    def image(self) -> Any:
-        """The picture (PIL), read from disk."""
-        from PIL import Image
+    def frames(self) -> list[Any]:
+        """The frames (PIL) of the video, read from disk; one for a picture."""
+        return frames_of(self.path)
 
-        with Image.open(self.path) as image:
-            image.load()
-            return image
+    @property
+    def image(self) -> Any:
+        """The picture (PIL), or the first frame of the video."""
+        return self.frames[0]
 
     @property
     def latents(self) -> torch.Tensor | None:
         """The final latents; None if the pipeline does not expose them."""
         path = self.path.with_suffix(".npy")
         return torch.from_numpy(np.load(path)) if ".npy" in self.record["sha256"] else None
+
+
+def frames_of(path: Path) -> list[Any]:
+    """The frames (PIL, RGB) of a cell's WebP, or the picture of its PNG."""
+    if path.suffix in video.SUFFIXES:
+        return video.read_frames(path)
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return [image.convert("RGB")]
 
 
 def complete_config(run: Run, pipe: Any) -> Any:
@@ -153,23 +165,26 @@ def identity(run: Run, config: Any, pipe: Any, request: GenerationRequest, finge
     }
 
 
-def path_of(directory: Path, cell: Mapping[str, Any]) -> Path:
-    """Return the path of the PNG of the cell with this `identity`, whether it exists or not."""
+def path_of(directory: Path, cell: Mapping[str, Any], suffix: str = ".png") -> Path:
+    """Return the path of the picture of the cell with this `identity`, whether it exists or not.
+
+    `suffix` is ".webp" for a pipeline of videos.
+    """
     digest = hashlib.sha256(json.dumps(cell, sort_keys=True).encode()).hexdigest()[:16]
     words = re.sub(r"\W+", "-", (cell["prompt"] or "image").lower()).strip("-")[:40].strip("-") or "image"
     kind = re.sub(r"\W+", "-", cell["cache_backend"] or f"{cell['steps']} steps")
-    return directory / f"{words}-seed{cell['seed']}-{kind}-{digest}.png"
+    return directory / f"{words}-seed{cell['seed']}-{kind}-{digest}{suffix}"
 
 
 def find(path: Path) -> Cell | None:
-    """Return the cell whose PNG is at `path`; None if it is missing, incomplete or damaged.
+    """Return the cell whose picture is at `path`; None if it is missing, incomplete or damaged.
 
     A directory in the place of one of the files is set aside.
 
     Warns:
         files.DamagedFileWarning: a file of the cell is damaged, so the cell has to be made again.
     """
-    places = [path.with_suffix(suffix) for suffix in (".json", ".png", ".npy")]
+    places = [path.with_suffix(suffix) for suffix in (".json", path.suffix, ".npy")]
     for place in places:
         if place.is_dir():
             files.set_aside(place, "it is a directory", "and the picture is made again")
@@ -227,7 +242,7 @@ _RECORD: dict[str, Callable[[Any], bool]] = {
     "notes": lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value),
     "sitting": lambda value: isinstance(value, dict),
     "reference_seconds": lambda value: value is None or (finite_number(value) and value > 0),
-    "sha256": lambda value: isinstance(value, dict) and ".png" in value and value.keys() <= {".png", ".npy"},
+    "sha256": lambda value: isinstance(value, dict) and value.keys() - {".npy"} in ({".png"}, {".webp"}),
 }
 
 
@@ -253,19 +268,20 @@ def make(
             compared with the threshold, or None}
         notes: the notes of the cache's report; sitting: when and where the cell was made
         reference_seconds: as given
-        sha256: the digest of each of its other files, by suffix: ".png" and, if there are latents, ".npy"
+        sha256: the digest of each of its other files, by suffix: ".png" or ".webp" and, if there are latents, ".npy"
 
     Raises:
         ValueError: the pipeline returns several images, or the latents are not finite.
-        TypeError: the pipeline does not return a PIL image.
+        TypeError: the pipeline does not return PIL images.
         files.WriteError: a file cannot be written; the cell then does not exist.
     """
     result, watch = _generated(run, pipe, request, on_step)
-    if len(result.images) != 1:
-        raise ValueError(f"a comparison is of single images; the pipeline returned {len(result.images)}")
-    (image,) = result.images
-    if not hasattr(image, "convert"):
-        raise TypeError(f'a comparison needs pictures, not {type(image).__name__}: leave output_type at "pil"')
+    made = result.images if result.frames is None else result.frames
+    if len(made) != 1:
+        raise ValueError(f"a comparison is of single images; the pipeline returned {len(made)}")
+    for image in made if result.frames is None else made[0]:
+        if not hasattr(image, "convert"):
+            raise TypeError(f'a comparison needs pictures, not {type(image).__name__}: leave output_type at "pil"')
     record = {
         "prompt": request.prompt,
         "seed": request.seed,
@@ -283,7 +299,10 @@ def make(
     settings |= {"run": run.name, "cache_backend": run.backend}
     if run.install is not None:
         settings["cache_config"] = jsonable(run.config)
-    contents = {".png": png(image, settings)}
+    if result.frames is None:
+        contents = {path.suffix: png(made[0], settings)}
+    else:
+        contents = {path.suffix: video.encode(path.suffix, made[0], settings, settings.get("frame_rate") or video.FPS)}
     if watch.latents is not None:
         latents = watch.latents.float().cpu().numpy()
         if not np.isfinite(latents).all():

@@ -8,6 +8,10 @@ Plain sampling with fewer steps is among the runs: a user gets it for free, so a
     document = evaluate(compare(runs, pipe, requests, "out"), about("emoji-qwen-image", pipe, requests))
     write(document, "out")  # results.json, report.html, contact_sheet.png
 
+A pipeline of videos is compared in the same way. The PSNR of a video is the mean over its frames, as are SSIM, MS-SSIM
+and LPIPS. The motion PSNR is that of the changes from one frame to the next: it falls if a cache makes the motion
+jerky, slow or different, and not if it only shifts a colour.
+
 `compare` makes the images. Each is a cell (`omni_runtime.compare.cells`), written to the directory as soon as it is
 made. An interrupted comparison, or one with an additional run, makes only the missing cells. `evaluate` measures the
 cells and returns the content of results.json. The table, the contact sheet and the report
@@ -52,6 +56,7 @@ from omni_runtime.generation.loading import embedded_models
 from omni_runtime.generation.omni import Omni
 from omni_runtime.generation.request import GenerationRequest
 from omni_runtime.generation.result import jsonable
+from omni_runtime.generation.video import makes_video
 from omni_runtime.progress import Progress, seconds_left
 
 REFERENCE = "no cache"
@@ -185,6 +190,20 @@ def make_runs(model: str, chosen: Sequence[str], steps: int, fewer_steps: Sequen
     return runs
 
 
+def possible(runs: Sequence[Run], pipe: Any) -> tuple[list[Run], dict[str, str]]:
+    """Return the runs that this pipeline can have, and for each of the others, by name, why its cache is refused."""
+
+    def why_not(run: Run) -> str | None:
+        try:
+            cells.complete_config(run, pipe)
+        except ValueError as error:
+            return str(error).split("\n")[0]
+        return None
+
+    refused = {run.name: why for run in runs if (why := why_not(run)) is not None}
+    return [run for run in runs if run.name not in refused], refused
+
+
 def _check_names(runs: Sequence[Run]) -> None:
     names = [run.name for run in runs]
     for name in names:
@@ -284,10 +303,13 @@ def compare(
     folder = Path(directory) / "cells"
     files.make_directory(folder)
     fingerprint = cells.fingerprint_of(pipe)
+    suffix = ".webp" if makes_video(type(pipe)) else ".png"
+
+    def identity(run: Run, request: GenerationRequest) -> dict[str, Any]:
+        return cells.identity(run, configs[run.name], pipe, request, fingerprint)
+
     plan = [
-        (run, request, cells.path_of(folder, cells.identity(run, configs[run.name], pipe, request, fingerprint)))
-        for request in requests
-        for run in runs
+        (run, request, cells.path_of(folder, identity(run, request), suffix)) for request in requests for run in runs
     ]
     there = {path: None if fresh else cells.find(path) for _, _, path in plan}
     to_make = {path: run.name for run, _, path in plan if there[path] is None}
@@ -323,7 +345,8 @@ def _check(runs: Sequence[Run], requests: Sequence[GenerationRequest]) -> None:
     if not (runs and requests):
         raise ValueError("there is nothing to compare: no runs, or no requests")
     for request in requests:
-        if request.seed is None or request.arguments.get("num_images_per_prompt", 1) != 1:
+        several = [request.arguments.get(f"num_{kind}_per_prompt", 1) for kind in ("images", "videos")]
+        if request.seed is None or several != [1, 1]:
             raise ValueError("a comparison is of single images with a seed each")
 
 
@@ -358,6 +381,7 @@ MEASURES: dict[str, Measure] = {
     "seconds": Measure("s/image", "s", 2, cost=True),
     "speedup": Measure("speedup", "×", 2, cost=True),
     "psnr": Measure("PSNR", "dB", 1),
+    "motion_psnr": Measure("motion PSNR", "dB", 1),
     "ssim": Measure("SSIM", "", 3),
     "ms_ssim": Measure("MS-SSIM", "", 3),
     "latents_psnr": Measure("latents PSNR", "dB", 1),
@@ -407,10 +431,12 @@ def evaluate(results: Sequence[RunResult], about: Mapping[str, Any] | None = Non
                 "cells": listed,
             }
         )
-    width, height = reference[0].image.size
+    frames = reference[0].frames
+    width, height = frames[0].size
     return {
         **(about or {}),
         "measures": {name: asdict(MEASURES[name]) for name in names},
+        "frames": len(frames),
         "ms_ssim_scales": quality.ms_ssim_scales(height, width),
         "lpips_missing": lpips_missing,
         "sittings": sittings,
@@ -421,21 +447,23 @@ def evaluate(results: Sequence[RunResult], about: Mapping[str, Any] | None = Non
 def _measured(row: Sequence[Cell], with_lpips: bool) -> list[dict[str, float]]:
     """Return all measures by name, for each image of one prompt and seed. The first image is the reference."""
     reference = row[0]
-    base = quality.as_float(reference.image)
+    base = quality.as_float(reference.frames)  # [frames, channels, height, width]
     final = reference.latents
-    several = max(1, PIXELS // base[0].numel())  # at once: for small images, calls cost more than arithmetic
+    several = max(1, PIXELS // base[:, 0].numel())  # at once: for small images, calls cost more than arithmetic
     found = []
     for first in range(0, len(row), several):
         part = row[first : first + several]
-        images = quality.as_float([cell.image for cell in part])
+        images = quality.as_float([cell.frames for cell in part])
         bases = base.expand_as(images)
         of_images = {"psnr": quality.psnr(bases, images)}
+        if len(base) > 1:
+            of_images["motion_psnr"] = quality.psnr(bases.diff(dim=1), images.diff(dim=1))
         if quality.ms_ssim_scales(*base.shape[-2:]):
             of_images |= {"ssim": quality.ssim(bases, images), "ms_ssim": quality.ms_ssim(bases, images)}
         if with_lpips:
             of_images["lpips"] = quality.lpips(bases, images)
         for number, cell in enumerate(part):
-            values = {name: float(numbers[number]) for name, numbers in of_images.items()}
+            values = {name: _over_frames(numbers[number]) for name, numbers in of_images.items()}
             values |= {"nfe": cell.record["forwards"], "seconds": cell.record["seconds"]}
             seconds = cell.record.get("reference_seconds") or reference.record["seconds"]
             values["speedup"] = seconds / cell.record["seconds"]
@@ -445,6 +473,12 @@ def _measured(row: Sequence[Cell], with_lpips: bool) -> list[dict[str, float]]:
                 values["latents_psnr"] = float(quality.latents_psnr(final, cell.latents))
             found.append(values)
     return found
+
+
+def _over_frames(values: torch.Tensor) -> float:
+    """Return the mean over frames. Identical frames have an infinite PSNR: they are left out, unless all are."""
+    finite = values[values.isfinite()]
+    return float((finite if len(finite) else values).mean())
 
 
 def statistics_of(values: Sequence[float]) -> dict[str, float | int | None]:

@@ -3,9 +3,10 @@
     report_html.write("out/compare")                 # reads results.json there, writes report.html
     html = report_html.render(document, picture)     # the same in memory
 
-The page fetches nothing: pictures are data URIs, plots inline SVG. It has one small script, which lays a picture over
-its reference; without it the pictures still show. The content security policy allows that script, by its hash, and
-forbids the rest. The page follows the reader's light or dark setting, and prints.
+The page fetches nothing: pictures are data URIs, plots inline SVG. Videos are animated WebP, which plays in an <img>.
+The page has one small script, which lays a picture over its reference; without it the pictures still show. The content
+security policy allows that script, by its hash, and forbids the rest. The page follows the reader's light or dark
+setting, and prints.
 
 It shows, for `document` as `omni_runtime.compare.comparison.evaluate` returns it: a table of all measures; two plots
 of PSNR, over speedup and over NFE, with a line per method; for each run which steps were computed, and what its
@@ -29,7 +30,8 @@ import jinja2
 import numpy as np
 
 from omni_runtime import files
-from omni_runtime.compare import labels
+from omni_runtime.compare import cells, labels
+from omni_runtime.generation import video
 
 Document = Mapping[str, Any]
 Picture = Callable[[Mapping[str, Any]], Any]
@@ -71,16 +73,19 @@ def write(directory: str | Path) -> Path:
 
 
 def pictures_in(directory: str | Path) -> Picture:
-    """A cell of results.json → its picture (PIL), from the file that the cell names."""
+    """A cell of results.json → its picture (PIL), or its video's list of frames, from the file that the cell names."""
 
     @functools.lru_cache(maxsize=64)
     def read(path: Path) -> Any:
-        from PIL import Image
-
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        frames = cells.frames_of(path)
+        return frames if path.suffix in video.SUFFIXES else frames[0]
 
     return lambda cell: read(Path(directory) / cell["image"])
+
+
+def frames_of(picture: Any) -> list[Any]:
+    """The frames of what a `Picture` returns: one for a picture."""
+    return list(picture) if isinstance(picture, list | tuple) else [picture]
 
 
 def render(document: Document, picture: Picture) -> str:
@@ -88,7 +93,7 @@ def render(document: Document, picture: Picture) -> str:
 
     Args:
         document: what results.json holds; its first run is the reference.
-        picture: a cell of it → the image (PIL).
+        picture: a cell of it → the image (PIL), or the frames of a video.
     """
     runs = document["runs"]
     rows = list(zip(*(run["cells"] for run in runs), strict=True))
@@ -112,7 +117,8 @@ def render(document: Document, picture: Picture) -> str:
         "worst": [(run, rows[row][run]) for run, row in enumerate(worst) if row is not None],
         "columns": _columns(len(runs)),
         "images": len(rows),
-        "size": picture(rows[0][0]).size,
+        "size": frames_of(picture(rows[0][0]))[0].size,
+        "frames": len(frames_of(picture(rows[0][0]))),
         "gain": GAIN,
         "longest": LONGEST,
         "facts": _facts(document),
@@ -342,7 +348,7 @@ def _gallery(
     most = max(min(ROWS, max(2, PICTURES // len(runs))), len({row for row in worst if row is not None}))
     gallery = []
     for number in _worst_first(len(rows), worst)[:most]:
-        images = [picture(cell).convert("RGB") for cell in rows[number]]
+        images = [[frame.convert("RGB") for frame in frames_of(picture(cell))] for cell in rows[number]]
         differences = [None, *(_image(_difference(images[0], image)) for image in images[1:])]
         shown = zip(runs, rows[number], worst, images, differences, strict=True)
         gallery.append(
@@ -402,30 +408,36 @@ def _verdict(document: Document) -> str:
     return f"{run['name']} is {run['speedup']['mean']:.2f}× as fast as {document['runs'][0]['name']}, {near}.{missed}"
 
 
-def _difference(reference: Any, image: Any) -> Any:
+def _difference(reference: Sequence[Any], images: Sequence[Any]) -> list[Any]:
     from PIL import Image
 
-    a, b = (np.asarray(one).astype(np.int16) for one in (reference, image))
-    return Image.fromarray((np.abs(a - b) * GAIN).clip(0, 255).astype(np.uint8))
+    a, b = (np.stack([np.asarray(one) for one in frames]).astype(np.int16) for frames in (reference, images))
+    return [Image.fromarray(frame) for frame in (np.abs(a - b) * GAIN).clip(0, 255).astype(np.uint8)]
 
 
-def _image(image: Any) -> dict[str, Any]:
-    """An image as data URI: small ones as they are, enlarged pixel by pixel; large ones reduced."""
+def _image(frames: Sequence[Any]) -> dict[str, Any]:
+    """A picture or video as data URI: small ones as they are, enlarged pixel by pixel; large ones reduced."""
     from PIL import Image
 
-    if max(image.size) > LONGEST:
-        image = image.copy()
-        image.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
-        kind: tuple[str, dict[str, Any]] = ("jpeg", {"quality": 90})
+    width, height = frames[0].size
+    large = max(width, height) > LONGEST
+    if large:
+        frames = [frame.copy() for frame in frames]
+        for frame in frames:
+            frame.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
+        width, height = frames[0].size
+    if len(frames) > 1:
+        kind, data = "webp", video.webp(frames, video.FPS, exact=not large)
     else:
-        kind = ("png", {"optimize": True})
-    data = io.BytesIO()
-    image.save(data, format=kind[0], **kind[1])
-    factor = max(1, 128 // max(image.size))
+        kind = "jpeg" if large else "png"
+        buffer = io.BytesIO()
+        frames[0].save(buffer, format=kind, **({"quality": 90} if large else {"optimize": True}))
+        data = buffer.getvalue()
+    factor = max(1, 128 // max(width, height))
     return {
-        "uri": f"data:image/{kind[0]};base64,{base64.b64encode(data.getvalue()).decode()}",
-        "width": image.width * factor,
-        "height": image.height * factor,
+        "uri": f"data:image/{kind};base64,{base64.b64encode(data).decode()}",
+        "width": width * factor,
+        "height": height * factor,
     }
 
 

@@ -23,6 +23,7 @@ COLUMNS = (
     ("speedup", "mean", "speedup"),
     ("psnr", "spread", "PSNR dB"),
     ("psnr", "p5", "p5"),
+    ("motion_psnr", "mean", "motion dB"),
     ("ssim", "mean", "SSIM"),
     ("ms_ssim", "mean", "MS-SSIM"),
     ("latents_psnr", "mean", "latents dB"),
@@ -68,7 +69,7 @@ def sheet(document: Mapping[str, Any], picture: Callable[[Mapping[str, Any]], An
 
     Args:
         document: the result of `evaluate`.
-        picture: returns the image of one of the document's cells.
+        picture: returns the image of one of the document's cells, or the frames of its video, of which three are drawn.
     """
     runs = document["runs"]
     several_seeds = len({cell["seed"] for cell in runs[0]["cells"]}) > 1
@@ -76,9 +77,22 @@ def sheet(document: Mapping[str, Any], picture: Callable[[Mapping[str, Any]], An
     rows, images, captions = [], [], []
     for row in spread_over(list(zip(*(run["cells"] for run in runs), strict=True)), SHEET_ROWS):
         rows.append((row[0]["prompt"] or "") + (f" (seed {row[0]['seed']})" if several_seeds else ""))
-        images.append([picture(cell) for cell in row])
+        images.append([_still(report_html.frames_of(picture(cell))) for cell in row])
         captions.append(["reference", *(_decibels(cell["psnr"]) for cell in row[1:])])
     return contact_sheet.draw(images, captions, rows, columns)
+
+
+def _still(frames: list[Any]) -> Any:
+    """A picture as it is; of a video, the first, the middle and the last frame side by side."""
+    if len(frames) == 1:
+        return frames[0]
+    from PIL import Image
+
+    width, height = frames[0].size
+    still = Image.new("RGB", (3 * width, height))
+    for number, frame in enumerate((frames[0], frames[len(frames) // 2], frames[-1])):
+        still.paste(frame, (number * width, 0))
+    return still
 
 
 def _decibels(value: float | None) -> str:

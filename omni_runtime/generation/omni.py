@@ -25,7 +25,7 @@ from omni_kernels.patching.calls import options_of
 from omni_kernels.patching.warming import STEPS, Warmup, warmup
 from omni_runtime.cache import models
 from omni_runtime.cache.report import StepEvent
-from omni_runtime.generation import loading, request
+from omni_runtime.generation import loading, request, video
 from omni_runtime.generation.clock import LoopClock
 from omni_runtime.generation.result import OmniResult, jsonable, not_a_number
 
@@ -151,6 +151,11 @@ class Omni:
     def pipe(self) -> Any:
         """The diffusers pipeline. Reading this property loads it if necessary."""
         return self.load()
+
+    @property
+    def makes_video(self) -> bool:
+        """Whether the pipeline makes videos, which results hold as `frames`. Needs no weights."""
+        return video.makes_video(self._pipeline_class or type(self.pipe))
 
     def load(self) -> Any:
         """Load the weights and install the cache, if that has not been done yet. Returns the pipeline.
@@ -287,14 +292,16 @@ class Omni:
             raise
         finally:
             handle.on_step = former
+        of_frames = hasattr(output, "frames")
         return OmniResult(
-            images=output.images if hasattr(output, "images") else output[0],
+            images=None if of_frames else output.images if hasattr(output, "images") else output[0],
             cache=handle.report,
             timings=clock.timings(),
             prompt=one.prompt,
             seed=one.seed,
             settings=self._settings(one, pipe, handle),
             peak_memory=memory.bytes(),
+            frames=output.frames if of_frames else None,
         )
 
     def check_steps(self, steps: int | None) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from omni_runtime.generation.checks import suggestion, whole_number
+from omni_runtime.generation.video import makes_video
 
 #: Parts of the class names of pipelines that need an image. For others (FLUX Kontext) the image is optional.
 NEEDS_IMAGE = ("Edit", "Img2Img", "Inpaint")
@@ -86,6 +87,8 @@ def build(
     given = {name: value for name, value in arguments.items() if value is not None}
     given = {name: value for name, value in (defaults or {}).items() if name in signature} | given
     default_negative = given.pop("negative_prompt", None)
+    if "output_type" in signature and makes_video(pipeline_class):
+        given.setdefault("output_type", "pil")  # like pipelines of images; some of videos return arrays
     _check_names(pipeline_class, signature, given)
     _check_types(signature, given)
 
@@ -151,7 +154,7 @@ def _check_types(signature: Mapping[str, Any], given: dict[str, Any]) -> None:
     """Check that counts are positive whole numbers and other values have the type of their default."""
     for name, value in given.items():
         default = signature[name].default if name in signature else None
-        if name in ("num_inference_steps", "height", "width", "num_images_per_prompt"):
+        if name in ("num_inference_steps", "height", "width", "num_frames", "num_images_per_prompt"):
             given[name] = whole_number(name, value, least=1)
         elif isinstance(default, bool):
             _check_type(name, value, bool, "True or False")

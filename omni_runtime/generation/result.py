@@ -1,4 +1,4 @@
-"""The result of a request: its images, the cache's report, its times, and the settings that reproduce it."""
+"""The result of a request: its images or videos, the cache's report, its times, and the settings that reproduce it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from omni_runtime import files
+from omni_runtime.generation import video
 
 if TYPE_CHECKING:
     from omni_runtime.cache.report import CacheReport
@@ -50,16 +51,18 @@ class OmniResult:
     """One prompt's result.
 
     Attributes:
-        images: PIL images, or what the pipeline returns for another `output_type`.
+        images: PIL images, or what the pipeline returns for another `output_type`; None from a pipeline of videos.
         cache: the cache's report: which steps were computed and which were skipped. None without a cache.
         timings: the request's seconds.
         prompt: the prompt; None if embeddings were given instead.
         seed: the seed that reproduces the images; None if a generator was given.
         settings: everything that the request depended on, ready for JSON.
         peak_memory: the largest number of bytes that tensors held on the device, including the model; None on the CPU.
+        frames: the videos, each a list of PIL images, or what the pipeline returns for another `output_type`; None from
+            a pipeline of images.
 
     Raises:
-        NotANumberError: the images are tensors or arrays that hold NaN.
+        NotANumberError: the images or frames are tensors or arrays that hold NaN.
     """
 
     images: Any
@@ -69,43 +72,60 @@ class OmniResult:
     seed: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     peak_memory: int | None = None
+    frames: Any = None
 
     def __post_init__(self) -> None:
-        if _has_nan(self.images):
+        if _has_nan(self.images) or _has_nan(self.frames):
             raise NotANumberError(_NAN)
 
-    def save(self, path: str | Path) -> list[Path]:
-        """Write the images as PNG, with the settings in a text chunk.
+    def save(self, path: str | Path, fps: float | None = None) -> list[Path]:
+        """Write the images as PNG, or the videos as MP4 or animated WebP, with the settings inside.
 
-        The first image goes to `path`, further ones to `<stem>-2.png`, `<stem>-3.png` and so on. Missing directories
-        are created.
+        The first one goes to `path`, further ones to `<stem>-2.png`, `<stem>-3.png` and so on. Missing directories are
+        created.
+
+        Args:
+            path: for videos, it ends in ".mp4" or ".webp".
+            fps: frames per second of videos; by default the request's `frame_rate`, else 16, as Wan has.
 
         Returns:
             The paths of the files.
 
         Raises:
-            TypeError: the images are tensors or arrays (`output_type` other than "pil").
+            TypeError: the images or frames are tensors or arrays (`output_type` other than "pil").
+            ValueError: the path has a wrong ending, or `fps` is given for images or not positive.
+            ModuleNotFoundError: MP4 needs the package av.
             files.WriteError: a file cannot be written, for example because the disk is full. An existing file of that
                 name is unchanged. Images that were already written are kept, and the message says how many.
         """
         path = Path(path)
-        for image in self.images:
+        every: list[list[Any]] = [[image] for image in self.images] if self.frames is None else self.frames
+        for image in (one for images in every for one in images):
             if not hasattr(image, "convert"):
                 raise TypeError(f'only PIL images can be saved, not {type(image).__name__}: use output_type="pil"')
+        if self.frames is None and (fps is not None or path.suffix.lower() == ".mp4"):
+            raise ValueError(f"{path}: these are pictures, not videos: give a .png file and no fps")
+        if self.frames is not None and (missing := video.encoder_missing(path.suffix)):
+            raise (ValueError if path.suffix.lower() not in video.SUFFIXES else ModuleNotFoundError)(missing)
         paths = [
             path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
-            for number in range(1, len(self.images) + 1)
+            for number in range(1, len(every) + 1)
         ]
         files.make_directory(path.parent)
         kept = 0
         try:
-            for image, target in zip(self.images, paths, strict=True):
-                write_png(image, target, self.settings)
+            for images, target in zip(every, paths, strict=True):
+                if self.frames is None:
+                    write_png(images[0], target, self.settings)
+                else:
+                    rate = fps or self.settings.get("frame_rate") or video.FPS
+                    files.write(target, video.encode(path.suffix, images, self.settings, rate))
                 kept += 1
         except files.WriteError as error:
             if len(paths) == 1:
                 raise
-            raise error.keeping(f"{kept} of {len(paths)} pictures were kept") from error
+            things = "pictures" if self.frames is None else "videos"
+            raise error.keeping(f"{kept} of {len(paths)} {things} were kept") from error
         return paths
 
 
@@ -126,18 +146,23 @@ def png(image: Any, settings: Mapping[str, Any]) -> bytes:
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """Return the settings in a PNG that `OmniResult.save` wrote.
+    """Return the settings in a PNG or video that `OmniResult.save` wrote.
 
     Raises:
         ValueError: the file holds no settings.
+        ModuleNotFoundError: MP4 needs the package av.
     """
     from PIL import Image
 
-    with Image.open(path) as image:
-        text = getattr(image, "text", {}).get(PNG_KEY)
+    if Path(path).suffix.lower() in video.SUFFIXES:
+        text, place = video.settings_text(path), "description"
+    else:
+        place = f"text chunk {PNG_KEY!r}"
+        with Image.open(path) as image:
+            text = getattr(image, "text", {}).get(PNG_KEY)
     if text is None:
         raise ValueError(f"{path} holds no settings of omni")
-    return files.parse_json(text, f"the text chunk {PNG_KEY!r} of {path}")
+    return files.parse_json(text, f"the {place} of {path}")
 
 
 class NotANumberError(ValueError):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from calibrated import CALIBRATED
 from PIL import Image
 
 import omni_kernels
@@ -476,7 +477,7 @@ def test_models_says_which_coefficients_a_model_has(
 
 @pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize("method", sorted(calibration.KINDS))
-@pytest.mark.parametrize("model", sorted(loading.embedded_models()))
+@pytest.mark.parametrize("model", CALIBRATED)
 def test_what_an_embedded_model_brings_was_calibrated_on_it_as_it_is_run(model: str, method: str) -> None:
     directory = loading.embedded_models()[model]
     omni = Omni(model, cache_backend=method)
