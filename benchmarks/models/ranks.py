@@ -5,9 +5,12 @@ from __future__ import annotations
 import datetime
 import json
 import multiprocessing
+import pkgutil
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from benchmarks.models import families
 
 RANKS = 2
 #: So long a rank waits for the other.
@@ -21,7 +24,8 @@ def of_each_rank(name: str, config: dict[str, Any]) -> list[dict[str, Any]]:
         RuntimeError: a rank has died.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.models.cells"])  # its imports take seconds: once for all pipelines
+    builders = [f"{families.__name__}.{one.name}" for one in pkgutil.iter_modules(families.__path__)]
+    context.set_forkserver_preload(["benchmarks.models.cells", *builders])  # imported once for all pipelines
     with tempfile.TemporaryDirectory() as folder:
         ranks = [context.Process(target=_rank, args=(rank, folder, name, config)) for rank in range(RANKS)]
         for one in ranks:

@@ -17,8 +17,9 @@ from omni_kernels.patching.rules import RULES
 
 pytestmark = NEEDED
 
-#: Z-Image has no plan of what is split where, in diffusers.
-SHARED = {name: model for name, model in MODELS.items() if name != "z-image"}
+#: diffusers has no plan of what is split where for these, or one that fails without our code, too (LTX-Video).
+UNPLANNED = {"z-image", "qwen-image-2.1", "hunyuan-video", "ltx"}
+SHARED = {name: model for name, model in MODELS.items() if name not in UNPLANNED}
 WHOLE_STEPS = {
     "velocity_cache": {"budget": 5},
     "easy_cache": {"thresh": 0.4, "ret_steps": 1},

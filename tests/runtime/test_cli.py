@@ -20,6 +20,7 @@ from omni_kernels.patching import backends as registry
 from omni_runtime import cli
 from omni_runtime.cli import listings
 from omni_runtime.cli.inputs import texts
+from omni_runtime.generation.loading import embedded_models
 from omni_runtime.generation.result import read_settings
 
 pytestmark = pytest.mark.usefixtures("no_environment")
@@ -376,6 +377,35 @@ def test_models_lists_what_is_embedded_and_what_caches_know(
     for transformer, about in listed["transformers"].items():
         assert transformer in text
         assert all(pipeline in text for pipeline in about["pipelines"])
+
+
+def test_inspect_shows_the_blocks_and_which_caches_work(
+    embedded: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run("inspect", "--model", embedded, "--prompt", "a cat") == 0
+    shown = capsys.readouterr()
+    text = " ".join(shown.out.split())
+    assert "QwenImagePipeline: QwenImageTransformer2DModel, FlowMatchEulerDiscreteScheduler" in text
+    assert "transformer_blocks: 4 × QwenImageTransformerBlock, hidden_states and encoder_hidden_states" in text
+    assert "4 QwenImageTransformerBlock fused" in text
+    assert max(map(len, shown.out.splitlines())) <= 80
+    assert "first_block_cache" in shown.err
+    assert run("inspect", "--model", embedded, "--prompt", "a cat", "--json", "--quiet") == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    listed = json.loads(shown.out)
+    assert listed["fused"] == 4
+    assert listed["caches"] == dict.fromkeys(listings.SUMMARIES)
+
+
+def test_inspect_says_why_a_cache_does_not_work(embedded: str, capsys: pytest.CaptureFixture[str]) -> None:
+    index = embedded_models()[embedded] / "scheduler" / "scheduler_config.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"stochastic_sampling": True}))
+    assert run("inspect", "--model", embedded, "--prompt", "a cat", "--json", "--quiet") == 0
+    caches = json.loads(capsys.readouterr().out)["caches"]
+    assert "draws new noise at each step" in caches["velocity_cache"]
+    assert caches["first_block_cache"] is None
 
 
 def test_the_list_of_backends_says_what_they_say() -> None:
