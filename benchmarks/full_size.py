@@ -112,8 +112,8 @@ def _flux_2(config: Mapping[str, Any], side: int) -> Inputs:
         "encoder_hidden_states": torch.randn(1, text, config["joint_attention_dim"]),
         "timestep": torch.tensor([0.5]),
         "guidance": torch.tensor([4.0]),
-        "img_ids": torch.cartesian_prod(zero, place, place, zero),
-        "txt_ids": torch.cartesian_prod(zero, zero, zero, torch.arange(text).float()),
+        "img_ids": torch.cartesian_prod(zero, place, place, zero)[None],
+        "txt_ids": torch.cartesian_prod(zero, zero, zero, torch.arange(text).float())[None],
         "return_dict": False,
     }
 

@@ -178,7 +178,7 @@ class Trial:
 
     def _parallel(self) -> Cell:
         """Two ranks under first_block_cache: the same steps on both, and the same result as on one."""
-        if getattr(self.model.pipe.transformer, "_cp_plan", None) is None:
+        if getattr(getattr(self.model.pipe, "transformer", None), "_cp_plan", None) is None:
             return Cell(REFUSED, "diffusers has no plan of how ranks share this model's tokens (`_cp_plan`)")
         found = of_each_rank(self.model.name, {"threshold": _THRESHOLD})
         first, second = found

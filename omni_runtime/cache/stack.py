@@ -99,7 +99,8 @@ class Stack:
         self._gate = gate
         self._passage = passage
         self._flat: list[tuple[ListRow, torch.nn.Module]] = []
-        self._plain: set[tuple[Any, ...]] = set()
+        self._plain: set[tuple[Any, ...]] = set()  # manners of a call in which the loop may be left early
+        self._leaves = False  # whether it may be left early at all
         self.choose = parts
         self._names = tuple(inspect.signature(transformer.forward).parameters)
         self.parts = parts(self.row, self.blocks or MANY)
@@ -122,7 +123,6 @@ class Stack:
         Raises:
             ValueError, PatchConflictError: the transformer is not supported in its present state.
         """
-        self.check()
         found = module_lists(self.transformer) if self.contract is None else self._lists(self.contract)
         sampling.taken[self] = taken = Taken({}, self.contract)
         for path, blocks in found.items():
@@ -169,7 +169,7 @@ class Stack:
         finally:
             sampling.passage = None
         passage.finish()
-        if passage.unchanged and self._plain:
+        if passage.unchanged and self._leaves:
             self._plain.add(_manner(args, kwargs))
         return output, passage.ran
 
@@ -240,6 +240,7 @@ class Stack:
             if block is not None
         ]
         self._plain = {manner} if watcher.plain else set()
+        self._leaves = watcher.plain or contract.blocks == depth(self.transformer)
         self._make_calls()
 
     def _record_and_check(
@@ -271,6 +272,7 @@ class Stack:
                 if self._skipped(sampling, request, passage, made, _copied(*again), False) <= exact:
                     return
             self._plain.clear()  # the model cannot do without its loop over the blocks
+            self._leaves = False
         error = self._skipped(sampling, request, passage, made, again, True)
         if not error <= exact:
             raise ValueError(

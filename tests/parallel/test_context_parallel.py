@@ -17,7 +17,7 @@ from omni_kernels.patching.rules import RULES
 
 pytestmark = NEEDED
 
-#: diffusers has no plan of what is split where for these, or one that fails without our code, too (LTX-Video).
+#: diffusers has no plan of what is split where for these; LTX-Video's fails on the attention mask, unfused too.
 UNPLANNED = {"z-image", "qwen-image-2.1", "hunyuan-video", "ltx"}
 SHARED = {name: model for name, model in MODELS.items() if name not in UNPLANNED}
 WHOLE_STEPS = {
