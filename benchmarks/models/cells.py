@@ -31,7 +31,7 @@ class Cell:
     Attributes:
         state: "works"; "refused", with an error that says why; "nothing", if nothing was skipped, fused or compiled;
             or "wrong".
-        words: the reason; "" if it works.
+        words: the reason, or what was not tried; "" if it works.
         done: how many transformer forwards were skipped, or blocks fused or compiled, ...
         of: ... of how many.
         off: how far the result is from the one without a cache, as a share of its norm.
@@ -54,9 +54,9 @@ class WrongError(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """A method's settings: with `none` nothing is skipped, with `some` something is."""
+    """A method's settings: with `none` nothing is skipped, with `some` something is. None if there are no such."""
 
-    none: Mapping[str, Any]
+    none: Mapping[str, Any] | None
     some: Mapping[str, Any]
 
 
@@ -69,7 +69,7 @@ def settings(method: str, model: Tiny) -> Settings:
     """The settings with which a method is tried."""
     if method == "velocity_cache":
         steps = taken(model)
-        return Settings({"schedule": list(range(steps))}, {"budget": (steps + 1) // 2})
+        return Settings({"schedule": list(range(steps[0]))} if len(steps) == 1 else None, {"speedup": 2.0})
     if method == "easy_cache":
         return Settings({"ret_steps": model.steps}, {"thresh": 5 * _THRESHOLD, "ret_steps": 1})
     if method == "mag_cache":
@@ -102,11 +102,11 @@ def calibrated(model: Tiny) -> list[float]:
     return list(fitted.mag_ratios)
 
 
-def taken(model: Tiny) -> int:
-    """The number of steps that a request takes: image-to-image pipelines leave out the first ones."""
+def taken(model: Tiny) -> list[int]:
+    """The different numbers of steps of a request's loops: image-to-image pipelines leave out the first ones."""
     with omni_kernels.patched(model.pipe, "velocity_cache") as handle:
         model.generate()
-        return max(report.steps for report in handle.reports)
+        return sorted({report.steps for report in handle.reports})
 
 
 class Trial:
@@ -137,6 +137,8 @@ class Trial:
             except (ValueError, TypeError, omni_kernels.PatchConflictError, UselessFitError) as error:
                 words = in_words(error, self.model.pipe)
                 cell = Cell(REFUSED, re.sub(rf"^({method}|calibration)\b", "the cache", words))
+            except torch._dynamo.exc.TorchDynamoException as error:
+                cell = Cell(REFUSED, f"torch.compile cannot trace its blocks: {in_words(error, self.model.pipe)[:60]}")
             except WrongError as error:
                 cell = Cell(WRONG, str(error))
             except Exception as error:
@@ -150,12 +152,8 @@ class Trial:
     def _cache(self, method: str) -> Cell:
         """With nothing skipped: equal. Then requests of two sizes, the first repeated: something skipped, and equal."""
         model, configs = self.model, settings(method, self.model)
-        with omni_kernels.patched(model.pipe, method, configs.none) as handle:
-            made = model.generate()
-            if not torch.equal(made, self.plain):
-                raise WrongError(f"with nothing skipped, the result is off by {off(made, self.plain):.2g}")
-            if handle.report is not None and handle.report.forwards_saved:
-                raise WrongError("a step was skipped where none should be")
+        if configs.none is not None:
+            self._nothing_skipped(method, configs.none)
         with omni_kernels.patched(model.pipe, method, configs.some) as handle:
             with counted(model.pipe) as calls:
                 model.generate()
@@ -174,7 +172,16 @@ class Trial:
         if not torch.equal(first, second):
             raise WrongError(f"the same request, once more after another one, is off by {off(second, first):.2g}")
         saved, run = report.forwards_saved, report.forwards
-        return Cell(WORKS, "", saved, saved + run, off(first, self.guided))
+        words = "" if configs.none else "not tried with nothing skipped: its loops have different numbers of steps"
+        return Cell(WORKS, words, saved, saved + run, off(first, self.guided))
+
+    def _nothing_skipped(self, method: str, config: Mapping[str, Any]) -> None:
+        with omni_kernels.patched(self.model.pipe, method, config) as handle:
+            made = self.model.generate()
+            if not torch.equal(made, self.plain):
+                raise WrongError(f"with nothing skipped, the result is off by {off(made, self.plain):.2g}")
+            if handle.report is not None and handle.report.forwards_saved:
+                raise WrongError("a step was skipped where none should be")
 
     def _parallel(self) -> Cell:
         """Two ranks under first_block_cache: the same steps on both, and the same result as on one."""

@@ -114,9 +114,9 @@ def markdown(found: Sequence[Mapping[str, Any]]) -> str:
     methods, notes = list(summary(found)), dict[str, int]()
 
     def cell(one: Mapping[str, Any]) -> str:
-        if one["state"] == "works":
-            return f"{SIGNS['works']} {one['done']}/{one['of']}" if one["done"] != one["of"] else SIGNS["works"]
-        return f"{SIGNS[one['state']]} {notes.setdefault(one['words'], len(notes) + 1)}"
+        share = f"{one['done']}/{one['of']}" if one["done"] != one["of"] else ""
+        note = str(notes.setdefault(one["words"], len(notes) + 1)) if one["words"] else ""
+        return " ".join(filter(None, [SIGNS[one["state"]], share, note]))
 
     lines = [f"| pipeline | {' | '.join(f'`{method}`' for method in methods)} |", "|---" * (len(methods) + 1) + "|"]
     tried = [one for one in found if one["cells"]]

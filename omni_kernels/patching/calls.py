@@ -65,10 +65,9 @@ def replace_calls(pipe: Any, options: Mapping[str, Any], patch: Patch) -> Compil
         if call is None:
             patch.set_method(block, "_compiled_call_impl", compiled.call_of(name, block, options))
     if not blocks:
-        kind = type(getattr(pipe, "transformer", None)).__name__
         raise ValueError(
-            f"diffusers lists no blocks of the {kind} of this {type(pipe).__name__} that can be compiled one by one "
-            "(its attribute _repeated_blocks): leave out compile="
+            f"diffusers lists no blocks of this {type(pipe).__name__} that can be compiled one by one "
+            "(_repeated_blocks of its transformer): leave out compile="
         )
     if makes_cuda_graphs(options):
         for model in {id(model): model for _, model, _ in blocks}.values():

@@ -87,7 +87,7 @@ class BlockCall:
         #: (hidden, encoder) → what the block would return.
         self.output: Callable[[Any], Any]
         self.output, self._streams = _conversions(row.returns)
-        self._absent = tuple(place for place, role in enumerate(row.returns) if role is None)
+        self._absent = [place for place, role in enumerate(row.returns) if role is None]
         self._returned = None if row.returns == "hidden" else len(row.returns)
         self._names = tuple(inspect.signature(block.forward).parameters)
         self._place = self._names.index(row.hidden)
@@ -115,11 +115,12 @@ class BlockCall:
         Raises:
             RuntimeError: it has returned something else than in the first forward.
         """
-        returned = self._returned
-        if returned is None:
+        if self._returned is None:
             fits = isinstance(output, torch.Tensor)
         else:
-            fits = _length(output) == returned and all(output[place] is None for place in self._absent)
+            fits = isinstance(output, (tuple, list)) and len(output) == self._returned
+        if fits and self._absent:
+            fits = all(output[place] is None for place in self._absent)
         if fits:
             return self._streams(output)
         raise RuntimeError(f"a {self._kind} returned something else than in the first forward")
@@ -147,10 +148,6 @@ def _conversions(returns: Literal["hidden"] | tuple[str | None, ...]) -> tuple[C
         return found[0], found.get(1)
 
     return output, streams
-
-
-def _length(output: Any) -> int:
-    return len(output) if isinstance(output, (tuple, list)) else -1
 
 
 def _hidden_alone(output: torch.Tensor) -> tuple[torch.Tensor, None]:

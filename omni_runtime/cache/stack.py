@@ -157,12 +157,12 @@ class Stack:
         """
         if self.contract is None:
             return self._find(sampling, request, branch, call, args, kwargs), self.blocks
-        if sampling.taken[self].contract is not self.contract:
-            self._align(sampling.taken[self])
-        passage = branch.kept
+        taken, passage, manner = sampling.taken[self], branch.kept, _manner(args, kwargs)
+        if taken.contract is not self.contract:
+            self._align(taken)
         if passage is None or passage.stack is not self:
             passage = self._begin(request, branch)
-        passage.begin(request, self._arguments(args, kwargs), _manner(args, kwargs) not in self._plain)
+        passage.begin(request, self._arguments(args, kwargs), manner not in self._plain)
         sampling.passage = passage
         try:
             output = call(*args, **kwargs)
@@ -170,7 +170,7 @@ class Stack:
             sampling.passage = None
         passage.finish()
         if passage.unchanged and self._leaves:
-            self._plain.add(_manner(args, kwargs))
+            self._plain.add(manner)
         return output, passage.ran
 
     def _begin(self, request: Request, branch: Branch) -> Passage:
