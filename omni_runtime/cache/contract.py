@@ -39,7 +39,8 @@ IMPORTANT = 0.5
 #: While they are watched, each list's blocks are numbered from the next multiple of this.
 SPAN = 10_000
 #: Words in the names of arguments that hold the text stream. Blocks are watched at the other stream, which is noise.
-TEXT = frozenset(["encoder", "text", "txt", "context", "caption", "cap", "prompt", "cond", "und"])
+TEXT = {"cap", "caption", "captions", "cond", "condition", "context", "encoder", "language", "llm", "lyrics", "prompt"}
+TEXT |= {"text", "txt", "und", "words"}
 #: Argument or output of a block → its shape; None for an output that is None.
 Shape = tuple[int, ...]
 
@@ -140,8 +141,8 @@ class _Seen:
 class _List:
     """What was seen of one list.
 
-    `odd` says why its blocks cannot be followed. `jumps` says how a block's output is used otherwise than by the next
-    block: then the site must reach to the last block.
+    `odd` says why its blocks cannot be followed. `jumps` says how a block's output goes to another block than the next:
+    then the site must reach to the last block. `kept` says that something, perhaps the model, keeps outputs.
     """
 
     path: str
@@ -149,6 +150,7 @@ class _List:
     seen: list[_Seen] = field(default_factory=list)
     odd: str | None = None
     jumps: str | None = None
+    kept: bool = False
     returned: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
     given: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -292,7 +294,7 @@ class Watcher:
             if any(earlier is one for one in given):
                 where.jumps = "takes what an earlier block than the last returned"
             elif not held(earlier):
-                where.jumps = "has its output kept for later"
+                where.kept = True
 
     def contract(self) -> Contract:
         """What was found. What the blocks were given is no longer held.
@@ -334,7 +336,7 @@ class Watcher:
                 stretches.append(1)
             else:
                 stretches[-1] += 1
-        self.plain = not any(one.jumps for one in chain) and _plain(chain, rows, joins)
+        self.plain = not any(one.jumps or one.kept for one in chain) and _plain(chain, rows, joins)
         classes = tuple((type(one.blocks[0]).__name__, len(one.blocks)) for one in chain)
         return Contract(tuple(rows[one.path] for one in chain), tuple(stretches), classes)
 

@@ -59,7 +59,8 @@ def fit(points: Iterable[tuple[int, float]]) -> Ratios:
         steps.setdefault(step, []).append(ratio)
     if not steps:
         raise UselessFitError("there are no ratios of one step to the next: calibrate with at least 2 steps")
-    found = [np.asarray(steps[step], np.float64) for step in sorted(steps)]
+    # A step without a ratio, where the pipeline has changed to another transformer, is as large as the one before.
+    found = [np.asarray(steps.get(step, [1.0]), np.float64) for step in range(1, max(steps) + 1)]
     count = sum(map(len, found))
     wrong = sum(np.count_nonzero(~(np.isfinite(one) & (one > 0))) for one in found)
     if wrong:

@@ -46,7 +46,9 @@ class ModelRow:
 
     Attributes:
         depths: the keys of its config that hold the numbers of its blocks, which are then known before the weights are
-            loaded; empty if they are not. Such a class does not use its text stream after the last block.
+            loaded; empty for a class without a row of its own.
+        between: the arguments of the forward that make the model do something between its blocks, or count them
+            (ControlNet residuals). If they are all None, a skipped step leaves the loop over the blocks early.
         modulation: (block 0, its arguments) → how it modulates its input. None: TeaCache does not support the model.
         noise_tokens: the forward's arguments → how many of the first tokens are noise; None for all tokens.
         noise_grid: the forward's arguments → the grid of these tokens, which are stored row by row; raises ValueError
@@ -57,6 +59,7 @@ class ModelRow:
     """
 
     depths: tuple[str, ...] = ()
+    between: tuple[str, ...] = ()
     modulation: Callable[[torch.nn.Module, Arguments], Modulation] | None = None
     noise_tokens: Callable[[Arguments], int | None] = _all_tokens
     noise_grid: Callable[[Arguments], Grid] | None = None
@@ -227,6 +230,7 @@ _FLUX_RATIOS = (
 MODELS: dict[str, ModelRow] = {
     "QwenImageTransformer2DModel": ModelRow(
         depths=("num_layers",),
+        between=("controlnet_block_samples",),
         modulation=_qwen_modulation,
         noise_tokens=_qwen_noise_tokens,
         noise_grid=_qwen_noise_grid,
@@ -244,6 +248,7 @@ MODELS: dict[str, ModelRow] = {
     ),
     "ZImageTransformer2DModel": ModelRow(
         depths=("n_layers",),
+        between=("controlnet_block_samples",),
         modulation=_z_image_modulation,
         noise_grid=_z_image_noise_grid,
         tea_coefficients=(-75.4613422, -92.3596156, 57.5318402, -3.76790311, 0.227176809),
@@ -251,6 +256,7 @@ MODELS: dict[str, ModelRow] = {
     ),
     "FluxTransformer2DModel": ModelRow(
         depths=("num_layers", "num_single_layers"),
+        between=("controlnet_block_samples", "controlnet_single_block_samples"),
         modulation=_flux_modulation,
         noise_grid=_flux_noise_grid,
         tea_coefficients=(498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861),
@@ -259,24 +265,28 @@ MODELS: dict[str, ModelRow] = {
     ),
     "Flux2Transformer2DModel": ModelRow(
         depths=("num_layers", "num_single_layers"),
+        between=("kv_cache", "kv_cache_mode"),
         modulation=_flux_2_modulation,
         noise_grid=_flux_noise_grid,
         pipelines=("Flux2Pipeline", "Flux2KleinPipeline"),
     ),
     "QwenImage21Transformer2DModel": ModelRow(
         depths=("num_layers",),
+        between=("kv_cache",),
         modulation=_qwen_21_modulation,
         noise_grid=_qwen_21_noise_grid,
         pipelines=("QwenImage21Pipeline",),
     ),
     "ChromaTransformer2DModel": ModelRow(
         depths=("num_layers", "num_single_layers"),
+        between=("controlnet_block_samples", "controlnet_single_block_samples"),
         modulation=_chroma_modulation,
         noise_grid=_flux_noise_grid,
         pipelines=("ChromaPipeline", "ChromaImg2ImgPipeline"),
     ),
     "SD3Transformer2DModel": ModelRow(
         depths=("num_layers",),
+        between=("block_controlnet_hidden_states", "skip_layers"),
         modulation=_flux_modulation,
         noise_grid=_picture_noise_grid,
         pipelines=("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"),
@@ -328,10 +338,9 @@ def describe(config: Mapping[str, Any]) -> TransformerFacts:
 
 
 def depth(transformer: Any) -> int:
-    """The number of blocks that a transformer's config tells; 0 if its row names no key of the config.
-
-    Raises:
-        ValueError: see `describe`.
-    """
+    """The number of blocks that a transformer's config tells; 0 if it tells none."""
     name = type(transformer).__name__
-    return (describe({**transformer.config, "_class_name": name}).blocks or 0) if row_of(name).depths else 0
+    try:
+        return describe({**getattr(transformer, "config", {}), "_class_name": name}).blocks or 0
+    except ValueError:
+        return 0

@@ -210,11 +210,13 @@ class StandIn:
     each one is forecast.
 
     Attributes:
-        shape: the shape of the call's first argument, the number of samples first.
+        shape: the number of samples in the call, and the shapes of its tensors.
+        transformer: the transformer that was called.
     """
 
-    def __init__(self, shape: tuple[int, ...], forecaster: Forecaster, reach: float) -> None:
+    def __init__(self, shape: tuple[Any, ...], transformer: Any, forecaster: Forecaster, reach: float) -> None:
         self.shape = shape
+        self.transformer = transformer
         self._forecaster = forecaster
         self._reach = reach
         self._returned: Any = None
@@ -227,7 +229,7 @@ class StandIn:
     def record(self, returned: Any, position: float) -> None:
         """Record the result of a computed call."""
         self._returned = returned
-        found = [tensor for tensor in tensors_of(returned) if tensor.is_floating_point()]
+        found = _floating(returned)
         if len(found) < 2 or any(tensor.requires_grad for tensor in found):
             self._histories = []
             return
@@ -282,18 +284,25 @@ class OutputSteps:
         watched = [] if self._signal is None else self._signal.tensors()
         return self._history.tensors() + watched + self.gate.tensors()
 
-    def verdict(self, branch: Branch, shape: tuple[int, ...], differentiated: bool = False) -> Verdict:
+    def verdict(
+        self, branch: Branch, shape: tuple[Any, ...], transformer: Any = None, differentiated: bool = False
+    ) -> Verdict:
         """Whether the current step is computed. This is decided at the first transformer call of the step.
 
         Args:
             branch: the branch of the call.
-            shape: the shape of the call's first argument; () if unknown.
+            shape: the number of samples in the call, and the shapes of its tensors.
+            transformer: the transformer that is called.
             differentiated: whether the call needs a gradient.
         """
         if self._step != self._request.step:
             self._step = self._request.step
             if differentiated:
                 self._verdict = Verdict(True, GRADIENT)
+            elif branch.kept is not None and branch.kept.transformer is not transformer:
+                # Wan 2.2: what one transformer returned says little of what the next one will return.
+                self._forget()
+                self._verdict = Verdict(True, "another transformer")
             elif branch.kept is not None and branch.kept.shape[:1] != shape[:1]:
                 # Guidance has ended or begun (Z-Image's cfg_truncation): earlier outputs cannot be used any more.
                 self._forget()
@@ -324,17 +333,20 @@ class OutputSteps:
                 return self.gate.keep(sums, latents.numel(), self._request.images)
         return Verdict(True, "nothing to compare with")
 
-    def remember(self, branch: Branch, shape: tuple[int, ...], returned: Any) -> None:
-        """Record the result of a transformer call of this step, whose first argument has this shape."""
-        if branch.kept is None or branch.kept.shape != shape:
-            branch.kept = StandIn(shape, self._forecaster, self._reach)
+    def remember(self, branch: Branch, shape: tuple[Any, ...], transformer: Any, returned: Any) -> None:
+        """Record the result of a transformer call of this step, whose arguments have these shapes."""
+        kept = branch.kept
+        if kept is None or kept.shape != shape or kept.transformer is not transformer:
+            branch.kept = StandIn(shape, transformer, self._forecaster, self._reach)
         branch.kept.record(returned, self._position())
 
     def _forget(self) -> None:
         self._history.clear()
+        if self._corrector is not None:
+            self._corrector.clear()
         self._signal = None if self._new_signal is None else self._new_signal()
 
-    def stand_in(self, branch: Branch, shape: tuple[int, ...]) -> Any:
+    def stand_in(self, branch: Branch, shape: tuple[Any, ...]) -> Any:
         """The stand-in for a call's result; None if no call of this branch with this shape was recorded."""
         kept: StandIn | None = branch.kept
         return None if kept is None or kept.shape != shape else kept.returned(self._position())
@@ -414,11 +426,25 @@ def _with_tensors(value: Any, made: Callable[[torch.Tensor], torch.Tensor]) -> A
     """The same structure with `made(tensor)` in place of each tensor, in the order of `tensors_of`."""
     if isinstance(value, torch.Tensor):
         return made(value)
-    if type(value) is dict:
-        return {key: _with_tensors(one, made) for key, one in value.items()}
+    if type(value) is dict:  # a cache of the model's own, such as keys and values
+        return value
     if isinstance(value, Mapping):  # diffusers' outputs are mappings, and are constructed from keyword arguments
         return type(value)(**{key: _with_tensors(one, made) for key, one in value.items()})
+    if hasattr(value, "_fields"):
+        return type(value)(*(_with_tensors(one, made) for one in value))
     return type(value)(_with_tensors(one, made) for one in value) if type(value) in (tuple, list) else value
+
+
+def _floating(value: Any) -> list[torch.Tensor]:
+    """The tensors for which `_with_tensors` calls `made`, if they are of numbers that can be forecast."""
+    found: list[torch.Tensor] = []
+
+    def made(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor)
+        return tensor
+
+    _with_tensors(value, made)
+    return [tensor for tensor in found if tensor.is_floating_point()]
 
 
 class OutputSession(CacheSession):
@@ -453,11 +479,11 @@ class OutputSession(CacheSession):
             steps = request.outputs = OutputSteps(self._site, request, gate, sampling.scheduler)
         branch = request.branch(sampling.context)
         shape = _shape_of(*args, *kwargs.values())
-        verdict = steps.verdict(branch, shape, differentiates(transformer, args, kwargs))
+        verdict = steps.verdict(branch, shape, transformer, differentiates(transformer, args, kwargs))
         answer = None if verdict.computed else steps.stand_in(branch, shape)
         if answer is None:
             answer = call(*args, **kwargs)
-            steps.remember(branch, shape, answer)
+            steps.remember(branch, shape, transformer, answer)
             request.blocks_run += self.blocks
             if not verdict.computed:
                 verdict = Verdict(True, "no stand-in for this call")
@@ -486,9 +512,10 @@ class OutputSession(CacheSession):
         return [] if request.outputs is None else [(request.outputs.gate, list(request.decisions.values()))]
 
 
-def _shape_of(*arguments: Any) -> tuple[int, ...]:
-    """The shape of a transformer call's first argument, a tensor or a list of tensors; () if it is neither."""
+def _shape_of(*arguments: Any) -> tuple[Any, ...]:
+    """The number of samples in a transformer call, by its first argument (None if unknown), and its tensors' shapes."""
     first = arguments[0] if arguments else None
-    if isinstance(first, torch.Tensor):
-        return tuple(first.shape)
-    return (len(first),) if isinstance(first, (list, tuple)) else ()
+    batch = (
+        len(first) if isinstance(first, (list, tuple)) or (isinstance(first, torch.Tensor) and first.dim()) else None
+    )
+    return batch, *[tuple(one.shape) for one in arguments if isinstance(one, torch.Tensor)]

@@ -110,6 +110,7 @@ class Passage:
         "_position",
         "_shard",
         "_signal",
+        "_strict",
         "_using",
         "_versions",
         "encoder",
@@ -120,7 +121,6 @@ class Passage:
         "remembered",
         "stack",
         "stepwise",
-        "unchanged",
     )
 
     def __init__(self, stack: Blocks, request: Request, branch: Branch) -> None:
@@ -138,6 +138,7 @@ class Passage:
         self._shard = None if stack.ranks is None else Shard(stack.ranks)
         self._signal = parts.signal.fresh(self._shard)
         self._every_step = parts.signal.every_step
+        self._strict = not stack.row.depths  # nobody has checked which of the streams is the noise
         self._count_noise = stack.row.noise_tokens if parts.signal.noise_only else None
         self._by_step = parts.forecaster.axis == "step"
         self.gate = stack.gate(request, branch)
@@ -152,7 +153,6 @@ class Passage:
         self._later_from = later[0].first if later else stack.blocks
         self.ran = 0
         self.stepwise = True
-        self.unchanged = False
         self.entered: torch.Tensor | None = None
         self._computing: bool | None = None
         self._base: States | None = None
@@ -177,7 +177,6 @@ class Passage:
         """
         self.ran = 0
         self.stepwise = stepwise
-        self.unchanged = False
         self._computing = self._versions = self._base = None
         for later in self._later:
             later.begin()
@@ -186,7 +185,7 @@ class Passage:
         self._position = float(request.step) if self._by_step else request.sigma
         self._signal.situate(request.sigma, arguments)
         if self._shard is not None and self._shard.reshaped(arguments):
-            self.hidden.shape = None  # matches no input, on any rank: the step is computed
+            self.forget()  # matches no input, on any rank
 
     def record_all(self, made: Mapping[int, Kept]) -> bool:
         """Record a whole forward after it has run: the one in which the blocks were found. `begin` was called.
@@ -231,14 +230,23 @@ class Passage:
     @contextlib.contextmanager
     def skipping(self) -> Iterator[None]:
         """While open, the site is skipped, whatever the gate would say; no decision is recorded."""
-        gate, decisions = self.gate, len(self._branch.decisions)
+        gate, decisions, remembered = self.gate, len(self._branch.decisions), self.remembered
         self.gate = ScheduleGate([0] * (self._branch.called + 1))
         try:
             yield
             self.finish()
         finally:
-            self.gate = gate
+            self.gate, self.remembered = gate, remembered
             del self._branch.decisions[decisions:]
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the site was skipped in the current forward."""
+        return self._computing is False
+
+    def forget(self) -> None:
+        """Make the next forward a computed one."""
+        self.hidden.shape = None
 
     def finish(self) -> None:
         """End the forward.
@@ -319,6 +327,8 @@ class Passage:
         elements = now.numel() if self._shard is None else self._shard.add(sums)
         if not gate.reads:
             return gate.keep(sums, elements, self._images)
+        if self._strict and not sums[:, 0].any():
+            return Verdict(True, "the watched stream has not changed at all", 0.0)
         pairs = sums.tolist()  # the only transfer to the host for this decision
         if len(pairs) != self._images:
             pairs = by_image(pairs, self._images)
@@ -509,10 +519,6 @@ class Passage:
 
     def _arrive(self, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Skip the last block of the site: return the forecast, made from the input of block `first`."""
-        base: Any = self._base
-        self._base = None
+        base, self._base = self._base, None
         self._check(base, self._versions)
-        call = self._calls[self._last - 1]
-        hidden, encoder = call.inputs(args, kwargs)
-        self.unchanged = hidden is base[0] and encoder is base[1]
-        return call.output(self.forecast(base))
+        return self._calls[self._last - 1].output(self.forecast(base))

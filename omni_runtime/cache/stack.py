@@ -99,10 +99,12 @@ class Stack:
         self._gate = gate
         self._passage = passage
         self._flat: list[tuple[ListRow, torch.nn.Module]] = []
-        self._plain: set[tuple[Any, ...]] = set()  # manners of a call in which the loop may be left early
-        self._leaves = False  # whether it may be left early at all
+        #: Manners of a call that were checked → whether the loop over the blocks may be left early.
+        self._manners: dict[tuple[Any, ...], bool] = {}
+        self._leaves = False  # the same, for a class of the table
         self.choose = parts
         self._names = tuple(inspect.signature(transformer.forward).parameters)
+        self._between = [(one, self._names.index(one)) for one in self.row.between if one in self._names]
         self.parts = parts(self.row, self.blocks or MANY)
         self.check()
         if not module_lists(transformer):
@@ -155,22 +157,25 @@ class Stack:
         Raises:
             ValueError, RuntimeError: the blocks cannot be followed; the message says why.
         """
-        if self.contract is None:
-            return self._find(sampling, request, branch, call, args, kwargs), self.blocks
-        taken, passage, manner = sampling.taken[self], branch.kept, _manner(args, kwargs)
+        taken, passage = sampling.taken[self], branch.kept
         if taken.contract is not self.contract:
             self._align(taken)
+        if self.row.depths:
+            stepwise = self.contract is None or not self._leaves or self._works_between(args, kwargs)
+        else:
+            manner = _manner(self._names, args, kwargs)
+            stepwise = not self._manners.get(manner, False)
+        if self.contract is None or (not self.row.depths and manner not in self._manners):
+            return self._find(sampling, request, branch, call, args, kwargs), self.blocks
         if passage is None or passage.stack is not self:
             passage = self._begin(request, branch)
-        passage.begin(request, self._arguments(args, kwargs), manner not in self._plain)
+        passage.begin(request, self._arguments(args, kwargs), stepwise)
         sampling.passage = passage
         try:
             output = call(*args, **kwargs)
         finally:
             sampling.passage = None
         passage.finish()
-        if passage.unchanged and self._leaves:
-            self._plain.add(manner)
         return output, passage.ran
 
     def _begin(self, request: Request, branch: Branch) -> Passage:
@@ -187,28 +192,36 @@ class Stack:
         Raises:
             ValueError: the blocks cannot be followed; the message says why.
         """
-        taken = sampling.taken[self]
+        taken, random = sampling.taken[self], torch.get_rng_state()
+        manner = _manner(self._names, args, kwargs)  # now, because the call may change its arguments
         parts = self.choose(self.row, MANY)
         watcher = Watcher(taken.lists, parts.first, MANY - parts.last, self.ranks is not None)
         for number, blocks in enumerate(taken.lists.values()):
             blocks.begin_at(number * SPAN)
-        again = _copied(args, kwargs)
+        taken.contract = None
+        again = None if self.row.depths else _copied(args, kwargs)
         sampling.passage = watcher
         try:
             output = call(*args, **kwargs)
         finally:
             sampling.passage = None
         try:
-            self._adopt(watcher, _manner(args, kwargs))
-            made = call, args, kwargs, output
-            self._record_and_check(sampling, request, branch, watcher, made, again)
+            self._adopt(watcher)
+            passage = self._record(taken, request, branch, watcher, args, kwargs)
+            if again is None:
+                self._leaves = watcher.plain or self._works_between(args, kwargs)
+            else:
+                with torch.random.fork_rng(*_forked(output)):
+                    self._manners[manner] = self._check(
+                        sampling, request, passage, again, output, watcher.plain, random
+                    )
         except BaseException:  # the next request finds them again, or is refused again
             self.contract, self._flat, self.calls, self.blocks = None, [], [], depth(self.transformer)
-            self._plain.clear()
+            self._manners.clear()
             raise
         return output
 
-    def _adopt(self, watcher: Watcher, manner: tuple[Any, ...]) -> None:
+    def _adopt(self, watcher: Watcher) -> None:
         """Work on the blocks that were found.
 
         Raises:
@@ -220,6 +233,13 @@ class Stack:
             raise ValueError(
                 f"{self.method} cannot follow the blocks of this {self.kind}: those {error}. {INSTEAD}"
             ) from error
+        if self.contract is not None:
+            if contract != self.contract:
+                raise ValueError(
+                    f"{self.method} cannot follow the blocks of this {self.kind}: with other arguments, it calls them "
+                    f"in another way than before. {INSTEAD}"
+                )
+            return
         parts = self.choose(self.row, contract.blocks)
         bounds = [0, *contract.ends()]
         if parts.first > bounds[1]:
@@ -228,7 +248,7 @@ class Stack:
                 f"{bounds[1]}"
             )
         ended = [contract.lists[place - 1].ends for place in itertools.accumulate(contract.stretches)]
-        ended[-1] = ended[-1] or contract.blocks == depth(self.transformer)
+        ended[-1] = ended[-1] or bool(self.row.depths)  # no class of the table uses its text stream afterwards
         self.stretches = [
             Stretch(first, last, not end) for (first, last), end in zip(itertools.pairwise(bounds), ended, strict=True)
         ]
@@ -239,57 +259,77 @@ class Stack:
             for block in blocks._modules.values()
             if block is not None
         ]
-        self._plain = {manner} if watcher.plain else set()
-        self._leaves = watcher.plain or contract.blocks == depth(self.transformer)
         self._make_calls()
 
-    def _record_and_check(
-        self, sampling: Sampling, request: Request, branch: Branch, watcher: Watcher, made: Any, again: Any
-    ) -> None:
-        """Record the forward in which the blocks were found, and repeat the call with the site skipped.
-
-        The call is not repeated if the class has a row, and the row tells as many blocks: tests have checked it.
+    def _record(
+        self, taken: Taken, request: Request, branch: Branch, watcher: Watcher, args: Any, kwargs: Any
+    ) -> Passage:
+        """Record a forward that was watched.
 
         Raises:
-            ValueError: what is needed was not kept, or the output differs.
+            ValueError: what is needed was not kept.
         """
-        _, args, kwargs, output = made
-        starts = self._align(sampling.taken[self])
-        passage = self._begin(request, branch)
+        starts = self._align(taken)
+        passage = branch.kept
+        if passage is None or passage.stack is not self:
+            passage = self._begin(request, branch)
         passage.begin(request, self._arguments(args, kwargs), True)
+        passage.forget()
         kept = {starts[path] + index: one for (path, index), one in watcher.kept.items() if path in starts}
         if not passage.record_all(kept):
             raise ValueError(
                 f"{self.method} cannot follow the blocks of this {self.kind}: what they take and return is changed in "
                 f"place, or the settings leave less than a list of blocks. {INSTEAD}"
             )
-        if self.blocks == depth(self.transformer):
-            return
-        # The same call once more, with the site skipped: a forecast at the position of the only snapshot is exact.
+        return passage
+
+    def _check(
+        self, sampling: Sampling, request: Request, passage: Passage, again: Any, output: Any, plain: bool, random: Any
+    ) -> bool:
+        """Repeat a computed call with the site skipped: of its only snapshot, a forecast is exact.
+
+        This is not done for classes of the table, which tests have checked.
+
+        Args:
+            again: copies of the call's arguments.
+            plain: whether each block was given what the one before it had returned.
+            random: the state of torch's random numbers before the call.
+
+        Returns:
+            Whether a skipped step may leave the loop over the blocks early.
+
+        Raises:
+            ValueError: the output differs.
+        """
+        torch.set_rng_state(random)
         exact = EXACT if all(one.dtype == torch.float32 for one in tensors_of(output)) else ROUNDED
-        if self._plain:
-            with contextlib.suppress(Exception):
-                if self._skipped(sampling, request, passage, made, _copied(*again), False) <= exact:
-                    return
-            self._plain.clear()  # the model cannot do without its loop over the blocks
-            self._leaves = False
-        error = self._skipped(sampling, request, passage, made, again, True)
+        if plain:
+            with contextlib.suppress(Exception):  # the model cannot do without its loop
+                if self._skipped(sampling, request, passage, _copied(*again), output, False) <= exact:
+                    return True
+            torch.set_rng_state(random)
+        error = self._skipped(sampling, request, passage, again, output, True)
         if not error <= exact:
             raise ValueError(
                 f"{self.method} cannot follow the blocks of this {self.kind}: a skipped step of the same input is off "
                 f"by {error:.2g} of its output. {INSTEAD}"
             )
+        return False
 
     def _skipped(
-        self, sampling: Sampling, request: Request, passage: Passage, made: Any, again: Any, stepwise: bool
+        self, sampling: Sampling, request: Request, passage: Passage, again: Any, output: Any, stepwise: bool
     ) -> float:
-        """Repeat a computed call with the site skipped. Returns the relative difference of the outputs."""
-        call, args, kwargs, output = made
-        passage.begin(request, self._arguments(args, kwargs), stepwise)
+        """Repeat a computed call with the site skipped. Returns the relative difference of the outputs.
+
+        Hooks that were registered on the transformer are not called again.
+        """
+        args, kwargs = again
+        passage.begin(request, self._arguments(tuple(args), kwargs), stepwise)
         sampling.passage = passage
         try:
             with passage.skipping():
-                return _difference(call(*again[0], **again[1]), output)
+                made = self.transformer.forward(*args, **kwargs)
+            return _difference(made, output) if passage.skipped else math.inf
         finally:
             sampling.passage = None
 
@@ -332,28 +372,50 @@ class Stack:
         if not self.calls or type(self.calls[0]) is not kind:
             self.calls = [kind(row, block) for row, block in self._flat]
 
+    def _works_between(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether the call has an argument with which the model works between its blocks, or counts them."""
+        for name, place in self._between:  # noqa: SIM110 -- runs in every forward, where a generator costs more
+            if kwargs.get(name) is not None or len(args) > place:
+                return True
+        return False
+
     def _arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         """All arguments of a transformer call by name."""
         return {**dict(zip(self._names, args, strict=False)), **kwargs} if args else kwargs
 
 
+def _forked(output: Any) -> tuple[Any, ...]:
+    """The arguments of `torch.random.fork_rng` for the device on which an output lies."""
+    device = tensors_of(output)[0].device
+    return ([],) if device.type == "cpu" else ([device], True, "fork_rng", "devices", device.type)
+
+
 def _copied(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """The arguments of a call, with copies of the lists and dicts that the call may change."""
-
-    def copied(value: Any) -> Any:
-        return copy.copy(value) if isinstance(value, (list, dict)) else value
-
-    return [copied(one) for one in args], {name: copied(one) for name, one in kwargs.items()}
+    """Copies of the arguments of a call, which may change them. Tensors among them are shared."""
+    shared = {id(one): one for one in tensors_of([args, kwargs])}
+    copied: tuple[list[Any], dict[str, Any]] = copy.deepcopy((list(args), dict(kwargs)), shared)
+    return copied
 
 
-def _manner(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Which arguments a transformer call has, and which of them are None or False.
+def _manner(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What distinguishes transformer calls that may differ in what they do between the blocks.
 
-    Two calls that are equal in this do the same between their blocks: what a model adds there (a ControlNet's
-    residuals) is given to it as an argument.
+    These are the names of the arguments, which of them are None, True or False, the lengths and the plain values of
+    lists, and the keys of dicts. Tensors, single numbers and noise levels are left out: they change at each step.
+
+    Args:
+        names: the names of the forward's arguments.
     """
-    given = (*args, *kwargs.values())
-    return len(args), *kwargs, *[one is None or one is False for one in given]
+    given = itertools.chain(zip(names, args, strict=False), kwargs.items())
+    return tuple((name, _form(value)) for name, value in given if "time" not in name and "sigma" not in name)
+
+
+def _form(value: Any) -> Any:
+    if value is None or value is True or value is False:
+        return value
+    if type(value) in (list, tuple):
+        return len(value), *[one if isinstance(one, (int, float, str)) else _form(one) for one in value]
+    return tuple(map(str, value)) if type(value) is dict else ""
 
 
 def _difference(found: Any, expected: Any) -> float:

@@ -482,3 +482,137 @@ def test_a_list_of_another_length_is_refused_by_name():
         del pipe.transformer.trunk.stack[4]
         pipe()
         assert handle.report.complete
+
+
+class Controlled(Strange):
+    """What it adds after some blocks is an argument: a list for all blocks, or a dict by the number of the block."""
+
+    def forward(self, hidden_states, timestep=None, control=None, return_dict=False):
+        tokens, words = hidden_states, hidden_states[:, :2]
+        for number, block in enumerate(self.trunk.stack):
+            tokens, words = block(tokens, words)
+            if control is not None and number in control:
+                tokens = tokens + control[number]
+        return (tokens + words.mean(),)
+
+
+class Controlling(Pipe):
+    """A loop that passes some arguments on."""
+
+    @torch.no_grad()
+    def __call__(self, steps=6, **arguments):
+        x = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(0))
+        self.scheduler.set_timesteps(steps)
+        for t in self.scheduler.timesteps:
+            x = self.scheduler.step(self.transformer(x, t, **arguments)[0], t, x, return_dict=False)[0]
+        return x
+
+
+@pytest.mark.parametrize("place", [0, 1, 3])
+@pytest.mark.parametrize("backend", ["first_block_cache", "cache_dit"])
+def test_other_arguments_are_checked_and_learned_anew(backend, place):
+    """What an earlier request showed does not hold for calls with other arguments."""
+    pipe, control = Controlling(Controlled()), {place: torch.full((1, 5, 8), 0.5)}
+    with omni_kernels.patched(pipe, backend, METHODS[backend]) as handle:
+        alone = pipe(control=control)
+        assert handle.report.forwards_saved > 0
+    with omni_kernels.patched(pipe, backend, METHODS[backend]):
+        pipe()
+        pipe(control={})
+        for _ in range(2):
+            assert torch.equal(pipe(control=control), alone)
+
+
+class Unusual(Strange):
+    """With `collect`, it uses what each of its blocks has returned."""
+
+    def forward(self, hidden_states, timestep=None, collect=False, return_dict=False):
+        tokens, words, made = hidden_states, hidden_states[:, :2], []
+        for block in self.trunk.stack:
+            tokens, words = block(tokens, words)
+            made.append(tokens.tanh())
+        return (sum(made) if collect else tokens,)
+
+
+def test_arguments_with_which_a_model_cannot_be_followed_are_refused_later_too():
+    pipe = Controlling(Unusual())
+    plain = pipe(collect=True)
+    with omni_kernels.patched(pipe, "first_block_cache"):
+        pipe()
+        for _ in range(2):
+            with pytest.raises(ValueError, match="Unusual: a skipped step of the same input is off by"):
+                pipe(collect=True)
+    assert torch.equal(pipe(collect=True), plain)
+
+
+class Remembering(Strange):
+    """It writes into an argument, draws random numbers, and counts its calls."""
+
+    def forward(self, hidden_states, timestep=None, notes=None, return_dict=False):
+        notes["seen"].append(len(notes["seen"]))
+        noise = 0.01 * torch.rand(())
+        return (super().forward(hidden_states)[0] + noise,)
+
+
+def test_the_check_leaves_no_traces():
+    pipe, notes, calls = Controlling(Remembering()), {"seen": []}, []
+    torch.manual_seed(0)
+    plain = pipe(notes={"seen": []})
+    pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
+    torch.manual_seed(0)
+    with omni_kernels.patched(pipe, "first_block_cache", {"threshold": 0.0}):
+        assert torch.equal(pipe(notes=notes), plain)
+    assert notes["seen"] == list(range(6))
+    assert len(calls) == 6
+
+
+class Memorising(Strange):
+    """It calls its blocks for an input that it has not seen."""
+
+    def forward(self, hidden_states, timestep=None, return_dict=False):
+        known = vars(self).setdefault("known", {})
+        key = hidden_states.sum().item()
+        if key not in known:
+            known[key] = super().forward(hidden_states)
+        return known[key]
+
+
+def test_a_check_in_which_nothing_was_skipped_does_not_count():
+    pipe = Pipe(Memorising())
+    with (
+        omni_kernels.patched(pipe, "first_block_cache"),
+        pytest.raises(ValueError, match="a skipped step of the same input is off by inf"),
+    ):
+        pipe()
+
+
+class Unnamed(Strange):
+    """Nothing in the names says which of its streams is the text, which never changes."""
+
+    class Block(torch.nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def forward(self, a, b):
+            return a + 1, self.block(b, b)[0]
+
+    def __init__(self):
+        super().__init__()
+        self.trunk.stack = torch.nn.ModuleList(map(self.Block, self.trunk.stack))
+
+    def forward(self, hidden_states, timestep=None, return_dict=False):
+        a, b = torch.ones(1, 5, 8), hidden_states
+        for block in self.trunk.stack:
+            a, b = block(a, b)
+        return (b,)
+
+
+def test_a_stream_that_never_changes_decides_nothing():
+    pipe = Pipe(Unnamed())
+    plain = pipe()
+    with omni_kernels.patched(pipe, "first_block_cache", {"threshold": 0.5}) as handle:
+        assert torch.equal(pipe(), plain)
+        assert "the watched stream has not changed at all" in {
+            one.reason for one in handle.report.branches["0"].decisions
+        }

@@ -268,12 +268,21 @@ def test_order_0_is_reuse(qwen_pipe):
 
 
 def test_both_transformers_of_a_pipeline_are_skipped():
+    """Each from its own first step, which is computed: nothing is forecast from one transformer to the next."""
     pipe = tiny.wan(two_stages=True)
     calls = counted(pipe)
-    with omni_kernels.patched(pipe, "velocity_cache", {"schedule": SCHEDULE}) as handle:
-        latents(pipe)
+    plain = latents(pipe)
+    change = [id(module) for module in calls[::2]].index(id(pipe.transformer_2))
+    calls.clear()
+    schedule = sorted({0, change - 2, change + 1, STEPS - 1})
+    with omni_kernels.patched(pipe, "velocity_cache", {"schedule": schedule}) as handle:
+        made = latents(pipe)
+        computed = sorted({*schedule, change})
+        assert [one.reason for one in handle.report.branches["cond"].decisions][change] == "another transformer"
+        assert handle.report.branches["cond"].computed == computed
+        assert len(calls) == 2 * len(computed) == handle.report.forwards
         assert {id(module) for module in calls} == {id(pipe.transformer), id(pipe.transformer_2)}
-        assert len(calls) == 2 * len(SCHEDULE) == handle.report.forwards
+    assert (made - plain).norm() < 0.1 * plain.norm()
 
 
 def test_half_precision_stays_half_precision(qwen_pipe):
