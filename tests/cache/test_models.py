@@ -1,5 +1,6 @@
 """The table of transformer classes: rows that fit diffusers, distances over the noise, and a model added by a row."""
 
+import dataclasses
 import inspect
 import itertools
 import math
@@ -215,6 +216,30 @@ def test_modulated_input_is_what_block_0_attends_to(name):
     for one, other in zip(made, taken, strict=True):  # the tokens of a given picture come first, with t = 0
         noise = slice(one.shape[1] // 2 if "as first tokens" in name else 0, None)
         torch.testing.assert_close(one[:, noise], other[:, noise], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("backend", "config"),
+    [
+        ("first_block_cache", {"threshold": 0.9}),
+        ("cache_dit", {"residual_diff_threshold": 0.9, "max_warmup_steps": 1, "Bn_compute_blocks": 1}),
+    ],
+    ids=["first block", "either side"],
+)
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_check_that_a_row_leaves_out_passes(name, backend, config, monkeypatch):
+    """Without its row a class is checked, and the steps and the result are the same as with it."""
+    model = build(name)
+    kind = type(model.pipe.transformer).__name__
+    guided = bool(model.guided)
+    with omni_kernels.patched(model.pipe, backend, config) as handle:
+        made = model.generate(guided=guided)
+        expected = {name: branch.decisions for name, branch in handle.report.branches.items()}
+        assert handle.report.forwards_saved > 0
+    monkeypatch.setitem(MODELS, kind, dataclasses.replace(MODELS[kind], depths=(), between=()))
+    with omni_kernels.patched(model.pipe, backend, config) as handle:
+        assert torch.equal(model.generate(guided=guided), made)
+        assert {name: branch.decisions for name, branch in handle.report.branches.items()} == expected
 
 
 @pytest.mark.parametrize("name", OTHERS)
