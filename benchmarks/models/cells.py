@@ -155,6 +155,7 @@ class Trial:
         if configs.none is not None:
             self._nothing_skipped(method, configs.none)
         with omni_kernels.patched(model.pipe, method, configs.some) as handle:
+            model.generate()  # in it, the blocks are found and checked
             with counted(model.pipe) as calls:
                 model.generate()
             report = handle.report
