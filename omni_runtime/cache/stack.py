@@ -32,6 +32,8 @@ from omni_runtime.cache.stretches import Stretch
 MANY = 1_000_000
 #: A skipped forward of the same input may differ from the computed one by this share, in fp32 and in other dtypes.
 EXACT, ROUNDED = 1e-3, 0.05
+#: So many manners of a call are remembered.
+MANNERS = 256
 #: Two skipped forwards that compute the same differ by less.
 SAME = 1e-6
 #: What a user can do with a model whose blocks cannot be followed.
@@ -213,6 +215,8 @@ class Stack:
             if again is None:
                 self._leaves = watcher.plain or self._works_between(args, kwargs)
             else:
+                if len(self._manners) >= MANNERS:  # a service sees ever new sizes; they are checked again
+                    self._manners.clear()
                 with torch.random.fork_rng(*_forked(output)):
                     self._manners[manner] = self._check(
                         sampling, request, passage, again, output, watcher.plain, random
