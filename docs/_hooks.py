@@ -5,6 +5,7 @@ The marks, each on a line of its own:
     <!-- keys -->             a section for each cache method, with the table of its keys
     <!-- keys: METHOD -->     that table alone
     <!-- figures: METHOD -->  what `python -m benchmarks.quality` measured of it
+    <!-- results: FILE -->    the table in that file of results, which has `columns` and `rows`
     <!-- file: PATH -->       the text of that file, without its title
 
 Plots under benchmarks/results are copied into the site.
@@ -36,6 +37,7 @@ def on_page_markdown(markdown: str, **kwargs: Any) -> str:
     markdown = re.sub(r"<!-- file: (\S+) -->", lambda found: _text(found[1]), markdown)
     markdown = re.sub(r"<!-- keys: (\w+) -->", lambda found: key_table(found[1]), markdown)
     markdown = re.sub(r"<!-- figures: (\w+) -->", lambda found: figures(found[1]), markdown)
+    markdown = re.sub(r"<!-- results: (\S+) -->", lambda found: results(found[1]), markdown)
     return markdown.replace("<!-- keys -->", keys()) if "<!-- keys -->" in markdown else markdown
 
 
@@ -74,6 +76,12 @@ def figures(name: str) -> str:
             )
             tabs.append(f'=== "{document["model"]}"\n\n' + textwrap.indent(f"{_how(document)}\n\n{table}", "    "))
     return "\n\n".join(tabs)
+
+
+def results(name: str) -> str:
+    """The table of one file of results, and the command that made it."""
+    document = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    return f"{_table(document['columns'], document['rows'])}\n\nMade by `{document['command']}`."
 
 
 def _figures(document: dict[str, Any], name: str) -> list[list[str]]:

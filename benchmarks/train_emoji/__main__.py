@@ -22,7 +22,7 @@ import torch
 
 from omni_runtime.generation.loading import EMBEDDED
 
-from .assemble import assemble, decoder_checkpoint, latents_file, load_autoencoder
+from .assemble import assemble, decoder_checkpoint, latents_file, load_autoencoder, restore
 from .autoencoder import train_autoencoder
 from .model import Model
 from .models import MODELS
@@ -41,6 +41,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--parent", type=Path, help="folder of the model whose VAE and transformer it starts from")
     parser.add_argument(
         "--fresh", action="store_true", help="start from a random transformer also if there is a parent"
+    )
+    parser.add_argument(
+        "--restore", type=Path, help="train this finished model folder on, where WORK has no checkpoints"
     )
     parser.add_argument("--side", type=int, default=64, choices=(64, 128), help="pixels per side")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto takes the accelerator if there is one")
@@ -127,6 +130,8 @@ def main(arguments: list[str] | None = None) -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     device = choose_device(options.device)
     model = MODELS[options.model]
+    if options.restore is not None:
+        restore(model, options.restore, options.work)
     options.parent = options.parent or (EMBEDDED / model.parent if model.parent else None)
     run = {
         "autoencoder": lambda: autoencoder_stage(model, options, device),

@@ -1,6 +1,6 @@
 """Writes the trained parts as an ordinary diffusers folder: bf16 weights, prompts, defaults, training record.
 
-The pipeline class's `from_pretrained(folder)` loads it.
+The pipeline class's `from_pretrained(folder)` loads it. `restore` makes checkpoints from such a folder, to train on.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import torch
 
 from .autoencoder import all_parameters, decoder_parameters
 from .model import Model
-from .training import load_ema
+from .training import load_ema, save
 
 __all__ = [
     "assemble",
     "decoder_checkpoint",
     "latents_file",
     "load_autoencoder",
+    "restore",
 ]
 
 
@@ -78,3 +79,37 @@ def assemble(model: Model, work: Path, out: Path, side: int, parent: Path | None
         files["pipeline"] = model.pipeline_settings(side)
     for name, content in files.items():
         (out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def restore(model: Model, folder: Path, work: Path) -> None:
+    """Make checkpoints in `work` from the model folder that `assemble` wrote. Parts that have one there are left out.
+
+    The weights are those of the folder, in bf16; EMA and raw weights are the same. The optimizers start anew.
+    """
+    trained = json.loads((folder / "training.json").read_text())["parts"]
+    vae = type(model.autoencoder.new()).from_pretrained(folder / "vae", dtype=torch.float32)
+    transformer = type(model.new_transformer()).from_pretrained(folder / "transformer", dtype=torch.float32)
+    parts = {
+        "autoencoder": (work / "autoencoder.pt", all_parameters(model.autoencoder, vae)),
+        "decoder": (
+            decoder_checkpoint(work, trained["autoencoder"]["steps"]),
+            decoder_parameters(model.autoencoder, vae),
+        ),
+        "transformer": (work / "transformer.pt", list(transformer.parameters())),
+    }
+    for name, (checkpoint, parameters) in parts.items():
+        part = trained[name]
+        if part["steps"] and not checkpoint.exists():
+            weights = [parameter.detach() for parameter in parameters]
+            save(
+                {
+                    "parameters": weights,
+                    "optimizers": None,
+                    "ema": weights,
+                    "step": part["steps"],
+                    "samples": part["samples"],
+                    "seconds": 60 * part["minutes"],
+                    "loss": float("nan"),
+                },
+                checkpoint,
+            )

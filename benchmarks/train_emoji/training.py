@@ -122,13 +122,14 @@ def fit(
 
 
 def _load(checkpoint: Path, parameters: list[torch.nn.Parameter], optimizers: list[torch.optim.Optimizer]) -> Fit:
-    """Load a checkpoint's weights and optimizer states, and return the rest of it."""
+    """Load a checkpoint's weights and optimizer states (None: they start anew), and return the rest of it."""
     saved = torch.load(checkpoint, map_location=parameters[0].device)
     with torch.no_grad():
         for parameter, value in zip(parameters, saved["parameters"], strict=True):
             parameter.copy_(value)
-    for optimizer, value in zip(optimizers, saved["optimizers"], strict=True):
-        optimizer.load_state_dict(value)
+    if saved["optimizers"] is not None:
+        for optimizer, value in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(value)
     return Fit(saved["ema"], saved["step"], saved["samples"], saved["seconds"], saved["loss"])
 
 

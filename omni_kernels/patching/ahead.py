@@ -19,7 +19,8 @@ import torch
 from omni_kernels.patching.changes import Forward, Patch
 from omni_kernels.patching.structure import hooked
 
-_NEXT, _MADE, _APART = "_omni_kernels_next", "_omni_kernels_ahead", "_omni_kernels_apart"
+#: In a block's `__dict__`, `NEXT` marks one that may compute ahead for the next block.
+NEXT, _MADE, _APART = "_omni_kernels_next", "_omni_kernels_ahead", "_omni_kernels_apart"
 
 
 class _Next(tuple[torch.nn.Module, ...]):
@@ -44,7 +45,7 @@ class _Made(NamedTuple):
 def link(blocks: Sequence[torch.nn.Module], patch: Patch) -> None:
     """Store in each of these blocks, which run one after the other, a reference to the next. Undone with `patch`."""
     for block, following in itertools.pairwise(blocks):
-        patch.set_attribute(block, _NEXT, _Next((following,)))
+        patch.set_attribute(block, NEXT, _Next((following,)))
 
 
 class Apart:
@@ -76,7 +77,7 @@ def next_of(block: torch.nn.Module, states: torch.Tensor, *called: str) -> Any:
     if torch.compiler.is_compiling() or states.is_inference():  # inference tensors have no version counter
         return None
     own = vars(block)
-    (following,) = own.get(_NEXT) or (None,)
+    (following,) = own.get(NEXT) or (None,)
     if following is None or _APART in own or following._forward_hooks or following._forward_pre_hooks:
         return None
     if following._compiled_call_impl is not None or not isinstance(vars(following).get("forward"), Forward):

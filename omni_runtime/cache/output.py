@@ -5,6 +5,8 @@ latents. At a skipped step the transformer runs in no CFG branch. Each of its ca
 last, because the pipeline's guidance needs an input. The scheduler then steps with the forecast instead of the guided
 result. For flow matching the output is a velocity (MeanCache, Gao et al. 2026, arXiv:2601.19961, caches it on a
 schedule, too). The next computed output shows the error of the forecasts, and a `Corrector` compensates for it.
+Where the scheduler draws new noise at each step, the clean latents that it predicts are cached instead of the output
+(`omni_runtime.cache.schedulers`).
 
 A schedule chooses the skipped steps, or a gate does so from the expected change of the output
 (`omni_runtime.cache.signals.ExpectedChange`). There is one decision per step, for all CFG branches.
@@ -19,97 +21,18 @@ from typing import Any
 
 import torch
 
+from omni_kernels import ops
 from omni_kernels.patching import Patch
-from omni_kernels.patching.backends import nearest
 from omni_runtime.cache.contract import tensors_of
-from omni_runtime.cache.forecasters import Forecaster, newton
+from omni_runtime.cache.forecasters import Forecaster, make_forecaster, newton
 from omni_runtime.cache.gates import Gate, Plan, Verdict
 from omni_runtime.cache.history import History, history_of
 from omni_runtime.cache.lifecycle import Branch, Request, Sampling
 from omni_runtime.cache.models import depth
 from omni_runtime.cache.replay import Replays
+from omni_runtime.cache.schedulers import check_scheduler, clean_latents, draws_noise, steps_along
 from omni_runtime.cache.session import GRADIENT, Args, CacheSession, Kwargs, differentiates
 from omni_runtime.cache.signals import ExpectedChange
-
-#: Schedulers that evaluate the model once per step, on the latents that they returned: class → attribute used for `σ`.
-#: (`steps_along` says which of them a `Corrector` works with.)
-SCHEDULERS: dict[str, str] = {
-    "FlowMatchEulerDiscreteScheduler": "sigmas",
-    "UniPCMultistepScheduler": "sigmas",
-    "DPMSolverMultistepScheduler": "sigmas",
-    "EulerDiscreteScheduler": "sigmas",
-    "FlowMapEulerDiscreteScheduler": "sigmas",
-    "EDMEulerScheduler": "sigmas",
-    "EDMDPMSolverMultistepScheduler": "sigmas",
-    "DEISMultistepScheduler": "sigmas",
-    "HeliosScheduler": "sigmas",
-    "DDIMScheduler": "timesteps",
-    "CogVideoXDDIMScheduler": "timesteps",
-}
-#: Schedulers that replace the noise in the latents with fresh noise at each step, whatever their settings.
-NOISY = {
-    "CogVideoXDPMScheduler",
-    "CosineDPMSolverMultistepScheduler",
-    "DDPMScheduler",
-    "DDPMWuerstchenScheduler",
-    "DPMSolverSDEScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "FlowMatchLCMScheduler",
-    "HeliosDMDScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "LCMScheduler",
-    "LTXEulerAncestralRFScheduler",
-    "SCMScheduler",
-    "TCDScheduler",
-}
-
-
-def check_scheduler(scheduler: Any, residual: bool = False) -> None:
-    """Raise ValueError if whole steps of the scheduler cannot be skipped.
-
-    Args:
-        scheduler: the pipeline's scheduler.
-        residual: whether the cached value is the model output minus the latents (`OutputSite.residual`). It is nearly
-            constant if the model predicts a flow, but not if it predicts the noise.
-    """
-    name = type(scheduler).__name__
-    if _draws_noise(scheduler):
-        raise ValueError(
-            f"{name} with these settings draws new noise at each step, so the last model output does not predict the "
-            "next one: whole steps cannot be skipped. A cache of blocks (cache_dit, tea_cache) works with it"
-        )
-    if name in SCHEDULERS:
-        predicts = getattr(scheduler.config, "prediction_type", None)
-        if residual and not name.startswith("Flow") and predicts != "flow_prediction":
-            raise ValueError(
-                f"{name} with prediction_type {predicts!r}: what a model adds to the latents can be reused only if it "
-                "predicts a flow. velocity_cache works with it"
-            )
-        return
-    if getattr(scheduler, "order", 1) != 1:
-        raise ValueError(
-            f"{name} evaluates the model {scheduler.order} times a step, at points of its own: whole steps cannot be "
-            "skipped. Use a scheduler with one evaluation a step, such as FlowMatchEulerDiscreteScheduler"
-        )
-    raise ValueError(
-        f"no cache of whole steps knows the scheduler {name!r} yet: {nearest(name, SCHEDULERS)}. One that evaluates "
-        "the model once a step can be added as a row of omni_runtime.cache.output.SCHEDULERS"
-    )
-
-
-def _draws_noise(scheduler: Any) -> bool:
-    """Whether each step replaces the noise in the latents with fresh noise."""
-    config = scheduler.config
-    return (
-        type(scheduler).__name__ in NOISY
-        or bool(getattr(config, "stochastic_sampling", False))
-        or str(getattr(config, "algorithm_type", "")).startswith("sde")
-    )
-
-
-def steps_along(scheduler: Any) -> bool:
-    """Whether a step moves the latents by exactly (σ_{i+1} − σ_i)·v_i, where v_i is the model output."""
-    return type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler" and not _draws_noise(scheduler)
 
 
 class Corrector:
@@ -265,13 +188,21 @@ class OutputSteps:
 
     def __init__(self, site: OutputSite, request: Request, gate: Gate, scheduler: Any) -> None:
         self._request = request
+        self._scheduler = scheduler
         self.gate = gate
+        self._noisy = draws_noise(scheduler)
+        if self._noisy:
+            request.notes.append(
+                f"{type(scheduler).__name__} draws new noise at each step: skipped steps reuse the clean latents that "
+                "it predicted last, and forecast nothing"
+            )
         self._by_step = site.forecaster.axis == "step"
         self._reach = site.reach
         order = 0 if site.residual else site.corrector_order
         self._corrector = Corrector(order) if order and steps_along(scheduler) else None
         keep = None if self._corrector is None else max(site.forecaster.snapshots, order) + 1
-        self._history = history_of(site.forecaster, keep)
+        # What new noise does to the clean latents is random. A forecast of a higher order only amplifies it.
+        self._history = history_of(make_forecaster("reuse") if self._noisy else site.forecaster, keep)
         self._new_signal = site.signal
         self._signal = None if site.signal is None else site.signal()
         self._residual = site.residual
@@ -336,6 +267,11 @@ class OutputSteps:
     def remember(self, branch: Branch, shape: tuple[Any, ...], transformer: Any, returned: Any) -> None:
         """Record the result of a transformer call of this step, whose arguments have these shapes."""
         kept = branch.kept
+        if self._noisy and len({tensor.shape for tensor in _floating(returned)}) > 1:
+            raise ValueError(
+                f"{type(self._scheduler).__name__} draws new noise at each step, and {type(transformer).__name__} "
+                "returns tensors of several shapes, for another scheduler, too: whole steps cannot be skipped"
+            )
         if kept is None or kept.shape != shape or kept.transformer is not transformer:
             branch.kept = StandIn(shape, transformer, self._forecaster, self._reach)
         branch.kept.record(returned, self._position())
@@ -361,6 +297,8 @@ class OutputSteps:
         if output.requires_grad:
             self._forget()
             return output
+        if self._noisy:
+            return self._by_clean_latents(output, sample)
         if self._residual and output.shape != sample.shape:
             raise ValueError(
                 f"the model output has the shape {tuple(output.shape)}, the latents {tuple(sample.shape)}: there is no "
@@ -373,6 +311,30 @@ class OutputSteps:
         base = sample.to(torch.promote_types(sample.dtype, output.dtype)) if self._residual else None
         return self._recorded(output, base, position) if computed else self._forecast(output, base, position)
 
+    def _by_clean_latents(self, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        """As `output`, for a scheduler that draws new noise: x0 = a·sample + b·output is cached in fp32 and reused."""
+        scheduler = type(self._scheduler).__name__
+        if self._request.by_token or output.shape != sample.shape:
+            raise ValueError(
+                f"{scheduler} draws new noise at each step, and "
+                + ("has a noise level for each token" if self._request.by_token else "the model predicts more than it")
+                + ": whole steps cannot be skipped"
+            )
+        found = clean_latents(self._scheduler, self._request.sigma)
+        if self._verdict.computed:
+            if found is None:  # the next step is computed, too
+                self._history.clear()
+                return output
+            clean = ops.linear_forecast(None, [sample.float(), output.float()], found)
+            self._history.record(clean, None, self._position())
+            return output
+        self._check_shape(output)
+        if found is None:
+            raise RuntimeError(f"{scheduler} is back at pure noise in a skipped step: whole steps cannot be skipped")
+        a, b = found
+        clean = self._history.forecast(None, self._position())
+        return ops.linear_forecast(None, [clean, sample.float()], (1.0 / b, -a / b)).to(output.dtype)
+
     def _recorded(self, output: torch.Tensor, base: torch.Tensor | None, position: float) -> torch.Tensor:
         """Record the output of a computed step, and correct it for the skipped steps before it."""
         corrector = self._corrector
@@ -384,11 +346,7 @@ class OutputSteps:
 
     def _forecast(self, output: torch.Tensor, base: torch.Tensor | None, position: float) -> torch.Tensor:
         """The forecast for a skipped step. `output` was made from stand-ins: only its shape and dtype are used."""
-        if self._history.shape != output.shape:
-            raise RuntimeError(
-                f"the model output has the shape {tuple(output.shape)} in a skipped step, {self._history.shape} in the "
-                "last computed one: whole steps of this pipeline cannot be skipped"
-            )
+        self._check_shape(output)
         # No farther than `reach`: extrapolating over a long gap is worse than not extrapolating.
         position = reached(self._history.positions, position, self._reach)
         weights = None if self._corrector is None else self._history.weights(position)
@@ -397,6 +355,13 @@ class OutputSteps:
             return self._history.combined(weights)
         forecast = self._history.forecast(base, position)
         return forecast if base is None else forecast.to(output.dtype)
+
+    def _check_shape(self, output: torch.Tensor) -> None:
+        if self._history.shape != output.shape:
+            raise RuntimeError(
+                f"the model output has the shape {tuple(output.shape)} in a skipped step, {self._history.shape} in the "
+                "last computed one: whole steps of this pipeline cannot be skipped"
+            )
 
     def _corrected(self, output: torch.Tensor, corrector: Corrector) -> torch.Tensor:
         """The output of a computed step, plus the correction for the skipped steps before it."""

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 
 from omni_kernels import ops
-from omni_kernels.patching.ahead import Apart
+from omni_kernels.patching.ahead import NEXT, Apart
 from omni_runtime.cache.blocks import BlockCall, Slot, States
 from omni_runtime.cache.contract import Kept
 from omni_runtime.cache.forecasters import Forecaster
@@ -462,8 +462,11 @@ class Passage:
         It must not compute the next block's norm ahead (`omni_kernels.patching.ahead`): whether that block runs is not
         decided yet.
         """
+        self.ran += 1
+        if NEXT not in block.__dict__:  # it computes nothing ahead anyway
+            return block(*args, **kwargs)
         with Apart(block):
-            return self._run(block, args, kwargs)
+            return block(*args, **kwargs)
 
     def _run_before(self, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run block first − 1, then decide: its output is the input of block `first`."""

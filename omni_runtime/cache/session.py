@@ -374,7 +374,8 @@ class BlockSession(CacheSession):
     ) -> Any:
         """See `CacheSession.call`."""
         branch, stack = request.branch(sampling.context), self.stacks[transformer]
-        if differentiates(transformer, args, kwargs):
+        # `differentiates` asks this first, too: asking here saves a Python call in every forward.
+        if torch.is_grad_enabled() and differentiates(transformer, args, kwargs):
             output, ran = call(*args, **kwargs), stack.blocks
             branch.kept = None
             branch.decide(Verdict(True, GRADIENT))

@@ -173,7 +173,7 @@ class Stack:
             return self._find(sampling, request, branch, call, args, kwargs), self.blocks
         if passage is None or passage.stack is not self:
             passage = self._begin(request, branch)
-        passage.begin(request, self._arguments(args, kwargs), stepwise)
+        passage.begin(request, self._arguments(args, kwargs) if args else kwargs, stepwise)
         sampling.passage = passage
         try:
             output = call(*args, **kwargs)
@@ -387,7 +387,7 @@ class Stack:
 
     def _arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         """All arguments of a transformer call by name."""
-        return {**dict(zip(self._names, args, strict=False)), **kwargs} if args else kwargs
+        return {**dict(zip(self._names, args, strict=False)), **kwargs}
 
 
 def _forked(output: Any) -> tuple[Any, ...]:

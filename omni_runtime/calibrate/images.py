@@ -20,7 +20,8 @@ from omni_runtime.cache.gates import ScheduleGate
 from omni_runtime.cache.history import inner_products
 from omni_runtime.cache.lifecycle import Request
 from omni_runtime.cache.methods import VELOCITY_CACHE
-from omni_runtime.cache.output import OutputSession, OutputSite, steps_along
+from omni_runtime.cache.output import OutputSession, OutputSite
+from omni_runtime.cache.schedulers import steps_along
 from omni_runtime.cache.session import CacheSession
 from omni_runtime.calibrate.journal import KeptResponses
 from omni_runtime.calibrate.search import IDENTICAL, ROUNDS, Responses, Tried, hopeless

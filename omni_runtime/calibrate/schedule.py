@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from omni_runtime.cache import schedules
+from omni_runtime.cache.schedulers import draws_noise
 from omni_runtime.calibrate.images import SETTINGS, Images, Settings
 from omni_runtime.calibrate.journal import Journal, KeptResponses
 from omni_runtime.calibrate.search import Responses, Tried, score, search, shape
@@ -132,6 +133,11 @@ def find(
     """
     if omni.cache_backend is not None or not requests or not held_out:
         raise ValueError("calibration needs an Omni without a cache, and at least one request of each kind")
+    if draws_noise(omni.pipe.scheduler):
+        raise ValueError(
+            f"{type(omni.pipe.scheduler).__name__} draws new noise at each step: a schedule cannot be searched, as "
+            "the same steps suit one noise and not another"
+        )
     steps = requests[0].arguments["num_inference_steps"]
     if steps < 3:
         raise ValueError(f"there is nothing to search in {steps} steps")

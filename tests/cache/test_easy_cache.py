@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import omni_kernels
 from omni_runtime.cache.gates import AccumulatedPolynomialGate, Limits
-from omni_runtime.cache.output import SCHEDULERS
+from omni_runtime.cache.schedulers import SCHEDULERS
 from omni_runtime.cache.signals import ExpectedChange
 
 STEPS = 12

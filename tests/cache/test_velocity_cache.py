@@ -19,7 +19,8 @@ from omni_runtime import Omni
 from omni_runtime.cache.history import History
 from omni_runtime.cache.methods import METHODS
 from omni_runtime.cache.models import TransformerFacts
-from omni_runtime.cache.output import SCHEDULERS, Corrector, OutputSession
+from omni_runtime.cache.output import Corrector, OutputSession
+from omni_runtime.cache.schedulers import SCHEDULERS
 from omni_runtime.compare.comparison import prompts_of
 from omni_runtime.generation import loading
 

@@ -396,3 +396,9 @@ def test_wrong_options_are_named(arguments, named, saved, tmp_path, capsys):
     model = ["--model", str(saved["qwen_image"]), "--prompts", "a cat", "--out", str(tmp_path / "x.json"), "--quiet"]
     assert cli.main(["calibrate", *arguments, *model, "--size", "64"]) == 2
     assert named in capsys.readouterr().err
+
+
+def test_no_schedule_is_searched_under_new_noise(omni, monkeypatch):
+    monkeypatch.setattr("omni_runtime.calibrate.schedule.draws_noise", lambda scheduler: True)
+    with pytest.raises(ValueError, match="draws new noise at each step: a schedule cannot be searched"):
+        find(omni, requests_of(omni), requests_of(omni), [4])
