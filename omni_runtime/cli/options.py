@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 DEFAULT_MODEL = "emoji-qwen-image"
-#: Exit code: wrong input.
-WRONG_INPUT = 2
+#: Exit codes: wrong input, and a batch of which some rows failed.
+WRONG_INPUT, SOME_FAILED = 2, 3
 
 
 class UsageError(Exception):
@@ -57,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
     model = _model_options()
     _add_generate(commands, model)
+    _add_batch(commands, model)
     _add_compare(commands, model)
     _add_calibrate(commands, model)
     _add_inspect(commands, model)
@@ -123,6 +124,17 @@ def _add_generate(commands: Any, shared: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--seed", type=_seed, metavar="N", help="makes the same images again (default: random; it is printed)"
     )
+    _add_cache_options(command)
+    command.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out"),
+        metavar="PATH",
+        help="a directory, or a file: .png, for videos .mp4 or .webp (default: out)",
+    )
+
+
+def _add_cache_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--cache-backend",
         metavar="NAME",
@@ -137,13 +149,45 @@ def _add_generate(commands: Any, shared: argparse.ArgumentParser) -> None:
         metavar="N",
         help="frames per second of videos (default: the request's frame_rate, else 16)",
     )
-    command.add_argument(
-        "--out",
-        type=Path,
-        default=Path("out"),
-        metavar="PATH",
-        help="a directory, or a file: .png, for videos .mp4 or .webp (default: out)",
+
+
+def _add_batch(commands: Any, shared: argparse.ArgumentParser) -> None:
+    about = "make the images or videos of a file of rows, several at once, on one or more workers"
+    command = commands.add_parser(
+        "batch",
+        help=about,
+        description=f"{about.capitalize()}. A row of a .jsonl file is a JSON object with arguments of `generate` "
+        "(prompt, seed, num_inference_steps, image, cache_backend, ...) and an id, which may be left out; a .txt file "
+        "has a prompt on each line. All rows are checked first. Options are for rows that do not have the argument. "
+        "Writes the files, and results.jsonl with a line for each row. A row that fails does not stop the others; the "
+        "exit code is then 3. What was made is not made again, unless the row, the model or the cache has changed.",
+        parents=[shared],
+        allow_abbrev=False,
     )
+    command.set_defaults(module="batch", command="batch")
+    command.add_argument("rows", type=Path, metavar="ROWS", help="a .jsonl or .txt file")
+    command.add_argument("--steps", type=_whole, metavar="N", help="denoising steps (default: the model's own)")
+    command.add_argument("--seed", type=_seed, metavar="N", help="default: one that follows from the row's content")
+    _add_cache_options(command)
+    command.add_argument(
+        "--workers",
+        type=_whole,
+        default=1,
+        metavar="N",
+        help="processes that have the model, on a GPU each if there are any; more than 1 need Ray. They are of this "
+        "machine, or of the Ray cluster that $RAY_ADDRESS names (default: 1)",
+    )
+    command.add_argument(
+        "--in-flight",
+        type=_whole,
+        default=8,
+        metavar="N",
+        help="rows that a worker runs at once, with shared forwards; 1 gives the same bits as `generate` "
+        "(default: %(default)s)",
+    )
+    command.add_argument("--retry-failed", action="store_true", help="make the rows again that have failed")
+    command.add_argument("--fresh", action="store_true", help="make all rows again")
+    command.add_argument("--out", type=Path, default=Path("out/batch"), metavar="DIR", help="default: %(default)s")
 
 
 def _add_compare(commands: Any, shared: argparse.ArgumentParser) -> None:

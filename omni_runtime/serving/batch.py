@@ -1,0 +1,243 @@
+"""Batches: a file of rows becomes a directory of pictures, through an engine that has several rows in flight.
+
+    rows = read(Path("prompts.jsonl"), omni)
+    summary = run(rows, Path("out"), omni)
+
+What was made is not made again (`omni_runtime.serving.results`). A row that fails is recorded, and does not stop the
+others. With several workers, each keeps the model and has an engine of its own (`omni_runtime.serving.ray_batch`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omni_runtime import files
+from omni_runtime.generation import video
+from omni_runtime.generation.omni import Omni
+from omni_runtime.generation.result import OmniResult, png
+from omni_runtime.serving.jobs import CancelledError
+from omni_runtime.serving.results import Made, Results
+from omni_runtime.serving.rows import Row, RowsError, read
+
+__all__ = ["DeviceFailedError", "Made", "Row", "RowsError", "Summary", "Worker", "made_here", "read", "run"]
+
+#: So many rows of a worker are prepared or encoded, besides those in flight.
+AHEAD = 2
+
+
+class DeviceFailedError(RuntimeError):
+    """The device can no longer be used by this process. The rows that it had in flight were not made."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a batch has done.
+
+    Attributes:
+        rows: the number of rows.
+        found: how many of them were done before.
+        made: how many were made now.
+        failed: how many have an error, now or from before.
+        seconds: from the first row to the last one, without those that were found.
+    """
+
+    rows: int
+    found: int
+    made: int
+    failed: int
+    seconds: float
+
+
+def run(
+    rows: Sequence[Row],
+    directory: Path,
+    omni: Omni,
+    *,
+    workers: int = 1,
+    in_flight: int = 8,
+    fresh: bool = False,
+    retry_failed: bool = False,
+    listener: Callable[[Row, dict[str, Any]], None] | None = None,
+    started: Callable[[int], None] | None = None,
+    **ray: Any,
+) -> Summary:
+    """Make the rows that are not done, and write their files and lines to the directory.
+
+    Args:
+        rows: from `read`.
+        directory: for `results.jsonl` and the pictures.
+        omni: the model. With several workers, it is not loaded here.
+        workers: how many processes have the model. More than 1 need Ray.
+        in_flight: how many rows a worker runs at once.
+        fresh: make all rows again.
+        retry_failed: make rows again that have failed.
+        listener: called with each row that is over, and its line.
+        started: called with the number of rows that were found, before the first row is made.
+        ray: arguments of `ray_batch.made_by_workers`.
+
+    Raises:
+        files.WriteError: a file cannot be written, for example because the disk is full. What was made before is kept.
+        DeviceFailedError: the device can no longer be used. What was made before is kept.
+        BusyError: another batch writes to the directory.
+        TooFewError: Ray has fewer GPUs or CPUs than workers.
+        WorkersFailedError: Ray cannot be started, or the workers cannot load the model.
+    """
+    with contextlib.closing(Results(directory, rows)) as results:
+        todo = [row for row in rows if fresh or not results.done(row, failed=retry_failed)]
+        found = len(rows) - len(todo)
+        if started is not None:
+            started(found)
+        start, made, by_id = time.perf_counter(), 0, {row.id: row for row in todo}
+        if workers > 1:
+            from omni_runtime.serving import ray_batch
+
+            making = ray_batch.made_by_workers(todo, omni, workers=workers, in_flight=in_flight, **ray)
+        else:
+            making = made_here(todo, omni, in_flight)
+        with contextlib.closing(making):
+            for one in making if todo else ():
+                try:
+                    line = results.keep(by_id[one.id], one)
+                except files.WriteError as error:
+                    raise error.keeping(f"{found + made} of {len(rows)} rows are done and kept") from error
+                made += 1
+                if listener is not None:
+                    listener(by_id[one.id], line)
+        failed = sum("error" in results.records[row.id] for row in rows)
+        return Summary(len(rows), found, made, failed, time.perf_counter() - start)
+
+
+def made_here(rows: Iterable[Row], omni: Omni, in_flight: int) -> Generator[Made, None, None]:
+    """Make rows in this process, and yield each when it is over. Closing the generator cancels those in flight."""
+    worker = Worker(omni, in_flight)
+    rows = iter(rows)
+    try:
+        with ThreadPoolExecutor(in_flight + AHEAD, "omni-row") as threads:
+
+            def begun(count: int) -> set[Future[Made]]:
+                return {threads.submit(worker.make, row) for row in itertools.islice(rows, count)}
+
+            try:
+                pending = begun(in_flight + AHEAD)
+                while pending:
+                    over, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    pending |= begun(len(over))
+                    for one in over:
+                        yield one.result()
+            except BaseException:
+                worker.close()  # before the threads are waited for
+                raise
+    finally:
+        worker.close()
+
+
+class Worker:
+    """A loaded model that makes rows, several at once. `make` may be called from several threads.
+
+    Args:
+        omni: the model, which is loaded now.
+        in_flight: how many rows run at once.
+    """
+
+    def __init__(self, omni: Omni, in_flight: int) -> None:
+        omni.pipe.set_progress_bar_config(disable=True)
+        self._engine = omni.engine(in_flight=in_flight)
+        self._room = _Room()
+        self._closed = False
+
+    def close(self) -> None:
+        """Cancel the rows in flight, and stop."""
+        self._closed = True
+        self._engine.close(cancel=True)
+
+    def make(self, row: Row, alone: bool = False) -> Made:
+        """Make a row.
+
+        Args:
+            row: the row.
+            alone: make it while no other is in flight.
+
+        Raises:
+            DeviceFailedError: the device can no longer be used.
+            CancelledError: the worker was closed.
+        """
+        made = self._made(row, alone)
+        # A row for which the memory was too small beside others may fit alone.
+        return made if alone or made.about.get("error") != "OutOfMemoryError" else self._made(row, alone=True)
+
+    def _made(self, row: Row, alone: bool) -> Made:
+        with self._room.entered(alone):
+            start = time.perf_counter()
+            if self._closed:
+                raise CancelledError("the worker was closed")
+            try:
+                result = self._engine.submit(**row.arguments).result()
+                suffix, contents = encoded(result, row.fps)
+            except CancelledError:
+                raise
+            except Exception as error:
+                if type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error):
+                    raise DeviceFailedError(f"the device failed: {error}") from error
+                told = {"error": type(error).__name__, "message": str(error) or type(error).__name__}
+                return Made(row.id, time.perf_counter() - start, told)
+            return Made(row.id, time.perf_counter() - start, about(result), suffix, contents)
+
+
+class _Room:
+    """Lets many rows in together, or one alone."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside = 0
+        self._alone = threading.Lock()
+
+    @contextlib.contextmanager
+    def entered(self, alone: bool) -> Iterator[None]:
+        with self._alone if alone else contextlib.nullcontext():
+            if not alone:
+                with self._alone:  # one that is to be alone holds it, and waits for those inside
+                    self._count(1)
+            else:
+                with self._changed:
+                    self._changed.wait_for(lambda: not self._inside)
+            try:
+                yield
+            finally:
+                if not alone:
+                    self._count(-1)
+
+    def _count(self, change: int) -> None:
+        with self._changed:
+            self._inside += change
+            self._changed.notify_all()
+
+
+def encoded(result: OmniResult, fps: float | None) -> tuple[str, list[bytes]]:
+    """The pictures or videos of a result as files with the settings inside, as `OmniResult.save` writes them.
+
+    Returns:
+        The ending of the files, and their contents.
+    """
+    if result.frames is None:
+        return ".png", [png(image, result.settings) for image in result.images]
+    suffix = next(ending for ending in video.SUFFIXES if video.encoder_missing(ending) is None)
+    rate = fps or result.settings.get("frame_rate") or video.FPS
+    return suffix, [video.encode(suffix, frames, result.settings, rate) for frames in result.frames]
+
+
+def about(result: OmniResult) -> dict[str, Any]:
+    """What is recorded of a result: the steps, and how many of them were computed and skipped."""
+    steps, report = len(result.timings.steps), result.cache
+    skipped = 0 if report is None else len(report.skipped)
+    told: dict[str, Any] = {"steps": steps, "computed": steps - skipped, "skipped": skipped}
+    if report is not None:
+        told |= {"cache_backend": report.backend, "forwards": report.forwards, "saved": report.forwards_saved}
+    return told
