@@ -95,14 +95,14 @@ class _Told:
         self._rows = rows
         self._quiet = quiet
         self._made = self._failed = 0
-        self._start = self._said = time.perf_counter()
+        self._start: float | None = None
+        self._said = time.perf_counter()
 
     def started(self, found: int) -> None:
         """Show how many rows were found."""
         self.done = found
         if found and not self._quiet:
             print(f"{found} rows were done before: --fresh makes them again", file=sys.stderr)
-        self._start = self._said = time.perf_counter()
         self.line.tell(f"{found} of {self._rows} rows")
 
     def over(self, row: batches.Row, record: dict[str, Any]) -> None:
@@ -110,6 +110,7 @@ class _Told:
         self.done += 1
         self._made += 1
         now = time.perf_counter()
+        self._start = self._start or now - record["seconds"]  # the model is loaded before
         if "error" in record:
             self._failed += 1
             if not self._quiet:

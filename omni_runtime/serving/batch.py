@@ -46,7 +46,7 @@ class Summary:
         found: how many of them were done before.
         made: how many were made now.
         failed: how many have an error, now or from before.
-        seconds: from the first row to the last one, without those that were found.
+        seconds: from the start of the first row to the end of the last one; the model is loaded before.
     """
 
     rows: int
@@ -95,7 +95,7 @@ def run(
         found = len(rows) - len(todo)
         if started is not None:
             started(found)
-        start, made, by_id = time.perf_counter(), 0, {row.id: row for row in todo}
+        start, made, by_id = None, 0, {row.id: row for row in todo}
         if workers > 1:
             from omni_runtime.serving import ray_batch
 
@@ -104,6 +104,7 @@ def run(
             making = made_here(todo, omni, in_flight)
         with contextlib.closing(making):
             for one in making if todo else ():
+                start = start or time.perf_counter() - one.seconds
                 try:
                     line = results.keep(by_id[one.id], one)
                 except files.WriteError as error:
@@ -112,7 +113,7 @@ def run(
                 if listener is not None:
                     listener(by_id[one.id], line)
         failed = sum("error" in results.records[row.id] for row in rows)
-        return Summary(len(rows), found, made, failed, time.perf_counter() - start)
+        return Summary(len(rows), found, made, failed, 0.0 if start is None else time.perf_counter() - start)
 
 
 def made_here(rows: Iterable[Row], omni: Omni, in_flight: int) -> Generator[Made, None, None]:

@@ -93,7 +93,6 @@ def _dataset(
         ),
         num_cpus=1,
         num_gpus=1 if gpus else 0,
-        scheduling_strategy="SPREAD",
     )
 
 
