@@ -11,7 +11,6 @@ the calls of a block in a batch and in a forward of one request (`Axes`).
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -143,6 +142,7 @@ class Together:
         self._base: Any = None
         self._versions: Any = None
         self._computing: list[bool] = []
+        self._left_out = False  # nobody computes, and the model does nothing between its blocks
         self._rows: torch.Tensor | None = None
         self.ran = [0] * len(members)
 
@@ -159,21 +159,17 @@ class Together:
 
     def slots(self, blocks: Collection[torch.nn.Module], start: int) -> Iterator[Callable[..., Any]]:
         """Yield what is called in place of each of `blocks`; see `Passage.slots`."""
-        lead, end = self._lead, start + len(blocks)
+        lead = self._lead
         if start >= lead.later_from:
             yield from self._later_slots(blocks, start)
             return
-        numbered = enumerate(blocks, start)
-        for index, block in numbered:
+        for index, block in enumerate(blocks, start):
+            if self._left_out and lead.first < index < lead.last:
+                continue
             if lead.joins and index == lead.first - 1:
                 yield Slot(self._before_join, block)
             elif index == lead.first and not lead.joins:
                 yield Slot(self._enter, block)
-                if not any(self._computing) and not self._stepwise:
-                    if lead.last >= end:
-                        return
-                    left_out = lead.last - index - 1
-                    next(itertools.islice(numbered, left_out, left_out), None)
             elif index == 0 or index == lead.first - 1:
                 yield Slot(functools.partial(self._before, index), block)
             elif not lead.first <= index < lead.last:
@@ -272,6 +268,7 @@ class Together:
         base = call.inputs(args, kwargs)
         self._decide(index, block, base, args, kwargs)
         if not any(self._computing) and (alone or not self._stepwise):
+            self._left_out = True
             return call.output(self._made(None, base))
         self._base, self._versions = base, versions_of(base)
         if alone:

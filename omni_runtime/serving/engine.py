@@ -20,7 +20,6 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -102,7 +101,6 @@ class Engine:
         self._parked = threading.Semaphore(0)
         self._changed = threading.Condition()
         self._closing = self._closed = False
-        self._threads = ThreadPoolExecutor(in_flight, "omni-request")
         self._driver = threading.Thread(target=self._drive, name="omni-engine", daemon=True)
         self._driver.start()
 
@@ -197,7 +195,6 @@ class Engine:
             self._changed.notify()
         if threading.current_thread() is not self._driver:
             self._driver.join()
-            self._threads.shutdown()
         self.omni.engine_closed()
 
     def _wake(self) -> None:
@@ -207,6 +204,19 @@ class Engine:
     # The driver: one thread, which lets one request work at a time
 
     def _drive(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:  # a fault of the engine itself: nobody waits forever
+            with self._changed:
+                self._closing = True
+                left = [*self._queue, *(live.job for live in self._lives)]
+                self._queue.clear()
+            for job in left:
+                if not job.done():
+                    job.fail(RuntimeError(f"the engine has stopped: {type(error).__name__}: {error}"))
+            raise
+
+    def _work(self) -> None:
         with contextlib.ExitStack() as stack:
             holds: contextlib.ExitStack | None = None
             while True:
@@ -238,7 +248,7 @@ class Engine:
             job.started = time.monotonic()
             live = _Live(job, RandomState.of_seed(_seed_of(job.request), self._pipe._execution_device))
             self._lives.append(live)
-            self._threads.submit(self._run, live)
+            threading.Thread(target=self._run, args=(live,), name="omni-request", daemon=True).start()
             self._resume(live)
 
     def _advance(self) -> None:
