@@ -64,7 +64,7 @@ def batch(options: argparse.Namespace) -> int | None:
         told.line.close()
     results = options.out / FILE
     if options.json:
-        print_json({"results": str(results), **vars(summary)})
+        print_json({"results": str(results), **summary._asdict()})
     else:
         found = f", {summary.found} of them before" if summary.found else ""
         failed = f", {summary.failed} of them with an error (--retry-failed makes them again)" if summary.failed else ""

@@ -15,9 +15,8 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omni_runtime import files
 from omni_runtime.generation import video
@@ -37,8 +36,7 @@ class DeviceFailedError(RuntimeError):
     """The device can no longer be used by this process. The rows that it had in flight were not made."""
 
 
-@dataclass(frozen=True)
-class Summary:
+class Summary(NamedTuple):
     """What a batch has done.
 
     Attributes:
