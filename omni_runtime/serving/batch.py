@@ -144,11 +144,13 @@ class Worker:
     Args:
         omni: the model, which is loaded now.
         in_flight: how many rows run at once.
+        begins: called with each row when it begins.
     """
 
-    def __init__(self, omni: Omni, in_flight: int) -> None:
+    def __init__(self, omni: Omni, in_flight: int, begins: Callable[[Row], None] = lambda row: None) -> None:
         omni.pipe.set_progress_bar_config(disable=True)
         self._engine = omni.engine(in_flight=in_flight)
+        self._begins = begins
         self._room = _Room()
         self._closed = False
 
@@ -177,6 +179,7 @@ class Worker:
             start = time.perf_counter()
             if self._closed:
                 raise CancelledError("the worker was closed")
+            self._begins(row)
             try:
                 result = self._engine.submit(**row.arguments).result()
                 suffix, contents = encoded(result, row.fps)
@@ -185,6 +188,8 @@ class Worker:
             except Exception as error:
                 if type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error):
                     raise DeviceFailedError(f"the device failed: {error}") from error
+                if str(error).startswith(("the engine has stopped", "this engine is closed")):
+                    raise DeviceFailedError(str(error)) from error
                 told = {"error": type(error).__name__, "message": str(error) or type(error).__name__}
                 return Made(row.id, time.perf_counter() - start, told)
             return Made(row.id, time.perf_counter() - start, about(result), suffix, contents)

@@ -14,6 +14,7 @@ import logging
 import os
 import pickle
 import warnings
+from collections import Counter
 from collections.abc import Generator, Sequence
 from typing import Any
 
@@ -100,14 +101,16 @@ class Attempts:
     """Counts how often each row was begun, and notes why a worker gave up. An actor."""
 
     def __init__(self) -> None:
-        self._begun: dict[str, int] = {}
+        self._begun: Counter[str] = Counter()
         self._why: dict[str, str] = {}
 
-    def begin(self, id: str) -> tuple[int, str]:
-        """Note that a row is begun. Returns how often it was begun before, and why it was not finished."""
-        before = self._begun.get(id, 0)
-        self._begun[id] = before + 1
-        return before, self._why.get(id, "")
+    def of(self, id: str) -> tuple[int, str]:
+        """How often a row was begun, and why it was not finished."""
+        return self._begun[id], self._why.get(id, "")
+
+    def begin(self, id: str) -> None:
+        """Note that a row begins."""
+        self._begun[id] += 1
 
     def note(self, id: str, why: str) -> None:
         """Note why the worker of this row gives up."""
@@ -125,11 +128,12 @@ class RowMaker:
     """
 
     def __init__(self, omni: Omni, in_flight: int, threads: int, attempts: Any) -> None:
+        import ray
         import torch
 
         warnings.simplefilter("ignore")
         torch.set_num_threads(threads)
-        self._worker = Worker(omni, in_flight)
+        self._worker = Worker(omni, in_flight, lambda row: ray.get(attempts.begin.remote(row.id)))
         self._attempts = attempts
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -139,9 +143,9 @@ class RowMaker:
     def _made(self, row: Row) -> Made:
         import ray
 
-        before, why = ray.get(self._attempts.begin.remote(row.id))
+        before, why = ray.get(self._attempts.of.remote(row.id))
         if before >= ATTEMPTS:
-            ends = f"the worker ended {before} times while it made this row"
+            ends = f"its worker ended {ATTEMPTS} times while it made this row"
             return Made(row.id, 0.0, {"error": "WorkerDiedError", "message": f"{ends}: {why}" if why else ends})
         try:
             return self._worker.make(row, alone=before > 0)
