@@ -63,9 +63,14 @@ def made_by_workers(
             raise local_ray.TooFewError(f"{workers} workers need a {kind} each, and Ray has {there}")
         threads = threads or max(1, all_cpus // workers)
         attempts = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Attempts).remote()
-        yield from (pickle.loads(one["made"]) for one in _dataset(
+        dataset = _dataset(
             rows, (omni, in_flight, threads, attempts), workers, in_flight + AHEAD, gpus, quiet
-        ).iter_rows())  # fmt: skip
+        )  # fmt: skip
+        for one in dataset.iter_rows():
+            made: Made | str = pickle.loads(one["made"])
+            if isinstance(made, str):
+                raise local_ray.WorkersFailedError(f"a worker cannot load the model: {made}")
+            yield made
 
 
 def _dataset(
@@ -133,12 +138,16 @@ class RowMaker:
 
         warnings.simplefilter("ignore")
         torch.set_num_threads(threads)
-        self._worker = Worker(omni, in_flight, lambda row: ray.get(attempts.begin.remote(row.id)))
         self._attempts = attempts
+        self._wrong = ""
+        try:
+            self._worker = Worker(omni, in_flight, lambda row: ray.get(attempts.begin.remote(row.id)))
+        except Exception as error:  # raised here, Ray would print pages, and try again
+            self._wrong = f"{type(error).__name__}: {error}"
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Make the row of a batch of one."""
-        return {"made": [pickle.dumps(self._made(pickle.loads(batch["row"][0])))]}
+        """Make the row of a batch of one. The result is a `Made`, or why no row can be made."""
+        return {"made": [pickle.dumps(self._wrong or self._made(pickle.loads(batch["row"][0])))]}
 
     def _made(self, row: Row) -> Made:
         import ray
