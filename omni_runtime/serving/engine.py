@@ -207,25 +207,24 @@ class Engine:
     # The driver: one thread, which lets one request work at a time
 
     def _drive(self) -> None:
-        with contextlib.ExitStack() as stack:
-            holds: contextlib.ExitStack | None = None
+        held = False
+        with contextlib.ExitStack() as holds:
             while True:
                 with self._changed:
                     while not self._queue and not self._lives and not self._closing:
-                        if holds is not None:  # nothing is in flight: others may use the transformer
-                            holds.close()
-                            holds = None
+                        holds.close()  # nothing is in flight: others may use the transformer
+                        held = False
                         self._changed.wait()
                     if self._closing and not self._queue and not self._lives:
                         break
-                if holds is None:
-                    holds = contextlib.ExitStack()
+                if not held:
                     holds.enter_context(turn([*self._names, self._pipe.scheduler]))
-                    stack.push(lambda *error, holds=holds: holds.close())
+                    held = True
                 self._admit()
                 self._advance()
 
     def _admit(self) -> None:
+        self._drop_expired()
         while len(self._lives) < self._in_flight:
             with self._changed:
                 if not self._queue:
@@ -240,6 +239,15 @@ class Engine:
             self._lives.append(live)
             self._threads.submit(self._run, live)
             self._resume(live)
+
+    def _drop_expired(self) -> None:
+        """End the requests in the queue that were cancelled or are past their deadline: they take no one's place."""
+        with self._changed:
+            over = [job for job in self._queue if job.expired() is not None]
+            for job in over:
+                self._queue.remove(job)
+        for job in over:
+            job.end(job.expired() or "")
 
     def _advance(self) -> None:
         """Make one forward, and let the requests that it was for go on."""
