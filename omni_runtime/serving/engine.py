@@ -168,6 +168,14 @@ class Engine:
             self._changed.notify()
         return job
 
+    def check_cache(self, backend: str, config: dict[str, Any]) -> None:
+        """Check that requests can have this cache; `config` is complete (`Omni.resolved`).
+
+        Raises:
+            ValueError, PatchConflictError: they cannot; the message says why.
+        """
+        self._session(backend, config)
+
     @property
     def queued(self) -> int:
         """The number of requests that wait to be run."""
@@ -258,8 +266,14 @@ class Engine:
         if not waiting:
             return
         calls = {id(live.call): live for live in waiting}
-        group = self.forwards.group([live.call for live in waiting if live.call is not None])
-        self.forwards.run(group)
+        every = [live.call for live in waiting if live.call is not None]
+        group = every[:1]
+        try:
+            group = self.forwards.group(every)
+            self.forwards.run(group)
+        except Exception as error:  # these requests end with it, and no others
+            for call in group:
+                call.error = call.error or error
         served = [calls[id(call)] for call in group]
         # Those that were served go to the end of the line, so that every form has its turn.
         self._lives = [live for live in self._lives if live not in served] + served
@@ -352,6 +366,8 @@ class Engine:
         self._parked.release()
         live.go.acquire()
         live.call = None
+        live.job.forwards += 1
+        live.job.samples += call.batch
         self._stop_if_expired(live)
         if call.error is not None:
             raise call.error
