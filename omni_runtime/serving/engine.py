@@ -33,6 +33,7 @@ from omni_runtime.cache.methods.method import Method
 from omni_runtime.cache.report import StepEvent
 from omni_runtime.cache.session import NAMES, BlockSession, CacheSession
 from omni_runtime.cache.stack import Stack
+from omni_runtime.cache.watch import unwatched
 from omni_runtime.generation.clock import LoopClock
 from omni_runtime.generation.request import GenerationRequest
 from omni_runtime.generation.result import OmniResult, not_a_number
@@ -227,6 +228,7 @@ class Engine:
                         break
                 if not held:
                     holds.enter_context(turn([*self._names, self._pipe.scheduler]))
+                    holds.enter_context(unwatched(self._names))
                     held = True
                 self._admit()
                 self._advance()
