@@ -69,25 +69,25 @@ def _not_found(_: Request, error: Any) -> Response:
 
 def _add_others(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
-    def models() -> dict[str, Any]:
+    async def models() -> dict[str, Any]:
         """The model that is served, and what it can do."""
         return {"object": "list", "data": [service.about()]}
 
     @app.get("/v1/models/{name:path}")
-    def model(name: str) -> dict[str, Any]:
+    async def model(name: str) -> dict[str, Any]:
         """One model."""
         if name != service.name:
             raise ApiError(404, f"there is no such model here, only {service.name!r}", param="model", code="not_found")
         return service.about()
 
     @app.get("/health")
-    def health() -> Response:
+    async def health() -> Response:
         """Whether the server works."""
         status = 503 if service.state is State.FAILED else 200
         return JSONResponse({"status": "failed" if status == 503 else "ok"}, status)
 
     @app.get("/ready")
-    def ready() -> Response:
+    async def ready() -> Response:
         """Whether it takes requests."""
         status = 200 if service.state is State.READY else 503
         return JSONResponse({"status": service.state.value}, status)
@@ -98,7 +98,7 @@ def _add_others(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/files/{name}")
-    def file(name: str) -> Response:
+    async def file(name: str) -> Response:
         """A picture that an answer has named by its address."""
         kept = service.files.get(name)
         if kept is None:
@@ -108,7 +108,7 @@ def _add_others(app: FastAPI, service: Service) -> None:
     if service.settings.page:
 
         @app.get("/", include_in_schema=False)
-        def index() -> Response:
+        async def index() -> Response:
             """The page."""
             text, policy = page.rendered(service.name)
             return HTMLResponse(text, headers={"Content-Security-Policy": policy})

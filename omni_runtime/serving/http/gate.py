@@ -146,12 +146,13 @@ class Passage:
         status = self._status or CLIENT_LEFT
         outcome = self._facts.pop("outcome", None) or ("failed" if self.failed else outcome_of(status))
         self._service.metrics.answered(route, outcome, seconds)
-        if route in QUIET and outcome == "ok":
+        if route in QUIET and outcome in ("ok", "not_ready"):
             return
         logs.event(
-            "request", id=self.id, method=self._scope["method"], route=route, status=status, outcome=outcome,
-            seconds=round(seconds, 4), **self._facts,
-        )  # fmt: skip
+            "request",
+            **{"id": self.id, "route": f"{self._scope['method']} {route}", "status": status, "outcome": outcome},
+            **{"seconds": round(seconds, 4), **self._facts},
+        )
 
 
 #: Routes that are asked for all the time, and are in the log only if something was wrong.

@@ -80,8 +80,8 @@ class Order:
     def submit(self, number: int, watch: Watch | None = None, reference: bool = False) -> Job:
         """Give the engine the picture of this number; without a cache if it is the `reference`."""
         more: dict[str, Any] = {}
-        if watch is not None and self.body.partial_images and self.service.no_partials is None and not reference:
-            show = watch.partial(number)
+        if watch is not None and self.body.partial_images and self.service.no_partials is None:
+            show = watch.partial(number, reference)  # the reference has them, too: their times are compared
             more["callback_on_step_end"] = Partials(self.body.partial_images, show, self.size, self.ratio)
         one = with_seed(self.one, number, **more)
         on_step = watch.step(number, reference) if watch is not None and self.body.progress else None
@@ -100,14 +100,13 @@ class Watch:
         with contextlib.suppress(RuntimeError):  # the loop is closed: no one listens any more
             self._loop.call_soon_threadsafe(self.queue.put_nowait, (kind, number, what))
 
-    def partial(self, number: int) -> Callable[[int, Any], None]:
+    def partial(self, number: int, reference: bool) -> Callable[[int, Any], None]:
         """What `Partials` calls."""
-        return lambda index, image: self.put("partial", number, (index, image))
+        return lambda index, image: self.put("partial", number, (index, image, reference))
 
     def step(self, number: int, reference: bool) -> Callable[[Any], None]:
         """What the engine calls after each step."""
-        kind = "reference step" if reference else "step"
-        return lambda step: self.put(kind, number, step)
+        return lambda step: self.put("step", number, (step, reference))
 
 
 def router(service: Service) -> APIRouter:
@@ -286,12 +285,13 @@ async def _happenings(
         except asyncio.TimeoutError:
             yield {}
             continue
-        if kind.endswith("step"):
-            yield _step(number, what, kind.startswith("reference"))
+        if kind == "step":
+            yield _step(number, *what)
         elif kind == "partial":
-            index, image = what
+            index, image, of_reference = what
             shown = await asyncio.to_thread(_written, order, image, None)
             more = {**shown, "partial_image_index": index, "index": number}
+            more |= {"reference": True} if of_reference else {}
             yield _event(order, "partial_image", image.size, more)
         elif kind == "done":
             left -= 1

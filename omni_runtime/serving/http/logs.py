@@ -54,6 +54,15 @@ def to_stderr() -> None:
     logging.root.setLevel(logging.WARNING)
     LOGGER.setLevel(logging.INFO)
     warnings.showwarning = _warned
+    adopt()
+
+
+def adopt() -> None:
+    """Loggers of libraries that were imported with handlers of their own use ours."""
+    for logger in [*logging.root.manager.loggerDict.values()]:
+        if isinstance(logger, logging.Logger) and logger.handlers:
+            logger.handlers.clear()
+            logger.propagate = True
 
 
 def _warned(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:

@@ -46,6 +46,12 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._sock = sock
 
+    @property
+    def address(self) -> str:
+        """Where it listens."""
+        host, port = self._sock.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
     def stop(self) -> None:
         """Take no more requests, finish those under way, and exit; a second call exits at once."""
         if self.should_exit:
@@ -76,9 +82,7 @@ class Server(uvicorn.Server):
         Returns:
             Whether every request was finished.
         """
-        host, port = self._sock.getsockname()[:2]
-        address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        logs.event("listening", address=address, model=self.service.name)
+        logs.event("listening", address=self.address, model=self.service.name)
         self.run(sockets=[self._sock])
         if self.force_exit:
             self._end_now()

@@ -165,7 +165,7 @@ async function picture(signal) {
     if (event.error) throw new Error(event.error.message);
     const source = event.b64_json && "data:image/" + (event.output_format || "png") + ";base64," + event.b64_json;
     if (event.type === "omni.step") mark(event.reference ? other : made, event);
-    else if (event.type.endsWith(".partial_image")) show(made, source, "unfinished: " + given.prompt, event.size);
+    else if (event.type.endsWith(".partial_image")) show(event.reference ? other : made, source, "unfinished: " + given.prompt, event.size);
     else if (event.type.endsWith(".completed")) {
       facts = event.omni;
       show(made, source, given.prompt, event.size);
