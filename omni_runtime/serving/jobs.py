@@ -88,8 +88,11 @@ class Job:
         return self._awaited().__await__()
 
     async def _awaited(self) -> OmniResult:
+        future = asyncio.wrap_future(self._future)
+        # If the task is cancelled, nobody asks for the exception, and asyncio would log it as lost.
+        future.add_done_callback(lambda one: one.cancelled() or one.exception())
         try:
-            return await asyncio.shield(asyncio.wrap_future(self._future))
+            return await asyncio.shield(future)
         except asyncio.CancelledError:
             self.cancel()
             raise
