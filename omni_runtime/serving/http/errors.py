@@ -91,7 +91,9 @@ class ApiError(Exception):
 
 
 def invalid(param: str | None, message: str, code: str = "invalid_value") -> ApiError:
-    """The client's mistake, in this field."""
+    """The client's mistake, in this field. The message names it."""
+    if param is not None and param not in message:
+        message = f"{param}: {message}"
     return ApiError(400, message, param=param, code=code)
 
 

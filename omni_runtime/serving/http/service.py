@@ -59,6 +59,7 @@ class Service:
     Attributes:
         name: what clients call the model.
         state: what it is doing.
+        loaded: set when the model is loaded, or could not be.
         error: why it could not be loaded.
         finished: False if requests were cancelled when it was closed.
         methods: the cache methods that work with this model: name → summary. Known when it is ready.
@@ -82,7 +83,7 @@ class Service:
         self._seconds = 1.0  # of a picture, lately
         self.finished = True
         self._stopping_since: float | None = None
-        self._loaded = threading.Event()
+        self.loaded = threading.Event()
 
     # The model
 
@@ -161,12 +162,11 @@ class Service:
             self.error, self.state = error, State.FAILED
             logs.failure(error, "load", self.settings.debug)
             failed()
-            return
-        finally:
-            self._loaded.set()
-        if self.state is State.LOADING:
-            self.state = State.READY
-            logs.event("ready", model=self.name, seconds=round(time.monotonic() - began, 3))
+        else:
+            if self.state is State.LOADING:
+                self.state = State.READY
+                logs.event("ready", model=self.name, seconds=round(time.monotonic() - began, 3))
+        self.loaded.set()
 
     def _first_request(self) -> dict[str, Any]:
         if not self.needs_image:
