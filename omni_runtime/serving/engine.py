@@ -21,7 +21,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -41,9 +41,6 @@ from omni_runtime.generation.seeding import RandomState
 from omni_runtime.serving.forwards import Call, Forwards
 from omni_runtime.serving.front import copy_for_request
 from omni_runtime.serving.jobs import Job, QueueFullError
-
-if TYPE_CHECKING:
-    from omni_runtime.generation.omni import Omni
 
 #: So many configured cache methods are kept.
 METHODS = 32
@@ -75,7 +72,7 @@ class Engine:
     """Runs many requests on one loaded pipeline; see the module's docstring.
 
     Args:
-        omni: the model, and the cache that requests have by default.
+        omni: the `Omni` of the model, and the cache that requests have by default.
         max_batch: the most samples in one forward.
         in_flight: the most requests that run at once. Each holds its latents and what its cache keeps.
         waiting: the most requests that wait to be run; `submit` raises `QueueFullError` beyond that.
@@ -87,7 +84,8 @@ class Engine:
         ValueError: a limit is below 1, or the model cannot be served by an engine.
     """
 
-    def __init__(self, omni: Omni, *, max_batch: int = 8, in_flight: int = 16, waiting: int = 256) -> None:
+    # Any: `Omni` imports this module.
+    def __init__(self, omni: Any, *, max_batch: int = 8, in_flight: int = 16, waiting: int = 256) -> None:
         for name, value in (("max_batch", max_batch), ("in_flight", in_flight), ("waiting", waiting)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number from 1, not {value!r}")
