@@ -115,8 +115,9 @@ class Page:
     def _note(self, event: str | None, about: dict[str, Any]) -> None:
         if event == "Page.loadEventFired":
             self._loaded = True
-        elif event == "Network.requestWillBeSent" and not about["request"]["url"].startswith(("data:", "blob:", self._own)):
-            self.requests.append(about["request"]["url"])
+        elif event == "Network.requestWillBeSent":
+            if not about["request"]["url"].startswith(("data:", "blob:", self._own)):
+                self.requests.append(about["request"]["url"])
         elif event == "Runtime.exceptionThrown" or (event == "Runtime.consoleAPICalled" and about["type"] == "error"):
             self.errors.append(json.dumps(about)[:500])
         elif event == "Log.entryAdded":
@@ -127,7 +128,7 @@ class Page:
 
 @contextlib.contextmanager
 def opened(path: Path | str, width: int = 1280, height: int = 900, dark: bool = False) -> Iterator[Page]:
-    """Context manager: `path`, a file or an address, in a new browser. Raises FileNotFoundError if there is no browser."""
+    """Context manager: a file or an address in a new browser. Raises FileNotFoundError if there is no browser."""
     program = find()
     if program is None:
         raise FileNotFoundError(f"no browser among {', '.join(NAMES)}")

@@ -39,8 +39,8 @@ def serve(options: argparse.Namespace) -> None:
         running = server.Server(app, sock)
         print(running.address, flush=True)
         finished = running.serve_until_stopped()
-    if (error := app.state.service.error) is not None:
-        raise error
+    if app.state.service.error is not None:
+        raise app.state.service.error
     if not finished:
         raise ServerError("the server has stopped before all requests were finished")
 

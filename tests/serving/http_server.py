@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,11 +26,11 @@ PATIENCE = 60.0  # seconds, on a busy machine
 SMALL = {"prompt": "a cat", "size": "64x64", "steps": 4, "seed": 1}
 
 
-def small(pipe: Any, **how: Any) -> Omni:
-    """An `Omni` of a tiny pipeline whose pictures are 64×64 if nothing else is said."""
-    pipe.default_sample_size = 8
-    pipe.set_progress_bar_config(disable=True)
-    return Omni(pipe, **{"cache_backend": None, **how})
+def small(pipe: Any, **defaults: Any) -> Omni:
+    """An `Omni` of a tiny pipeline, without a cache, whose pictures are 64×64 if nothing else is said."""
+    omni = Omni(pipe, cache_backend=None)
+    omni._defaults = {"height": 64, "width": 64, **defaults}
+    return omni
 
 
 def wait_until(true: Callable[[], Any]) -> None:
@@ -68,6 +69,15 @@ def on_a_port(omni: Omni, **settings: Any) -> Iterator[tuple[str, Server]]:
 
 def client_of(address: str, key: str = "none") -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0, timeout=PATIENCE)
+
+
+def refuses(address: str) -> bool:
+    host, port = address.removeprefix("http://").split(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except ConnectionRefusedError:
+        return True
+    return False
 
 
 class Held:

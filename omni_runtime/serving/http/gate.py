@@ -71,7 +71,7 @@ class Gate:
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
         guarded = scope["path"].startswith(GUARDED)
-        if guarded and self._keys and not self._knows(headers.get("authorization", "")):
+        if guarded and self._keys and not self._knows(scope["headers"]):
             raise ApiError(401, "no such API key: send Authorization: Bearer KEY", code="invalid_api_key")
         if scope["method"] != "POST":
             return
@@ -84,10 +84,11 @@ class Gate:
             after = self._service.retry_after()
             raise ApiError(429, "too many requests at once: try again later", code="queue_full", retry_after=after)
 
-    def _knows(self, given: str) -> bool:
-        scheme, _, key = given.partition(" ")
-        known = [hmac.compare_digest(key.strip().encode(), one) for one in self._keys]  # all of them, always
-        return scheme.lower() == "bearer" and any(known)
+    def _knows(self, headers: Iterable[tuple[bytes, bytes]]) -> bool:
+        given = next((value for name, value in headers if name == b"authorization"), b"")
+        scheme, _, key = given.partition(b" ")
+        known = [hmac.compare_digest(key.strip(), one) for one in self._keys]  # all of them, always
+        return scheme.lower() == b"bearer" and any(known)
 
 
 class Passage:
@@ -148,11 +149,9 @@ class Passage:
         self._service.metrics.answered(route, outcome, seconds)
         if route in QUIET and outcome in ("ok", "not_ready"):
             return
-        logs.event(
-            "request",
-            **{"id": self.id, "route": f"{self._scope['method']} {route}", "status": status, "outcome": outcome},
-            **{"seconds": round(seconds, 4), **self._facts},
-        )
+        asked = f"{self._scope['method']} {route}"
+        told = {"id": self.id, "route": asked, "status": status, "outcome": outcome, "seconds": round(seconds, 4)}
+        logs.event("request", **(told | self._facts))
 
 
 #: Routes that are asked for all the time, and are in the log only if something was wrong.

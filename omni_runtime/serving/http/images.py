@@ -104,6 +104,10 @@ class Watch:
         """What `Partials` calls."""
         return lambda index, image: self.put("partial", number, (index, image, reference))
 
+    def done(self, kind: str, number: int) -> Callable[[Job], None]:
+        """What a job calls when it is over."""
+        return lambda job: self.put(kind, number, None)
+
     def step(self, number: int, reference: bool) -> Callable[[Any], None]:
         """What the engine calls after each step."""
         return lambda step: self.put("step", number, (step, reference))
@@ -168,8 +172,7 @@ def _submitted(order: Order, watch: Watch | None = None) -> list[Job]:
     """The jobs of an order; none is left if the engine does not take them all."""
     jobs: list[Job] = []
     try:
-        for number in range(order.body.n):
-            jobs.append(order.submit(number, watch))
+        jobs.extend(order.submit(number, watch) for number in range(order.body.n))
     except BaseException:
         _cancel(jobs)
         raise
@@ -264,7 +267,7 @@ async def _events(order: Order, watch: Watch, jobs: list[Job]) -> AsyncGenerator
     facts: list[dict[str, Any]] = []
     try:
         for number, job in enumerate(jobs):
-            job.add_done_callback(lambda _, number=number: watch.put("done", number, None))
+            job.add_done_callback(watch.done("done", number))
         async for data in _happenings(order, watch, jobs, facts):
             yield sent_event(data["type"], data) if data else b": waiting\n\n"
         _note(order, facts)
@@ -306,7 +309,7 @@ async def _happenings(
             if order.body.compare:
                 first, left = result, left + 1
                 jobs.append(order.submit(0, watch, reference=True))
-                jobs[-1].add_done_callback(lambda _: watch.put("reference", 0, None))
+                jobs[-1].add_done_callback(watch.done("reference", 0))
         elif kind == "reference" and first is not None:
             left -= 1
             entry = await _reference(order, first, jobs[-1])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
@@ -11,15 +12,25 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from omni_runtime.generation.result import OmniResult
+from omni_runtime.serving.engine import Engine
+from omni_runtime.serving.http.store import Store
 from omni_runtime.serving.jobs import Job
-
-if TYPE_CHECKING:
-    from omni_runtime.serving.http.service import Service
 
 #: Upper ends of the histogram of seconds.
 SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
 #: Upper ends of the histogram of batch sizes.
 SIZES = (1, 2, 4, 8, 16, 32, 64)
+
+
+class Served(Protocol):
+    """What is measured: the service."""
+
+    engine: Engine | None
+    files: Store
+
+    @property
+    def ready(self) -> bool:
+        """Whether it takes requests."""
 
 
 class Metrics:
@@ -29,7 +40,7 @@ class Metrics:
         service: the server's model.
     """
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Served) -> None:
         self.registry = CollectorRegistry()
         self._seconds = Histogram(
             "omni_request_seconds", "Seconds from a request to its answer", ["route", "outcome"], buckets=SECONDS,
@@ -50,16 +61,22 @@ class Metrics:
 
     def count(self, job: Job, result: OmniResult) -> None:
         """Count what was computed and skipped for a request."""
-        method, report = job.backend or "none", result.cache
-        steps = len(result.timings.steps)
-        skipped = 0 if report is None else len(report.skipped)
-        for counter, computed, saved in (
-            (self._steps, steps - skipped, skipped),
-            (self._forwards, *((job.forwards, 0) if report is None else (report.forwards, report.forwards_saved))),
-            (self._blocks, *((0, 0) if report is None else (report.blocks_run, report.blocks_total - report.blocks_run))),
-        ):
-            counter.labels(method, "computed").inc(max(0, computed))
-            counter.labels(method, "skipped").inc(max(0, saved))
+        method, report, steps = job.backend or "none", result.cache, len(result.timings.steps)
+        if report is None:
+            self._add(method, steps=(steps, 0), forwards=(job.forwards, 0), blocks=(0, 0))
+            return
+        self._add(
+            method,
+            steps=(steps - len(report.skipped), len(report.skipped)),
+            forwards=(report.forwards, report.forwards_saved),
+            blocks=(report.blocks_run, report.blocks_total - report.blocks_run),
+        )
+
+    def _add(self, method: str, **work: tuple[int, int]) -> None:
+        counters = {"steps": self._steps, "forwards": self._forwards, "blocks": self._blocks}
+        for name, numbers in work.items():
+            for kind, number in zip(("computed", "skipped"), numbers, strict=True):
+                counters[name].labels(method, kind).inc(max(0, number))
 
     def text(self) -> bytes:
         """All metrics, in Prometheus's text format."""
@@ -69,13 +86,13 @@ class Metrics:
 class _OfEngine(Collector):
     """What the engine itself counts, read when it is asked for."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Served) -> None:
         self._service = service
 
     def collect(self) -> Iterator[Metric]:
         """The metrics of this moment."""
         service, engine = self._service, self._service.engine
-        yield GaugeMetricFamily("omni_ready", "1 if requests are taken", float(service.state.value == "ready"))
+        yield GaugeMetricFamily("omni_ready", "1 if requests are taken", float(service.ready))
         yield GaugeMetricFamily("omni_kept_bytes", "Bytes of kept pictures and videos", service.files.bytes)
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         if accelerator is not None:
@@ -101,11 +118,8 @@ class _OfEngine(Collector):
         yield batch
 
 
-def _held(engine: object) -> int:
-    """The bytes that caches hold. They change while they are counted, so a count can fail: then it is made again."""
-    for _ in range(3):
-        try:
-            return engine.held_bytes()  # type: ignore[attr-defined, no-any-return]
-        except RuntimeError:
-            continue
+def _held(engine: Engine) -> int:
+    """The bytes that caches hold. They change while they are counted, so that counting can fail."""
+    with contextlib.suppress(RuntimeError):
+        return engine.held_bytes()
     return 0

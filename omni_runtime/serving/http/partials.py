@@ -1,7 +1,7 @@
 """Pictures of a request that is under way: the clean latents that are predicted at a step, decoded.
 
-The pipeline calls `Partials` after each step, in the request's own thread. For a model that predicts a flow, a step from
-noise level σ to σ' moves the latents by (σ' − σ)·v, so the latents x' after it predict the clean ones as
+The pipeline calls `Partials` after each step, in the request's own thread. For a model that predicts a flow, a step
+from noise level σ to σ' moves the latents by (σ' − σ)·v, so the latents x' after it predict the clean ones as
 x' − σ'·(x' − x) / (σ' − σ). Other models' latents are decoded as they are, with the noise that is still in them.
 
 `decode` knows the usual ways in which pipelines pack and scale latents. Whether it does the same as a pipeline is found
@@ -80,6 +80,7 @@ def predicted(scheduler: Any, latents: torch.Tensor, before: torch.Tensor) -> to
     return latents.float() - sigma * (latents.float() - before.float()) / (sigma - former)
 
 
+@torch.no_grad()
 def decode(pipe: Any, latents: torch.Tensor, size: tuple[int, int] | None = None, ratio: float = 1.0) -> Any:
     """The PIL image of a pipeline's latents.
 
@@ -126,8 +127,7 @@ def differs(pipe: Any, partials: Partials, picture: Any) -> str | None:
     if partials.last is None:
         return f"{name} does not hand out its latents"
     try:
-        with torch.no_grad():
-            made = decode(pipe, partials.last)
+        made = decode(pipe, partials.last, (picture.height, picture.width))
     except Exception as error:  # the pipeline packs its latents in a way that is not known
         return f"the latents of {name} cannot be decoded here ({type(error).__name__})"
     if made.size != picture.size:

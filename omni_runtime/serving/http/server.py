@@ -64,7 +64,7 @@ class Server(uvicorn.Server):
         self.stop()
 
     @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+    def capture_signals(self) -> Iterator[None]:
         """Context manager: our handlers are installed, in the main thread only."""
         if threading.current_thread() is not threading.main_thread():
             yield

@@ -78,14 +78,19 @@ class Service:
         self.methods: dict[str, str] = {}
         self.no_partials: str | None = "the model is not loaded yet"
         self.files = Store(settings.keep_files, settings.keep_bytes, settings.keep_seconds)
-        self.metrics = Metrics(self)
         self.engine: Engine | None = None
+        self.metrics = Metrics(self)
         self._seconds = 1.0  # of a picture, lately
         self.finished = True
         self._stopping_since: float | None = None
         self.loaded = threading.Event()
 
     # The model
+
+    @property
+    def ready(self) -> bool:
+        """Whether it takes requests."""
+        return self.state is State.READY
 
     @property
     def takes(self) -> Mapping[str, inspect.Parameter]:
@@ -202,7 +207,7 @@ class Service:
         Raises:
             ApiError: the model is not ready.
         """
-        if self.state is State.READY and self.engine is not None:
+        if self.ready and self.engine is not None:
             return self.engine
         after = None if self.state is State.FAILED else LOADING
         words = {
@@ -296,9 +301,7 @@ class Service:
             raise invalid("cache_config" if known else "cache_backend", without_paths(str(error))) from None
         return backend, config
 
-    def submit(
-        self, one: GenerationRequest, cache: Cache, on_step: Callable[[StepEvent], None] | None = None
-    ) -> Job:
+    def submit(self, one: GenerationRequest, cache: Cache, on_step: Callable[[StepEvent], None] | None = None) -> Job:
         """Give the engine a prepared request.
 
         Raises:
