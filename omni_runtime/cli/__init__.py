@@ -1,4 +1,4 @@
-"""The command line: omni generate | batch | compare | calibrate | inspect | backends | models.
+"""The command line: omni generate | batch | compare | calibrate | inspect | serve | backends | models.
 
 Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 something unexpected, 2 wrong input, 3 some
 rows of a batch failed, 130 interrupted by Ctrl-C.
@@ -18,7 +18,7 @@ from omni_runtime.files import WriteError
 
 OK, UNEXPECTED, INTERRUPTED = 0, 1, 130
 #: Errors whose message says all, by name: their modules import torch.
-EXPECTED = ("NotANumberError", "DeviceFailedError", "WorkersFailedError")
+EXPECTED = ("NotANumberError", "ServerError", "DeviceFailedError", "WorkersFailedError")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
