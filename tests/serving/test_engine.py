@@ -501,3 +501,20 @@ def test_nothing_is_kept_of_a_request(qwen_pipe):
         del job
         gc.collect()
         assert [one for one in kept if one() is not None] == []
+
+
+def test_memory_limits_how_many_run(qwen_pipe):
+    request = mix(qwen_pipe)[0]
+    most = []
+    with Omni(qwen_pipe, cache_backend="first_block_cache") as omni:
+        with omni.engine(memory=1 << 30) as engine:
+            engine.submit(**request).result(60)
+        (need,) = engine._needs.values()
+        for room in (1.5, 2.5, 100):
+            with omni.engine(memory=int(need * room)) as engine:
+                engine.submit(**request).result(60)
+                running = []
+                jobs = [engine.submit(**request, on_step=lambda step: running.append(engine.running)) for _ in range(4)]  # noqa: B023
+                [job.result(60) for job in jobs]
+                most.append(max(running))
+    assert most == [1, 2, 4]
