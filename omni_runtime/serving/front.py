@@ -65,6 +65,8 @@ def copy_for_request(
     # Written to the dict: the pipeline would note in its configuration that its components have changed.
     vars(one).update({name: Front(module, answer, sampling) for module, name in names.items()})
     vars(one)["scheduler"] = copy.deepcopy(pipe.scheduler)
+    # The bars of several requests would overwrite each other.
+    vars(one)["_progress_bar_config"] = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
     if getattr(pipe, "_all_hooks", None):  # offloaded: other requests use the models, too
         vars(one)["maybe_free_model_hooks"] = _nothing
     return one
