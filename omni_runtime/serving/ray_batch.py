@@ -20,8 +20,9 @@ from typing import Any
 
 from omni_runtime.generation.omni import Omni
 from omni_runtime.serving import local_ray
-from omni_runtime.serving.batch import AHEAD, DeviceFailedError, Made, Worker
+from omni_runtime.serving.results import Made
 from omni_runtime.serving.rows import Row
+from omni_runtime.serving.worker import AHEAD, DeviceFailedError, Worker
 
 __all__ = ["ATTEMPTS", "made_by_workers"]
 

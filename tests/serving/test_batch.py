@@ -14,10 +14,11 @@ from PIL import Image
 
 from omni_runtime import Omni, files
 from omni_runtime.generation.result import read_settings
-from omni_runtime.serving import batch as batches
-from omni_runtime.serving.batch import DeviceFailedError, Summary, Worker, _Room, read, run
+from omni_runtime.serving.batch import Summary, read, run
 from omni_runtime.serving.engine import Engine
+from omni_runtime.serving.jobs import CancelledError
 from omni_runtime.serving.results import FILE, BusyError, Results
+from omni_runtime.serving.worker import DeviceFailedError, Worker, _Room
 
 SMALL = {"height": 32, "width": 32, "num_inference_steps": 3}
 ROWS = [
@@ -205,16 +206,15 @@ def test_a_row_that_fails_is_recorded_and_stops_no_other(
     decode = omni.pipe.vae.decode
 
     def failing(*args: Any, **kwargs: Any) -> Any:
-        if threading.current_thread().name in broken:
+        if threading.get_ident() in broken:
             raise RuntimeError("the decoder is broken")
         return decode(*args, **kwargs)
 
-    broken: set[str] = set()
+    broken: set[int] = set()
     encode = omni.pipe.encode_prompt
 
     def noticed(*args: Any, **kwargs: Any) -> Any:
-        name = threading.current_thread().name
-        (broken.add if "a dog" in str(kwargs.get("prompt")) else broken.discard)(name)
+        (broken.add if "a dog" in str(kwargs.get("prompt")) else broken.discard)(threading.get_ident())
         return encode(*args, **kwargs)
 
     monkeypatch.setattr(omni.pipe.vae, "decode", failing)
@@ -304,7 +304,7 @@ def test_a_closed_worker_makes_no_errors(omni: Omni, tmp_path: Path) -> None:
     (row,) = read(tmp_path / "rows.jsonl", omni, SMALL)
     worker = Worker(omni, 1)
     worker.close()
-    with pytest.raises(batches.CancelledError):
+    with pytest.raises(CancelledError):
         worker.make(row)
 
 

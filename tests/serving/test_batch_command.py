@@ -8,9 +8,9 @@ import pytest
 
 from omni_runtime import cli, files
 from omni_runtime.generation.result import read_settings
-from omni_runtime.serving import batch as batches
 from omni_runtime.serving import local_ray
-from omni_runtime.serving.results import FILE, Results
+from omni_runtime.serving.results import FILE, Made, Results
+from omni_runtime.serving.worker import Worker
 
 CAT, DOG = {"id": "cat", "prompt": "a cat"}, {"id": "dog", "prompt": "a dog"}
 
@@ -58,20 +58,20 @@ def test_other_options_make_other_pictures(batch: Any, tmp_path: Path) -> None:
 def test_a_row_that_fails_gives_another_exit_code(
     batch: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make = batches.Worker._made
+    make = Worker._made
 
     def failing(self: Any, row: Any, alone: bool) -> Any:
         if row.id == "dog":
-            return batches.Made(row.id, 0.1, {"error": "ValueError", "message": "no\ndogs"})
+            return Made(row.id, 0.1, {"error": "ValueError", "message": "no\ndogs"})
         return make(self, row, alone)
 
-    monkeypatch.setattr(batches.Worker, "_made", failing)
+    monkeypatch.setattr(Worker, "_made", failing)
     assert batch(CAT, DOG) == 3
     out, err = capsys.readouterr()
     assert "line 2 (dog): ValueError: no dogs\n" in err
     assert "2 rows are done, 1 of them with an error (--retry-failed makes them again)" in out
     assert batch(CAT, DOG) == 3
-    monkeypatch.setattr(batches.Worker, "_made", make)
+    monkeypatch.setattr(Worker, "_made", make)
     assert batch(CAT, DOG, options=("--retry-failed",)) == 0
 
 
