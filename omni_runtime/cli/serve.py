@@ -34,15 +34,28 @@ def serve(options: argparse.Namespace) -> None:
         omni = make_omni(options, cache_config=options.cache_config, **how)
         logs.adopt()
         sock = server.listening(options.host, options.port)
-    with omni, sock:
+    with sock:
         app = build_app(omni, settings, failed=lambda: running.stop())
         running = server.Server(app, sock)
         print(running.address, flush=True)
         finished = running.serve_until_stopped()
-    if app.state.service.error is not None:
-        raise app.state.service.error
+    service = app.state.service
+    if service.stuck:  # what does not stop would keep the process
+        logs.event("stuck")
+        os._exit(1)
+    if service.loaded.is_set():
+        omni.close()
+    if service.error is not None:
+        with wrong_input():
+            _raise(service.error)
     if not finished:
         raise ServerError("the server has stopped before all requests were finished")
+
+
+def _raise(error: BaseException) -> None:
+    if isinstance(error, ValueError | TypeError | OSError | ImportError):
+        raise error
+    raise ServerError(f"the model could not be loaded: {type(error).__name__}: {error}") from error
 
 
 def settings_of(options: argparse.Namespace) -> Any:

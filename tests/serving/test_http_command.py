@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -146,7 +147,20 @@ def test_a_second_signal_ends_it_at_once(started: Any) -> None:
 
 
 @pytest.mark.long
-def test_a_port_in_use_and_a_model_that_is_none(started: Any) -> None:
+def test_a_model_that_cannot_be_loaded_ends_the_process(started: Any, saved: Any, tmp_path: Path) -> None:
+    model = tmp_path / "damaged"
+    shutil.copytree(saved["qwen_image"], model)
+    for weights in (model / "transformer").glob("*.safetensors"):
+        weights.unlink()
+    process = started("--model", str(model))
+    assert process.ended() == 2
+    (error,) = process.other
+    assert error.startswith("omni: error: ")
+    assert process.events("error")[0]["id"] == "load"
+
+
+@pytest.mark.long
+def test_a_port_in_use(started: Any) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from omni_runtime.serving.http import logs
 from omni_runtime.serving.http.errors import CLIENT_LEFT, ApiError, outcome_of
 from omni_runtime.serving.http.reading import too_large
-from omni_runtime.serving.http.service import Service
+from omni_runtime.serving.http.service import Service, State
 
 #: Paths that need a key, if the server has any.
 GUARDED = ("/v1/", "/metrics", "/openapi.json")
@@ -62,7 +62,8 @@ class Gate:
             await passage.refuse(ApiError(500, "the server could not finish this request", code="internal_error"))
         except BaseException:  # the server is stopping, and ends what is under way
             passage.note(outcome="cancelled")
-            self._service.finished = False
+            if self._service.state is State.STOPPING:
+                self._service.finished = False
             raise
         finally:
             self._open -= posts

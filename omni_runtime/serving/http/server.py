@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import signal
 import socket
 import threading
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
 from omni_runtime.serving.http import logs
-from omni_runtime.serving.http.service import Service
+from omni_runtime.serving.http.service import PATIENCE, Service
 
 SIGNALS = signal.SIGINT, signal.SIGTERM
-#: Seconds that the engine has to stop once its requests are cancelled, before the process ends without it.
-PATIENCE = 10.0
 
 
 class Server(uvicorn.Server):
@@ -85,18 +81,10 @@ class Server(uvicorn.Server):
         logs.event("listening", address=self.address, model=self.service.name)
         self.run(sockets=[self._sock])
         if self.force_exit:
-            self._end_now()
-        return not self.force_exit and self.service.finished
-
-    def _end_now(self) -> None:
-        """After a second signal: cancel what is under way, and do not wait for what cannot be cancelled."""
-        engine: Any = self.service.engine
-        if engine is not None:
-            closing = threading.Thread(target=engine.close, args=[True], daemon=True)
-            closing.start()
+            closing = self.service.cancel()
             closing.join(PATIENCE)
-            if closing.is_alive():
-                os._exit(1)
+            self.service.stuck = closing.is_alive()
+        return not self.force_exit and self.service.finished
 
 
 def listening(host: str, port: int) -> socket.socket:

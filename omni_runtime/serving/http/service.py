@@ -34,6 +34,10 @@ from omni_runtime.serving.jobs import Job
 
 #: Steps of the engine's first request, whose last latents are compared with its picture.
 FIRST_STEPS = 4
+#: Below so many steps, some schedulers make no numbers.
+TOO_FEW = 3
+#: Seconds that an engine has to stop once its requests are cancelled.
+PATIENCE = 10.0
 #: Seconds after which to ask again while the model is loaded.
 LOADING = 5
 
@@ -62,6 +66,7 @@ class Service:
         loaded: set when the model is loaded, or could not be.
         error: why it could not be loaded.
         finished: False if requests were cancelled when it was closed.
+        stuck: whether something that was cancelled did not stop.
         methods: the cache methods that work with this model: name → summary. Known when it is ready.
         no_partials: why there are no partial pictures; None if there are.
         files: pictures and videos that are kept.
@@ -81,7 +86,7 @@ class Service:
         self.engine: Engine | None = None
         self.metrics = Metrics(self)
         self._seconds = 1.0  # of a picture, lately
-        self.finished = True
+        self.finished, self.stuck = True, False
         self._stopping_since: float | None = None
         self.loaded = threading.Event()
 
@@ -164,6 +169,9 @@ class Service:
             self.methods = self._usable_methods()
             self.no_partials = self._check_partials(first)
         except BaseException as error:
+            if self.state is State.STOPPING:  # the model was closed meanwhile
+                self.loaded.set()
+                return
             self.error, self.state = error, State.FAILED
             logs.failure(error, "load", self.settings.debug)
             failed()
@@ -235,9 +243,24 @@ class Service:
             return True
         while (busy := engine.queued + engine.running) and time.monotonic() < end:
             await asyncio.sleep(0.05)
-        await asyncio.to_thread(engine.close, cancel=True)
         self.finished = self.finished and not busy
+        closing = self.cancel()
+        end = time.monotonic() + PATIENCE
+        while closing.is_alive() and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+        self.stuck = closing.is_alive()
         return self.finished
+
+    def cancel(self) -> threading.Thread:
+        """Cancel all requests, and close the engine, in a thread that ends when this is done."""
+
+        def close() -> None:
+            if self.engine is not None:
+                self.engine.close(cancel=True)
+
+        closing = threading.Thread(target=close, name="omni-close", daemon=True)
+        closing.start()
+        return closing
 
     # Requests
 
@@ -328,6 +351,8 @@ class Service:
     def failed(self, error: BaseException, job: Job, request_id: str) -> ApiError:
         """The answer to a job that ended with an error; what is unexpected is logged."""
         answer = errors.of_job(error, job.forwards > 0)
+        if answer.code == "not_a_number" and (job.request.arguments.get("num_inference_steps") or TOO_FEW) < TOO_FEW:
+            answer = invalid("steps", str(error), "not_a_number")  # some schedulers divide by zero there
         if answer.status == errors.CLIENT_LEFT and self.state is State.STOPPING:
             answer = ApiError(503, "the server has stopped", code="stopping")
             self.finished = False
