@@ -234,5 +234,13 @@ def merged(texts: Mapping[str, str]) -> str:
             one = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
             one.samples += [sample._replace(labels={**sample.labels, "replica": replica}) for sample in family.samples]
     registry = CollectorRegistry()
-    registry.register(SimpleNamespace(collect=lambda: families.values()))
+    registry.register(_Gathered([*families.values()]))
     return generate_latest(registry).decode()
+
+
+class _Gathered(Collector):
+    def __init__(self, families: list[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> list[Metric]:
+        return self._families
