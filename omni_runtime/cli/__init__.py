@@ -12,13 +12,11 @@ import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
-from omni_runtime.cli.options import WRONG_INPUT, UsageError, parser
+from omni_runtime.cli.options import EXPECTED, WRONG_INPUT, UsageError, parser
 from omni_runtime.cli.output import settle_streams
 from omni_runtime.files import WriteError
 
 OK, UNEXPECTED, INTERRUPTED = 0, 1, 130
-#: Errors whose message says all, by name: their modules import torch.
-EXPECTED = ("NotANumberError", "ServerError", "DeviceFailedError", "WorkersFailedError")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,10 +9,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from omni_runtime.cli.inputs import make_directory, make_omni, request_arguments, settle, wrong_input
+from omni_runtime.cli.inputs import (
+    gpus_of_workers,
+    make_directory,
+    make_omni,
+    request_arguments,
+    settle,
+    threads_of_workers,
+    wrong_input,
+)
 from omni_runtime.cli.options import SOME_FAILED, UsageError
 from omni_runtime.cli.output import print_json
-from omni_runtime.generation.loading import embedded_models
 from omni_runtime.progress import Line, Progress
 from omni_runtime.serving import batch as batches
 from omni_runtime.serving import local_ray
@@ -26,7 +33,7 @@ def batch(options: argparse.Namespace) -> int | None:
     """Make the rows that are not made yet."""
     if options.out.exists() and not options.out.is_dir():
         raise UsageError(f"--out {options.out} is a file: give a directory")
-    gpus = _gpus(options)
+    gpus = gpus_of_workers(options, f"--workers {options.workers}") if options.workers > 1 else None
     settle(options)
     how: dict[str, Any] = {"fuse": options.fuse or None, "compile": options.compile}
     if options.cache_backend is not None:
@@ -38,8 +45,7 @@ def batch(options: argparse.Namespace) -> int | None:
         about = {"model": model, **{name: getattr(options, name) for name in ("dtype", "revision", "variant")}}
         rows = batches.read(options.rows, omni, defaults, about)
         make_directory(options.out)
-    threads = options.threads or (1 if options.model in embedded_models() else None)
-    ray = {"threads": threads, "gpus": gpus} if options.workers > 1 else {}
+    ray = {"threads": threads_of_workers(options), "gpus": gpus} if options.workers > 1 else {}
     told = _Told(len(rows), options.quiet)
 
     def started(found: int) -> None:
@@ -72,18 +78,6 @@ def batch(options: argparse.Namespace) -> int | None:
             f"{summary.rows} rows are done{found}{failed}; {summary.made} in {summary.seconds:.1f} s", results, sep="\n"
         )
     return SOME_FAILED if summary.failed else None
-
-
-def _gpus(options: argparse.Namespace) -> bool | None:
-    """Whether each worker has a GPU; None: if there are any."""
-    if options.workers == 1:
-        return None
-    if not local_ray.installed():
-        raise UsageError(f"--workers {options.workers}: {local_ray.NEEDED}")
-    kind, _, index = options.device.partition(":")
-    if index:
-        raise UsageError(f"--device {options.device}: each worker has a device of its own: give --device {kind}")
-    return None if kind == "auto" else kind != "cpu"
 
 
 class _Told:

@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 DEFAULT_MODEL = "emoji-qwen-image"
 #: Exit codes: wrong input, and a batch of which some rows failed.
 WRONG_INPUT, SOME_FAILED = 2, 3
+#: Errors whose message says all, by name: their modules import torch.
+EXPECTED = ("NotANumberError", "ServerError", "DeviceFailedError", "WorkersFailedError")
 
 
 class UsageError(Exception):
@@ -334,6 +336,14 @@ def _add_serve(commands: Any) -> None:
         help="clients must send it; repeat for more (default: $OMNI_API_KEY, which other users of this machine cannot "
         "see in the list of processes; else no key)",
     )
+    where.add_argument(
+        "--replicas",
+        type=_replicas,
+        metavar="N|MIN-MAX|auto",
+        help="processes that have the model, on a GPU each if there are any, on this machine or on the Ray cluster "
+        "that $RAY_ADDRESS names. A range: as many as the requests need; auto: from 1 to the number of GPUs. Limits of "
+        "pictures at once are for each. Needs the extra `ray` (default: the model is in the server's own process)",
+    )
     where.add_argument("--no-page", action="store_true", help="show no page at /")
     where.add_argument(
         "--drain-seconds",
@@ -411,6 +421,16 @@ def _seeds(text: str) -> list[int]:
 
 def _budgets(text: str) -> list[int]:
     return [_whole(part.strip()) for part in text.split(",")]
+
+
+def _replicas(text: str) -> tuple[int, int | None]:
+    """The least and the most replicas; None: the number of GPUs."""
+    if text == "auto":
+        return 1, None
+    match = re.fullmatch(r"([1-9]\d{0,3})(?:-([1-9]\d{0,3}))?", text, re.ASCII)
+    if match is None or int(match[2] or match[1]) < int(match[1]):
+        raise argparse.ArgumentTypeError(f"must be a number, a range like 1-4, or auto, not {text!r}")
+    return int(match[1]), int(match[2] or match[1])
 
 
 def _size(text: str) -> tuple[int, int]:

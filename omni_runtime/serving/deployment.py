@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import re
+import logging
 import secrets
 import threading
 import time
 import warnings
 from collections.abc import AsyncGenerator, Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,25 +44,12 @@ class Scale:
     """How many replicas there are.
 
     Attributes:
-        least, most: the bounds; None: as many as there are GPUs, or 1 without any.
+        least: the fewest.
+        most: the most; None: as many as there are GPUs, or `least` if that is more.
     """
 
     least: int = 1
     most: int | None = None
-
-    @classmethod
-    def parsed(cls, text: str) -> Scale:
-        """From "4", "1-4" or "auto".
-
-        Raises:
-            ValueError: it is none of these.
-        """
-        if text == "auto":
-            return cls()
-        match = re.fullmatch(r"([1-9]\d{0,3})(?:-([1-9]\d{0,3}))?", text)
-        if match is None or int(match[2] or match[1]) < int(match[1]):
-            raise ValueError(f"must be a number of replicas, a range like 1-4, or auto, not {text!r}")
-        return cls(int(match[1]), int(match[2] or match[1]))
 
 
 class RayServe:
@@ -88,9 +76,9 @@ class RayServe:
         self._name = f"omni-{secrets.token_hex(4)}"
         self._handle: Any = None
         self._board: Any = None
-        self._ray = contextlib.ExitStack()
-        self._lock = threading.Lock()
-        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="omni-ray", daemon=True)
+        self._begun: Future[None] = Future()
+        self._end = threading.Event()
 
     def start(self) -> None:
         """Start the replicas, and return when they are ready.
@@ -99,9 +87,36 @@ class RayServe:
             TooFewError: there are fewer GPUs than replicas.
             WorkersFailedError: Ray or the replicas cannot be started.
         """
+        self._thread.start()
+        self._begun.result()
+
+    def stop(self) -> None:
+        """Stop the replicas, and Ray if it was started here."""
+        self._end.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        """What the thread does that Ray ends with."""
         most = self._scale.most or self._scale.least
-        ray = self._ray.enter_context(local_ray.ray_runs(most + 1, self._quiet))
+        try:
+            with local_ray.ray_runs(most + 1, self._quiet) as ray:
+                try:
+                    self._deploy(ray)
+                    self._begun.set_result(None)
+                    self._end.wait()
+                finally:
+                    with contextlib.suppress(Exception):
+                        _serve().delete(self._name, _blocking=False)
+        except BaseException as error:
+            if self._begun.done():
+                raise
+            self._begun.set_exception(error)
+
+    def _deploy(self, ray: Any) -> None:
         serve = _serve()
+        if self._quiet:
+            logging.getLogger("ray.serve").setLevel(logging.ERROR)
         gpus, cpus = local_ray.resources(ray)
         with_gpus = gpus > 0 if self._gpus is None else self._gpus
         there, kind = (gpus, "GPU") if with_gpus else (cpus, "CPU")
@@ -148,16 +163,6 @@ class RayServe:
         with contextlib.suppress(Exception):
             return str(ray.get(self._board.why.remote()))
         return ""
-
-    def stop(self) -> None:
-        """Stop the replicas, and Ray if it was started here."""
-        with self._lock:
-            if self._stopped:
-                return
-            self._stopped = True
-            with contextlib.suppress(Exception):
-                _serve().delete(self._name, _blocking=False)
-            self._ray.close()
 
     async def ask(self, ask: Ask, follow: bool = False) -> AsyncGenerator[Any, None]:
         """The answer of a replica."""

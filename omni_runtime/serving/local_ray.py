@@ -46,6 +46,8 @@ def installed() -> bool:
 def ray_runs(cpus: int, quiet: bool = True) -> Iterator[Any]:
     """Context manager: the module `ray`, which is connected. A Ray that runs already in this process is used.
 
+    The thread that enters must not end before it leaves: the processes of a Ray that is started here end with it.
+
     Args:
         cpus: how many processes a Ray that is started here must have room for.
         quiet: hide Ray's own messages.

@@ -1,8 +1,10 @@
 """Runs Python in a network namespace that has the loopback device alone: Ray listens on all addresses."""
 
+import contextlib
 import functools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -23,7 +25,7 @@ def missing() -> str:
     return "" if tried.returncode == 0 else f"no network namespace here: {tried.stderr.strip()}"
 
 
-def start(arguments: Sequence[str], folder: Path, **environment: str) -> subprocess.Popen[str]:
+def start(arguments: Sequence[str], folder: Path, cwd: Path = ROOT) -> "subprocess.Popen[str]":
     """Start Python with these arguments. Its output goes to `folder`, in `out.txt` and `err.txt`."""
     paths = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "serving"), os.environ.get("PYTHONPATH", "")]
     settings = {
@@ -35,11 +37,21 @@ def start(arguments: Sequence[str], folder: Path, **environment: str) -> subproc
     with open(folder / "out.txt", "w") as out, open(folder / "err.txt", "w") as err:
         return subprocess.Popen(
             [*WITHIN, sys.executable, *arguments],
-            cwd=ROOT, env={**os.environ, **settings, **environment}, stdout=out, stderr=err, text=True,
+            cwd=cwd, env={**os.environ, **settings}, stdout=out, stderr=err, text=True,
         )  # fmt: skip
 
 
-def processes_of(root: int, name: str) -> list[int]:
+def end(process: "subprocess.Popen[str]") -> None:
+    """End a process, if it runs, and those that it has started."""
+    left = processes_of(process.pid)
+    process.kill()
+    process.wait()
+    for one in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
+
+
+def processes_of(root: int, name: str = "") -> list[int]:
     """The processes whose command line starts with `name` among the descendants of `root`."""
     parents, found = {}, []
     for folder in Path("/proc").glob("[0-9]*"):

@@ -1,4 +1,8 @@
-"""A small application in place of a model: its pictures are numbers that follow from the seed."""
+"""A small application in place of a model: its pictures are numbers that follow from the seed.
+
+`python -m stand_in LEAST MOST` serves it on Ray Serve, and prints its address. The variable STAND_IN_SECONDS says how
+long a request takes.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import hashlib
 import json
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -99,3 +104,24 @@ def event(data: dict[str, Any]) -> bytes:
 def of_board(board: Any) -> FastAPI:
     """For Ray's replicas."""
     return build(float(os.environ.get("STAND_IN_SECONDS", "0.5")), "deadly")
+
+
+def serve(least: int, most: int) -> None:
+    from stand_in import of_board as make  # not of __main__, which replicas do not have
+
+    from omni_runtime.serving.deployment import RayServe, Scale
+    from omni_runtime.serving.http import logs
+    from omni_runtime.serving.http.server import Server, listening
+    from omni_runtime.serving.http.settings import Settings
+    from omni_runtime.serving.replicas.fleet import Fleet, Front
+
+    logs.to_stderr()
+    settings = Settings(in_flight=4, drain_seconds=60.0)
+    front: Any = Front(Fleet(RayServe(make, settings, Scale(least, most)), settings, "stand-in"))
+    server = Server(front, listening("127.0.0.1", 0))
+    print(server.address, flush=True)
+    sys.exit(0 if server.serve_until_stopped() else 1)
+
+
+if __name__ == "__main__":
+    serve(*map(int, sys.argv[1:]))

@@ -126,7 +126,7 @@ def test_several_workers_need_ray_and_a_device_each(
 ) -> None:
     monkeypatch.setattr(local_ray, "installed", lambda: True)
     assert batch(CAT, options=("--workers", 2, "--device", "cuda:1")) == 2
-    assert "each worker has a device of its own: give --device cuda" in capsys.readouterr().err
+    assert "each process has a device of its own: give --device cuda" in capsys.readouterr().err
     monkeypatch.setattr(local_ray, "installed", lambda: False)
     assert batch(CAT, options=("--workers", 2)) == 2
     assert "--workers 2: Ray is not installed: pip install 'omni-kernels[ray]'" in capsys.readouterr().err

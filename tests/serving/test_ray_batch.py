@@ -90,7 +90,7 @@ def test_a_worker_that_is_killed_loses_no_row_and_changes_no_picture(
         os.kill(workers[0], signal.SIGKILL)
         assert process.wait(SECONDS) == 3, "one row has an error"
     finally:
-        process.kill()
+        loopback.end(process)
     assert "16 rows are done, 1 of them with an error" in (tmp_path / "out.txt").read_text()
     assert_complete(out, rows, model, tmp_path)
 
@@ -109,7 +109,7 @@ def test_a_batch_that_is_interrupted_or_killed_goes_on_where_it_was(
             process.send_signal(number)
             assert process.wait(SECONDS) == code, (tmp_path / "err.txt").read_text()
         finally:
-            process.kill()
+            loopback.end(process)
         now = lines(out)
         assert [record for record in done if record not in now] == [], "nothing was made twice"
         done = now
@@ -133,7 +133,7 @@ def test_all_workers_may_be_killed_one_after_the_other(rows: Path, saved: dict[s
                 os.kill(worker, signal.SIGKILL)
         assert process.wait(SECONDS) == 3
     finally:
-        process.kill()
+        loopback.end(process)
     assert_complete(out, rows, model, tmp_path)
 
 
@@ -149,7 +149,7 @@ def test_a_row_that_ends_its_worker_each_time_fails_and_takes_no_other_along(
     try:
         assert process.wait(SECONDS) == 0, (tmp_path / "err.txt").read_text()
     finally:
-        process.kill()
+        loopback.end(process)
     records = {record["id"]: record for record in lines(out)}
     assert list(records) == ids
     failed = records.pop(deadly)

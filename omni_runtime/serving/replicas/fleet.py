@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import signal
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
@@ -117,6 +118,10 @@ class Fleet:
             logs.event("ready", model=self.name, replicas=self.running, seconds=round(time.monotonic() - began, 3))
 
     async def _look(self) -> None:
+        await asyncio.to_thread(self.loaded.wait)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):  # Ray has put its own handlers before those of Python
+                signal.signal(number, signal.getsignal(number))
         while True:
             await asyncio.sleep(PAUSE)
             if self.state is State.READY:
