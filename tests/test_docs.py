@@ -79,6 +79,19 @@ def test_the_readme_is_short():
     assert len(lines) <= 200
     links = re.findall(r"\]\(([^)]+)\)", "\n".join(lines))
     assert all(link.startswith("https://") for link in links), "a package index shows it away from the repository"
+    site = re.search(r"^site_url: (.*)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    pages = [link.removeprefix(site).partition("#")[0] for link in links if link.startswith(site) and link != site]
+    assert pages
+    missing = [page for page in pages if not (ROOT / "docs" / page).with_suffix(".md").is_file() or ".html" not in page]
+    assert missing == [], "pages of the site end in .html (use_directory_urls)"
+
+
+def test_every_extra_is_told():
+    extras = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    extras = extras.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    page = (ROOT / "docs" / "get-started" / "install.md").read_text(encoding="utf-8")
+    told = re.findall(r"^\| `([a-z-]+)` \|", page, re.MULTILINE)
+    assert sorted(told) == sorted(re.findall(r"^([a-z-]+) = \[", extras, re.MULTILINE))
 
 
 def test_every_key_of_every_method_is_in_the_reference():
