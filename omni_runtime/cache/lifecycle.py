@@ -254,6 +254,16 @@ class Sampling:
             self._patch.set_attribute(self._pipe, "_num_timesteps", _OfAnotherRun(before))
         self._attach(self._pipe.scheduler)
 
+    @contextlib.contextmanager
+    def within(self, context: str, step: int | None) -> Iterator[None]:
+        """While open, transformer calls have this name of a CFG branch, and this step if the pipeline gives one."""
+        outer = self.context, self.announced
+        self.context, self.announced = context, step
+        try:
+            yield
+        finally:
+            self.context, self.announced = outer
+
     def current(self) -> Request | None:
         """The request that a transformer call belongs to; None if it belongs to none."""
         if self._pipe.scheduler is not self.scheduler:

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from omni_kernels import ops
-from omni_kernels.patching import Patch
 from omni_runtime.cache.contract import tensors_of
 from omni_runtime.cache.forecasters import Forecaster, make_forecaster, newton
 from omni_runtime.cache.gates import Gate, Plan, Verdict
@@ -428,10 +427,10 @@ class OutputSession(CacheSession):
         if output.drift_tolerance is not None:
             self.replays = Replays(output.drift_tolerance)
 
-    def take(self, sampling: Sampling, seams: Patch) -> None:
-        """See `CacheSession.take`."""
+    def check(self) -> None:
+        """See `CacheSession.check`."""
         check_scheduler(self.pipe.scheduler, self._site.residual)
-        super().take(sampling, seams)
+        super().check()
 
     def call(
         self, sampling: Sampling, request: Request, transformer: Any, call: Any, args: Args, kwargs: Kwargs

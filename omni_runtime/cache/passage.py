@@ -89,6 +89,9 @@ class Passage:
         stepwise: whether the model does anything between its blocks in the current forward (ControlNet). If not, the
             output of the block before `first` is the input of `first`. Then the gate decides right after that block,
             and the skipped blocks are left out of the loop at once.
+        first, last: the site; if the model joins its streams right before it, `joins` is set, and it is empty.
+        later, later_from: the sites behind places where the model joins streams, and the first block of those.
+        position: the position of the current step, for the forecasters.
         entered: the hidden states that entered block 0, until the gate has decided; None where block 0 is `first`.
     """
 
@@ -100,14 +103,8 @@ class Passage:
         "_computing",
         "_count_noise",
         "_every_step",
-        "_first",
         "_images",
-        "_joins",
-        "_last",
-        "_later",
-        "_later_from",
         "_noise_tokens",
-        "_position",
         "_shard",
         "_signal",
         "_strict",
@@ -115,8 +112,14 @@ class Passage:
         "_versions",
         "encoder",
         "entered",
+        "first",
         "gate",
         "hidden",
+        "joins",
+        "last",
+        "later",
+        "later_from",
+        "position",
         "ran",
         "remembered",
         "stack",
@@ -130,10 +133,10 @@ class Passage:
         self._versions: Any = None
         site, *later = clipped(stack.stretches, parts.first, parts.last)
         # If the model joins its streams right before the site, the gate decides before that; the site is a later one.
-        self._joins = any(one.last == parts.first for one in stack.stretches)
-        if self._joins:
+        self.joins = any(one.last == parts.first for one in stack.stretches)
+        if self.joins:
             site, later = Stretch(parts.first, parts.first, False), [site, *later]
-        self._first, self._last = site.first, site.last
+        self.first, self.last = site.first, site.last
         self._branch = branch
         self._shard = None if stack.ranks is None else Shard(stack.ranks)
         self._signal = parts.signal.fresh(self._shard)
@@ -144,13 +147,13 @@ class Passage:
         self.gate = stack.gate(request, branch)
         self.remembered: torch.Tensor | None = None
         add = None if stack.ranks is None else stack.ranks.add
-        self.hidden: History = Shape() if self._joins else history_of(parts.forecaster, add=add)
+        self.hidden: History = Shape() if self.joins else history_of(parts.forecaster, add=add)
         # If nothing uses the text stream that leaves the site, it is not forecast.
         self.encoder = history_of(parts.forecaster, add=add) if site.encoder else None
-        if self._joins:
+        if self.joins:
             self.encoder = Shape()
-        self._later = [Later(one, parts.forecaster, add) for one in later]
-        self._later_from = later[0].first if later else stack.blocks
+        self.later = [Later(one, parts.forecaster, add) for one in later]
+        self.later_from = later[0].first if later else stack.blocks
         self.ran = 0
         self.stepwise = True
         self.entered: torch.Tensor | None = None
@@ -161,7 +164,7 @@ class Passage:
         """All tensors held between forwards."""
         held = self.gate.tensors() if self.remembered is None else [self.remembered, *self.gate.tensors()]
         held = held + self.hidden.tensors() + (self.encoder.tensors() if self.encoder else [])
-        return held + [tensor for later in self._later for tensor in later.tensors()]
+        return held + [tensor for later in self.later for tensor in later.tensors()]
 
     def retire(self) -> None:
         """Drop all recorded state but the gate's: the branch goes on with another transformer."""
@@ -178,11 +181,11 @@ class Passage:
         self.ran = 0
         self.stepwise = stepwise
         self._computing = self._versions = self._base = None
-        for later in self._later:
+        for later in self.later:
             later.begin()
         self._noise_tokens = None if self._count_noise is None else self._count_noise(arguments)
         self._images = request.images
-        self._position = float(request.step) if self._by_step else request.sigma
+        self.position = float(request.step) if self._by_step else request.sigma
         self._signal.situate(request.sigma, arguments)
         if self._shard is not None and self._shard.reshaped(arguments):
             self.forget()  # matches no input, on any rank
@@ -196,10 +199,10 @@ class Passage:
         Returns:
             Whether all that is needed was kept. If not, nothing is recorded.
         """
-        sites = [(later.first, later.last) for later in self._later]
-        sites += [] if self._joins else [(self._first, self._last)]
+        sites = [(later.first, later.last) for later in self.later]
+        sites += [] if self.joins else [(self.first, self.last)]
         needed = {0} | {index for first, last in sites for index in (first, last - 1)}
-        needed |= {self._first - 1} if self._joins else set()
+        needed |= {self.first - 1} if self.joins else set()
         if not all(index in made and made[index].marks.same() for index in needed):
             return False
 
@@ -214,17 +217,17 @@ class Passage:
             if entered != left:
                 raise ValueError(f"the blocks from {begin} on take {entered} and return {left}: they cannot be skipped")
 
-        decides = self._first - 1 if self._joins else self._first
-        block, base = made[decides], exit_(decides) if self._joins else entry(decides)
-        if self._first:
+        decides = self.first - 1 if self.joins else self.first
+        block, base = made[decides], exit_(decides) if self.joins else entry(decides)
+        if self.first:
             self.entered = entry(0)[0]
         self.enter(block.block, base, self._calls[decides].arguments(block.args, block.kwargs))
         if self._signal.reads_weights:
             released(block.block)
         self.entered = None
-        self.leave(*(base if self._joins else exit_(self._last - 1)), base)
-        for later in self._later:
-            later.record(exit_(later.last - 1), entry(later.first), self._position)
+        self.leave(*(base if self.joins else exit_(self.last - 1)), base)
+        for later in self.later:
+            later.record(exit_(later.last - 1), entry(later.first), self.position)
         return True
 
     @contextlib.contextmanager
@@ -238,6 +241,11 @@ class Passage:
         finally:
             self.gate, self.remembered = gate, remembered
             del self._branch.decisions[decisions:]
+
+    @property
+    def reads_arguments(self) -> bool:
+        """Whether the decision needs the block that is under way, and its arguments."""
+        return self._signal.reads_weights
 
     @property
     def skipped(self) -> bool:
@@ -256,8 +264,8 @@ class Passage:
         """
         if self._computing is False and self._base is not None:
             self._base = None
-            raise RuntimeError(f"the model did not call block {self._last - 1}, the last of those that were skipped")
-        missed = self._computing and not all(later.recorded for later in self._later)
+            raise RuntimeError(f"the model did not call block {self.last - 1}, the last of those that were skipped")
+        missed = self._computing and not all(later.recorded for later in self.later)
         if self._computing is None or self._base is not None or missed:
             self._base = self.entered = None
             self._clear()
@@ -334,27 +342,27 @@ class Passage:
             pairs = by_image(pairs, self._images)
         return gate.judge(pairs, elements // len(pairs))
 
-    def _check(self, base: Any, versions: Any) -> None:
+    def check(self, base: Any, versions: Any) -> None:
         """Raise RuntimeError if the model has changed these states in place since: they are what is forecast from."""
         if versions is not None and versions != versions_of(base):
             self.hidden.clear()
             raise RuntimeError(
-                f"the model changed the hidden states in place between its blocks, after block {self._first} was "
+                f"the model changed the hidden states in place between its blocks, after block {self.first} was "
                 "called: a cache of blocks cannot follow that. velocity_cache works without the blocks"
             )
 
     def leave(self, hidden: torch.Tensor, encoder: torch.Tensor | None, base: Any) -> None:
         """Record the result of blocks [first, last), which have run on `base`, a pair (hidden, encoder)."""
-        self.hidden.record(hidden, base[0], self._position)
+        self.hidden.record(hidden, base[0], self.position)
         if self.encoder is not None and encoder is not None:
-            self.encoder.record(encoder, base[1], self._position)
+            self.encoder.record(encoder, base[1], self.position)
 
     def forecast(self, base: Any) -> States:
         """The forecast of what blocks [first, last) would return for `base`, as (hidden, encoder)."""
         hidden, encoder = base
         if self.encoder is not None and encoder is not None:
-            encoder = self.encoder.forecast(encoder, self._position, self._using)
-        return self.hidden.forecast(hidden, self._position, self._using), encoder
+            encoder = self.encoder.forecast(encoder, self.position, self._using)
+        return self.hidden.forecast(hidden, self.position, self._using), encoder
 
     def _forget(self, hidden: torch.Tensor) -> None:
         """Drop all recorded state, because the shape has changed: the batch, the resolution or the prompt length."""
@@ -370,7 +378,7 @@ class Passage:
         self.hidden.clear()
         if self.encoder is not None:
             self.encoder.clear()
-        for later in self._later:
+        for later in self.later:
             later.clear()
 
     def slots(self, blocks: Collection[torch.nn.Module], start: int) -> Iterator[Callable[..., Any]]:
@@ -379,15 +387,15 @@ class Passage:
         # not the first of `blocks` and the model does nothing between blocks, after the block before it has run. Then
         # the blocks of the site run or are skipped. Skipped blocks are left out of the loop at once; or, if the model
         # adds to the states between them (ControlNet), each one is replaced by a slot that returns its input.
-        if start >= self._later_from:
+        if start >= self.later_from:
             yield from self._later_slots(blocks, start)
             return
-        first, last, end = self._first, self._last, start + len(blocks)
-        after = self._joins or not (self.stepwise or not start < first < end)
+        first, last, end = self.first, self.last, start + len(blocks)
+        after = self.joins or not (self.stepwise or not start < first < end)
         decided = first - 1 if after else first
         numbered = enumerate(blocks, start)
         for index, block in numbered:
-            if index == decided and self._joins:
+            if index == decided and self.joins:
                 yield Slot(self._run_before_join, block)
             elif index == decided:
                 yield Slot(self._enter_first if index == first else self._run_before, block)
@@ -414,7 +422,7 @@ class Passage:
     def _later_slots(self, blocks: Collection[torch.nn.Module], start: int) -> Iterator[Callable[..., Any]]:
         """As `slots`, for a list behind a place where the model joins streams. Whether its blocks run is decided."""
         for index, block in enumerate(blocks, start):
-            later = next((one for one in self._later if one.first <= index < one.last), None)
+            later = next((one for one in self.later if one.first <= index < one.last), None)
             if later is not None and self._computing is False:
                 yield Slot(functools.partial(self._skip_later, later, index), block)
             elif later is not None and index in (later.first, later.last - 1):
@@ -433,8 +441,8 @@ class Passage:
         base, later.base = later.base, None
         if base is None:
             raise RuntimeError(f"the model passed over block {later.first} in a skipped step, but not block {index}")
-        self._check(base, later.versions)
-        return call.output(later.forecast(base, self._position))
+        self.check(base, later.versions)
+        return call.output(later.forecast(base, self.position))
 
     def _run_later(self, later: Later, index: int, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         call = self._calls[index]
@@ -444,8 +452,8 @@ class Passage:
         output = self._run(block, args, kwargs)
         if index == later.last - 1 and later.base is not None:
             base, later.base = later.base, None
-            self._check(base, later.versions)
-            later.record(call.streams(output), base, self._position)
+            self.check(base, later.versions)
+            later.record(call.streams(output), base, self.position)
         return output
 
     def _run(self, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -454,7 +462,7 @@ class Passage:
 
     def _run_zeroth(self, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         self.entered, _ = self._calls[0].inputs(args, kwargs)
-        return self._run_apart(block, *args, **kwargs) if self._first == 1 else self._run(block, args, kwargs)
+        return self._run_apart(block, *args, **kwargs) if self.first == 1 else self._run(block, args, kwargs)
 
     def _run_apart(self, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run block first − 1 alone.
@@ -470,7 +478,7 @@ class Passage:
 
     def _run_before(self, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run block first − 1, then decide: its output is the input of block `first`."""
-        call, index = self._calls[self._first - 1], self._first - 1
+        call, index = self._calls[self.first - 1], self.first - 1
         if index == 0:
             self.entered, _ = call.inputs(args, kwargs)
         output = self._run_apart(block, *args, **kwargs)
@@ -484,8 +492,8 @@ class Passage:
 
     def _run_before_join(self, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run block first − 1, then decide. The model makes the input of block `first` from its output."""
-        call = self._calls[self._first - 1]
-        if self._first == 1:
+        call = self._calls[self.first - 1]
+        if self.first == 1:
             self.entered, _ = call.inputs(args, kwargs)
         output = self._run_apart(block, *args, **kwargs)
         states = call.streams(output)
@@ -495,7 +503,7 @@ class Passage:
         return output
 
     def _enter_first(self, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        call, alone = self._calls[self._first], self._last - self._first == 1
+        call, alone = self._calls[self.first], self.last - self.first == 1
         base = call.inputs(args, kwargs)
         computing = self.enter(block, base, call.arguments(args, kwargs) if args else kwargs)
         self.entered = None
@@ -511,8 +519,8 @@ class Passage:
         output = self._run(block, args, kwargs)
         base, self._base = self._base, None
         if base is not None:
-            self._check(base, self._versions)
-            self.leave(*self._calls[self._last - 1].streams(output), base)
+            self.check(base, self._versions)
+            self.leave(*self._calls[self.last - 1].streams(output), base)
         return output
 
     def _pass_over(self, index: int, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -523,5 +531,5 @@ class Passage:
     def _arrive(self, block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Skip the last block of the site: return the forecast, made from the input of block `first`."""
         base, self._base = self._base, None
-        self._check(base, self._versions)
-        return self._calls[self._last - 1].output(self.forecast(base))
+        self.check(base, self._versions)
+        return self._calls[self.last - 1].output(self.forecast(base))

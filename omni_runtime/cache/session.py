@@ -17,6 +17,7 @@ The path of a transformer call:
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from omni_runtime.cache import calibration
 from omni_runtime.cache.contract import Found
 from omni_runtime.cache.forecasters import Forecaster, rounding_note
 from omni_runtime.cache.gates import Gate, RehearsalGate, Verdict
-from omni_runtime.cache.lifecycle import CURRENT, Request, Sampling, outside, turn
+from omni_runtime.cache.lifecycle import CURRENT, Branch, Request, Sampling, outside, turn
 from omni_runtime.cache.models import ModelRow
 from omni_runtime.cache.passage import Parts, Passage
 from omni_runtime.cache.refusals import refuse_cached
@@ -96,16 +97,29 @@ class CacheSession:
         Raises:
             ValueError, PatchConflictError: the pipeline is not supported in its present state.
         """
-        forecaster, dtype = self.forecaster, getattr(self.transformer, "dtype", None)
-        note = None if forecaster is None else rounding_note(forecaster.name, forecaster.order, dtype or torch.float32)
-        if note is not None:
-            self.notes.append(note)
-            warnings.warn(note, stacklevel=5)
+        self.warn_of_rounding()
         around_calls(self.pipe, self.sampling, patch, outside)
         with turn(self._shared()), self._seams():  # a trial: raises now for what would fail in the first call
             pass
         self._watch = Watch(self.transformer, self.name)
         patch.add(self._watch)
+
+    def warn_of_rounding(self) -> None:
+        """Warn, and note for the reports, if the snapshots are rounded too coarsely for the forecasts."""
+        forecaster, dtype = self.forecaster, getattr(self.transformer, "dtype", None)
+        note = None if forecaster is None else rounding_note(forecaster.name, forecaster.order, dtype or torch.float32)
+        if note is not None:
+            self.notes.append(note)
+            warnings.warn(note, stacklevel=6)
+
+    def check(self) -> None:
+        """Check the pipeline in its present state.
+
+        Raises:
+            ValueError, PatchConflictError: it is not supported; the message says why.
+        """
+        for transformer in self.transformers:
+            refuse_cached(transformer)
 
     def close(self) -> None:
         """End the request under way; the rest of that pipeline call is not cached."""
@@ -124,19 +138,46 @@ class CacheSession:
             ValueError, PatchConflictError: the pipeline is no longer supported; nothing is left changed.
         """
         with turn(self._shared()), self._seams() as sampling:
-            outer, self._sampling, former = self._sampling, sampling, CURRENT.set(sampling)
+            outer = self._sampling
             if self._watch is not None:
                 self._watch.restore()
             try:
-                yield sampling
-                sampling.say_if_nothing_was_cached()
+                with self._running(sampling):
+                    yield sampling
             finally:
-                sampling.end_request()
-                self._sampling = outer
                 if self._watch is not None and outer is None:
                     self._watch.listen()
-                with contextlib.suppress(ValueError):  # a generator that is closed in another thread's context
-                    CURRENT.reset(former)
+
+    @contextlib.contextmanager
+    def detached(self) -> Iterator[Sampling]:
+        """As `sampling`, but nothing is installed on the transformers: the caller passes their calls on to `call`."""
+        patch = Patch()
+        sampling = Sampling(self.pipe, self, patch)
+        try:
+            sampling.follow()
+            with self._running(sampling):
+                yield sampling
+        finally:
+            patch.release()
+
+    @contextlib.contextmanager
+    def _running(self, sampling: Sampling) -> Iterator[None]:
+        outer, self._sampling, former = self._sampling, sampling, CURRENT.set(sampling)
+        try:
+            yield
+            sampling.say_if_nothing_was_cached()
+        finally:
+            sampling.end_request()
+            self._sampling = outer
+            with contextlib.suppress(ValueError):  # a generator that is closed in another thread's context
+                CURRENT.reset(former)
+
+    def shared_by(self, pipe: Any) -> CacheSession:
+        """A session like this one for a copy of its pipeline. What is known of the transformers is shared."""
+        one = copy.copy(self)
+        one.pipe, one.on_step, one.notes = pipe, None, list(self.notes)
+        one._requests, one._sampling, one._watch = [], None, None
+        return one
 
     @contextlib.contextmanager
     def _seams(self) -> Iterator[Sampling]:
@@ -158,8 +199,8 @@ class CacheSession:
         Raises:
             ValueError, PatchConflictError: the pipeline is not supported in its present state.
         """
+        self.check()
         for transformer in self.transformers:
-            refuse_cached(transformer)
             self.take_calls(sampling, transformer, seams)
 
     def take_calls(self, sampling: Sampling, transformer: Any, seams: Patch) -> None:
@@ -355,10 +396,14 @@ class BlockSession(CacheSession):
         known = {name: contract for name, contract in found.items() if contract is not None}
         return Found(known) if known else None
 
-    def take(self, sampling: Sampling, seams: Patch) -> None:
-        """See `CacheSession.take`."""
+    def check(self) -> None:
+        """See `CacheSession.check`."""
         for stack in self.stacks.values():
             stack.check()
+        super().check()
+
+    def take(self, sampling: Sampling, seams: Patch) -> None:
+        """See `CacheSession.take`."""
         super().take(sampling, seams)
         for stack in self.stacks.values():
             stack.take(sampling, seams)
@@ -380,12 +425,18 @@ class BlockSession(CacheSession):
             branch.kept = None
             branch.decide(Verdict(True, GRADIENT))
         else:
-            output, ran = stack.forward(sampling, request, branch, call, args, kwargs)
+            output, ran = self.forward(stack, sampling, request, branch, call, args, kwargs)
         self.blocks = self.stacks[self.transformer].blocks
         request.calls += 1
         request.blocks_run += ran
         request.blocks_total += stack.blocks
         return output
+
+    def forward(
+        self, stack: Stack, sampling: Sampling, request: Request, branch: Branch, call: Any, args: Args, kwargs: Kwargs
+    ) -> tuple[Any, int]:
+        """Make a transformer call over the blocks; see `Stack.forward`."""
+        return stack.forward(sampling, request, branch, call, args, kwargs)
 
     def _gate(self, request: Request, branch: str) -> Gate:
         return self.gate_for(lambda: self._parts().gate(request), self.measures, request, branch)
@@ -421,13 +472,8 @@ def _context_of(sampling: Sampling, original: Callable[..., Any]) -> Callable[..
             with original(name, *args, **kwargs):
                 yield
             return
-        outer = sampling.context, sampling.announced
-        sampling.context, sampling.announced = name, kwargs.get("step_index")
-        try:
-            with original(name, *args, **kwargs):
-                yield
-        finally:
-            sampling.context, sampling.announced = outer
+        with sampling.within(name, kwargs.get("step_index")), original(name, *args, **kwargs):
+            yield
 
     return cache_context
 

@@ -27,6 +27,7 @@ from omni_runtime.cache.passage import Parts, Passage
 from omni_runtime.cache.ranks import Ranks, SplitCall, ranks_of
 from omni_runtime.cache.refusals import refuse_compiled, refuse_parallel
 from omni_runtime.cache.stretches import Stretch
+from omni_runtime.cache.together import Axes, Member, Together
 
 #: Stands for the number of blocks while it is not known.
 MANY = 1_000_000
@@ -51,6 +52,25 @@ class Taken:
 
     lists: dict[str, BlockList]
     contract: Contract | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A request's part of a batch that several requests share.
+
+    Attributes:
+        request, branch: whose it is.
+        args, kwargs: the arguments of its own call.
+        rows: its samples.
+        text: the length of its text, if the batch's texts were padded; None if not.
+    """
+
+    request: Request
+    branch: Branch
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    rows: slice
+    text: int | None
 
 
 class Stack:
@@ -164,12 +184,8 @@ class Stack:
         taken, passage = sampling.taken[self], branch.kept
         if taken.contract is not self.contract:
             self._align(taken)
-        if self.row.depths:
-            stepwise = self.contract is None or not self._leaves or self._works_between(args, kwargs)
-        else:
-            manner = _manner(self._names, args, kwargs)
-            stepwise = not self._manners.get(manner, False)
-        if self.contract is None or (not self.row.depths and manner not in self._manners):
+        stepwise = self.stepwise(args, kwargs)
+        if stepwise is None:
             return self._find(sampling, request, branch, call, args, kwargs), self.blocks
         if passage is None or passage.stack is not self:
             passage = self._begin(request, branch)
@@ -181,6 +197,61 @@ class Stack:
             sampling.passage = None
         passage.finish()
         return output, passage.ran
+
+    def forward_together(
+        self, sampling: Sampling, parts: Sequence[Part], axes: Axes, stepwise: bool, call: Any, kwargs: Any
+    ) -> tuple[Any, list[int]]:
+        """Make one transformer call for several requests, whose calls were joined.
+
+        Args:
+            parts: the requests, in the order of their samples.
+            axes: which arguments of the blocks have an entry for each sample.
+            stepwise: see `Passage`; it holds for all of them.
+            kwargs: the arguments of the joined call.
+
+        Returns:
+            The output, and the number of blocks that ran for each request.
+
+        Raises:
+            RuntimeError: the blocks were not called as before.
+        """
+        members = []
+        for part in parts:
+            passage = part.branch.kept
+            if passage is None or passage.stack is not self:
+                passage = self._begin(part.request, part.branch)
+            passage.begin(part.request, self._arguments(part.args, part.kwargs), stepwise)
+            members.append(Member(passage, part.rows, part.text))
+        taken = sampling.taken[self]
+        if taken.contract is not self.contract:
+            self._align(taken)
+        together = sampling.passage = Together(self.calls, members, axes, stepwise)
+        try:
+            output = call(**kwargs)
+        finally:
+            sampling.passage = None
+        together.finish()
+        return output, together.ran
+
+    @property
+    def keeps_text_apart(self) -> bool:
+        """Whether the text is a stream of its own from the first block to the last."""
+        contract = self.contract
+        return contract is not None and len(self.stretches) == 1 and all(row.encoder for row in contract.lists)
+
+    def stepwise(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool | None:
+        """Whether a skipped step of such a call goes from block to block; None if the call must be watched first."""
+        if self.contract is None:
+            return None
+        if not self.row.depths:
+            leaves = self._manners.get(_manner(self._names, args, kwargs))
+            return None if leaves is None else not leaves
+        if not self._leaves:
+            return True
+        for name, place in self._between:  # noqa: SIM110 -- runs in every forward, where a generator costs more
+            if kwargs.get(name) is not None or len(args) > place:
+                return True
+        return False
 
     def _begin(self, request: Request, branch: Branch) -> Passage:
         """A passage for a branch whose last call, if any, went to another transformer."""
@@ -213,7 +284,9 @@ class Stack:
             self._adopt(watcher)
             passage = self._record(taken, request, branch, watcher, args, kwargs)
             if again is None:
-                self._leaves = watcher.plain or self._works_between(args, kwargs)
+                self._leaves = watcher.plain or any(
+                    kwargs.get(one) is not None or len(args) > place for one, place in self._between
+                )
             else:
                 if len(self._manners) >= MANNERS:  # a service sees ever new sizes; they are checked again
                     self._manners.clear()
@@ -335,7 +408,7 @@ class Stack:
         try:
             with passage.skipping():
                 made = self.transformer.forward(*args, **kwargs)
-            return _difference(made, output) if passage.skipped else math.inf
+            return difference(made, output) if passage.skipped else math.inf
         finally:
             sampling.passage = None
 
@@ -378,13 +451,6 @@ class Stack:
         if not self.calls or type(self.calls[0]) is not kind:
             self.calls = [kind(row, block) for row, block in self._flat]
 
-    def _works_between(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        """Whether the call has an argument with which the model works between its blocks, or counts them."""
-        for name, place in self._between:  # noqa: SIM110 -- runs in every forward, where a generator costs more
-            if kwargs.get(name) is not None or len(args) > place:
-                return True
-        return False
-
     def _arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         """All arguments of a transformer call by name."""
         return {**dict(zip(self._names, args, strict=False)), **kwargs}
@@ -425,7 +491,7 @@ def _form(value: Any) -> Any:
     return tuple(map(str, value)) if type(value) is dict else ""
 
 
-def _difference(found: Any, expected: Any) -> float:
+def difference(found: Any, expected: Any) -> float:
     """The largest relative difference of two outputs of a transformer, over their tensors; inf if they are unlike."""
     largest, pairs = 0.0, list(zip(tensors_of(found), tensors_of(expected), strict=False))
     for one, other in pairs:

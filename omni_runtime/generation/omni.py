@@ -10,12 +10,13 @@ loaded when they are first needed, after the first request has been checked.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,7 +28,11 @@ from omni_runtime.cache import models
 from omni_runtime.cache.report import StepEvent
 from omni_runtime.generation import loading, request, video
 from omni_runtime.generation.clock import LoopClock
-from omni_runtime.generation.result import OmniResult, jsonable, not_a_number
+from omni_runtime.generation.result import OmniResult, Timings, jsonable, not_a_number
+from omni_runtime.generation.seeding import RandomState
+
+if TYPE_CHECKING:
+    from omni_runtime.serving.engine import Engine
 
 #: The environment variable that names the cache backend if the caller names none.
 ENVIRONMENT_VARIABLE = "DIFFUSION_CACHE_BACKEND"
@@ -128,6 +133,7 @@ class Omni:
             self._load = lambda: _moved(model, dtype, device)
         self.cache_backend, self.cache_config = backend, complete
         self._pipe: Any = None
+        self._engine: Engine | None = None
         self._handle: PatchHandle | None = None
         self._patched_here = self._closed = False
         if not isinstance(model, str | os.PathLike):
@@ -187,10 +193,14 @@ class Omni:
     def close(self) -> None:
         """Remove the cache from the pipeline and drop the reference to the pipeline. A second call does nothing.
 
+        An engine is closed first: its requests are finished.
+
         Raises:
             PatchConflictError: other code has patched over this patch. Nothing is changed, and `close` can be called
                 again later.
         """
+        if self._engine is not None:
+            self._engine.close()
         with self._turn:
             if self._handle is not None and self._patched_here:
                 self._handle.undo()
@@ -262,17 +272,73 @@ class Omni:
 
         Only the check of height and width needs the loaded pipeline. All other checks run before the weights are read.
         """
+        return self.prepare_for(self.cache_backend, self.cache_config, prompt, **arguments)
+
+    def prepare_for(
+        self, backend: str | None, config: Mapping[str, Any], prompt: str | Sequence[str] | None, **arguments: Any
+    ) -> list[request.GenerationRequest]:
+        """As `prepare`, for another cache than that of this `Omni`; `config` is complete."""
         pipeline_class = self._pipeline_class or type(self.pipe)
         requests = request.build(pipeline_class, prompt, defaults=self._defaults, **arguments)
-        self.check_steps(request.step_count(pipeline_class, requests[0].arguments))
+        _check_steps(backend, config, request.step_count(pipeline_class, requests[0].arguments))
         request.check_size(self.pipe, requests)
         return requests
 
+    def resolved(
+        self, cache_backend: str | None, cache_config: Mapping[str, Any] | str | None
+    ) -> tuple[str | None, dict[str, Any]]:
+        """A backend for this model and its complete configuration, with the model's own calibration.
+
+        Raises:
+            ValueError, TypeError: as the constructor.
+        """
+        backend, config = resolve_cache(cache_backend, cache_config)
+        return backend, _complete(backend, config, self.location, _config_of(self.pipe), str(self.name))
+
+    def engine(self, **limits: Any) -> Engine:
+        """An engine that runs many requests at once; see `omni_runtime.serving.engine.Engine` for the limits.
+
+        While it is open, `generate` goes through it, too.
+
+        Raises:
+            RuntimeError: there is one already.
+        """
+        from omni_runtime.serving.engine import Engine
+
+        with self._turn:
+            if self._engine is not None:
+                raise RuntimeError("this Omni has an engine already: close it first")
+            self._engine = Engine(self, **limits)
+            return self._engine
+
+    def engine_closed(self) -> None:
+        """The engine of this `Omni` is closed: `generate` runs its requests one after the other again."""
+        self._engine = None
+
+    async def agenerate(self, prompt: str | None = None, **arguments: Any) -> OmniResult:
+        """As `generate`, for one prompt, for asynchronous callers. Requests that overlap share forwards.
+
+        The first call opens an engine, which stays open until `close`. Cancelling the task cancels the request.
+        """
+        import asyncio
+
+        if self._engine is None:
+            with self._turn:
+                if self._engine is None:
+                    await asyncio.to_thread(self.load)
+                    self.engine()
+        engine = self._engine
+        assert engine is not None
+        return await (await asyncio.to_thread(engine.submit, prompt, **arguments))
+
     def run(self, one: request.GenerationRequest, on_step: Callable[[StepEvent], None] | None = None) -> OmniResult:
-        """Run one prepared request. It waits for the requests of other threads.
+        """Run one prepared request. It waits for the requests of other threads, or goes through the engine.
 
         If the pipeline raises, `on_step` is removed and the pipeline's offloading hooks are freed.
         """
+        engine = self._engine
+        if engine is not None:
+            return engine.take(one, self.cache_backend, self.cache_config, on_step=on_step).result()
         with self._turn:
             return self._run(one, on_step)
 
@@ -285,22 +351,41 @@ class Omni:
         clock = LoopClock(pipe._execution_device, None if handle.cache_backend else _without_cache(on_step))
         former, handle.on_step = handle.on_step, on_step
         try:
-            with clock.following(pipe), not_a_number():
+            with clock.following(pipe), not_a_number(), _seeded(one.seed, pipe._execution_device):
                 output = pipe(**one.call())
         except BaseException:
             pipe.maybe_free_model_hooks()  # the pipeline itself would do this at its end: it offloads the models
             raise
         finally:
             handle.on_step = former
+        cache = self.cache_backend, self.cache_config
+        return self.result_of(output, one, cache, handle, clock.timings(), memory.bytes())
+
+    def result_of(
+        self,
+        output: Any,
+        one: request.GenerationRequest,
+        cache: tuple[str | None, Mapping[str, Any]],
+        reporting: Any,
+        timings: Timings,
+        memory: int | None,
+    ) -> OmniResult:
+        """The result of one request.
+
+        Args:
+            output: what the pipeline has returned.
+            cache: the cache method and its configuration.
+            reporting: what has the request's report as `report`; None without a cache.
+        """
         of_frames = hasattr(output, "frames")
         return OmniResult(
             images=None if of_frames else output.images if hasattr(output, "images") else output[0],
-            cache=handle.report,
-            timings=clock.timings(),
+            cache=None if reporting is None else reporting.report,
+            timings=timings,
             prompt=one.prompt,
             seed=one.seed,
-            settings=self._settings(one, pipe, handle),
-            peak_memory=memory.bytes(),
+            settings=self._settings(one, *cache),
+            peak_memory=memory,
             frames=output.frames if of_frames else None,
         )
 
@@ -310,17 +395,17 @@ class Omni:
         Raises:
             ValueError: the configuration does not fit this number of steps.
         """
-        if self.cache_backend is None or steps is None:
-            return
-        check: Any = backends.get(self.cache_backend).check
-        if "steps" in inspect.signature(check).parameters:
-            check(self.cache_config, steps=steps)
+        _check_steps(self.cache_backend, self.cache_config, steps)
 
-    def _settings(self, one: request.GenerationRequest, pipe: Any, handle: PatchHandle) -> dict[str, Any]:
+    def _settings(
+        self, one: request.GenerationRequest, backend: str | None, config: Mapping[str, Any]
+    ) -> dict[str, Any]:
         import diffusers
 
         import omni_kernels
 
+        pipe, handle = self.pipe, self._handle
+        assert handle is not None  # load() has set it
         return {
             "model": str(self.name),
             "pipeline": type(pipe).__name__,
@@ -328,8 +413,8 @@ class Omni:
             "seed": one.seed,
             "num_inference_steps": request.step_count(type(pipe), one.arguments),
             **jsonable(one.arguments),
-            "cache_backend": self.cache_backend,
-            "cache_config": jsonable(self.cache_config),
+            "cache_backend": backend,
+            "cache_config": jsonable(config),
             "fused_blocks": len(handle.fused.replaced),
             "compiled_blocks": len(handle.compiled),
             "dtype": str(pipe.dtype).removeprefix("torch."),
@@ -340,6 +425,19 @@ class Omni:
                 "torch": torch.__version__,
             },
         }
+
+
+def _seeded(seed: int | None, device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """While open, torch's global random numbers follow from the seed."""
+    return contextlib.nullcontext() if seed is None else RandomState.of_seed(seed, device).used()
+
+
+def _check_steps(name: str | None, config: Mapping[str, Any], steps: int | None) -> None:
+    if name is None or steps is None:
+        return
+    check: Any = backends.get(name).check
+    if "steps" in inspect.signature(check).parameters:
+        check(config, steps=steps)
 
 
 def _closed() -> Any:

@@ -106,14 +106,15 @@ class Method:
         Raises:
             ValueError, PatchConflictError: the method does not support the pipeline; the message says why.
         """
-        session = self._session(pipe, config)
+        session = self.session(pipe, config)
         session.install(patch)
         return session
 
     def _on_library(self, config: Config) -> bool:
         return self.mask is not None and config["engine"] == "library"
 
-    def _session(self, pipe: Any, config: Config) -> CacheSession:
+    def session(self, pipe: Any, config: Config) -> CacheSession:
+        """The method for `pipe`, not installed; `config` is complete. Raises as `install` does."""
         if self.mask is not None and self._on_library(config):
             return LibrarySession(self.name, pipe, config, partial(self.mask, config))
         if self.output is not None:
