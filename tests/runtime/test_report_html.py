@@ -440,9 +440,11 @@ def test_the_letters_of_the_charts_of_steps_can_be_read_on_a_phone(shown: Any) -
             size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": True}
             page.call("Emulation.setDeviceMetricsOverride", **size)
             letters = page.evaluate(
-                "[...document.querySelectorAll('.timeline text')].map(text => { const box = text.getBoundingClientRect(),"
-                " svg = text.closest('svg'), shrunk = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;"
-                " return [parseFloat(getComputedStyle(text).fontSize) * shrunk, box.left >= 0, box.right <= innerWidth] })"
+                "[...document.querySelectorAll('.timeline text')].map(text => {"
+                " const box = text.getBoundingClientRect(), svg = text.closest('svg');"
+                " const shrunk = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;"
+                " const size = parseFloat(getComputedStyle(text).fontSize) * shrunk;"
+                " return [size, box.left >= 0, box.right <= innerWidth] })"
             )
             assert {tuple(inside) for _, *inside in letters} == {(True, True)}
             assert min(size for size, *_ in letters) > 8.5
