@@ -111,6 +111,11 @@ class Engine:
         self._memory = memory
         self._needs: dict[Any, int] = {}  # kind of a request → the most bytes that one has held
         self._pipe = omni.pipe
+        if hasattr(self._pipe, "_set_pag_attn_processor"):
+            raise ValueError(
+                f"{type(self._pipe).__name__} changes its transformer while it runs, which other requests would see: "
+                "it cannot be used in an engine"
+            )
         self._names = _transformers_of(self._pipe)
         self._sessions: OrderedDict[Any, CacheSession] = OrderedDict()
         self._queue: deque[Job] = deque()
