@@ -65,7 +65,7 @@ def copy_for_request(
     one = copy.copy(pipe)
     # Written to the dict: the pipeline would note in its configuration that its components have changed.
     vars(one).update({name: Front(module, answer, sampling) for module, name in names.items()})
-    for name, part in pipe.components.items():
+    for name, part in vars(pipe).items():  # not its `components`, which leave out those that may be None
         if isinstance(part, ConfigMixin) and not isinstance(part, torch.nn.Module):  # schedulers, guiders: have state
             vars(one)[name] = copy.deepcopy(part)
     # The bars of several requests would overwrite each other.
