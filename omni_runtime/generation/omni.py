@@ -33,6 +33,7 @@ from omni_runtime.generation.seeding import RandomState
 
 if TYPE_CHECKING:
     from omni_runtime.serving.engine import Engine
+    from omni_runtime.serving.jobs import Job
 
 #: The environment variable that names the cache backend if the caller names none.
 ENVIRONMENT_VARIABLE = "DIFFUSION_CACHE_BACKEND"
@@ -332,14 +333,12 @@ class Omni:
         """
         import asyncio
 
-        if self._engine is None:
+        def submit() -> Job:
             with self._turn:
-                if self._engine is None:
-                    await asyncio.to_thread(self.load)
-                    self.engine()
-        engine = self._engine
-        assert engine is not None
-        return await (await asyncio.to_thread(engine.submit, prompt, **arguments))
+                engine = self._engine or self.engine()
+            return engine.submit(prompt, **arguments)
+
+        return await (await asyncio.to_thread(submit))
 
     def run(self, one: request.GenerationRequest, on_step: Callable[[StepEvent], None] | None = None) -> OmniResult:
         """Run one prepared request. It waits for the requests of other threads, or goes through the engine.

@@ -20,13 +20,13 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 from omni_kernels.device import PeakMemory
 from omni_kernels.patching import backends
+from omni_runtime.cache.contract import tensors_of
 from omni_runtime.cache.library import LibrarySession
 from omni_runtime.cache.lifecycle import Branch, Request, Sampling, turn
 from omni_runtime.cache.methods.method import Method
@@ -44,6 +44,8 @@ from omni_runtime.serving.jobs import Job, QueueFullError
 
 #: So many configured cache methods are kept.
 METHODS = 32
+#: Of so many kinds of requests, it is known what memory they need.
+KINDS = 256
 
 
 class _Stop(BaseException):
@@ -57,6 +59,8 @@ class _Live:
         call: the transformer call that it waits for; None if it is not at one.
         over: whether it has ended.
         random: the state of torch's global random numbers, of which each request has its own.
+        kind: what its need of memory depends on.
+        held: the most bytes that it was seen to hold.
     """
 
     def __init__(self, job: Job, random: RandomState) -> None:
@@ -64,6 +68,8 @@ class _Live:
         self.call: Call | None = None
         self.over = False
         self.random = random
+        self.kind = _kind_of(job)
+        self.held = 0
         self.session: CacheSession | None = None
         self.go = threading.Semaphore(0)
 
@@ -76,6 +82,9 @@ class Engine:
         max_batch: the most samples in one forward.
         in_flight: the most requests that run at once. Each holds its latents and what its cache keeps.
         waiting: the most requests that wait to be run; `submit` raises `QueueFullError` beyond that.
+        memory: the most bytes that the latents and caches of all requests in flight may hold; None for no limit. What
+            a request needs is known from an earlier one of the same size and cache. The first of its kind starts only
+            while no other of an unknown kind runs. A request that needs more than this runs by itself.
 
     Attributes:
         forwards: how many forwards were made, of how many samples.
@@ -85,15 +94,27 @@ class Engine:
     """
 
     # Any: `Omni` imports this module.
-    def __init__(self, omni: Any, *, max_batch: int = 8, in_flight: int = 16, waiting: int = 256) -> None:
-        for name, value in (("max_batch", max_batch), ("in_flight", in_flight), ("waiting", waiting)):
+    def __init__(
+        self, omni: Any, *, max_batch: int = 8, in_flight: int = 16, waiting: int = 256, memory: int | None = None
+    ) -> None:
+        limits = {"max_batch": max_batch, "in_flight": in_flight, "waiting": waiting, "memory": memory}
+        for name, value in limits.items():
+            if name == "memory" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number from 1, not {value!r}")
         self.omni = omni
         self.forwards = Forwards(max_batch)
         self._in_flight = in_flight
         self._waiting = waiting
+        self._memory = memory
+        self._needs: dict[Any, int] = {}  # kind of a request → the most bytes that one has held
         self._pipe = omni.pipe
+        if hasattr(self._pipe, "_set_pag_attn_processor"):
+            raise ValueError(
+                f"{type(self._pipe).__name__} changes its transformer while it runs, which other requests would see: "
+                "it cannot be used in an engine"
+            )
         self._names = _transformers_of(self._pipe)
         self._sessions: OrderedDict[Any, CacheSession] = OrderedDict()
         self._queue: deque[Job] = deque()
@@ -101,7 +122,6 @@ class Engine:
         self._parked = threading.Semaphore(0)
         self._changed = threading.Condition()
         self._closing = self._closed = False
-        self._threads = ThreadPoolExecutor(in_flight, "omni-request")
         self._driver = threading.Thread(target=self._drive, name="omni-engine", daemon=True)
         self._driver.start()
 
@@ -204,7 +224,6 @@ class Engine:
             self._changed.notify()
         if threading.current_thread() is not self._driver:
             self._driver.join()
-            self._threads.shutdown()
         self.omni.engine_closed()
 
     def _wake(self) -> None:
@@ -214,6 +233,19 @@ class Engine:
     # The driver: one thread, which lets one request work at a time
 
     def _drive(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:  # a fault of the engine itself: nobody waits forever
+            with self._changed:
+                self._closing = True
+                left = [*self._queue, *(live.job for live in self._lives)]
+                self._queue.clear()
+            for job in left:
+                if not job.done():
+                    job.fail(RuntimeError(f"the engine has stopped: {type(error).__name__}: {error}"))
+            raise
+
+    def _work(self) -> None:
         held = False
         with contextlib.ExitStack() as holds:
             while True:
@@ -235,7 +267,7 @@ class Engine:
         self._drop_expired()
         while len(self._lives) < self._in_flight:
             with self._changed:
-                if not self._queue:
+                if not self._queue or not self._has_room(self._queue[0]):
                     return
                 job = self._queue.popleft()
             why = job.expired()
@@ -245,7 +277,7 @@ class Engine:
             job.started = time.monotonic()
             live = _Live(job, RandomState.of_seed(_seed_of(job.request), self._pipe._execution_device))
             self._lives.append(live)
-            self._threads.submit(self._run, live)
+            threading.Thread(target=self._run, args=(live,), name="omni-request", daemon=True).start()
             self._resume(live)
 
     def _drop_expired(self) -> None:
@@ -257,6 +289,25 @@ class Engine:
         for job in over:
             job.end(job.expired() or "")
 
+    def _has_room(self, job: Job) -> bool:
+        """Whether the memory of the requests in flight allows another one; see the argument `memory`."""
+        if self._memory is None or not self._lives or job.expired() is not None:
+            return True
+        needs = [self._needs.get(live.kind) for live in self._lives]
+        need = self._needs.get(_kind_of(job))
+        if need is None:
+            return None not in needs
+        held = sum(live.held if known is None else known for live, known in zip(self._lives, needs, strict=True))
+        return held + need <= self._memory
+
+    def _measure(self) -> None:
+        """Note what each request holds while it waits for a call."""
+        for live in self._lives:
+            if live.call is not None:
+                given = tensors_of([live.call.args, live.call.kwargs])
+                held = [] if live.session is None else live.session.held_tensors()
+                live.held = max(live.held, sum(tensor.nbytes for tensor in (*given, *held)))
+
     def _advance(self) -> None:
         """Make one forward, and let the requests that it was for go on."""
         for live in list(self._lives):
@@ -265,6 +316,8 @@ class Engine:
         waiting = [live for live in self._lives if live.call is not None]
         if not waiting:
             return
+        if self._memory is not None:
+            self._measure()
         calls = {id(live.call): live for live in waiting}
         every = [live.call for live in waiting if live.call is not None]
         group = every[:1]
@@ -287,6 +340,10 @@ class Engine:
             self._parked.acquire()
         if live.over:
             self._lives.remove(live)
+            if live.held:
+                self._needs[live.kind] = max(live.held, self._needs.get(live.kind, 0))
+                if len(self._needs) > KINDS:
+                    del self._needs[next(iter(self._needs))]
 
     # A request: its own thread, which works only while the driver waits for it
 
@@ -401,6 +458,12 @@ class Engine:
                     self._sessions.popitem(last=False)
             self._sessions.move_to_end(key)
             return session
+
+
+def _kind_of(job: Job) -> Any:
+    """What the memory that a request needs depends on: its size and number of images, and its cache."""
+    sizes = ("height", "width", "num_frames", "num_images_per_prompt", "num_videos_per_prompt")
+    return job.backend, repr(sorted(job.config.items())), *(job.request.arguments.get(name) for name in sizes)
 
 
 def _seed_of(request: GenerationRequest) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from diffusers import ConfigMixin
 
 from omni_runtime.cache.lifecycle import Sampling
 
@@ -55,7 +56,7 @@ class Front:
 def copy_for_request(
     pipe: Any, names: dict[torch.nn.Module, str], answer: Callable[..., Any], sampling: Callable[[], Sampling | None]
 ) -> Any:
-    """A copy of the pipeline that shares everything with it but the scheduler, and whose transformers are `Front`s.
+    """A copy of the pipeline with schedulers and guiders of its own, which shares the rest, and has `Front`s.
 
     Args:
         names: transformer → its name in the pipeline.
@@ -64,7 +65,11 @@ def copy_for_request(
     one = copy.copy(pipe)
     # Written to the dict: the pipeline would note in its configuration that its components have changed.
     vars(one).update({name: Front(module, answer, sampling) for module, name in names.items()})
-    vars(one)["scheduler"] = copy.deepcopy(pipe.scheduler)
+    for name, part in pipe.components.items():
+        if isinstance(part, ConfigMixin) and not isinstance(part, torch.nn.Module):  # schedulers, guiders: have state
+            vars(one)[name] = copy.deepcopy(part)
+    # The bars of several requests would overwrite each other.
+    vars(one)["_progress_bar_config"] = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
     if getattr(pipe, "_all_hooks", None):  # offloaded: other requests use the models, too
         vars(one)["maybe_free_model_hooks"] = _nothing
     return one
