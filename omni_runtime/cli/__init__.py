@@ -1,4 +1,4 @@
-"""The command line: omni generate | compare | calibrate | inspect | backends | models.
+"""The command line: omni generate | compare | calibrate | inspect | serve | backends | models.
 
 Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 something unexpected, 2 wrong input, 130
 interrupted by Ctrl-C.
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":
             return _say(UNEXPECTED, f"the device is out of memory: {error}")
-        if isinstance(error, WriteError) or type(error).__name__ == "NotANumberError":  # its module imports torch
+        if isinstance(error, WriteError) or type(error).__name__ in ("NotANumberError", "ServerError"):
             return _say(UNEXPECTED, str(error))
         traceback.print_exc()
         return _say(UNEXPECTED, f"unexpected {type(error).__name__}: {error}")

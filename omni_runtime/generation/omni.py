@@ -160,9 +160,19 @@ class Omni:
         return self.load()
 
     @property
+    def pipeline_class(self) -> type:
+        """The class of the pipeline. Needs no weights, unless the model brings its own code."""
+        return self._pipeline_class or type(self.pipe)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Arguments of `generate` that the model itself chooses, where they differ from its pipeline's."""
+        return dict(self._defaults)
+
+    @property
     def makes_video(self) -> bool:
         """Whether the pipeline makes videos, which results hold as `frames`. Needs no weights."""
-        return video.makes_video(self._pipeline_class or type(self.pipe))
+        return video.makes_video(self.pipeline_class)
 
     def load(self) -> Any:
         """Load the weights and install the cache, if that has not been done yet. Returns the pipeline.
@@ -279,7 +289,7 @@ class Omni:
         self, backend: str | None, config: Mapping[str, Any], prompt: str | Sequence[str] | None, **arguments: Any
     ) -> list[request.GenerationRequest]:
         """As `prepare`, for another cache than that of this `Omni`; `config` is complete."""
-        pipeline_class = self._pipeline_class or type(self.pipe)
+        pipeline_class = self.pipeline_class
         requests = request.build(pipeline_class, prompt, defaults=self._defaults, **arguments)
         _check_steps(backend, config, request.step_count(pipeline_class, requests[0].arguments))
         request.check_size(self.pipe, requests)

@@ -20,7 +20,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -34,6 +34,7 @@ from omni_runtime.cache.methods.method import Method
 from omni_runtime.cache.report import StepEvent
 from omni_runtime.cache.session import NAMES, BlockSession, CacheSession
 from omni_runtime.cache.stack import Stack
+from omni_runtime.cache.watch import unwatched
 from omni_runtime.generation.clock import LoopClock
 from omni_runtime.generation.request import GenerationRequest
 from omni_runtime.generation.result import OmniResult, not_a_number
@@ -41,9 +42,6 @@ from omni_runtime.generation.seeding import RandomState
 from omni_runtime.serving.forwards import Call, Forwards
 from omni_runtime.serving.front import copy_for_request
 from omni_runtime.serving.jobs import Job, QueueFullError
-
-if TYPE_CHECKING:
-    from omni_runtime.generation.omni import Omni
 
 #: So many configured cache methods are kept.
 METHODS = 32
@@ -81,7 +79,7 @@ class Engine:
     """Runs many requests on one loaded pipeline; see the module's docstring.
 
     Args:
-        omni: the model, and the cache that requests have by default.
+        omni: the `Omni` of the model, and the cache that requests have by default.
         max_batch: the most samples in one forward.
         in_flight: the most requests that run at once. Each holds its latents and what its cache keeps.
         waiting: the most requests that wait to be run; `submit` raises `QueueFullError` beyond that.
@@ -96,8 +94,9 @@ class Engine:
         ValueError: a limit is below 1, or the model cannot be served by an engine.
     """
 
+    # Any: `Omni` imports this module.
     def __init__(
-        self, omni: Omni, *, max_batch: int = 8, in_flight: int = 16, waiting: int = 256, memory: int | None = None
+        self, omni: Any, *, max_batch: int = 8, in_flight: int = 16, waiting: int = 256, memory: int | None = None
     ) -> None:
         limits = {"max_batch": max_batch, "in_flight": in_flight, "waiting": waiting, "memory": memory}
         for name, value in limits.items():
@@ -185,6 +184,14 @@ class Engine:
             self._changed.notify()
         return job
 
+    def check_cache(self, backend: str, config: dict[str, Any]) -> None:
+        """Check that requests can have this cache; `config` is complete (`Omni.resolved`).
+
+        Raises:
+            ValueError, PatchConflictError: they cannot; the message says why.
+        """
+        self._session(backend, config)
+
     @property
     def queued(self) -> int:
         """The number of requests that wait to be run."""
@@ -236,25 +243,25 @@ class Engine:
             raise
 
     def _work(self) -> None:
-        with contextlib.ExitStack() as stack:
-            holds: contextlib.ExitStack | None = None
+        held = False
+        with contextlib.ExitStack() as holds:
             while True:
                 with self._changed:
                     while not self._queue and not self._lives and not self._closing:
-                        if holds is not None:  # nothing is in flight: others may use the transformer
-                            holds.close()
-                            holds = None
+                        holds.close()  # nothing is in flight: others may use the transformer
+                        held = False
                         self._changed.wait()
                     if self._closing and not self._queue and not self._lives:
                         break
-                if holds is None:
-                    holds = contextlib.ExitStack()
+                if not held:
                     holds.enter_context(turn([*self._names, self._pipe.scheduler]))
-                    stack.push(lambda *error, holds=holds: holds.close())
+                    holds.enter_context(unwatched(self._names))
+                    held = True
                 self._admit()
                 self._advance()
 
     def _admit(self) -> None:
+        self._drop_expired()
         while len(self._lives) < self._in_flight:
             with self._changed:
                 if not self._queue or not self._has_room(self._queue[0]):
@@ -269,6 +276,15 @@ class Engine:
             self._lives.append(live)
             threading.Thread(target=self._run, args=(live,), name="omni-request", daemon=True).start()
             self._resume(live)
+
+    def _drop_expired(self) -> None:
+        """End the requests in the queue that were cancelled or are past their deadline: they take no one's place."""
+        with self._changed:
+            over = [job for job in self._queue if job.expired() is not None]
+            for job in over:
+                self._queue.remove(job)
+        for job in over:
+            job.end(job.expired() or "")
 
     def _has_room(self, job: Job) -> bool:
         """Whether the memory of the requests in flight allows another one; see the argument `memory`."""
@@ -300,8 +316,14 @@ class Engine:
         if self._memory is not None:
             self._measure()
         calls = {id(live.call): live for live in waiting}
-        group = self.forwards.group([live.call for live in waiting if live.call is not None])
-        self.forwards.run(group)
+        every = [live.call for live in waiting if live.call is not None]
+        group = every[:1]
+        try:
+            group = self.forwards.group(every)
+            self.forwards.run(group)
+        except Exception as error:  # these requests end with it, and no others
+            for call in group:
+                call.error = call.error or error
         served = [calls[id(call)] for call in group]
         # Those that were served go to the end of the line, so that every form has its turn.
         self._lives = [live for live in self._lives if live not in served] + served
@@ -398,6 +420,8 @@ class Engine:
         self._parked.release()
         live.go.acquire()
         live.call = None
+        live.job.forwards += 1
+        live.job.samples += call.batch
         self._stop_if_expired(live)
         if call.error is not None:
             raise call.error

@@ -15,6 +15,7 @@ import copy
 import functools
 import inspect
 import itertools
+from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -125,6 +126,7 @@ class Forwards:
     Attributes:
         made: the number of forwards.
         samples: the number of samples in them.
+        sizes: number of samples → how many forwards had so many.
         checks: the number of further forwards, for checks.
     """
 
@@ -138,6 +140,7 @@ class Forwards:
         self._widths: dict[Hashable, torch.Size] = {}
         self._same = _Same()
         self.made = self.samples = self.checks = 0
+        self.sizes: Counter[int] = Counter()
 
     def group(self, calls: Sequence[Call]) -> list[Call]:
         """The first call, and those that may be made together with it."""
@@ -256,10 +259,14 @@ class Forwards:
             shared.passage = arguments
             return call.transformer(*_fresh(args), **_fresh(kwargs))
 
-    def _alone(self, call: Call) -> None:
+    def _count(self, size: int) -> None:
         self.made += 1
+        self.samples += size
+        self.sizes[size] += 1
+
+    def _alone(self, call: Call) -> None:
         call.batch = samples(call.args, call.kwargs)
-        self.samples += call.batch
+        self._count(call.batch)
         try:
             with self._modes(call), self._lists(call.stack) as shared:
                 args, kwargs = _fresh(call.args), _fresh(call.kwargs)
@@ -298,8 +305,7 @@ class Forwards:
                     shared, _parts(calls, joined), known.axes, stepwise, first.transformer, joined.kwargs
                 )
         made = split(output, known.cuts, joined.counts)
-        self.made += 1
-        self.samples += total
+        self._count(total)
         for call, result, blocks in zip(calls, made, ran, strict=True):
             call.result, call.ran, call.batch = result, blocks, total
 
