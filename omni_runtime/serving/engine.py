@@ -23,7 +23,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 
 from omni_kernels.device import PeakMemory
 from omni_kernels.patching import backends
@@ -470,6 +469,8 @@ def _seed_of(request: GenerationRequest) -> int:
 
 def _refuse(pipe: Any) -> None:
     """Raise ValueError if the requests of this pipeline cannot run at the same time."""
+    from diffusers import DiffusionPipeline
+
     kind = type(pipe).__name__
     if hasattr(pipe, "_set_pag_attn_processor"):
         raise ValueError(

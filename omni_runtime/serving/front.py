@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin
 
 from omni_runtime.cache.lifecycle import Sampling
 
@@ -62,6 +61,8 @@ def copy_for_request(
         names: transformer → its name in the pipeline.
         answer, sampling: as for `Front`.
     """
+    from diffusers import ConfigMixin
+
     one = copy.copy(pipe)
     # Written to the dict: the pipeline would note in its configuration that its components have changed.
     vars(one).update({name: Front(module, answer, sampling) for module, name in names.items()})
