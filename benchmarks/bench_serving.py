@@ -206,6 +206,25 @@ def measure(model: str, rounds: int, open_rounds: bool = True) -> dict[str, Any]
     }
 
 
+def table(found: dict[str, Any]) -> dict[str, list[Any]]:
+    """What the page of results shows: a row for each setting."""
+    rows = [
+        [
+            name,
+            f"{row['alone']:.2f}",
+            f"{row['together']:.2f}",
+            f"{row['together'] / row['alone']:.2f}×",
+            f"{row['batch']:.1f}",
+        ]
+        for name, row in found["images_per_second"].items()
+    ]
+    single, many = found["forward_seconds"].values()
+    limit = found["limit_images_per_second"]
+    rows.append(["limit: bare forwards, no cache", f"{limit * many / IN_FLIGHT / single:.2f}", f"{limit:.2f}", "", ""])
+    columns = ["", "one at a time, images/s", f"{IN_FLIGHT} in flight, images/s", "", "samples in a forward"]
+    return {"columns": columns, "rows": rows}
+
+
 def goals(found: dict[str, Any]) -> list[dict[str, Any]]:
     """Each goal, the figure and whether it is met."""
     rates = found["images_per_second"]
@@ -248,6 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "model": options.model,
         **found,
         "goals": reached,
+        **table(found),
     }
     write(options.out or RESULTS / f"serving-{options.model}.json", report)
     return int(options.check and not all(goal["met"] for goal in reached))

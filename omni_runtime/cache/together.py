@@ -29,6 +29,7 @@ class Axes:
     Made from the arguments of the same blocks in a batched forward and in one of its calls, made alone.
 
     Args:
+        calls: how each block is called.
         joined, alone: number of a block → its arguments, in either forward.
         total, count: the number of samples in either.
 
@@ -36,11 +37,22 @@ class Axes:
         ValueError: the arguments do not tell.
     """
 
-    def __init__(self, joined: Mapping[int, Any], alone: Mapping[int, Any], total: int, count: int) -> None:
+    def __init__(
+        self,
+        calls: Sequence[BlockCall],
+        joined: Mapping[int, Any],
+        alone: Mapping[int, Any],
+        total: int,
+        count: int,
+    ) -> None:
         if joined.keys() != alone.keys():
             raise ValueError("a batched forward calls other blocks than one of a single request")
         self._total = total
         self._trees = {index: _tree(joined[index], alone[index], total, count) for index in joined}
+        for index, tree in self._trees.items():
+            hidden, encoder = calls[index].inputs(*tree)
+            if hidden != 1 or encoder not in (1, None):
+                raise ValueError(f"the states that block {index} takes are not stored sample by sample")
 
     def of(self, index: int, args: Any, kwargs: Any, rows: slice | torch.Tensor, total: int) -> tuple[Any, Any]:
         """The arguments of a call of block `index`, of `total` samples, for some rows alone."""

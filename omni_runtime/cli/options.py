@@ -366,6 +366,12 @@ def _add_serve(commands: Any) -> None:
         ("max-body", 32 << 20, "bytes of a request"),
     ):
         limits.add_argument(f"--{name}", type=_whole, metavar="N", help=f"most {what} (default: {default})")
+    limits.add_argument(
+        "--memory",
+        type=_gibibytes,
+        metavar="GIB",
+        help="most memory that the pictures in flight hold, in GiB; others wait (default: no limit)",
+    )
     limits.add_argument("--deadline", type=_seconds, metavar="N", help="seconds that a request may take (default: 600)")
 
 
@@ -397,6 +403,13 @@ def _seconds(text: str) -> float:
     if not 0 <= seconds < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number of seconds, not {text!r}")
     return seconds
+
+
+def _gibibytes(text: str) -> int:
+    size = _seconds(text) * 2**30
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"must be a number of GiB above 0, not {text!r}")
+    return int(size)
 
 
 def _rate(text: str) -> float:

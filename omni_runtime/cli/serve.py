@@ -95,6 +95,7 @@ def settings_of(options: argparse.Namespace) -> Any:
 LIMITS = (
     "max_batch",
     "in_flight",
+    "memory",
     "queue",
     "deadline",
     "max_n",

@@ -110,6 +110,7 @@ class Engine:
         self._memory = memory
         self._needs: dict[Any, int] = {}  # kind of a request → the most bytes that one has held
         self._pipe = omni.pipe
+        _refuse(self._pipe)
         self._names = _transformers_of(self._pipe)
         self._sessions: OrderedDict[Any, CacheSession] = OrderedDict()
         self._queue: deque[Job] = deque()
@@ -464,6 +465,20 @@ def _kind_of(job: Job) -> Any:
 def _seed_of(request: GenerationRequest) -> int:
     """The seed of the global random numbers; a request with a generator of its own has a new one each time."""
     return secrets.randbelow(2**32) if request.seed is None else request.seed
+
+
+def _refuse(pipe: Any) -> None:
+    """Raise ValueError if the requests of this pipeline cannot run at the same time."""
+    from diffusers import DiffusionPipeline
+
+    kind = type(pipe).__name__
+    if hasattr(pipe, "_set_pag_attn_processor"):
+        raise ValueError(
+            f"{kind} changes its transformer while it runs, which other requests would see: it cannot be used in an "
+            "engine"
+        )
+    if any(isinstance(part, DiffusionPipeline) for part in vars(pipe).values()):
+        raise ValueError(f"{kind} runs other pipelines inside: it cannot be used in an engine")
 
 
 def _transformers_of(pipe: Any) -> dict[torch.nn.Module, str]:

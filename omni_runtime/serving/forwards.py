@@ -250,13 +250,14 @@ class Forwards:
             return _Known(True, how)
         # The one whose text is as long as those of the batch, so that only the number of samples differs.
         place = joined.texts.index(max(joined.texts)) if joined.texts else 0
-        return _Known(True, how, Axes(batch.seen, alone[place][1].seen, total, joined.counts[place]))
+        axes = Axes(first.stack.calls, batch.seen, alone[place][1].seen, total, joined.counts[place])
+        return _Known(True, how, axes)
 
     def _plain(self, call: Call, args: Any, kwargs: Any, arguments: Arguments) -> Any:
         """A forward without a cache, in which the arguments of the blocks are kept if there is a stack."""
         with self._modes(call), self._lists(call.stack) as shared:
             shared.passage = arguments
-            return call.transformer(*args, **kwargs)
+            return call.transformer(*_fresh(args), **_fresh(kwargs))
 
     def _count(self, size: int) -> None:
         self.made += 1
@@ -268,13 +269,12 @@ class Forwards:
         self._count(call.batch)
         try:
             with self._modes(call), self._lists(call.stack) as shared:
+                args, kwargs = _fresh(call.args), _fresh(call.kwargs)
                 if call.stack is None:
-                    call.result = call.transformer(*call.args, **call.kwargs)
+                    call.result = call.transformer(*args, **kwargs)
                     return
                 stack: Any = call.stack
-                call.result, call.ran = stack.forward(
-                    shared, call.request, call.branch, call.transformer, call.args, call.kwargs
-                )
+                call.result, call.ran = stack.forward(shared, call.request, call.branch, call.transformer, args, kwargs)
             self._note_width(call)
         except BaseException as error:
             call.error = error
@@ -356,6 +356,13 @@ def _undone_if_it_fails(calls: Sequence[Call]) -> Iterator[None]:
                 kept.gate = gate
                 kept.retire()
         raise
+
+
+def _fresh(value: Any) -> Any:
+    """The same with lists and dicts of its own, because a forward may change those that it is given."""
+    if type(value) in (list, tuple):
+        return type(value)(_fresh(one) for one in value)
+    return {key: _fresh(one) for key, one in value.items()} if type(value) is dict else value
 
 
 class _Same:

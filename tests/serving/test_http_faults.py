@@ -150,6 +150,8 @@ def test_a_picture_that_is_not_a_number(monkeypatch: pytest.MonkeyPatch) -> None
             weight.fill_(float("nan"))
         answer = client.post(URL, json=SMALL)
         assert (answer.status_code, answer.json()["error"]["code"]) == (500, "not_a_number")
+        answer = client.post(URL, json=SMALL | {"steps": 2})  # some schedulers make no numbers in so few
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "steps")
 
 
 def test_a_model_that_cannot_be_loaded(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +179,7 @@ def test_requests_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) ->
 
     from omni_runtime.serving.http.app import build_app
 
-    app = build_app(omni, Settings(drain_seconds=0.0))
+    app = build_app(omni, Settings(drain_seconds=0.0, page=False))
     with TestClient(app) as client:
         assert (client.get("/health").status_code, client.get("/ready").status_code) == (200, 503)
         answer = client.post(URL, json=SMALL)
@@ -186,6 +188,7 @@ def test_requests_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) ->
         go.set()
         assert app.state.service.loaded.wait(60)
         assert client.get("/ready").status_code == 200
+        assert client.get("/").status_code == 404, "the page was not wanted"
 
 
 def test_the_name_of_a_directory_is_its_last_part(saved: Any) -> None:

@@ -69,12 +69,12 @@ def _not_found(_: Request, error: Any) -> Response:
 
 def _add_others(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    def models() -> dict[str, Any]:
         """The model that is served, and what it can do."""
         return {"object": "list", "data": [service.about()]}
 
     @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
+    def model(name: str) -> dict[str, Any]:
         """One model."""
         if name != service.name:
             raise ApiError(404, f"there is no such model here, only {service.name!r}", param="model", code="not_found")

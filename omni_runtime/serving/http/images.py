@@ -122,6 +122,7 @@ def router(service: Service) -> APIRouter:
     async def generations(request: Request) -> Response:
         """Make pictures from a prompt."""
         fields, files = await read(request, service.settings)
+        service.check_ready()
         if files:
             raise invalid(next(iter(files)), "pictures go to /v1/images/edits", "unsupported")
         if service.needs_image:
@@ -132,6 +133,7 @@ def router(service: Service) -> APIRouter:
     async def edits(request: Request) -> Response:
         """Make pictures from a prompt and reference pictures."""
         fields, files = await read(request, service.settings)
+        service.check_ready()
         for name in ("mask", "input_reference"):
             if name in files:
                 raise invalid(name, f"{name} is not supported", "unsupported")
@@ -150,7 +152,6 @@ async def _answered(service: Service, request: Request, fields: Any, files: Sequ
         raise invalid(None, f"{service.name} makes videos: use /v1/videos", "unsupported")
     body: ImageBody = validated(ImageBody, fields, service.settings)
     service.check_model(body)
-    service.check_ready()
     references = await asyncio.to_thread(pictures, files, service.settings)
     more = {"image": references[0] if len(references) == 1 else references} if references else {}
     one, cache = await asyncio.to_thread(service.prepared, body, more)

@@ -73,7 +73,7 @@ def _no_constant(name: str) -> None:
 
 async def _form(request: Request, settings: Settings) -> tuple[dict[str, Any], dict[str, list[bytes]]]:
     try:
-        form = await request.form(max_files=settings.max_references + 1, max_fields=64, max_part_size=MIB)
+        form = await request.form(max_files=settings.max_references + 1, max_fields=64)
     except (MultiPartException, HTTPException) as error:
         message = getattr(error, "message", None) or getattr(error, "detail", "")
         raise invalid(None, f"the form cannot be read: {message}", "invalid_form") from None

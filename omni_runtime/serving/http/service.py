@@ -164,7 +164,7 @@ class Service:
                 self.omni.warmup("a", **first)
             limits = self.settings
             self.engine = self.omni.engine(
-                max_batch=limits.max_batch, in_flight=limits.in_flight, waiting=limits.queue
+                max_batch=limits.max_batch, in_flight=limits.in_flight, waiting=limits.queue, memory=limits.memory
             )  # fmt: skip
             self.methods = self._usable_methods()
             self.no_partials = self._check_partials(first)

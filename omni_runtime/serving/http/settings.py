@@ -15,6 +15,7 @@ class Settings:
     Attributes:
         max_batch: the most samples in one forward.
         in_flight: the most pictures that are computed at once.
+        memory: the most bytes that the pictures in flight hold, as `Engine` counts them; None for no limit.
         queue: the most pictures that wait. Beyond that, requests are answered with 429.
         api_keys: clients must send one of these; empty: no key is needed.
         deadline: seconds that a request may take, waiting included.
@@ -40,6 +41,7 @@ class Settings:
 
     max_batch: int = 8
     in_flight: int = 16
+    memory: int | None = None
     queue: int = 256
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     deadline: float = 600.0

@@ -90,6 +90,7 @@ def router(service: Service) -> APIRouter:
     async def create(request: Request) -> Response:
         """Begin a video."""
         fields, files = await read(request, service.settings)
+        service.check_ready()
         if not service.makes_video:
             raise invalid(None, f"{service.name} makes pictures: use /v1/images/generations", "unsupported")
         making = await _begun(service, fields, files)
@@ -140,7 +141,6 @@ def router(service: Service) -> APIRouter:
 async def _begun(service: Service, fields: Any, files: dict[str, list[bytes]]) -> Making:
     body: VideoBody = validated(VideoBody, fields, service.settings)
     service.check_model(body)
-    service.check_ready()
     for name in files:
         if name != "input_reference":
             raise invalid(name, f"unknown file {name!r}: a reference is input_reference", "unknown_parameter")
