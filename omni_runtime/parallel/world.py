@@ -233,9 +233,8 @@ class World:
         """What this rank raises after an error."""
         channel, section = self._channel, self._section
         text = f"{type(error).__name__}: {error}".rstrip(": ")
-        follows = (
-            isinstance(error, InterruptedWorkError) or self._cut or channel.troubled(section) or _of_collective(error)
-        )
+        broken_off = self._cut or isinstance(error, InterruptedWorkError) or _of_collective(error)
+        follows = broken_off or channel.troubled(section)
         if not isinstance(error, Exception):  # Ctrl-C
             self.broken = True
             channel.failed(section, text, follows, patience=0)
