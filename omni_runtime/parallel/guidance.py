@@ -11,19 +11,23 @@ ways, and the calls themselves show which.
   earlier is exchanged at once. That is right, but in vain if another call follows in the same step: such a pipeline is
   refused. Where a step has one call (without guidance, or after its end), rank 0 computes it.
 
-A call that is given an object other than numbers, text and tensors, such as a cache of keys, may change it. Each rank
-computes such calls, and those that change their arguments.
+A call may change an object that it is given, such as a cache of keys. The rank that computes the call then has the
+changed object. If calls of both ranks are given the same one, the pipeline is refused. Calls that change their other
+arguments, and those whose results are not tensors, are computed by each rank.
 """
 
 from __future__ import annotations
 
 import contextlib
+import enum
 import functools
 import inspect
+import types
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from omni_kernels.patching import Patch
@@ -39,8 +43,11 @@ from omni_runtime.parallel.pending import Batch, Pending
 
 #: So many kinds of calls are remembered.
 KINDS = 1024
-#: The types of values that a call cannot change.
-VALUES = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size)
+#: The types of values that a call does not change, besides tensors.
+VALUES = (
+    *(type(None), bool, int, float, str, enum.Enum, np.generic, np.ndarray),
+    *(torch.dtype, torch.device, torch.Size, torch.nn.Module, types.FunctionType, types.MethodType),
+)
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
@@ -115,6 +122,8 @@ class Guidance:
         self._both: dict[Hashable, bool] = {}
         #: How arguments are cut → how results are joined.
         self._seams: dict[Hashable, Any] = {}
+        #: Object that calls are given → the object itself, and the rank that computes these calls.
+        self._owners: dict[int, tuple[Any, int]] = {}
         self._names: dict[torch.nn.Module, tuple[str, ...]] = {}
         self._inner: dict[torch.nn.Module, Callable[..., Any]] = {}
         self._round = Round(pair, 0, [])
@@ -136,6 +145,7 @@ class Guidance:
         patch = Patch()
         self._pipeline = type(pipe).__name__
         self._round, self._steps, self._shared = Round(self.pair, 0, []), 0, 0
+        self._owners.clear()
         for transformer in _transformers(pipe):
             self._install(transformer, patch)
         if getattr(pipe, "scheduler", None) is not None:
@@ -157,6 +167,7 @@ class Guidance:
             SHARING.reset(token)
             patch.release()
             self._inner.clear()
+            self._owners.clear()
 
     def _count_steps(self, scheduler: Any, patch: Patch) -> None:
         step = scheduler.step
@@ -210,7 +221,8 @@ class Guidance:
     ) -> Any:
         """See `omni_runtime.cache.sharing.Sharing`."""
         self._use([args, kwargs], "a transformer call")
-        if not _unchanging([args, kwargs]):
+        objects = _objects([args, kwargs])
+        if any(isinstance(one, torch.Generator) for one in objects):
             return compute(args, kwargs, None)
         if max(len(self._forms), len(self._both)) > KINDS:
             self._forms.clear()
@@ -219,9 +231,9 @@ class Guidance:
         key = (id(transformer), tuple(zip(names, map(_form, args), strict=False)), _form(kwargs))
         if key not in self._both:
             self._both[key] = halves.twice_the_same(args, kwargs)
-        if self._both[key]:
+        if self._both[key] and not objects:
             return self._by_halves(transformer, compute, args, kwargs)
-        return self._by_calls(transformer, compute, args, kwargs, passed_over, key)
+        return self._by_calls(transformer, compute, args, kwargs, passed_over, key, objects)
 
     # A call for each branch
 
@@ -233,6 +245,7 @@ class Guidance:
         kwargs: Kwargs,
         passed_over: Callable[[], None],
         key: Hashable,
+        objects: Sequence[Any],
     ) -> Any:
         if key in self._forms and self._forms[key] is None:
             return compute(args, kwargs, None)
@@ -248,13 +261,19 @@ class Guidance:
         elif not self._round.calls:
             self._round = Round(self.pair, self._steps, level)
         owner = self._round.calls % self.pair.count
+        for one in objects:
+            if self._owners.setdefault(id(one), (one, owner))[1] != owner:
+                raise ValueError(
+                    f"parallel cfg: transformer calls for both branches are given the same {type(one).__name__} by "
+                    f"{self._pipeline}, and may change it: leave out cfg"
+                )
         self._shared += self._round.calls == 1
         mine = owner == self.pair.rank
         known = self._forms.get(key)
         result = self._computed(compute, args, kwargs, known) if mine else None
         if known is None:
             sent = None
-            if mine and _unchanging(result) and not isinstance(result, _Changed):
+            if mine and not _objects(result) and not isinstance(result, _Changed):
                 sent = with_tensors(result, lambda one: one.to("meta"))
             known = self._forms[key] = self.pair.given(sent, owner)
             if known is None:  # the call, or its result, cannot be shared
@@ -293,39 +312,54 @@ class Guidance:
     # One call for both branches
 
     def _by_halves(self, transformer: torch.nn.Module, compute: Compute, args: Args, kwargs: Kwargs) -> Any:
-        count, pair = halves.samples(args, kwargs), self.pair
-        plan = (id(transformer), halves.kind(args, count), halves.kind(kwargs, count))
-        own_args, own_kwargs = (halves.cut(one, count, pair.rank, pair.count) for one in (args, kwargs))
+        guesses = [halves.Call(args, kwargs, halves.samples(args, kwargs), deep) for deep in (True, False)]
+        plan = (id(transformer), *(guess.kind for guess in guesses))
         if plan not in self._seams:
-            self._seams[plan] = self._checked(transformer, args, kwargs, (own_args, own_kwargs))
+            self._seams[plan] = self._checked(transformer, guesses)
+        which, seams = self._seams[plan]
         self._shared += 1
-        return halves.joined(compute(own_args, own_kwargs, pair), self._seams[plan], pair)
+        own_args, own_kwargs = guesses[which].part(self.pair.rank, self.pair.count)
+        return halves.joined(compute(own_args, own_kwargs, self.pair), seams, self.pair)
 
-    def _checked(self, transformer: torch.nn.Module, args: Args, kwargs: Kwargs, own: tuple[Args, Kwargs]) -> Any:
-        """Compare a call in halves with the whole call. Returns how the halves are joined.
+    def _checked(self, transformer: torch.nn.Module, guesses: Sequence[halves.Call]) -> tuple[int, Any]:
+        """Compare a call in halves with the whole call.
+
+        Args:
+            guesses: how it may be cut.
+
+        Returns:
+            Which of them is right, and how the halves are joined.
 
         Raises:
-            ValueError: they differ.
+            ValueError: none is right.
         """
-        inner = self._inner[transformer]
-        refusal = (
-            f"parallel cfg: the samples of a transformer call of {self._pipeline} cannot be computed apart from each "
-            "other: leave out cfg"
-        )
+        inner, pair, reasons = self._inner[transformer], self.pair, []
         with outside(), torch.random.fork_rng(devices=[]):
+            args, kwargs = guesses[0].part(0, 1)
             whole = inner(*args, **kwargs)
-            try:
-                part = inner(*own[0], **own[1])
-                how = halves.seams(whole, part, self.pair.count)
-            except (ValueError, TypeError, IndexError, RuntimeError) as error:
-                if isinstance(error, torch.OutOfMemoryError):
+            exact = EXACT if all(one.dtype == torch.float32 for one in tensors_of(whole)) else ROUNDED
+            for which, guess in enumerate(guesses):
+                seams = part = None
+                error = ""
+                args, kwargs = guess.part(pair.rank, pair.count)
+                try:
+                    part = inner(*args, **kwargs)
+                    seams = halves.seams(whole, part, pair.count)
+                except torch.OutOfMemoryError:
                     raise
-                raise ValueError(f"{refusal} ({error})") from error
-        off = difference(halves.joined(part, how, self.pair), whole)
-        exact = EXACT if all(one.dtype == torch.float32 for one in tensors_of(whole)) else ROUNDED
-        if not off <= exact:
-            raise ValueError(f"{refusal} (the result would be off by {off:.2g})")
-        return how
+                except Exception as raised:
+                    error = f"{type(raised).__name__}: {raised}"
+                errors = list(filter(None, pair.all(error)))
+                if not errors:
+                    off = difference(halves.joined(part, seams, pair), whole)
+                    if off <= exact:
+                        return which, seams
+                    errors = [f"the result would be off by {off:.2g}"]
+                reasons.append(errors[0].partition("\n")[0])
+        raise ValueError(
+            f"parallel cfg: the samples of a transformer call of {self._pipeline} cannot be computed apart from each "
+            f"other: leave out cfg ({reasons[0]})"
+        )
 
 
 class _Changed:
@@ -350,13 +384,13 @@ def _missing(form: torch.Tensor, device: torch.device) -> torch.Tensor:
     return made.fill_(float("nan")) if form.is_floating_point() else made
 
 
-def _unchanging(value: Any) -> bool:
-    """Whether a value has only tensors, numbers and text, so that a call can be made elsewhere."""
+def _objects(value: Any) -> list[Any]:
+    """What a value has besides tensors, numbers and text, such as a cache of keys. A call may change such objects."""
     if isinstance(value, (*VALUES, torch.Tensor)):
-        return True
+        return []
     if isinstance(value, Mapping):
-        return all(_unchanging(one) for one in value.values())
-    return isinstance(value, (list, tuple)) and all(map(_unchanging, value))
+        value = list(value.values())
+    return [one for part in value for one in _objects(part)] if isinstance(value, (list, tuple)) else [value]
 
 
 def _form(value: Any) -> Hashable:

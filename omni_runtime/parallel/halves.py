@@ -2,12 +2,14 @@
 
 Diffusers' transformers take no argument that says which of the others have an entry for each sample. This is seen: a
 tensor whose first dimension (or else its second) is the number of samples, and a list with an entry for each. A guess
-can be wrong, so the first call of each kind is compared with the whole call (`omni_runtime.parallel.guidance`).
+can be wrong: the number of frames may be the number of samples by chance. So the first call of each kind is compared
+with the whole call, and two guesses are tried (`omni_runtime.parallel.guidance`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,32 +28,37 @@ def samples(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
 def twice_the_same(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether the first argument has the same latents twice, as guidance with one call has them."""
     count, first = samples(args, kwargs), _first(args, kwargs)
-    if not count or count % 2:
-        return False
-    former, latter = first[: count // 2], first[count // 2 :]
-    if isinstance(first, torch.Tensor):
-        return torch.equal(former, latter)
-    return all(
-        isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and one.shape == other.shape
-        and torch.equal(one, other)
-        for one, other in zip(former, latter, strict=True)
-    )  # fmt: skip
+    return count > 0 and count % 2 == 0 and _same(first[: count // 2], first[count // 2 :])
+
+
+def _same(some: Any, others: Any) -> bool:
+    if isinstance(some, torch.Tensor) and isinstance(others, torch.Tensor):
+        return some.shape == others.shape and torch.equal(some, others)
+    if isinstance(some, list) and isinstance(others, list):
+        return len(some) == len(others) and all(map(_same, some, others))
+    return some is None and others is None
 
 
 def _first(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()), None)
 
 
-def kind(value: Any, count: int) -> Hashable:
-    """How an argument is cut."""
+def kind(value: Any, count: int, deep: bool) -> Hashable:
+    """How an argument is cut.
+
+    Args:
+        value: the argument.
+        count: the number of samples.
+        deep: whether tensors within tuples and dicts are cut, too, and along their second dimension if need be.
+    """
     if isinstance(value, torch.Tensor):
-        return next((axis for axis, size in enumerate(value.shape[:2]) if size == count), None)
+        return next((axis for axis, size in enumerate(value.shape[: 1 + deep]) if size == count), None)
     if isinstance(value, list) and len(value) == count and not _rows(value, count):
         return "each"
-    if isinstance(value, (list, tuple)):
-        return tuple(kind(one, count) for one in value)
-    if isinstance(value, Mapping):
-        return tuple((str(name), kind(one, count)) for name, one in value.items())
+    if isinstance(value, list) or (isinstance(value, tuple) and deep):
+        return tuple(kind(one, count, deep) for one in value)
+    if isinstance(value, Mapping) and deep:
+        return tuple((str(name), kind(one, count, deep)) for name, one in value.items())
     return None
 
 
@@ -59,19 +66,46 @@ def _rows(values: Sequence[Any], count: int) -> bool:
     return all(isinstance(one, torch.Tensor) and one.dim() > 0 and len(one) == count for one in values)
 
 
-def cut(value: Any, count: int, part: int, parts: int) -> Any:
-    """One part of an argument; all of it if it has no entry for each sample."""
+def cut(value: Any, count: int, deep: bool, part: int, parts: int) -> Any:
+    """One part of an argument; all of it if it has no entry for each sample. Lists and dicts are copied."""
     size = count // parts
-    how = kind(value, count)
+    how = kind(value, count, deep)
     if isinstance(value, torch.Tensor):
         return value.narrow(how, part * size, size) if isinstance(how, int) else value
     if how == "each":
         return value[part * size : (part + 1) * size]
     if type(value) in (list, tuple):
-        return type(value)(cut(one, count, part, parts) for one in value)
+        return type(value)(value if how is None else (cut(one, count, deep, part, parts) for one in value))
     if type(value) is dict:
-        return {name: cut(one, count, part, parts) for name, one in value.items()}
+        return {name: one if how is None else cut(one, count, deep, part, parts) for name, one in value.items()}
     return value
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call for both branches, and how it is cut.
+
+    Attributes:
+        args, kwargs: its arguments.
+        count: the number of samples.
+        deep: see `kind`.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    count: int
+    deep: bool
+
+    @property
+    def kind(self) -> Hashable:
+        """How the arguments are cut."""
+        kwargs = tuple((name, kind(one, self.count, self.deep)) for name, one in self.kwargs.items())
+        return self.deep, tuple(kind(one, self.count, self.deep) for one in self.args), kwargs
+
+    def part(self, part: int, parts: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of one part of the call."""
+        args = tuple(cut(one, self.count, self.deep, part, parts) for one in self.args)
+        return args, {name: cut(one, self.count, self.deep, part, parts) for name, one in self.kwargs.items()}
 
 
 def seams(whole: Any, part: Any, parts: int) -> Any:
