@@ -10,12 +10,13 @@ import json
 import logging
 import os
 import socket
-import time
 import warnings
 from unittest import mock
 
 import torch
-from two_ranks import _stand_in, start
+from two_ranks import NEEDED, _stand_in, start
+
+__all__ = ["NEEDED", "on_ranks"]
 
 
 def on_ranks(compute, directory, ranks=2):
@@ -50,13 +51,3 @@ def _rank(rank, compute, directory, ranks, port):
 
         if world._world is not None:
             world._world.leave()
-
-
-@contextlib.contextmanager
-def timed(results, name):
-    """Context manager: the seconds that it takes are written to `results[name]`."""
-    begin = time.monotonic()
-    try:
-        yield
-    finally:
-        results[name] = time.monotonic() - begin

@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
+from omni_runtime.parallel import degrees
+
 DEFAULT_MODEL = "emoji-qwen-image"
 #: Exit code: wrong input.
 WRONG_INPUT = 2
@@ -131,6 +133,13 @@ def _add_generate(commands: Any, shared: argparse.ArgumentParser) -> None:
     command.add_argument("--cache-config", metavar="JSON", help='such as {"rel_l1_thresh": 0.2}')
     command.add_argument("--fuse", action="store_true", help="run transformer blocks fused")
     command.add_argument("--compile", choices=["regional"], help="compile each transformer block separately")
+    command.add_argument(
+        "--parallel",
+        type=_degrees,
+        metavar="NAME=N,...",
+        help="share the work among the ranks that torchrun has started: ulysses, ring, cfg, tensor, uneven, such as "
+        "ulysses=2,cfg=2 for four of them",
+    )
     command.add_argument(
         "--fps",
         type=_rate,
@@ -291,6 +300,13 @@ def _seeds(text: str) -> list[int]:
 
 def _budgets(text: str) -> list[int]:
     return [_whole(part.strip()) for part in text.split(",")]
+
+
+def _degrees(text: str) -> dict[str, int]:
+    try:
+        return degrees.parse(text)
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("parallel: ")) from None
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -470,7 +470,7 @@ class Omni:
 
         pipe, handle = self.pipe, self._handle
         assert handle is not None  # load() has set it
-        parallel = {} if self._parallel is None else {"parallel": self._parallel.to_dict()}
+        parallel = {} if self._parallel is None else {"parallel": self._parallel.degrees.to_dict()}
         return {
             "model": str(self.name),
             "pipeline": type(pipe).__name__,

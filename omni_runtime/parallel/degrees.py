@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,17 +20,20 @@ class Degrees:
             ring attention, they pass keys and values on.
         cfg: 2 if the two branches of classifier-free guidance are computed by different ranks, else 1.
         tensor: each rank has a part of the weights.
+        uneven: whether the ranks' parts of the tokens may have unequal lengths. If not, the number of image tokens and
+            the number of text tokens must be multiples of ulysses · ring.
     """
 
     ulysses: int = 1
     ring: int = 1
     cfg: int = 1
     tensor: int = 1
+    uneven: bool = False
 
     @property
     def ranks(self) -> int:
         """The number of ranks."""
-        return math.prod(dataclasses.astuple(self))
+        return self.ulysses * self.ring * self.cfg * self.tensor
 
     @property
     def splits_tokens(self) -> bool:
@@ -39,8 +41,11 @@ class Degrees:
         return self.ulysses * self.ring > 1
 
     def __str__(self) -> str:
-        given = {name: number for name, number in dataclasses.asdict(self).items() if number > 1}
-        return ",".join(f"{name}={number}" for name, number in given.items())
+        return ",".join(f"{name}={number:d}" for name, number in self.to_dict().items()) or "cfg=1"
+
+    def to_dict(self) -> dict[str, int]:
+        """The degrees above 1, and `uneven` if it is set."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value > 1 or value is True}
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Degrees:
@@ -58,13 +63,22 @@ class Degrees:
                 raise ValueError(
                     f"parallel has no {name!r}{suggestion(str(name), known)}; there are {', '.join(known)}"
                 )
-        degrees = cls(**{name: whole_number(f"parallel: {name}", value, least=1) for name, value in given.items()})
+        uneven = given.get("uneven", False)
+        if uneven not in (True, False):
+            raise TypeError(f"parallel: uneven must be True or False, not {uneven!r}")
+        numbers = {name: value for name, value in given.items() if name != "uneven"}
+        degrees = cls(
+            **{name: whole_number(f"parallel: {name}", value, least=1) for name, value in numbers.items()},
+            uneven=bool(uneven),
+        )
         if degrees.cfg > 2:
             raise ValueError(f"parallel: cfg must be 1 or 2, not {degrees.cfg}: guidance has two branches")
         if degrees.splits_tokens and degrees.tensor > 1:
             raise ValueError(
                 "parallel: diffusers does not combine tensor parallelism with ulysses or ring: give one of them"
             )
+        if degrees.uneven and (degrees.ulysses > 1) == (degrees.ring > 1):
+            raise ValueError("parallel: uneven goes with either ulysses or ring, and not with both")
         return degrees
 
 
@@ -125,6 +139,6 @@ def check_launch(degrees: Degrees, place: Place | None) -> Place:
         )
     if place.count != degrees.ranks:
         raise ValueError(
-            f"parallel: {degrees} is for {degrees.ranks} ranks, and {place.count} were started: use {start}"
+            f"parallel: the ranks of {degrees} are {degrees.ranks}, and {place.count} were started: use {start}"
         )
     return place

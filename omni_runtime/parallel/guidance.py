@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from omni_kernels.patching import Patch
 from omni_runtime.cache.contract import tensors_of
@@ -273,7 +274,7 @@ class Guidance:
         result = self._computed(compute, args, kwargs, known) if mine else None
         if known is None:
             sent = None
-            if mine and not _objects(result) and not isinstance(result, _Changed):
+            if mine and not isinstance(result, _Changed) and not _objects(result):
                 sent = with_tensors(result, lambda one: one.to("meta"))
             known = self._forms[key] = self.pair.given(sent, owner)
             if known is None:  # the call, or its result, cannot be shared
@@ -289,7 +290,7 @@ class Guidance:
     def _computed(self, compute: Compute, args: Args, kwargs: Kwargs, known: Any) -> Any:
         """Compute a call on this rank."""
         marks = _marks([args, kwargs]) if known is None else None
-        result = compute(args, kwargs, None)
+        result = with_tensors(compute(args, kwargs, None), _settled)
         if any(one.requires_grad for one in tensors_of(result)):
             raise ValueError("parallel cfg: a gradient is asked for, which is not passed on between ranks")
         if known is None:
@@ -302,7 +303,7 @@ class Guidance:
                 f"parallel cfg: a transformer call of {self._pipeline} has returned something else than an earlier "
                 "call with arguments of the same form: leave out cfg"
             )
-        return with_tensors(result, lambda one: one.contiguous())
+        return result
 
     def _level(self, transformer: torch.nn.Module, args: Args, kwargs: Kwargs) -> list[torch.Tensor]:
         """The noise level in the arguments of a call."""
@@ -376,6 +377,13 @@ def _nothing() -> None:
 def _transformers(pipe: Any) -> list[torch.nn.Module]:
     found = [getattr(pipe, name, None) for name in NAMES]
     return list({id(one): one for one in found if isinstance(one, torch.nn.Module)}.values())
+
+
+def _settled(tensor: torch.Tensor) -> torch.Tensor:
+    """A result as an ordinary tensor that can be sent. Collectives return tensors that wait for their values."""
+    if isinstance(tensor, AsyncCollectiveTensor):
+        tensor = tensor.wait()
+    return tensor.contiguous()
 
 
 def _missing(form: torch.Tensor, device: torch.device) -> torch.Tensor:

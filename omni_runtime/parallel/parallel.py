@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import random
 import secrets
 from collections.abc import Iterator, Mapping
@@ -46,8 +45,11 @@ class Parallel:
         Raises:
             TypeError, ValueError: it is wrong.
         """
-        degrees = Degrees() if given is None else Degrees.of(given)
-        return None if degrees.ranks == 1 else cls(degrees)
+        if given is None:
+            return None
+        degrees, found = Degrees.of(given), place()
+        alone = degrees.ranks == 1 and (found is None or found.count == 1)
+        return None if alone else cls(degrees)
 
     def check_class(self, config: Mapping[str, Any] | None) -> None:
         """Check a transformer's config.json before its weights are loaded. Raises ValueError."""
@@ -96,10 +98,23 @@ class Parallel:
         """A random seed, the same on all ranks."""
         return self._seeds.randrange(2**32)
 
-    def during(self, pipe: Any, session: Any) -> contextlib.AbstractContextManager[None]:
-        """Context manager for a call of the pipeline, within a section."""
-        return contextlib.nullcontext() if self._guidance is None else self._guidance.during(pipe, session)
+    @contextlib.contextmanager
+    def during(self, pipe: Any, session: Any) -> Iterator[None]:
+        """Context manager for a call of the pipeline, within a section.
 
-    def to_dict(self) -> dict[str, int]:
-        """The degrees, for a request's settings."""
-        return {name: number for name, number in dataclasses.asdict(self.degrees).items() if number > 1}
+        Raises:
+            ValueError: the tokens cannot be shared out evenly.
+        """
+        shared = contextlib.nullcontext() if self._guidance is None else self._guidance.during(pipe, session)
+        try:
+            with shared:
+                yield
+        except AssertionError as error:
+            if "divisible by mesh size" not in str(error):
+                raise
+            degrees = self.degrees
+            both = degrees.ulysses > 1 and degrees.ring > 1
+            raise ValueError(
+                f"parallel: the number of image or text tokens is no multiple of {degrees.ulysses * degrees.ring} "
+                f"(ulysses · ring): give uneven=True, too{', and only one of ulysses and ring' if both else ''}"
+            ) from error

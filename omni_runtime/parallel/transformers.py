@@ -37,6 +37,10 @@ def check_class(degrees: Degrees, config: Mapping[str, Any] | None) -> None:
             raise ValueError(f"parallel: diffusers {diffusers.__version__} has no {words}: a newer one is needed")
         if wanted and found is not None and getattr(found, plan, None) is None:
             raise ValueError(f"parallel: diffusers has no plan for {words} of {kind}; cfg=2 works without one")
+    heads = config.get("num_attention_heads")
+    for name, degree in (("ulysses", 1 if degrees.uneven else degrees.ulysses), ("tensor", degrees.tensor)):
+        if isinstance(heads, int) and heads % degree:
+            raise ValueError(f"parallel: {name}={degree} does not divide the {heads} attention heads of this {kind}")
 
 
 def enable(pipe: Any, degrees: Degrees, mesh: Any, device: str) -> Callable[[Any], None]:
@@ -69,7 +73,11 @@ def enable(pipe: Any, degrees: Degrees, mesh: Any, device: str) -> Callable[[Any
             if degrees.splits_tokens:
                 transformer.enable_parallelism(
                     config=diffusers.ContextParallelConfig(
-                        ulysses_degree=degrees.ulysses, ring_degree=degrees.ring, mesh=mesh
+                        ulysses_degree=degrees.ulysses,
+                        ring_degree=degrees.ring,
+                        mesh=mesh,
+                        ulysses_anything=degrees.uneven and degrees.ulysses > 1,
+                        ring_anything=degrees.uneven and degrees.ring > 1,
                     )
                 )
             elif degrees.tensor > 1:
