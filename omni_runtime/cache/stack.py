@@ -168,6 +168,13 @@ class Stack:
         """
         refuse_parallel(self.transformer, self._alone)
         self.ranks = ranks_of(self.transformer)
+        lists = [block for blocks in module_lists(self.transformer).values() for block in blocks._modules.values()]
+        compiled = any(block._compiled_call_impl is not None for block in lists if block)
+        if compiled and self.ranks is not None and not self.ranks.even:
+            raise ValueError(
+                f"the blocks of this {self.kind} are compiled, and its ranks have unequal numbers of tokens: diffusers' "
+                "exchange of unequal parts cannot be compiled"
+            )
         self._make_calls()
 
     def forward(
