@@ -16,19 +16,20 @@ from unittest import mock
 import torch
 from two_ranks import NEEDED, _stand_in, start
 
-__all__ = ["NEEDED", "on_ranks"]
+__all__ = ["NEEDED", "free_port", "on_ranks"]
 
 
 def on_ranks(compute, directory, ranks=2):
     """What `compute()`, a function of a test module, returns on each rank, after a round trip through JSON."""
     directory.mkdir(exist_ok=True)
     with contextlib.suppress(torch.multiprocessing.ProcessExitedException):
-        start(_rank, (compute, str(directory), ranks, _free_port()), ranks)
+        start(_rank, (compute, str(directory), ranks, free_port()), ranks)
     files = [directory / f"{rank}.json" for rank in range(ranks)]
     return [json.loads(file.read_text(encoding="utf-8")) if file.exists() else None for file in files]
 
 
-def _free_port():
+def free_port():
+    """A port that nothing listens on."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
 

@@ -172,8 +172,8 @@ class Stack:
         compiled = any(block._compiled_call_impl is not None for block in lists if block)
         if compiled and self.ranks is not None and not self.ranks.even:
             raise ValueError(
-                f"the blocks of this {self.kind} are compiled, and its ranks have unequal numbers of tokens: diffusers' "
-                "exchange of unequal parts cannot be compiled"
+                f"the blocks of this {self.kind} are compiled, and its ranks have unequal numbers of tokens: "
+                "diffusers' exchange of unequal parts cannot be compiled"
             )
         self._make_calls()
 

@@ -286,6 +286,7 @@ def _cause(ends: Mapping[int, End], left: list[int], own: str) -> str:
     causes = {rank: end.error for rank, end in ends.items() if end.error and not end.follows}
     if causes:
         return "; ".join(f"rank {rank} raised {error}" for rank, error in sorted(causes.items()))
+    left = [rank for rank in left if rank not in ends]  # the others have ended after they had failed
     if left:
         return "; ".join(f"the process of rank {rank} has ended" for rank in left)
     return own
