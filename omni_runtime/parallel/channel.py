@@ -201,8 +201,9 @@ class Channel:
         """
         self._send({"kind": "end", "section": section, "error": error, "follows": follows})
         with self._changed:
+            # Without rank 0, which passes the messages on, nothing more will be heard.
             self._changed.wait_for(
-                lambda: len({*self._ends[section], *self._left}) == self.count, timeout=patience
+                lambda: 0 in self._left or len({*self._ends[section], *self._left}) == self.count, timeout=patience
             )  # fmt: skip
             return dict(self._ends[section])
 

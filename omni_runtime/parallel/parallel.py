@@ -6,15 +6,17 @@ import contextlib
 import random
 import secrets
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from omni_runtime.parallel.degrees import Degrees, check_launch
-from omni_runtime.parallel.guidance import Guidance
 from omni_runtime.parallel.pair import Pair
 from omni_runtime.parallel.transformers import check_class, enable
 from omni_runtime.parallel.world import World, place, world
+
+if TYPE_CHECKING:
+    from omni_runtime.parallel.guidance import Guidance
 
 
 class Parallel:
@@ -81,6 +83,8 @@ class Parallel:
         self._seeds.seed(ranks.gather(secrets.randbits(64))[0])
         move = enable(pipe, self.degrees, ranks.mesh(self.degrees), ranks.device)
         if self.degrees.cfg > 1:
+            from omni_runtime.parallel.guidance import Guidance  # not every torch has what it imports
+
             self._guidance = Guidance(self._pair())
 
         def renewed() -> None:
