@@ -38,7 +38,7 @@ class Page:
 
     Attributes:
         errors: error messages of the console and the browser.
-        requests: requested addresses, other than the page's own and data URIs.
+        requests: requested addresses, other than the page's own, those that begin with it, and data URIs.
     """
 
     def __init__(self, write: int, read: int) -> None:
@@ -50,8 +50,8 @@ class Page:
         self._session: str | None = None
         self._loaded = False
 
-    def open(self, path: Path, width: int, height: int, dark: bool) -> None:
-        """Open a file, and wait until it and its pictures are loaded."""
+    def open(self, path: Path | str, width: int, height: int, dark: bool) -> None:
+        """Open a file or an address, and wait until it and its pictures are loaded."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
@@ -59,7 +59,7 @@ class Page:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", media="", features=[scheme])
-        self._own = path.resolve().as_uri()
+        self._own = path if isinstance(path, str) else path.resolve().as_uri()
         self.call("Page.navigate", url=self._own)
         self.wait(lambda: self._loaded)
 
@@ -115,8 +115,9 @@ class Page:
     def _note(self, event: str | None, about: dict[str, Any]) -> None:
         if event == "Page.loadEventFired":
             self._loaded = True
-        elif event == "Network.requestWillBeSent" and not about["request"]["url"].startswith(("data:", self._own)):
-            self.requests.append(about["request"]["url"])
+        elif event == "Network.requestWillBeSent":
+            if not about["request"]["url"].startswith(("data:", "blob:", self._own)):
+                self.requests.append(about["request"]["url"])
         elif event == "Runtime.exceptionThrown" or (event == "Runtime.consoleAPICalled" and about["type"] == "error"):
             self.errors.append(json.dumps(about)[:500])
         elif event == "Log.entryAdded":
@@ -126,8 +127,8 @@ class Page:
 
 
 @contextlib.contextmanager
-def opened(path: Path, width: int = 1280, height: int = 900, dark: bool = False) -> Iterator[Page]:
-    """Context manager: `path` in a new browser. Raises FileNotFoundError if there is no browser."""
+def opened(path: Path | str, width: int = 1280, height: int = 900, dark: bool = False) -> Iterator[Page]:
+    """Context manager: a file or an address in a new browser. Raises FileNotFoundError if there is no browser."""
     program = find()
     if program is None:
         raise FileNotFoundError(f"no browser among {', '.join(NAMES)}")

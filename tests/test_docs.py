@@ -4,11 +4,13 @@ import json
 import re
 import runpy
 import shlex
+from contextlib import ExitStack
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
+from http_server import on_a_port
 
 import omni_kernels
 from omni_runtime import Omni
@@ -17,6 +19,8 @@ from omni_runtime.cli.options import parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+#: the server that the guide starts
+SERVER = "http://127.0.0.1:8000"
 #: what stands for a big model on a GPU
 STAND_INS = {"Qwen/Qwen-Image": "emoji-qwen-image", '"cuda"': '"cpu"', "height=1024, width=1024": "height=64, width=64"}
 
@@ -51,8 +55,13 @@ def loaded(monkeypatch):
 def test_the_code_of_a_page_runs(page, loaded, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     space = {"pipe": loaded, "__name__": "page"}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), ExitStack() as stack:
+        server = SERVER
+        if any(SERVER in code for _, code in blocks(page, "python")):
+            omni = Omni("emoji-qwen-image", cache_backend="velocity_cache")
+            server, _ = stack.enter_context(on_a_port(omni))
         for line, code in blocks(page, "python"):
+            code = code.replace(SERVER, server)
             for big, small in STAND_INS.items():
                 code = code.replace(big, small)
             exec(compile("\n" * (line - 1) + code, str(page), "exec"), space)
@@ -79,6 +88,19 @@ def test_the_readme_is_short():
     assert len(lines) <= 200
     links = re.findall(r"\]\(([^)]+)\)", "\n".join(lines))
     assert all(link.startswith("https://") for link in links), "a package index shows it away from the repository"
+    site = re.search(r"^site_url: (.*)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    pages = [link.removeprefix(site).partition("#")[0] for link in links if link.startswith(site) and link != site]
+    assert pages
+    missing = [page for page in pages if not (ROOT / "docs" / page).with_suffix(".md").is_file() or ".html" not in page]
+    assert missing == [], "pages of the site end in .html (use_directory_urls)"
+
+
+def test_every_extra_is_told():
+    extras = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    extras = extras.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    page = (ROOT / "docs" / "get-started" / "install.md").read_text(encoding="utf-8")
+    told = re.findall(r"^\| `([a-z-]+)` \|", page, re.MULTILINE)
+    assert sorted(told) == sorted(re.findall(r"^([a-z-]+) = \[", extras, re.MULTILINE))
 
 
 def test_every_key_of_every_method_is_in_the_reference():

@@ -13,9 +13,11 @@ import torch
 
 import omni_kernels
 from benchmarks.models.ranks import of_each_rank
-from benchmarks.models.tiny import Tiny
+from benchmarks.models.tiny import Tiny, flat
+from omni_runtime import Omni
 from omni_runtime.cache.calibration import UselessFitError
 from omni_runtime.calibrate.fitting import RECORDINGS, recording
+from omni_runtime.generation.request import GenerationRequest
 
 WORKS, REFUSED, NOTHING, WRONG = "works", "refused", "nothing", "wrong"
 #: Fused and compiled blocks may differ from the model's own by this share, in fp32.
@@ -124,11 +126,12 @@ class Trial:
         self.has_guidance = bool(model.guided)
 
     def cell(self, method: str) -> Cell:
-        """Try a method, or "fuse", "compile" or "parallel"."""
+        """Try a method, or "fuse", "compile", "parallel" or "engine"."""
         attempt: Callable[[], Cell] = {
             "fuse": lambda: self._blocks("fused", {"fuse": True}),
             "compile": lambda: self._blocks("compiled", {"fuse": False, "compile": {"backend": "eager"}}),
             "parallel": self._parallel,
+            "engine": self._engine,
         }.get(method, lambda: self._cache(method))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -199,6 +202,40 @@ class Trial:
         if not first["saved"]:
             return Cell(NOTHING, "nothing was skipped")
         return Cell(WORKS, "", first["saved"], first["saved"] + first["run"], max(first["off"]))
+
+    def _engine(self) -> Cell:
+        """Three requests in flight at once, without a cache and under first_block_cache: each as alone."""
+        model = self.model
+        asked = [(0, self.has_guidance), (1, False), (2, self.has_guidance)]
+        made = samples = 0
+        furthest, words = 0.0, ""
+        for backend, config in ((None, None), ("first_block_cache", {"threshold": _THRESHOLD})):
+            with Omni(model.pipe, cache_backend=backend, cache_config=config) as omni:
+
+                def request(seed: int, guided: bool) -> GenerationRequest:
+                    return GenerationRequest(None, seed, model.asked(guided))
+
+                try:
+                    alone = [omni.run(request(*one)) for one in asked]
+                except ValueError as error:
+                    if backend is None:
+                        raise
+                    words = f"without a cache: {in_words(error, model.pipe)}"
+                    continue
+                with omni.engine() as engine:
+                    given = omni.cache_backend, omni.cache_config
+                    jobs = [engine.take(request(*one), *given) for one in asked]
+                    together = [job.result() for job in jobs]
+                made += engine.forwards.made
+                samples += engine.forwards.samples
+            for one, other in zip(together, alone, strict=True):
+                pair = [flat(each.frames if each.images is None else each.images) for each in (one, other)]
+                furthest = max(furthest, off(*pair))
+        if not furthest <= ROUNDED:
+            raise WrongError(f"a request is off by {furthest:.2g} from the same one alone")
+        if made >= samples:
+            return Cell(NOTHING, "no forwards were shared", off=furthest)
+        return Cell(WORKS, words, samples - made, samples, furthest)
 
     def _blocks(self, kind: str, options: Mapping[str, Any]) -> Cell:
         """Fused or compiled blocks: the same result, up to rounding."""

@@ -38,6 +38,7 @@ METHODS = (
     "fuse",
     "compile",
     "parallel",
+    "engine",
 )
 FILE = RESULTS / "models.json"
 COMMAND = "python -m benchmarks.models --write docs/models.md"

@@ -70,17 +70,27 @@ class Tiny:
 
     def generate(self, guided: bool = False, larger: bool = False, **others: Any) -> torch.Tensor:
         """Run one request with seed 0, and return all that it made, in one flat fp32 tensor."""
-        arguments: dict[str, Any] = {"num_inference_steps": self.steps, "output_type": "latent", "return_dict": False}
-        arguments |= {**self.arguments, **(self.guided if guided else {}), **(self.larger if larger else {}), **others}
-        arguments = {name: _own(value) for name, value in arguments.items() if value is not OMIT}
+        arguments = self.asked(guided, larger, **others)
         arguments.setdefault("generator", torch.Generator().manual_seed(0))
-        guiders = {name: arguments.pop(name) for name in list(arguments) if "guider" in name}
-        if guiders:  # a modular pipeline takes its guidance as a component, not as an argument
-            self.pipe.update_components(**guiders)
         self.pipe.set_progress_bar_config(disable=True)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):  # some pipelines also draw from the global generator
             torch.manual_seed(0)
-            return torch.cat([one.detach().float().reshape(-1) for one in tensors(self.pipe(**arguments))])
+            return flat(self.pipe(**arguments))
+
+    def asked(self, guided: bool = False, larger: bool = False, **others: Any) -> dict[str, Any]:
+        """The arguments of a request. A modular pipeline is given its guidance here."""
+        arguments: dict[str, Any] = {"num_inference_steps": self.steps, "output_type": "latent", "return_dict": False}
+        arguments |= {**self.arguments, **(self.guided if guided else {}), **(self.larger if larger else {}), **others}
+        arguments = {name: _own(value) for name, value in arguments.items() if value is not OMIT}
+        guiders = {name: arguments.pop(name) for name in list(arguments) if "guider" in name}
+        if guiders:  # a modular pipeline takes its guidance as a component, not as an argument
+            self.pipe.update_components(**guiders)
+        return arguments
+
+
+def flat(output: Any) -> torch.Tensor:
+    """All tensors of a pipeline's output, in one flat fp32 tensor."""
+    return torch.cat([one.detach().float().reshape(-1) for one in tensors(output)])
 
 
 #: As the value of an argument: it is left out.

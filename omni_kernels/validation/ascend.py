@@ -58,6 +58,7 @@ from omni_kernels.validation.ascend_ir import (
 )
 
 SUMMARY = "lowered by the vendor's compilers and computed on a CPU; not run on an NPU"
+LOWERED_ONLY = "lowered by the vendor's compilers; neither computed on a CPU nor run on an NPU"
 #: Levels of support of an op, the highest first.
 COMPUTED = "computed on a CPU from the vendor's IR"
 LOWERED = "compiled (lowered)"
@@ -362,6 +363,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 computed.append(row)
                 words = [row["check"], row["status"], row.get("problem", "")]
                 print(": ".join(word for word in words if word), flush=True)
+    what = SUMMARY if computed else LOWERED_ONLY
     says = support(lowered, computed)
     for row in says:
         print(f"{row['op']}: {row['support']}")
@@ -369,7 +371,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed += [row for row in computed if row["status"] == "failed"]
     if options.out is not None:
         document = {
-            "what": SUMMARY,
+            "what": what,
             "command": COMMAND,
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "versions": record.versions() | {name: version for name, (version, _) in WHEELS.items()},
@@ -382,7 +384,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "computed": computed,
         }
         record.write(options.out, document)
-    print(f"{len(lowered)} kernels, {len(computed)} checks, {len(failed)} failed: {SUMMARY}")
+    print(f"{len(lowered)} kernels, {len(computed)} checks, {len(failed)} failed: {what}")
     return FAILED if failed else PASSED
 
 

@@ -7,6 +7,7 @@ latents that it predicts, x0 = a·latents + b·output, with numbers a and b for 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -111,6 +112,10 @@ def check_scheduler(scheduler: Any, residual: bool = False) -> None:
             constant if the model predicts a flow, but not if it predicts the noise.
     """
     name = type(scheduler).__name__
+    if name in SCHEDULERS or name in CLEAN:
+        lacking = {"model_output", "sample"} - inspect.signature(type(scheduler).step).parameters.keys()
+        if lacking:  # a step could not be told to use a forecast
+            raise ValueError(f"{name}.step takes no {' and no '.join(sorted(lacking))}: whole steps cannot be skipped")
     if draws_noise(scheduler):
         if name in CLEAN and not residual:
             return

@@ -11,7 +11,6 @@ the calls of a block in a batch and in a forward of one request (`Axes`).
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +29,7 @@ class Axes:
     Made from the arguments of the same blocks in a batched forward and in one of its calls, made alone.
 
     Args:
+        calls: how each block is called.
         joined, alone: number of a block → its arguments, in either forward.
         total, count: the number of samples in either.
 
@@ -37,11 +37,22 @@ class Axes:
         ValueError: the arguments do not tell.
     """
 
-    def __init__(self, joined: Mapping[int, Any], alone: Mapping[int, Any], total: int, count: int) -> None:
+    def __init__(
+        self,
+        calls: Sequence[BlockCall],
+        joined: Mapping[int, Any],
+        alone: Mapping[int, Any],
+        total: int,
+        count: int,
+    ) -> None:
         if joined.keys() != alone.keys():
             raise ValueError("a batched forward calls other blocks than one of a single request")
         self._total = total
         self._trees = {index: _tree(joined[index], alone[index], total, count) for index in joined}
+        for index, tree in self._trees.items():
+            hidden, encoder = calls[index].inputs(*tree)
+            if hidden != 1 or encoder not in (1, None):
+                raise ValueError(f"the states that block {index} takes are not stored sample by sample")
 
     def of(self, index: int, args: Any, kwargs: Any, rows: slice | torch.Tensor, total: int) -> tuple[Any, Any]:
         """The arguments of a call of block `index`, of `total` samples, for some rows alone."""
@@ -143,6 +154,7 @@ class Together:
         self._base: Any = None
         self._versions: Any = None
         self._computing: list[bool] = []
+        self._left_out = False  # nobody computes, and the model does nothing between its blocks
         self._rows: torch.Tensor | None = None
         self.ran = [0] * len(members)
 
@@ -159,21 +171,17 @@ class Together:
 
     def slots(self, blocks: Collection[torch.nn.Module], start: int) -> Iterator[Callable[..., Any]]:
         """Yield what is called in place of each of `blocks`; see `Passage.slots`."""
-        lead, end = self._lead, start + len(blocks)
+        lead = self._lead
         if start >= lead.later_from:
             yield from self._later_slots(blocks, start)
             return
-        numbered = enumerate(blocks, start)
-        for index, block in numbered:
+        for index, block in enumerate(blocks, start):
+            if self._left_out and lead.first < index < lead.last:
+                continue
             if lead.joins and index == lead.first - 1:
                 yield Slot(self._before_join, block)
             elif index == lead.first and not lead.joins:
                 yield Slot(self._enter, block)
-                if not any(self._computing) and not self._stepwise:
-                    if lead.last >= end:
-                        return
-                    left_out = lead.last - index - 1
-                    next(itertools.islice(numbered, left_out, left_out), None)
             elif index == 0 or index == lead.first - 1:
                 yield Slot(functools.partial(self._before, index), block)
             elif not lead.first <= index < lead.last:
@@ -272,6 +280,7 @@ class Together:
         base = call.inputs(args, kwargs)
         self._decide(index, block, base, args, kwargs)
         if not any(self._computing) and (alone or not self._stepwise):
+            self._left_out = True
             return call.output(self._made(None, base))
         self._base, self._versions = base, versions_of(base)
         if alone:

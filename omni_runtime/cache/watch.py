@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -58,10 +59,25 @@ class Watch:
         return _no_watch, ()
 
 
+@contextlib.contextmanager
+def unwatched(transformers: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Context manager: an engine calls these transformers, and each request has a cache of its own: no warnings."""
+    watches = [
+        hook for one in transformers for hook in one._forward_pre_hooks.values() if isinstance(hook, Watch)
+    ]  # fmt: skip
+    for watch in watches:
+        watch.restore()
+    try:
+        yield
+    finally:
+        for watch in watches:
+            watch.listen()
+
+
 def _no_watch() -> Callable[..., None]:
     """The hook that a copy of the transformer gets instead: it does nothing."""
-    return _unwatched
+    return _silent
 
 
-def _unwatched(transformer: torch.nn.Module, args: Any) -> None:
+def _silent(transformer: torch.nn.Module, args: Any) -> None:
     return None

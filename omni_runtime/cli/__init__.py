@@ -1,4 +1,4 @@
-"""The command line: omni generate | compare | calibrate | inspect | backends | models.
+"""The command line: omni generate | compare | calibrate | inspect | serve | backends | models.
 
 Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 something unexpected, 2 wrong input, 130
 interrupted by Ctrl-C.
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if type(error).__name__ == "OutOfMemoryError":
             return _say(UNEXPECTED, f"the device is out of memory: {error}")
         # The modules of the others import torch.
-        if isinstance(error, WriteError) or type(error).__name__ in ("NotANumberError", "RankError"):
+        if isinstance(error, WriteError) or type(error).__name__ in ("NotANumberError", "RankError", "ServerError"):
             return _say(UNEXPECTED, str(error))
         traceback.print_exc()
         return _say(UNEXPECTED, f"unexpected {type(error).__name__}: {error}")

@@ -62,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     _add_compare(commands, model)
     _add_calibrate(commands, model)
     _add_inspect(commands, model)
+    _add_serve(commands)
     for name, about in (
         ("backends", "list the cache backends, or the keys of one with their defaults"),
         ("models", "list the embedded models and the transformers that caches know"),
@@ -74,9 +75,8 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
-def _model_options() -> argparse.ArgumentParser:
-    """Options that generate, compare and calibrate share."""
-    options = argparse.ArgumentParser(add_help=False)
+def _add_model(options: argparse.ArgumentParser) -> None:
+    """Options that say which model, and where it runs."""
     model = options.add_argument_group("model")
     model.add_argument(
         "--model", default=DEFAULT_MODEL, help="embedded model, directory or hub id (default: %(default)s)"
@@ -91,6 +91,12 @@ def _model_options() -> argparse.ArgumentParser:
         metavar="N",
         help="CPU threads (default: 1 for an embedded model on the CPU, which is too small for more; else torch's own)",
     )
+
+
+def _model_options() -> argparse.ArgumentParser:
+    """Options that generate, compare and calibrate share."""
+    options = argparse.ArgumentParser(add_help=False)
+    _add_model(options)
     request = options.add_argument_group("request")
     request.add_argument(
         "--negative-prompt", type=text_of, metavar="TEXT", help="what the image should not show; turns guidance on"
@@ -125,14 +131,7 @@ def _add_generate(commands: Any, shared: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--seed", type=_seed, metavar="N", help="makes the same images again (default: random; it is printed)"
     )
-    command.add_argument(
-        "--cache-backend",
-        metavar="NAME",
-        help="see `omni backends`; none for no cache (default: $DIFFUSION_CACHE_BACKEND, else none)",
-    )
-    command.add_argument("--cache-config", metavar="JSON", help='such as {"rel_l1_thresh": 0.2}')
-    command.add_argument("--fuse", action="store_true", help="run transformer blocks fused")
-    command.add_argument("--compile", choices=["regional"], help="compile each transformer block separately")
+    _add_speed(command)
     command.add_argument(
         "--parallel",
         type=_degrees,
@@ -264,6 +263,72 @@ def _add_inspect(commands: Any, shared: argparse.ArgumentParser) -> None:
     command.add_argument("--prompt", type=text_of, metavar="TEXT", help="default: one of the model's own, or 'a cat'")
 
 
+def _add_speed(command: argparse.ArgumentParser) -> None:
+    """Options that say what makes the model faster."""
+    command.add_argument(
+        "--cache-backend",
+        metavar="NAME",
+        help="see `omni backends`; none for no cache (default: $DIFFUSION_CACHE_BACKEND, else none)",
+    )
+    command.add_argument("--cache-config", metavar="JSON", help='such as {"rel_l1_thresh": 0.2}')
+    command.add_argument("--fuse", action="store_true", help="run transformer blocks fused")
+    command.add_argument("--compile", choices=["regional"], help="compile each transformer block separately")
+
+
+def _add_serve(commands: Any) -> None:
+    about = "serve a model over HTTP: OpenAI's API of images and videos, and a page in the browser"
+    command = commands.add_parser(
+        "serve",
+        help=about,
+        description=f"{about.capitalize()}. Requests that overlap share forwards. SIGTERM lets requests finish, a "
+        "second one does not. Logs are JSON lines on stderr. Needs the extra `serve`.",
+        allow_abbrev=False,
+    )
+    command.set_defaults(module="serve", command="serve", quiet=True)
+    _add_model(command)
+    _add_speed(command)
+    where = command.add_argument_group("server")
+    where.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    where.add_argument("--port", type=_port, default=8000, metavar="N", help="0 for any free one (default: 8000)")
+    where.add_argument("--name", help="what clients call the model (default: the last part of its own name)")
+    where.add_argument(
+        "--api-key",
+        action="append",
+        metavar="KEY",
+        help="clients must send it; repeat for more (default: $OMNI_API_KEY, which other users of this machine cannot "
+        "see in the list of processes; else no key)",
+    )
+    where.add_argument("--no-page", action="store_true", help="show no page at /")
+    where.add_argument(
+        "--drain-seconds",
+        type=_seconds,
+        metavar="N",
+        help="how long SIGTERM lets requests finish (default: 30)",
+    )
+    where.add_argument("--debug", action="store_true", help="write tracebacks to stderr")
+    limits = command.add_argument_group("limits")
+    for name, default, what in (
+        ("max-batch", 8, "pictures in one forward"),
+        ("in-flight", 16, "pictures that are computed at once"),
+        ("queue", 256, "pictures that wait; further requests get 429"),
+        ("max-n", 10, "pictures in one request"),
+        ("max-steps", 100, "denoising steps"),
+        ("max-side", 2048, "pixels of a side"),
+        ("max-pixels", 2048 * 2048, "pixels of a picture"),
+        ("max-frames", 257, "frames of a video"),
+        ("max-prompt", 4000, "characters of a prompt"),
+        ("max-body", 32 << 20, "bytes of a request"),
+    ):
+        limits.add_argument(f"--{name}", type=_whole, metavar="N", help=f"most {what} (default: {default})")
+    limits.add_argument(
+        "--memory",
+        type=_gibibytes,
+        metavar="GIB",
+        help="most memory that the pictures in flight hold, in GiB; others wait (default: no limit)",
+    )
+    limits.add_argument("--deadline", type=_seconds, metavar="N", help="seconds that a request may take (default: 600)")
+
+
 def text_of(argument: str) -> str:
     """Read an argument as UTF-8, even if the environment's encoding lacks some of its characters."""
     try:
@@ -276,6 +341,29 @@ def _whole(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
     return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"must be a port from 0 to 65535, not {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, not {text!r}")
+    return seconds
+
+
+def _gibibytes(text: str) -> int:
+    size = _seconds(text) * 2**30
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"must be a number of GiB above 0, not {text!r}")
+    return int(size)
 
 
 def _rate(text: str) -> float:

@@ -187,11 +187,14 @@ def resolve_device(device: str | torch.device) -> torch.device:
     """
     if not isinstance(device, str | torch.device):
         raise TypeError(f"device must be a string or a torch.device, not {type(device).__name__}")
+    kind = str(device).partition(":")[0]
     try:
-        load_kind(str(device).partition(":")[0])
+        load_kind(kind)
         wanted = None if device == "auto" else torch.device(device)
     except (RuntimeError, ImportError) as error:
-        raise ValueError(f"unknown device {device!r}: {str(error).splitlines()[0]}") from None
+        absent = kind == "npu" and isinstance(error, RuntimeError) and not hasattr(torch, "npu")
+        why = "torch-npu is not installed" if absent else str(error).splitlines()[0]
+        raise ValueError(f"unknown device {device!r}: {why}") from None
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if wanted is None:
         return accelerator or torch.device("cpu")

@@ -35,6 +35,7 @@ from omni_runtime.parallel.requests import asked
 
 if TYPE_CHECKING:
     from omni_runtime.serving.engine import Engine
+    from omni_runtime.serving.jobs import Job
 
 #: The environment variable that names the cache backend if the caller names none.
 ENVIRONMENT_VARIABLE = "DIFFUSION_CACHE_BACKEND"
@@ -180,9 +181,19 @@ class Omni:
         return 0 if self._parallel is None else self._parallel.rank
 
     @property
+    def pipeline_class(self) -> type:
+        """The class of the pipeline. Needs no weights, unless the model brings its own code."""
+        return self._pipeline_class or type(self.pipe)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Arguments of `generate` that the model itself chooses, where they differ from its pipeline's."""
+        return dict(self._defaults)
+
+    @property
     def makes_video(self) -> bool:
         """Whether the pipeline makes videos, which results hold as `frames`. Needs no weights."""
-        return video.makes_video(self._pipeline_class or type(self.pipe))
+        return video.makes_video(self.pipeline_class)
 
     def load(self) -> Any:
         """Load the weights and install the cache, if that has not been done yet. Returns the pipeline.
@@ -321,7 +332,7 @@ class Omni:
         self, backend: str | None, config: Mapping[str, Any], prompt: str | Sequence[str] | None, **arguments: Any
     ) -> list[request.GenerationRequest]:
         """As `prepare`, for another cache than that of this `Omni`; `config` is complete."""
-        pipeline_class = self._pipeline_class or type(self.pipe)
+        pipeline_class = self.pipeline_class
         if self._parallel is not None and arguments.get("seed") is None and arguments.get("generator") is None:
             self.load()
             count = 1 if prompt is None or isinstance(prompt, str) else len(prompt)
@@ -371,14 +382,12 @@ class Omni:
         """
         import asyncio
 
-        if self._engine is None:
+        def submit() -> Job:
             with self._turn:
-                if self._engine is None:
-                    await asyncio.to_thread(self.load)
-                    self.engine()
-        engine = self._engine
-        assert engine is not None
-        return await (await asyncio.to_thread(engine.submit, prompt, **arguments))
+                engine = self._engine or self.engine()
+            return engine.submit(prompt, **arguments)
+
+        return await (await asyncio.to_thread(submit))
 
     def run(self, one: request.GenerationRequest, on_step: Callable[[StepEvent], None] | None = None) -> OmniResult:
         """Run one prepared request. It waits for the requests of other threads, or goes through the engine.

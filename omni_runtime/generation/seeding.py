@@ -32,7 +32,11 @@ class RandomState:
         """The states that follow from a seed; with None, the present ones."""
         if seed is None:
             return cls(torch.get_rng_state(), _state(device), device)
-        made = torch.Generator(device).manual_seed(seed).get_state() if device.type != "cpu" else None
+        before, made = _state(device), None
+        if before is not None:
+            getattr(torch, device.type).manual_seed(seed)
+            made = _state(device)
+            _set_state(device, before)
         return cls(torch.Generator().manual_seed(seed).get_state(), made, device)
 
     @contextlib.contextmanager
@@ -50,10 +54,9 @@ class RandomState:
 
 
 def _state(device: torch.device) -> torch.Tensor | None:
-    if device.type == "cpu":
-        return None
-    state: torch.Tensor = getattr(torch, device.type).get_rng_state(device)
-    return state
+    """The state of the device's generator; None for the CPU, and for a device without one."""
+    get = getattr(getattr(torch, device.type, None), "get_rng_state", None)
+    return None if device.type == "cpu" or get is None else get(device)
 
 
 def _set_state(device: torch.device, state: torch.Tensor | None) -> None:

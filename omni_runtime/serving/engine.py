@@ -20,19 +20,20 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from omni_kernels.device import PeakMemory
 from omni_kernels.patching import backends
+from omni_runtime.cache.contract import tensors_of
 from omni_runtime.cache.library import LibrarySession
 from omni_runtime.cache.lifecycle import Branch, Request, Sampling, turn
 from omni_runtime.cache.methods.method import Method
 from omni_runtime.cache.report import StepEvent
 from omni_runtime.cache.session import NAMES, BlockSession, CacheSession
 from omni_runtime.cache.stack import Stack
+from omni_runtime.cache.watch import unwatched
 from omni_runtime.generation.clock import LoopClock
 from omni_runtime.generation.request import GenerationRequest
 from omni_runtime.generation.result import OmniResult, not_a_number
@@ -41,11 +42,10 @@ from omni_runtime.serving.forwards import Call, Forwards
 from omni_runtime.serving.front import copy_for_request
 from omni_runtime.serving.jobs import Job, QueueFullError
 
-if TYPE_CHECKING:
-    from omni_runtime.generation.omni import Omni
-
 #: So many configured cache methods are kept.
 METHODS = 32
+#: Of so many kinds of requests, it is known what memory they need.
+KINDS = 256
 
 
 class _Stop(BaseException):
@@ -59,6 +59,8 @@ class _Live:
         call: the transformer call that it waits for; None if it is not at one.
         over: whether it has ended.
         random: the state of torch's global random numbers, of which each request has its own.
+        kind: what its need of memory depends on.
+        held: the most bytes that it was seen to hold.
     """
 
     def __init__(self, job: Job, random: RandomState) -> None:
@@ -66,6 +68,8 @@ class _Live:
         self.call: Call | None = None
         self.over = False
         self.random = random
+        self.kind = _kind_of(job)
+        self.held = 0
         self.session: CacheSession | None = None
         self.go = threading.Semaphore(0)
 
@@ -74,10 +78,13 @@ class Engine:
     """Runs many requests on one loaded pipeline; see the module's docstring.
 
     Args:
-        omni: the model, and the cache that requests have by default.
+        omni: the `Omni` of the model, and the cache that requests have by default.
         max_batch: the most samples in one forward.
         in_flight: the most requests that run at once. Each holds its latents and what its cache keeps.
         waiting: the most requests that wait to be run; `submit` raises `QueueFullError` beyond that.
+        memory: the most bytes that the latents and caches of all requests in flight may hold; None for no limit. What
+            a request needs is known from an earlier one of the same size and cache. The first of its kind starts only
+            while no other of an unknown kind runs. A request that needs more than this runs by itself.
 
     Attributes:
         forwards: how many forwards were made, of how many samples.
@@ -86,15 +93,24 @@ class Engine:
         ValueError: a limit is below 1, or the model cannot be served by an engine.
     """
 
-    def __init__(self, omni: Omni, *, max_batch: int = 8, in_flight: int = 16, waiting: int = 256) -> None:
-        for name, value in (("max_batch", max_batch), ("in_flight", in_flight), ("waiting", waiting)):
+    # Any: `Omni` imports this module.
+    def __init__(
+        self, omni: Any, *, max_batch: int = 8, in_flight: int = 16, waiting: int = 256, memory: int | None = None
+    ) -> None:
+        limits = {"max_batch": max_batch, "in_flight": in_flight, "waiting": waiting, "memory": memory}
+        for name, value in limits.items():
+            if name == "memory" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number from 1, not {value!r}")
         self.omni = omni
         self.forwards = Forwards(max_batch)
         self._in_flight = in_flight
         self._waiting = waiting
+        self._memory = memory
+        self._needs: dict[Any, int] = {}  # kind of a request → the most bytes that one has held
         self._pipe = omni.pipe
+        _refuse(self._pipe)
         self._names = _transformers_of(self._pipe)
         self._sessions: OrderedDict[Any, CacheSession] = OrderedDict()
         self._queue: deque[Job] = deque()
@@ -102,7 +118,6 @@ class Engine:
         self._parked = threading.Semaphore(0)
         self._changed = threading.Condition()
         self._closing = self._closed = False
-        self._threads = ThreadPoolExecutor(in_flight, "omni-request")
         self._driver = threading.Thread(target=self._drive, name="omni-engine", daemon=True)
         self._driver.start()
 
@@ -168,6 +183,14 @@ class Engine:
             self._changed.notify()
         return job
 
+    def check_cache(self, backend: str, config: dict[str, Any]) -> None:
+        """Check that requests can have this cache; `config` is complete (`Omni.resolved`).
+
+        Raises:
+            ValueError, PatchConflictError: they cannot; the message says why.
+        """
+        self._session(backend, config)
+
     @property
     def queued(self) -> int:
         """The number of requests that wait to be run."""
@@ -197,7 +220,6 @@ class Engine:
             self._changed.notify()
         if threading.current_thread() is not self._driver:
             self._driver.join()
-            self._threads.shutdown()
         self.omni.engine_closed()
 
     def _wake(self) -> None:
@@ -207,28 +229,41 @@ class Engine:
     # The driver: one thread, which lets one request work at a time
 
     def _drive(self) -> None:
-        with contextlib.ExitStack() as stack:
-            holds: contextlib.ExitStack | None = None
+        try:
+            self._work()
+        except BaseException as error:  # a fault of the engine itself: nobody waits forever
+            with self._changed:
+                self._closing = True
+                left = [*self._queue, *(live.job for live in self._lives)]
+                self._queue.clear()
+            for job in left:
+                if not job.done():
+                    job.fail(RuntimeError(f"the engine has stopped: {type(error).__name__}: {error}"))
+            raise
+
+    def _work(self) -> None:
+        held = False
+        with contextlib.ExitStack() as holds:
             while True:
                 with self._changed:
                     while not self._queue and not self._lives and not self._closing:
-                        if holds is not None:  # nothing is in flight: others may use the transformer
-                            holds.close()
-                            holds = None
+                        holds.close()  # nothing is in flight: others may use the transformer
+                        held = False
                         self._changed.wait()
                     if self._closing and not self._queue and not self._lives:
                         break
-                if holds is None:
-                    holds = contextlib.ExitStack()
+                if not held:
                     holds.enter_context(turn([*self._names, self._pipe.scheduler]))
-                    stack.push(lambda *error, holds=holds: holds.close())
+                    holds.enter_context(unwatched(self._names))
+                    held = True
                 self._admit()
                 self._advance()
 
     def _admit(self) -> None:
+        self._drop_expired()
         while len(self._lives) < self._in_flight:
             with self._changed:
-                if not self._queue:
+                if not self._queue or not self._has_room(self._queue[0]):
                     return
                 job = self._queue.popleft()
             why = job.expired()
@@ -238,8 +273,36 @@ class Engine:
             job.started = time.monotonic()
             live = _Live(job, RandomState.of_seed(_seed_of(job.request), self._pipe._execution_device))
             self._lives.append(live)
-            self._threads.submit(self._run, live)
+            threading.Thread(target=self._run, args=(live,), name="omni-request", daemon=True).start()
             self._resume(live)
+
+    def _drop_expired(self) -> None:
+        """End the requests in the queue that were cancelled or are past their deadline: they take no one's place."""
+        with self._changed:
+            over = [job for job in self._queue if job.expired() is not None]
+            for job in over:
+                self._queue.remove(job)
+        for job in over:
+            job.end(job.expired() or "")
+
+    def _has_room(self, job: Job) -> bool:
+        """Whether the memory of the requests in flight allows another one; see the argument `memory`."""
+        if self._memory is None or not self._lives or job.expired() is not None:
+            return True
+        needs = [self._needs.get(live.kind) for live in self._lives]
+        need = self._needs.get(_kind_of(job))
+        if need is None:
+            return None not in needs
+        held = sum(live.held if known is None else known for live, known in zip(self._lives, needs, strict=True))
+        return held + need <= self._memory
+
+    def _measure(self) -> None:
+        """Note what each request holds while it waits for a call."""
+        for live in self._lives:
+            if live.call is not None:
+                given = tensors_of([live.call.args, live.call.kwargs])
+                held = [] if live.session is None else live.session.held_tensors()
+                live.held = max(live.held, sum(tensor.nbytes for tensor in (*given, *held)))
 
     def _advance(self) -> None:
         """Make one forward, and let the requests that it was for go on."""
@@ -249,9 +312,17 @@ class Engine:
         waiting = [live for live in self._lives if live.call is not None]
         if not waiting:
             return
+        if self._memory is not None:
+            self._measure()
         calls = {id(live.call): live for live in waiting}
-        group = self.forwards.group([live.call for live in waiting if live.call is not None])
-        self.forwards.run(group)
+        every = [live.call for live in waiting if live.call is not None]
+        group = every[:1]
+        try:
+            group = self.forwards.group(every)
+            self.forwards.run(group)
+        except Exception as error:  # these requests end with it, and no others
+            for call in group:
+                call.error = call.error or error
         served = [calls[id(call)] for call in group]
         # Those that were served go to the end of the line, so that every form has its turn.
         self._lives = [live for live in self._lives if live not in served] + served
@@ -265,6 +336,10 @@ class Engine:
             self._parked.acquire()
         if live.over:
             self._lives.remove(live)
+            if live.held:
+                self._needs[live.kind] = max(live.held, self._needs.get(live.kind, 0))
+                if len(self._needs) > KINDS:
+                    del self._needs[next(iter(self._needs))]
 
     # A request: its own thread, which works only while the driver waits for it
 
@@ -344,6 +419,8 @@ class Engine:
         self._parked.release()
         live.go.acquire()
         live.call = None
+        live.job.forwards += 1
+        live.job.samples += call.batch
         self._stop_if_expired(live)
         if call.error is not None:
             raise call.error
@@ -379,9 +456,29 @@ class Engine:
             return session
 
 
+def _kind_of(job: Job) -> Any:
+    """What the memory that a request needs depends on: its size and number of images, and its cache."""
+    sizes = ("height", "width", "num_frames", "num_images_per_prompt", "num_videos_per_prompt")
+    return job.backend, repr(sorted(job.config.items())), *(job.request.arguments.get(name) for name in sizes)
+
+
 def _seed_of(request: GenerationRequest) -> int:
     """The seed of the global random numbers; a request with a generator of its own has a new one each time."""
     return secrets.randbelow(2**32) if request.seed is None else request.seed
+
+
+def _refuse(pipe: Any) -> None:
+    """Raise ValueError if the requests of this pipeline cannot run at the same time."""
+    from diffusers import DiffusionPipeline
+
+    kind = type(pipe).__name__
+    if hasattr(pipe, "_set_pag_attn_processor"):
+        raise ValueError(
+            f"{kind} changes its transformer while it runs, which other requests would see: it cannot be used in an "
+            "engine"
+        )
+    if any(isinstance(part, DiffusionPipeline) for part in vars(pipe).values()):
+        raise ValueError(f"{kind} runs other pipelines inside: it cannot be used in an engine")
 
 
 def _transformers_of(pipe: Any) -> dict[torch.nn.Module, str]:

@@ -15,6 +15,7 @@ import copy
 import functools
 import inspect
 import itertools
+from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -125,6 +126,7 @@ class Forwards:
     Attributes:
         made: the number of forwards.
         samples: the number of samples in them.
+        sizes: number of samples → how many forwards had so many.
         checks: the number of further forwards, for checks.
     """
 
@@ -138,6 +140,7 @@ class Forwards:
         self._widths: dict[Hashable, torch.Size] = {}
         self._same = _Same()
         self.made = self.samples = self.checks = 0
+        self.sizes: Counter[int] = Counter()
 
     def group(self, calls: Sequence[Call]) -> list[Call]:
         """The first call, and those that may be made together with it."""
@@ -247,27 +250,31 @@ class Forwards:
             return _Known(True, how)
         # The one whose text is as long as those of the batch, so that only the number of samples differs.
         place = joined.texts.index(max(joined.texts)) if joined.texts else 0
-        return _Known(True, how, Axes(batch.seen, alone[place][1].seen, total, joined.counts[place]))
+        axes = Axes(first.stack.calls, batch.seen, alone[place][1].seen, total, joined.counts[place])
+        return _Known(True, how, axes)
 
     def _plain(self, call: Call, args: Any, kwargs: Any, arguments: Arguments) -> Any:
         """A forward without a cache, in which the arguments of the blocks are kept if there is a stack."""
         with self._modes(call), self._lists(call.stack) as shared:
             shared.passage = arguments
-            return call.transformer(*args, **kwargs)
+            return call.transformer(*_fresh(args), **_fresh(kwargs))
+
+    def _count(self, size: int) -> None:
+        self.made += 1
+        self.samples += size
+        self.sizes[size] += 1
 
     def _alone(self, call: Call) -> None:
-        self.made += 1
         call.batch = samples(call.args, call.kwargs)
-        self.samples += call.batch
+        self._count(call.batch)
         try:
             with self._modes(call), self._lists(call.stack) as shared:
+                args, kwargs = _fresh(call.args), _fresh(call.kwargs)
                 if call.stack is None:
-                    call.result = call.transformer(*call.args, **call.kwargs)
+                    call.result = call.transformer(*args, **kwargs)
                     return
                 stack: Any = call.stack
-                call.result, call.ran = stack.forward(
-                    shared, call.request, call.branch, call.transformer, call.args, call.kwargs
-                )
+                call.result, call.ran = stack.forward(shared, call.request, call.branch, call.transformer, args, kwargs)
             self._note_width(call)
         except BaseException as error:
             call.error = error
@@ -298,8 +305,7 @@ class Forwards:
                     shared, _parts(calls, joined), known.axes, stepwise, first.transformer, joined.kwargs
                 )
         made = split(output, known.cuts, joined.counts)
-        self.made += 1
-        self.samples += total
+        self._count(total)
         for call, result, blocks in zip(calls, made, ran, strict=True):
             call.result, call.ran, call.batch = result, blocks, total
 
@@ -350,6 +356,13 @@ def _undone_if_it_fails(calls: Sequence[Call]) -> Iterator[None]:
                 kept.gate = gate
                 kept.retire()
         raise
+
+
+def _fresh(value: Any) -> Any:
+    """The same with lists and dicts of its own, because a forward may change those that it is given."""
+    if type(value) in (list, tuple):
+        return type(value)(_fresh(one) for one in value)
+    return {key: _fresh(one) for key, one in value.items()} if type(value) is dict else value
 
 
 class _Same:

@@ -55,16 +55,22 @@ class Front:
 def copy_for_request(
     pipe: Any, names: dict[torch.nn.Module, str], answer: Callable[..., Any], sampling: Callable[[], Sampling | None]
 ) -> Any:
-    """A copy of the pipeline that shares everything with it but the scheduler, and whose transformers are `Front`s.
+    """A copy of the pipeline with schedulers and guiders of its own, which shares the rest, and has `Front`s.
 
     Args:
         names: transformer → its name in the pipeline.
         answer, sampling: as for `Front`.
     """
+    from diffusers import ConfigMixin
+
     one = copy.copy(pipe)
     # Written to the dict: the pipeline would note in its configuration that its components have changed.
     vars(one).update({name: Front(module, answer, sampling) for module, name in names.items()})
-    vars(one)["scheduler"] = copy.deepcopy(pipe.scheduler)
+    for name, part in vars(pipe).items():  # not its `components`, which leave out those that may be None
+        if isinstance(part, ConfigMixin) and not isinstance(part, torch.nn.Module):  # schedulers, guiders: have state
+            vars(one)[name] = copy.deepcopy(part)
+    # The bars of several requests would overwrite each other.
+    vars(one)["_progress_bar_config"] = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
     if getattr(pipe, "_all_hooks", None):  # offloaded: other requests use the models, too
         vars(one)["maybe_free_model_hooks"] = _nothing
     return one

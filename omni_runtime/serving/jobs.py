@@ -55,6 +55,8 @@ class Job:
         submitted: when it was given, by `time.monotonic`.
         started: when it began to run; None before.
         steps: the number of steps that it has made.
+        forwards, samples: the number of forwards that were made for it, and of the samples in them, its own and those
+            of other requests.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class Job:
         self.on_step = on_step
         self.submitted = time.monotonic()
         self.started: float | None = None
-        self.steps = 0
+        self.steps = self.forwards = self.samples = 0
         self._deadline = None if deadline is None else self.submitted + deadline
         self._allowed = deadline
         self._cancelled = False
@@ -86,8 +88,11 @@ class Job:
         return self._awaited().__await__()
 
     async def _awaited(self) -> OmniResult:
+        future = asyncio.wrap_future(self._future)
+        # If the task is cancelled, nobody asks for the exception, and asyncio would log it as lost.
+        future.add_done_callback(lambda one: one.cancelled() or one.exception())
         try:
-            return await asyncio.shield(asyncio.wrap_future(self._future))
+            return await asyncio.shield(future)
         except asyncio.CancelledError:
             self.cancel()
             raise

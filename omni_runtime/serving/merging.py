@@ -204,6 +204,8 @@ def cuts(joined: Any, alone: Any, total: int, count: int) -> Any:
         return {key: cuts(one, alone[key], total, count) for key, one in joined.items()}
     if isinstance(joined, (tuple, list)):
         return [cuts(one, other, total, count) for one, other in zip(joined, alone, strict=True)]
+    if joined is not None and not isinstance(joined, (bool, int, float, str)):
+        raise ValueError(f"the result has a {type(joined).__name__}, which cannot be split")
     return None
 
 

@@ -447,6 +447,15 @@ def test_unfit_schedulers_are_refused_by_name(qwen_pipe, scheduler, named):
     assert omni_kernels.patching.handle_of(qwen_pipe) is None
 
 
+def test_a_step_that_hides_its_arguments_is_refused(qwen_pipe):
+    """Otherwise the scheduler would step with a stand-in."""
+    kind = type(qwen_pipe.scheduler)
+    hiding = type(kind.__name__, (kind,), {"step": lambda self, *args, **kwargs: kind.step(self, *args, **kwargs)})
+    qwen_pipe.scheduler = hiding.from_config(qwen_pipe.scheduler.config)
+    with pytest.raises(ValueError, match="step takes no model_output and no sample"):
+        omni_kernels.patch(qwen_pipe, "velocity_cache")
+
+
 def test_unfit_scheduler_put_in_later_is_refused_too(qwen_pipe):
     fit = qwen_pipe.scheduler
     with omni_kernels.patched(qwen_pipe, "velocity_cache", {"schedule": SCHEDULE}):

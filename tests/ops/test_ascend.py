@@ -242,7 +242,7 @@ def test_the_file_says_what_it_is_of(tmp_path, monkeypatch, status, code):
     monkeypatch.setattr(ascend, "missing_cpu_tools", lambda: ["mlir-19-tools"])
     assert ascend.main(["--out", str(tmp_path / "out.json"), "gelu"]) == code
     document = json.loads((tmp_path / "out.json").read_text())
-    assert document["what"] == "lowered by the vendor's compilers and computed on a CPU; not run on an NPU"
+    assert document["what"] == "lowered by the vendor's compilers; neither computed on a CPU nor run on an NPU"
     assert document["versions"]["triton-ascend"] == "3.2.0"
     assert document["not_computed"] == "apt packages are missing: mlir-19-tools"
     assert document["lowered"] == [row]

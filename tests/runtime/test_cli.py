@@ -404,7 +404,8 @@ def test_inspect_says_why_a_cache_does_not_work(embedded: str, capsys: pytest.Ca
     index.write_text(json.dumps(json.loads(index.read_text()) | {"stochastic_sampling": True}))
     assert run("inspect", "--model", embedded, "--prompt", "a cat", "--json", "--quiet") == 0
     caches = json.loads(capsys.readouterr().out)["caches"]
-    assert "draws new noise at each step" in caches["velocity_cache"]
+    assert "draws new noise at each step" in caches["easy_cache"]
+    assert caches["velocity_cache"] is None
     assert caches["first_block_cache"] is None
 
 

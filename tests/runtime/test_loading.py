@@ -156,6 +156,7 @@ def test_wrong_dtype(dtype: object, error: type[Exception], message: str) -> Non
     ("device", "error", "message"),
     [
         ("gpu", ValueError, "unknown device 'gpu'"),
+        ("npu:0", ValueError, "unknown device 'npu:0': torch-npu is not installed"),
         ("cuda:99", ValueError, "'cuda:99' is not available here; available: cpu"),
         (0, TypeError, "not int"),
     ],

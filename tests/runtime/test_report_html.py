@@ -433,6 +433,28 @@ def test_no_chart_of_steps_is_alone_in_its_row(shown: Any) -> None:
     assert abs(left[1] - right[1]) <= max(left[2], right[2])
 
 
+def test_the_letters_of_the_charts_of_steps_can_be_read_on_a_phone(shown: Any) -> None:
+    page, _ = shown
+    try:
+        for width in (600, 440, 360, 320):
+            size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+            page.call("Emulation.setDeviceMetricsOverride", **size)
+            letters = page.evaluate(
+                "[...document.querySelectorAll('.timeline text')].map(text => {"
+                " const box = text.getBoundingClientRect(), svg = text.closest('svg');"
+                " const shrunk = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;"
+                " const size = parseFloat(getComputedStyle(text).fontSize) * shrunk;"
+                " return [size, box.left >= 0, box.right <= innerWidth] })"
+            )
+            assert {tuple(inside) for _, *inside in letters} == {(True, True)}
+            assert min(size for size, *_ in letters) > 8.5
+            assert max(size for size, *_ in letters) < 15
+            assert page.evaluate(OVERLAPS) == []
+            assert not page.evaluate("document.documentElement.scrollWidth > innerWidth")
+    finally:
+        page.call("Emulation.clearDeviceMetricsOverride")
+
+
 def test_each_run_has_its_steps_and_its_distances(shown: Any) -> None:
     page, document = shown
     counts = page.evaluate(

@@ -132,7 +132,10 @@ CACHE_DIT = Method(
         keys.choice("scm_steps_mask_policy", None, POLICIES, "steps computation mask by name"),
         _mask_key(),
         keys.choice(
-            "scm_steps_policy", "dynamic", ("dynamic", "static"), "at the mask's zeros: the gate decides, or skip"
+            "scm_steps_policy",
+            "dynamic",
+            ("dynamic", "static"),
+            "what happens at the mask's zeros. dynamic: the distance decides; static: the step is skipped",
         ),
         keys.integer("num_inference_steps", None, 1, None, "not needed: a request's steps are read from its scheduler"),
         keys.choice(

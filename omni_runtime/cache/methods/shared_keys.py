@@ -13,14 +13,14 @@ from omni_runtime.cache.methods.method import Config
 
 #: For every method that skips blocks, and for those that skip whole steps and reuse by default.
 FORECASTER_KEYS = (
-    keys.choice("forecaster", None, tuple(FORECASTERS), "what stands in for a skipped residual; None: reuse"),
+    keys.choice("forecaster", None, tuple(FORECASTERS), "what replaces a skipped residual; None: reuse"),
     keys.integer(
         "forecaster_order",
         1,
         0,
         3,
-        "order of taylorseer, newton and hermite, which keep one snapshot more; in bfloat16 and float16, rounding may "
-        "outweigh what orders from 2 on add",
+        "order of taylorseer, newton and hermite, which keep one snapshot more than that; from 2 on, rounding in "
+        "bfloat16 and float16 may cost more than the order gains",
     ),
 )
 
@@ -33,10 +33,16 @@ def chosen_forecaster(config: Config) -> Forecaster:
 #: For every method that decides by measured distances.
 DECISION_KEYS = (
     keys.choice(
-        "decision", "measure", ("measure", "replay"), "each request decides, or all follow the first of their kind"
+        "decision",
+        "measure",
+        ("measure", "replay"),
+        "measure: each request decides for itself; replay: it follows the first request of its kind",
     ),
     keys.number(
-        "drift_tolerance", 0.1, "drift, in shares of the threshold, past which a request decides afresh", low=0.0
+        "drift_tolerance",
+        0.1,
+        "largest drift of a replay, as a share of the threshold; beyond it, the next request decides for itself",
+        low=0.0,
     ),
 )
 

@@ -115,27 +115,32 @@ VELOCITY_CACHE = Method(
     summary="Velocity cache: skip whole steps on a schedule, and forecast the guided model output there",
     keys=(
         _schedule_key(),
-        keys.integer("budget", None, 2, None, "how many steps are computed"),
+        keys.integer(
+            "budget",
+            None,
+            2,
+            None,
+            "how many steps are computed; without schedule, budget, speedup and quality, half of the steps",
+        ),
         keys.number(
             "speedup",
             None,
-            "times as fast as with all steps, as measured by the calibration if there is one; nothing given: half of "
-            "the steps",
+            "wanted speedup over all steps, as the calibration measured it; without one, skipped steps count as free",
             above=1.0,
         ),
-        keys.number("quality", None, "mean PSNR in dB against the full run, where that was calibrated", above=0.0),
+        keys.number("quality", None, "wanted mean PSNR in dB against the full run; it needs a calibration", above=0.0),
         calibrated_key(
             "velocity_cache", keys.nothing("calibration", "schedules found for a model; None: the model's own")
         ),
         keys.choice(
-            "forecaster", "newton", tuple(FORECASTERS), "what stands in for a skipped step's model output", none=True
+            "forecaster", "newton", tuple(FORECASTERS), "what replaces the model output of a skipped step", none=True
         ),
         keys.integer(
             "forecaster_order",
             1,
             0,
             2,
-            "order of the forecaster, where it has one; in bfloat16 and float16, rounding may outweigh what 2 adds",
+            "order of the forecaster, if it has one; in bfloat16 and float16, rounding may cost more than 2 gains",
         ),
         REACH_KEY,
         keys.integer("corrector_order", 2, 0, 3, "order of the correction after skipped steps; 0: none"),
