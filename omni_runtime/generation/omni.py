@@ -121,13 +121,14 @@ class Omni:
         options_of(compile)
         self._fuse, self._compile = fuse, compile
         self._parallel = Parallel.of(parallel)
+        given = device
         if self._parallel is not None:
             device = self._parallel.device(device)
         dtype = _one_dtype(dtype, from_pretrained)
         if isinstance(model, str | os.PathLike):
             source = loading.find(os.fspath(model), from_pretrained)
             complete = _complete(backend, config, source.location, source.transformer_config, source.name)
-            target = loading.resolve_device(device)
+            target = self._device = loading.resolve_device(device)
             if self._parallel is not None:
                 self._parallel.check_class(source.transformer_config)
             dtype = loading.resolve_dtype(dtype, target)
@@ -140,15 +141,15 @@ class Omni:
             _check_loaded(model, from_pretrained)
             self.location = getattr(model, "name_or_path", None)
             complete = _complete(backend, config, self.location, _config_of(model), type(model).__name__)
-            target = model.device if str(device) == "auto" else loading.resolve_device(device)
+            stays = str(given) == "auto"
             if self._parallel is not None:
                 self._parallel.check_class(_config_of(model))
+                self._device = model.device if stays else loading.resolve_device(device)
             self.name = getattr(model, "name_or_path", None) or type(model).__name__
             self._defaults = {}
             self._pipeline_class = type(model)
-            self._load = lambda: _moved(model, dtype, device)
+            self._load = lambda: _moved(model, dtype, "auto" if stays else device)
         self.cache_backend, self.cache_config = backend, complete
-        self._device = target
         self._pipe: Any = None
         self._engine: Engine | None = None
         self._handle: PatchHandle | None = None
@@ -256,6 +257,8 @@ class Omni:
         with self._turn:
             if self._handle is not None and self._patched_here:
                 self._handle.undo()
+            if self._parallel is not None:
+                self._parallel.close()
             self._handle = self._pipe = None
             self._load, self._arguments = _closed, None
             self._closed = True

@@ -100,14 +100,14 @@ class Channel:
                 accepted = server.accept()[0]
                 accepted.settimeout(CONNECTING)
                 connection = _Connection(accepted)
-                hello = connection.receive()
-                rank = hello.get("rank") if hello else None
-                given = str(hello.get("token")) if hello else ""
-                if rank in self._connections or not hmac.compare_digest(given, token):
-                    connection.close()
-                else:
+                hello = connection.receive() or {}
+                rank, given = hello.get("rank"), str(hello.get("token"))
+                expected = isinstance(rank, int) and 0 < rank < self.count and rank not in self._connections
+                if expected and hmac.compare_digest(given.encode(), token.encode()):
                     accepted.settimeout(None)
                     self._attach(int(str(rank)), connection)
+                else:
+                    connection.close()
 
     def _attach(self, rank: int, connection: _Connection) -> None:
         with self._changed:
@@ -179,10 +179,11 @@ class Channel:
         return [found[rank] for rank in range(self.count)]
 
     def troubled(self, section: int) -> bool:
-        """Whether another rank has failed in this section, or has ended."""
+        """Whether another rank has failed in this section, or has ended before the section was over."""
         with self._changed:
             ends = self._ends.get(section, {})
-            return bool(self._left) or any(end.error for rank, end in ends.items() if rank != self.rank)
+            failed = any(end.error for rank, end in ends.items() if rank != self.rank)
+            return failed or any(rank not in ends for rank in self._left)
 
     @property
     def left(self) -> list[int]:
@@ -200,12 +201,17 @@ class Channel:
             How the section has ended, by rank, for those that have told it in time.
         """
         self._send({"kind": "end", "section": section, "error": error, "follows": follows})
+        self.wait_for_ends(section, patience)
+        with self._changed:
+            return dict(self._ends[section])
+
+    def wait_for_ends(self, section: int, patience: float) -> None:
+        """Wait until the section is over on all ranks, but no longer than so many seconds."""
         with self._changed:
             # Without rank 0, which passes the messages on, nothing more will be heard.
             self._changed.wait_for(
-                lambda: 0 in self._left or len({*self._ends[section], *self._left}) == self.count, timeout=patience
-            )  # fmt: skip
-            return dict(self._ends[section])
+                lambda: 0 in self._left or len({*self._ends.get(section, ()), *self._left}) == self.count, patience
+            )
 
     def forget(self, section: int) -> None:
         """Drop what was kept for the sections before this one."""

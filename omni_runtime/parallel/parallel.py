@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +38,7 @@ class Parallel:
         self.rank = self._place.rank
         self._world: World | None = None
         self._guidance: Guidance | None = None
+        self._move: Callable[[Any], None] | None = None
         self._seeds = random.Random()
 
     @classmethod
@@ -81,18 +82,26 @@ class Parallel:
         ranks = self._world
         assert ranks is not None
         self._seeds.seed(ranks.gather(secrets.randbits(64))[0])
-        move = enable(pipe, self.degrees, ranks.mesh(self.degrees), ranks.device)
+        self._move = enable(pipe, self.degrees, ranks.mesh(self.degrees), ranks.device)
         if self.degrees.cfg > 1:
             from omni_runtime.parallel.guidance import Guidance  # not every torch has what it imports
 
             self._guidance = Guidance(self._pair())
+        if self.rank > 0:
+            pipe.set_progress_bar_config(disable=True)
+        ranks.used_by(self)
 
-        def renewed() -> None:
-            move(ranks.mesh(self.degrees))
-            if self._guidance is not None:
-                self._guidance.pair = self._pair()
+    def renewed(self) -> None:
+        """The ranks' connections were made anew: use them."""
+        assert self._world is not None
+        if self._move is not None:
+            self._move(self._world.mesh(self.degrees))
+        if self._guidance is not None:
+            self._guidance.pair = self._pair()
 
-        ranks.on_renewal(renewed)
+    def close(self) -> None:
+        """Let go of the pipeline."""
+        self._guidance = self._move = None
 
     def _pair(self) -> Pair:
         assert self._world is not None

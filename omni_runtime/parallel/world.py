@@ -17,7 +17,8 @@ import socket
 import stat
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ class World:
         self._store: Any = None
         self._made = 0
         self._meshes: dict[Degrees, Any] = {}
-        self._renewed: list[Callable[[], None]] = []
+        self._users: weakref.WeakSet[Any] = weakref.WeakSet()
         self._sockets: dict[int, int] = {}
         self._section = 0
         self._number = 0
@@ -133,9 +134,9 @@ class World:
             self._meshes[degrees] = mesh
         return self._meshes[degrees]
 
-    def on_renewal(self, function: Callable[[], None]) -> None:
-        """Call a function whenever the meshes were made anew. It may raise an error that says why that is no help."""
-        self._renewed.append(function)
+    def used_by(self, user: Any) -> None:
+        """Call `user.renewed()` whenever the meshes were made anew. It may raise an error that says why this fails."""
+        self._users.add(user)
 
     @contextlib.contextmanager
     def _recording(self) -> Iterator[None]:
@@ -147,7 +148,9 @@ class World:
             self._sockets |= {fd: inode for fd, inode in _connections().items() if before.get(fd) != inode}
 
     def leave(self) -> None:
-        """This process ends."""
+        """This process ends, after the other ranks are done with what they do together."""
+        if self._section:
+            self._channel.wait_for_ends(self._section, ENDING)
         self._channel.close()
         if self._own and torch.distributed.is_initialized():
             with contextlib.suppress(Exception):
@@ -223,8 +226,8 @@ class World:
         degrees, self._meshes = list(self._meshes), {}
         for one in degrees:
             self.mesh(one)
-        for function in self._renewed:
-            function()
+        for user in list(self._users):
+            user.renewed()
         self.broken = False
 
     # Failing
