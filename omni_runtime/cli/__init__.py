@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":
             return _say(UNEXPECTED, f"the device is out of memory: {error}")
-        if isinstance(error, WriteError) or type(error).__name__ in ("NotANumberError", "ServerError"):
+        # The modules of the others import torch.
+        if isinstance(error, WriteError) or type(error).__name__ in ("NotANumberError", "RankError", "ServerError"):
             return _say(UNEXPECTED, str(error))
         traceback.print_exc()
         return _say(UNEXPECTED, f"unexpected {type(error).__name__}: {error}")

@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
+from omni_runtime.parallel import degrees
+
 DEFAULT_MODEL = "emoji-qwen-image"
 #: Exit code: wrong input.
 WRONG_INPUT = 2
@@ -130,6 +132,13 @@ def _add_generate(commands: Any, shared: argparse.ArgumentParser) -> None:
         "--seed", type=_seed, metavar="N", help="makes the same images again (default: random; it is printed)"
     )
     _add_speed(command)
+    command.add_argument(
+        "--parallel",
+        type=_degrees,
+        metavar="NAME=N,...",
+        help="share the work among the ranks that torchrun has started: ulysses, ring, cfg, tensor, uneven, such as "
+        "ulysses=2,cfg=2 for four of them",
+    )
     command.add_argument(
         "--fps",
         type=_rate,
@@ -379,6 +388,13 @@ def _seeds(text: str) -> list[int]:
 
 def _budgets(text: str) -> list[int]:
     return [_whole(part.strip()) for part in text.split(",")]
+
+
+def _degrees(text: str) -> dict[str, int]:
+    try:
+        return degrees.parse(text)
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("parallel: ")) from None
 
 
 def _size(text: str) -> tuple[int, int]:
