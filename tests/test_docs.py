@@ -72,6 +72,8 @@ def test_the_commands_of_a_page_exist(page):
     for line, text in blocks(page, "console"):
         for command in text.replace("\\\n", " ").splitlines():
             program, *arguments = shlex.split(command, comments=True) or ["#"]
+            if program == "torchrun" and "omni_runtime" in arguments:
+                program, arguments = "omni", arguments[arguments.index("omni_runtime") + 1 :]
             if program == "omni" and not {"--help", "--version"} & set(arguments):
                 assert parser().parse_args(arguments).command, f"{page}:{line}"
             elif program == "make":

@@ -121,7 +121,9 @@ def _check_freqs(freqs: torch.Tensor, q: torch.Tensor) -> None:
     if freqs.dtype != torch.float32:
         complex_ = "; torch.view_as_real converts it" if freqs.dtype == torch.complex64 else ""
         raise ValueError(f"qk_norm_rope: freqs has dtype {str(freqs.dtype)[6:]}; it must be float32{complex_}")
-    if freqs.shape not in ((S, Dh // 2, 2), (B, S, Dh // 2, 2), (1, S, Dh // 2, 2)):
+    # Not `in`, which Dynamo takes for false where a size is symbolic on one side only.
+    angles = (S, Dh // 2, 2)
+    if freqs.shape != angles and freqs.shape != (B, *angles) and freqs.shape != (1, *angles):
         raise ValueError(
             f"qk_norm_rope: freqs has shape {[*freqs.shape]}; allowed are "
             f"[S, Dh/2, 2] and [B, S, Dh/2, 2] with B = {B} or 1, S = {S}, Dh/2 = {Dh // 2}"

@@ -23,6 +23,8 @@ from omni_kernels.patching.compiled import Compiled
 REGIONAL = "regional"
 #: Default arguments of torch.compile: a graph break is an error instead of a slow block.
 OPTIONS = {"fullgraph": True}
+#: Further ones for blocks under tensor parallelism: with symbolic sizes, Dynamo of torch 2.13 fails on sharded weights.
+SHARDED = {"dynamic": False}
 
 
 def options_of(compile: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -58,12 +60,13 @@ def replace_calls(pipe: Any, options: Mapping[str, Any], patch: Patch) -> Compil
         PatchConflictError: a transformer is compiled as a whole, or its blocks are already compiled by another patch.
     """
     compiled, blocks = Compiled(), list(_repeated_blocks(pipe))
-    for name, _, block in blocks:
+    for name, model, block in blocks:
         call = block._compiled_call_impl
         if isinstance(call, InstanceMethod):
             raise PatchConflictError(f"{name} is compiled already, through another pipeline that shares it")
         if call is None:
-            patch.set_method(block, "_compiled_call_impl", compiled.call_of(name, block, options))
+            own = SHARDED | dict(options) if _is_sharded(model) else options
+            patch.set_method(block, "_compiled_call_impl", compiled.call_of(name, block, own))
     if not blocks:
         raise ValueError(
             f"diffusers lists no blocks of this {type(pipe).__name__} that can be compiled one by one "
@@ -76,6 +79,12 @@ def replace_calls(pipe: Any, options: Mapping[str, Any], patch: Patch) -> Compil
             model.register_forward_pre_hook(_begins)
             patch.record(model, hooks, before)
     return compiled
+
+
+def _is_sharded(model: torch.nn.Module) -> bool:
+    """Whether the weights of a transformer are shared out among ranks."""
+    config = getattr(model, "_parallel_config", None)
+    return getattr(config, "tensor_parallel_config", None) is not None
 
 
 def makes_cuda_graphs(options: Mapping[str, Any]) -> bool:

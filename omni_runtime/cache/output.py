@@ -31,6 +31,7 @@ from omni_runtime.cache.models import depth
 from omni_runtime.cache.replay import Replays
 from omni_runtime.cache.schedulers import check_scheduler, clean_latents, draws_noise, steps_along
 from omni_runtime.cache.session import GRADIENT, Args, CacheSession, Kwargs, differentiates
+from omni_runtime.cache.sharing import SHARING
 from omni_runtime.cache.signals import ExpectedChange
 
 
@@ -172,7 +173,7 @@ class StandIn:
             history = next(histories)
             return history.forecast(None, reached(history.positions, position, self._reach))
 
-        return _with_tensors(self._returned, forecast)
+        return with_tensors(self._returned, forecast)
 
 
 class OutputSteps:
@@ -255,7 +256,9 @@ class OutputSteps:
         """
         latents = self._request.sample
         if self._signal is not None and latents is not None:
-            sums = self._signal.observe(latents)
+            sums, sharing = self._signal.observe(latents), SHARING.get()
+            if sums is not None and sharing is not None:
+                sums = sharing.agreed(sums)
             if sums is not None and self.gate.reads:
                 pairs = sums.tolist()  # the only transfer to the host for this decision
                 return self.gate.judge(pairs, latents.numel() // len(pairs))
@@ -386,28 +389,28 @@ def reached(positions: Sequence[float], x: float, reach: float) -> float:
     return newest + math.copysign(min(abs(x - newest), farthest), x - newest)
 
 
-def _with_tensors(value: Any, made: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def with_tensors(value: Any, made: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """The same structure with `made(tensor)` in place of each tensor, in the order of `tensors_of`."""
     if isinstance(value, torch.Tensor):
         return made(value)
     if type(value) is dict:  # a cache of the model's own, such as keys and values
         return value
     if isinstance(value, Mapping):  # diffusers' outputs are mappings, and are constructed from keyword arguments
-        return type(value)(**{key: _with_tensors(one, made) for key, one in value.items()})
+        return type(value)(**{key: with_tensors(one, made) for key, one in value.items()})
     if hasattr(value, "_fields"):
-        return type(value)(*(_with_tensors(one, made) for one in value))
-    return type(value)(_with_tensors(one, made) for one in value) if type(value) in (tuple, list) else value
+        return type(value)(*(with_tensors(one, made) for one in value))
+    return type(value)(with_tensors(one, made) for one in value) if type(value) in (tuple, list) else value
 
 
 def _floating(value: Any) -> list[torch.Tensor]:
-    """The tensors for which `_with_tensors` calls `made`, if they are of numbers that can be forecast."""
+    """The tensors for which `with_tensors` calls `made`, if they are of numbers that can be forecast."""
     found: list[torch.Tensor] = []
 
     def made(tensor: torch.Tensor) -> torch.Tensor:
         found.append(tensor)
         return tensor
 
-    _with_tensors(value, made)
+    with_tensors(value, made)
     return [tensor for tensor in found if tensor.is_floating_point()]
 
 

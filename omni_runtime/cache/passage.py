@@ -32,6 +32,7 @@ from omni_runtime.cache.lifecycle import Branch, Request
 from omni_runtime.cache.models import Arguments, ModelRow
 from omni_runtime.cache.offloading import fetched, released
 from omni_runtime.cache.ranks import Ranks, Shard
+from omni_runtime.cache.sharing import Rows
 from omni_runtime.cache.signals import Signal
 from omni_runtime.cache.stretches import Later, Shape, Stretch, clipped, versions_of
 
@@ -70,6 +71,7 @@ class Blocks(Protocol):
     blocks: int
     calls: list[BlockCall]
     ranks: Ranks | None
+    rows: Rows | None
     stretches: list[Stretch]
 
     def gate(self, request: Request, branch: Branch) -> Gate:
@@ -105,6 +107,7 @@ class Passage:
         "_every_step",
         "_images",
         "_noise_tokens",
+        "_rows",
         "_shard",
         "_signal",
         "_strict",
@@ -139,6 +142,7 @@ class Passage:
         self.first, self.last = site.first, site.last
         self._branch = branch
         self._shard = None if stack.ranks is None else Shard(stack.ranks)
+        self._rows = stack.rows
         self._signal = parts.signal.fresh(self._shard)
         self._every_step = parts.signal.every_step
         self._strict = not stack.row.depths  # nobody has checked which of the streams is the noise
@@ -189,6 +193,9 @@ class Passage:
         self._signal.situate(request.sigma, arguments)
         if self._shard is not None and self._shard.reshaped(arguments):
             self.forget()  # matches no input, on any rank
+        if self.stack.rows is not self._rows:  # another number of samples, although this rank may have as many
+            self._rows = self.stack.rows
+            self.forget()
 
     def record_all(self, made: Mapping[int, Kept]) -> bool:
         """Record a whole forward after it has run: the one in which the blocks were found. `begin` was called.
@@ -333,6 +340,8 @@ class Passage:
         """The gate's verdict on the sums, which have one row per sample."""
         gate = self.gate
         elements = now.numel() if self._shard is None else self._shard.add(sums)
+        if self._rows is not None:
+            sums, elements = self._rows.whole(sums), elements * self._rows.count
         if not gate.reads:
             return gate.keep(sums, elements, self._images)
         if self._strict and not sums[:, 0].any():
@@ -368,9 +377,10 @@ class Passage:
         """Drop all recorded state, because the shape has changed: the batch, the resolution or the prompt length."""
         if self._shard is None:
             tokens = hidden.shape[1] if self._noise_tokens is None else self._noise_tokens
-            self.gate.enters((hidden.shape[0], tokens, *hidden.shape[2:]))
+            B, *shape = hidden.shape[0], tokens, *hidden.shape[2:]
         else:
-            self.gate.enters(self._shard.measure(hidden, self._noise_tokens))
+            B, *shape = self._shard.measure(hidden, self._noise_tokens)
+        self.gate.enters((B if self._rows is None else B * self._rows.count, *shape))
         self._clear()
 
     def _clear(self) -> None:

@@ -36,7 +36,8 @@ from omni_runtime.cache.models import ModelRow
 from omni_runtime.cache.passage import Parts, Passage
 from omni_runtime.cache.refusals import refuse_cached
 from omni_runtime.cache.replay import ReplayGate, Replays
-from omni_runtime.cache.report import BranchReport, CacheReport, StepEvent
+from omni_runtime.cache.report import BranchReport, CacheReport, Decision, StepEvent
+from omni_runtime.cache.sharing import SHARING, Rows
 from omni_runtime.cache.signals import Nothing
 from omni_runtime.cache.stack import Stack
 from omni_runtime.cache.watch import Watch
@@ -47,6 +48,8 @@ NAMES = ("transformer", "transformer_2", "unconditional_transformer")
 #: The positional and keyword arguments of a transformer call.
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+#: A request's decisions by branch, and how many blocks ran, of how many.
+Decided = tuple[dict[str, list[Decision]], int, int]
 #: The reason in the report of a step that needs a gradient. It is always computed: a forecast has no derivative.
 GRADIENT = "a gradient is asked for"
 
@@ -274,6 +277,13 @@ class CacheSession:
             drift=request.drift,
         )
 
+    def decided(self) -> list[Decided]:
+        """What the last call's requests have decided on this rank, if other ranks have decided the rest."""
+        return []
+
+    def decided_elsewhere(self, requests: Sequence[Decided]) -> None:
+        """Add to the reports what another rank has decided, as its `decided` tells."""
+
     def held_tensors(self) -> list[torch.Tensor]:
         """All tensors held by the request under way; empty between requests."""
         request = None if self._sampling is None else self._sampling.request
@@ -418,6 +428,28 @@ class BlockSession(CacheSession):
         self, sampling: Sampling, request: Request, transformer: Any, call: Any, args: Args, kwargs: Kwargs
     ) -> Any:
         """See `CacheSession.call`."""
+        sharing = SHARING.get()
+        if sharing is None:
+            return self._compute(sampling, request, transformer, call, args, kwargs)
+        inner = sharing.inner(transformer)
+
+        def compute(args: Args, kwargs: Kwargs, rows: Rows | None) -> Any:
+            stack = self.stacks[transformer]
+            stack.rows = rows
+            try:
+                return self._compute(sampling, request, transformer, inner, args, kwargs)
+            finally:
+                stack.rows = None
+
+        def passed_over() -> None:
+            request.branch(sampling.context)
+            request.calls += 1
+
+        return sharing.share(transformer, compute, args, kwargs, passed_over)
+
+    def _compute(
+        self, sampling: Sampling, request: Request, transformer: Any, call: Any, args: Args, kwargs: Kwargs
+    ) -> Any:
         branch, stack = request.branch(sampling.context), self.stacks[transformer]
         # `differentiates` asks this first, too: asking here saves a Python call in every forward.
         if torch.is_grad_enabled() and differentiates(transformer, args, kwargs):
@@ -428,9 +460,26 @@ class BlockSession(CacheSession):
             output, ran = self.forward(stack, sampling, request, branch, call, args, kwargs)
         self.blocks = self.stacks[self.transformer].blocks
         request.calls += 1
-        request.blocks_run += ran
-        request.blocks_total += stack.blocks
+        if stack.rows is None or stack.rows.rank == 0:  # the ranks that have the other samples count nothing
+            request.blocks_run += ran
+            request.blocks_total += stack.blocks
         return output
+
+    def decided(self) -> list[Decided]:
+        """See `CacheSession.decided`."""
+        return [(request.decisions, request.blocks_run, request.blocks_total) for request in self._requests]
+
+    def decided_elsewhere(self, requests: Sequence[Decided]) -> None:
+        """See `CacheSession.decided_elsewhere`."""
+        for request, (decisions, run, total) in zip(self._requests, requests, strict=False):
+            request.blocks_run += run
+            request.blocks_total += total
+            for name, made in decisions.items():
+                branch = request.branches.get(name)
+                if branch is not None:
+                    known = {decision.step for decision in branch.decisions}
+                    branch.decisions += [one for one in made if one.step not in known]
+                    branch.decisions.sort(key=lambda one: one.step)
 
     def forward(
         self, stack: Stack, sampling: Sampling, request: Request, branch: Branch, call: Any, args: Args, kwargs: Kwargs

@@ -26,6 +26,7 @@ from omni_runtime.cache.models import ModelRow, depth, row_of
 from omni_runtime.cache.passage import Parts, Passage
 from omni_runtime.cache.ranks import Ranks, SplitCall, ranks_of
 from omni_runtime.cache.refusals import refuse_compiled, refuse_parallel
+from omni_runtime.cache.sharing import Rows
 from omni_runtime.cache.stretches import Stretch
 from omni_runtime.cache.together import Axes, Member, Together
 
@@ -94,6 +95,7 @@ class Stack:
         contract: what was found; None before the first computed forward.
         stretches: the stretches of blocks that the same streams go through.
         ranks: the ranks that run the transformer together; None for one.
+        rows: this rank's part of the samples of the current call; None for all of them.
 
     Raises:
         ValueError, PatchConflictError: the transformer is not supported; the message says why.
@@ -114,6 +116,7 @@ class Stack:
         self.kind = type(transformer).__name__
         self.row = row_of(self.kind)
         self.ranks: Ranks | None = None
+        self.rows: Rows | None = None
         self.calls: list[BlockCall] = []
         self.contract: Contract | None = None
         self.stretches: list[Stretch] = []
@@ -166,10 +169,11 @@ class Stack:
         refuse_parallel(self.transformer, self._alone)
         self.ranks = ranks_of(self.transformer)
         lists = [block for blocks in module_lists(self.transformer).values() for block in blocks._modules.values()]
-        if self.ranks is not None and any(block._compiled_call_impl is not None for block in lists if block):
+        compiled = any(block._compiled_call_impl is not None for block in lists if block)
+        if compiled and self.ranks is not None and not self.ranks.even:
             raise ValueError(
-                f"the blocks of this {self.kind} are compiled, and it is run by several ranks: a cache of blocks does "
-                "not support both together yet"
+                f"the blocks of this {self.kind} are compiled, and its ranks have unequal numbers of tokens: "
+                "diffusers' exchange of unequal parts cannot be compiled"
             )
         self._make_calls()
 

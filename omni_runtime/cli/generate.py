@@ -15,6 +15,7 @@ from omni_runtime.cli.output import print_json
 from omni_runtime.files import WriteError
 from omni_runtime.generation import video
 from omni_runtime.generation.result import OmniResult
+from omni_runtime.parallel.degrees import launched
 
 #: File name endings of formats that cannot be written.
 OTHER_PICTURES = frozenset(
@@ -35,7 +36,13 @@ def generate(options: argparse.Namespace) -> None:
     if to_file and len(options.prompt) > 1:
         raise UsageError(f"--out {options.out} is one file, for {len(options.prompt)} prompts: give a directory")
     settle(options)
-    how: dict[str, Any] = {"fuse": options.fuse or None, "compile": options.compile}
+    place = launched()
+    if options.parallel is None and place is not None and place.count > 1:
+        raise UsageError(
+            f"torchrun has started {place.count} processes, and each would make the same picture: give --parallel, "
+            f"such as --parallel cfg={place.count}"
+        )
+    how: dict[str, Any] = {"fuse": options.fuse or None, "compile": options.compile, "parallel": options.parallel}
     if options.cache_backend is not None:
         how["cache_backend"] = options.cache_backend
     with wrong_input():
@@ -50,9 +57,12 @@ def generate(options: argparse.Namespace) -> None:
     omni.pipe.set_progress_bar_config(disable=True)
     made: list[dict[str, Any]] = []
     written: list[str] = []
+    options.quiet = options.quiet or omni.rank > 0
     for request in requests:
         with bar(options, request.prompt or "", request.arguments.get("num_inference_steps", 0)) as on_step:
             result = omni.run(request, on_step)
+        if omni.rank > 0:  # every rank has the same result; rank 0 writes it
+            continue
         try:
             files = result.save(options.out if to_file else _unused(options.out, result), options.fps)
         except WriteError as error:
@@ -61,7 +71,7 @@ def generate(options: argparse.Namespace) -> None:
         made.append({"files": [str(path) for path in files], **_as_json(result)})
         if not options.json:
             print(_summary(result, files), flush=True)
-    if options.json:
+    if options.json and omni.rank == 0:
         print_json({"results": made})
 
 

@@ -14,11 +14,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
+from omni_runtime.parallel import degrees
+
 DEFAULT_MODEL = "emoji-qwen-image"
 #: Exit codes: wrong input, and a batch of which some rows failed.
 WRONG_INPUT, SOME_FAILED = 2, 3
 #: Errors whose message says all, by name: their modules import torch.
-EXPECTED = ("NotANumberError", "ServerError", "DeviceFailedError", "WorkersFailedError")
+EXPECTED = ("NotANumberError", "RankError", "ServerError", "DeviceFailedError", "WorkersFailedError")
 
 
 class UsageError(Exception):
@@ -133,6 +135,13 @@ def _add_generate(commands: Any, shared: argparse.ArgumentParser) -> None:
         "--seed", type=_seed, metavar="N", help="makes the same images again (default: random; it is printed)"
     )
     _add_speed(command)
+    command.add_argument(
+        "--parallel",
+        type=_degrees,
+        metavar="NAME=N,...",
+        help="share the work among the ranks that torchrun has started: ulysses, ring, cfg, tensor, uneven, such as "
+        "ulysses=2,cfg=2 for four of them",
+    )
     _add_rate(command)
     command.add_argument(
         "--out",
@@ -434,6 +443,13 @@ def _seeds(text: str) -> list[int]:
 
 def _budgets(text: str) -> list[int]:
     return [_whole(part.strip()) for part in text.split(",")]
+
+
+def _degrees(text: str) -> dict[str, int]:
+    try:
+        return degrees.parse(text)
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("parallel: ")) from None
 
 
 def _replicas(text: str) -> tuple[int, int | None]:

@@ -16,7 +16,7 @@ import inspect
 import json
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +31,8 @@ from omni_runtime.generation import loading, request, video
 from omni_runtime.generation.clock import LoopClock
 from omni_runtime.generation.result import OmniResult, Timings, jsonable, not_a_number
 from omni_runtime.generation.seeding import RandomState
+from omni_runtime.parallel.parallel import Parallel
+from omni_runtime.parallel.requests import asked
 
 if TYPE_CHECKING:
     from omni_runtime.serving.engine import Engine
@@ -73,6 +75,9 @@ class Omni:
             computed step gives the same bits as the pipeline itself.
         compile: "regional" compiles each transformer block by itself. A dict does the same, with its entries as
             arguments of torch.compile.
+        parallel: how several ranks, started with torchrun, share the work: {"ulysses": 2, "ring": 1, "cfg": 2,
+            "tensor": 1}. Their product is the number of ranks. Every rank makes the same calls, and gets the same
+            results.
         from_pretrained: arguments of `DiffusionPipeline.from_pretrained` (variant, revision, token, components, ...).
 
     Attributes:
@@ -98,6 +103,7 @@ class Omni:
         cache_config: Mapping[str, Any] | str | None = None,
         fuse: bool | None = None,
         compile: str | Mapping[str, Any] | None = None,
+        parallel: Mapping[str, int] | None = None,
         **from_pretrained: Any,
     ) -> None:
         backend, config = resolve_cache(cache_backend, cache_config)
@@ -109,16 +115,23 @@ class Omni:
             "cache_config": config,
             "fuse": fuse,
             "compile": compile,
+            "parallel": parallel,
             **from_pretrained,
         }
         self._turn = threading.RLock()
         options_of(compile)
         self._fuse, self._compile = fuse, compile
+        self._parallel = Parallel.of(parallel)
+        given = device
+        if self._parallel is not None:
+            device = self._parallel.device(device)
         dtype = _one_dtype(dtype, from_pretrained)
         if isinstance(model, str | os.PathLike):
             source = loading.find(os.fspath(model), from_pretrained)
             complete = _complete(backend, config, source.location, source.transformer_config, source.name)
-            target = loading.resolve_device(device)
+            target = self._device = loading.resolve_device(device)
+            if self._parallel is not None:
+                self._parallel.check_class(source.transformer_config)
             dtype = loading.resolve_dtype(dtype, target)
             self.name = source.name
             self.location: str | None = source.location
@@ -132,10 +145,14 @@ class Omni:
             self.location = getattr(model, "name_or_path", None)
             self._transformer_config = _config_of(model)
             complete = _complete(backend, config, self.location, self._transformer_config, type(model).__name__)
+            stays = str(given) == "auto"
+            if self._parallel is not None:
+                self._parallel.check_class(self._transformer_config)
+                self._device = model.device if stays else loading.resolve_device(device)
             self.name = getattr(model, "name_or_path", None) or type(model).__name__
             self._defaults = {}
             self._pipeline_class = type(model)
-            self._load = lambda: _moved(model, dtype, device)
+            self._load = lambda: _moved(model, dtype, "auto" if stays else device)
             self._outline = lambda: model
         self.cache_backend, self.cache_config = backend, complete
         self._pipe: Any = None
@@ -163,6 +180,11 @@ class Omni:
     def pipe(self) -> Any:
         """The diffusers pipeline. Reading this property loads it if necessary."""
         return self.load()
+
+    @property
+    def rank(self) -> int:
+        """This rank, if several share the work, else 0. Rank 0 should write what only one of them needs to write."""
+        return 0 if self._parallel is None else self._parallel.rank
 
     @property
     def pipeline_class(self) -> type:
@@ -194,17 +216,37 @@ class Omni:
         if self._closed:
             raise RuntimeError("this Omni is closed")
         if self._pipe is None:
-            pipe = self._load()
-            before = handle_of(pipe)
-            # Options that were not given keep the values of an existing patch.
-            fuse, compile = self._fuse or False, self._compile
-            if before is not None:
-                fuse = before.fuse if self._fuse is None else self._fuse
-                compile = before.compile if compile is None else compile
-            self._handle = patch(pipe, self.cache_backend, self.cache_config, fuse=fuse, compile=compile)
-            self._patched_here = self._handle is not before
-            self._pipe = pipe
+            with self._together(self._asked_at_loading):
+                self._pipe = self._installed()
         return self._pipe
+
+    def _installed(self) -> Any:
+        pipe = self._load()
+        before = handle_of(pipe)
+        if self._parallel is not None:
+            self._parallel.install(pipe)
+        # Options that were not given keep the values of an existing patch.
+        fuse, compile = self._fuse or False, self._compile
+        if before is not None:
+            fuse = before.fuse if self._fuse is None else self._fuse
+            compile = before.compile if compile is None else compile
+        self._handle = patch(pipe, self.cache_backend, self.cache_config, fuse=fuse, compile=compile)
+        self._patched_here = self._handle is not before
+        return pipe
+
+    @contextlib.contextmanager
+    def _together(self, asked: Callable[[], dict[str, str]]) -> Iterator[None]:
+        """Context manager: all ranks work together within; `asked` returns what must be the same on all of them."""
+        if self._parallel is None:
+            yield
+            return
+        self._parallel.join(self._device)
+        with self._parallel.section(asked()):
+            yield
+
+    def _asked_at_loading(self) -> dict[str, str]:
+        given = {"model": str(self.name), "cache_backend": self.cache_backend, "cache_config": self.cache_config}
+        return asked(given | {"fuse": self._fuse, "compile": self._compile}, {})
 
     def close(self) -> None:
         """Remove the cache from the pipeline and drop the reference to the pipeline. A second call does nothing.
@@ -220,6 +262,8 @@ class Omni:
         with self._turn:
             if self._handle is not None and self._patched_here:
                 self._handle.undo()
+            if self._parallel is not None:
+                self._parallel.close()
             self._handle = self._pipe = None
             self._load, self._outline, self._arguments = _closed, _closed, None
             self._closed = True
@@ -281,7 +325,9 @@ class Omni:
         Takes the arguments of `generate` and the number of steps; see `omni_kernels.warmup`.
         """
         (one,) = self.prepare(prompt, seed=0, **arguments)
-        return warmup(self.pipe, steps=steps, **one.call() | {"num_inference_steps": steps})
+        call = one.call() | {"num_inference_steps": steps}
+        with self._together(lambda: self._asked(one) | {"warmup": str(steps)}), self._shared():
+            return warmup(self.pipe, steps=steps, **call)
 
     def prepare(self, prompt: str | Sequence[str] | None = None, **arguments: Any) -> list[request.GenerationRequest]:
         """Return the checked requests that `generate` would run. Takes its arguments and raises its errors.
@@ -295,6 +341,10 @@ class Omni:
     ) -> list[request.GenerationRequest]:
         """As `prepare`, for another cache than that of this `Omni`; `config` is complete."""
         pipeline_class = self.pipeline_class
+        if self._parallel is not None and arguments.get("seed") is None and arguments.get("generator") is None:
+            self.load()
+            count = 1 if prompt is None or isinstance(prompt, str) else len(prompt)
+            arguments["seed"] = [self._parallel.seed() for _ in range(count)]
         requests = request.build(pipeline_class, prompt, defaults=self._defaults, **arguments)
         _check_steps(backend, config, request.step_count(pipeline_class, requests[0].arguments))
         request.check_size(self.pipe, requests)
@@ -342,6 +392,8 @@ class Omni:
         """
         from omni_runtime.serving.engine import Engine
 
+        if self._parallel is not None:
+            raise ValueError("an engine runs requests in an order of its own: it does not work with parallel")
         with self._turn:
             if self._engine is not None:
                 raise RuntimeError("this Omni has an engine already: close it first")
@@ -370,12 +422,17 @@ class Omni:
         """Run one prepared request. It waits for the requests of other threads, or goes through the engine.
 
         If the pipeline raises, `on_step` is removed and the pipeline's offloading hooks are freed.
+
+        Raises:
+            RankError: with `parallel`, another rank has failed; the message names it and its error.
         """
         engine = self._engine
         if engine is not None:
             return engine.take(one, self.cache_backend, self.cache_config, on_step=on_step).result()
         with self._turn:
-            return self._run(one, on_step)
+            self.load()
+            with self._together(lambda: self._asked(one)):
+                return self._run(one, on_step)
 
     def _run(self, one: request.GenerationRequest, on_step: Callable[[StepEvent], None] | None) -> OmniResult:
         pipe, handle = self.pipe, self._handle
@@ -386,7 +443,8 @@ class Omni:
         clock = LoopClock(pipe._execution_device, None if handle.cache_backend else _without_cache(on_step))
         former, handle.on_step = handle.on_step, on_step
         try:
-            with clock.following(pipe), not_a_number(), _seeded(one.seed, pipe._execution_device):
+            seeded = _seeded(one.seed, pipe._execution_device)
+            with clock.following(pipe), not_a_number(), seeded, self._shared():
                 output = pipe(**one.call())
         except BaseException:
             pipe.maybe_free_model_hooks()  # the pipeline itself would do this at its end: it offloads the models
@@ -395,6 +453,15 @@ class Omni:
             handle.on_step = former
         cache = self.cache_backend, self.cache_config
         return self.result_of(output, one, cache, handle, clock.timings(), memory.bytes())
+
+    def _shared(self) -> contextlib.AbstractContextManager[None]:
+        """Context manager for a call of the pipeline: its branches of guidance are shared out among ranks."""
+        if self._parallel is None:
+            return contextlib.nullcontext()
+        return self._parallel.during(self._pipe, None if self._handle is None else self._handle._installed)
+
+    def _asked(self, one: request.GenerationRequest) -> dict[str, str]:
+        return asked(self._settings(one, self.cache_backend, self.cache_config), one.arguments)
 
     def result_of(
         self,
@@ -441,6 +508,7 @@ class Omni:
 
         pipe, handle = self.pipe, self._handle
         assert handle is not None  # load() has set it
+        parallel = {} if self._parallel is None else {"parallel": self._parallel.degrees.to_dict()}
         return {
             "model": str(self.name),
             "pipeline": type(pipe).__name__,
@@ -454,6 +522,7 @@ class Omni:
             "compiled_blocks": len(handle.compiled),
             "dtype": str(pipe.dtype).removeprefix("torch."),
             "device": pipe._execution_device.type,
+            **parallel,
             "versions": {
                 "omni_kernels": omni_kernels.__version__,
                 "diffusers": diffusers.__version__,

@@ -247,10 +247,23 @@ def reshaped_within_a_request():
     return [list(decision) for decision in handle.report.branches["0"].decisions]
 
 
-def compiled_blocks():
-    """What is said of blocks whose calls are a compiler's."""
+def compiled_blocks(build, arguments, parallel, fuse=False, compile="eager"):
+    """Compiled blocks under a cache, on one rank alone and on both together."""
+    torch._dynamo.reset()
+    pipe = build()
+    with omni_kernels.patched(pipe, *CACHES["tea_cache"]) as handle:
+        expected, alone = request(pipe, handle, **arguments)
+    enable(pipe.transformer, parallel)
+    with omni_kernels.patched(pipe, *CACHES["tea_cache"], fuse=fuse, compile={"backend": compile}) as handle:
+        made, together = request(pipe, handle, **arguments)
+        compiled = len(handle.compiled)
+    return {"alone": alone, "together": together, "off": off(made, expected), "compiled": compiled}
+
+
+def uneven_compiled_blocks():
+    """What is said of compiled blocks whose shards are uneven: diffusers' exchange cannot be traced."""
     pipe = tiny.flux(layers=1, single_layers=1)
-    enable(pipe.transformer)
+    enable(pipe.transformer, UNEVEN)
     handle = omni_kernels.patch(pipe, *CACHES["tea_cache"], compile={"backend": "eager"})
     try:
         request(pipe, handle)
@@ -266,12 +279,18 @@ def on_a_rank():
         "another size": replayed_at_another_size(),
         "recorded before": recorded_before(),
         "reshaped": reshaped_within_a_request(),
-        "compiled blocks": compiled_blocks(),
+        "compiled": compiled_blocks(lambda: tiny.flux(layers=1, single_layers=1), {}, ULYSSES, fuse=True),
+        "uneven, compiled": uneven_compiled_blocks(),
     }
 
 
 def others_on_a_rank():
-    return {name: shared(name, caches) for name, caches in OTHERS.items()}
+    compiled = {
+        "ulysses, fused, inductor": compiled_blocks(lambda: tiny.qwen_image(layers=2), EVEN, ULYSSES, True, "inductor"),
+        "ring": compiled_blocks(lambda: tiny.qwen_image(layers=2), EVEN, RING),
+        "tensor": compiled_blocks(lambda: tiny.qwen_image(layers=2), {}, TENSOR),
+    }
+    return {name: shared(name, caches) for name, caches in OTHERS.items()} | {"compiled": compiled}
 
 
 @pytest.fixture(scope="module")
@@ -376,9 +395,20 @@ def test_a_shape_that_changes_on_one_rank_has_changed_for_all(ranks):
         assert [decision[0] for decision in rank["reshaped"] if decision[2] == "shape changed"] == [5]
 
 
-def test_compiled_blocks_are_refused_by_name(ranks):
+def test_ranks_decide_together_over_compiled_blocks(ranks):
+    check([rank["compiled"] for rank in ranks])
+    assert [rank["compiled"]["compiled"] for rank in ranks] == [2, 2]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["ulysses, fused, inductor", "ring", "tensor"])
+def test_every_kind_of_parallelism_has_compiled_blocks(others, name):
+    check([rank["compiled"][name] for rank in others])
+
+
+def test_compiled_blocks_with_uneven_shards_are_refused_by_name(ranks):
     for rank in ranks:
-        assert "FluxTransformer2DModel are compiled" in rank["compiled blocks"]
+        assert "FluxTransformer2DModel are compiled, and its ranks have unequal numbers" in rank["uneven, compiled"]
 
 
 def test_of_the_first_tokens_each_of_three_ranks_has_what_lies_in_its_part():
