@@ -6,6 +6,7 @@ The test runs this in a network namespace, because the server can be reached onl
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import loopback
 
 REPLICA = "ray::ServeReplica"
 SECONDS = 240.0
+URL = "/v1/images/generations"
 
 
 class Server:
@@ -59,6 +61,17 @@ class Server:
         body = json.dumps(fields).encode()
         return self.ask(urllib.request.Request(self.address + path, body, {"Content-Type": "application/json"}))
 
+    def stream(self, path: str, first: Callable[[Any], None], **fields: Any) -> tuple[int, str]:
+        """Ask for a stream. `first` is called with its first event when that is here."""
+        body, text = json.dumps(fields | {"stream": True}).encode(), ""
+        request = urllib.request.Request(self.address + path, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=SECONDS) as answer:
+            for line in answer:
+                if "data:" not in text and line.startswith(b"data:"):
+                    first(json.loads(line[5:]))
+                text += line.decode()
+            return answer.status, text
+
     def ask(self, request: urllib.request.Request) -> tuple[int, str]:
         try:
             with urllib.request.urlopen(request, timeout=SECONDS) as answer:
@@ -76,6 +89,11 @@ class Server:
         process = self.wait_until(self.replicas)[0]
         os.kill(process, signal.SIGKILL)
         return int(process)
+
+    def asked(self) -> int:
+        """The number of requests that are with replicas, or wait for one."""
+        found = re.search(r'^omni_asked\{replica="front"\} (\d+)', self.get("/metrics")[1], re.MULTILINE)
+        return int(found[1]) if found else 0
 
     def sent_again(self) -> int:
         return sum('"event": "again"' in line for line in self.err.read_text().splitlines())
@@ -115,19 +133,26 @@ def killed(model: str) -> dict[str, Any]:
         fields = {"prompt": "a cat", "size": "64x64", "steps": 40}
 
         def picture(seed: int) -> Callable[[], Any]:
-            return lambda: one.post("/v1/images/generations", seed=seed, **fields)
+            return lambda: one.post(URL, seed=seed, **fields)
 
-        before = one.post("/v1/images/generations", seed=0, **fields)
-        results, threads = together([picture(seed) for seed in range(16)])
-        time.sleep(0.7)
+        before = one.post(URL, seed=0, **fields)
+        begun = threading.Event()
+        results, threads = together(
+            [
+                *(picture(seed) for seed in range(16)),
+                lambda: one.stream(URL, lambda event: begun.set(), seed=0, progress=True, **fields),
+            ]
+        )
+        one.wait_until(begun.is_set)
         one.kill_replica()
         for thread in threads:
             thread.join()
-        kept = one.post("/v1/images/generations", seed=0, response_format="url", **fields)
+        kept = one.post(URL, seed=0, response_format="url", **fields)
         address = json.loads(kept[1])["data"][0]["url"].removeprefix(one.address)
         return {
             "before": before,
-            "results": results,
+            "results": results[:16],
+            "stream": results[16],
             "again": one.sent_again(),
             "file": one.get(address)[0],
             "metrics": one.get("/metrics")[1],
@@ -139,42 +164,48 @@ def killed(model: str) -> dict[str, Any]:
 def streams(_: str) -> dict[str, Any]:
     """Streams, and requests without a seed, while one replica after the other is killed."""
     with server("-m", "stand_in", "2", "2", STAND_IN_SECONDS="2") as one:
-        url = "/v1/images/generations"
         results, threads = together(
-            [lambda seed=seed: one.post(url, prompt="a cat", seed=seed, stream=True) for seed in range(6)]
-            + [lambda: one.post(url, prompt="a cat") for _ in range(6)]
-        )
-        for _ in range(2):
-            time.sleep(1.0)
-            one.kill_replica()
+            [lambda seed=seed: one.stream(URL, kill if seed in (0, 3) else nothing, prompt="a cat", seed=seed)
+             for seed in range(6)]
+            + [lambda: one.post(URL, prompt="a cat") for _ in range(6)]
+        )  # fmt: skip
         for thread in threads:
             thread.join()
         return {"results": results, "again": one.sent_again(), "exit": one.stop()}
 
 
+def kill(event: Any) -> None:
+    """Kill the replica that has sent this event."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(event["process"], signal.SIGKILL)
+
+
+def nothing(event: Any) -> None:
+    pass
+
+
 def deadly(_: str) -> dict[str, Any]:
     """A request that kills each replica that it comes to, among others."""
     with server("-m", "stand_in", "2", "2", STAND_IN_SECONDS="1") as one:
-        url = "/v1/images/generations"
-        calls = [lambda seed=seed: one.post(url, prompt="a cat", seed=seed) for seed in range(12)]
-        calls.insert(4, lambda: one.post(url, prompt="deadly", seed=1))
+        calls = [lambda seed=seed: one.post(URL, prompt="a cat", seed=seed) for seed in range(12)]
+        calls.insert(4, lambda: one.post(URL, prompt="deadly", seed=1))
         results, threads = together(calls)
         for thread in threads:
             thread.join()
-        after = one.post(url, prompt="a cat", seed=99)
+        after = one.post(URL, prompt="a cat", seed=99)
         return {"deadly": results.pop(4), "results": results, "after": after, "exit": one.stop()}
 
 
 def scaled(_: str) -> dict[str, Any]:
     """From one replica to two under load; a server that is told to stop finishes what it has."""
     with server("-m", "stand_in", "1", "2", STAND_IN_SECONDS="4") as one:
-        url, before = "/v1/images/generations", len(one.replicas())
+        before = len(one.replicas())
         ends = threading.Event()
         answers: list[int] = []
 
         def load() -> None:
             while not ends.is_set():
-                answers.append(one.post(url, prompt="a cat", seed=1)[0])
+                answers.append(one.post(URL, prompt="a cat", seed=1)[0])
 
         threads = [threading.Thread(target=load) for _ in range(16)]
         for thread in threads:
@@ -184,12 +215,29 @@ def scaled(_: str) -> dict[str, Any]:
         ends.set()
         for thread in threads:
             thread.join()
-        last, threads = together([lambda seed=seed: one.post(url, prompt="a cat", seed=seed) for seed in range(6)])
-        time.sleep(1.0)
+        last, threads = together([lambda seed=seed: one.post(URL, prompt="a cat", seed=seed) for seed in range(6)])
+        one.wait_until(lambda: one.asked() == 6)
         code = one.stop()
         for thread in threads:
             thread.join()
         return {"before": before, "answers": sorted(set(answers)), "last": last, "exit": code}
+
+
+def token(_: str) -> dict[str, Any]:
+    """Another process, which does not have the token, cannot use a Ray that was started here."""
+    from omni_runtime.serving import local_ray
+
+    code = "import ray, sys; ray.init(address=sys.argv[1]); print(ray.get(ray.remote(lambda: 5).remote()))"
+    with local_ray.ray_runs(2) as ray:
+        address = ray.get_runtime_context().gcs_address
+        plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+        given = {"without": {"RAY_AUTH_MODE": "disabled"}, "wrong": {"RAY_AUTH_TOKEN": "0" * 64}, "right": os.environ}
+        return {
+            name: subprocess.run(
+                [sys.executable, "-c", code, address], env={**plain, **more}, capture_output=True, check=False
+            ).returncode
+            for name, more in given.items()
+        }
 
 
 if __name__ == "__main__":

@@ -78,6 +78,7 @@ def assert_complete(out: Path, rows: Path, model: Path, tmp_path: Path) -> None:
         }
 
 
+@pytest.mark.long
 def test_a_worker_that_is_killed_loses_no_row_and_changes_no_picture(
     rows: Path, saved: dict[str, Path], tmp_path: Path
 ) -> None:
