@@ -50,11 +50,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__.split("\n")[0])
     parser.add_argument("--write", type=Path, metavar="PAGE", help="write results/models.json, and the table into PAGE")
     parser.add_argument("--only", nargs="+", default=[], help="only pipelines whose name contains one of these")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="only these")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=METHODS, help="only these columns; --write keeps the others"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     options = parser.parse_args(arguments)
-    if options.write and (options.only or tuple(options.methods) != METHODS):
-        parser.error("--write needs the whole table: leave out --only and --methods")
+    if options.write and options.only:
+        parser.error("--write needs all rows: leave out --only")
     return options
 
 
@@ -127,6 +129,15 @@ def markdown(found: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([*lines, "", *(f"{number}. {words}" for words, number in notes.items())])
 
 
+def with_other_columns(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, with the cells of results/models.json for the methods that were not tried now."""
+    before = {one["name"]: one["cells"] for one in json.loads(FILE.read_text(encoding="utf-8"))["rows"]}
+    return [
+        {**one, "cells": {m: c for m in METHODS if (c := (before.get(one["name"], {}) | one["cells"]).get(m))}}
+        for one in found
+    ]
+
+
 def document(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What results/models.json holds."""
     versions = {name: metadata.version(name) for name in ("diffusers", "torch", "transformers")}
@@ -148,6 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found.append(one)
         states = ", ".join(f"{m} {c['state']}" for m, c in one["cells"].items() if c["state"] != "works")
         print(f"{one['name']}: {one.get('failed') or states or 'all work'}", file=sys.stderr, flush=True)
+    if options.write and tuple(options.methods) != METHODS:
+        found = with_other_columns(found)
     table = markdown(found)
     print(table)
     if options.write:

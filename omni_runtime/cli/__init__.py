@@ -1,7 +1,7 @@
-"""The command line: omni generate | compare | calibrate | inspect | serve | backends | models.
+"""The command line: omni generate | batch | compare | calibrate | inspect | serve | backends | models.
 
-Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 something unexpected, 2 wrong input, 130
-interrupted by Ctrl-C.
+Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 something unexpected, 2 wrong input, 3 some
+rows of a batch failed, 130 interrupted by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
-from omni_runtime.cli.options import WRONG_INPUT, UsageError, parser
+from omni_runtime.cli.options import EXPECTED, WRONG_INPUT, UsageError, parser
 from omni_runtime.cli.output import settle_streams
 from omni_runtime.files import WriteError
 
@@ -28,8 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else WRONG_INPUT
     try:
         # Imported only now, because it imports torch and --help would have to wait for it.
-        getattr(import_module(f"omni_runtime.cli.{options.module}"), options.command)(options)
-        return OK
+        code = getattr(import_module(f"omni_runtime.cli.{options.module}"), options.command)(options)
+        return code or OK
     except UsageError as error:
         return _say(WRONG_INPUT, str(error))
     except KeyboardInterrupt as stop:
@@ -40,8 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":
             return _say(UNEXPECTED, f"the device is out of memory: {error}")
-        # The modules of the others import torch.
-        if isinstance(error, WriteError) or type(error).__name__ in ("NotANumberError", "RankError", "ServerError"):
+        if isinstance(error, WriteError) or type(error).__name__ in EXPECTED:
             return _say(UNEXPECTED, str(error))
         traceback.print_exc()
         return _say(UNEXPECTED, f"unexpected {type(error).__name__}: {error}")

@@ -54,6 +54,30 @@ def make_omni(options: argparse.Namespace, **how: Any) -> Omni:
     return Omni(options.model, dtype=options.dtype, device=options.device, **how, **given)
 
 
+def gpus_of_workers(options: argparse.Namespace, option: str) -> bool | None:
+    """Whether each of several processes with the model has a GPU; None: if there are any.
+
+    Raises:
+        UsageError: Ray is not installed, or the device is one of several. `option` is what asks for the processes.
+    """
+    from omni_runtime.serving import local_ray
+
+    if not local_ray.installed():
+        raise UsageError(f"{option}: {local_ray.NEEDED}")
+    kind, _, index = options.device.partition(":")
+    if index:
+        raise UsageError(f"--device {options.device}: each process has a device of its own: give --device {kind}")
+    return None if kind == "auto" else kind != "cpu"
+
+
+def threads_of_workers(options: argparse.Namespace) -> int | None:
+    """The CPU threads of each of several processes with the model; None: a share of the CPUs."""
+    if options.threads is None and options.model in loading.embedded_models():
+        return 1
+    threads: int | None = options.threads
+    return threads
+
+
 def request_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of every request, besides its prompt and seed."""
     width, height = options.size or (None, None)

@@ -17,8 +17,10 @@ from typing import Any, NoReturn
 from omni_runtime.parallel import degrees
 
 DEFAULT_MODEL = "emoji-qwen-image"
-#: Exit code: wrong input.
-WRONG_INPUT = 2
+#: Exit codes: wrong input, and a batch of which some rows failed.
+WRONG_INPUT, SOME_FAILED = 2, 3
+#: Errors whose message says all, by name: their modules import torch.
+EXPECTED = ("NotANumberError", "RankError", "ServerError", "DeviceFailedError", "WorkersFailedError")
 
 
 class UsageError(Exception):
@@ -59,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
     model = _model_options()
     _add_generate(commands, model)
+    _add_batch(commands, model)
     _add_compare(commands, model)
     _add_calibrate(commands, model)
     _add_inspect(commands, model)
@@ -139,12 +142,7 @@ def _add_generate(commands: Any, shared: argparse.ArgumentParser) -> None:
         help="share the work among the ranks that torchrun has started: ulysses, ring, cfg, tensor, uneven, such as "
         "ulysses=2,cfg=2 for four of them",
     )
-    command.add_argument(
-        "--fps",
-        type=_rate,
-        metavar="N",
-        help="frames per second of videos (default: the request's frame_rate, else 16)",
-    )
+    _add_rate(command)
     command.add_argument(
         "--out",
         type=Path,
@@ -152,6 +150,55 @@ def _add_generate(commands: Any, shared: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="a directory, or a file: .png, for videos .mp4 or .webp (default: out)",
     )
+
+
+def _add_rate(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--fps",
+        type=_rate,
+        metavar="N",
+        help="frames per second of videos (default: the request's frame_rate, else 16)",
+    )
+
+
+def _add_batch(commands: Any, shared: argparse.ArgumentParser) -> None:
+    about = "make the images or videos of a file of rows, several at once, on one or more workers"
+    command = commands.add_parser(
+        "batch",
+        help=about,
+        description=f"{about.capitalize()}. A row of a .jsonl file is a JSON object with arguments of `generate` "
+        "(prompt, seed, num_inference_steps, image, cache_backend, ...) and an id, which may be left out; a .txt file "
+        "has a prompt on each line. All rows are checked first. Options are for rows that do not have the argument. "
+        "Writes the files, and results.jsonl with a line for each row. A row that fails does not stop the others; the "
+        "exit code is then 3. What was made is not made again, unless the row, the model or the cache has changed.",
+        parents=[shared],
+        allow_abbrev=False,
+    )
+    command.set_defaults(module="batch", command="batch")
+    command.add_argument("rows", type=Path, metavar="ROWS", help="a .jsonl or .txt file")
+    command.add_argument("--steps", type=_whole, metavar="N", help="denoising steps (default: the model's own)")
+    command.add_argument("--seed", type=_seed, metavar="N", help="default: one that follows from the row's content")
+    _add_speed(command)
+    _add_rate(command)
+    command.add_argument(
+        "--workers",
+        type=_whole,
+        default=1,
+        metavar="N",
+        help="processes that have the model, on a GPU each if there are any; more than 1 need Ray. They are of this "
+        "machine, or of the Ray cluster that $RAY_ADDRESS names (default: 1)",
+    )
+    command.add_argument(
+        "--in-flight",
+        type=_whole,
+        default=8,
+        metavar="N",
+        help="rows that a worker runs at once, with shared forwards; 1 gives the same bits as `generate` "
+        "(default: %(default)s)",
+    )
+    command.add_argument("--retry-failed", action="store_true", help="make the rows again that have failed")
+    command.add_argument("--fresh", action="store_true", help="make all rows again")
+    command.add_argument("--out", type=Path, default=Path("out/batch"), metavar="DIR", help="default: %(default)s")
 
 
 def _add_compare(commands: Any, shared: argparse.ArgumentParser) -> None:
@@ -298,6 +345,14 @@ def _add_serve(commands: Any) -> None:
         help="clients must send it; repeat for more (default: $OMNI_API_KEY, which other users of this machine cannot "
         "see in the list of processes; else no key)",
     )
+    where.add_argument(
+        "--replicas",
+        type=_replicas,
+        metavar="N|MIN-MAX|auto",
+        help="processes that have the model, on a GPU each if there are any, on this machine or on the Ray cluster "
+        "that $RAY_ADDRESS names. A range: as many as the requests need; auto: from 1 to the number of GPUs. Limits of "
+        "pictures at once are for each. Needs the extra `ray` (default: the model is in the server's own process)",
+    )
     where.add_argument("--no-page", action="store_true", help="show no page at /")
     where.add_argument(
         "--drain-seconds",
@@ -395,6 +450,16 @@ def _degrees(text: str) -> dict[str, int]:
         return degrees.parse(text)
     except (TypeError, ValueError) as error:
         raise argparse.ArgumentTypeError(str(error).removeprefix("parallel: ")) from None
+
+
+def _replicas(text: str) -> tuple[int, int | None]:
+    """The least and the most replicas; None: the number of GPUs."""
+    if text == "auto":
+        return 1, None
+    match = re.fullmatch(r"([1-9]\d{0,3})(?:-([1-9]\d{0,3}))?", text, re.ASCII)
+    if match is None or int(match[2] or match[1]) < int(match[1]):
+        raise argparse.ArgumentTypeError(f"must be a number, a range like 1-4, or auto, not {text!r}")
+    return int(match[1]), int(match[2] or match[1])
 
 
 def _size(text: str) -> tuple[int, int]:

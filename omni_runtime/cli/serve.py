@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from typing import Any
 
-from omni_runtime.cli.inputs import make_omni, settle, wrong_input
-from omni_runtime.cli.options import UsageError
+from omni_runtime.cli.inputs import gpus_of_workers, make_omni, settle, threads_of_workers, wrong_input
+from omni_runtime.cli.options import EXPECTED, UsageError
+from omni_runtime.generation.omni import Omni
 
 #: The environment variable that holds an API key.
 KEY = "OMNI_API_KEY"
@@ -24,6 +26,7 @@ def serve(options: argparse.Namespace) -> None:
         from omni_runtime.serving.http.app import build_app
     except ModuleNotFoundError as error:
         raise UsageError(f"omni serve needs the package {error.name}: pip install 'omni-kernels[serve]'") from None
+    gpus = None if options.replicas is None else gpus_of_workers(options, "--replicas")
     settle(options)
     logs.to_stderr()
     how: dict[str, Any] = {"fuse": options.fuse or None, "compile": options.compile}
@@ -35,7 +38,11 @@ def serve(options: argparse.Namespace) -> None:
         logs.adopt()
         sock = server.listening(options.host, options.port)
     with sock:
-        app = build_app(omni, settings, failed=lambda: running.stop())
+        app: Any
+        if options.replicas is None:
+            app = build_app(omni, settings, failed=lambda: running.stop())
+        else:
+            app = _replicas(options, omni, settings, gpus, failed=lambda: running.stop())
         running = server.Server(app, sock)
         print(running.address, flush=True)
         finished = running.serve_until_stopped()
@@ -52,8 +59,21 @@ def serve(options: argparse.Namespace) -> None:
         raise ServerError("the server has stopped before all requests were finished")
 
 
+def _replicas(
+    options: argparse.Namespace, omni: Omni, settings: Any, gpus: bool | None, failed: Callable[[], None]
+) -> Any:
+    """The application in front of several replicas."""
+    from omni_runtime.serving import deployment
+    from omni_runtime.serving.replicas.fleet import Fleet, Front
+
+    make = deployment.application_of(omni, settings, threads_of_workers(options))
+    cluster = deployment.RayServe(make, settings, deployment.Scale(*options.replicas), gpus, quiet=not options.debug)
+    name = str(omni.name)
+    return Front(Fleet(cluster, settings, settings.name or os.path.basename(name.rstrip("/")) or name), failed)
+
+
 def _raise(error: BaseException) -> None:
-    if isinstance(error, ValueError | TypeError | OSError | ImportError):
+    if isinstance(error, ValueError | TypeError | OSError | ImportError) or type(error).__name__ in EXPECTED:
         raise error
     raise ServerError(f"the model could not be loaded: {type(error).__name__}: {error}") from error
 

@@ -136,7 +136,7 @@ def find(name: str, arguments: Mapping[str, Any] | None = None) -> Source:
     """
     arguments = arguments or {}
     kind, location = _locate(name)
-    read = _HubFiles(location, arguments) if kind == "hub" else _DirectoryFiles(Path(location))
+    read = _files_of(kind, location, arguments)
     index = read("model_index.json")
     if not isinstance(index, dict) or "_class_name" not in index:
         raise ValueError(f"{name} is not a diffusers pipeline: {_why_no_pipeline(name, kind, location)}")
@@ -176,6 +176,29 @@ def load(source: Source, dtype: Any, device: torch.device, arguments: Mapping[st
     pipe = pipe if arguments.get("device_map") else pipe.to(device)
     weights.check_finite(loaded)
     return pipe
+
+
+def outline(source: Source, arguments: Mapping[str, Any] | None = None) -> Any:
+    """The pipeline without its models, which shows what sizes it takes; None if it cannot be made.
+
+    Only the VAE has a class, on the meta device, because pipelines take their scale factor from it.
+    """
+    import diffusers
+
+    if source.pipeline_class is None:
+        return None
+    parameters = inspect.signature(source.pipeline_class.__init__).parameters.values()  # type: ignore[misc]
+    parts = {one.name: None for one in parameters if one.default is one.empty and one.name != "self"}
+    read = (
+        _HubFiles(source.location, arguments or {}) if source.kind == "hub" else _DirectoryFiles(Path(source.location))
+    )
+    try:
+        config = read("vae/config.json")
+        with torch.device("meta"):
+            vae = None if config is None else getattr(diffusers, config["_class_name"]).from_config(config)
+        return source.pipeline_class(**parts | ({} if vae is None else {"vae": vae}))
+    except Exception:  # any class may need more than its VAE
+        return None
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -257,6 +280,10 @@ class _HubFiles:
             return None
         except OSError as error:
             raise FileNotFoundError(f"{neither}the hub could not be reached: {_first_line(error)}") from None
+
+
+def _files_of(kind: str, location: str, arguments: Mapping[str, Any]) -> _DirectoryFiles | _HubFiles:
+    return _HubFiles(location, arguments) if kind == "hub" else _DirectoryFiles(Path(location))
 
 
 def _first_line(error: Exception) -> str:

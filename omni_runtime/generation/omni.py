@@ -11,6 +11,7 @@ loaded when they are first needed, after the first request has been checked.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import json
 import os
@@ -136,19 +137,23 @@ class Omni:
             self.location: str | None = source.location
             self._defaults = source.defaults
             self._pipeline_class = source.pipeline_class
+            self._transformer_config = source.transformer_config
             self._load: Callable[[], Any] = lambda: loading.load(source, dtype, target, from_pretrained)
+            self._outline: Callable[[], Any] = functools.cache(lambda: loading.outline(source, from_pretrained))
         else:
             _check_loaded(model, from_pretrained)
             self.location = getattr(model, "name_or_path", None)
-            complete = _complete(backend, config, self.location, _config_of(model), type(model).__name__)
+            self._transformer_config = _config_of(model)
+            complete = _complete(backend, config, self.location, self._transformer_config, type(model).__name__)
             stays = str(given) == "auto"
             if self._parallel is not None:
-                self._parallel.check_class(_config_of(model))
+                self._parallel.check_class(self._transformer_config)
                 self._device = model.device if stays else loading.resolve_device(device)
             self.name = getattr(model, "name_or_path", None) or type(model).__name__
             self._defaults = {}
             self._pipeline_class = type(model)
             self._load = lambda: _moved(model, dtype, "auto" if stays else device)
+            self._outline = lambda: model
         self.cache_backend, self.cache_config = backend, complete
         self._pipe: Any = None
         self._engine: Engine | None = None
@@ -260,7 +265,7 @@ class Omni:
             if self._parallel is not None:
                 self._parallel.close()
             self._handle = self._pipe = None
-            self._load, self._arguments = _closed, None
+            self._load, self._outline, self._arguments = _closed, _closed, None
             self._closed = True
 
     def generate(
@@ -345,6 +350,27 @@ class Omni:
         request.check_size(self.pipe, requests)
         return requests
 
+    def check(
+        self,
+        prompt: str | None = None,
+        *,
+        cache_backend: str | None = "",
+        cache_config: Mapping[str, Any] | str | None = None,
+        **arguments: Any,
+    ) -> None:
+        """Check a request without the weights. Takes the arguments of `Engine.submit`, and raises its errors.
+
+        A pipeline class that comes with the model is not known before it is loaded: then only the cache is checked.
+        """
+        backend, config = self.cache_backend, self.cache_config
+        if cache_backend != "" or cache_config is not None:
+            backend, config = self.resolved(backend if cache_backend == "" else cache_backend, cache_config)
+        if self._pipeline_class is None:
+            return
+        requests = request.build(self._pipeline_class, prompt, defaults=self._defaults, **arguments)
+        _check_steps(backend, config, request.step_count(self._pipeline_class, requests[0].arguments))
+        request.check_size(self._pipe or self._outline(), requests)
+
     def resolved(
         self, cache_backend: str | None, cache_config: Mapping[str, Any] | str | None
     ) -> tuple[str | None, dict[str, Any]]:
@@ -354,7 +380,7 @@ class Omni:
             ValueError, TypeError: as the constructor.
         """
         backend, config = resolve_cache(cache_backend, cache_config)
-        return backend, _complete(backend, config, self.location, _config_of(self.pipe), str(self.name))
+        return backend, _complete(backend, config, self.location, self._transformer_config, str(self.name))
 
     def engine(self, **limits: Any) -> Engine:
         """An engine that runs many requests at once; see `omni_runtime.serving.engine.Engine` for the limits.

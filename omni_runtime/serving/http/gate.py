@@ -101,7 +101,8 @@ class Passage:
     """
 
     def __init__(self, service: Service, scope: Scope, receive: Receive, send: Send) -> None:
-        self.id = f"req_{secrets.token_hex(12)}"
+        # A replica has the id that the front has given. Nothing that a client sends comes here.
+        self.id: str = scope.get("state", {}).get("request_id") or f"req_{secrets.token_hex(12)}"
         self.failed = False
         self._service, self._scope = service, scope
         self._receive, self._send = receive, send
