@@ -1,6 +1,6 @@
 """Many requests at once: images per second and latency of the batching engine, with caches and without.
 
-    python -m benchmarks.bench_serving [--check]   # 15 minutes; writes benchmarks/results/serving-<model>.json
+    python -m benchmarks.bench_serving [--check]   # 10 minutes; writes benchmarks/results/serving-<model>.json
 
 - *At 8 in flight*: 8 requests always run; images per second. Beside it is one request at a time, and a limit: what the
   engine would reach if a request were nothing but its forwards, in batches of 8. All settings take turns, and the
@@ -48,8 +48,8 @@ IN_FLIGHT = 8
 STEPS = 50
 ROUNDS = 3
 #: Arrivals per second, as a share of what one at a time manages without a cache.
-LOADS = (0.5, 1.0, 2.0, 4.0)
-ARRIVALS = 24
+LOADS = (0.5, 1.0, 2.0)
+ARRIVALS = 16
 #: A picture may differ from that of one at a time by this, in a range of 0 to 1.
 EXACT = 1e-4
 #: The goals: images/s at 8 in flight over one at a time; over the limit; and how well a cache's gain multiplies.

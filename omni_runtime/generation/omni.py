@@ -441,6 +441,8 @@ class Omni:
             raise RuntimeError(f"the pipeline was unpatched, so {self!r} has no cache: create another Omni")
         memory = PeakMemory(pipe._execution_device)
         clock = LoopClock(pipe._execution_device, None if handle.cache_backend else _without_cache(on_step))
+        cache = self.cache_backend, self.cache_config
+        settings = self._settings(one, *cache)  # now, because `on_step` may close this Omni
         former, handle.on_step = handle.on_step, on_step
         try:
             seeded = _seeded(one.seed, pipe._execution_device)
@@ -451,8 +453,7 @@ class Omni:
             raise
         finally:
             handle.on_step = former
-        cache = self.cache_backend, self.cache_config
-        return self.result_of(output, one, cache, handle, clock.timings(), memory.bytes())
+        return self.result_of(output, one, cache, handle, clock.timings(), memory.bytes(), settings)
 
     def _shared(self) -> contextlib.AbstractContextManager[None]:
         """Context manager for a call of the pipeline: its branches of guidance are shared out among ranks."""
@@ -471,6 +472,7 @@ class Omni:
         reporting: Any,
         timings: Timings,
         memory: int | None,
+        settings: dict[str, Any] | None = None,
     ) -> OmniResult:
         """The result of one request.
 
@@ -478,6 +480,7 @@ class Omni:
             output: what the pipeline has returned.
             cache: the cache method and its configuration.
             reporting: what has the request's report as `report`; None without a cache.
+            settings: what the request depended on; None to find it now.
         """
         of_frames = hasattr(output, "frames")
         return OmniResult(
@@ -486,7 +489,7 @@ class Omni:
             timings=timings,
             prompt=one.prompt,
             seed=one.seed,
-            settings=self._settings(one, *cache),
+            settings=self._settings(one, *cache) if settings is None else settings,
             peak_memory=memory,
             frames=output.frames if of_frames else None,
         )

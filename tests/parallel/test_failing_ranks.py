@@ -131,17 +131,26 @@ def on_a_rank():
     return found | {"loads": failing_loads()}
 
 
-def ends_in_a_step():
-    omni = Omni(tiny.qwen_image(), parallel=CFG)
-    request(omni)
+def ends_in_a_step(rank):
+    """The process of one rank ends within a request. What the others find in it, and in the next one."""
+    omni = Omni(tiny.qwen_image(), parallel={"cfg": 2, "ulysses": int(os.environ["WORLD_SIZE"]) // 2})
+    request(omni, negative_prompt="two dogs")
 
     def callback(pipe, index, timestep, tensors):
-        if index == 1 and own_rank() == 1:
+        if index == 1 and own_rank() == rank:
             os._exit(0)
         return {}
 
-    found = [failing(omni, callback_on_step_end=callback)]
-    return [*found, failing(omni)]
+    found = [failing(omni, negative_prompt="two dogs", callback_on_step_end=callback)]
+    return [*found, failing(omni, negative_prompt="two dogs")]
+
+
+def rank_0_ends():
+    return ends_in_a_step(0)
+
+
+def rank_1_ends():
+    return ends_in_a_step(1)
 
 
 def ends_between_requests():
@@ -233,12 +242,17 @@ def test_ranks_that_load_different_things_are_refused(ranks, name, words):
         assert words in rank["loads"][name]["error"]
 
 
-def test_a_process_that_ends_ends_the_others(tmp_path):
-    first, second = on_ranks(ends_in_a_step, tmp_path / "ranks")
-    assert second is None
-    for one in first:  # its request, and the one after it
-        assert one["error"] == "RankError: the process of rank 1 has ended"
-        assert one["seconds"] < LIMIT
+@pytest.mark.parametrize(
+    ("compute", "count"), [(rank_0_ends, 2), (rank_1_ends, 2), pytest.param(rank_0_ends, 4, marks=pytest.mark.long)]
+)
+def test_a_process_that_ends_ends_the_others(tmp_path, compute, count):
+    ended = 0 if compute is rank_0_ends else 1
+    found = on_ranks(compute, tmp_path / "ranks", count)
+    assert found.pop(ended) is None
+    for rank in found:
+        for one in rank:  # its request, and the one after it
+            assert one["error"] == f"RankError: the process of rank {ended} has ended"
+            assert one["seconds"] < LIMIT
 
 
 def test_a_rank_that_makes_fewer_requests_is_named(tmp_path):

@@ -83,11 +83,11 @@ def told(result):
     return {"steps": steps, "blocks": [report.blocks_run, report.blocks_total]}
 
 
-def shared(build, cache=None, **arguments):
+def shared(build, cache=None, how=None, **arguments):
     """A request on one rank, and on two."""
     backend, config = METHODS.get(cache, (None, None))
     alone = Omni(build(), cache_backend=backend, cache_config=config)
-    together = Omni(build(), cache_backend=backend, cache_config=config, parallel=CFG)
+    together = Omni(build(), cache_backend=backend, cache_config=config, parallel=CFG, **how or {})
     if cache is not None and "replayed" in cache:
         request(alone, seed=1, **arguments)
         request(together, seed=1, **arguments)
@@ -111,15 +111,16 @@ class Loop(diffusers.DiffusionPipeline):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler)
 
-    def __call__(self, prompt, num_inference_steps=4, between=None, calls=None, generator=None):
+    def __call__(self, prompt, num_inference_steps=4, between=None, calls=None, notes=False, generator=None):
         text = [torch.linspace(-1, 1, 8 * 32).reshape(1, 8, 32) * scale for scale in (1, 0.5, 0.2)]
         latents = torch.randn(1, 16, 1, 8, 8, generator=generator)
         self.scheduler.set_timesteps(num_inference_steps)
+        more = {"notes": []} if notes else {}
         with self.progress_bar(total=num_inference_steps) as bar:
             for step, timestep in enumerate(self.scheduler.timesteps):
                 made = []
                 for branch in range(2 if calls is None else calls[step]):
-                    (one,) = self.transformer(latents, timestep[None], text[branch], return_dict=False)
+                    one, *_ = self.transformer(latents, timestep[None], text[branch], return_dict=False, **more)
                     if between is not None and branch == 0:
                         one = getattr(self, between)(one, latents, timestep)
                     made.append(one)
@@ -154,12 +155,30 @@ def loop():
     return Loop(pipe.transformer, pipe.scheduler)
 
 
-def looped(**arguments):
+class Odd(diffusers.WanTransformer3DModel):
+    """A transformer that changes a list which it is given, or returns more than tensors."""
+
+    def forward(self, hidden_states, timestep, encoder_hidden_states, return_dict=True, notes=None):
+        (made,) = super().forward(hidden_states, timestep, encoder_hidden_states, return_dict=False)
+        if notes is None:
+            return made, object()
+        made = made + 0.1 * len(notes)
+        notes.append(made)
+        return (made,)
+
+
+def odd():
+    pipe = loop()
+    pipe.transformer.__class__ = Odd
+    return pipe
+
+
+def looped(build=loop, **arguments):
     """A request of the loop on one rank, and on two."""
     calls = []
     with torch.no_grad():
-        expected = Omni(loop()).generate("a cat", seed=0, **arguments)[0].images
-        omni = Omni(loop(), parallel=CFG)
+        expected = Omni(build()).generate("a cat", seed=0, **arguments)[0].images
+        omni = Omni(build(), parallel=CFG)
         omni.pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -221,6 +240,7 @@ def on_a_rank():
         "ends": {str(cache): found for cache, found in guidance_that_ends().items()},
         "loops": looping,
         "counts": {name: looped(calls=calls) for name, calls in counted.items()},
+        "odd": {"changes a list": looped(odd, notes=True), "returns an object": looped(odd)},
         "state": with_state(),
         "refusals": refusals(),
         "warm": omni.warmup("a cat", height=64, width=64).seconds,
@@ -229,7 +249,12 @@ def on_a_rank():
 
 
 def others_on_a_rank():
-    return {f"{name}, {cache}": shared(PIPELINES[name], cache) for name, cache in OTHERS}
+    how = {"fuse": True, "compile": {"backend": "eager"}}
+    found = {
+        f"compiled, {name}": shared(PIPELINES[name], "first_block_cache", how, num_inference_steps=6)
+        for name in ("qwen_image", "z_image")
+    }
+    return found | {f"{name}, {cache}": shared(PIPELINES[name], cache) for name, cache in OTHERS}
 
 
 @pytest.fixture(scope="module")
@@ -302,6 +327,15 @@ def test_every_cache_decides_as_on_one_rank(others, name, cache):
         assert one["off"] < 1e-5
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["qwen_image", "z_image"])
+def test_fused_and_compiled_blocks_work_under_it(others, name):
+    for rank in others:
+        one = rank[f"compiled, {name}"]
+        assert same_decisions(one) == {True, False}
+        assert one["off"] < 1e-5
+
+
 @pytest.mark.parametrize("cache", ["None", "first_block_cache", "velocity_cache"])
 def test_guidance_that_ends_is_followed(ranks, cache):
     for rank in ranks:
@@ -342,6 +376,13 @@ def test_a_request_without_two_branches_is_warned_about(ranks):
     for rank in ranks:
         assert "there was nothing to share: is guidance on?" in rank["counts"]["1"]["said"][0]
         assert not rank["counts"]["ends"]["said"]
+
+
+@pytest.mark.parametrize("name", ["changes a list", "returns an object"])
+def test_calls_that_cannot_be_shared_are_made_by_each_rank(ranks, name):
+    for rank in ranks:
+        assert rank["odd"][name]["off"] < 1e-5
+        assert rank["odd"][name]["calls"] == 8
 
 
 def test_objects_that_calls_change_may_belong_to_one_branch_only(ranks):
