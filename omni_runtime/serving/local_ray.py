@@ -2,7 +2,7 @@
 
 If the variable RAY_ADDRESS names a cluster, that one is joined. Else Ray is started here, and ends with the process.
 Its ports are open on all addresses of the machine, whatever it is told. So it asks everyone for a token that only this
-process and its workers have (Ray 2.52 and newer).
+process and its workers have.
 """
 
 from __future__ import annotations
