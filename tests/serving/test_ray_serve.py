@@ -44,6 +44,7 @@ def test_a_replica_that_is_killed_loses_no_request(saved: dict[str, Path], tmp_p
     assert found["exit"] == 0
 
 
+@pytest.mark.long
 def test_streams_and_requests_without_a_seed_survive_every_replica(tmp_path: Path) -> None:
     found = outcome("streams", tmp_path)
     assert found["again"] >= 2
