@@ -199,7 +199,7 @@ class Engine:
     @property
     def running(self) -> int:
         """The number of requests in flight."""
-        return len(self._lives)
+        return sum(not live.job.done() for live in list(self._lives))
 
     def held_bytes(self) -> int:
         """The bytes of the tensors that the caches of the requests in flight hold."""
