@@ -94,9 +94,13 @@ def test_a_device_is_asked_in_one_place():
         for path in (root / package).rglob("*.py")
     }
     assert {path for path, parts in found.items() if parts & {"cuda", "npu", "get_device_module"}} == {*CUDA_ALONE}
-    # Of torch's own common interface, only which accelerators there are is asked elsewhere.
+    # Of torch's own common interface, only which accelerators there are, and their memory, is asked elsewhere.
     assert {path for path, parts in found.items() if "accelerator" in parts} == {
         "omni_runtime/generation/loading.py",
+        "omni_runtime/parallel/parallel.py",
+        "omni_runtime/parallel/world.py",
+        "omni_runtime/serving/forwards.py",
+        "omni_runtime/serving/http/metrics.py",
         "benchmarks/train_emoji/__main__.py",
         "benchmarks/models/ranks.py",  # where diffusers is told that there is one
     }
