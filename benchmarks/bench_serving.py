@@ -46,10 +46,10 @@ PROMPTS = (
 )
 IN_FLIGHT = 8
 STEPS = 50
-ROUNDS = 3
+ROUNDS = 2
 #: Arrivals per second, as a share of what one at a time manages without a cache.
 LOADS = (0.5, 1.0, 2.0)
-ARRIVALS = 16
+ARRIVALS = 12
 #: A picture may differ from that of one at a time by this, in a range of 0 to 1.
 EXACT = 1e-4
 #: The goals: images/s at 8 in flight over one at a time; over the limit; and how well a cache's gain multiplies.
