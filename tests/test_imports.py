@@ -286,7 +286,7 @@ print(json.dumps([name for name in known if patching.backends.get(name) is known
 """
     )
     assert found == [
-        "velocity_cache", "tea_cache", "cache_dit", "first_block_cache", "mag_cache", "sea_cache", "easy_cache",
+        "auto", "velocity_cache", "tea_cache", "cache_dit", "first_block_cache", "mag_cache", "sea_cache", "easy_cache",
     ]  # fmt: skip
 
 

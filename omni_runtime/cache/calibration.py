@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,8 @@ from omni_runtime import files
 from omni_runtime.cache.config import MOST, entries, finite
 
 VERSION = 1
+#: A schedule's measured speedup may be above its share of computed steps by this factor, the noise of the measurement.
+SLACK = 1.05
 
 
 class UselessFitError(ValueError):
@@ -84,7 +87,6 @@ def _schedule(row: Any) -> dict[str, Any]:
     if not isinstance(row, Mapping):
         raise ValueError(f"a schedule must be an object, not {shown(row)}")
     steps, computed, sigmas, psnr = (row.get(key) for key in ("steps", "computed", "sigmas", "psnr"))
-    speedup = row.get("speedup")
     whole = isinstance(steps, int) and isinstance(computed, list) and all(isinstance(step, int) for step in computed)
     if not whole or not 1 <= steps <= MOST or computed != sorted({0, steps - 1, *computed}):  # type: ignore[operator,misc]
         raise ValueError(f"computed must be rising steps from 0 to steps − 1, not {shown(computed)} of {shown(steps)}")
@@ -94,13 +96,20 @@ def _schedule(row: Any) -> dict[str, Any]:
     mean = _numbers([psnr.get("mean")]) if isinstance(psnr, Mapping) else None
     if mean is None:
         raise ValueError(f"psnr must have a mean, not {shown(psnr)}")
-    needed = {"steps": steps, "computed": computed, "sigmas": levels, "psnr": {"mean": mean[0]}}
-    if speedup is None:
-        return needed
-    gained = _numbers([speedup])
-    if gained is None or gained[0] <= 0:
-        raise ValueError(f"speedup must be a number > 0, not {shown(speedup)}")
-    return needed | {"speedup": gained[0]}
+    needed: dict[str, Any] = {"steps": steps, "computed": computed, "sigmas": levels, "psnr": {"mean": mean[0]}}
+    for key in ("speedup", "reach"):
+        given = None if row.get(key) is None else _numbers([row[key]]) or [math.nan]
+        if given is not None:
+            if not given[0] > 0:
+                raise ValueError(f"{key} must be a number > 0, not {shown(row[key])}")
+            needed[key] = given[0]
+    if row.get("corrector_order") is not None:
+        if row["corrector_order"] not in (0, 1, 2, 3):
+            raise ValueError(f"corrector_order must be 0, 1, 2 or 3, not {shown(row['corrector_order'])}")
+        needed["corrector_order"] = int(row["corrector_order"])
+    if needed.get("speedup", 0.0) > SLACK * len(levels) / len(needed["computed"]):
+        del needed["speedup"]  # no schedule is faster than its share of steps: the times were disturbed
+    return needed
 
 
 #: method → its calibration

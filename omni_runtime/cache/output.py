@@ -17,14 +17,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from omni_kernels import ops
 from omni_runtime.cache.contract import tensors_of
 from omni_runtime.cache.forecasters import Forecaster, make_forecaster, newton
-from omni_runtime.cache.gates import Gate, Plan, Verdict
+from omni_runtime.cache.gates import Gate, Plan, RehearsalGate, Verdict
 from omni_runtime.cache.history import History, history_of
 from omni_runtime.cache.lifecycle import Branch, Request, Sampling
 from omni_runtime.cache.models import depth
@@ -33,6 +33,9 @@ from omni_runtime.cache.schedulers import check_scheduler, clean_latents, draws_
 from omni_runtime.cache.session import GRADIENT, Args, CacheSession, Kwargs, differentiates
 from omni_runtime.cache.sharing import SHARING
 from omni_runtime.cache.signals import ExpectedChange
+
+#: The default order of the `Corrector`.
+CORRECTOR_ORDER = 2
 
 
 class Corrector:
@@ -96,31 +99,41 @@ class Corrector:
         return [weight / length for weight in found]
 
 
+class Chosen(NamedTuple):
+    """A method's choices for one request.
+
+    Attributes:
+        gate: decides which steps are computed.
+        reach: how far a forecast may extrapolate beyond the newest snapshot, in units of the distance between the two
+            newest. Farther out, the forecast stays at its value there: extrapolating over a long gap is worse than
+            not extrapolating.
+        corrector_order: order of the `Corrector`, if the scheduler allows one; 0 for none. Ignored with `residual`.
+    """
+
+    gate: Gate
+    reach: float = 1.0
+    corrector_order: int = CORRECTOR_ORDER
+
+
 @dataclass(frozen=True)
 class OutputSite:
     """A method's choices at the output site.
 
     Attributes:
-        gate: (request, transformer class) → a fresh gate for the request; raises ValueError if the request is not
-            supported.
+        choose: (request, transformer class) → the choices for the request, with a fresh gate; raises ValueError if the
+            request is not supported.
         forecaster: computes the missing model output.
-        reach: how far a forecast may extrapolate beyond the newest snapshot, in units of the distance between the two
-            newest. Farther out, the forecast stays at its value there: extrapolating over a long gap is worse than
-            not extrapolating.
         fitted_for: as `Parts.fitted_for`.
         signal: makes a fresh signal for each request; None if the gate measures nothing.
-        corrector_order: order of the `Corrector`, if the scheduler allows one; 0 for none. Ignored with `residual`.
         residual: if true, the model output minus the latents at the start of the step is cached and forecast, and the
             latents are added back. Otherwise the output itself is.
         drift_tolerance: as `Parts.drift_tolerance`.
     """
 
-    gate: Callable[[Request, str], Gate]
+    choose: Callable[[Request, str], Chosen]
     forecaster: Forecaster
-    reach: float
     fitted_for: Mapping[str, Any] | None = None
     signal: Callable[[], ExpectedChange] | None = None
-    corrector_order: int = 0
     residual: bool = False
     drift_tolerance: float | None = None
 
@@ -182,14 +195,14 @@ class OutputSteps:
     Args:
         site: the method's choices.
         request: the request.
-        gate: the site's gate for this request.
+        chosen: the site's choices for this request.
         scheduler: the scheduler that takes the steps.
     """
 
-    def __init__(self, site: OutputSite, request: Request, gate: Gate, scheduler: Any) -> None:
+    def __init__(self, site: OutputSite, request: Request, chosen: Chosen, scheduler: Any) -> None:
         self._request = request
         self._scheduler = scheduler
-        self.gate = gate
+        self.gate = chosen.gate
         self._noisy = draws_noise(scheduler)
         if self._noisy:
             request.notes.append(
@@ -197,8 +210,8 @@ class OutputSteps:
                 "it predicted last, and forecast nothing"
             )
         self._by_step = site.forecaster.axis == "step"
-        self._reach = site.reach
-        order = 0 if site.residual else site.corrector_order
+        self._reach = chosen.reach
+        order = 0 if site.residual else chosen.corrector_order
         self._corrector = Corrector(order) if order and steps_along(scheduler) else None
         keep = None if self._corrector is None else max(site.forecaster.snapshots, order) + 1
         # What new noise does to the clean latents is random. A forecast of a higher order only amplifies it.
@@ -442,8 +455,7 @@ class OutputSession(CacheSession):
         steps: OutputSteps = request.outputs
         if steps is None:
             check_scheduler(sampling.scheduler, self._site.residual)
-            gate = self.gate_for(self._gate_of(request), self._site.signal is not None, request, "")
-            steps = request.outputs = OutputSteps(self._site, request, gate, sampling.scheduler)
+            steps = request.outputs = OutputSteps(self._site, request, self._chosen(request), sampling.scheduler)
         branch = request.branch(sampling.context)
         shape = _shape_of(*args, *kwargs.values())
         verdict = steps.verdict(branch, shape, transformer, differentiates(transformer, args, kwargs))
@@ -459,8 +471,12 @@ class OutputSession(CacheSession):
         branch.decide(verdict)
         return answer
 
-    def _gate_of(self, request: Request) -> Callable[[], Gate]:
-        return lambda: self._site.gate(request, type(self.transformer).__name__)
+    def _chosen(self, request: Request) -> Chosen:
+        measures = self._site.signal is not None
+        if self.rehearsing:
+            return Chosen(RehearsalGate(measures))
+        chosen = self._site.choose(request, type(self.transformer).__name__)
+        return chosen._replace(gate=self.gate_for(lambda: chosen.gate, measures, request, ""))
 
     def stepped_with(self, request: Request, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         """See `CacheSession.stepped_with`."""

@@ -26,6 +26,8 @@ class Schedule:
         sigmas: the noise level of each step in the runs it was made for; None if they are not known.
         psnr: mean PSNR in dB against full runs; None if not measured.
         speedup: how many times as fast as a full run; None if not measured.
+        reach, corrector_order: how its skipped steps are forecast (`omni_runtime.cache.output.Chosen`); None for the
+            default.
     """
 
     steps: int
@@ -35,6 +37,8 @@ class Schedule:
     sigmas: tuple[float, ...] | None = None
     psnr: float | None = None
     speedup: float | None = None
+    reach: float | None = None
+    corrector_order: int | None = None
 
     @property
     def mask(self) -> tuple[int, ...]:
@@ -116,6 +120,15 @@ def even(steps: int, budget: int) -> Schedule:
     return Schedule(steps, computed, "evenly spread")
 
 
+def usual_reach(count: int) -> float:
+    """How far forecasts extrapolate by default if `count` steps of a request are computed (`Chosen.reach`).
+
+    With few computed steps, the gaps are so long that a line through the last two outputs overshoots.
+    `python -m benchmarks.hard_pictures` measures this on the embedded models.
+    """
+    return min(max((count - 4) / 12, 0.25), 1.0)
+
+
 def fitted(
     schedule: Schedule, steps: int, sigmas: Sequence[float] | None = None, budget: int | None = None
 ) -> Schedule:
@@ -158,6 +171,7 @@ def fitted(
         f"{steps}",
         schedule.transformer,
         None if sigmas is None else tuple(sigmas),
+        corrector_order=schedule.corrector_order,
     )
 
 
@@ -195,6 +209,8 @@ def calibrated(found: Mapping[str, Any] | None) -> list[Schedule]:
             sigmas=tuple(row["sigmas"]),
             psnr=float(row["psnr"]["mean"]),
             speedup=row.get("speedup"),
+            reach=row.get("reach"),
+            corrector_order=row.get("corrector_order"),
         )
         for row in found["schedules"]
     ]
@@ -222,20 +238,18 @@ def good_enough(candidates: Sequence[Schedule], quality: float) -> Schedule:
 def fast_enough(candidates: Sequence[Schedule], steps: int, speedup: float) -> int:
     """The largest number of computed steps, of `steps`, at which a request is `speedup` times as fast as a full run.
 
-    A request takes 1 − c·(1 − share of computed steps) of a full run's time. c is fitted to the measured schedules: it
-    is below 1 because the text encoder, the decoder and the skipped steps take time, too. If nothing was measured, c
-    is 1.
+    A request takes 1 − c·(1 − share of computed steps) of a full run's time. c is `saved_by_skipping`; if nothing was
+    measured, c is 1.
 
     Raises:
         ValueError: by what was measured, even a request with only two computed steps would take longer.
     """
     if steps <= 2:  # none of them can be skipped
         return steps
-    measured = [(1 - len(one.computed) / one.steps, 1 - 1 / one.speedup) for one in candidates if one.speedup]
-    squares = sum(skipped**2 for skipped, _ in measured)
-    saved = sum(skipped * gained for skipped, gained in measured) / squares if squares else 1.0
+    measured = saved_by_skipping(candidates)
+    saved = 1.0 if measured is None else measured
     budget = int(steps * (1 - (1 - 1 / speedup) / saved) + 1e-6) if saved > 0 else 0
-    if budget < 2 and squares:
+    if budget < 2 and measured is not None:
         fastest = 1 / (1 - saved * (1 - 2 / steps))
         raise ValueError(
             f"speedup {speedup:g} is more than skipping steps gives: with 2 of {steps} computed, {fastest:.1f} by what "
@@ -244,14 +258,25 @@ def fast_enough(candidates: Sequence[Schedule], steps: int, speedup: float) -> i
     return min(max(2, budget), steps)
 
 
-def nearest(candidates: Sequence[Schedule], steps: int, budget: int) -> Schedule | None:
-    """The schedule whose share of computed steps is nearest to budget / steps.
+def saved_by_skipping(candidates: Sequence[Schedule]) -> float | None:
+    """The share of a full run's time that skipping all steps would save, fitted to the measured schedules.
 
-    Among equal ones, the one with the nearest number of steps; None if there are no candidates.
+    It is below 1 because the text encoder, the decoder and the skipped steps take time, too. None if nothing was
+    measured.
+    """
+    measured = [(1 - len(one.computed) / one.steps, 1 - 1 / one.speedup) for one in candidates if one.speedup]
+    squares = sum(skipped**2 for skipped, _ in measured)
+    return min(sum(skipped * gained for skipped, gained in measured) / squares, 1.0) if squares else None
+
+
+def nearest(candidates: Sequence[Schedule], steps: int, budget: int) -> Schedule | None:
+    """The schedule whose number of computed steps is nearest to `budget`.
+
+    Their number, and not their share, says how long the gaps are. Among equal ones, the one with the nearest number of
+    steps; None if there are no candidates.
     """
 
     def distance(one: Schedule) -> tuple[float, float]:
-        share = math.log(len(one.computed) / one.steps * steps / budget)
-        return abs(share), abs(math.log(one.steps / steps))
+        return abs(math.log(len(one.computed) / budget)), abs(math.log(one.steps / steps))
 
     return min(candidates, key=distance, default=None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,16 +14,14 @@ from PIL import Image
 
 from omni_kernels.device import synchronize
 from omni_kernels.patching import Patch
-from omni_runtime.cache.forecasters import Forecaster, make_forecaster
+from omni_runtime.cache.calibration import SLACK
+from omni_runtime.cache.forecasters import make_forecaster
 from omni_runtime.cache.gates import ScheduleGate
-from omni_runtime.cache.history import inner_products
 from omni_runtime.cache.lifecycle import Request
 from omni_runtime.cache.methods import VELOCITY_CACHE
-from omni_runtime.cache.output import OutputSession, OutputSite
-from omni_runtime.cache.schedulers import steps_along
+from omni_runtime.cache.output import Chosen, OutputSession, OutputSite
 from omni_runtime.cache.session import CacheSession
-from omni_runtime.calibrate.journal import KeptResponses
-from omni_runtime.calibrate.search import IDENTICAL, ROUNDS, Responses, Tried, hopeless
+from omni_runtime.calibrate.search import IDENTICAL, Forecast, Tried, hopeless
 from omni_runtime.compare import quality
 from omni_runtime.generation.request import GenerationRequest
 from omni_runtime.generation.result import NotANumberError
@@ -35,22 +32,10 @@ _EACH = ("prompt", "negative_prompt")
 _COPIES = "num_images_per_prompt"
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How the model output is forecast, as the keys of `velocity_cache`."""
-
-    forecaster: str = "newton"
-    forecaster_order: int = 1
-    reach: float = 1.0
-    corrector_order: int = 2
-
-    def made(self) -> Forecaster:
-        """The forecaster."""
-        return make_forecaster(self.forecaster, self.forecaster_order)
-
-
-#: The default settings of `velocity_cache`.
-SETTINGS = Settings()
+#: How often a single image is made in full and with each schedule, to measure the speedup.
+ROUNDS = 5
+#: Measured speedups that differ by more than this factor from round to round say nothing.
+UNSTEADY = 1.25
 
 
 class Recording(OutputSession):
@@ -62,7 +47,7 @@ class Recording(OutputSession):
     """
 
     def __init__(self, pipe: Any) -> None:
-        everything = OutputSite(lambda request, _: ScheduleGate([1] * request.steps), make_forecaster("reuse"), 1.0)
+        everything = OutputSite(lambda request, _: Chosen(ScheduleGate([1] * request.steps)), make_forecaster("reuse"))
         super().__init__("calibration", pipe, everything)
         self.outputs: list[torch.Tensor] = []
         self.sigmas: list[float] = []
@@ -77,57 +62,22 @@ class Recording(OutputSession):
         return output
 
 
-class Replaying(OutputSession):
-    """Repeats a recorded request with one step skipped.
-
-    Earlier steps use the recorded outputs. Later steps are computed, so they show the effect of the skipped step.
-
-    Attributes:
-        error: the squared norm of the forecast's error, for each image.
-
-    Args:
-        outputs: the outputs of the full run's steps.
-        skipped: the step to skip; neither the first nor the last.
-    """
-
-    def __init__(self, pipe: Any, outputs: Sequence[torch.Tensor], skipped: int, settings: Settings) -> None:
-        forecaster = settings.made()
-        self._first = max(1, skipped - forecaster.snapshots)  # the first one that is computed again
-
-        def gate(request: Request, _: str) -> ScheduleGate:
-            return ScheduleGate([int(step == 0 or self._first <= step != skipped) for step in range(request.steps)])
-
-        super().__init__("calibration", pipe, OutputSite(gate, forecaster, settings.reach))
-        self._recorded, self._skipped = outputs, skipped
-        self.error = np.zeros(0)
-
-    def stepped_with(self, request: Request, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-        """See `CacheSession.stepped_with`."""
-        made = super().stepped_with(request, output, sample)
-        if request.step == self._skipped:
-            self.error = _flat(made - self._recorded[request.step]).double().square().sum(1).numpy()
-        return self._recorded[request.step] if request.step < self._first else made
-
-
 class Images:
     """Some requests of one model: run in full once, then with any schedule.
 
     Attributes:
         forwards: transformer calls of all runs with a schedule so far; a call of a batch counts once.
         spent: for each schedule so far, the seconds that one computed step of all images took.
-        responding: seconds that the responses took.
     """
 
-    def __init__(self, pipe: Any, requests: Sequence[GenerationRequest], settings: Settings, batch: int) -> None:
+    def __init__(self, pipe: Any, requests: Sequence[GenerationRequest], batch: int) -> None:
         self.pipe = pipe
         self.requests = requests
-        self._settings = settings
         self._batch = batch
         self._batches: list[list[GenerationRequest]] = []
         self._references: list[torch.Tensor] = []
         self.forwards = 0
         self.spent: list[float] = []
-        self.responding = 0.0
 
     def record(self) -> Recording:
         """Run all requests in full, in batches as large as fit into memory."""
@@ -149,74 +99,20 @@ class Images:
             session.close()
         return session
 
-    def responses(
-        self,
-        sigmas: Sequence[float],
-        kept: KeptResponses | None = None,
-        on_step: Callable[[int, int], Any] = lambda i, n: None,
-    ) -> Responses:
-        """Measure how the final latents of all images respond to each step's forecast error. Call `record` first.
-
-        Args:
-            sigmas: noise levels of the steps, and of the end.
-            kept: the responses of batches that were measured before; new ones are added. None keeps nothing.
-            on_step: called after each run with the number of runs so far and their total number.
-        """
-        steps = range(1, len(sigmas) - 2)
-        known = KeptResponses(None) if kept is None else kept
-        names: list[str] = []
-
-        def run(first: int, batch: Sequence[GenerationRequest], reference: torch.Tensor) -> None:
-            name = f"{first}-{first + len(batch)}"
-            if not known.fitting(name, len(batch), len(steps)):
-                start = time.perf_counter()
-                recording = Recording(self.pipe)
-                full = self._latents(batch, recording)
-                changed: list[torch.Tensor] = []
-                error: list[np.ndarray] = []
-                for step in steps:
-                    replaying = Replaying(self.pipe, recording.outputs, step, self._settings)
-                    changed.append(self._latents(batch, replaying) - full)
-                    error.append(replaying.error)
-                    on_step(len(names) * len(steps) + step, len(self._batches) * len(steps))
-                known.keep(name, inner_products(changed), np.stack(error, 1), time.perf_counter() - start)
-            names.append(name)
-
-        self._each(run)
-        self.responding = float(sum(known[f"seconds {name}"] for name in names))
-        return Responses(
-            np.concatenate([known[f"changes {name}"] for name in names]),
-            np.concatenate([known[f"errors {name}"] for name in names]),
-            sigmas,
-            self._settings.made(),
-            self._settings.reach,
-            self._settings.corrector_order if steps_along(self.pipe.scheduler) else 0,
-        )
-
-    def _latents(self, batch: Sequence[GenerationRequest], session: CacheSession) -> torch.Tensor:
-        """Return the final latents of one call with a session installed: [B, elements] in float32 on the CPU."""
-        patch = Patch()
-        try:
-            session.install(patch)
-            return _flat(self._call(batch, output_type="latent"))
-        finally:
-            patch.undo()
-            session.close()
-
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the recorded images in pixels."""
         height, width = self._references[0].shape[-2:]
         return height, width
 
-    def sample(self, computed: Sequence[int], best: Tried | None = None) -> Tried:
+    def sample(self, computed: Sequence[int], forecast: Forecast, best: Tried | None = None) -> Tried:
         """Run all requests with a schedule and measure each image's PSNR against its full run.
 
         If `best` is given, a schedule that is `hopeless` compared with it is given up.
         """
         psnr: list[float] = []
         start = time.perf_counter()
-        with self._scheduled(computed) as session:
+        with self._scheduled(computed, forecast) as session:
 
             def run(first: int, batch: Sequence[GenerationRequest], reference: torch.Tensor) -> None:
                 if best is not None and hopeless(psnr, best):
@@ -226,7 +122,7 @@ class Images:
 
             self._each(run)
         self.spent.append((time.perf_counter() - start) / len(computed))
-        return Tried(tuple(computed), tuple(psnr))
+        return Tried(tuple(computed), tuple(psnr), forecast)
 
     def plain(self, steps: int) -> Tried:
         """Run all requests with fewer steps and no cache, and measure the PSNR against the full runs."""
@@ -234,29 +130,35 @@ class Images:
         self._each(lambda _, batch, reference: psnr.extend(self._psnr(batch, reference, num_inference_steps=steps)))
         return Tried(tuple(range(steps)), tuple(psnr))
 
-    def speedups(self, schedules: Sequence[Sequence[int]]) -> list[float]:
-        """Return each schedule's speedup over the full run, for the first request.
+    def speedups(self, schedules: Sequence[tuple[Sequence[int], Forecast]]) -> list[float | None]:
+        """Return each schedule's speedup over the full run, for the first request; None where the times do not agree.
 
-        Full run and schedules take turns for `ROUNDS` rounds; the speedup is the ratio of the median times.
+        Each run with a schedule is paired with a full run next to it. The speedup is the median of the `ROUNDS` pairs'
+        ratios. See `agreed`.
         """
         request = self.requests[:1]
-        took: list[list[float]] = [[] for _ in range(1 + len(schedules))]
         self._call(request)  # warm-up: compiles everything for a single image
+
+        def seconds(scheduled: contextlib.AbstractContextManager[Any]) -> float:
+            with scheduled:
+                synchronize(self.pipe._execution_device)
+                start = time.perf_counter()
+                self._call(request)
+                synchronize(self.pipe._execution_device)
+                return time.perf_counter() - start
+
+        ratios: list[list[float]] = [[] for _ in schedules]
         for _ in range(ROUNDS):
-            for times, computed in zip(took, [None, *schedules], strict=True):
-                with contextlib.nullcontext() if computed is None else self._scheduled(computed):
-                    synchronize(self.pipe._execution_device)
-                    start = time.perf_counter()
-                    self._call(request)
-                    synchronize(self.pipe._execution_device)
-                    times.append(time.perf_counter() - start)
-        full, *others = (float(np.median(times)) for times in took)
-        return [full / one for one in others]
+            for found, schedule in zip(ratios, schedules, strict=True):
+                full = seconds(contextlib.nullcontext())
+                found.append(full / seconds(self._scheduled(*schedule)))
+        steps = int(request[0].arguments["num_inference_steps"])
+        return [agreed(found, steps / len(computed)) for found, (computed, _) in zip(ratios, schedules, strict=True)]
 
     @contextlib.contextmanager
-    def _scheduled(self, computed: Sequence[int]) -> Iterator[CacheSession]:
+    def _scheduled(self, computed: Sequence[int], forecast: Forecast) -> Iterator[CacheSession]:
         """Context manager: the pipeline runs with a schedule."""
-        config = VELOCITY_CACHE.check({"schedule": list(computed), **dataclasses.asdict(self._settings)})
+        config = VELOCITY_CACHE.check({"schedule": list(computed), **forecast._asdict()})
         patch = Patch()
         session = VELOCITY_CACHE.install(self.pipe, config, patch)
         try:
@@ -312,9 +214,15 @@ class Images:
         return made
 
 
-def _flat(batch: torch.Tensor) -> torch.Tensor:
-    """Flatten a batch to [B, elements] in float32 on the CPU."""
-    return batch.detach().flatten(1).float().cpu()
+def agreed(ratios: Sequence[float], most: float) -> float | None:
+    """Return the median of measured speedups; None if they cannot be right.
+
+    They cannot if the middle half of them differs by more than the factor `UNSTEADY`, or if the median is below 1 or
+    above `most`, the share of steps that are computed, by more than the noise of a measurement.
+    """
+    low, median, high = (float(one) for one in np.percentile(ratios, (25, 50, 75)))
+    steady = high <= UNSTEADY * low
+    return median if steady and 1 / SLACK <= median <= SLACK * most else None
 
 
 def _batches(pipe: Any, requests: Sequence[GenerationRequest], size: int) -> list[list[GenerationRequest]]:

@@ -1,24 +1,19 @@
-"""The files from which an interrupted search continues: the sampled schedules and the responses.
+"""The file from which an interrupted search continues: the sampled schedules.
 
-Files that cannot be read are set aside (`omni_runtime.files.set_aside`), and their content is measured again.
+A file that cannot be read is set aside (`omni_runtime.files.set_aside`), and its content is measured again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from omni_runtime import files
-from omni_runtime.calibrate.search import Tried
+from omni_runtime.calibrate.search import Forecast, Tried
 from omni_runtime.generation.checks import finite_number
-
-__all__ = ["Journal", "KeptResponses"]
 
 ANEW = "and the search starts again"
 
@@ -41,8 +36,8 @@ class Journal:
 
     def __init__(self, path: Path | None, about: Mapping[str, Any]) -> None:
         self._path = path
-        self._known: dict[tuple[int, ...], Tried] = {}
-        self._seconds: dict[tuple[int, ...], float] = {}
+        self._known: dict[tuple[tuple[int, ...], Forecast | None], Tried] = {}
+        self._seconds: dict[int, float] = {}
         if path is None:
             return
         header = json.dumps(about, sort_keys=True, ensure_ascii=False)
@@ -70,29 +65,30 @@ class Journal:
         """Add a sampled schedule and its seconds. Raises `files.WriteError` if the file cannot be written."""
         self._remember(tried, seconds)
         if self._path is not None:
-            row = {"computed": tried.computed, "psnr": tried.psnr, "seconds": seconds}
+            row = {"computed": tried.computed, "forecast": tried.forecast, "psnr": tried.psnr, "seconds": seconds}
             files.append(self._path, json.dumps(row) + "\n")
 
     def _remember(self, tried: Tried, seconds: float) -> None:
-        self._known[tried.computed] = tried
-        self._seconds[tried.computed] = self._seconds.get(tried.computed, 0.0) + seconds
+        self._known[tried.computed, tried.forecast] = tried
+        budget = len(tried.computed)
+        self._seconds[budget] = self._seconds.get(budget, 0.0) + seconds
 
-    def get(self, computed: tuple[int, ...]) -> Tried | None:
+    def get(self, computed: tuple[int, ...], forecast: Forecast) -> Tried | None:
         """Return the result of a schedule that was sampled before, or None."""
-        return self._known.get(computed)
+        return self._known.get((computed, forecast))
 
-    def sample(self, images: Any, computed: tuple[int, ...], best: Tried | None = None) -> Tried:
+    def sample(self, images: Any, computed: tuple[int, ...], forecast: Forecast, best: Tried | None = None) -> Tried:
         """Like `Images.sample`, but return the kept result if the schedule was sampled before."""
-        known = self.get(computed)
+        known = self.get(computed, forecast)
         if known is None or (best is None and len(known.psnr) < len(images.requests)):
             start = time.perf_counter()
-            known = images.sample(computed, best)
+            known = images.sample(computed, forecast, best)
             self.keep(known, time.perf_counter() - start)
         return known
 
     def seconds(self, budget: int) -> float:
         """Return the seconds spent on sampling with all schedules of this budget."""
-        return sum(seconds for computed, seconds in self._seconds.items() if len(computed) == budget)
+        return self._seconds.get(budget, 0.0)
 
 
 def _lines(path: Path) -> list[str] | None:
@@ -122,59 +118,8 @@ def _row(line: str, images: int) -> tuple[Tried, float] | None:
         return None
     if not (isinstance(psnr, list) and psnr and all(map(finite_number, psnr)) and len(psnr) <= (images or len(psnr))):
         return None
-    return (Tried(tuple(computed), tuple(psnr)), seconds) if finite_number(seconds) and seconds >= 0 else None
-
-
-class KeptResponses(dict[str, np.ndarray]):
-    """The measured responses of each batch by name, kept in a file.
-
-    Args:
-        path: a safetensors file. None keeps nothing.
-        about: the description of the search; the content of another search's file is ignored.
-
-    Warns:
-        files.DamagedFileWarning: the file cannot be read; it is set aside.
-    """
-
-    def __init__(self, path: Path | None, about: Mapping[str, Any] | None = None) -> None:
-        super().__init__()
-        self._path = path
-        self._search = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-        if path is None or not path.exists():
-            return
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            if path.is_dir():
-                raise ValueError("it is a directory")
-            with safe_open(path, framework="numpy") as file:
-                if (file.metadata() or {}).get("search") != self._search:
-                    return
-                for name in file.keys():  # noqa: SIM118 (it is no dict)
-                    self[name] = file.get_tensor(name)
-            if not all(np.isfinite(found).all() for found in self.values()):
-                raise ValueError("it holds values that are not finite")
-        except (SafetensorError, ValueError, OSError) as error:
-            self.clear()
-            files.set_aside(path, str(error), "and the responses are measured again")
-
-    def fitting(self, name: str, images: int, steps: int) -> bool:
-        """Whether the batch's responses are kept, for this number of images and of skipped steps."""
-        found = [self.get(f"{kind} {name}") for kind in _KINDS]
-        return [None if one is None else one.shape for one in found] == [(images, steps, steps), (images, steps), ()]
-
-    def keep(self, name: str, changes: np.ndarray, errors: np.ndarray, seconds: float) -> None:
-        """Add a batch: inner products [images, steps, steps], squared norms [images, steps], and its seconds.
-
-        Raises:
-            files.WriteError: the file cannot be written.
-        """
-        from safetensors.numpy import save
-
-        found = np.ascontiguousarray(changes), np.ascontiguousarray(errors), np.asarray(seconds)
-        self.update(zip((f"{kind} {name}" for kind in _KINDS), found, strict=True))
-        if self._path is not None:
-            files.write(self._path, save(dict(self), {"search": self._search}))
-
-
-_KINDS = ("changes", "errors", "seconds")
+    forecast = row.get("forecast")
+    if not (isinstance(forecast, list) and len(forecast) == 2 and all(map(finite_number, forecast))):
+        return None
+    tried = Tried(tuple(computed), tuple(psnr), Forecast(float(forecast[0]), int(forecast[1])))
+    return (tried, seconds) if finite_number(seconds) and seconds >= 0 else None

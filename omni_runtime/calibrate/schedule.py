@@ -15,16 +15,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from omni_runtime.cache import schedules
 from omni_runtime.cache.schedulers import draws_noise
-from omni_runtime.calibrate.images import SETTINGS, Images, Settings
-from omni_runtime.calibrate.journal import Journal, KeptResponses
-from omni_runtime.calibrate.search import Responses, Tried, score, search, shape
+from omni_runtime.calibrate.images import Images
+from omni_runtime.calibrate.journal import Journal
+from omni_runtime.calibrate.search import Search, Tried, better, forecasts, score, search
 from omni_runtime.generation.omni import Omni
 from omni_runtime.generation.request import GenerationRequest
 from omni_runtime.generation.result import jsonable
 
-TRIES, PATIENCE, BATCH = 30, 20, 8
+TRIES, BATCH = 32, 8
 
 
 class Event(NamedTuple):
@@ -54,43 +53,43 @@ class Found:
     """One budget's result.
 
     Attributes:
-        best: the found schedule, on the searched images.
-        held_out: the found schedule, on the held-out images.
+        searched: the search.
+        best: the schedule that the calibration gives, on the searched images.
+        held_out: the same, on the held-out images.
         plain: plain sampling with as many steps, on the held-out images.
-        even: evenly spread steps, on the held-out images.
-        start: the best schedule before any move, on the searched images.
-        trail: the best score after each sampled schedule.
+        even: evenly spread steps with the default forecast, on the held-out images.
         seconds: the time that sampling took.
-        speedup: the full run's time divided by the schedule's time, for a single image.
+        speedup: the full run's time divided by the schedule's time, for a single image; None if the times disagree.
     """
 
+    searched: Search
     best: Tried
     held_out: Tried
     plain: Tried
     even: Tried
-    start: Tried
-    trail: list[float]
     seconds: float
-    speedup: float = math.nan
+    speedup: float | None = None
 
 
-def starts(
-    responses: Responses, sigmas: Sequence[float], budget: int, transformer: str
-) -> tuple[list[tuple[int, ...]], Callable[[Sequence[int]], float]]:
-    """Return the schedules that a search starts from, and its cost function.
+def choose(searched: Search, measure: Callable[[Tried], Tried]) -> tuple[Tried, Tried, Tried]:
+    """Choose between the best of a search and evenly spread steps, by the held-out images.
 
-    The schedules are the one that the responses favour, evenly spread steps, and the published one for the
-    transformer's class, if there is one.
+    Evenly spread steps are chosen unless another schedule is clearly better there.
+
+    Args:
+        searched: the search.
+        measure: samples with a schedule on all held-out images.
+
+    Returns:
+        The chosen schedule on the searched and on the held-out images, and evenly spread steps on the held-out images.
     """
-    steps = len(sigmas) - 1
-    spread = schedules.even(steps, budget).computed
-    cost = responses.cost(budget)
-    found = [shape(cost, steps, budget), spread]
-    published = [one for one in schedules.PUBLISHED.values() if one.transformer == transformer]
-    near = schedules.nearest(published, steps, budget)
-    if near is not None:
-        found.append(schedules.fitted(near, steps, sigmas[:steps], budget).computed)
-    return list(dict.fromkeys(found)), cost
+    spread = measure(searched.even)
+    best, there = searched.even, spread
+    for one in searched.finalists:
+        measured = measure(one)
+        if better(measured, spread) and measured.score > there.score:
+            best, there = one, measured
+    return best, there, spread
 
 
 def find(
@@ -98,27 +97,24 @@ def find(
     requests: Sequence[GenerationRequest],
     held_out: Sequence[GenerationRequest],
     budgets: Sequence[int],
-    settings: Settings = SETTINGS,
     tries: int = TRIES,
-    patience: int = PATIENCE,
     batch: int = BATCH,
     journal: Path | None = None,
     listener: Callable[[Event], Any] = lambda event: None,
-    on_step: Callable[[int, int], Any] = lambda i, n: None,
 ) -> tuple[dict[int, Found], dict[str, Any]]:
     """Search a schedule for each budget on `requests`, and measure it on `held_out`.
+
+    The budget nearest to a quarter of the steps comes first. The others start from the density that was found last, and
+    get half of the tries.
 
     Args:
         omni: an `Omni` without a cache.
         requests, held_out: all with the same steps and size.
         budgets: numbers of computed steps.
-        settings: how skipped outputs are forecast.
-        tries, patience: see `omni_runtime.calibrate.search.search`.
+        tries: see `omni_runtime.calibrate.search.search`.
         batch: the largest number of images in one call.
-        journal: the file of sampled schedules; the responses are kept in a file in the same directory. None keeps
-            neither.
+        journal: the file of sampled schedules. None keeps none.
         listener: called with an `Event` after each sampled schedule.
-        on_step: as in `Images.responses`.
 
     Returns:
         budget → its `Found`, and the document to write, without its provenance.
@@ -126,7 +122,7 @@ def find(
     Raises:
         ValueError: the `Omni` has a cache, there are no requests, there are fewer than 3 steps, a budget is out of
             range, the journal is another search's, the pipeline's steps cannot be skipped, or a picture holds NaN.
-        files.WriteError: the journal or the responses cannot be written.
+        files.WriteError: the journal cannot be written.
 
     Warns:
         files.DamagedFileWarning: a kept file cannot be read; it is set aside, and its content is measured again.
@@ -144,57 +140,72 @@ def find(
     for budget in budgets:
         if not 2 <= budget <= steps:
             raise ValueError(f"a budget must be from 2 to the {steps} steps of a request, not {budget}")
-    images, others = (Images(omni.pipe, some, settings, batch) for some in (requests, held_out))
-    searched = about(omni, requests, settings)
-    responded = None if journal is None else journal.with_suffix(".responses.safetensors")
-    if journal is not None and responded is not None and not journal.exists() and responded.is_file():
-        responded.unlink()  # the search starts again
-    kept = Journal(journal, searched)
+    images, others = (Images(omni.pipe, some, batch) for some in (requests, held_out))
+    kept = Journal(journal, about(omni, requests))
     recorded = images.record()
     others.record()
-    responses = images.responses(recorded.sigmas, KeptResponses(responded, searched), on_step)
     found: dict[int, Found] = {}
-    for place, budget in enumerate(budgets):
-        begun, cost = starts(responses, recorded.sigmas, budget, type(omni.pipe.transformer).__name__)
+    density: tuple[float, ...] | None = None
+    order = sorted(budgets, key=lambda budget: abs(math.log(4 * budget / steps)))
+    for place, budget in enumerate(order):
+        most = tries_of(place, tries)
 
         def on_try(number: int, one: Tried, best: Tried, budget: int = budget, place: int = place) -> None:
             each = float(np.mean(images.spent)) if images.spent else 0.0
-            left = each * ((tries - number) * budget + tries * sum(budgets[place + 1 :]))
-            listener(Event(budget, number, tries, one, best, left))
+            later = sum(other * whole(i, other, tries) for i, other in enumerate(order) if i > place)
+            left = each * (max(0, whole(place, budget, tries) - number) * budget + later)
+            listener(Event(budget, number, whole(place, budget, tries), one, best, left))
 
         sample = functools.partial(kept.sample, images)
-        result = search(begun, steps, sample, tries, patience, cost=cost, on_try=on_try)
+        result = search(steps, budget, sample, most, density, on_try=on_try)
+        density = result.density
+        measured: dict[Any, Tried] = {}
+
+        def measure(one: Tried, measured: dict[Any, Tried] = measured) -> Tried:
+            key = one.computed, one.forecast
+            if key not in measured:
+                assert one.forecast is not None  # every schedule was sampled with one
+                measured[key] = others.sample(one.computed, one.forecast)
+            return measured[key]
+
+        best, there, spread = choose(result, measure)
         found[budget] = Found(
-            best=result.best,
-            held_out=others.sample(result.best.computed),
+            searched=result,
+            best=best,
+            held_out=there,
             plain=others.plain(budget),
-            even=others.sample(schedules.even(steps, budget).computed),
-            start=result.start,
-            trail=[one.score for one in result.trail],
+            even=spread,
             seconds=kept.seconds(budget),
         )
-    for one, speedup in zip(
-        found.values(), others.speedups([one.best.computed for one in found.values()]), strict=True
-    ):
+    found = {budget: found[budget] for budget in budgets}
+    schedules = [(one.best.computed, one.best.forecast or forecasts(budget)[0]) for budget, one in found.items()]
+    for one, speedup in zip(found.values(), others.speedups(schedules), strict=True):
         one.speedup = speedup
     rows = [_row(steps, recorded.sigmas[:steps], budget, one) for budget, one in found.items()]
     height, width = images.size
     document = {
         "schedules": rows,
-        "settings": dataclasses.asdict(settings),
         "forwards": images.forwards + others.forwards,
-        "seconds_of_responses": round(images.responding, 1),
         "calibrated_for": {key: value for key, value in recorded.describe_last().items() if key != "steps"}
         | {"width": width, "height": height},
     }
     return found, document
 
 
-def about(omni: Omni, requests: Sequence[GenerationRequest], settings: Settings) -> dict[str, Any]:
+def tries_of(place: int, tries: int) -> int:
+    """The tries of the budget at this place in the list."""
+    return tries if place == 0 else tries // 2
+
+
+def whole(place: int, budget: int, tries: int) -> int:
+    """The largest number of schedules that are sampled for the budget at this place in the list."""
+    return len(forecasts(budget)) + tries_of(place, tries) + 1
+
+
+def about(omni: Omni, requests: Sequence[GenerationRequest]) -> dict[str, Any]:
     """Describe a search: a journal's first line, which tells it from other searches."""
     return {
         "model": str(omni.name),
-        "settings": dataclasses.asdict(settings),
         "requests": [[one.prompt, one.seed, jsonable(one.arguments)] for one in requests],
         "torch": torch.__version__,
         "measure": "PSNR of 8-bit pictures",
@@ -210,19 +221,22 @@ def statistics(tried: Tried) -> dict[str, float | int]:
 
 
 def _row(steps: int, sigmas: Sequence[float], budget: int, found: Found) -> dict[str, Any]:
+    forecast = found.best.forecast or forecasts(budget)[0]
     return {
         "steps": steps,
         "budget": budget,
         "computed": list(found.best.computed),
+        "reach": round(forecast.reach, 4),
+        "corrector_order": forecast.corrector_order,
         "sigmas": [round(sigma, 6) for sigma in sigmas],
         "psnr": statistics(found.held_out),
         "plain_sampling": statistics(found.plain),
         "evenly_spread": statistics(found.even),
         "searched": statistics(found.best),
-        "start": {"computed": list(found.start.computed), **statistics(found.start)},
-        "tries": len(found.trail),
+        "start": {"computed": list(found.searched.even.computed), **statistics(found.searched.even)},
+        "tries": len(found.searched.trail),
         "seconds": round(found.seconds, 1),
-        "speedup": round(found.speedup, 3),
+        "speedup": None if found.speedup is None else round(found.speedup, 3),
     }
 
 
@@ -231,16 +245,21 @@ def words(found: Mapping[int, Found]) -> Iterator[str]:
     for budget, one in found.items():
         now, plain, even = statistics(one.held_out), statistics(one.plain), statistics(one.even)
         images = f"{now['images']} image{'s' * (now['images'] > 1)}"
+        times = "the measured times do not agree (another program was busy?)"
+        if one.speedup is not None:
+            times = f"{one.speedup:.2f} times as fast"
+        which = "evenly spread steps are kept"
+        if one.best != one.searched.even:
+            which = f"evenly spread steps have {even['mean']:.1f} dB, 5th percentile {even['p5']:.1f}"
         yield (
-            f"{budget} computed steps: {one.speedup:.2f} times as fast, {now['mean']:.1f} ± {now['std']:.1f} dB, 5th "
-            f"percentile {now['p5']:.1f}, on {images} not searched on; evenly spread steps have "
-            f"{even['mean']:.1f} dB, 5th percentile {even['p5']:.1f}, plain sampling with {budget} steps "
-            f"{plain['mean']:.1f} and {plain['p5']:.1f}. On the searched images, {len(one.trail)} schedules raised the "
-            f"mean of mean and 5th percentile from {score(one.start.psnr):.1f} to {one.best.score:.1f} dB."
+            f"{budget} computed steps: {times}, {now['mean']:.1f} ± {now['std']:.1f} dB, 5th percentile "
+            f"{now['p5']:.1f}, on {images} not searched on; {which}; plain sampling with {budget} steps has "
+            f"{plain['mean']:.1f} and {plain['p5']:.1f}. On the searched images, {len(one.searched.trail)} schedules "
+            f"raised the mean of mean and 5th percentile from {score(one.searched.even.psnr):.1f} to "
+            f"{one.searched.trail[-1].score:.1f} dB."
         )
-        better = max((even["mean"], "evenly spread steps"), (plain["mean"], "plain sampling"))
-        if now["mean"] < better[0]:
-            yield f"warning: {better[1]} did better on these images: search on more prompts, or use no calibration"
+        if now["mean"] < plain["mean"]:
+            yield "warning: plain sampling did better on these images: use fewer steps instead"
         elif now["images"] < FEW:
             yield f"warning: {images} say little: hold out at least {FEW}"
 
@@ -248,9 +267,10 @@ def words(found: Mapping[int, Found]) -> Iterator[str]:
 def plot(found: Mapping[int, Found]) -> str:
     """Return an SVG plot of the search: the best score after each sampled schedule, one line per budget."""
     width, height, left, bottom, top = 640, 320, 56, 36, 16
-    scores = [value for one in found.values() for value in one.trail]
+    trails = {budget: [tried.score for tried in one.searched.trail] for budget, one in found.items()}
+    scores = [value for trail in trails.values() for value in trail]
     low, high = math.floor(min(scores)), math.ceil(max(scores)) + 1
-    longest = max(2, *(len(one.trail) for one in found.values()))
+    longest = max(2, *map(len, trails.values()))
 
     def x(number: float) -> float:
         return left + (width - left - 90) * (number - 1) / (longest - 1)
@@ -271,11 +291,11 @@ def plot(found: Mapping[int, Found]) -> str:
         f'<text x="{left}" y="{height - 8}">sampled schedules: 1 to {longest}; best score in dB, the mean of mean and '
         "5th percentile</text>"
     )
-    for budget, one in found.items():
-        points = " ".join(f"{x(i + 1):.1f},{y(value):.1f}" for i, value in enumerate(one.trail))
-        end = one.trail[-1]
+    for budget, trail in trails.items():
+        points = " ".join(f"{x(i + 1):.1f},{y(value):.1f}" for i, value in enumerate(trail))
+        end = trail[-1]
         parts.append(
             f'<polyline points="{points}" fill="none" stroke="#1f6feb" stroke-width="1.5"/>'
-            f'<text x="{x(len(one.trail)) + 6:.1f}" y="{y(end) + 4:.1f}">{budget} steps</text>'
+            f'<text x="{x(len(trail)) + 6:.1f}" y="{y(end) + 4:.1f}">{budget} steps</text>'
         )
     return "".join([*parts, "</svg>\n"])

@@ -1,4 +1,4 @@
-"""The command line: omni generate | batch | compare | calibrate | inspect | serve | backends | models.
+"""The command line: omni generate | batch | compare | calibrate | explain | inspect | serve | backends | models.
 
 Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 something unexpected, 2 wrong input, 3 some
 rows of a batch failed, 130 interrupted by Ctrl-C.

@@ -15,6 +15,7 @@ from omni_runtime.cli.inputs import (
     make_omni,
     request_arguments,
     settle,
+    speed_of,
     threads_of_workers,
     wrong_input,
 )
@@ -35,11 +36,8 @@ def batch(options: argparse.Namespace) -> int | None:
         raise UsageError(f"--out {options.out} is a file: give a directory")
     gpus = gpus_of_workers(options, f"--workers {options.workers}") if options.workers > 1 else None
     settle(options)
-    how: dict[str, Any] = {"fuse": options.fuse or None, "compile": options.compile}
-    if options.cache_backend is not None:
-        how["cache_backend"] = options.cache_backend
     with wrong_input():
-        omni = make_omni(options, cache_config=options.cache_config, **how)
+        omni = make_omni(options, **speed_of(options))
         defaults = request_arguments(options) | {"seed": options.seed, "fps": options.fps}
         model = os.path.realpath(options.model) if Path(options.model).is_dir() else options.model
         about = {"model": model, **{name: getattr(options, name) for name in ("dtype", "revision", "variant")}}

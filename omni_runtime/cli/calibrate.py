@@ -17,6 +17,7 @@ from omni_runtime.cache import calibration
 from omni_runtime.cache.methods import VELOCITY_CACHE
 from omni_runtime.calibrate import fitting
 from omni_runtime.calibrate import schedule as finding
+from omni_runtime.calibrate.images import ROUNDS
 from omni_runtime.calibrate.search import most_steps
 from omni_runtime.cli.inputs import (
     bar,
@@ -40,7 +41,9 @@ Prompts = Sequence[tuple[str, Path | None]]
 #: How many of an embedded model's own prompts are used for calibration if none are given.
 CALIBRATION_PROMPTS = 24
 #: How many prompts a schedule is searched on, and how many others it is measured on.
-SCHEDULE_PROMPTS, HELD_OUT_PROMPTS = 4, 8
+SCHEDULE_PROMPTS, HELD_OUT_PROMPTS = 16, 16
+#: Shares of the steps that are computed by default: a schedule is searched for each.
+SHARES = (0.64, 0.5, 0.34, 0.26, 0.2, 0.16)
 #: Default seeds for the search of a schedule; comparisons use others.
 SCHEDULE_SEEDS = (1000, 1001)
 #: Seconds per forward of a large model (Qwen-Image at 1024² on an H200), to estimate what a search costs.
@@ -129,14 +132,14 @@ def _calibrate_schedule(options: argparse.Namespace) -> None:
         steps = requests[0].arguments["num_inference_steps"]
         if any(not 2 <= budget <= steps for budget in options.budgets or ()):
             raise UsageError(f"--budgets: each must be from 2 to the {steps} steps of a request")
-        budgets = options.budgets or sorted({max(2, round(steps / part)) for part in (2, 3, 4, 5)}, reverse=True)
+        budgets = options.budgets or sorted({max(2, round(steps * share)) for share in SHARES}, reverse=True)
         journal = out.with_suffix(".search.jsonl")
         if options.fresh:
             journal.unlink(missing_ok=True)
     omni.pipe.set_progress_bar_config(disable=True)
     tries = options.tries or finding.TRIES
     if not options.quiet:
-        most = most_steps(budgets, tries, len(requests), len(held_out), steps)
+        most = most_steps(budgets, tries, len(requests), len(held_out), steps, ROUNDS)
         told = f"{len(requests)} images; at most {most} computed steps of one image: with guidance {2 * most} forwards"
         if options.model not in embedded_models():
             told += f", {duration(2 * most * LARGE_FORWARD)} at {LARGE_FORWARD} s each (a large model)"
@@ -146,7 +149,7 @@ def _calibrate_schedule(options: argparse.Namespace) -> None:
         with wrong_input():
             found, document = finding.find(
                 omni, requests, held_out, budgets, tries=tries, batch=options.batch or finding.BATCH, journal=journal,
-                listener=progress.of_schedule, on_step=progress.of_step,
+                listener=progress.of_schedule,
             )  # fmt: skip
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
@@ -171,7 +174,6 @@ class _Told:
     def __init__(self, quiet: bool) -> None:
         self.line = Line(sys.stderr, quiet)
         self._lines = not quiet and not self.line.live
-        self._begun: list[float] = []
 
     def of_schedule(self, event: finding.Event) -> None:
         """Show that a schedule was sampled."""
@@ -179,13 +181,6 @@ class _Told:
         self._tell(
             f"{event.budget} steps: {event.number} of {event.tries} schedules, {left}, best {event.best.score:.2f} dB"
         )
-
-    def of_step(self, number: int, count: int) -> None:
-        """Show the progress of the runs that measure how the latents respond to each step."""
-        self._begun.append(time.perf_counter())
-        each = (self._begun[-1] - self._begun[0]) / max(1, len(self._begun) - 1)
-        left = f", {duration(each * (count - number))} left" if len(self._begun) > 1 else ""
-        self._tell(f"how the latents respond to each step: {number} of {count} runs{left}")
 
     def _tell(self, text: str) -> None:
         self.line.tell(text)
@@ -210,13 +205,11 @@ def _searched_and_held_out(options: argparse.Namespace) -> tuple[Prompts, Prompt
             searched = [one for one in given if one[0] not in texts[1::4]]
             held_out = [one for one in given if one[0] in texts[1::4]]
     else:
-        searched = own_prompts(options, comparison.prompts_left(options.model, SCHEDULE_PROMPTS))
-        known = {prompt for prompt, _ in searched}
-        everything = prompts_and_images(options, sys.maxsize, options.held_out)
-        held_out = [one for one in everything if options.held_out or one[0] not in known]
-        if not options.held_out:
-            held_out = held_out[:: max(1, len(held_out) // HELD_OUT_PROMPTS)][:HELD_OUT_PROMPTS]
-    both = {prompt for prompt, _ in searched} & {prompt for prompt, _ in held_out}
+        left = own_prompts(options, comparison.prompts_left(options.model, SCHEDULE_PROMPTS + HELD_OUT_PROMPTS))
+        searched, held_out = left[::2], left[1::2]
+        if options.held_out:
+            held_out = prompts_and_images(options, HELD_OUT_PROMPTS, options.held_out)
+    both = {prompt for prompt, image in searched if (prompt, image) in held_out}
     if both:
         raise UsageError(f"--held-out has prompts that are searched on: {', '.join(sorted(both))}")
     return searched, held_out

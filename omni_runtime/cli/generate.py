@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omni_runtime.cli.inputs import bar, make_directory, make_omni, request_arguments, settle, wrong_input
+from omni_runtime.cli.inputs import bar, make_directory, make_omni, request_arguments, settle, speed_of, wrong_input
 from omni_runtime.cli.options import UsageError
 from omni_runtime.cli.output import print_json
 from omni_runtime.files import WriteError
@@ -42,11 +42,8 @@ def generate(options: argparse.Namespace) -> None:
             f"torchrun has started {place.count} processes, and each would make the same picture: give --parallel, "
             f"such as --parallel cfg={place.count}"
         )
-    how: dict[str, Any] = {"fuse": options.fuse or None, "compile": options.compile, "parallel": options.parallel}
-    if options.cache_backend is not None:
-        how["cache_backend"] = options.cache_backend
     with wrong_input():
-        omni = make_omni(options, cache_config=options.cache_config, **how)
+        omni = make_omni(options, parallel=options.parallel, **speed_of(options))
         if to_file:
             _check_ending(options.out, omni.makes_video)
         if options.fps is not None and not omni.makes_video:
@@ -96,7 +93,7 @@ def _unused(directory: Path, result: OmniResult) -> Path:
     prompt = (result.prompt or "").lower().encode(encoding, "ignore").decode(encoding)
     words = re.sub(r"\W+", "-", prompt).strip("-")[:60].strip("-") or "image"
     backend = result.settings["cache_backend"]
-    stem = f"{words}-seed{result.seed}" + (f"-{backend}" if backend else "")
+    stem = f"{words}-seed{result.seed}" + (f"-{backend}" if backend not in (None, "auto") else "")
     path, number = directory / f"{stem}{suffix}", 1
     while path.exists():
         number += 1

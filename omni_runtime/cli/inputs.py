@@ -15,7 +15,7 @@ import torch
 from omni_kernels.patching import PatchConflictError
 from omni_runtime.cli.options import UsageError
 from omni_runtime.generation import loading
-from omni_runtime.generation.omni import Omni
+from omni_runtime.generation.omni import ENVIRONMENT_VARIABLE, Omni
 from omni_runtime.generation.request import GenerationRequest
 from omni_runtime.progress import StepBar
 
@@ -52,6 +52,29 @@ def make_omni(options: argparse.Namespace, **how: Any) -> Omni:
     transformers_logging.disable_progress_bar()
     given = {name: getattr(options, name) for name in ("revision", "variant") if getattr(options, name) is not None}
     return Omni(options.model, dtype=options.dtype, device=options.device, **how, **given)
+
+
+def speed_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `Omni` for the options that say what makes the model faster."""
+    how: dict[str, Any] = {"fuse": options.fuse or None, "compile": options.compile}
+    wish = wish_of(options)
+    if options.cache_backend is not None or options.cache_config is not None:
+        if wish and options.cache_backend != "auto":
+            raise UsageError(f"--{next(iter(wish))} chooses the cache by itself: leave --cache-backend out")
+        if wish and options.cache_config is not None:
+            raise UsageError(f"--{next(iter(wish))} and --cache-config cannot be combined")
+    elif wish or not os.environ.get(ENVIRONMENT_VARIABLE):
+        how["cache_backend"] = "auto"
+    if options.cache_backend is not None:
+        how["cache_backend"] = options.cache_backend
+    how["cache_config"] = wish or options.cache_config
+    return how
+
+
+def wish_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The configuration of the cache `auto` that the options ask for; empty if they ask for nothing."""
+    given = {name: getattr(options, name) for name in ("quality", "speedup", "psnr")}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def gpus_of_workers(options: argparse.Namespace, option: str) -> bool | None:

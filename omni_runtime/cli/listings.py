@@ -18,6 +18,7 @@ from omni_runtime.cli.output import print_json
 
 #: Our own cache backends, in the order of listings, with the `summary` of each. A test checks that they are equal.
 SUMMARIES = {
+    "auto": "Auto: quality='high', 'balanced' or 'fast', or a speedup or PSNR in numbers; the rest is chosen for you",
     "velocity_cache": "Velocity cache: skip whole steps on a schedule, and forecast the guided model output there",
     "tea_cache": "TeaCache: skip all blocks while the accumulated change of block 0's modulated input is small",
     "cache_dit": "DBCache, with TaylorSeer and SCM: skip the middle blocks while what the first Fn add has changed "

@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 from omni_runtime.parallel import degrees
 
 DEFAULT_MODEL = "emoji-qwen-image"
+#: The presets of `omni_runtime.cache.presets`, which imports torch. A test checks that they are equal.
+PRESETS = ("exact", "high", "balanced", "fast")
 #: Exit codes: wrong input, and a batch of which some rows failed.
 WRONG_INPUT, SOME_FAILED = 2, 3
 #: Errors whose message says all, by name: their modules import torch.
@@ -64,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     _add_batch(commands, model)
     _add_compare(commands, model)
     _add_calibrate(commands, model)
+    _add_explain(commands, model)
     _add_inspect(commands, model)
     _add_serve(commands)
     for name, about in (
@@ -297,6 +300,20 @@ def _add_calibrate(commands: Any, shared: argparse.ArgumentParser) -> None:
     schedule.add_argument("--fresh", action="store_true", help="discard the samples of an interrupted search")
 
 
+def _add_explain(commands: Any, shared: argparse.ArgumentParser) -> None:
+    about = "say what each preset would do for a model: steps, speed and PSNR to expect, and what that rests on"
+    command = commands.add_parser(
+        "explain",
+        help=about,
+        description=f"{about.capitalize()}. Loads no weights.",
+        parents=[shared],
+        allow_abbrev=False,
+    )
+    command.set_defaults(module="explain", command="explain")
+    command.add_argument("--steps", type=_whole, metavar="N", help="denoising steps (default: the model's own)")
+    _add_wish(command)
+
+
 def _add_inspect(commands: Any, shared: argparse.ArgumentParser) -> None:
     about = "show where a model's blocks are, which of them are fused, and which caches work with it"
     command = commands.add_parser(
@@ -310,12 +327,26 @@ def _add_inspect(commands: Any, shared: argparse.ArgumentParser) -> None:
     command.add_argument("--prompt", type=text_of, metavar="TEXT", help="default: one of the model's own, or 'a cat'")
 
 
+def _add_wish(command: argparse.ArgumentParser) -> None:
+    """Options that say what is wanted of the cache `auto`."""
+    wish = command.add_mutually_exclusive_group()
+    wish.add_argument(
+        "--quality",
+        choices=PRESETS,
+        help="exact: nothing is skipped; high, balanced, fast: about a half, a third, a quarter of the steps are "
+        "computed (default: balanced); see `omni explain`",
+    )
+    wish.add_argument("--speedup", type=_factor, metavar="N", help="so many times the speed, instead of --quality")
+    wish.add_argument("--psnr", type=_decibels, metavar="N", help="so many dB to the full run, instead of --quality")
+
+
 def _add_speed(command: argparse.ArgumentParser) -> None:
     """Options that say what makes the model faster."""
+    _add_wish(command)
     command.add_argument(
         "--cache-backend",
         metavar="NAME",
-        help="see `omni backends`; none for no cache (default: $DIFFUSION_CACHE_BACKEND, else none)",
+        help="a method instead, see `omni backends`; none for no cache (default: $DIFFUSION_CACHE_BACKEND, else auto)",
     )
     command.add_argument("--cache-config", metavar="JSON", help='such as {"rel_l1_thresh": 0.2}')
     command.add_argument("--fuse", action="store_true", help="run transformer blocks fused")
@@ -419,6 +450,24 @@ def _gibibytes(text: str) -> int:
     if size < 1:
         raise argparse.ArgumentTypeError(f"must be a number of GiB above 0, not {text!r}")
     return int(size)
+
+
+def _above(text: str, least: float, what: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not least < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be {what} above {least:g}, not {text!r}")
+    return number
+
+
+def _factor(text: str) -> float:
+    return _above(text, 1.0, "a factor")
+
+
+def _decibels(text: str) -> float:
+    return _above(text, 0.0, "a number of dB")
 
 
 def _rate(text: str) -> float:

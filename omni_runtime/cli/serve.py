@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from omni_runtime.cli.inputs import gpus_of_workers, make_omni, settle, threads_of_workers, wrong_input
+from omni_runtime.cli.inputs import gpus_of_workers, make_omni, settle, speed_of, threads_of_workers, wrong_input
 from omni_runtime.cli.options import EXPECTED, UsageError
 from omni_runtime.generation.omni import Omni
 
@@ -29,12 +29,9 @@ def serve(options: argparse.Namespace) -> None:
     gpus = None if options.replicas is None else gpus_of_workers(options, "--replicas")
     settle(options)
     logs.to_stderr()
-    how: dict[str, Any] = {"fuse": options.fuse or None, "compile": options.compile}
-    if options.cache_backend is not None:
-        how["cache_backend"] = options.cache_backend
     with wrong_input():
         settings = settings_of(options)
-        omni = make_omni(options, cache_config=options.cache_config, **how)
+        omni = make_omni(options, **speed_of(options))
         logs.adopt()
         sock = server.listening(options.host, options.port)
     with sock:

@@ -189,9 +189,7 @@ def outline(source: Source, arguments: Mapping[str, Any] | None = None) -> Any:
         return None
     parameters = inspect.signature(source.pipeline_class.__init__).parameters.values()  # type: ignore[misc]
     parts = {one.name: None for one in parameters if one.default is one.empty and one.name != "self"}
-    read = (
-        _HubFiles(source.location, arguments or {}) if source.kind == "hub" else _DirectoryFiles(Path(source.location))
-    )
+    read = _reader(source, arguments)
     try:
         config = read("vae/config.json")
         with torch.device("meta"):
@@ -199,6 +197,24 @@ def outline(source: Source, arguments: Mapping[str, Any] | None = None) -> Any:
         return source.pipeline_class(**parts | ({} if vae is None else {"vae": vae}))
     except Exception:  # any class may need more than its VAE
         return None
+
+
+def scheduler_of(source: Source, arguments: Mapping[str, Any] | None = None) -> Any:
+    """The model's scheduler, made from its configuration alone; None if it cannot be made."""
+    import diffusers
+
+    read = _reader(source, arguments)
+    try:
+        config = read("scheduler/scheduler_config.json")
+        return None if config is None else getattr(diffusers, config["_class_name"]).from_config(config)
+    except Exception:  # as `outline`
+        return None
+
+
+def _reader(source: Source, arguments: Mapping[str, Any] | None) -> _HubFiles | _DirectoryFiles:
+    return (
+        _HubFiles(source.location, arguments or {}) if source.kind == "hub" else _DirectoryFiles(Path(source.location))
+    )
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

@@ -68,6 +68,7 @@ class Omni:
             only if a device is named.
         cache_backend: "tea_cache", "cache_dit", ... None and "none" mean no cache. By default, the environment variable
             `DIFFUSION_CACHE_BACKEND` names it.
+        quality: "exact", "high", "balanced" or "fast": the cache `auto` with this preset, instead of cache_backend.
         cache_config: the backend's keys, as a dict or as JSON text. Missing keys take their defaults. A model's
             directory may provide some of them: `tea_cache.json` holds the `coefficients` of tea_cache,
             `mag_cache.json` the `mag_ratios` of mag_cache.
@@ -101,11 +102,18 @@ class Omni:
         device: str | torch.device = "auto",
         cache_backend: str | None = FROM_ENVIRONMENT,
         cache_config: Mapping[str, Any] | str | None = None,
+        quality: str | None = None,
         fuse: bool | None = None,
         compile: str | Mapping[str, Any] | None = None,
         parallel: Mapping[str, int] | None = None,
         **from_pretrained: Any,
     ) -> None:
+        if quality is not None:
+            if cache_backend not in (FROM_ENVIRONMENT, "auto") or cache_config:
+                raise ValueError(
+                    f"quality={quality!r} chooses the cache by itself: leave cache_backend and its config out"
+                )
+            cache_backend, cache_config = "auto", {"quality": quality}
         backend, config = resolve_cache(cache_backend, cache_config)
         self._arguments: dict[str, Any] | None = {
             "model": model,
@@ -140,6 +148,7 @@ class Omni:
             self._transformer_config = source.transformer_config
             self._load: Callable[[], Any] = lambda: loading.load(source, dtype, target, from_pretrained)
             self._outline: Callable[[], Any] = functools.cache(lambda: loading.outline(source, from_pretrained))
+            self._scheduler: Callable[[], Any] = lambda: loading.scheduler_of(source, from_pretrained)
         else:
             _check_loaded(model, from_pretrained)
             self.location = getattr(model, "name_or_path", None)
@@ -154,6 +163,7 @@ class Omni:
             self._pipeline_class = type(model)
             self._load = lambda: _moved(model, dtype, "auto" if stays else device)
             self._outline = lambda: model
+            self._scheduler = lambda: model.scheduler
         self.cache_backend, self.cache_config = backend, complete
         self._pipe: Any = None
         self._engine: Engine | None = None
@@ -200,6 +210,10 @@ class Omni:
     def makes_video(self) -> bool:
         """Whether the pipeline makes videos, which results hold as `frames`. Needs no weights."""
         return video.makes_video(self.pipeline_class)
+
+    def scheduler(self) -> Any:
+        """The model's scheduler, made from its configuration: needs no weights. None if it cannot be made."""
+        return self._scheduler()
 
     def load(self) -> Any:
         """Load the weights and install the cache, if that has not been done yet. Returns the pipeline.
@@ -265,7 +279,7 @@ class Omni:
             if self._parallel is not None:
                 self._parallel.close()
             self._handle = self._pipe = None
-            self._load, self._outline, self._arguments = _closed, _closed, None
+            self._load, self._outline, self._scheduler, self._arguments = _closed, _closed, _closed, None
             self._closed = True
 
     def generate(

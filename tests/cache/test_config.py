@@ -49,9 +49,10 @@ DEFAULTS = {
         "calibration": None,
         "forecaster": "newton",
         "forecaster_order": 1,
-        "reach": 1.0,
-        "corrector_order": 2,
+        "reach": None,
+        "corrector_order": None,
     },
+    "auto": {"quality": None, "speedup": None, "psnr": None, "calibration": None},
     "easy_cache": {"thresh": 0.05, "ret_steps": 10, **FORECASTER, **DECISION, "reach": 1.0},
 }
 

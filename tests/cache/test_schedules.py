@@ -148,10 +148,12 @@ def test_names() -> None:
     assert {"qwen-image-25", "scm-slow", "scm-ultra"} <= set(schedules.NAMES)
 
 
-def test_nearest_goes_by_the_share_of_computed_steps() -> None:
-    a, b = Schedule(50, tuple(range(25)), "a"), Schedule(28, tuple(range(10)), "b")
-    assert nearest([a, b], 50, 26) is a
-    assert nearest([a, b], 100, 37) is b
+def test_nearest_goes_by_the_number_of_computed_steps() -> None:
+    a, b, c = (Schedule(steps, tuple(range(count)), "") for steps, count in ((50, 25), (28, 10), (50, 10)))
+    assert nearest([a, b, c], 50, 26) is a
+    assert nearest([a, b, c], 100, 37) is a
+    assert nearest([a, b, c], 20, 10) is b, "of two with as many, the one with the nearest number of steps"
+    assert nearest([a, b, c], 60, 10) is c
     assert nearest([], 50, 25) is None
 
 

@@ -85,8 +85,10 @@ def on_a_polynomial(points, x):
     return total
 
 
-def written_out(given, computed, order=1, reach=1.0, corrector=2):
+def written_out(given, computed, order=1, reach=None, corrector=2):
     """What the scheduler should have stepped with: the rule on the computed steps' outputs, in float64."""
+    if reach is None:
+        reach = min(1.0, max(0.25, (len(computed) - 4) / 12))
     expected, kept, forecasts = [], [], []
     for i, (sigma, following, output) in enumerate(given):
         if i not in computed:
@@ -655,10 +657,10 @@ def test_only_one_of_the_four_is_given(pair):
         ({"budget": 1}, None, "budget must be None or a whole number ≥ 2"),
         ({"budget": 9}, 8, "budget is 9 computed steps, but the request has 8"),
         ({"speedup": 1.0}, None, "speedup must be None or a finite number > 1"),
-        ({"reach": 0}, None, "reach must be a finite number > 0"),
+        ({"reach": 0}, None, "reach must be None or a finite number > 0"),
         ({"forecaster_order": 3}, None, "forecaster_order must be a whole number from 0 to 2"),
         ({"forecaster_order": -1}, None, "forecaster_order must be a whole number from 0 to 2"),
-        ({"corrector_order": 4}, None, "corrector_order must be a whole number from 0 to 3"),
+        ({"corrector_order": 4}, None, "corrector_order must be None or a whole number from 0 to 3"),
         ({"calibration": {"method": "tea_cache"}}, None, "not a calibration of schedules"),
     ],
 )

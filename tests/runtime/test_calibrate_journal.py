@@ -6,29 +6,31 @@ import errno
 import json
 import os
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
-from omni_runtime.calibrate.journal import Journal, KeptResponses
-from omni_runtime.calibrate.search import Tried
+from omni_runtime.calibrate.journal import Journal
+from omni_runtime.calibrate.search import Forecast, Tried
 from omni_runtime.files import DamagedFileWarning, WriteError
 
 ABOUT = {"model": "a", "requests": [["a cat", 0, {}], ["a cat\u2028or\rtwo", 1, {}]]}
 HEADER = json.dumps(ABOUT, sort_keys=True, ensure_ascii=False)
-LINES = ['{"computed": [0, 3], "psnr": [30.0], "seconds": 1.5}', '{"computed": [0, 2], "psnr": [20.0, 21]}']
+FORECAST = Forecast(1.0, 2)
+LINES = [
+    '{"computed": [0, 3], "forecast": [1.0, 2], "psnr": [30.0], "seconds": 1.5}',
+    '{"computed": [0, 2], "forecast": [1.0, 2], "psnr": [20.0, 21]}',
+]
 
 
 def test_a_journal_that_was_cut_off_is_read_and_another_searchs_is_refused(tmp_path):
     path = tmp_path / "search.jsonl"
-    Journal(path, {"model": "a"}).keep(Tried((0, 3), (30.0,)))
+    Journal(path, {"model": "a"}).keep(Tried((0, 3), (30.0,), FORECAST))
     with path.open("a") as file:
         file.write('{"computed": [0, 2')
     kept = Journal(path, {"model": "a"})
-    assert kept.get((0, 3)) == Tried((0, 3), (30.0,))
-    assert kept.get((0, 2)) is None
-    kept.keep(Tried((0, 1), (20.0,)))
-    assert Journal(path, {"model": "a"}).get((0, 1)) == Tried((0, 1), (20.0,))
+    assert kept.get((0, 3), FORECAST) == Tried((0, 3), (30.0,), FORECAST)
+    assert kept.get((0, 2), FORECAST) is None
+    kept.keep(Tried((0, 1), (20.0,), FORECAST))
+    assert Journal(path, {"model": "a"}).get((0, 1), FORECAST) == Tried((0, 1), (20.0,), FORECAST)
     with pytest.raises(ValueError, match=r"holds another search.*--fresh"):
         Journal(path, {"model": "b"})
 
@@ -38,15 +40,15 @@ def test_a_schedule_that_was_given_up_is_sampled_on_all_images_when_it_is_measur
         requests = (1, 2, 3)
         calls = 0
 
-        def sample(self, computed, best=None):
+        def sample(self, computed, forecast, best=None):
             self.calls += 1
-            return Tried(computed, (30.0, 31.0, 32.0)[: 1 if best else 3])
+            return Tried(computed, (30.0, 31.0, 32.0)[: 1 if best else 3], forecast)
 
     path, images = tmp_path / "search.jsonl", Sampled()
-    kept, best = Journal(path, {}), Tried((0, 2), (40.0, 40.0, 40.0))
-    assert [len(kept.sample(images, (0, 3), one).psnr) for one in (best, best, None, best)] == [1, 1, 3, 3]
+    kept, best = Journal(path, {}), Tried((0, 2), (40.0, 40.0, 40.0), FORECAST)
+    assert [len(kept.sample(images, (0, 3), FORECAST, one).psnr) for one in (best, best, None, best)] == [1, 1, 3, 3]
     assert images.calls == 2
-    assert Journal(path, {}).get((0, 3)).psnr == (30.0, 31.0, 32.0)
+    assert Journal(path, {}).get((0, 3), FORECAST).psnr == (30.0, 31.0, 32.0)
     assert len(path.read_text().splitlines()) == 3
 
 
@@ -59,9 +61,9 @@ def test_a_damaged_journal_is_set_aside_and_begun_anew(tmp_path, content):
     path = tmp_path / "search.jsonl"
     path.write_bytes(content)
     with pytest.warns(DamagedFileWarning, match=rf"^{path} is damaged .* it is now search.jsonl.damaged, and the"):
-        Journal(path, ABOUT).keep(Tried((0, 3), (30.0,)))
+        Journal(path, ABOUT).keep(Tried((0, 3), (30.0,), FORECAST))
     assert (tmp_path / "search.jsonl.damaged").read_bytes() == content
-    assert Journal(path, ABOUT).get((0, 3)) == Tried((0, 3), (30.0,))
+    assert Journal(path, ABOUT).get((0, 3), FORECAST) == Tried((0, 3), (30.0,), FORECAST)
 
 
 def test_a_directory_in_its_place_is_set_aside(tmp_path):
@@ -99,9 +101,9 @@ def test_of_damaged_lines_the_others_are_kept(tmp_path, line):
     path.write_text(damaged)
     with pytest.warns(DamagedFileWarning, match=r"1 of its lines cannot be read\); .*, and the others are kept"):
         kept = Journal(path, ABOUT)
-    assert kept.get((0, 3)) == Tried((0, 3), (30.0,))
-    assert kept.get((0, 2)) == Tried((0, 2), (20.0, 21))
-    assert kept.get((0, 4)) is None
+    assert kept.get((0, 3), FORECAST) == Tried((0, 3), (30.0,), FORECAST)
+    assert kept.get((0, 2), FORECAST) == Tried((0, 2), (20.0, 21), FORECAST)
+    assert kept.get((0, 4), FORECAST) is None
     assert kept.seconds(2) == 1.5
     assert path.read_text() == "\n".join([HEADER, *LINES]) + "\n"
     assert (tmp_path / "search.jsonl.damaged").read_text() == damaged
@@ -121,69 +123,5 @@ def test_a_full_disk_leaves_no_empty_journal(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
         with pytest.raises(WriteError, match=f"cannot write {path}: No space left"):
-            journal.keep(Tried((0, 3), (30.0,)))
-    assert Journal(path, ABOUT).get((0, 1)) is None, "and it can be read again"
-
-
-# Responses
-
-
-def kept_at(path, about=ABOUT):
-    kept = KeptResponses(path, about)
-    if not kept.fitting("0-2", 2, 3):
-        kept.keep("0-2", np.arange(18.0).reshape(3, 3, 2).transpose(2, 0, 1), np.ones((2, 3)), 1.5)
-    return kept
-
-
-def test_responses_are_found_again_and_anothers_are_not(tmp_path):
-    path = tmp_path / "search.responses.safetensors"
-    first, again = kept_at(path), KeptResponses(path, ABOUT)
-    assert again.keys() == first.keys()
-    for name, found in again.items():
-        np.testing.assert_array_equal(found, first[name])
-    assert again.fitting("0-2", 2, 3)
-    assert not again.fitting("0-2", 1, 3)
-    assert not again.fitting("0-2", 2, 4)
-    assert not again.fitting("2-4", 2, 3)
-    assert not KeptResponses(path, {"model": "b"})
-
-
-def half(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def nan(path):
-    kept = kept_at(path)
-    kept.keep("2-4", np.full((2, 3, 3), np.nan), np.ones((2, 3)), 1.0)
-
-
-def directory(path):
-    path.unlink()
-    path.mkdir()
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"\xff" * 99), half, nan, directory],
-    ids=["empty", "binary", "half", "nan", "directory"],
-)
-def test_damaged_responses_are_set_aside_and_measured_again(tmp_path, damage):
-    path = tmp_path / "search.responses.safetensors"
-    kept_at(path)
-    damage(path)
-    with pytest.warns(DamagedFileWarning, match=rf"^{path} is damaged .*, and the responses are measured again$"):
-        assert not KeptResponses(path, ABOUT)
-    assert (tmp_path / f"{path.name}.damaged").exists()
-    assert kept_at(path).fitting("0-2", 2, 3)
-
-
-def test_a_batch_of_another_shape_is_measured_again(tmp_path):
-    path = tmp_path / "search.responses.safetensors"
-    kept_at(path)
-    search = KeptResponses(path, ABOUT)._search
-    wrong = {"changes 0-2": np.ones((2, 3)), "errors 0-2": np.ones((2, 3)), "seconds 0-2": np.asarray(1.0)}
-    save_file(wrong, path, {"search": search})
-    assert not KeptResponses(path, ABOUT).fitting("0-2", 2, 3)
-    del wrong["changes 0-2"]
-    save_file(wrong, path, {"search": search})
-    assert not KeptResponses(path, ABOUT).fitting("0-2", 2, 3)
+            journal.keep(Tried((0, 3), (30.0,), FORECAST))
+    assert Journal(path, ABOUT).get((0, 1), FORECAST) is None, "and it can be read again"

@@ -3,6 +3,7 @@
 To add a method, write a file with its `Method`, and add that to `METHODS`.
 """
 
+from omni_runtime.cache.methods.auto import AUTO
 from omni_runtime.cache.methods.cache_dit import CACHE_DIT
 from omni_runtime.cache.methods.easy_cache import EASY_CACHE
 from omni_runtime.cache.methods.first_block_cache import FIRST_BLOCK_CACHE
@@ -13,6 +14,7 @@ from omni_runtime.cache.methods.tea_cache import TEA_CACHE
 from omni_runtime.cache.methods.velocity_cache import VELOCITY_CACHE
 
 __all__ = [
+    "AUTO",
     "CACHE_DIT",
     "EASY_CACHE",
     "FIRST_BLOCK_CACHE",
@@ -27,5 +29,5 @@ __all__ = [
 #: name → method, the one to try first at the top
 METHODS: dict[str, Method] = {
     method.name: method
-    for method in (VELOCITY_CACHE, TEA_CACHE, CACHE_DIT, FIRST_BLOCK_CACHE, MAG_CACHE, SEA_CACHE, EASY_CACHE)
+    for method in (AUTO, VELOCITY_CACHE, TEA_CACHE, CACHE_DIT, FIRST_BLOCK_CACHE, MAG_CACHE, SEA_CACHE, EASY_CACHE)
 }

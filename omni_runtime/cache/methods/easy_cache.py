@@ -23,24 +23,23 @@ from omni_runtime.cache.methods.method import Config, Method
 from omni_runtime.cache.methods.shared_keys import (
     DECISION_KEYS,
     FORECASTER_KEYS,
-    REACH_KEY,
     chosen_forecaster,
     drift_tolerance,
 )
-from omni_runtime.cache.output import OutputSite
+from omni_runtime.cache.output import Chosen, OutputSite
 from omni_runtime.cache.signals import ExpectedChange
 
 
 def _output(config: Config) -> OutputSite:
-    def gate(request: Request, transformer: str) -> AccumulatedPolynomialGate:
+    def choose(request: Request, transformer: str) -> Chosen:
         first, last = config["ret_steps"], request.steps - 1
         forced = tuple(int(step < first or step == last) for step in range(request.steps))
-        return AccumulatedPolynomialGate(Limits(warmup=first, mask=forced), config["thresh"], (1.0, 0.0))
+        gate = AccumulatedPolynomialGate(Limits(warmup=first, mask=forced), config["thresh"], (1.0, 0.0))
+        return Chosen(gate, config["reach"])
 
     return OutputSite(
-        gate=gate,
+        choose=choose,
         forecaster=chosen_forecaster(config),
-        reach=config["reach"],
         signal=ExpectedChange,
         residual=True,
         drift_tolerance=drift_tolerance(config),
@@ -55,7 +54,9 @@ EASY_CACHE = Method(
         keys.integer("ret_steps", 10, 0, None, "first steps, always computed"),
         *DECISION_KEYS,
         *FORECASTER_KEYS,
-        REACH_KEY,
+        keys.number(
+            "reach", 1.0, "longest extrapolation, in distances between the two newest computed steps", above=0.0
+        ),
     ),
     output=_output,
 )

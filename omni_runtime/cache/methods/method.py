@@ -15,6 +15,7 @@ from omni_runtime.cache.lifecycle import Request
 from omni_runtime.cache.models import UNKNOWN, ModelRow, TransformerFacts, row_of
 from omni_runtime.cache.output import OutputSession, OutputSite
 from omni_runtime.cache.passage import Parts
+from omni_runtime.cache.schedulers import check_scheduler
 from omni_runtime.cache.session import BlockSession, CacheSession
 from omni_runtime.cache.stack import MANY
 
@@ -40,6 +41,9 @@ class Method:
         relations: (configuration, number of blocks, number of steps) → raises ValueError for values that cannot be
             combined. The numbers are None if unknown.
         calibrated_by: the key that takes a calibration, by default the model's own; None if the method has none.
+        calibration_of: the method whose calibration that is; "" for this one.
+        instead: configuration → the method to use, and its configuration, where the pipeline's scheduler allows no
+            whole steps to be skipped. None: that is an error.
         mask: (configuration, request) → the request's steps computation mask. Given for a method that the cache-dit
             library can also run, selected by the key `engine`; None for other methods.
     """
@@ -51,6 +55,8 @@ class Method:
     output: Callable[[Config], OutputSite] | None = None
     relations: Callable[[Config, int | None, int | None], None] = no_relations
     calibrated_by: str | None = None
+    calibration_of: str = ""
+    instead: Callable[[Config], tuple[Method, Config]] | None = None
     mask: Callable[[Config, Request], tuple[int, ...] | None] | None = None
 
     def check(
@@ -76,7 +82,7 @@ class Method:
         row = None if transformer is None or rowless else row_of(transformer.class_name)
         self.relations(resolved, None if transformer is None else transformer.blocks, steps)
         if transformer is not None and self.calibrated_by is not None:
-            calibration.check_class(self.name, resolved[self.calibrated_by], transformer.class_name)
+            calibration.check_class(self._calibrated, resolved[self.calibrated_by], transformer.class_name)
         if self.parts is not None and row is not None and transformer is not None:
             try:
                 self.parts(resolved, row, MANY if transformer.blocks is None else transformer.blocks)
@@ -97,7 +103,7 @@ class Method:
         """
         if not directory or self.calibrated_by is None or (config or {}).get(self.calibrated_by) is not None:
             return config
-        file = calibration.own_file(directory, self.name)
+        file = calibration.own_file(directory, self._calibrated)
         return config if file is None else {**(config or {}), self.calibrated_by: file}
 
     def install(self, pipe: Any, config: Config, patch: Patch) -> CacheSession:
@@ -110,6 +116,10 @@ class Method:
         session.install(patch)
         return session
 
+    @property
+    def _calibrated(self) -> str:
+        return self.calibration_of or self.name
+
     def _on_library(self, config: Config) -> bool:
         return self.mask is not None and config["engine"] == "library"
 
@@ -118,7 +128,7 @@ class Method:
         if self.mask is not None and self._on_library(config):
             return LibrarySession(self.name, pipe, config, partial(self.mask, config))
         if self.output is not None:
-            return OutputSession(self.name, pipe, self.output(config))
+            return self._of_whole_steps(pipe, config, self.output(config))
         choose = self.parts
         assert choose is not None  # either `parts` or `output` is given
 
@@ -129,5 +139,18 @@ class Method:
         session = BlockSession(self.name, pipe, parts)
         if self.calibrated_by is not None:
             classes = [kind.__name__ for kind in type(session.transformer).__mro__]
-            calibration.check_class(self.name, config[self.calibrated_by], *classes)
+            calibration.check_class(self._calibrated, config[self.calibrated_by], *classes)
         return session
+
+    def _of_whole_steps(self, pipe: Any, config: Config, site: OutputSite) -> CacheSession:
+        if self.instead is not None:
+            try:
+                check_scheduler(pipe.scheduler)
+            except ValueError as error:
+                other, its = self.instead(config)
+                session = other.session(pipe, its)
+                session.notes.append(
+                    f"{self.name}: {other.name} is used, because whole steps cannot be skipped: {error}"
+                )
+                return session
+        return OutputSession(self.name, pipe, site)

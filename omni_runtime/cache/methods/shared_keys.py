@@ -52,12 +52,6 @@ def drift_tolerance(config: Config) -> float | None:
     return config["drift_tolerance"] if config["decision"] == "replay" else None
 
 
-#: For every method that forecasts whole steps.
-REACH_KEY = keys.number(
-    "reach", 1.0, "longest extrapolation, in distances between the two newest computed steps", above=0.0
-)
-
-
 def calibrated_key(method: str, numbers: keys.Key) -> keys.Key:
     """A key that takes numbers, or a method's calibration as a file of `omni calibrate` or as the parsed file."""
 

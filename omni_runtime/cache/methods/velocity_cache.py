@@ -9,8 +9,9 @@ found for the model, whose quality was measured. `budget` and `speedup` use thes
 the transformer's class, or else evenly spread steps (`omni_runtime.cache.schedules`).
 
 By default, a skipped step is forecast by the line in σ through the last two outputs (`forecaster` and
-`forecaster_order`), extrapolated no farther than `reach`. The next computed step corrects the error of the forecasts
-(`corrector_order`, `omni_runtime.cache.output.Corrector`).
+`forecaster_order`), extrapolated no farther than `reach`. The fewer steps are computed, the shorter that is by default
+(`omni_runtime.cache.schedules.usual_reach`). The next computed step corrects the error of the forecasts
+(`corrector_order`, `omni_runtime.cache.output.Corrector`). A calibration may give both numbers with its schedules.
 
 site: whole steps · signal: nothing · gate: schedule · forecaster: Newton in σ, or another, within `reach`
 """
@@ -26,8 +27,8 @@ from omni_runtime.cache.forecasters import FORECASTERS, make_forecaster
 from omni_runtime.cache.gates import ScheduleGate
 from omni_runtime.cache.lifecycle import Request
 from omni_runtime.cache.methods.method import Config, Method
-from omni_runtime.cache.methods.shared_keys import REACH_KEY, calibrated_key
-from omni_runtime.cache.output import OutputSite
+from omni_runtime.cache.methods.shared_keys import calibrated_key
+from omni_runtime.cache.output import CORRECTOR_ORDER, Chosen, OutputSite
 
 #: The keys that choose the computed steps; at most one may be given.
 _ASKED = ("schedule", "budget", "speedup", "quality")
@@ -74,21 +75,28 @@ def _budget(config: Config, steps: int) -> int:
     return schedules.fast_enough(schedules.calibrated(config["calibration"]), steps, config["speedup"])
 
 
+def chosen(schedule: schedules.Schedule, reach: float | None = None, corrector_order: int | None = None) -> Chosen:
+    """The choices for a schedule: the given ones, else the schedule's own, else the defaults."""
+    if reach is None:
+        reach = schedules.usual_reach(len(schedule.computed)) if schedule.reach is None else schedule.reach
+    if corrector_order is None:
+        corrector_order = CORRECTOR_ORDER if schedule.corrector_order is None else schedule.corrector_order
+    return Chosen(ScheduleGate(schedule.mask), reach, corrector_order)
+
+
 def _output(config: Config) -> OutputSite:
-    def gate(request: Request, transformer: str) -> ScheduleGate:
+    def choose(request: Request, transformer: str) -> Chosen:
         _relations(config, None, request.steps)
         schedule = _schedule(config, request, transformer)
         request.notes.append(
             f"schedule: {len(schedule.computed)} of {schedule.steps} steps computed, {schedule.origin}"
         )
-        return ScheduleGate(schedule.mask)
+        return chosen(schedule, config["reach"], config["corrector_order"])
 
     given = config["calibration"]
     return OutputSite(
-        gate=gate,
+        choose=choose,
         forecaster=make_forecaster(config["forecaster"], config["forecaster_order"]),
-        reach=config["reach"],
-        corrector_order=config["corrector_order"],
         fitted_for=None if given is None or config["schedule"] is not None else given["calibrated_for"],
     )
 
@@ -142,8 +150,20 @@ VELOCITY_CACHE = Method(
             2,
             "order of the forecaster, if it has one; in bfloat16 and float16, rounding may cost more than 2 gains",
         ),
-        REACH_KEY,
-        keys.integer("corrector_order", 2, 0, 3, "order of the correction after skipped steps; 0: none"),
+        keys.number(
+            "reach",
+            None,
+            "longest extrapolation, in distances between the two newest computed steps; None: the calibration's, or 1, "
+            "and less if fewer than 16 steps are computed",
+            above=0.0,
+        ),
+        keys.integer(
+            "corrector_order",
+            None,
+            0,
+            3,
+            f"order of the correction after skipped steps; 0: none; None: the calibration's, or {CORRECTOR_ORDER}",
+        ),
     ),
     relations=_relations,
     calibrated_by="calibration",
