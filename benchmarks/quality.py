@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fnmatch
+import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +36,7 @@ from benchmarks import libraries
 from benchmarks.results import RESULTS
 from omni_kernels.validation.record import machine, write
 from omni_runtime import Omni
+from omni_runtime.cache.presets import PRESETS
 from omni_runtime.cache.schedules import even
 from omni_runtime.compare import comparison as compare
 from omni_runtime.compare import report_html, showing
@@ -48,17 +51,19 @@ PROMPTS, SEEDS = compare.COMPARED, 3
 QUICK_PROMPTS = 2
 PSNR_SLACK, TIME_SLACK = 0.1, 0.98
 #: Computed steps → how many dB a calibrated schedule's mean PSNR must be above plain sampling with as many steps.
-ABOVE_PLAIN = {25: 8.0, 17: 8.0, 13: 0.0, 10: 0.0}
+ABOVE_PLAIN = {32: 0.0, 25: 8.0, 17: 8.0, 13: 0.0, 10: 0.0, 8: 0.0}
 #: Computed steps → how many dB it must be above every cache of blocks with no fewer forwards.
 ABOVE_BLOCKS = {25: 3.0, 17: 3.0}
+#: Backends that compute the steps of a schedule.
+SCHEDULED = ("velocity_cache", "auto")
 #: Backends that are not caches of blocks.
-WHOLE_STEPS = (None, "velocity_cache", "easy_cache")
+WHOLE_STEPS = (None, "velocity_cache", "easy_cache", "auto")
 
-FEWER_STEPS = (40, 32, 25, 20, 17, 16, 13, 10)
+FEWER_STEPS = (40, 32, 25, 20, 17, 16, 13, 10, 8)
 DBCACHE = (0.04, 0.08, 0.12, 0.2, 0.3)
 FORECAST = (0.08, 0.12)
 FIRST_BLOCK = (0.04, 0.07, 0.1, 0.15)
-VELOCITY_SHARES = (0.64, 0.5, 0.34, 0.26, 0.2)  # of the steps: 32, 25, 17, 13 and 10 of 50
+VELOCITY_SHARES = (0.64, 0.5, 0.34, 0.26, 0.2, 0.16)  # of the steps: 32, 25, 17, 13, 10 and 8 of 50
 UNDAMPED_SHARES = (0.26, 0.2)
 #: Forecasts are not limited to the last gap, and skipped steps are not corrected.
 UNDAMPED = {"reach": 1000.0, "corrector_order": 0}
@@ -112,6 +117,8 @@ def contest_of(ratios: Sequence[float] | None, quick: bool) -> Contest:
         contest.runs.append(Run(f"velocity {budget}", "velocity_cache", {"budget": budget}, STEPS, "velocity cache"))
         config = {"schedule": list(even(STEPS, budget).computed)}
         contest.runs.append(Run(f"velocity, even {budget}", "velocity_cache", config, STEPS, "velocity, evenly spread"))
+    for preset in some([name for name, times in PRESETS.items() if times is not None]):
+        contest.runs.append(Run(f"auto, {preset}", "auto", {"quality": preset}, STEPS, "auto"))
     for budget in (round(STEPS * share) for share in some(UNDAMPED_SHARES)):
         name, config = f"velocity {budget}, undamped", {"budget": budget, **UNDAMPED}
         contest.runs.append(Run(name, "velocity_cache", config, STEPS, "velocity cache, undamped"))
@@ -242,7 +249,7 @@ def aims(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The goals of the calibrated schedules whose runs exist, as differences of PSNR in dB.
 
     Each cache of blocks is compared by the run with the fewest forwards among those with at least as many as the
-    schedule. The schedule's 5th percentile must be at least as high, too.
+    schedule. The schedule's 5th percentile must be at least as high, too. Neither may be below evenly spread steps.
     """
     runs = {run["name"]: run for run in document["runs"]}
     blocks: dict[str, list[Mapping[str, Any]]] = {}
@@ -262,6 +269,10 @@ def aims(document: Mapping[str, Any]) -> list[dict[str, Any]]:
             continue
         aim(ours, plain, above, _mean_psnr, "mean")
         aim(ours, plain, 0.0, _low_psnr, "5th percentile")
+        spread = f"velocity, even {budget}"
+        if spread in runs:
+            aim(ours, spread, 0.0, _mean_psnr, "mean")
+            aim(ours, spread, 0.0, _low_psnr, "5th percentile")
         if budget not in ABOVE_BLOCKS:
             continue
         least = runs[ours]["nfe"]["mean"]
@@ -279,11 +290,11 @@ def _psnr(run: Mapping[str, Any]) -> list[float]:
 
 
 def _mean_psnr(run: Mapping[str, Any]) -> float:
-    return statistics.fmean(_psnr(run))
+    return statistics.fmean(_psnr(run)) if "cells" in run else run["psnr"]["mean"]
 
 
 def _low_psnr(run: Mapping[str, Any]) -> float:
-    return float(np.percentile(_psnr(run), 5))
+    return float(np.percentile(_psnr(run), 5)) if "cells" in run else run["psnr"]["p5"]
 
 
 def computed_steps(run: Mapping[str, Any]) -> list[int] | None:
@@ -300,7 +311,7 @@ def summary(document: Mapping[str, Any]) -> dict[str, Any]:
     """The document without its cells, small enough for a repository; scheduled runs get their computed steps."""
     runs = [
         {key: value for key, value in run.items() if key != "cells"}
-        | ({"computed": computed_steps(run)} if run["cache_backend"] == "velocity_cache" else {})
+        | ({"computed": computed_steps(run)} if "cells" in run and run["cache_backend"] in SCHEDULED else {})
         for run in document["runs"]
     ]
     return {**document, "runs": runs}
@@ -323,19 +334,57 @@ def measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
     if hasattr(pipe.transformer, "enable_cache"):
         ratios = libraries.mag_ratios(pipe, lambda: generate(pipe, requests[0]), STEPS)
     contest = contest_of(ratios, options.quick)
+    names = [run.name for run in contest.runs]
+    before = None if options.only is None else known(options.out / f"quality-{model}.json", options)
+    if options.only is not None:
+        contest.runs = [run for run in contest.runs if run.name == REFERENCE or matches(run.name, options.only)]
+        contest.pairs = []
     leave_out(contest, pipe, requests[0])
     results = compare.compare(contest.runs, pipe, requests, options.work / model, _told)
     print(file=sys.stderr)
     document = compare.evaluate(results, compare.about(model, pipe, requests))
     showing.write(document, options.work / model)
-    return {
-        "command": options.command.format(model),
-        "machine": machine(torch.device("cpu")),
-        **document,
-        "pairs": [compared(pair, document) for pair in contest.pairs],
-        "aims": aims(document),
-        "left_out": contest.left_out,
-    }
+    made = {"command": options.command.format(model), "machine": machine(torch.device("cpu")), **document}
+    if before is not None:
+        return merged(made, before, names)
+    pairs = [compared(pair, document) for pair in contest.pairs]
+    return {**made, "pairs": pairs, "aims": aims(document), "left_out": contest.left_out}
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a run's name fits one of the patterns of --only."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def known(path: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """The earlier results of the same prompts and seeds, of which --only keeps the other runs.
+
+    Raises:
+        SystemExit: there are none, or they are of other images.
+    """
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    images = next((run["psnr"]["identical"] for run in before.get("runs", ()) if run["name"] == REFERENCE), 0)
+    if images != options.prompts * options.seeds:
+        raise SystemExit(f"--only needs results of as many images in {path}; there are {images}")
+    return before
+
+
+def merged(made: dict[str, Any], before: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """New results, with the runs that were not made again kept from earlier ones.
+
+    The reference was made again, too, so that the speedups of the new runs are of the same sitting; those that are kept
+    are of theirs.
+
+    Args:
+        made: the new results.
+        before: the earlier ones.
+        names: all runs of the contest, in order; others are dropped.
+    """
+    new = {run["name"]: run for run in made["runs"]}
+    old = {run["name"]: run for run in before["runs"] if run["name"] in names and run["name"] not in new}
+    document = {**made, "runs": [{**old, **new}[name] for name in names if name in old or name in new]}
+    kept = {"pairs": before["pairs"], "left_out": before["left_out"], "kept": list(old)}
+    return {**document, **kept, "aims": aims(document)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -345,13 +394,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompts", type=int, help=f"prompts of each model (default {PROMPTS}; quick {QUICK_PROMPTS})")
     parser.add_argument("--seeds", type=int, help=f"seeds of each prompt (default {SEEDS}; quick 1)")
     parser.add_argument("--quick", action="store_true", help="one setting of each method")
+    parser.add_argument(
+        "--only",
+        type=lambda text: text.split(","),
+        metavar="NAME,...",
+        help="make only runs of these names, such as 'velocity*,auto*', and keep the others of the results file",
+    )
     parser.add_argument("--check", action="store_true", help="exit with 1 if a pair or an aim is missed")
     parser.add_argument("--work", type=Path, default=Path("out/quality"), help="where images are saved")
     parser.add_argument("--out", type=Path, help=f"where results are written (default {RESULTS.name}/; quick: --work)")
     options = parser.parse_args(argv)
     options.prompts = options.prompts or (QUICK_PROMPTS if options.quick else PROMPTS)
     options.seeds = options.seeds or (1 if options.quick else SEEDS)
-    out = options.out or (options.work if options.quick else RESULTS)
+    out = options.out = options.out or (options.work if options.quick else RESULTS)
     given = {"prompts": PROMPTS, "seeds": SEEDS}
     changed = [
         f" --{name} {getattr(options, name)}" for name, usual in given.items() if getattr(options, name) != usual

@@ -6,6 +6,8 @@ The marks, each on a line of its own:
     <!-- keys: METHOD -->     that table alone
     <!-- figures: METHOD -->  what `python -m benchmarks.quality` measured of it
     <!-- results: FILE -->    the table in that file of results, which has `columns` and `rows`
+    <!-- schedules -->        what the calibrations of the embedded models have measured
+    <!-- hard: PART -->       a table of the study of hard pictures: stretches, variance, or rules
     <!-- file: PATH -->       the text of that file, without its title
 
 Plots under benchmarks/results are copied into the site.
@@ -38,6 +40,8 @@ def on_page_markdown(markdown: str, **kwargs: Any) -> str:
     markdown = re.sub(r"<!-- keys: (\w+) -->", lambda found: key_table(found[1]), markdown)
     markdown = re.sub(r"<!-- figures: (\w+) -->", lambda found: figures(found[1]), markdown)
     markdown = re.sub(r"<!-- results: (\S+) -->", lambda found: results(found[1]), markdown)
+    markdown = re.sub(r"<!-- hard: (\w+) -->", lambda found: hard_pictures(found[1]), markdown)
+    markdown = re.sub(r"<!-- schedules -->", lambda found: schedules(), markdown)
     return markdown.replace("<!-- keys -->", keys()) if "<!-- keys -->" in markdown else markdown
 
 
@@ -82,6 +86,50 @@ def results(name: str) -> str:
     """The table of one file of results, and the command that made it."""
     document = json.loads((RESULTS / name).read_text(encoding="utf-8"))
     return f"{_table(document['columns'], document['rows'])}\n\nMade by `{document['command']}`."
+
+
+def schedules() -> str:
+    """The calibrated schedules of the embedded models, beside evenly spread steps and plain sampling."""
+    head = ["model", "computed steps", "schedule", "p5", "evenly spread", "p5", "plain sampling", "p5", "times as fast"]
+    rows = []
+    for path in sorted((ROOT / "omni_runtime" / "embedded").glob("*/velocity_cache.json")):
+        for row in json.loads(path.read_text(encoding="utf-8"))["schedules"]:
+            even = "even" if row["computed"] == row["start"]["computed"] else ""
+            parts = [row[kind] for kind in ("psnr", "evenly_spread", "plain_sampling")]
+            cells = [text for part in parts for text in (f"{part['mean']:.1f}", f"{part['p5']:.1f}")]
+            cells[0] += f" ({even})" * bool(even)
+            speedup = "not measured" if row["speedup"] is None else f"{row['speedup']:.2f}"
+            rows.append([path.parent.name, str(row["budget"]), *cells, speedup])
+    return _table(head, rows)
+
+
+def hard_pictures(part: str) -> str:
+    """A table of `python -m benchmarks.hard_pictures`, for all models that were measured."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("hard-pictures-*.json"))]
+    rows = []
+    if part == "stretches":
+        head = ["model", "skipped steps", "σ", "easy quarter, dB", "hard quarter, dB", "rank correlation"]
+        for one in found:
+            for row in one["stretches"]:
+                (begin, end), (high, low) = row["steps"], row["sigmas"]
+                cells = [f"{row[kind]:.1f}" for kind in ("easy", "hard")]
+                rows.append([one["model"], f"{begin + 1}–{end - 1}", f"{high:.2f} to {low:.2f}", *cells])
+                rows[-1].append(f"{row['correlation']:.2f}")
+    elif part == "variance":
+        head = ["model", "prompt", "noise", "neither alone", "`turn`", "`bend`"]
+        for one in found:
+            cells = [f"{100 * one['variance'][kind]:.0f}%" for kind in ("prompt", "seed", "both")]
+            rows.append([one["model"], *cells, *(f"{one['correlation'][kind]:.2f}" for kind in ("turn", "bend"))])
+    else:
+        head = ["model", "steps", "easy / hard", "fixed even", "fixed early", "by `turn`", "by `bend`", "oracle"]
+        for one in found:
+            for row in one["rules"]:
+                which = " / ".join(f"{kind} {count}" for kind, count in (row["easy"], row["hard"]))
+                measured = [*row["fixed"].values(), *(row[kind] for kind in ("turn", "bend", "oracle"))]
+                cells = [f"{part['mean']:.1f}, {part['p5']:.1f}" for part in measured]
+                rows.append([one["model"], str(row["mean_steps"]), which, *cells])
+    commands = ", ".join(f"`{one['command']}`" for one in found)
+    return f"{_table(head, rows)}\n\nMade by {commands}."
 
 
 def _figures(document: dict[str, Any], name: str) -> list[list[str]]:

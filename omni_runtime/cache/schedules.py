@@ -171,8 +171,14 @@ def fitted(
         f"{steps}",
         schedule.transformer,
         None if sigmas is None else tuple(sigmas),
+        reach=_carried(schedule.reach, len(schedule.computed), budget),
         corrector_order=schedule.corrector_order,
     )
+
+
+def _carried(reach: float | None, count: int, budget: int) -> float | None:
+    """A reach that was found for `count` computed steps, for another number of them."""
+    return None if reach is None else min(reach * usual_reach(budget) / usual_reach(count), 1.0)
 
 
 def _possible(budget: int, steps: int) -> int:

@@ -68,12 +68,25 @@ class Images:
     Attributes:
         forwards: transformer calls of all runs with a schedule so far; a call of a batch counts once.
         spent: for each schedule so far, the seconds that one computed step of all images took.
+
+    Args:
+        pipe: the pipeline, not patched.
+        requests: all with the same steps and size.
+        batch: the largest number of images in one call.
+        recording: makes the session of the full runs.
     """
 
-    def __init__(self, pipe: Any, requests: Sequence[GenerationRequest], batch: int) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        requests: Sequence[GenerationRequest],
+        batch: int,
+        recording: Callable[[Any], Recording] = Recording,
+    ) -> None:
         self.pipe = pipe
         self.requests = requests
         self._batch = batch
+        self._recording = recording
         self._batches: list[list[GenerationRequest]] = []
         self._references: list[torch.Tensor] = []
         self.forwards = 0
@@ -81,7 +94,7 @@ class Images:
 
     def record(self) -> Recording:
         """Run all requests in full, in batches as large as fit into memory."""
-        session, patch = Recording(self.pipe), Patch()
+        session, patch = self._recording(self.pipe), Patch()
         try:
             session.install(patch)
             while True:

@@ -17,6 +17,7 @@ from the reference. What the page looks like is in `templates`; here is what it 
 from __future__ import annotations
 
 import base64
+import dataclasses
 import functools
 import hashlib
 import io
@@ -225,7 +226,10 @@ def _plot(document: Document, measure: str) -> dict[str, Any]:
     places = [(place_x(x), place_y(y)) for x, y, _ in points]
     frame = (LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM)
     own = (LEFT, TOP - 6, LEFT + 80, TOP + 10)  # where the axis's own name is
-    named = labels.place([run["name"] for run in runs], places, frame, [own])
+    # Presets come first: their names have the room that there is.
+    order = sorted(range(len(runs)), key=lambda place: runs[place]["cache_backend"] != "auto")
+    found = labels.place([runs[place]["name"] for place in order], [places[place] for place in order], frame, [own])
+    named = sorted((dataclasses.replace(one, point=order[one.point]) for one in found), key=lambda one: one.point)
     return {
         "measure": measure,
         "label": AXES[measure],

@@ -28,12 +28,12 @@ def gate_of(name, config, of):
     checked = method.check(config)
     if method.parts is not None:
         return method.parts(checked, MODELS[QWEN], 4).gate(of)
-    return method.output(checked).gate(of, QWEN)
+    return method.output(checked).choose(of, QWEN).gate
 
 
 def test_the_order_of_the_table_is_what_to_try_first():
     assert list(METHODS) == [
-        "velocity_cache", "tea_cache", "cache_dit", "first_block_cache", "mag_cache", "sea_cache", "easy_cache",
+        "auto", "velocity_cache", "tea_cache", "cache_dit", "first_block_cache", "mag_cache", "sea_cache", "easy_cache",
     ]  # fmt: skip
     assert all(name == method.name for name, method in METHODS.items())
     assert all((method.parts is None) != (method.output is None) for method in METHODS.values())
@@ -44,6 +44,7 @@ def test_the_order_of_the_table_is_what_to_try_first():
 
 #: What each method's defaults plan for the last of two steps. Of MagCache's 50 ratios the last, 0.55, is 0.45 off.
 LAST_OF_TWO = {
+    "auto": (Plan.COMPUTE, "schedule"),
     "velocity_cache": (Plan.COMPUTE, "schedule"),
     "tea_cache": (Plan.MEASURE, ""),
     "cache_dit": (Plan.COMPUTE, "warmup"),
@@ -66,7 +67,7 @@ def test_two_steps_have_a_gate(name):
 def test_one_step_has_a_gate(name, begin):
     """Also where it is the last of four, of which an image-to-image pipeline leaves out the first three."""
     gate = gate_of(name, None, request(1, begin))
-    if name in ("velocity_cache", "sea_cache", "easy_cache", "cache_dit"):
+    if name in ("auto", "velocity_cache", "sea_cache", "easy_cache", "cache_dit"):
         assert gate.plan(0)[0] is Plan.COMPUTE
 
 

@@ -783,8 +783,11 @@ def test_calibrated_schedules_are_taken(qwen_pipe, tmp_path, recwarn):
 def test_embedded_models_run_on_schedules_of_their_own(model, asked):
     """Searched in less than 15 minutes for each, and taken by whoever loads the model."""
     document = json.loads((loading.embedded_models()[model] / "velocity_cache.json").read_text())
-    assert [row["budget"] for row in document["schedules"]] == [32, 25, 17, 13, 10]
-    assert all(0 < document["seconds_of_responses"] + row["seconds"] < 900 for row in document["schedules"])
+    assert [row["budget"] for row in document["schedules"]] == [32, 25, 17, 13, 10, 8]
+    for one in document["schedules"]:
+        for statistic in ("mean", "p5"):  # on pictures that were not searched on
+            assert one["psnr"][statistic] >= one["evenly_spread"][statistic] - 0.5 * (statistic == "p5")
+            assert one["psnr"][statistic] > one["plain_sampling"][statistic]
     (prompt, picture), *_ = prompts_of(model)
     row = document["schedules"][1]
     config = {asked: {"budget": 25, "quality": row["psnr"]["mean"], "speedup": 2.0}[asked]}

@@ -146,11 +146,12 @@ class Method:
         if self.instead is not None:
             try:
                 check_scheduler(pipe.scheduler)
-            except ValueError as error:
+            except ValueError:
                 other, its = self.instead(config)
                 session = other.session(pipe, its)
+                scheduler = type(pipe.scheduler).__name__
                 session.notes.append(
-                    f"{self.name}: {other.name} is used, because whole steps cannot be skipped: {error}"
+                    f"{self.name}: {other.name}, because whole steps cannot be skipped with {scheduler}"
                 )
                 return session
         return OutputSession(self.name, pipe, site)
