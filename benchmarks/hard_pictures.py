@@ -31,7 +31,7 @@ from omni_kernels.validation.record import machine, write
 from omni_runtime import Omni
 from omni_runtime.cache.output import CORRECTOR_ORDER
 from omni_runtime.cache.schedules import usual_reach
-from omni_runtime.calibrate.images import Images, Recording
+from omni_runtime.calibrate.images import FullRun, Images
 from omni_runtime.calibrate.search import Forecast, spaced
 from omni_runtime.compare.comparison import prompts_of
 from omni_runtime.generation.loading import embedded_models
@@ -54,7 +54,7 @@ CHOICES = (
 LOOK = 8
 
 
-class Turning(Recording):
+class Turning(FullRun):
     """A full run that keeps the outputs of the first steps of every batch."""
 
     def __init__(self, pipe: Any) -> None:

@@ -393,7 +393,7 @@ def _finish(document: dict[str, Any], out: Path | None, began: float) -> int:
     print(report.text(document))
     if out is not None:
         record.write(out / "validation.json", document)
-        (out / "validation.html").write_text(report.page(document), encoding="utf-8")
+        record.replace(out / "validation.html", report.page(document))
         print(f"written to {out / 'validation.json'} and {out / 'validation.html'}")
     return FAILED if wrong else PASSED
 

@@ -1,7 +1,9 @@
 """`python -m omni_kernels.validate`: what is wrong is noticed and named, and what was not run is not reported."""
 
 import dataclasses
+import errno
 import json
+import os
 import re
 import shlex
 from html.parser import HTMLParser
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 
 from omni_kernels import validate
 from omni_kernels.ops import OPS
-from omni_kernels.validation import aot, checks, measurement, memory, oracle, roof
+from omni_kernels.validation import aot, checks, measurement, memory, oracle, record, roof
 from omni_kernels.validation.cases import CASES
 from omni_kernels.validation.layouts import offset
 from omni_kernels.validation.tolerances import mismatch
@@ -276,6 +278,24 @@ def test_wrong_usage_is_code_2(capsys, arguments, told):
         validate.main(arguments)
     assert ended.value.code == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "validation.json"
+    record.write(path, {"a": 1})
+    before = path.read_text()
+
+    def full(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            record.write(path, {"a": 2})
+    assert path.read_text() == before
+    assert [one.name for one in tmp_path.iterdir()] == [path.name]
+    record.write(path, {"a": 2})
+    assert path.read_text() != before
 
 
 def test_no_such_device_is_code_3(monkeypatch, capsys):

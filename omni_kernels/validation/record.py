@@ -108,4 +108,17 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
     text = json.dumps(content, indent=1, ensure_ascii=False)
     # Join the lines of each innermost object, so that a table has one row per line.
     text = re.sub(r"\{[^{}]*\}", lambda m: re.sub(r"\s*\n\s*", " ", m.group(0)), text)
-    path.write_text(text + "\n", encoding="utf-8")
+    replace(path, text + "\n")
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file completely, or leave the old one unchanged: a full disk leaves no half of it."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

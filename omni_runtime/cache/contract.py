@@ -417,7 +417,13 @@ def _row(where: _List) -> ListRow:
     for one in where.seen:
         for place, argument in links.items():
             output = one.outputs[place]
-            if output is not None and one.shapes.get(argument) != output:
+            taken = one.shapes.get(argument)
+            if output is not None and taken != output:
+                if taken is not None and taken[0] == 1 and taken[1:] == output[1:]:
+                    raise ValueError(
+                        f"{name} take {argument} of one sample and return it for {output[0]}: give the pipeline "
+                        "embeddings for every image (prompt_embeds.repeat)"
+                    )
                 raise ValueError(f"{name} take {argument} in one shape and return it in another")
             if one.shapes.get(argument) != first.shapes.get(argument):
                 raise ValueError(f"{name} do not all take {argument} in the same shape")

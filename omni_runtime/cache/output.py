@@ -307,6 +307,9 @@ class OutputSteps:
 
     def output(self, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         """What the scheduler steps with: `output` (corrected) at a computed step, the forecast at a skipped one."""
+        # A computed output is recorded, and corrected for the forecasts before it. For a skipped step, `output` is only
+        # what the pipeline's guidance made of stand-ins, and a forecast replaces it. Both are weighted sums of recorded
+        # outputs, so each takes one launch.
         if self._step != self._request.step:  # no transformer was called in this step
             return output
         if output.requires_grad:

@@ -287,6 +287,8 @@ class Passage:
             base: the input of block `first`, a pair (hidden, encoder).
             arguments: the arguments of that call, by name.
         """
+        # Called once a forward, when block `first` is about to run. If the gate skips, a forecast replaces what the
+        # blocks would add. If not, the input is kept, so that `leave` can record what they have added.
         hidden, encoder = base
         gate, history = self.gate, self.encoder
         self._using = ops.trusted(hidden)

@@ -38,7 +38,7 @@ ROUNDS = 5
 UNSTEADY = 1.25
 
 
-class Recording(OutputSession):
+class FullRun(OutputSession):
     """Runs requests in full and keeps the model outputs of the last one.
 
     Attributes:
@@ -81,7 +81,7 @@ class Images:
         pipe: Any,
         requests: Sequence[GenerationRequest],
         batch: int,
-        recording: Callable[[Any], Recording] = Recording,
+        recording: Callable[[Any], FullRun] = FullRun,
     ) -> None:
         self.pipe = pipe
         self.requests = requests
@@ -92,7 +92,7 @@ class Images:
         self.forwards = 0
         self.spent: list[float] = []
 
-    def record(self) -> Recording:
+    def record(self) -> FullRun:
         """Run all requests in full, in batches as large as fit into memory."""
         session, patch = self._recording(self.pipe), Patch()
         try:

@@ -75,6 +75,12 @@ def _print_summaries() -> None:
     width = max(map(len, names)) + 2
     for name in names:
         print_wrapped(SUMMARIES.get(name) or _summary(name), f"{name:<{width}}", " " * width)
+    if others & SUMMARIES.keys():
+        from omni_kernels.patching import backends as registry
+
+        print()
+        for reason in registry.refused().values():
+            print_wrapped(reason, "Not used: ", "  ")
     print(f"\nThe keys of one, with their defaults: omni backends NAME\n{USE}")
 
 

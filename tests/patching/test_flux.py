@@ -115,6 +115,21 @@ def test_one_prompts_embeddings_serve_several_images(flux_pipe):
         assert off(latents(flux_pipe, **asked), expected) < 1e-5
 
 
+@pytest.mark.parametrize("backend", ["cache_dit", "first_block_cache"])
+@pytest.mark.parametrize("fuse", [False, True])
+def test_under_a_cache_of_blocks_they_are_refused_by_their_reason(flux_pipe, backend, fuse):
+    with torch.no_grad():
+        embeds, pooled, _ = flux_pipe.encode_prompt(prompt="a cat", prompt_2=None, max_sequence_length=64)
+    asked = {"prompt": None, "prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+    with omni_kernels.patched(flux_pipe, backend, fuse=fuse):
+        with pytest.raises(
+            ValueError, match=r"encoder_hidden_states of one sample .* give the pipeline embeddings for"
+        ):
+            latents(flux_pipe, **asked, num_images_per_prompt=2)
+        repeated = {"prompt_embeds": embeds.repeat(2, 1, 1), "pooled_prompt_embeds": pooled.repeat(2, 1)}
+        assert len(latents(flux_pipe, **asked | repeated)) == 2
+
+
 @pytest.mark.parametrize(("images", "texts", "times"), [(1, 2, 2), (2, 2, 3), (1, 1, 2)])
 @torch.no_grad()
 def test_batches_that_the_ops_do_not_take_are_the_blocks_own(flux_pipe, images, texts, times):

@@ -425,6 +425,31 @@ def test_backends_of_others_are_listed_too(capsys: pytest.CaptureFixture[str], m
     assert capsys.readouterr().out.startswith("theirs: skips what it likes\n")
 
 
+def test_a_picture_that_is_not_a_number_is_an_error_and_no_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """One step of a scheduler with a terminal shift divides by zero."""
+    path = tmp_path / "one.png"
+    assert run("generate", "--prompt", "a cat", "--steps", "1", "--out", str(path), "--quiet") == 1
+    assert "the picture contains NaN" in capsys.readouterr().err
+    assert not path.exists()
+    assert run("compare", "--prompt", "a cat", "--steps", "2", "--seeds", "0", "--out", str(tmp_path), "--quiet") == 0
+    assert (tmp_path / "results.json").exists()
+
+
+def test_a_backend_that_takes_a_built_in_name_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = metadata.EntryPoint("tea_cache", "their_plugin:BACKEND", registry.GROUP)
+    known = metadata.entry_points(group=registry.GROUP)
+    monkeypatch.setattr(metadata, "entry_points", lambda group: [*known, entry])
+    assert run("backends") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "Not used: cache backend 'tea_cache' of" in told
+    assert "the built-in method has that name" in told
+    assert told.startswith("auto "), "and the others are listed"
+
+
 def test_listings_do_not_load_diffusers() -> None:
     code = (
         "import sys; from omni_runtime.cli import main; "
