@@ -7,6 +7,8 @@ The marks, each on a line of its own:
     <!-- figures: METHOD -->  what `python -m benchmarks.quality` measured of it
     <!-- results: FILE -->    the table in that file of results, which has `columns` and `rows`
     <!-- schedules -->        what the calibrations of the embedded models have measured
+    <!-- budgets -->          the calibrated schedules in the comparison, beside even steps and plain sampling
+    <!-- aims -->             the aims of `python -m benchmarks.quality --check`, and what was reached
     <!-- hard: PART -->       a table of the study of hard pictures: stretches, variance, or rules
     <!-- file: PATH -->       the text of that file, without its title
 
@@ -41,7 +43,8 @@ def on_page_markdown(markdown: str, **kwargs: Any) -> str:
     markdown = re.sub(r"<!-- figures: (\w+) -->", lambda found: figures(found[1]), markdown)
     markdown = re.sub(r"<!-- results: (\S+) -->", lambda found: results(found[1]), markdown)
     markdown = re.sub(r"<!-- hard: (\w+) -->", lambda found: hard_pictures(found[1]), markdown)
-    markdown = re.sub(r"<!-- schedules -->", lambda found: schedules(), markdown)
+    for mark, made in (("schedules", schedules), ("budgets", budgets), ("aims", aims)):
+        markdown = re.sub(f"<!-- {mark} -->", lambda found, made=made: made(), markdown)
     return markdown.replace("<!-- keys -->", keys()) if "<!-- keys -->" in markdown else markdown
 
 
@@ -101,6 +104,47 @@ def schedules() -> str:
             speedup = "not measured" if row["speedup"] is None else f"{row['speedup']:.2f}"
             rows.append([path.parent.name, str(row["budget"]), *cells, speedup])
     return _table(head, rows)
+
+
+def _compared() -> list[dict[str, Any]]:
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("quality-*.json"))]
+
+
+def budgets() -> str:
+    """The calibrated schedules on the pictures of the comparison, none of which they were searched on."""
+    head = ["model", "of 50 steps", "schedule", "p5", "speedup", "evenly spread", "p5", "plain sampling", "p5"]
+    rows = []
+    for document in _compared():
+        runs = {run["name"]: run for run in document["runs"]}
+        for budget in (32, 25, 17, 13, 10, 8):
+            names = [f"velocity {budget}", f"velocity, even {budget}", f"{budget} steps"]
+            if all(name in runs for name in names):
+                cells = [_psnr(runs[name]) for name in names]
+                cells[0].append(f"{runs[names[0]]['speedup']['mean']:.2f}×")
+                rows.append([document["model"], str(budget), *(cell for group in cells for cell in group)])
+    return _table(head, rows)
+
+
+def aims() -> str:
+    """Each aim of the comparison, with the figure of each model; the aim is missed where the figure is marked."""
+    found: dict[tuple[str, float], dict[str, str]] = {}
+    for document in _compared():
+        for one in document["aims"]:
+            ours, _, rest = one["what"].partition(" above ")
+            theirs, _, statistic = rest.rpartition(", ")
+            kind = (
+                "even steps"
+                if "even" in theirs
+                else "plain sampling"
+                if theirs.endswith("steps")
+                else "caches of blocks"
+            )
+            words = f"{ours} above {kind}, {statistic}"
+            figure = f"{one['figure']:.1f}" + ("" if one["met"] else " (missed)")
+            found.setdefault((words, one["at_least"]), {})[document["model"]] = figure
+    models = [document["model"] for document in _compared()]
+    rows = [[words, f"{least:g}", *(by.get(model, "") for model in models)] for (words, least), by in found.items()]
+    return _table(["aim, in dB", "at least", *models], rows)
 
 
 def hard_pictures(part: str) -> str:

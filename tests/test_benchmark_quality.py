@@ -20,6 +20,8 @@ from omni_runtime.generation.loading import embedded_models
 from omni_runtime.generation.result import identified
 
 STEPS = 8
+#: The embedded models whose comparison is recorded.
+RECORDED = [model for model in CALIBRATED if (RESULTS / f"quality-{model}.json").is_file()]
 RUNS = [
     libraries.cache_dit_run("a", "m", {"residual_diff_threshold": 0.3, "enable_taylorseer": True}, STEPS),
     libraries.cache_dit_run("d", "m", {"residual_diff_threshold": 0.3, "forecaster": "foca"}, STEPS),
@@ -252,7 +254,7 @@ def recorded(kind, model):
     return json.loads((RESULTS / f"{kind}-{model}.json").read_text())
 
 
-@pytest.mark.parametrize("model", CALIBRATED)
+@pytest.mark.parametrize("model", RECORDED)
 def test_every_recorded_aim_is_met(model):
     """Also where the figures are held against the aims again, as far as they are there."""
     found = recorded("quality", model)
@@ -267,7 +269,7 @@ def test_every_recorded_aim_is_met(model):
         assert runs[f"velocity {budget}"]["p5"] >= runs[f"{budget} steps"]["p5"]
 
 
-@pytest.mark.parametrize("model", CALIBRATED)
+@pytest.mark.parametrize("model", RECORDED)
 def test_recorded_runs_are_of_the_schedules_that_are_shipped(model):
     """Results of before their computed steps were recorded tell the model that the schedule was calibrated on alone."""
     shipped = json.loads((embedded_models()[model] / "velocity_cache.json").read_text())["schedules"]

@@ -13,7 +13,7 @@ import torch
 from http_server import on_a_port
 
 import omni_kernels
-from omni_runtime import Omni
+from omni_runtime import Omni, cli
 from omni_runtime.cache.methods import METHODS
 from omni_runtime.cli.options import parser
 
@@ -83,6 +83,58 @@ def test_the_commands_of_a_page_exist(page):
                 place = ROOT / arguments[1].replace(".", "/")
                 known = place.with_suffix(".py").is_file() or (place / "__main__.py").is_file()
                 assert known or arguments[1] in ("pytest", "venv"), f"{page}:{line}"
+
+
+#: What makes a command of the docs a small one: an option → what stands for its value.
+SMALL = {"--steps": "6", "--budgets": "3", "--size": "64", "--fewer-steps": "3", "--seeds": "0", "--tries": "8"}
+MODELS = {"Qwen/Qwen-Image": "emoji-qwen-image", "DIRECTORY": "emoji-qwen-image"}
+MODELS["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"] = "emoji-wan"
+#: Words of commands that need a server, several processes, another device, or a plug-in.
+ELSEWHERE = {"serve", "--workers", "npu", "every_nth", 'mine=every_nth:{"n": 3}', "--help", "--version"}
+
+
+def small(arguments):
+    """The same command on an embedded model, with few steps; None if it needs what a test has not."""
+    if ELSEWHERE & set(arguments):
+        return None
+    found = [MODELS.get(one, one) for one in arguments if one != "--fewer-steps"]
+    for place, one in enumerate(arguments):
+        if one == "--fewer-steps":
+            found.remove(arguments[place + 1])
+    for place, one in enumerate(found[:-1]):
+        if one in SMALL:
+            found[place + 1] = SMALL[one]
+        if one == "--cache-config":
+            found[place + 1] = re.sub(r'"budget": \d+', '"budget": 3', found[place + 1])
+    found = ["num_frames=9" if one.startswith("num_frames=") else one for one in found]
+    takes = found[0] in ("generate", "compare", "calibrate", "batch", "explain")
+    more = [] if not takes or "--steps" in found else ["--steps", SMALL["--steps"]]
+    return [
+        *found,
+        *more,
+        *(["--budgets", "3"] if found[:2] == ["calibrate", "schedule"] and "--budgets" not in found else []),
+    ]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("page", with_code("console"))
+def test_the_commands_of_a_page_run(page, monkeypatch, tmp_path, capsys):
+    """In order, in one directory; on embedded models, with few steps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    prompts = [
+        f"{what} on {where}" for what in ("a cat", "a fox", "red apple") for where in ("blue", "red", "pink", "white")
+    ]
+    Path("prompts.txt").write_text("\n".join(prompts))
+    Path("others.txt").write_text("a rocket\na tulip")
+    Path("prompts.jsonl").write_text('{"prompt": "a cat", "seed": 1}\n')
+    for line, text in blocks(page, "console"):
+        for command in text.replace("\\\n", " ").splitlines():
+            program, *arguments = shlex.split(command, comments=True) or ["#"]
+            arguments = small(arguments) if program == "omni" else None
+            if arguments is not None:
+                code = cli.main(arguments)
+                assert code == 0, f"{page}:{line}: {command}\n{capsys.readouterr().err[-500:]}"
 
 
 def test_the_readme_is_short():
