@@ -74,7 +74,7 @@ class Found:
 def choose(searched: Search, measure: Callable[[Tried], Tried]) -> tuple[Tried, Tried, Tried]:
     """Choose between the best of a search and evenly spread steps, by the held-out images.
 
-    Evenly spread steps are chosen unless another schedule is clearly better there.
+    Evenly spread steps are chosen unless another schedule is clearly better there, and its 5th percentile not lower.
 
     Args:
         searched: the search.
@@ -87,7 +87,8 @@ def choose(searched: Search, measure: Callable[[Tried], Tried]) -> tuple[Tried, 
     best, there = searched.even, spread
     for one in searched.finalists:
         measured = measure(one)
-        if better(measured, spread) and measured.score > there.score:
+        no_worse = np.percentile(measured.psnr, 5) >= np.percentile(spread.psnr, 5)
+        if better(measured, spread) and no_worse and measured.score > there.score:
             best, there = one, measured
     return best, there, spread
 

@@ -126,7 +126,8 @@ def test_evenly_spread_steps_stay_unless_another_schedule_is_clearly_better_on_o
     even_there = (30.0, 40.0, 41.0, 42.0, 43.0, 44.0)
     lucky = (42.0, 39.0, 40.0, 41.0, 42.0, 43.0)
     good = (31.0, 41.0, 42.1, 43.0, 44.2, 45.0)
-    there = {(0, 1): even_there, (0, 2): lucky, (0, 3): good, (0, 4): even_there}
+    lower = (27.0, 43.0, 44.1, 45.0, 46.2, 47.0)  # a higher mean and score, but not in the worst image
+    there = {(0, 1): even_there, (0, 2): lucky, (0, 3): good, (0, 4): even_there, (0, 5): lower}
 
     def chosen(*finalists: tuple[int, ...]) -> tuple[int, ...]:
         spread = _tried(*even_there)
@@ -137,6 +138,8 @@ def test_evenly_spread_steps_stay_unless_another_schedule_is_clearly_better_on_o
         return best.computed
 
     assert chosen((0, 2), (0, 4)) == (0, 1), "one lucky image, and a schedule that is no better"
+    assert better(_tried(*lower), _tried(*even_there))
+    assert chosen((0, 5)) == (0, 1), "better in the mean, but worse in the worst image"
     assert chosen((0, 2), (0, 3), (0, 4)) == (0, 3)
 
 
