@@ -220,6 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for model in options.model:
         found = study(model, options.prompts, SEEDS)
         command = f"python -m benchmarks.hard_pictures --model {model}"
+        command += "" if options.prompts == PROMPTS else f" --prompts {options.prompts}"
         write(
             options.out / f"hard-pictures-{model}.json",
             {"command": command, "machine": machine(torch.device("cpu")), **found},

@@ -18,7 +18,7 @@ import torch
 from omni_runtime.cache.schedulers import draws_noise
 from omni_runtime.calibrate.images import Images
 from omni_runtime.calibrate.journal import Journal
-from omni_runtime.calibrate.search import Search, Tried, better, forecasts, score, search
+from omni_runtime.calibrate.search import CLEAR, Search, Tried, better, forecasts, score, search
 from omni_runtime.generation.omni import Omni
 from omni_runtime.generation.request import GenerationRequest
 from omni_runtime.generation.result import jsonable
@@ -72,9 +72,11 @@ class Found:
 
 
 def choose(searched: Search, measure: Callable[[Tried], Tried]) -> tuple[Tried, Tried, Tried]:
-    """Choose between the best of a search and evenly spread steps, by the held-out images.
+    """Choose between the best of a search and evenly spread steps.
 
-    Evenly spread steps are chosen unless another schedule is clearly better there, and its 5th percentile not lower.
+    Evenly spread steps are chosen unless another schedule is clearly better on the searched and on the held-out images,
+    and its 5th percentile is not lower on the latter. One of both is not enough: the search has fitted the first, and
+    the second also choose among the finalists.
 
     Args:
         searched: the search.
@@ -88,7 +90,8 @@ def choose(searched: Search, measure: Callable[[Tried], Tried]) -> tuple[Tried, 
     for one in searched.finalists:
         measured = measure(one)
         no_worse = np.percentile(measured.psnr, 5) >= np.percentile(spread.psnr, 5)
-        if better(measured, spread) and no_worse and measured.score > there.score:
+        clearly = better(one, searched.even, CLEAR) and better(measured, spread, CLEAR)
+        if clearly and no_worse and measured.score > there.score:
             best, there = one, measured
     return best, there, spread
 

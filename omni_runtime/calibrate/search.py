@@ -11,7 +11,8 @@ the search would spend steps on differences that are invisible.)
    Few numbers matter: a search over single steps fits the few images that it sees, and ends behind evenly spread steps
    on others.
 3. The best of the search are sampled with on held-out images, and so are evenly spread steps. These are the result,
-   unless a found schedule is `better` there: a higher score, and a gain that chance does not explain, image by image.
+   unless a found schedule is clearly `better`, there and on the searched images: a higher score, and a gain that chance
+   does not explain, image by image.
 
 The same inputs and seed give the same search. Sampled schedules are written to a file as they are measured, so an
 interrupted search, or one with more tries, continues where it stopped.
@@ -34,6 +35,8 @@ from omni_runtime.cache.schedules import even, usual_reach
 IDENTICAL = 100.0
 #: How many standard errors a gain must have. With 1, a schedule that is no better passes by chance in 1 of 6 tries.
 MARGIN = 1.0
+#: The same for a schedule that is taken instead of evenly spread steps: 1 of 40 passes by chance.
+CLEAR = 2.0
 #: The smallest number of images that a schedule is sampled on before it is given up.
 FEWEST = 4
 #: Places in the request, from 0 to 1, of the numbers that describe a density. Early errors grow: there are more there.
@@ -107,10 +110,10 @@ def gain(psnr: Sequence[float], best: Sequence[float]) -> tuple[float, float]:
     return float(gains.mean()), float(error)
 
 
-def better(tried: Tried, best: Tried) -> bool:
-    """Whether `tried` has a higher score than `best`, and a mean gain of more than `MARGIN` standard errors."""
+def better(tried: Tried, best: Tried, margin: float = MARGIN) -> bool:
+    """Whether `tried` has a higher score than `best`, and a mean gain of more than `margin` standard errors."""
     mean, error = gain(tried.psnr, best.psnr)
-    return len(tried.psnr) == len(best.psnr) and tried.score > best.score and mean > MARGIN * error
+    return len(tried.psnr) == len(best.psnr) and tried.score > best.score and mean > margin * error
 
 
 def hopeless(psnr: Sequence[float], best: Tried) -> bool:

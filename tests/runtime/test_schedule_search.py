@@ -129,9 +129,10 @@ def test_evenly_spread_steps_stay_unless_another_schedule_is_clearly_better_on_o
     lower = (27.0, 43.0, 44.1, 45.0, 46.2, 47.0)  # a higher mean and score, but not in the worst image
     there = {(0, 1): even_there, (0, 2): lucky, (0, 3): good, (0, 4): even_there, (0, 5): lower}
 
-    def chosen(*finalists: tuple[int, ...]) -> tuple[int, ...]:
+    def chosen(*finalists: tuple[int, ...], gained: float = 5.0) -> tuple[int, ...]:
         spread = _tried(*even_there)
-        found = Search(spread, FORECAST, (0.0,) * 6, [spread], [_tried(50.0, computed=one) for one in finalists])
+        there_too = [_tried(*(one + gained for one in even_there), computed=computed) for computed in finalists]
+        found = Search(spread, FORECAST, (0.0,) * 6, [spread], there_too)
         best, held_out, measured = choose(found, lambda one: _tried(*there[one.computed], computed=one.computed))
         assert held_out.computed == best.computed
         assert measured.computed == (0, 1)
@@ -141,6 +142,7 @@ def test_evenly_spread_steps_stay_unless_another_schedule_is_clearly_better_on_o
     assert better(_tried(*lower), _tried(*even_there))
     assert chosen((0, 5)) == (0, 1), "better in the mean, but worse in the worst image"
     assert chosen((0, 2), (0, 3), (0, 4)) == (0, 3)
+    assert chosen((0, 3), gained=0.0) == (0, 1), "better on other images alone may be luck, too"
 
 
 def test_score_weighs_the_worst_images() -> None:
