@@ -259,9 +259,9 @@ def aims(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     found = []
 
     def aim(ours: str, theirs: str, least: float, statistic: Callable[[Mapping[str, Any]], float], told: str) -> None:
-        figure = statistic(runs[ours]) - statistic(runs[theirs])
+        figure = round(statistic(runs[ours]) - statistic(runs[theirs]), 2) + 0.0  # no -0.0
         what = f"{ours} above {theirs}, {told}"
-        found.append({"what": what, "figure": round(figure, 2), "at_least": least, "met": figure >= least})
+        found.append({"what": what, "figure": figure, "at_least": least, "met": figure >= least})
 
     for budget, above in ABOVE_PLAIN.items():
         ours, plain = f"velocity {budget}", f"{budget} steps"
