@@ -123,8 +123,8 @@ def even(steps: int, budget: int) -> Schedule:
 def usual_reach(count: int) -> float:
     """How far forecasts extrapolate by default if `count` steps of a request are computed (`Chosen.reach`).
 
-    With few computed steps, the gaps are so long that a line through the last two outputs overshoots.
-    `python -m benchmarks.hard_pictures` measures this on the embedded models.
+    With few computed steps, the gaps are so long that a line through the last two outputs overshoots. A calibration
+    may find another reach for its schedule.
     """
     return min(max((count - 4) / 12, 0.25), 1.0)
 
