@@ -21,8 +21,8 @@ from omni_runtime.cache.methods.shared_keys import calibrated_key
 from omni_runtime.cache.methods.velocity_cache import chosen
 from omni_runtime.cache.output import Chosen, OutputSite
 
-#: preset → threshold of cache_dit with TaylorSeer. In `python -m benchmarks.quality`, these compute 36 to 53%, 34 to 39%
-#: and 30 to 32% of the forwards of the embedded models.
+#: preset → threshold of cache_dit with TaylorSeer. In `python -m benchmarks.quality`, these compute 36 to 53%, 34 to
+#: 39% and 30 to 32% of the forwards of the embedded models.
 THRESHOLDS = {"exact": 0.0, "high": 0.08, "balanced": 0.12, "fast": 0.3}
 
 
