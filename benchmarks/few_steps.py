@@ -3,8 +3,8 @@
     python -m benchmarks.few_steps [--check]   # 20 minutes; writes benchmarks/results/few-steps.json
 
 A preset must not cost more than fewer steps would. For requests of 8 to 28 steps of each embedded model, this takes the
-steps that each preset computes, evenly spread, and measures the mean PSNR against the full request. Beside it stands
-plain sampling with that number of steps, against the same request. `--check` exits with 1 if a preset is behind.
+steps that each preset computes without a calibration, and measures the mean PSNR against the full request. Beside it
+stands plain sampling with that number of steps, against the same request. `--check` exits with 1 if a preset is behind.
 """
 
 from __future__ import annotations

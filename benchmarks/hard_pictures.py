@@ -30,9 +30,9 @@ from benchmarks.results import RESULTS
 from omni_kernels.validation.record import machine, write
 from omni_runtime import Omni
 from omni_runtime.cache.output import CORRECTOR_ORDER
-from omni_runtime.cache.schedules import usual_reach
+from omni_runtime.cache.schedules import spaced, usual_reach
 from omni_runtime.calibrate.images import FullRun, Images
-from omni_runtime.calibrate.search import Forecast, spaced
+from omni_runtime.calibrate.search import Forecast
 from omni_runtime.compare.comparison import prompts_of
 from omni_runtime.generation.loading import embedded_models
 

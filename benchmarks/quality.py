@@ -37,7 +37,7 @@ from benchmarks.results import RESULTS
 from omni_kernels.validation.record import machine, write
 from omni_runtime import Omni
 from omni_runtime.cache.presets import PRESETS
-from omni_runtime.cache.schedules import even
+from omni_runtime.cache.schedules import early, even
 from omni_runtime.compare import comparison as compare
 from omni_runtime.compare import report_html, showing
 from omni_runtime.compare.cells import Run
@@ -115,8 +115,10 @@ def contest_of(ratios: Sequence[float] | None, quick: bool) -> Contest:
         contest.runs.append(Run(f"{steps} steps", steps=steps))
     for budget in (round(STEPS * share) for share in some(VELOCITY_SHARES)):
         contest.runs.append(Run(f"velocity {budget}", "velocity_cache", {"budget": budget}, STEPS, "velocity cache"))
-        config = {"schedule": list(even(STEPS, budget).computed)}
-        contest.runs.append(Run(f"velocity, even {budget}", "velocity_cache", config, STEPS, "velocity, evenly spread"))
+        for label, method, schedule in (("uncalibrated", "uncalibrated", early), ("even", "evenly spread", even)):
+            config = {"schedule": list(schedule(STEPS, budget).computed)}
+            name = f"velocity, {label} {budget}"
+            contest.runs.append(Run(name, "velocity_cache", config, STEPS, f"velocity, {method}"))
     for preset in some([name for name, times in PRESETS.items() if times is not None]):
         contest.runs.append(Run(f"auto, {preset}", "auto", {"quality": preset}, STEPS, "auto"))
     for budget in (round(STEPS * share) for share in some(UNDAMPED_SHARES)):
@@ -249,7 +251,8 @@ def aims(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The goals of the calibrated schedules whose runs exist, as differences of PSNR in dB.
 
     Each cache of blocks is compared by the run with the fewest forwards among those with at least as many as the
-    schedule. The schedule's 5th percentile must be at least as high, too. Neither may be below evenly spread steps.
+    schedule. The schedule's 5th percentile must be at least as high, too. Neither may be below evenly spread steps, nor
+    may the default schedule of models without a calibration.
     """
     runs = {run["name"]: run for run in document["runs"]}
     blocks: dict[str, list[Mapping[str, Any]]] = {}
@@ -273,6 +276,10 @@ def aims(document: Mapping[str, Any]) -> list[dict[str, Any]]:
         if spread in runs:
             aim(ours, spread, 0.0, _mean_psnr, "mean")
             aim(ours, spread, 0.0, _low_psnr, "5th percentile")
+        usual = f"velocity, uncalibrated {budget}"
+        if spread in runs and usual in runs:
+            aim(usual, spread, 0.0, _mean_psnr, "mean")
+            aim(usual, spread, 0.0, _low_psnr, "5th percentile")
         if budget not in ABOVE_BLOCKS:
             continue
         least = runs[ours]["nfe"]["mean"]

@@ -92,13 +92,25 @@ def results(name: str) -> str:
 
 
 def schedules() -> str:
-    """The calibrated schedules of the embedded models, beside evenly spread steps and plain sampling."""
-    head = ["model", "computed steps", "schedule", "p5", "evenly spread", "p5", "plain sampling", "p5", "times as fast"]
+    """The calibrated schedules of the embedded models, beside the default, evenly spread steps and plain sampling."""
+    head = [
+        "model",
+        "computed steps",
+        "schedule",
+        "p5",
+        "uncalibrated",
+        "p5",
+        "evenly spread",
+        "p5",
+        "plain sampling",
+        "p5",
+    ]
+    head.append("times as fast")
     rows = []
     for path in sorted((ROOT / "omni_runtime" / "embedded").glob("*/velocity_cache.json")):
         for row in json.loads(path.read_text(encoding="utf-8"))["schedules"]:
             even = "even" if row["computed"] == row["start"]["computed"] else ""
-            parts = [row[kind] for kind in ("psnr", "evenly_spread", "plain_sampling")]
+            parts = [row[kind] for kind in ("psnr", "uncalibrated", "evenly_spread", "plain_sampling")]
             cells = [text for part in parts for text in (f"{part['mean']:.1f}", f"{part['p5']:.1f}")]
             cells[0] += f" ({even})" * bool(even)
             speedup = "not measured" if row["speedup"] is None else f"{row['speedup']:.2f}"
@@ -112,12 +124,14 @@ def _compared() -> list[dict[str, Any]]:
 
 def budgets() -> str:
     """The calibrated schedules on the pictures of the comparison, none of which they were searched on."""
-    head = ["model", "of 50 steps", "schedule", "p5", "speedup", "evenly spread", "p5", "plain sampling", "p5"]
+    head = ["model", "of 50 steps", "schedule", "p5", "speedup"]
+    head += ["uncalibrated", "p5", "evenly spread", "p5", "plain sampling", "p5"]
     rows = []
     for document in _compared():
         runs = {run["name"]: run for run in document["runs"]}
         for budget in (32, 25, 17, 13, 10, 8):
-            names = [f"velocity {budget}", f"velocity, even {budget}", f"{budget} steps"]
+            names = [f"velocity {budget}", *(f"velocity, {one} {budget}" for one in ("uncalibrated", "even"))]
+            names.append(f"{budget} steps")
             if all(name in runs for name in names):
                 cells = [_psnr(runs[name]) for name in names]
                 cells[0].append(f"{runs[names[0]]['speedup']['mean']:.2f}×")

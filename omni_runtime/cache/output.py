@@ -120,7 +120,7 @@ class OutputSite:
     """A method's choices at the output site.
 
     Attributes:
-        choose: (request, transformer class) → the choices for the request, with a fresh gate; raises ValueError if the
+        choose: request → the choices for the request, with a fresh gate; raises ValueError if the
             request is not supported.
         forecaster: computes the missing model output.
         fitted_for: as `Parts.fitted_for`.
@@ -130,7 +130,7 @@ class OutputSite:
         drift_tolerance: as `Parts.drift_tolerance`.
     """
 
-    choose: Callable[[Request, str], Chosen]
+    choose: Callable[[Request], Chosen]
     forecaster: Forecaster
     fitted_for: Mapping[str, Any] | None = None
     signal: Callable[[], ExpectedChange] | None = None
@@ -478,7 +478,7 @@ class OutputSession(CacheSession):
         measures = self._site.signal is not None
         if self.rehearsing:
             return Chosen(RehearsalGate(measures))
-        chosen = self._site.choose(request, type(self.transformer).__name__)
+        chosen = self._site.choose(request)
         return chosen._replace(gate=self.gate_for(lambda: chosen.gate, measures, request, ""))
 
     def stepped_with(self, request: Request, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:

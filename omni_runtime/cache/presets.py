@@ -1,8 +1,8 @@
 """Presets: from a wanted quality, speed or PSNR to the steps that are computed, and what that answer rests on.
 
-A model's own calibration (`omni calibrate schedule`) is used if there is one. Without one, steps are evenly spread, and
-what to expect is taken from the embedded models: small models, whose figures say in which range a larger model's may
-be. The answer says which of both it rests on.
+A model's own calibration (`omni calibrate schedule`) is used if there is one. Without one, the default schedule is used
+(`schedules.early`), and what to expect is taken from the embedded models: small models, whose figures say in which
+range a larger model's may be. The answer says which of both it rests on.
 
 What to expect depends on the number of computed steps more than on their share: 10 of 20 steps are about as good as 10
 of 50, not as 25 of 50. So figures are carried over from one number of steps to another by the number of computed ones.
@@ -101,7 +101,7 @@ def answer(
     Args:
         asked: what is wanted.
         steps: the number of steps of the request, at least 1.
-        calibrated: the model's own schedules; none: evenly spread steps are used.
+        calibrated: the model's own schedules; none: the default schedule is used.
         sigmas: the noise levels of the request's steps; None if they are not known.
 
     Raises:
@@ -128,7 +128,7 @@ def answer(
     if budget < FEWEST:
         note, budget = f"plain sampling is better than fewer than {FEWEST} computed steps", FEWEST
     near = schedules.nearest(calibrated, steps, budget)
-    schedule = schedules.even(steps, budget) if near is None else schedules.fitted(near, steps, sigmas, budget)
+    schedule = schedules.early(steps, budget) if near is None else schedules.fitted(near, steps, sigmas, budget)
     psnr, basis = _expected(budget, steps, near, calibrated)
     measured = schedules.saved_by_skipping(calibrated)
     speed_basis = "by counting steps; no times were measured" if measured is None else "as measured on this model"
@@ -178,14 +178,14 @@ def _between(points: Sequence[tuple[int, float]], budget: int) -> float | None:
 
 
 def _known(budget: int) -> list[float]:
-    """The mean PSNR of so many evenly spread steps on each embedded model for which it was measured."""
+    """The mean PSNR of so many steps of the default schedule on each embedded model for which it was measured."""
     found = (_between(points, budget) for points in _general().values())
     return [one for one in found if one is not None]
 
 
 @functools.cache
 def _general() -> dict[str, list[tuple[int, float]]]:
-    """Embedded model → numbers of computed steps, and mean PSNR in dB of that many evenly spread steps."""
+    """Embedded model → numbers of computed steps, and mean PSNR in dB of the default schedule with so many."""
     from omni_runtime.generation.loading import embedded_models
 
     found = {}
@@ -193,5 +193,5 @@ def _general() -> dict[str, list[tuple[int, float]]]:
         path = directory / calibration.file_name("velocity_cache")
         if path.is_file():
             rows = files.read_json(path)["schedules"]
-            found[name] = [(len(row["computed"]), float(row["evenly_spread"]["mean"])) for row in rows]
+            found[name] = [(len(row["computed"]), float(row["uncalibrated"]["mean"])) for row in rows]
     return found

@@ -11,7 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from omni_runtime.cache.masks import POLICIES, steps_mask
+
+#: Places in a request, from 0 to 1, of the numbers that describe a density of computed steps. There are more at the
+#: beginning, because errors grow from there.
+KNOTS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+#: The density of the default schedule, as logarithms at `KNOTS`: more of the early steps are computed.
+EARLY = (0.3, 0.3, 0.15, -0.3, -0.45, 0.15)
+#: The default schedule has this density with up to so many computed steps, and is evenly spread from so many on.
+FADES = (17, 25)
 
 
 @dataclass(frozen=True)
@@ -22,7 +32,6 @@ class Schedule:
         steps: the number of steps of the request.
         computed: indices of the computed steps, rising; the first is 0 and the last is steps − 1.
         origin: where the schedule comes from, in words.
-        transformer: the transformer class for which it is a default; None if it is used only when named.
         sigmas: the noise level of each step in the runs it was made for; None if they are not known.
         psnr: mean PSNR in dB against full runs; None if not measured.
         speedup: how many times as fast as a full run; None if not measured.
@@ -33,7 +42,6 @@ class Schedule:
     steps: int
     computed: tuple[int, ...]
     origin: str
-    transformer: str | None = None
     sigmas: tuple[float, ...] | None = None
     psnr: float | None = None
     speedup: float | None = None
@@ -62,27 +70,24 @@ _LEMICA = "LeMiCa (Gao et al. 2025, arXiv:2511.00090)"
 _UNNAMED = "published for velocity caching (authors and model unknown)"
 
 
-def _meancache(model: str, transformer: str | None, computed: str) -> Schedule:
-    return Schedule(50, _steps(computed), f"{_MEANCACHE}, {model}", transformer)
+def _meancache(model: str, computed: str) -> Schedule:
+    return Schedule(50, _steps(computed), f"{_MEANCACHE}, {model}")
 
-
-_QWEN, _Z = "QwenImageTransformer2DModel", "ZImageTransformer2DModel"
 
 #: name → schedule as its authors published it; the last number in a name is the number of computed steps
 PUBLISHED: dict[str, Schedule] = {
-    "qwen-image-25": _meancache("Qwen-Image", _QWEN, "0-16, 24, 32, 40, 43, 45, 47-49"),
-    "qwen-image-17": _meancache("Qwen-Image", _QWEN, "0-8, 10, 17, 24, 31, 38, 45, 48, 49"),
-    "qwen-image-10": _meancache("Qwen-Image", _QWEN, "0, 1, 3, 7, 14, 21, 28, 35, 42, 49"),
-    "qwen-image-2512-25": _meancache("Qwen-Image-2512", None, "0-15, 23, 31, 37, 44-49"),
-    "qwen-image-2512-17": _meancache("Qwen-Image-2512", None, "0-9, 11, 19, 27, 35, 43, 47, 49"),
-    "qwen-image-2512-10": _meancache("Qwen-Image-2512", None, "0, 2, 4, 7, 14, 21, 28, 35, 42, 49"),
-    "z-image-25": _meancache("Z-Image", _Z, "0-6, 8, 10-13, 15-18, 20, 22, 29, 37, 42, 45, 47-49"),
-    "z-image-20": _meancache("Z-Image", _Z, "0-4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 30, 38, 43, 46, 48, 49"),
-    "z-image-17": _meancache("Z-Image", _Z, "0-4, 6, 8, 10, 12, 14, 19, 27, 35, 43, 46, 48, 49"),
-    "z-image-15": _meancache("Z-Image", _Z, "0-3, 5, 7, 10, 12, 17, 25, 33, 41, 45, 48, 49"),
-    "z-image-13": _meancache("Z-Image", _Z, "0-3, 5, 9, 15, 22, 29, 36, 43, 47, 49"),
+    "qwen-image-25": _meancache("Qwen-Image", "0-16, 24, 32, 40, 43, 45, 47-49"),
+    "qwen-image-17": _meancache("Qwen-Image", "0-8, 10, 17, 24, 31, 38, 45, 48, 49"),
+    "qwen-image-10": _meancache("Qwen-Image", "0, 1, 3, 7, 14, 21, 28, 35, 42, 49"),
+    "qwen-image-2512-25": _meancache("Qwen-Image-2512", "0-15, 23, 31, 37, 44-49"),
+    "qwen-image-2512-17": _meancache("Qwen-Image-2512", "0-9, 11, 19, 27, 35, 43, 47, 49"),
+    "qwen-image-2512-10": _meancache("Qwen-Image-2512", "0, 2, 4, 7, 14, 21, 28, 35, 42, 49"),
+    "z-image-25": _meancache("Z-Image", "0-6, 8, 10-13, 15-18, 20, 22, 29, 37, 42, 45, 47-49"),
+    "z-image-20": _meancache("Z-Image", "0-4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 30, 38, 43, 46, 48, 49"),
+    "z-image-17": _meancache("Z-Image", "0-4, 6, 8, 10, 12, 14, 19, 27, 35, 43, 46, 48, 49"),
+    "z-image-15": _meancache("Z-Image", "0-3, 5, 7, 10, 12, 17, 25, 33, 41, 45, 48, 49"),
+    "z-image-13": _meancache("Z-Image", "0-3, 5, 9, 15, 22, 29, 36, 43, 47, 49"),
     "lemica-qwen-image-17": Schedule(50, _steps("0-10, 15, 22, 29, 36, 42, 49"), f"{_LEMICA}, Qwen-Image"),
-    # Ten steps of a distilled model: no default for Z-Image with its fifty steps, although the class is the same.
     "lemica-z-image-turbo-8": Schedule(10, _steps("0-3, 5, 7-9"), f"{_LEMICA}, Z-Image-Turbo"),
     "autohq-25": Schedule(
         50, _steps("0-9, 11, 13, 15, 17, 19, 21, 24, 28, 32, 36, 40, 44, 47-49"), "FlexCache's 'autohq', Qwen-Image"
@@ -107,9 +112,7 @@ def named(name: str, steps: int, sigmas: Sequence[float] | None = None) -> Sched
 
 
 def even(steps: int, budget: int) -> Schedule:
-    """`budget` computed steps, spread as evenly as possible: the default for a model without a schedule.
-
-    With a forecast of order 1, no gap is then longer than the distance of the two snapshots that the forecast uses.
+    """`budget` computed steps, spread as evenly as possible.
 
     Args:
         steps: the number of steps of the request, at least 1.
@@ -118,6 +121,43 @@ def even(steps: int, budget: int) -> Schedule:
     budget = _possible(budget, steps)
     computed = tuple(round(i * (steps - 1) / (budget - 1)) for i in range(budget)) if budget > 1 else (0,)
     return Schedule(steps, computed, "evenly spread")
+
+
+def early(steps: int, budget: int) -> Schedule:
+    """`budget` computed steps, denser at the beginning: the default for a model without a calibration.
+
+    Errors of early steps grow. With many computed steps these are small, and evenly spread steps are as good.
+    `python -m benchmarks.quality` compares both on the embedded models.
+
+    Args:
+        steps, budget: as in `even`.
+    """
+    budget = _possible(budget, steps)
+    full, none = FADES
+    strength = min(max((none - budget) / (none - full), 0.0), 1.0)
+    if not strength:
+        return even(steps, budget)
+    return Schedule(steps, spaced([strength * one for one in EARLY], steps, budget), "denser at the beginning")
+
+
+def spaced(density: Sequence[float], steps: int, budget: int) -> tuple[int, ...]:
+    """Return computed steps with equal shares of a density between them. The first and the last step are computed.
+
+    Args:
+        density: logarithms of the density at `KNOTS`, interpolated linearly.
+        steps: steps of the request.
+        budget: number of computed steps, at most `steps`.
+    """
+    if steps == 1:
+        return (0,)
+    places = np.linspace(0.0, 1.0, 40 * steps)
+    heights = np.exp(np.interp(places, KNOTS, density))
+    shares = np.concatenate(([0.0], np.cumsum(heights[1:] + heights[:-1])))
+    wanted = np.interp(np.linspace(0.0, 1.0, budget), shares / shares[-1], places) * (steps - 1)
+    found = [0]
+    for place, step in enumerate(wanted[1:-1], 1):
+        found.append(min(max(round(float(step)), found[-1] + 1), steps - (budget - place)))
+    return (*found, steps - 1)
 
 
 def usual_reach(count: int) -> float:
@@ -169,7 +209,6 @@ def fitted(
         tuple(computed),
         f"{schedule.origin}, made for {len(schedule.computed)} of {schedule.steps} steps, carried over to {budget} of "
         f"{steps}",
-        schedule.transformer,
         None if sigmas is None else tuple(sigmas),
         reach=_carried(schedule.reach, len(schedule.computed), budget),
         corrector_order=schedule.corrector_order,

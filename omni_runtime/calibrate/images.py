@@ -47,7 +47,7 @@ class FullRun(OutputSession):
     """
 
     def __init__(self, pipe: Any) -> None:
-        everything = OutputSite(lambda request, _: Chosen(ScheduleGate([1] * request.steps)), make_forecaster("reuse"))
+        everything = OutputSite(lambda request: Chosen(ScheduleGate([1] * request.steps)), make_forecaster("reuse"))
         super().__init__("calibration", pipe, everything)
         self.outputs: list[torch.Tensor] = []
         self.sigmas: list[float] = []

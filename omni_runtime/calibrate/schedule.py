@@ -57,7 +57,7 @@ class Found:
         best: the schedule that the calibration gives, on the searched images.
         held_out: the same, on the held-out images.
         plain: plain sampling with as many steps, on the held-out images.
-        even: evenly spread steps with the default forecast, on the held-out images.
+        even, early: evenly spread steps and the default schedule, with the default forecast, on the held-out images.
         seconds: the time that sampling took.
         speedup: the full run's time divided by the schedule's time, for a single image; None if the times disagree.
     """
@@ -67,6 +67,7 @@ class Found:
     held_out: Tried
     plain: Tried
     even: Tried
+    early: Tried
     seconds: float
     speedup: float | None = None
 
@@ -179,6 +180,7 @@ def find(
             held_out=there,
             plain=others.plain(budget),
             even=spread,
+            early=measure(result.early),
             seconds=kept.seconds(budget),
         )
     found = {budget: found[budget] for budget in budgets}
@@ -203,7 +205,7 @@ def tries_of(place: int, tries: int) -> int:
 
 def whole(place: int, budget: int, tries: int) -> int:
     """The largest number of schedules that are sampled for the budget at this place in the list."""
-    return len(forecasts(budget)) + tries_of(place, tries) + 1
+    return len(forecasts(budget)) + 1 + tries_of(place, tries) + 1
 
 
 def about(omni: Omni, requests: Sequence[GenerationRequest]) -> dict[str, Any]:
@@ -236,6 +238,7 @@ def _row(steps: int, sigmas: Sequence[float], budget: int, found: Found) -> dict
         "psnr": statistics(found.held_out),
         "plain_sampling": statistics(found.plain),
         "evenly_spread": statistics(found.even),
+        "uncalibrated": statistics(found.early),
         "searched": statistics(found.best),
         "start": {"computed": list(found.searched.even.computed), **statistics(found.searched.even)},
         "tries": len(found.searched.trail),

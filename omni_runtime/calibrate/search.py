@@ -4,15 +4,16 @@ Only sampling shows how good a schedule is, because a forecast's error changes e
 sampled with on the prompts and seeds of full runs, and the PSNR of the 8-bit pictures is measured. (With finer values,
 the search would spend steps on differences that are invisible.)
 
-1. How skipped steps are forecast is chosen with evenly spread steps: `forecasts` lists what is tried.
-2. A schedule is described by a density of computed steps with `KNOTS` numbers (`spaced`). CMA-ES (Hansen 2016,
-   arXiv:1604.00772, the package `cma`) searches the density, from evenly spread steps or from the density that was
+1. Evenly spread steps and the default schedule (`schedules.early`) are sampled with. How skipped steps are forecast is
+   chosen with the better of them: `forecasts` lists what is tried.
+2. A schedule is described by a density of computed steps with six numbers (`schedules.spaced`). CMA-ES (Hansen 2016,
+   arXiv:1604.00772, the package `cma`) searches the density, from the default schedule's or from the density that was
    found for another number of computed steps. It maximises `score`: the mean of the images' mean and 5th percentile.
    Few numbers matter: a search over single steps fits the few images that it sees, and ends behind evenly spread steps
    on others.
-3. The best of the search are sampled with on held-out images, and so are evenly spread steps. These are the result,
-   unless a found schedule is clearly `better`, there and on the searched images: a higher score, and a gain that chance
-   does not explain, image by image.
+3. The best of the search are sampled with on held-out images, and so are evenly spread steps and the default schedule.
+   Evenly spread steps are the result, unless another schedule is clearly `better`, there and on the searched images: a
+   higher score, and a gain that chance does not explain, image by image.
 
 The same inputs and seed give the same search. Sampled schedules are written to a file as they are measured, so an
 interrupted search, or one with more tries, continues where it stopped.
@@ -29,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 
 from omni_runtime.cache.output import CORRECTOR_ORDER
-from omni_runtime.cache.schedules import even, usual_reach
+from omni_runtime.cache.schedules import EARLY, early, even, spaced, usual_reach
 
 #: The PSNR in dB that an image counts with if it is identical to its reference.
 IDENTICAL = 100.0
@@ -39,8 +40,6 @@ MARGIN = 1.0
 CLEAR = 2.0
 #: The smallest number of images that a schedule is sampled on before it is given up.
 FEWEST = 4
-#: Places in the request, from 0 to 1, of the numbers that describe a density. Early errors grow: there are more there.
-KNOTS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 #: The first step size of the search, in the density's logarithm; the second from a density that was found already.
 STRIDES = (0.4, 0.25)
 #: Schedules of one generation of the search.
@@ -61,24 +60,6 @@ def forecasts(budget: int) -> list[Forecast]:
     usual = usual_reach(budget)
     reaches = dict.fromkeys([usual, usual / 2, min(2 * usual, 1.0)])
     return [Forecast(reach, order) for order in (CORRECTOR_ORDER, 3) for reach in reaches]
-
-
-def spaced(density: Sequence[float], steps: int, budget: int) -> tuple[int, ...]:
-    """Return computed steps with equal shares of a density between them. The first and the last step are computed.
-
-    Args:
-        density: logarithms of the density at `KNOTS`, interpolated linearly.
-        steps: steps of the request.
-        budget: number of computed steps.
-    """
-    places = np.linspace(0.0, 1.0, 40 * steps)
-    heights = np.exp(np.interp(places, KNOTS, density))
-    shares = np.concatenate(([0.0], np.cumsum(heights[1:] + heights[:-1])))
-    wanted = np.interp(np.linspace(0.0, 1.0, budget), shares / shares[-1], places) * (steps - 1)
-    found = [0]
-    for place, step in enumerate(wanted[1:-1], 1):
-        found.append(min(max(round(float(step)), found[-1] + 1), steps - (budget - place)))
-    return (*found, steps - 1)
 
 
 def score(psnr: Sequence[float]) -> float:
@@ -132,14 +113,16 @@ class Search:
     """One budget's search on the searched images.
 
     Attributes:
-        even: evenly spread steps with the default forecast.
+        even, early: evenly spread steps and the default schedule, with the default forecast.
         forecast: the chosen forecast.
         density: where the search has ended: the logarithms of the density at `KNOTS`.
         trail: the best schedule so far, after each sampled one.
-        finalists: the best schedules, the best first; evenly spread steps with the chosen forecast are among them.
+        finalists: the best schedules, the best first; then what of `even`, `early` and the one with the chosen forecast
+            is not among them.
     """
 
     even: Tried
+    early: Tried
     forecast: Forecast
     density: tuple[float, ...]
     trail: list[Tried] = field(default_factory=list)
@@ -163,48 +146,51 @@ def search(
         sample: samples with a schedule and measures it.
         tries: the largest number of schedules to sample, after the forecast is chosen. With fewer than `POPULATION`,
             only the forecast is chosen.
-        density: the density to start from; None: evenly spread steps.
+        density: the density to start from; None: the default schedule's.
         seed: seed of the search.
         on_try: called after each sampled schedule with its number from 1, the schedule, and the best so far.
     """
-    spread = even(steps, budget).computed
     trail: list[Tried] = []
     seen: dict[tuple[int, ...], Tried] = {}
 
     def meet(computed: tuple[int, ...], forecast: Forecast) -> Tried:
         best = max(trail, key=lambda one: one.score) if trail else None
         tried = sample(computed, forecast, best)
-        whole = best is None or len(tried.psnr) == len(best.psnr)
-        now = tried if best is None or (whole and tried.score > best.score) else best
+        now = tried if best is None or (len(tried.psnr) == len(best.psnr) and tried.score > best.score) else best
         trail.append(now)
         on_try(len(trail), tried, now)
         return tried
 
+    def whole(one: Tried) -> bool:
+        return len(one.psnr) == len(spread.psnr)
+
     first, *others = forecasts(budget)
-    plain = chosen = meet(spread, first)
-    forecast = first
-    if 2 < budget < steps:
-        for one in others:
-            tried = meet(spread, one)
-            if better(tried, chosen):
-                chosen, forecast = tried, one
-    seen[spread] = chosen
-    ended = tuple(density or (0.0,) * len(KNOTS))
-    if 2 < budget < steps:
+    spread = meet(even(steps, budget).computed, first)
+    if not 2 < budget < steps:
+        return Search(spread, spread, first, EARLY, trail, [spread])
+    usual = early(steps, budget).computed
+    default = spread if usual == spread.computed else meet(usual, first)
+    chosen, forecast = max(filter(whole, (spread, default)), key=lambda one: one.score), first
+    for one in others:
+        tried = meet(chosen.computed, one)
+        if better(tried, chosen):
+            chosen, forecast = tried, one
+    seen[chosen.computed] = chosen
 
-        def value(one: Sequence[float]) -> float:
-            computed = spaced(one, steps, budget)
-            if computed not in seen:
-                seen[computed] = meet(computed, forecast)
-            return seen[computed].score
+    def value(one: Sequence[float]) -> float:
+        computed = spaced(one, steps, budget)
+        if computed not in seen:
+            seen[computed] = meet(computed, forecast)
+        return seen[computed].score
 
-        ended = _climb(value, ended, tries, seed, STRIDES[density is not None])
-        value(ended)
-    complete = [one for one in seen.values() if len(one.psnr) == len(plain.psnr)]
+    ended = _climb(value, tuple(density or EARLY), tries, seed, STRIDES[density is not None])
+    value(ended)
+    complete = [one for one in seen.values() if len(one.psnr) == len(spread.psnr)]
     finalists = sorted(complete, key=lambda one: -one.score)[:FINALISTS]
-    if chosen not in finalists:
-        finalists.append(chosen)
-    return Search(plain, forecast, ended, trail, finalists)
+    finalists += [
+        one for one in (chosen, default, spread) if one not in finalists and len(one.psnr) == len(spread.psnr)
+    ]
+    return Search(spread, default, forecast, ended, trail, finalists)
 
 
 def _climb(
@@ -236,8 +222,8 @@ def most_steps(budgets: Sequence[int], tries: int, images: int, held_out: int, s
 
     Each computed step is one transformer call, or two with guidance.
     """
-    sampled = sum(budget * (images * (len(forecasts(budget)) + tries + 1)) for budget in budgets)
-    # Held-out images: the finalists, evenly spread steps with both forecasts, and plain sampling.
-    measured = held_out * sum(budgets) * (FINALISTS + 3)
+    sampled = sum(budget * (images * (len(forecasts(budget)) + 1 + tries + 1)) for budget in budgets)
+    # Held-out images: the finalists, the chosen start, the default, evenly spread steps, and plain sampling.
+    measured = held_out * sum(budgets) * (FINALISTS + 4)
     timed = steps + rounds * (steps * len(budgets) + sum(budgets))  # one image, with one run as warm-up
     return (images + held_out) * steps + sampled + measured + timed

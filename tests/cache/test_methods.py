@@ -28,7 +28,7 @@ def gate_of(name, config, of):
     checked = method.check(config)
     if method.parts is not None:
         return method.parts(checked, MODELS[QWEN], 4).gate(of)
-    return method.output(checked).choose(of, QWEN).gate
+    return method.output(checked).choose(of).gate
 
 
 def test_the_order_of_the_table_is_what_to_try_first():

@@ -7,7 +7,17 @@ import itertools
 import pytest
 
 from omni_runtime.cache import masks, schedules
-from omni_runtime.cache.schedules import PUBLISHED, Schedule, even, fast_enough, fitted, good_enough, named, nearest
+from omni_runtime.cache.schedules import (
+    PUBLISHED,
+    Schedule,
+    early,
+    even,
+    fast_enough,
+    fitted,
+    good_enough,
+    named,
+    nearest,
+)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -52,23 +62,6 @@ def test_published_schedules_are_what_their_authors_wrote(name: str) -> None:
     assert named(name, PUBLISHED[name].steps) is PUBLISHED[name]
 
 
-@pytest.mark.parametrize(
-    ("transformer", "expected"),
-    [
-        ("QwenImageTransformer2DModel", ["qwen-image-25", "qwen-image-25", "qwen-image-17", "qwen-image-10"]),
-        ("ZImageTransformer2DModel", ["z-image-25", "z-image-25", "z-image-17", "z-image-13"]),
-        ("FluxTransformer2DModel", [None] * 4),
-    ],
-)
-def test_unasked_a_class_gets_what_was_published_for_its_own_full_runs(
-    transformer: str, expected: list[str | None]
-) -> None:
-    """Neither a distilled model's nor one of an unknown model."""
-    own = [one for one in PUBLISHED.values() if one.transformer == transformer]
-    found = [nearest(own, 50, budget) for budget in (40, 25, 17, 9)]
-    assert found == [None if name is None else PUBLISHED[name] for name in expected]
-
-
 @pytest.mark.parametrize(("steps", "budget"), [(50, 25), (50, 17), (50, 2), (50, 50), (7, 3), (2, 2), (1, 1)])
 def test_even_spreads(steps: int, budget: int) -> None:
     computed = even(steps, budget).computed
@@ -76,6 +69,21 @@ def test_even_spreads(steps: int, budget: int) -> None:
     assert (computed[0], computed[-1]) == (0, steps - 1)
     gaps = [b - a for a, b in itertools.pairwise(computed)]
     assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+@pytest.mark.parametrize(("steps", "budget"), [(50, 17), (50, 13), (50, 8), (28, 10), (12, 6), (7, 3)])
+def test_the_default_schedule_is_denser_at_the_beginning(steps: int, budget: int) -> None:
+    computed = early(steps, budget).computed
+    assert len(set(computed)) == budget
+    assert (computed[0], computed[-1]) == (0, steps - 1)
+    assert sum(computed) < sum(even(steps, budget).computed)
+    gaps = [b - a for a, b in itertools.pairwise(computed)]
+    assert max(gaps) <= 2.5 * steps / budget, "no gap is much longer than the others"
+
+
+@pytest.mark.parametrize(("steps", "budget"), [(50, 25), (50, 32), (100, 50), (2, 2), (1, 1)])
+def test_with_many_computed_steps_the_default_is_evenly_spread(steps: int, budget: int) -> None:
+    assert early(steps, budget) == even(steps, budget)
 
 
 def test_a_schedule_for_the_same_request_stays_as_it_is() -> None:

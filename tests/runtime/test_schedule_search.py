@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from omni_runtime.cache.output import reached
-from omni_runtime.cache.schedules import even, usual_reach
+from omni_runtime.cache.schedules import EARLY, KNOTS, early, even, spaced, usual_reach
 from omni_runtime.calibrate.schedule import choose
 from omni_runtime.calibrate.search import (
-    KNOTS,
     Forecast,
     Search,
     Tried,
@@ -19,7 +18,6 @@ from omni_runtime.calibrate.search import (
     hopeless,
     score,
     search,
-    spaced,
 )
 
 STEPS = 50
@@ -80,12 +78,14 @@ def test_search_finds_where_the_steps_count() -> None:
     assert best.forecast == found.forecast
     assert best.score > found.even.score + 3
     assert found.even.computed == even(STEPS, 13).computed
-    assert found.even.forecast == forecasts(13)[0]
+    assert found.early.computed == early(STEPS, 13).computed
+    assert found.even.forecast == found.early.forecast == forecasts(13)[0]
+    assert len(found.early.psnr) == len(found.even.psnr)
     assert len(problem.sampled) == len(set(problem.sampled)) == len(found.trail), "none is sampled twice"
     assert events == list(range(1, len(found.trail) + 1))
     scores = [one.score for one in found.trail]
     assert scores == sorted(scores)
-    assert len(problem.sampled) <= len(forecasts(13)) + 40 + 1
+    assert len(problem.sampled) <= len(forecasts(13)) + 1 + 40 + 1
 
 
 def test_search_takes_the_same_way_again_and_goes_on_from_a_density() -> None:
@@ -132,7 +132,7 @@ def test_evenly_spread_steps_stay_unless_another_schedule_is_clearly_better_on_o
     def chosen(*finalists: tuple[int, ...], gained: float = 5.0) -> tuple[int, ...]:
         spread = _tried(*even_there)
         there_too = [_tried(*(one + gained for one in even_there), computed=computed) for computed in finalists]
-        found = Search(spread, FORECAST, (0.0,) * 6, [spread], there_too)
+        found = Search(spread, spread, FORECAST, EARLY, [spread], there_too)
         best, held_out, measured = choose(found, lambda one: _tried(*there[one.computed], computed=one.computed))
         assert held_out.computed == best.computed
         assert measured.computed == (0, 1)

@@ -34,7 +34,7 @@ def asked(config: Config) -> presets.Asked:
 def _output(config: Config) -> OutputSite:
     calibrated = schedules.calibrated(config["calibration"])
 
-    def choose(request: Request, transformer: str) -> Chosen:
+    def choose(request: Request) -> Chosen:
         sigmas = request.sigmas[request.begin : request.begin + request.steps]
         found = presets.answer(asked(config), request.steps, calibrated, sigmas)
         request.notes.append(f"{asked(config)}: {found}")

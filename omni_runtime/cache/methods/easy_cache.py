@@ -31,7 +31,7 @@ from omni_runtime.cache.signals import ExpectedChange
 
 
 def _output(config: Config) -> OutputSite:
-    def choose(request: Request, transformer: str) -> Chosen:
+    def choose(request: Request) -> Chosen:
         first, last = config["ret_steps"], request.steps - 1
         forced = tuple(int(step < first or step == last) for step in range(request.steps))
         gate = AccumulatedPolynomialGate(Limits(warmup=first, mask=forced), config["thresh"], (1.0, 0.0))

@@ -5,8 +5,8 @@ et al. 2026, arXiv:2601.19961, caches it on a schedule, too).
 
 The computed steps are chosen before the request begins, by one of four keys: `schedule` (a list or a name), `budget`
 (the number of computed steps), `speedup`, or `quality`. `quality` uses the schedules that `omni calibrate schedule`
-found for the model, whose quality was measured. `budget` and `speedup` use these, too, or else the published ones of
-the transformer's class, or else evenly spread steps (`omni_runtime.cache.schedules`).
+found for the model, whose quality was measured. `budget` and `speedup` use these, too, or else a default that is denser
+at the beginning (`omni_runtime.cache.schedules.early`).
 
 By default, a skipped step is forecast by the line in σ through the last two outputs (`forecaster` and
 `forecaster_order`), extrapolated no farther than `reach`. The fewer steps are computed, the shorter that is by default
@@ -50,7 +50,7 @@ def _schedule_key() -> keys.Key:
     return keys.Key("schedule", None, "steps or name", allowed, doc, convert)
 
 
-def _schedule(config: Config, request: Request, transformer: str) -> schedules.Schedule:
+def _schedule(config: Config, request: Request) -> schedules.Schedule:
     steps = request.steps
     sigmas = request.sigmas[request.begin : request.begin + steps]
     if isinstance(config["schedule"], str):
@@ -61,9 +61,8 @@ def _schedule(config: Config, request: Request, transformer: str) -> schedules.S
     if config["quality"] is not None:
         return schedules.fitted(schedules.good_enough(calibrated, config["quality"]), steps, sigmas)
     budget = _budget(config, steps)
-    published = [one for one in schedules.PUBLISHED.values() if one.transformer == transformer]
-    found = schedules.nearest(calibrated, steps, budget) or schedules.nearest(published, steps, budget)
-    return schedules.even(steps, budget) if found is None else schedules.fitted(found, steps, sigmas, budget)
+    found = schedules.nearest(calibrated, steps, budget)
+    return schedules.early(steps, budget) if found is None else schedules.fitted(found, steps, sigmas, budget)
 
 
 def _budget(config: Config, steps: int) -> int:
@@ -85,9 +84,9 @@ def chosen(schedule: schedules.Schedule, reach: float | None = None, corrector_o
 
 
 def _output(config: Config) -> OutputSite:
-    def choose(request: Request, transformer: str) -> Chosen:
+    def choose(request: Request) -> Chosen:
         _relations(config, None, request.steps)
-        schedule = _schedule(config, request, transformer)
+        schedule = _schedule(config, request)
         request.notes.append(
             f"schedule: {len(schedule.computed)} of {schedule.steps} steps computed, {schedule.origin}"
         )
