@@ -139,7 +139,7 @@ class PatchHandle:
             if self.compile is not None:
                 self.compiled = calls.replace_calls(self._pipe, self.compile, self._patch)
             if backend is not None:
-                self._installed = backend.install(self._pipe, self.cache_config, self._patch)
+                self._installed = backends.install(backend, self._pipe, self.cache_config, self._patch)
         except BaseException:
             self._patch.undo()
             raise

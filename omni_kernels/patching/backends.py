@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from importlib import metadata
 from typing import Any, Protocol
 
-from omni_kernels.patching.changes import Patch
+from omni_kernels.patching.changes import Patch, PatchConflictError
 
 GROUP = "omni_kernels.cache_backends"
 #: The table of our own methods. `omni_kernels` does not depend on `omni_runtime`, so it is named only here, as a
@@ -83,6 +83,24 @@ def _checked(backend: CacheBackend, config: Mapping[str, Any] | None, *facts: An
     if not isinstance(checked, dict):
         raise TypeError(f"cache backend {backend.name!r}: its check returned {shown(checked)}, not a configuration")
     return checked
+
+
+def install(backend: CacheBackend, pipe: Any, config: dict[str, Any], patch: Patch) -> InstalledBackend:
+    """Install a backend on a pipeline, through `patch`.
+
+    Raises:
+        ValueError, TypeError, PatchConflictError: what the backend's `install` raises.
+        RuntimeError: a plug-in raised anything else; the message names it.
+    """
+    try:
+        return backend.install(pipe, config, patch)
+    except (ValueError, TypeError, PatchConflictError):
+        raise
+    except Exception as error:
+        if built_in().get(backend.name) is backend:
+            raise
+        told = f"{type(error).__name__}: {error}"[:300]
+        raise RuntimeError(f"cache backend {backend.name!r} could not be installed: it raised {told}") from error
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -314,6 +314,64 @@ def test_jumps_out_of_the_skipped_blocks_are_refused():
         pipe()
 
 
+class Renamed(Strange):
+    """Its list is known under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = self.trunk.stack
+
+
+class Inference(Pipe):
+    """A loop in inference mode, whose tensors have no versions."""
+
+    def __call__(self, steps=6):
+        with torch.inference_mode():
+            return super().__call__(steps)
+
+
+@pytest.mark.parametrize("backend", METHODS)
+@pytest.mark.parametrize("make", [lambda: Pipe(Renamed()), lambda: Inference(Strange())], ids=["names", "inference"])
+def test_two_names_of_a_list_and_inference_mode_change_nothing(make, backend):
+    with omni_kernels.patched(Pipe(Strange()), backend, METHODS[backend]) as handle:
+        expected = handle._pipe()
+        skipped = handle.report.skipped
+    pipe = make()
+    plain = pipe()
+    with omni_kernels.patched(pipe, backend, METHODS[backend]) as handle:
+        for _ in range(2):
+            assert torch.equal(pipe(), expected)
+            assert handle.report.skipped == skipped != []
+    assert torch.equal(pipe(), plain)
+
+
+class Alternating(Pipe):
+    """Two transformers take turns in the only branch."""
+
+    def __init__(self):
+        super().__init__(Strange())
+        self.transformer_2 = Strange(blocks=3)
+
+    @torch.no_grad()
+    def __call__(self, steps=6):
+        x = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(0))
+        self.scheduler.set_timesteps(steps)
+        for step, t in enumerate(self.scheduler.timesteps):
+            output = (self.transformer, self.transformer_2)[step % 2](x, t)[0]
+            x = self.scheduler.step(output, t, x, return_dict=False)[0]
+        return x
+
+
+@pytest.mark.parametrize("backend", METHODS)
+def test_transformers_that_take_turns_get_nothing_of_each_other(backend):
+    pipe = Alternating()
+    plain = pipe()
+    with omni_kernels.patched(pipe, backend, METHODS[backend]) as handle:
+        assert torch.equal(pipe(), plain)
+        (branch,) = handle.report.branches.values()
+        assert {one.reason for one in branch.decisions} == {"nothing cached yet"}
+
+
 @pytest.mark.parametrize("backend", METHODS)
 def test_a_second_transformer_is_cached_too(backend):
     """Wan 2.2 changes to another transformer for the last steps."""

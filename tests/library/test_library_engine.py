@@ -481,6 +481,7 @@ def test_the_transformer_cannot_be_copied_while_the_library_is_in_it(qwen_pipe):
         ("SkyReelsV2DiffusionForcingPipeline", None, "each frame has steps of its own"),
         ("QwenImageControlNetPipeline", object(), "ControlNet"),
         ("StableDiffusion3ControlNetPipeline", object(), "ControlNet"),
+        ("HunyuanDiTControlNetPipeline", object(), "ControlNet"),
     ],
 )
 def test_what_the_library_is_known_to_fail_on_is_refused(qwen_pipe, kind, controlnet, reason):

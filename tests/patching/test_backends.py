@@ -169,3 +169,16 @@ def test_a_backend_whose_check_gives_nothing_is_named(register, qwen_pipe):
     with pytest.raises(TypeError, match=r"its check returned None, not a configuration"):
         omni_kernels.patch(qwen_pipe, "none_cache")
     assert omni_kernels.patching.handle_of(qwen_pipe) is None
+
+
+def test_a_backend_that_cannot_be_installed_is_named_and_leaves_nothing(register, qwen_pipe):
+    code = "class X:\n name = summary = 'bad'\n keys = ()\n def check(self, *given): return {}\n"
+    code += " def install(self, pipe, config, patch):\n  patch.set_attribute(pipe, 'mark', 1)\n  return {}['lost']\nBAD = X()"
+    register("bad", "bad_cache = bad_backend:BAD", code)
+    before = dict(vars(qwen_pipe))
+    with pytest.raises(
+        RuntimeError, match=r"cache backend 'bad' could not be installed: it raised KeyError: 'lost'"
+    ) as raised:
+        omni_kernels.patch(qwen_pipe, "bad_cache")
+    assert isinstance(raised.value.__cause__, KeyError)
+    assert vars(qwen_pipe) == before
