@@ -173,7 +173,8 @@ def test_a_backend_whose_check_gives_nothing_is_named(register, qwen_pipe):
 
 def test_a_backend_that_cannot_be_installed_is_named_and_leaves_nothing(register, qwen_pipe):
     code = "class X:\n name = summary = 'bad'\n keys = ()\n def check(self, *given): return {}\n"
-    code += " def install(self, pipe, config, patch):\n  patch.set_attribute(pipe, 'mark', 1)\n  return {}['lost']\nBAD = X()"
+    code += " def install(self, pipe, config, patch):\n  patch.set_attribute(pipe, 'mark', 1)\n"
+    code += "  return {}['lost']\nBAD = X()"
     register("bad", "bad_cache = bad_backend:BAD", code)
     before = dict(vars(qwen_pipe))
     with pytest.raises(
