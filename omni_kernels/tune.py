@@ -40,7 +40,16 @@ COMMAND = "python -m omni_kernels.tune"
 NO_DEVICE = 3
 TARGET = "sm_90"
 #: The ops that get their tile from `_tiles`.
-TUNABLE = ("ada_layer_norm", "gate_residual_norm", "rms_norm", "qk_norm_rope", "gelu", "swiglu", "linear_forecast")
+TUNABLE = (
+    "ada_layer_norm",
+    "gate_residual_norm",
+    "rms_norm",
+    "qk_norm_rope",
+    "gelu",
+    "swiglu",
+    "linear_forecast",
+    "quantize",
+)
 #: The tile sizes to try, in elements.
 CANDIDATES = (1024, 2048, 4096, 8192)
 #: The share of the time that another tile must save to be used.

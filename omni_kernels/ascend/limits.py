@@ -39,6 +39,7 @@ TILES = {
     "qk_norm_rope": 4096,
     "gelu": 8192,
     "swiglu": 4096,
+    "quantize": 8192,
 }
 
 

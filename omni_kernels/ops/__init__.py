@@ -16,6 +16,7 @@ from omni_kernels.ops.gelu import gelu
 from omni_kernels.ops.linear_forecast import linear_forecast
 from omni_kernels.ops.modulated_relative_l1 import modulated_relative_l1
 from omni_kernels.ops.qk_norm_rope import qk_norm_rope
+from omni_kernels.ops.quantize import quantize
 from omni_kernels.ops.relative_l1 import relative_l1
 from omni_kernels.ops.residual_relative_l1 import residual_relative_l1
 from omni_kernels.ops.rms_norm import rms_norm
@@ -30,6 +31,7 @@ __all__ = [
     "linear_forecast",
     "modulated_relative_l1",
     "qk_norm_rope",
+    "quantize",
     "relative_l1",
     "residual_relative_l1",
     "rms_norm",
@@ -51,6 +53,7 @@ OPS = {
         "qk_norm_rope",
         "gelu",
         "swiglu",
+        "quantize",
     )
 }
 

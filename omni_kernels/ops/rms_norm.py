@@ -77,17 +77,21 @@ def rms_norm_kernel(
     tl.store(p_y + (outer.to(tl.int64) * n2 + o_r) * D + o_d, y.to(p_y.dtype.element_ty), mask=m)
 
 
-def _levels(x: torch.Tensor) -> list[tuple[int, int]]:
-    """Size and stride of every level of rows, outermost first. Dimensions that can be merged are one level."""
-    levels: list[tuple[int, int]] = []
+def levels(x: torch.Tensor) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    """x with contiguous rows, and the size and stride of the three levels of its rows, outermost first.
+
+    Dimensions that can be merged are one level. An x with more levels is copied.
+    """
+    x = _norms.rows(x)
+    found: list[tuple[int, int]] = []
     for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
         if size == 1:
             continue
-        if levels and levels[-1][1] == size * stride:
-            levels[-1] = levels[-1][0] * size, stride
+        if found and found[-1][1] == size * stride:
+            found[-1] = found[-1][0] * size, stride
         else:
-            levels.append((size, stride))
-    return levels
+            found.append((size, stride))
+    return levels(x.contiguous()) if len(found) > 3 else (x, [(1, 0)] * (3 - len(found)) + found)
 
 
 def launch(x, weight, eps):
@@ -97,12 +101,7 @@ def launch(x, weight, eps):
     y = x.new_empty(x.shape)
     if y.numel() == 0:
         return y
-    x = _norms.rows(x)
-    levels = _levels(x)
-    if len(levels) > 3:
-        x = x.contiguous()
-        levels = _levels(x)
-    (n0, stride_0), (n1, stride_1), (n2, stride_2) = [(1, 0)] * (3 - len(levels)) + levels
+    x, ((n0, stride_0), (n1, stride_1), (n2, stride_2)) = levels(x)
     rows, block, num_warps = _norms.cut(n2, D, _tiles.tile("rms_norm", x, TILE))
     tiles = triton.cdiv(n2, rows)
     with _samples.on_device_of(x):

@@ -55,8 +55,18 @@ BUDGETS: dict[str, tuple[int, int]] = {
     "qk_norm_rope_kernel": (128, 96),
     "gelu_kernel": (40, 96),
     "swiglu_kernel": (40, 80),
+    "quantize_kernel": (48, 64),
     "add_partials_kernel": (40, 64),
 }
+
+
+#: 8-bit floating-point dtype → the targets that convert to it. Launches that write it have its name in theirs.
+FP8 = {"float8_e4m3fn": ("sm_89", "sm_90", "sm_100", "sm_120", "gfx950"), "float8_e4m3fnuz": ("gfx942",)}
+
+
+def runs_on(launch: str, target: str) -> bool:
+    """Whether a target has all dtypes that a launch needs."""
+    return all(target in targets for dtype, targets in FP8.items() if dtype in launch.split())
 
 
 def budget(kernel: str, target: str) -> int:
@@ -218,7 +228,8 @@ def compiled(
 
     Args:
         targets: keys of `TARGETS`.
-        names: keys of the table, for all targets or by target. None: all.
+        names: keys of the table, for all targets or by target. None: all. A launch is left out on a target that lacks
+            its dtype (`runs_on`).
         table: "module:function", a function without arguments that returns a dict: name → function that launches. The
             separate process calls it, without Triton's interpreter.
 
@@ -272,7 +283,7 @@ def _main(wanted: dict[str, Any]) -> None:
     module, _, function = wanted["table"].partition(":")
     table = getattr(importlib.import_module(module), function)()
     for target, names in wanted["names"].items():
-        for name in table if names is None else names:
+        for name in filter(lambda name: runs_on(name, target), table if names is None else names):
             try:
                 with following() as compilations:
                     kernels = launches(target, table[name])

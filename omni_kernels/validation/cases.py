@@ -362,6 +362,25 @@ def _swiglu() -> Case:
     )
 
 
+def _quantize(dtype: torch.dtype) -> Case:
+    """Of a linear layer's input, as torchao does it: the largest magnitude, the quotient, the rounding."""
+    limit = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}[dtype]
+
+    def eager(i: Inputs) -> Values:
+        scale = i["x"].abs().amax(-1, keepdim=True) / limit
+        y = i["x"] / scale
+        return (y.round() * scale,) if dtype == torch.int8 else (y.to(dtype).to(scale.dtype) * scale,)
+
+    return Case(
+        name=f"quantize {str(dtype)[6:]}",
+        op="quantize",
+        inputs=lambda shape, device: {"x": hidden_states(shape, device, 1)[0]},
+        ours=lambda i: ((i["x"], dtype), {}),
+        eager=eager,
+        values=lambda out: (out[0].float() * out[1].unsqueeze(-1),),
+    )
+
+
 CASES: dict[str, Case] = {
     case.name: case
     for case in (
@@ -377,6 +396,8 @@ CASES: dict[str, Case] = {
         qk_norm_rope(across_heads=True, names="qk"),
         _gelu(),
         _swiglu(),
+        _quantize(torch.int8),
+        _quantize(torch.float8_e4m3fn),
         _ada_layer_norm("layer"),
         _ada_layer_norm("rms"),
         _gate_residual_norm("layer"),

@@ -98,7 +98,7 @@ def models() -> dict[str, Launch]:
     ada_layer_norm, gate_residual_norm, rms_norm = (
         OPS[name].launcher for name in ("ada_layer_norm", "gate_residual_norm", "rms_norm")
     )
-    gelu, swiglu = (OPS[name].launcher for name in ("gelu", "swiglu"))
+    gelu, swiglu, quantize = (OPS[name].launcher for name in ("gelu", "swiglu", "quantize"))
     h = _tensor(1, TOKENS - 1, CHANNELS)
     # fp32 modulations, one for every token, as views of one projection.
     timesteps = torch.empty(1, TOKENS - 1, 6, CHANNELS).chunk(6, 2)
@@ -187,6 +187,10 @@ def models() -> dict[str, Launch]:
         "swiglu behind": partial(
             swiglu, *_tensor(1, TOKENS, 6 * CHANNELS).chunk(2, -1), _tensor(1, TOKENS, 4 * CHANNELS)[..., CHANNELS:]
         ),
+        "quantize int8": partial(quantize, h, torch.int8),
+        "quantize int8 behind": partial(quantize, _tensor(2, TOKENS, 5 * CHANNELS)[..., CHANNELS:], torch.int8),
+        "quantize float8_e4m3fn": partial(quantize, h, torch.float8_e4m3fn),
+        "quantize float8_e4m3fnuz": partial(quantize, h, torch.float8_e4m3fnuz),
     }
 
 
@@ -236,9 +240,11 @@ def _rows(block: int, dtype: torch.dtype) -> dict[str, Launch]:
     x, modulation, vector = (2, -1, D), (4, D), (D,)
     h, scale, shift, prev, weight = tensors("modulated_relative_l1", x, (2, D), (2, D), x, vector)
     y, gain = tensors("rms_norm", x, vector)
+    (z,) = tensors("quantize", x)
     found = {
         "modulated_relative_l1": partial(OPS["modulated_relative_l1"].launcher, h, scale, shift, prev, weight=weight),
         "rms_norm": partial(OPS["rms_norm"].launcher, y, gain),
+        "quantize": partial(OPS["quantize"].launcher, z, torch.int8),
     }
     if block <= _file("ada_layer_norm").MAX_TRITON_CHANNELS:
         h, scale, shift, weight, bias = tensors("ada_layer_norm", x, modulation, modulation, vector, vector)

@@ -12,7 +12,9 @@ import torch
 
 # Guard elements on either side. A multiple of the alignment that any access needs.
 GUARD = 64
-SENTINEL = 42.0
+SENTINEL = 40.0  # which fp8 has, too
+#: Stands for NaN in int8, where no op writes it.
+UNWRITTEN = -128
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -27,7 +29,7 @@ class Placed:
     """A tensor between guards, with the strides and alignment of a given one.
 
     `view` is that tensor. The memory around it, and the gaps between its strides, hold a sentinel. For an input it is
-    NaN, which spoils the result of a kernel that reads it (for integers, it is 1). For an output it is 42.
+    NaN, which spoils the result of a kernel that reads it (for integers, it is 1). For an output it is 40.
     """
 
     def __init__(self, like: torch.Tensor, *, written: bool = False) -> None:
@@ -58,7 +60,7 @@ class Placed:
 
 @contextlib.contextmanager
 def poisoned_outputs() -> Iterator[Callable[[], bool]]:
-    """Context manager in which buffers from `Tensor.new_empty`, used by launchers, hold NaN and lie between guards.
+    """Context manager in which buffers from `Tensor.new_empty`, used by launchers, hold NaN (int8: −128) between guards.
 
     So an element that a kernel fails to write spoils the result, and a write outside is detected. Yields a function
     that returns whether all guards are unchanged.
@@ -72,7 +74,8 @@ def poisoned_outputs() -> Iterator[Callable[[], bool]]:
         shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
         buffer = torch.full((shape.numel() + 2 * GUARD,), SENTINEL, dtype=dtype or self.dtype, device=self.device)
         guards.extend((buffer[:GUARD], buffer[GUARD + shape.numel() :]))
-        return buffer[GUARD : GUARD + shape.numel()].fill_(math.nan).view(shape)
+        unwritten = UNWRITTEN if buffer.dtype == torch.int8 else math.nan
+        return buffer[GUARD : GUARD + shape.numel()].fill_(unwritten).view(shape)
 
     with mock.patch.object(torch.Tensor, "new_empty", new_empty):
-        yield lambda: all(bool((guard == SENTINEL).all()) for guard in guards)
+        yield lambda: all(bool((guard.float() == SENTINEL).all()) for guard in guards)

@@ -133,6 +133,10 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return gate.double() / (1 + torch.exp(-gate.double())) * up.double()
 
 
+#: The largest magnitude of 8-bit values that is used, by dtype.
+LARGEST = {torch.int8: 127, torch.float8_e4m3fn: 448, torch.float8_e4m3fnuz: 240}
+
+
 #: The name of a result, its correct value, and the summed magnitude of its terms (None: that of the value itself).
 Expected = tuple[str, torch.Tensor, torch.Tensor | None]
 
@@ -248,6 +252,14 @@ def _swiglu(
     return [("out", swiglu(gate, up), None)]
 
 
+def _quantize(got: Sequence[torch.Tensor], x: torch.Tensor, dtype: torch.dtype = torch.int8) -> list[Expected]:
+    scale = x.double().abs().amax(-1) / LARGEST[dtype]
+    # q is computed with the rounded scale.
+    used = got[1].double().unsqueeze(-1)
+    q = torch.where(used.isfinite() & (used > 0), x.double() / used, 0.0)
+    return [("q", q, None), ("scale", scale, None)]
+
+
 ORACLES: dict[str, Callable[..., list[Expected]]] = {
     "relative_l1": _relative_l1,
     "residual_relative_l1": _residual_relative_l1,
@@ -259,6 +271,7 @@ ORACLES: dict[str, Callable[..., list[Expected]]] = {
     "qk_norm_rope": _qk_norm_rope,
     "gelu": _gelu,
     "swiglu": _swiglu,
+    "quantize": _quantize,
 }
 
 

@@ -1,8 +1,8 @@
 """The allowed difference of a result from the fp64 oracle: one table, by dtype.
 
 A result that is computed in fp32 and rounded once has an error of at most one unit in the last place of its dtype. (It
-is a whole unit because Triton's interpreter truncates fp32 to bf16 where devices round.) The error of fp32 arithmetic
-on its terms is added. A pairwise sum of fp32 numbers loses a few units, whatever its length.
+is a whole unit because Triton's interpreter truncates fp32 to bf16 where devices round.) An 8-bit result is off by half
+a unit, as it is rounded to the nearest. The error of fp32 arithmetic on its terms is added. A pairwise sum of fp32 numbers loses a few units, whatever its length.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-# One unit in the last place (relative), and the smallest step near zero.
+# One unit in the last place (relative), and the smallest step near zero; of 8-bit results half of each.
 UNIT = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+UNIT |= {torch.int8: 0.0, torch.float8_e4m3fn: 2.0**-4, torch.float8_e4m3fnuz: 2.0**-4}
 SMALLEST = {torch.float32: 2.0**-126, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126}
+SMALLEST |= {torch.int8: 0.5, torch.float8_e4m3fn: 2.0**-10, torch.float8_e4m3fnuz: 2.0**-11}
 # Error of intermediate fp32 arithmetic, relative to the magnitude of the terms: 8 units.
 ARITHMETIC = 2.0**-20
 
@@ -62,7 +64,7 @@ def mismatch(actual: torch.Tensor, expected: torch.Tensor, magnitude: torch.Tens
     """What is wrong with `actual`, which should be the rounded fp64 `expected`; None if it is correct.
 
     Args:
-        actual: fp32, fp16 or bf16, on any device.
+        actual: fp32, fp16, bf16, int8 or fp8, on any device.
         expected: fp64 in the same shape. The comparison runs on its device.
         magnitude: summed magnitude of the terms, if they cancel in `expected`. None: that of `expected`.
 

@@ -57,6 +57,8 @@ def norms(D, S, x_dtype, dtype, every=False):
         yield partial(OPS["modulated_relative_l1"].launcher, x, row[:2], shift, prev, norm, weight)
     for weight in (vector, None):
         yield partial(OPS["rms_norm"].launcher, x, weight)
+    for quantized in (torch.int8, torch.float8_e4m3fn, torch.float8_e4m3fnuz):
+        yield partial(OPS["quantize"].launcher, x, quantized)
 
 
 def heads(D, H, S, x_dtype, dtype, every=True):
