@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmarks.results import RESULTS
 from omni_kernels.ops import OPS
+from omni_kernels.validation import aot
 from omni_kernels.validation.cases import CASES
 
 COMMAND = "python -m benchmarks.support --write"
@@ -64,7 +65,10 @@ def from_ir(directory: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def compiled(directory: Path) -> Iterator[tuple[str, str, str]]:
-    """(op, vendor, the architectures for which all of its launches compile)."""
+    """(op, vendor, the architectures for which all of its launches compile).
+
+    Launches in a dtype that some architectures lack are told apart.
+    """
     path = directory / "kernels.csv"
     if not path.is_file():
         return
@@ -75,9 +79,16 @@ def compiled(directory: Path) -> Iterator[tuple[str, str, str]]:
         of_op = launches.setdefault((row["launch"].split()[0], vendor), {})
         of_op.setdefault(row["launch"], []).append(row["target"])
     for (op, vendor), by_launch in launches.items():
-        first, *others = by_launch.values()
-        if names := [name for name in dict.fromkeys(first) if all(name in each for each in others)]:
-            yield op, vendor, f"compiled: {', '.join(names)}"
+        for dtype in (None, *aot.FP8):
+            of_dtype = [each for launch, each in by_launch.items() if dtype == _fp8(launch)]
+            first, *others = of_dtype or [[]]
+            if names := [name for name in dict.fromkeys(first) if all(name in each for each in others)]:
+                yield op, vendor, f"compiled{'' if dtype is None else f' for {dtype}'}: {', '.join(names)}"
+
+
+def _fp8(launch: str) -> str | None:
+    """The 8-bit floating-point dtype in a launch's name; None if there is none."""
+    return next((dtype for dtype in aot.FP8 if dtype in launch.split()), None)
 
 
 def table(directory: Path = RESULTS) -> str:

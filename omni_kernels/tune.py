@@ -41,13 +41,7 @@ NO_DEVICE = 3
 TARGET = "sm_90"
 #: The ops that get their tile from `_tiles`.
 TUNABLE = (
-    "ada_layer_norm",
-    "gate_residual_norm",
-    "rms_norm",
-    "qk_norm_rope",
-    "gelu",
-    "swiglu",
-    "linear_forecast",
+    *("ada_layer_norm", "gate_residual_norm", "rms_norm", "qk_norm_rope", "gelu", "swiglu", "linear_forecast"),
     "quantize",
 )
 #: The tile sizes to try, in elements.

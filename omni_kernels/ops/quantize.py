@@ -101,6 +101,8 @@ def quantize_kernel(
 def launch(x, dtype):
     """With the Triton kernel. Rows that are too long for it use the plain-torch implementation."""
     D = x.shape[-1]
+    if dtype != torch.int8 and limits.here(x):
+        raise limits.NotLaunchableError(f"quantize: an Ascend NPU has no {str(dtype)[6:]}")
     limits.whole_row("quantize", x, D, _norms.MAX_TRITON_CHANNELS)
     q, scale = fake(x, dtype)
     if q.numel() == 0:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, overload
 
-from omni_kernels.patching import backends, calls, rules
+from omni_kernels.patching import backends, calls, quantised, rules
 from omni_kernels.patching.cache_dit import LibraryHandle
 from omni_kernels.patching.changes import HANDLE, Patch, PatchConflictError
 from omni_kernels.patching.compiled import Compiled
@@ -24,6 +24,8 @@ class PatchHandle:
         compile: the torch.compile arguments for the blocks; None if compilation was not requested.
         fused: which blocks were replaced, and which were not and why; printable.
         compiled: the names of the compiled blocks; printable, with the classes that get no more graphs and why.
+        quantize: the options of quantisation; None if it was not requested.
+        quantised: which linear layers run in 8 bits, which do not and why, and the memory freed; printable.
     """
 
     def __init__(
@@ -33,11 +35,14 @@ class PatchHandle:
         cache_config: dict[str, Any],
         fuse: bool,
         compile: dict[str, Any] | None = None,
+        quantize: quantised.Options | None = None,
     ) -> None:
         self.cache_backend = cache_backend
         self.cache_config = cache_config
         self.fuse = fuse
         self.compile = compile
+        self.quantize = quantize
+        self.quantised = quantised.Quantisation()
         self.fused = rules.Fusion()
         self.compiled = Compiled()
         self._pipe = pipe
@@ -48,6 +53,7 @@ class PatchHandle:
         state = "active" if self.active else "undone"
         blocks = f"{len(self.fused.replaced)} blocks fused" if self.fuse else "blocks not fused"
         blocks += f", {len(self.compiled)} compiled" if self.compiled else ""
+        blocks += f", {len(self.quantised.replaced)} layers quantised" if self.quantised else ""
         return f"PatchHandle(cache_backend={self.cache_backend!r}, {_short(self.cache_config)}, {blocks}, {state})"
 
     def __reduce__(self) -> Any:
@@ -123,17 +129,26 @@ class PatchHandle:
         """Restore the pipeline exactly as it was. A second call does nothing.
 
         Raises:
-            PatchConflictError: other code has replaced something that was installed. Nothing is changed then.
+            PatchConflictError: other code has replaced something that was installed, or quantisation has dropped the
+                layers' own weights. Nothing is changed then.
         """
         if not self.active:
             return
+        if self.quantize is not None and self.quantize.keep == "none":
+            raise PatchConflictError(
+                "this patch cannot be undone: quantize was given keep='none', so the layers' own weights are gone. "
+                "Load the pipeline again"
+            )
         self._patch.undo()
         if self._installed is not None:
             self._installed.close()
         del vars(self._pipe)[HANDLE]
 
     def _install(self, backend: backends.CacheBackend | None) -> None:
+        replaced: list[Any] = []
         try:
+            if self.quantize is not None:
+                self.quantised, replaced = quantised.quantise(self._pipe, self.quantize, self._patch)
             if self.fuse:
                 self.fused = rules.fuse(self._pipe, self._patch)
             if self.compile is not None:
@@ -143,6 +158,8 @@ class PatchHandle:
         except BaseException:
             self._patch.undo()
             raise
+        if self.quantize is not None and self.quantize.keep == "none":
+            quantised.drop(replaced)
 
 
 @overload
@@ -157,6 +174,7 @@ def patch(
     *,
     fuse: bool | None = None,
     compile: str | Mapping[str, Any] | None = None,
+    quantize: str | Mapping[str, Any] | None = None,
 ) -> PatchHandle: ...
 
 
@@ -167,6 +185,7 @@ def patch(
     *,
     fuse: bool | None = None,
     compile: str | Mapping[str, Any] | None = None,
+    quantize: str | Mapping[str, Any] | None = None,
 ) -> PatchHandle | LibraryHandle:
     """Fuse blocks, compile blocks or install a cache on one diffusers pipeline. Other pipelines are unchanged.
 
@@ -188,6 +207,10 @@ def patch(
             and under any cache. A dict does the same with these torch.compile arguments. Compiled blocks compute the
             same up to rounding. If far more graphs than Dynamo's limit are needed, further variants run uncompiled,
             and `.compiled` says so. {"mode": "reduce-overhead"} uses CUDA graphs; see `omni_kernels.patching.calls`.
+        quantize: "int8" or "fp8" runs the wide linear layers of the transformer's blocks in 8 bits: weights with a
+            scale for each output channel, activations with a scale for each token. The handle's `.quantised` lists the
+            layers, those left as they are, and why. A dict does the same with the keys of
+            `omni_kernels.patching.quantised.Options`: {"dtype": "int8", "exclude": ["attn.to_out"]}.
 
     Returns:
         The handle. `.fused` lists the replaced blocks, `.report` describes the last request, `.undo()` removes the
@@ -199,7 +222,7 @@ def patch(
         PatchConflictError: the pipeline is already patched differently, or other code occupies a slot that is needed.
     """
     if isinstance(pipe, ModuleType):
-        if any(one is not None for one in (cache_backend, cache_config, fuse, compile)):
+        if any(one is not None for one in (cache_backend, cache_config, fuse, compile, quantize)):
             raise TypeError(f"patch({pipe.__name__}) takes no other arguments: a cache is installed on a pipeline")
         return handle_of(pipe) or LibraryHandle(pipe)
     if fuse is not None and not isinstance(fuse, bool):
@@ -214,18 +237,18 @@ def patch(
     if backend is not None:
         config = backends.complete(backend, cache_config, getattr(pipe, "name_or_path", None))
     fuse = name is None if fuse is None else fuse
-    options = calls.options_of(compile)
+    options, quantization = calls.options_of(compile), quantised.options_of(quantize)
     present = handle_of(pipe)
     if present is not None:
-        there = present.cache_backend, present.cache_config, present.fuse, present.compile
-        if there == (name, config, fuse, options):
+        there = present.cache_backend, present.cache_config, present.fuse, present.compile, present.quantize
+        if there == (name, config, fuse, options, quantization):
             return present
         raise PatchConflictError(
             f"this {type(pipe).__name__} is already patched: call omni_kernels.unpatch(pipe) first. It has "
-            f"{present.cache_backend or 'no cache'} {_short(present.cache_config)}, fuse={present.fuse} and "
-            f"compile={present.compile}"
+            f"{present.cache_backend or 'no cache'} {_short(present.cache_config)}, fuse={present.fuse}, "
+            f"compile={present.compile} and quantize={None if present.quantize is None else present.quantize.dtype!r}"
         )
-    handle = PatchHandle(pipe, name, config, fuse, options)
+    handle = PatchHandle(pipe, name, config, fuse, options, quantization)
     handle._install(backend)
     vars(pipe)[HANDLE] = handle
     return handle
@@ -272,6 +295,7 @@ def patched(
     *,
     fuse: bool | None = None,
     compile: str | Mapping[str, Any] | None = None,
+    quantize: str | Mapping[str, Any] | None = None,
 ) -> contextlib.AbstractContextManager[PatchHandle]: ...
 
 
@@ -283,10 +307,11 @@ def patched(
     *,
     fuse: bool | None = None,
     compile: str | Mapping[str, Any] | None = None,
+    quantize: str | Mapping[str, Any] | None = None,
 ) -> Iterator[Any]:
     """`patch` as a context manager. When nested with the same arguments, only the outer block undoes the patch."""
     outer = handle_of(pipe)
-    handle = patch(pipe, cache_backend, cache_config, fuse=fuse, compile=compile)
+    handle = patch(pipe, cache_backend, cache_config, fuse=fuse, compile=compile, quantize=quantize)
     try:
         yield handle
     finally:

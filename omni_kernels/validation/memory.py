@@ -60,10 +60,10 @@ class Placed:
 
 @contextlib.contextmanager
 def poisoned_outputs() -> Iterator[Callable[[], bool]]:
-    """Context manager in which buffers from `Tensor.new_empty`, used by launchers, hold NaN (int8: −128) between guards.
+    """Context manager in which buffers from `Tensor.new_empty`, used by launchers, hold NaN and lie between guards.
 
-    So an element that a kernel fails to write spoils the result, and a write outside is detected. Yields a function
-    that returns whether all guards are unchanged.
+    Buffers of int8 hold −128. So an element that a kernel fails to write spoils the result, and a write outside is
+    detected. Yields a function that returns whether all guards are unchanged.
     """
     guards: list[torch.Tensor] = []
     unguarded = torch.Tensor.new_empty

@@ -2,7 +2,8 @@
 
 A result that is computed in fp32 and rounded once has an error of at most one unit in the last place of its dtype. (It
 is a whole unit because Triton's interpreter truncates fp32 to bf16 where devices round.) An 8-bit result is off by half
-a unit, as it is rounded to the nearest. The error of fp32 arithmetic on its terms is added. A pairwise sum of fp32 numbers loses a few units, whatever its length.
+a unit, as it is rounded to the nearest. The error of fp32 arithmetic on its terms is added. A pairwise sum of fp32
+numbers loses a few units, whatever its length.
 """
 
 from __future__ import annotations

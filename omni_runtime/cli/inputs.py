@@ -56,7 +56,7 @@ def make_omni(options: argparse.Namespace, **how: Any) -> Omni:
 
 def speed_of(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `Omni` for the options that say what makes the model faster."""
-    how: dict[str, Any] = {"fuse": options.fuse or None, "compile": options.compile}
+    how: dict[str, Any] = {"fuse": options.fuse or None, "compile": options.compile, "quantize": options.quantize}
     wish = wish_of(options)
     if options.cache_backend is not None or options.cache_config is not None:
         if wish and options.cache_backend != "auto":

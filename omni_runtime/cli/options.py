@@ -351,6 +351,7 @@ def _add_speed(command: argparse.ArgumentParser) -> None:
     command.add_argument("--cache-config", metavar="JSON", help='such as {"rel_l1_thresh": 0.2}')
     command.add_argument("--fuse", action="store_true", help="run transformer blocks fused")
     command.add_argument("--compile", choices=["regional"], help="compile each transformer block separately")
+    command.add_argument("--quantize", choices=["int8", "fp8"], help="run wide linear layers of the blocks in 8 bits")
 
 
 def _add_serve(commands: Any) -> None:

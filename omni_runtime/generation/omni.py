@@ -11,6 +11,7 @@ loaded when they are first needed, after the first request has been checked.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import json
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from omni_kernels.device import PeakMemory
-from omni_kernels.patching import PatchHandle, backends, handle_of, patch
+from omni_kernels.patching import PatchHandle, backends, handle_of, patch, quantised
 from omni_kernels.patching.calls import options_of
 from omni_kernels.patching.warming import STEPS, Warmup, warmup
 from omni_runtime.cache import models
@@ -76,6 +77,8 @@ class Omni:
             computed step gives the same bits as the pipeline itself.
         compile: "regional" compiles each transformer block by itself. A dict does the same, with its entries as
             arguments of torch.compile.
+        quantize: "int8" or "fp8" runs the wide linear layers of the transformer's blocks in 8 bits. A dict does the
+            same with more keys (`omni_kernels.patching.quantised.Options`).
         parallel: how several ranks, started with torchrun, share the work: {"ulysses": 2, "ring": 1, "cfg": 2,
             "tensor": 1}. Their product is the number of ranks. Every rank makes the same calls, and gets the same
             results.
@@ -105,6 +108,7 @@ class Omni:
         quality: str | None = None,
         fuse: bool | None = None,
         compile: str | Mapping[str, Any] | None = None,
+        quantize: str | Mapping[str, Any] | None = None,
         parallel: Mapping[str, int] | None = None,
         **from_pretrained: Any,
     ) -> None:
@@ -123,12 +127,14 @@ class Omni:
             "cache_config": config,
             "fuse": fuse,
             "compile": compile,
+            "quantize": quantize,
             "parallel": parallel,
             **from_pretrained,
         }
         self._turn = threading.RLock()
         options_of(compile)
-        self._fuse, self._compile = fuse, compile
+        quantised.options_of(quantize)
+        self._fuse, self._compile, self._quantize = fuse, compile, quantize
         self._parallel = Parallel.of(parallel)
         given = device
         if self._parallel is not None:
@@ -240,11 +246,12 @@ class Omni:
         if self._parallel is not None:
             self._parallel.install(pipe)
         # Options that were not given keep the values of an existing patch.
-        fuse, compile = self._fuse or False, self._compile
+        fuse, compile, quantize = self._fuse or False, self._compile, self._quantize
         if before is not None:
             fuse = before.fuse if self._fuse is None else self._fuse
             compile = before.compile if compile is None else compile
-        self._handle = patch(pipe, self.cache_backend, self.cache_config, fuse=fuse, compile=compile)
+            quantize = quantize or (None if before.quantize is None else dataclasses.asdict(before.quantize))
+        self._handle = patch(pipe, self.cache_backend, self.cache_config, fuse=fuse, compile=compile, quantize=quantize)
         self._patched_here = self._handle is not before
         return pipe
 
@@ -260,7 +267,7 @@ class Omni:
 
     def _asked_at_loading(self) -> dict[str, str]:
         given = {"model": str(self.name), "cache_backend": self.cache_backend, "cache_config": self.cache_config}
-        return asked(given | {"fuse": self._fuse, "compile": self._compile}, {})
+        return asked(given | {"fuse": self._fuse, "compile": self._compile, "quantize": self._quantize}, {})
 
     def close(self) -> None:
         """Remove the cache from the pipeline and drop the reference to the pipeline. A second call does nothing.

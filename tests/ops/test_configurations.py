@@ -21,8 +21,8 @@ TOKENS = sorted({1 << k for k in range(9)} | {4096})
 MORE_TOKENS = sorted({*TOKENS, *((1 << k) + 1 for k in range(9))})
 # Constants of which a program with more does all that one with less does.
 MORE = ("ROWS", "LAYER", "TANH")
-# The caller's own sizes.
-SIZES = ("D", "H")
+# The caller's own sizes, and numbers that a program multiplies by.
+SIZES = ("D", "H", "LIMIT", "TINY")
 
 
 def tensor(*shape, dtype=torch.bfloat16):

@@ -19,6 +19,7 @@ NAMES = [
     "gelu",
     "linear_forecast",
     "modulated_relative_l1",
+    "quantize",
     "relative_l1",
     "residual_relative_l1",
     "rms_norm",

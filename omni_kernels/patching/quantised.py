@@ -1,0 +1,361 @@
+"""Linear layers of transformer blocks in 8 bits: weights once, activations token by token as they come.
+
+    y = (quantize(x) · quantize(W)ᵀ) · scale(x) · scale(W) + bias        x: [..., K], W: [N, K], y: [..., N]
+
+Each output channel of a weight has a scale, and so has each token of an activation (`omni_kernels.ops.quantize`). The
+product in 8 bits is torch's: `torch._int_mm`, or `torch._scaled_mm` with a scale for each row and column. Where a
+device has none, the 8-bit values are multiplied in fp32: as exact, but not faster.
+
+Only layers inside the transformer's lists of blocks are quantised. Embeddings, time, modulation, norms and the final
+layer are small and sensitive; they stay as they are.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from omni_kernels import ops
+from omni_kernels.device import describe
+from omni_kernels.patching.backends import nearest, shown
+from omni_kernels.patching.changes import Patch
+from omni_kernels.patching.structure import hooked
+
+#: What `quantize` may name.
+DTYPES = ("int8", "fp8")
+#: Names in a layer's path that mark modulation, norms and embeddings.
+SENSITIVE = re.compile(r"(?:^|[._])(?:\w*mod(?:ulation)?|ada\w*|\w*norm\w*|\w*embed\w*|time\w*)(?=[._]|$)")
+#: Class of blocks → layers that hurt the picture if they are quantised, from vLLM-Omni's notes on FP8.
+LEFT_OUT = {"QwenImageTransformerBlock": ("img_mlp",)}
+#: Where the layers' own weights are kept while they are quantised.
+KEEP = ("host", "none")
+#: The fewest rows and the divisor of the sizes that CUDA's product of int8 takes.
+_ROWS, _MULTIPLE = 17, 8
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is quantised, and how.
+
+    Attributes:
+        dtype: one of `DTYPES`.
+        include: patterns of paths that are quantised although a rule leaves them out.
+        exclude: patterns of paths that are not quantised.
+        min_width: layers with fewer input or output features stay as they are. Their products take little time.
+        keep: "host" keeps the layers' own weights on the CPU, so that the patch can be undone. "none" drops them.
+    """
+
+    dtype: str
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    min_width: int = 512
+    keep: str = "host"
+
+
+def options_of(given: Any) -> Options | None:
+    """The options that an argument `quantize` stands for: None, a dtype, or a dict of `Options`' attributes.
+
+    Raises:
+        ValueError, TypeError: a key or a value is not allowed; the message names it.
+    """
+    if given is None:
+        return None
+    if not isinstance(given, Mapping):
+        given = {"dtype": given}
+    keys = Options.__dataclass_fields__
+    for key in given:
+        if key not in keys:
+            raise ValueError(f"quantize has no key {shown(key)}: {nearest(str(key), keys)}")
+    if given.get("dtype") not in DTYPES:
+        raise ValueError(f"quantize must be 'int8' or 'fp8', not {shown(given.get('dtype'))}")
+    made = dict(given)
+    for key in ("include", "exclude"):
+        patterns = made.get(key, ())
+        patterns = (patterns,) if isinstance(patterns, str) else patterns
+        if not isinstance(patterns, Sequence) or not all(isinstance(one, str) for one in patterns):
+            raise TypeError(f"quantize: {key} must be a list of layers' names, not {shown(patterns)}")
+        made[key] = tuple(patterns)
+    width = made.get("min_width", 0)
+    if isinstance(width, bool) or not isinstance(width, int) or width < 0:
+        raise ValueError(f"quantize: min_width must be a number of features from 0 on, not {shown(width)}")
+    if made.get("keep", "host") not in KEEP:
+        raise ValueError(f"quantize: keep must be 'host' or 'none', not {shown(made['keep'])}")
+    return Options(**made)
+
+
+class QuantizedLinear(torch.nn.Module):
+    """A linear layer with 8-bit weights, which quantises its input.
+
+    Moving it moves its weights; converting it to another dtype leaves them in 8 bits.
+
+    Attributes:
+        weight: [N, K], int8 or fp8.
+        weight_scale: [N], fp32.
+        bias: [N], or None.
+    """
+
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
+
+    def __init__(self, linear: torch.nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight, scale = ops.quantize(linear.weight.detach(), dtype)
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", scale)
+        self.bias = linear.bias
+        self._vnni = _has_vnni()
+        self.train(linear.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer's output, in x's dtype."""
+        q, scale = ops.quantize(x, self.weight.dtype)
+        rows, scales = q.flatten(0, -2), scale.flatten()
+        y = product(rows, scales, self.weight, self.weight_scale, self.bias, x.dtype, self._vnni)
+        return y.unflatten(0, x.shape[:-1])
+
+    def extra_repr(self) -> str:
+        """Sizes and dtype, for printing."""
+        return f"{self.in_features}, {self.out_features}, {str(self.weight.dtype)[6:]}, bias={self.bias is not None}"
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedLinear:
+        own = {name: self._buffers.pop(name) for name in ("weight", "weight_scale")}
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._buffers.update(own)
+        for name, t in own.items():
+            assert t is not None
+            # As integers, which a conversion to another floating-point dtype does not change.
+            bits = fn(t.view(torch.int8 if t.element_size() == 1 else torch.int32))
+            self._buffers[name] = bits.view(t.dtype)
+        return self
+
+
+def product(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    vnni: bool = False,
+) -> torch.Tensor:
+    """(q · weightᵀ) · scale · weight_scale + bias.
+
+    Args:
+        q: [M, K], int8 or fp8.
+        scale: [M], fp32.
+        weight: [N, K], in q's dtype.
+        weight_scale: [N], fp32.
+        bias: [N], or None.
+        dtype: that of the result.
+        vnni: whether the CPU has instructions for products of int8.
+
+    Returns:
+        [M, N].
+    """
+    if q.dtype != torch.int8 and q.is_cuda and dtype == torch.bfloat16:
+        bias = None if bias is None else bias.to(dtype)
+        return torch._scaled_mm(q, weight.t(), scale[:, None], weight_scale[None], bias=bias, out_dtype=dtype)
+    summed = _int8(q, weight, vnni) if q.dtype == torch.int8 else q.float() @ weight.float().t()
+    y = summed.float() * scale[:, None] * weight_scale
+    return (y if bias is None else y + bias).to(dtype)
+
+
+def _int8(q: torch.Tensor, weight: torch.Tensor, vnni: bool = False) -> torch.Tensor:
+    """q · weightᵀ of int8 [M, K] and [N, K], in int32, or in fp32 on devices that multiply it faster."""
+    if q.is_cuda and q.shape[1] % _MULTIPLE == weight.shape[0] % _MULTIPLE == 0:
+        missing = max(0, _ROWS - q.shape[0])
+        padded = torch.nn.functional.pad(q, (0, 0, 0, missing)) if missing else q
+        return torch._int_mm(padded, weight.t())[: q.shape[0]]
+    if q.is_cpu and vnni:
+        return torch._int_mm(q, weight.t())
+    return q.float() @ weight.float().t()
+
+
+@functools.cache
+def _has_vnni() -> bool:
+    """Whether the CPU has instructions for products of int8. Without them, torch's are 30 times slower than fp32."""
+    return bool(torch.cpu._is_vnni_supported())
+
+
+def dtype_on(name: str, device: torch.device) -> torch.dtype:
+    """The torch dtype that "int8" or "fp8" is on a device.
+
+    Raises:
+        ValueError: the device has no products in this dtype.
+    """
+    if name == "int8" or device.type in ("cpu", "meta"):
+        return torch.int8 if name == "int8" else torch.float8_e4m3fn
+    where = describe(device)
+    if where.vendor == "amd" and where.arch.startswith("gfx942"):
+        return torch.float8_e4m3fnuz
+    capable = torch.cuda.get_device_capability(device) >= (8, 9) if where.vendor == "nvidia" else where.vendor == "amd"
+    if not capable:
+        raise ValueError(f"quantize='fp8' needs a GPU with products in fp8 (sm_89 or newer); {where.name} has none")
+    return torch.float8_e4m3fn
+
+
+@dataclass(frozen=True)
+class LayerQuantisation:
+    """Whether one linear layer was quantised.
+
+    Attributes:
+        name: its path, such as "transformer.transformer_blocks.0.attn.to_q".
+        reason: why it was left as it is; None if it was quantised.
+        freed: the bytes that its weights take less on the device.
+    """
+
+    name: str
+    reason: str | None = None
+    freed: int = 0
+
+
+class Quantisation(tuple[LayerQuantisation, ...]):
+    """Which linear layers a patch quantised, and which it did not and why. Prints one line for each kind."""
+
+    __slots__ = ()
+
+    @property
+    def replaced(self) -> list[str]:
+        """Names of the quantised layers."""
+        return [entry.name for entry in self if entry.reason is None]
+
+    @property
+    def left_alone(self) -> dict[str, str]:
+        """The names of the layers that were not quantised, with the reasons."""
+        return {entry.name: entry.reason for entry in self if entry.reason is not None}
+
+    @property
+    def freed(self) -> int:
+        """The bytes that the weights take less on the device."""
+        return sum(entry.freed for entry in self)
+
+    def __str__(self) -> str:
+        kinds: dict[tuple[str, str | None], int] = {}
+        for entry in self:
+            kind = re.sub(r"\.\d+\.", ".*.", entry.name, count=1), entry.reason
+            kinds[kind] = kinds.get(kind, 0) + 1
+        lines = [
+            f"{name}: {count} " + ("quantised" if reason is None else f"left alone: {reason}")
+            for (name, reason), count in kinds.items()
+        ]
+        return "\n".join([*lines, f"{self.freed / 1e6:.1f} MB freed on the device"])
+
+
+@dataclass
+class _Kept:
+    """The change that a replaced layer's own weights were moved to the host."""
+
+    owner: torch.nn.Linear
+    replacement: QuantizedLinear
+    held: bool = field(default=True, init=False)
+
+    def conflict(self) -> str:
+        return ""
+
+    def restore(self) -> None:
+        self.owner.to(self.replacement.weight.device)
+
+
+def quantise(pipe: Any, options: Options, patch: Patch) -> tuple[Quantisation, list[torch.nn.Linear]]:
+    """Replace the linear layers of the pipeline's transformer blocks by quantised ones, through `patch`.
+
+    Returns:
+        What was quantised, and the replaced layers.
+
+    Raises:
+        ValueError: no layer could be quantised (the message says why), a pattern fits no layer, or the device has no
+            products in this dtype.
+    """
+    found = list(_layers(pipe))
+    for pattern in (*options.include, *options.exclude):
+        if not any(_fits(name, pattern) for name, *_ in found):
+            raise ValueError(f"quantize: no linear layer of a transformer block fits {pattern!r}")
+    made, replaced = [], []
+    for name, parent, key, layer, block in found:
+        reason = _why_not(name, layer, block, options)
+        if reason is not None:
+            made.append(LayerQuantisation(name, reason))
+            continue
+        replacement = QuantizedLinear(layer, dtype_on(options.dtype, layer.weight.device))
+        freed = layer.weight.nbytes - replacement.weight.nbytes - replacement.weight_scale.nbytes
+        patch.set_module(parent, key, replacement)
+        if options.keep == "host" and layer.weight.device.type != "cpu":
+            patch.add(_Kept(layer, replacement))
+            layer.weight.data = layer.weight.data.to("cpu")
+        made.append(LayerQuantisation(name, freed=freed))
+        replaced.append(layer)
+    quantised = Quantisation(made)
+    if not quantised.replaced:
+        reasons = "; ".join(dict.fromkeys(quantised.left_alone.values())) or "there are no linear layers in its blocks"
+        raise ValueError(f"quantize={options.dtype!r} has nothing to do on this {type(pipe).__name__}: {reasons}")
+    return quantised, replaced
+
+
+def drop(layers: Sequence[torch.nn.Linear]) -> None:
+    """Free the own weights of layers that were replaced: they cannot be put back then."""
+    for layer in layers:
+        layer.weight.data = layer.weight.data.new_empty(0)
+
+
+def _layers(pipe: Any) -> Iterator[tuple[str, torch.nn.Module, str, Any, torch.nn.Module]]:
+    """Path, parent, name in the parent, layer and block of each linear layer in a transformer's lists of blocks."""
+    components = getattr(pipe, "components", None) or vars(pipe)
+    seen = set()
+    for component, model in components.items():
+        if not (component.startswith("transformer") and isinstance(model, torch.nn.Module)):
+            continue
+        lists = [(path, child) for path, child in model.named_modules() if isinstance(child, torch.nn.ModuleList)]
+        outermost = [(path, child) for path, child in lists if not re.search(r"\.\d+\.", f".{path}.")]
+        for path, block in ((f"{path}.{i}", block) for path, blocks in outermost for i, block in enumerate(blocks)):
+            for name, parent, key, layer in _linears(block, f"{component}.{path}"):
+                if id(layer) not in seen:
+                    seen.add(id(layer))
+                    yield name, parent, key, layer, block
+
+
+def _linears(module: torch.nn.Module, path: str) -> Iterator[tuple[str, torch.nn.Module, str, Any]]:
+    """Path, parent, name in the parent and layer of each linear layer in a module. One with an adapter is a whole."""
+    for key, child in module.named_children():
+        name = f"{path}.{key}"
+        if isinstance(child, torch.nn.Linear) or hasattr(child, "base_layer"):
+            yield name, module, key, child
+        else:
+            yield from _linears(child, name)
+
+
+def _fits(name: str, pattern: str) -> bool:
+    """Whether a path fits a pattern with wildcards, or contains it as whole names."""
+    return fnmatch.fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."
+
+
+def _why_not(name: str, layer: Any, block: torch.nn.Module, options: Options) -> str | None:
+    """Why a layer stays as it is; None if it is quantised."""
+    if hasattr(layer, "base_layer"):
+        return "an adapter is on it"
+    if type(layer) is not torch.nn.Linear or type(layer.weight.data) is not torch.Tensor:
+        return "it is not a plain linear layer"
+    if hooked(layer) or "_hf_hook" in vars(layer):
+        return "it has a hook"
+    if not layer.weight.is_floating_point() or layer.weight.is_meta:
+        return "its weights are not there"
+    if any(_fits(name, one) for one in options.exclude):
+        return "excluded"
+    if any(_fits(name, one) for one in options.include):
+        return None
+    if min(layer.in_features, layer.out_features) < options.min_width:
+        return f"narrower than {options.min_width}"
+    inside = name.split(".", 3)[-1]
+    if SENSITIVE.search(inside):
+        return "modulation, norms and embeddings stay as they are"
+    if any(_fits(name, one) for one in LEFT_OUT.get(type(block).__name__, ())):
+        return "known to hurt the picture in this model"
+    return None

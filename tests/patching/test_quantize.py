@@ -1,0 +1,269 @@
+"""`quantize=`: linear layers of blocks in 8 bits, what is said of them, and what is put back."""
+
+import copy
+
+import diffusers
+import pytest
+import tiny
+import torch
+from fused import off
+from models import MODELS, latents
+
+import omni_kernels
+from omni_kernels.patching import PatchConflictError, quantised
+from omni_kernels.patching.quantised import QuantizedLinear, options_of
+from omni_runtime import Omni
+
+#: All layers of the tiny models are narrower than those that are quantised by default.
+INT8 = {"dtype": "int8", "min_width": 0}
+FP8 = {"dtype": "fp8", "min_width": 0}
+
+
+def linear(inputs=48, outputs=40, bias=True):
+    torch.manual_seed(0)
+    return torch.nn.Linear(inputs, outputs, bias=bias)
+
+
+def dequantized(x, dtype, limit):
+    """x as 8 bits hold it, with a scale for each row, in fp64."""
+    scale = x.double().abs().amax(-1, keepdim=True) / limit
+    y = x.double() / scale
+    return (y.round() if dtype == "int8" else y.float().to(torch.float8_e4m3fn).double()) * scale
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "dtype", "limit"), [("int8", torch.int8, 127), ("fp8", torch.float8_e4m3fn, 448)])
+def test_a_layer_multiplies_what_8_bits_hold(name, dtype, limit, x_dtype, bias):
+    layer = linear(bias=bias)
+    made = QuantizedLinear(layer, dtype)
+    x = torch.randn(2, 7, 48).to(x_dtype)
+    x[0, 0], x[1, 1] = 0.0, x[1, 1] * 1000
+    with torch.no_grad():
+        y = made(x)
+        exact = dequantized(x, name, limit).nan_to_num() @ dequantized(layer.weight, name, limit).T
+        exact += 0 if layer.bias is None else layer.bias.double()
+        assert (y.dtype, y.shape) == (x_dtype, (2, 7, 40))
+        # Values in the middle between two of 8 bits may be rounded either way.
+        assert off(y, exact) < (4e-3 if x_dtype == torch.bfloat16 or name == "fp8" else 1e-3)
+        assert 1e-3 < off(y, layer(x.float())) < 0.1
+
+
+def test_a_spoilt_token_spoils_no_other():
+    made, x = QuantizedLinear(linear(), torch.int8), torch.randn(1, 4, 48)
+    with torch.no_grad():
+        expected = made(x)
+        x[0, 1, 3] = float("nan")
+        y = made(x)
+    assert y[0, 1].isnan().all()
+    assert torch.equal(y[0, [0, 2, 3]], expected[0, [0, 2, 3]])
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_conversions_and_moves_leave_8_bits(dtype):
+    made = QuantizedLinear(linear(), dtype)
+    weight, scale = made.weight.clone(), made.weight_scale.clone()
+    made.to(torch.bfloat16)
+    assert (made.weight.dtype, made.weight_scale.dtype, made.bias.dtype) == (dtype, torch.float32, torch.bfloat16)
+    assert torch.equal(made.weight.float(), weight.float())
+    assert torch.equal(made.weight_scale, scale)
+    assert made.to("meta").weight.is_meta
+    other = QuantizedLinear(linear(), dtype)
+    other.load_state_dict(copy.deepcopy(other).state_dict())
+
+
+def test_a_layer_is_compiled_without_graph_breaks():
+    torch._dynamo.reset()
+    made, x = QuantizedLinear(linear(), torch.int8), torch.randn(2, 7, 48)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(made, backend="aot_eager", fullgraph=True)(x), made(x))
+
+
+@pytest.mark.parametrize("how", [INT8, FP8], ids=["int8", "fp8"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_pipeline_runs_in_8_bits_and_gets_its_weights_back(name, how):
+    model = MODELS[name]
+    pipe = model.build(**model.options)
+    layers = {path: layer for path, layer in pipe.transformer.named_modules() if isinstance(layer, torch.nn.Linear)}
+    plain = latents(pipe)
+    handle = omni_kernels.patch(pipe, quantize=how, fuse=False)
+    replaced = handle.quantised.replaced
+    assert len(replaced) >= 2 * model.blocks
+    for path in replaced:
+        assert isinstance(pipe.transformer.get_submodule(path.removeprefix("transformer.")), QuantizedLinear)
+    assert not [one for one in replaced if "norm" in one or "mod" in one]
+    bits = latents(pipe)
+    assert 1e-5 < off(bits, plain) < 0.2
+    assert torch.equal(latents(pipe), bits)
+    handle.undo()
+    assert layers == {
+        path: layer for path, layer in pipe.transformer.named_modules() if isinstance(layer, torch.nn.Linear)
+    }
+    assert torch.equal(latents(pipe), plain)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fused_blocks_call_quantised_layers(name):
+    model = MODELS[name]
+    pipe = model.build(**model.options)
+    with omni_kernels.patched(pipe, quantize=INT8, fuse=False):
+        expected = latents(pipe)
+    with omni_kernels.patched(pipe, quantize=INT8) as handle, model.all_fused():
+        assert len(handle.fused.replaced) == model.blocks
+        # What is up to rounding the same before it is quantised is so only to a step of 8 bits after.
+        assert off(latents(pipe), expected) < 0.02
+
+
+@pytest.mark.parametrize("backend", ["first_block_cache", "velocity_cache", "tea_cache", "cache_dit"])
+def test_caches_decide_and_skip_on_quantised_layers(backend, qwen_pipe):
+    config = {"velocity_cache": {"budget": 4}, "cache_dit": {"residual_diff_threshold": 0.5}}
+    config |= {"first_block_cache": {"threshold": 0.5}, "tea_cache": {"rel_l1_thresh": 0.5}}
+    with omni_kernels.patched(qwen_pipe, quantize=INT8, fuse=False):
+        full = latents(qwen_pipe, num_inference_steps=8)
+    with omni_kernels.patched(qwen_pipe, backend, config[backend], quantize=INT8) as handle:
+        cached = latents(qwen_pipe, num_inference_steps=8)
+        assert handle.report.skipped
+        assert off(cached, full) < 0.2
+        assert torch.equal(latents(qwen_pipe, num_inference_steps=8), cached)
+
+
+def test_what_was_done_is_told(qwen_pipe):
+    how = INT8 | {"exclude": ["attn.to_q"], "include": ["img_mod.1"]}
+    with omni_kernels.patched(qwen_pipe, quantize=how) as handle:
+        left = handle.quantised.left_alone
+        assert left["transformer.transformer_blocks.0.attn.to_q"] == "excluded"
+        assert left["transformer.transformer_blocks.1.img_mlp.net.2"] == "known to hurt the picture in this model"
+        assert left["transformer.transformer_blocks.0.txt_mod.1"] == "modulation, norms and embeddings stay as they are"
+        assert "transformer.transformer_blocks.0.img_mod.1" in handle.quantised.replaced
+        text = str(handle.quantised)
+        assert "transformer.transformer_blocks.*.attn.to_q: 4 left alone: excluded" in text
+        assert "transformer.transformer_blocks.*.attn.to_k: 4 quantised" in text
+        weights = [qwen_pipe.transformer.get_submodule(path[12:]) for path in handle.quantised.replaced]
+        assert handle.quantised.freed == sum(3 * one.weight.numel() - 4 * one.out_features for one in weights) > 0
+        assert f"{len(weights)} layers quantised" in repr(handle)
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "message"),
+    [
+        ("int4", ValueError, "quantize must be 'int8' or 'fp8', not 'int4'"),
+        (True, ValueError, "quantize must be 'int8' or 'fp8', not True"),
+        ({"dtype": "int8", "exlude": []}, ValueError, "quantize has no key 'exlude': did you mean 'exclude'"),
+        ({"exclude": []}, ValueError, "quantize must be 'int8' or 'fp8', not None"),
+        ({"dtype": "int8", "include": 3}, TypeError, "include must be a list of layers' names, not 3"),
+        ({"dtype": "int8", "min_width": -1}, ValueError, "min_width must be a number of features from 0 on, not -1"),
+        ({"dtype": "int8", "keep": "disk"}, ValueError, "keep must be 'host' or 'none', not 'disk'"),
+        (INT8 | {"exclude": ["attn.to_w"]}, ValueError, "no linear layer of a transformer block fits 'attn.to_w'"),
+        ("int8", ValueError, "quantize='int8' has nothing to do on this QwenImagePipeline: .*narrower than 512"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_leaves_nothing(qwen_pipe, how, error, message):
+    before = [*map(id, qwen_pipe.transformer.modules())]
+    with pytest.raises(error, match=message):
+        omni_kernels.patch(qwen_pipe, quantize=how)
+    assert [*map(id, qwen_pipe.transformer.modules())] == before
+    assert omni_kernels.patching.handle_of(qwen_pipe) is None
+
+
+def test_a_cache_that_is_refused_leaves_the_own_weights(qwen_pipe):
+    before = [*map(id, qwen_pipe.transformer.modules())]
+    qwen_pipe.scheduler = diffusers.HeunDiscreteScheduler()
+    with pytest.raises(ValueError, match="Heun"):
+        omni_kernels.patch(qwen_pipe, "velocity_cache", quantize=INT8 | {"keep": "none"})
+    assert [*map(id, qwen_pipe.transformer.modules())] == before
+    assert all(parameter.numel() for parameter in qwen_pipe.transformer.parameters())
+
+
+def test_without_own_weights_there_is_no_way_back(qwen_pipe):
+    layer = qwen_pipe.transformer.transformer_blocks[0].attn.to_q
+    handle = omni_kernels.patch(qwen_pipe, quantize=INT8 | {"keep": "none"})
+    assert layer.weight.numel() == 0
+    latents(qwen_pipe)
+    with pytest.raises(PatchConflictError, match="keep='none', so the layers' own weights are gone"):
+        handle.undo()
+    assert handle.active
+
+
+def test_another_quantisation_is_another_patch(qwen_pipe):
+    handle = omni_kernels.patch(qwen_pipe, quantize=INT8)
+    assert omni_kernels.patch(qwen_pipe, quantize=dict(INT8)) is handle
+    with pytest.raises(PatchConflictError, match="quantize='int8'"):
+        omni_kernels.patch(qwen_pipe, quantize=FP8)
+    handle.undo()
+
+
+def test_adapters_and_hooks_keep_their_layers(qwen_pipe):
+    model = MODELS["qwen_image"]
+    model.add_lora(qwen_pipe)
+    qwen_pipe.transformer.transformer_blocks[1].attn.add_k_proj.base_layer.register_forward_hook(lambda *_: None)
+    plain = latents(qwen_pipe)
+    with pytest.raises(ValueError, match="an adapter is on it"):
+        omni_kernels.patch(qwen_pipe, quantize=INT8 | {"exclude": ["txt_mod"]})
+    assert torch.equal(latents(qwen_pipe), plain)
+
+
+def test_an_adapter_after_it_is_refused_by_name(qwen_pipe):
+    with (
+        omni_kernels.patched(qwen_pipe, quantize=INT8),
+        pytest.raises(ValueError, match="Target module QuantizedLinear"),
+    ):
+        MODELS["qwen_image"].add_lora(qwen_pipe)
+
+
+def test_a_hook_on_a_layer_keeps_it(qwen_pipe):
+    qwen_pipe.transformer.transformer_blocks[1].attn.to_q.register_forward_hook(lambda *_: None)
+    with omni_kernels.patched(qwen_pipe, quantize=INT8) as handle:
+        assert handle.quantised.left_alone["transformer.transformer_blocks.1.attn.to_q"] == "it has a hook"
+        assert "transformer.transformer_blocks.0.attn.to_q" in handle.quantised.replaced
+
+
+def test_omni_takes_it(qwen_pipe):
+    with Omni(qwen_pipe, cache_backend=None, quantize=INT8) as omni:
+        assert omni._handle.quantised.replaced
+        again = copy.copy(omni)
+        assert again._arguments["quantize"] == INT8
+    with pytest.raises(ValueError, match="quantize must be"):
+        Omni("emoji-qwen-image", quantize="int3")
+
+
+def test_a_device_without_fp8_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    described = type("Device", (), {"vendor": "nvidia", "arch": "sm_86", "name": "NVIDIA A40"})
+    monkeypatch.setattr(quantised, "describe", lambda device: described)
+    with pytest.raises(ValueError, match=r"quantize='fp8' needs a GPU .*NVIDIA A40 has none"):
+        quantised.dtype_on("fp8", torch.device("cuda:0"))
+    assert quantised.dtype_on("int8", torch.device("cuda:0")) == torch.int8
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert quantised.dtype_on("fp8", torch.device("cuda:0")) == torch.float8_e4m3fn
+
+
+def test_sizes_that_cuda_does_not_multiply_are_padded_or_not_in_8_bits(monkeypatch):
+    """On a CPU that pretends: few rows are padded, and sizes that 8 does not divide are multiplied in fp32."""
+    asked = []
+
+    class OnCuda(torch.Tensor):
+        is_cuda = True
+
+    def int_mm(a, b):
+        asked.append((tuple(a.shape), tuple(b.shape)))
+        return a.as_subclass(torch.Tensor).int() @ b.as_subclass(torch.Tensor).int()
+
+    monkeypatch.setattr(torch, "_int_mm", int_mm)
+    q, weight = (torch.randint(-127, 128, shape, dtype=torch.int8) for shape in ((3, 16), (24, 16)))
+    got = quantised._int8(q.as_subclass(OnCuda), weight)
+    assert asked == [((17, 16), (16, 24))]
+    assert torch.equal(got.as_subclass(torch.Tensor), q.int() @ weight.int().t())
+    quantised._int8(q[:, :12].as_subclass(OnCuda), weight[:, :12])
+    assert len(asked) == 1
+
+
+def test_options_are_complete():
+    assert options_of(None) is None
+    assert options_of("fp8") == quantised.Options("fp8")
+    assert options_of(INT8 | {"exclude": "to_q"}).exclude == ("to_q",)
+
+
+def test_tiny_is_what_these_tests_take_it_for():
+    assert all(
+        layer.in_features < 512 for layer in tiny.qwen_image().transformer.modules() if type(layer) is torch.nn.Linear
+    )
