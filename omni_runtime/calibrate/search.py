@@ -12,8 +12,8 @@ the search would spend steps on differences that are invisible.)
    Few numbers matter: a search over single steps fits the few images that it sees, and ends behind evenly spread steps
    on others.
 3. The best of the search are sampled with on held-out images, and so are evenly spread steps and the default schedule.
-   Evenly spread steps are the result, unless another schedule is clearly `better`, there and on the searched images: a
-   higher score, and a gain that chance does not explain, image by image.
+   The better of these two is the result, unless another schedule is clearly `better`, there and on the searched images:
+   a higher score, and a gain that chance does not explain, image by image.
 
 The same inputs and seed give the same search. Sampled schedules are written to a file as they are measured, so an
 interrupted search, or one with more tries, continues where it stopped.

@@ -192,13 +192,12 @@ def test_another_quantisation_is_another_patch(qwen_pipe):
     handle.undo()
 
 
-def test_adapters_and_hooks_keep_their_layers(qwen_pipe):
+def test_an_adapter_keeps_its_layer(qwen_pipe):
     model = MODELS["qwen_image"]
     model.add_lora(qwen_pipe)
-    qwen_pipe.transformer.transformer_blocks[1].attn.add_k_proj.base_layer.register_forward_hook(lambda *_: None)
     plain = latents(qwen_pipe)
     with pytest.raises(ValueError, match="an adapter is on it"):
-        omni_kernels.patch(qwen_pipe, quantize=INT8 | {"exclude": ["txt_mod"]})
+        omni_kernels.patch(qwen_pipe, quantize=INT8 | {"exclude": ["txt_mod", "add_v_proj"]})
     assert torch.equal(latents(qwen_pipe), plain)
 
 
@@ -264,6 +263,5 @@ def test_options_are_complete():
 
 
 def test_tiny_is_what_these_tests_take_it_for():
-    assert all(
-        layer.in_features < 512 for layer in tiny.qwen_image().transformer.modules() if type(layer) is torch.nn.Linear
-    )
+    layers = [layer for layer in tiny.qwen_image().transformer.modules() if type(layer) is torch.nn.Linear]
+    assert max(layer.in_features for layer in layers) < 512

@@ -145,6 +145,26 @@ def test_evenly_spread_steps_stay_unless_another_schedule_is_clearly_better_on_o
     assert chosen((0, 3), gained=0.0) == (0, 1), "better on other images alone may be luck, too"
 
 
+@pytest.mark.parametrize(
+    ("usual", "kept"),
+    [
+        ((31.0, 40.0, 41.0, 42.0, 43.0, 44.5), (0, 7)),  # a little better: it is known beforehand, so that is enough
+        ((29.0, 30.0, 60.0, 60.0, 60.0, 60.0), (0, 1)),  # worse in the worst image
+        ((31.0, 39.0, 40.0, 41.0, 42.0, 43.0), (0, 1)),  # worse in the mean
+    ],
+)
+def test_the_default_schedule_stays_if_it_is_no_worse_than_evenly_spread_steps(
+    usual: tuple[float, ...], kept: tuple[int, ...]
+) -> None:
+    even_there = (30.0, 40.0, 41.0, 42.0, 43.0, 44.0)
+    spread, default = _tried(*even_there), _tried(*even_there, computed=(0, 7))
+    there = {(0, 1): even_there, (0, 7): usual}
+    found = Search(spread, default, FORECAST, EARLY, [spread], [default, spread])
+    best, held_out, measured = choose(found, lambda one: _tried(*there[one.computed], computed=one.computed))
+    assert best.computed == held_out.computed == kept
+    assert measured.computed == (0, 1)
+
+
 def test_score_weighs_the_worst_images() -> None:
     assert score([40.0] * 10) == pytest.approx(40.0)
     assert score([45.0] * 9 + [25.0]) < score([42.0] * 10)
