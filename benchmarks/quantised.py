@@ -34,6 +34,7 @@ def rows_of(model: str) -> list[list[str]]:
     with Omni(model, cache_backend=None, device="cpu") as omni:
         pipe = omni.pipe
         pipe.set_progress_bar_config(disable=True)
+        omni_kernels.unpatch(pipe)  # of the patch without a cache, so that others can be made
         requests = [
             one
             for text, image in prompts_of(model, PROMPTS)

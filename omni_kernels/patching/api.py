@@ -235,9 +235,10 @@ def patch(
     backend = None if name is None else backends.get(name)
     config = {}
     if backend is not None:
-        config = backends.complete(backend, cache_config, getattr(pipe, "name_or_path", None))
+        config = backends.complete(backend, cache_config, backends.location(pipe))
     fuse = name is None if fuse is None else fuse
     options, quantization = calls.options_of(compile), quantised.options_of(quantize)
+    quantization = quantised.complete(quantization, backends.location(pipe))
     present = handle_of(pipe)
     if present is not None:
         there = present.cache_backend, present.cache_config, present.fuse, present.compile, present.quantize

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import reprlib
 from collections.abc import Iterable, Mapping
 from importlib import metadata
@@ -53,6 +54,12 @@ class CacheBackend(Protocol):
 #: The attributes that a plug-in, and each of its keys, must have to be listed.
 _BACKEND = ("name", "summary", "keys", "check", "install")
 _KEY = ("name", "default", "type_name", "allowed", "doc")
+
+
+def location(pipe: Any) -> str | None:
+    """The directory or hub id that a pipeline was loaded from; None if it is not known."""
+    found = getattr(pipe, "name_or_path", None)
+    return os.fspath(found) if isinstance(found, str | os.PathLike) else None
 
 
 def with_own(backend: CacheBackend, config: Mapping[str, Any] | None, directory: Any) -> Mapping[str, Any] | None:

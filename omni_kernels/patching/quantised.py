@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import importlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ DTYPES = ("int8", "fp8")
 SENSITIVE = re.compile(r"(?:^|[._])(?:\w*mod(?:ulation)?|ada\w*|\w*norm\w*|\w*embed\w*|time\w*)(?=[._]|$)")
 #: Class of blocks → layers that hurt the picture if they are quantised, from vLLM-Omni's notes on FP8.
 LEFT_OUT = {"QwenImageTransformerBlock": ("img_mlp",)}
+#: The module that reads calibrations. `omni_kernels` does not depend on `omni_runtime`: it is named only here.
+_CALIBRATION = "omni_runtime.cache.calibration"
 #: Where the layers' own weights are kept while they are quantised.
 KEEP = ("host", "none")
 #: The fewest rows and the divisor of the sizes that CUDA's product of int8 takes.
@@ -49,6 +52,7 @@ class Options:
         exclude: patterns of paths that are not quantised.
         min_width: layers with fewer input or output features stay as they are. Their products take little time.
         keep: "host" keeps the layers' own weights on the CPU, so that the patch can be undone. "none" drops them.
+        calibrated: patterns of paths that the model's calibration leaves out (`complete`); not given by the user.
     """
 
     dtype: str
@@ -56,6 +60,7 @@ class Options:
     exclude: tuple[str, ...] = ()
     min_width: int = 512
     keep: str = "host"
+    calibrated: tuple[str, ...] = ()
 
 
 def options_of(given: Any) -> Options | None:
@@ -68,7 +73,7 @@ def options_of(given: Any) -> Options | None:
         return None
     if not isinstance(given, Mapping):
         given = {"dtype": given}
-    keys = Options.__dataclass_fields__
+    keys = [key for key in Options.__dataclass_fields__ if key != "calibrated"]
     for key in given:
         if key not in keys:
             raise ValueError(f"quantize has no key {shown(key)}: {nearest(str(key), keys)}")
@@ -87,6 +92,32 @@ def options_of(given: Any) -> Options | None:
     if made.get("keep", "host") not in KEEP:
         raise ValueError(f"quantize: keep must be 'host' or 'none', not {shown(made['keep'])}")
     return Options(**made)
+
+
+def complete(options: Options | None, directory: Any) -> Options | None:
+    """The options, with what `omni calibrate precision` found for the model.
+
+    Layers that the user excludes or includes by name take the place of a calibration.
+
+    Args:
+        directory: the directory or hub id that the pipeline was loaded from; None if it is not known.
+
+    Raises:
+        ValueError: the model's calibration cannot be read; the message names the file.
+    """
+    if options is None or options.exclude or options.include or not isinstance(directory, str):
+        return options
+    try:
+        calibration: Any = importlib.import_module(_CALIBRATION)
+    except ModuleNotFoundError as error:
+        if not f"{_CALIBRATION}.".startswith(f"{error.name}."):
+            raise
+        return options
+    method = f"quantize_{options.dtype}"
+    own = calibration.own_file(directory, method)
+    if own is None:
+        return options
+    return replace(options, calibrated=tuple(calibration.read(own, method)["exclude"]))
 
 
 class QuantizedLinear(torch.nn.Module):
@@ -241,13 +272,18 @@ class Quantisation(tuple[LayerQuantisation, ...]):
     def __str__(self) -> str:
         kinds: dict[tuple[str, str | None], int] = {}
         for entry in self:
-            kind = re.sub(r"\.\d+\.", ".*.", entry.name, count=1), entry.reason
+            kind = group_of(entry.name), entry.reason
             kinds[kind] = kinds.get(kind, 0) + 1
         lines = [
             f"{name}: {count} " + ("quantised" if reason is None else f"left alone: {reason}")
             for (name, reason), count in kinds.items()
         ]
         return "\n".join([*lines, f"{self.freed / 1e6:.1f} MB freed on the device"])
+
+
+def group_of(name: str) -> str:
+    """The pattern of a layer's path in all blocks of its list."""
+    return re.sub(r"\.\d+\.", ".*.", name, count=1)
 
 
 @dataclass
@@ -349,6 +385,8 @@ def _why_not(name: str, layer: Any, block: torch.nn.Module, options: Options) ->
         return "its weights are not there"
     if any(_fits(name, one) for one in options.exclude):
         return "excluded"
+    if any(_fits(name, one) for one in options.calibrated):
+        return "left out by the model's calibration"
     if any(_fits(name, one) for one in options.include):
         return None
     if min(layer.in_features, layer.out_features) < options.min_width:

@@ -50,12 +50,14 @@ class Kind:
         key: the configuration key that takes the file.
         fields: a parsed file → the fields that a run needs; raises ValueError if they are broken.
         carries_over: whether the numbers may serve another transformer class. A schedule may: it only names steps.
+        otherwise: what is used without a calibration, in words.
     """
 
     title: str
     key: str
     fields: Callable[[Mapping[str, Any]], dict[str, Any]]
     carries_over: bool = False
+    otherwise: str = "those published for its transformer"
 
 
 def _polynomial(parsed: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,11 +114,20 @@ def _schedule(row: Any) -> dict[str, Any]:
     return needed
 
 
+def _excluded(parsed: Mapping[str, Any]) -> dict[str, Any]:
+    layers = parsed.get("exclude")
+    if not isinstance(layers, list) or not all(isinstance(one, str) for one in layers):
+        raise ValueError(f"exclude must be a list of layers' names, not {shown(layers)}")
+    return {"exclude": layers}
+
+
 #: method → its calibration
 KINDS = {
     "tea_cache": Kind("TeaCache", "coefficients", _polynomial),
     "mag_cache": Kind("MagCache", "mag_ratios", _ratios),
-    "velocity_cache": Kind("schedules", "calibration", _schedules, carries_over=True),
+    "velocity_cache": Kind("schedules", "calibration", _schedules, carries_over=True, otherwise="the default schedule"),
+    "quantize_int8": Kind("quantisation in int8", "quantize", _excluded, otherwise="all wide layers"),
+    "quantize_fp8": Kind("quantisation in fp8", "quantize", _excluded, otherwise="all wide layers"),
 }
 
 

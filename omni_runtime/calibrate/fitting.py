@@ -239,18 +239,25 @@ def calibrate(
     return fitted, calibration.document(fitted, run, _provenance(omni, requests)), session.points
 
 
-def schedule_document(
+def found_document(
+    method: str,
     omni: Omni,
     requests: Sequence[GenerationRequest],
     held_out: Sequence[GenerationRequest],
     found: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the document of schedules that `omni_runtime.calibrate.schedule.find` has found, with its provenance."""
+    """Return the document that a search on `requests` has found, with its provenance.
+
+    Args:
+        method: a key of `omni_runtime.cache.calibration.KINDS`.
+        held_out: the requests that the result was measured on.
+        found: from `omni_runtime.calibrate.schedule.find`, or `precision.find`.
+    """
     provenance = _provenance(omni, requests)
     others = _provenance(omni, held_out)
     what = ("prompts", "seeds", "images", "references")
     return {
-        "method": "velocity_cache",
+        "method": method,
         "version": calibration.VERSION,
         "model": provenance["model"],
         **found,

@@ -12,10 +12,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from omni_kernels.patching.quantised import options_of
 from omni_runtime import files
 from omni_runtime.cache import calibration
 from omni_runtime.cache.methods import VELOCITY_CACHE
-from omni_runtime.calibrate import fitting
+from omni_runtime.calibrate import fitting, precision
 from omni_runtime.calibrate import schedule as finding
 from omni_runtime.calibrate.images import ROUNDS
 from omni_runtime.calibrate.search import most_steps
@@ -42,6 +43,8 @@ Prompts = Sequence[tuple[str, Path | None]]
 CALIBRATION_PROMPTS = 24
 #: How many prompts a schedule is searched on, and how many others it is measured on.
 SCHEDULE_PROMPTS, HELD_OUT_PROMPTS = 16, 16
+#: How many of these prompts are used to measure layers, and how many others to measure the result.
+PRECISION_PROMPTS = 8
 #: Shares of the steps that are computed by default: a schedule is searched for each.
 SHARES = (0.64, 0.5, 0.34, 0.26, 0.2, 0.16)
 #: Default seeds for the search of a schedule; comparisons use others.
@@ -52,8 +55,13 @@ LARGE_FORWARD = 0.2
 
 def calibrate(options: argparse.Namespace) -> None:
     """Fit a method's numbers, or search for schedules."""
+    if options.method != "precision" and (options.quantize or options.psnr or options.min_width is not None):
+        raise UsageError(f"--quantize, --psnr and --min-width are for precision, not for {options.method}")
     if options.method == "schedule":
         _calibrate_schedule(options)
+        return
+    if options.method == "precision":
+        _calibrate_precision(options)
         return
     given = [name for name in ("budgets", "held_out", "tries", "batch", "fresh") if getattr(options, name)]
     if given:
@@ -157,7 +165,7 @@ def _calibrate_schedule(options: argparse.Namespace) -> None:
         ) from None
     finally:
         progress.line.close()
-    document = fitting.schedule_document(omni, requests, held_out, document)
+    document = fitting.found_document(method, omni, requests, held_out, document)
     calibration.write(document, out)
     picture = out.with_suffix(".search.svg")
     files.write(picture, finding.plot(found))
@@ -166,6 +174,42 @@ def _calibrate_schedule(options: argparse.Namespace) -> None:
         return
     config = ({} if options.out is None else {"calibration": str(out)}) | {"budget": budgets[0]}
     print(*finding.words(found), out, picture, _taken(options, searched[0], method, config), sep="\n")
+
+
+def _calibrate_precision(options: argparse.Namespace) -> None:
+    """Write the file of the layers that are not quantised, and print what each group of layers does to the picture."""
+    if options.budgets or options.tries or options.fresh:
+        raise UsageError("--budgets, --tries and --fresh are for a schedule")
+    dtype, psnr = options.quantize or "int8", options.psnr or precision.PSNR
+    options.seeds = options.seeds or list(SCHEDULE_SEEDS[:1])
+    settle(options)
+    method = f"quantize_{dtype}"
+    with wrong_input():
+        omni = make_omni(options, cache_backend=None)
+        out = calibration.kept_for(omni.location or options.model, method) if options.out is None else options.out
+        make_directory(out.parent)
+        searched, others = _searched_and_held_out(options)
+        requests = with_seeds(options, omni, searched[:PRECISION_PROMPTS], options.seeds)
+        other_seeds = [max(options.seeds) + 1 + place for place in range(len(options.seeds))]
+        held_out = with_seeds(options, omni, others[:PRECISION_PROMPTS], other_seeds)
+        given = {"dtype": dtype} | ({} if options.min_width is None else {"min_width": options.min_width})
+        wanted = options_of(given)
+        assert wanted is not None
+    omni.pipe.set_progress_bar_config(disable=True)
+    told = _Told(options.quiet)
+    try:
+        with wrong_input():
+            groups, document = precision.find(
+                omni, requests, held_out, wanted, psnr, options.batch or finding.BATCH, told.of_layers
+            )
+    finally:
+        told.line.close()
+    document = fitting.found_document(method, omni, requests, held_out, document)
+    calibration.write(document, out)
+    if options.json:
+        print_json({"file": str(out), **document})
+        return
+    print(*precision.words(wanted, groups, document), out, sep="\n")
 
 
 class _Told:
@@ -181,6 +225,10 @@ class _Told:
         self._tell(
             f"{event.budget} steps: {event.number} of {event.tries} schedules, {left}, best {event.best.score:.2f} dB"
         )
+
+    def of_layers(self, number: int, most: int, what: str, psnr: float) -> None:
+        """Show that some layers were measured."""
+        self._tell(f"{number} of {most} at most: {what}, {psnr:.1f} dB")
 
     def _tell(self, text: str) -> None:
         self.line.tell(text)

@@ -129,7 +129,7 @@ def models(options: argparse.Namespace) -> None:
         for key, value in about["defaults"].items():
             print_wrapped(f"{key} {json.dumps(value)}", " " * 4, " " * 6)
         for method, kind in calibration.KINDS.items():
-            own = about[method] or "those published for its transformer"
+            own = about[method] or kind.otherwise
             print_wrapped(f"{method} {kind.key}: {own}", " " * 4, " " * 6)
     if not embedded:
         print("  none in this installation")

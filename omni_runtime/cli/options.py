@@ -251,8 +251,9 @@ def _add_calibrate(commands: Any, shared: argparse.ArgumentParser) -> None:
         "calibrate",
         help=about,
         description=f"{about.capitalize()}. For tea_cache it fits a polynomial, and for mag_cache ratios, to full "
-        "runs. For a schedule of velocity_cache it samples with one schedule after the other. The file is saved in the "
-        "user's data directory, where the model finds it. With --out, give the file to the method's key "
+        "runs. For a schedule of velocity_cache it samples with one schedule after the other. For precision it "
+        "quantises one group of layers after the other, and writes which are left as they are. The file is saved in "
+        "the user's data directory, where the model finds it. With --out, give the file to the method's key "
         "(coefficients, mag_ratios, calibration), or put it into the model's directory as METHOD.json "
         "(velocity_cache.json for a schedule). Calibrate with the steps, size and scheduler that you will use.",
         parents=[shared],
@@ -262,9 +263,9 @@ def _add_calibrate(commands: Any, shared: argparse.ArgumentParser) -> None:
     command.add_argument(
         "method",
         type=lambda name: "schedule" if name == "velocity_cache" else name,
-        choices=["tea_cache", "mag_cache", "schedule"],
+        choices=["tea_cache", "mag_cache", "schedule", "precision"],
         metavar="METHOD",
-        help="tea_cache, mag_cache or schedule; velocity_cache means schedule",
+        help="tea_cache, mag_cache, schedule or precision; velocity_cache means schedule",
     )
     command.add_argument(
         "--prompts",
@@ -298,6 +299,10 @@ def _add_calibrate(commands: Any, shared: argparse.ArgumentParser) -> None:
     )
     schedule.add_argument("--batch", type=_whole, metavar="N", help="largest number of images in one call (default: 8)")
     schedule.add_argument("--fresh", action="store_true", help="discard the samples of an interrupted search")
+    layers = command.add_argument_group("precision")
+    layers.add_argument("--quantize", choices=["int8", "fp8"], help="default: int8")
+    layers.add_argument("--psnr", type=_decibels, metavar="N", help="wanted mean PSNR in dB (default: 40)")
+    layers.add_argument("--min-width", type=_whole, metavar="N", help="narrower layers are left out (default: 512)")
 
 
 def _add_explain(commands: Any, shared: argparse.ArgumentParser) -> None:

@@ -157,14 +157,14 @@ class Omni:
             self._scheduler: Callable[[], Any] = lambda: loading.scheduler_of(source, from_pretrained)
         else:
             _check_loaded(model, from_pretrained)
-            self.location = getattr(model, "name_or_path", None)
+            self.location = backends.location(model)
             self._transformer_config = _config_of(model)
             complete = _complete(backend, config, self.location, self._transformer_config, type(model).__name__)
             stays = str(given) == "auto"
             if self._parallel is not None:
                 self._parallel.check_class(self._transformer_config)
                 self._device = model.device if stays else loading.resolve_device(device)
-            self.name = getattr(model, "name_or_path", None) or type(model).__name__
+            self.name = self.location or type(model).__name__
             self._defaults = {}
             self._pipeline_class = type(model)
             self._load = lambda: _moved(model, dtype, "auto" if stays else device)

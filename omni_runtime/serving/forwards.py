@@ -159,12 +159,13 @@ class Forwards:
     def run(self, calls: Sequence[Call]) -> None:
         """Make the calls of one group. Each gets its result or its error."""
         if len(calls) > 1:
-            known = self._checked(calls)
+            joined, key = self._join(calls)
+            known = self._checked(calls, key)
             if calls[0].result is not None or calls[0].error is not None:
                 calls = [call for call in calls if call.result is None and call.error is None]
             elif known.joins:
                 with contextlib.suppress(Exception):
-                    self._together(calls, known)
+                    self._together(calls, known, joined)
                     return
         for call in calls:
             self._alone(call)
@@ -204,9 +205,8 @@ class Forwards:
         present = tuple(name for name, value in joined.kwargs.items() if value is not None)  # a mask may have come in
         return joined, (first.transformer, first.stack, first.modes, merger.structure(*givens[0]), present)
 
-    def _checked(self, calls: Sequence[Call]) -> _Known:
+    def _checked(self, calls: Sequence[Call], key: tuple[Any, ...]) -> _Known:
         """What is known of the structure of these calls. If nothing is, two of them are made in both ways."""
-        joined, key = self._join(calls)
         if key in self._known:
             return self._known[key]
         merger = self._merger(calls[0].transformer)
@@ -291,8 +291,7 @@ class Forwards:
             self._widths.clear()
         self._widths[kind, merger.form(given, count, self._same, padded=False)] = kept.hidden.shape[1:]
 
-    def _together(self, calls: Sequence[Call], known: _Known) -> None:
-        joined, _ = self._join(calls)
+    def _together(self, calls: Sequence[Call], known: _Known, joined: Joined) -> None:
         first, total = calls[0], sum(joined.counts)
         if first.stack is None or known.axes is None:
             with self._modes(first):

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import tiny
 import torch
@@ -476,7 +477,7 @@ def test_models_says_which_coefficients_a_model_has(
 
 
 @pytest.mark.usefixtures("no_weights")
-@pytest.mark.parametrize("method", sorted(calibration.KINDS))
+@pytest.mark.parametrize("method", ["mag_cache", "tea_cache", "velocity_cache"])
 @pytest.mark.parametrize("model", CALIBRATED)
 def test_what_an_embedded_model_brings_was_calibrated_on_it_as_it_is_run(model: str, method: str) -> None:
     directory = loading.embedded_models()[model]
@@ -494,3 +495,12 @@ def test_what_an_embedded_model_brings_was_calibrated_on_it_as_it_is_run(model: 
         assert (about["width"], about["height"]) == (defaults["width"], defaults["height"])
     assert about["scheduler"] == scheduler["_class_name"]
     assert about["scheduler_settings"].items() <= scheduler.items()
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_pipeline_finds_its_calibration_whether_it_was_loaded_by_text_or_by_a_path(kind: type) -> None:
+    pipe = diffusers.DiffusionPipeline.from_pretrained(kind(loading.embedded_models()["emoji-qwen-image"]))
+    with omni_kernels.patched(pipe, "velocity_cache", {"budget": 17}) as handle:
+        assert handle.cache_config["calibration"]["model"] == "emoji-qwen-image"
+    with Omni(pipe, cache_backend="velocity_cache") as omni:
+        assert omni.cache_config["calibration"]["model"] == "emoji-qwen-image"
