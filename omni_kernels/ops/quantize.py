@@ -57,9 +57,9 @@ def reference(x, dtype):
     """In plain torch."""
     limit, y = LIMITS[dtype], x.float()
     largest = y.abs().amax(-1, keepdim=True) if x.shape[-1] else y.new_zeros((*x.shape[:-1], 1))
-    used = (largest >= TINY) & largest.isfinite()
-    y = y.mul(torch.where(used, limit / largest, 0.0)).masked_fill_(~used, 0.0)
-    scale = torch.where(largest < TINY, 0.0, largest / limit)
+    unused = (largest < TINY) | ~largest.isfinite()
+    y = y.mul(limit / largest).masked_fill_(unused, 0.0)
+    scale = (largest / limit).masked_fill_(largest < TINY, 0.0)
     return (y.round_() if dtype == torch.int8 else y).to(dtype).contiguous(), scale.squeeze(-1).contiguous()
 
 

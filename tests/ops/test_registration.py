@@ -45,6 +45,7 @@ def arguments(name, dtype=torch.float32, device="cpu"):
         "ada_layer_norm": (h[0], rows[0], rows[1]),
         "gate_residual_norm": (h[0], h[1], rows[0], rows[0], rows[1]),
         "rms_norm": (h[0], tensors(1, 24, device=device)[0]),
+        "quantize": (h[0], torch.int8),
     }[name]
 
 
@@ -57,6 +58,7 @@ INDEX = torch.tensor([[0, 1, 0, 0, 1], [1, 1, 0, 0, 0]])
 # Of h alone: no index, a tanh, no norm of x, and none after.
 ALONE = (None, True, None, 1e-6, None, None, None, 1e-6)
 OVERLOADS = {
+    "quantize": [("default", arguments("quantize")), ("default", (*arguments("quantize")[:1], torch.float8_e4m3fn))],
     "relative_l1": [("default", arguments("relative_l1"))],
     "residual_relative_l1": [
         ("default", arguments("residual_relative_l1")),
