@@ -12,11 +12,12 @@ providers:
 - *fused, compiled*: `omni_kernels.patch(pipe, compile="regional")`.
 - *fused, reduce-overhead*: `omni_kernels.patch(pipe, compile={"mode": "reduce-overhead"})`, torch's CUDA graphs.
   Only for the forward, and only on a GPU.
+- *fused, int8* and *fused, fp8*: `omni_kernels.patch(pipe, quantize=…)`; fp8 only on devices that have it.
 
 A *block* is the last block of each class that has a fused forward, called with its arguments from a forward. Its
 result is first compared with the eager block's result in fp32. A provider rounds in another order, so its error may be
-1.5 times the eager error; a larger one raises an error, and nothing is timed. A block's time is measured on the
-device, from a replayed graph.
+1.5 times the eager error, or 10% if its layers are quantised. A larger one raises an error, and nothing is timed. A
+block's time is measured on the device, from a replayed graph.
 
 A *forward* is compared with the eager forward in the same dtype, because fp32 does not fit into memory. The rounding
 errors of its blocks add up, so this only finds errors that are larger than rounding. Its time is the whole time that a
@@ -55,6 +56,7 @@ from benchmarks.full_size import MODELS, SMALL_SIDE, Model, build, inputs
 from benchmarks.measure import device_here
 from benchmarks.results import RESULTS
 from omni_kernels.device import synchronize
+from omni_kernels.patching.quantised import dtype_on
 from omni_kernels.patching.rules import RULES
 from omni_kernels.validation.record import device_name, machine, slug, write
 from omni_kernels.validation.timing import Call, median_seconds
@@ -68,6 +70,8 @@ PROVIDERS: dict[str, dict[str, Any]] = {
     "fused": {"fuse": True},
     "fused, compiled": {"fuse": True, "compile": "regional"},
     RECORDED: {"fuse": True, "compile": {"mode": "reduce-overhead"}},
+    "fused, int8": {"fuse": True, "quantize": {"dtype": "int8", "min_width": 0}},
+    "fused, fp8": {"fuse": True, "quantize": {"dtype": "fp8", "min_width": 0}},
 }
 #: Prefixes of the functions by which the host launches a kernel, a copy or a graph.
 LAUNCHES = (
@@ -80,6 +84,8 @@ ROUNDS, WARMUP = 10, 3
 FARTHER, ROUNDING = 1.5, 2**-7
 #: The largest ‖forward − eager's‖ / ‖eager's‖. 60 blocks with random errors of half a percent each give 4%.
 FORWARD_ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-3}
+#: The same for quantised layers: of a block against fp32, and of a forward against eager.
+BLOCK_IN_8_BITS, FORWARD_IN_8_BITS = 0.1, 0.3
 FASTER_THAN_EAGER = 1.15
 
 
@@ -107,7 +113,17 @@ class Row:
 
 def providers_on(device: torch.device) -> list[str]:
     """The providers that run on this device."""
-    return [name for name in PROVIDERS if device.type == "cuda" or name != RECORDED]
+    return [name for name in PROVIDERS if _runs(name, device)]
+
+
+def _runs(provider: str, device: torch.device) -> bool:
+    quantized = PROVIDERS[provider].get("quantize")
+    try:
+        return (quantized is None or bool(dtype_on(quantized["dtype"], device))) and (
+            device.type == "cuda" or provider != RECORDED
+        )
+    except ValueError:  # the device has no such dtype
+        return False
 
 
 @contextlib.contextmanager
@@ -296,6 +312,7 @@ def measure(
     for provider in providers_on(device):
         recorded = provider == RECORDED
         hidden = recorded or "compiled" in provider
+        quantized = "quantize" in PROVIDERS[provider]
         with provided(transformer, provider, compiler):
             parts: dict[str, tuple[Call, Callable[[Call], float]]] = {}
             for kind, (block, args, kwargs) in () if recorded else blocks.items():
@@ -306,13 +323,15 @@ def measure(
                 error = off(call(), exact[kind])
                 eager = errors.setdefault(kind, error)
                 limit = max(FARTHER * eager, ROUNDING if dtype is not torch.float32 else 1e-5)
+                limit = BLOCK_IN_8_BITS if quantized else limit
                 assert error <= limit, f"{name} {kind}, {provider}: off by {error:.2g}; eager by {eager:.2g}"
                 parts[kind] = call, lambda one: median_seconds([one] * 4, device, ROUNDS)
             made = _flat(transformer(**arguments))
             whole = made if whole is None else whole
             exact["forward"] = whole
             error = off(made, whole)
-            assert error <= FORWARD_ROUNDING[dtype], f"{name} forward, {provider}: off by {error:.2g} from eager"
+            limit = FORWARD_IN_8_BITS if quantized else FORWARD_ROUNDING[dtype]
+            assert error <= limit, f"{name} forward, {provider}: off by {error:.2g} from eager"
             parts["forward"] = lambda: transformer(**arguments), lambda one: seconds_of(one, device)
             for part, (one, clock) in parts.items():
                 rows.append(

@@ -13,6 +13,7 @@ from accelerate import init_empty_weights
 from benchmarks import bench_block
 from benchmarks.bench_block import Row
 from benchmarks.full_size import MODELS, SMALL_SIDE, build, inputs
+from omni_kernels.device import Device, pretend
 from omni_kernels.patching import rules
 
 CPU = torch.device("cpu")
@@ -72,7 +73,10 @@ def test_everything_is_measured_and_written(tmp_path):
     assert len(written["rows"]) == parts * len(bench_block.providers_on(torch.device("cpu")))
     for one in written["rows"]:
         assert one["us"] > 0
-        assert one["error"] is None or one["error"] < 1e-5
+        if "quantize" in bench_block.PROVIDERS[one["provider"]]:
+            assert 1e-4 < one["error"] < 0.2
+        else:
+            assert one["error"] is None or one["error"] < 1e-5
     operators = {(r["model"], r["part"], r["provider"]): r["operators"] for r in written["rows"]}
     for model in MODELS:
         assert operators[model, "forward", "fused"] < operators[model, "forward", "eager"]
@@ -103,7 +107,11 @@ def test_a_block_that_is_not_fused_is_an_error(monkeypatch):
 
 
 def test_graphs_are_measured_on_a_gpu_alone():
-    assert bench_block.providers_on(torch.device("cuda")) == list(bench_block.PROVIDERS)
+    with pretend("cuda", Device("nvidia", "sm_90", "H200")):
+        assert bench_block.providers_on(torch.device("cuda")) == list(bench_block.PROVIDERS)
+    with pretend("cuda", Device("nvidia", "sm_80", "A100")):
+        left_out = set(bench_block.PROVIDERS) - set(bench_block.providers_on(torch.device("cuda")))
+    assert left_out == {"fused, fp8"}
     assert set(bench_block.PROVIDERS) - set(bench_block.providers_on(torch.device("cpu"))) == {"fused, reduce-overhead"}
 
 

@@ -38,6 +38,8 @@ LEFT_OUT = {"QwenImageTransformerBlock": ("img_mlp",)}
 _CALIBRATION = "omni_runtime.cache.calibration"
 #: Where the layers' own weights are kept while they are quantised.
 KEEP = ("host", "none")
+#: The dtype of fp8 on AMD's architectures that multiply it, and NVIDIA's first one.
+_ON_AMD, _FIRST_WITH_FP8 = {"gfx942": torch.float8_e4m3fnuz, "gfx950": torch.float8_e4m3fn}, 89
 #: The fewest rows and the divisor of the sizes that CUDA's product of int8 takes.
 _ROWS, _MULTIPLE = 17, 8
 
@@ -226,12 +228,14 @@ def dtype_on(name: str, device: torch.device) -> torch.dtype:
     if name == "int8" or device.type in ("cpu", "meta"):
         return torch.int8 if name == "int8" else torch.float8_e4m3fn
     where = describe(device)
-    if where.vendor == "amd" and where.arch.startswith("gfx942"):
-        return torch.float8_e4m3fnuz
-    capable = torch.cuda.get_device_capability(device) >= (8, 9) if where.vendor == "nvidia" else where.vendor == "amd"
-    if not capable:
-        raise ValueError(f"quantize='fp8' needs a GPU with products in fp8 (sm_89 or newer); {where.name} has none")
-    return torch.float8_e4m3fn
+    found = _ON_AMD.get(where.arch)
+    if where.vendor == "nvidia" and int(re.sub(r"\D", "", where.arch) or 0) >= _FIRST_WITH_FP8:
+        found = torch.float8_e4m3fn
+    if found is None:
+        raise ValueError(
+            f"quantize='fp8' needs a GPU that multiplies fp8 (sm_89 or newer, gfx942, gfx950); {where.name} does not"
+        )
+    return found
 
 
 @dataclass(frozen=True)

@@ -781,7 +781,7 @@ def test_calibrated_schedules_are_taken(qwen_pipe, tmp_path, recwarn):
 
 @pytest.mark.parametrize(("model", "asked"), in_turn(CALIBRATED, ["budget", "quality", "speedup"]))
 def test_embedded_models_run_on_schedules_of_their_own(model, asked):
-    """Searched in less than 15 minutes for each, and taken by whoever loads the model."""
+    """Taken by whoever loads the model."""
     document = json.loads((loading.embedded_models()[model] / "velocity_cache.json").read_text())
     assert [row["budget"] for row in document["schedules"]] == [32, 25, 17, 13, 10, 8]
     for one in document["schedules"]:

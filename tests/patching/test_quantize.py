@@ -10,6 +10,7 @@ from fused import off
 from models import MODELS, latents
 
 import omni_kernels
+from omni_kernels.device import Device, pretend
 from omni_kernels.patching import PatchConflictError, quantised
 from omni_kernels.patching.quantised import QuantizedLinear, options_of
 from omni_runtime import Omni
@@ -225,15 +226,28 @@ def test_omni_takes_it(qwen_pipe):
         Omni("emoji-qwen-image", quantize="int3")
 
 
-def test_a_device_without_fp8_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    described = type("Device", (), {"vendor": "nvidia", "arch": "sm_86", "name": "NVIDIA A40"})
-    monkeypatch.setattr(quantised, "describe", lambda device: described)
-    with pytest.raises(ValueError, match=r"quantize='fp8' needs a GPU .*NVIDIA A40 has none"):
-        quantised.dtype_on("fp8", torch.device("cuda:0"))
-    assert quantised.dtype_on("int8", torch.device("cuda:0")) == torch.int8
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert quantised.dtype_on("fp8", torch.device("cuda:0")) == torch.float8_e4m3fn
+@pytest.mark.parametrize(
+    ("vendor", "arch", "dtype"),
+    [
+        ("nvidia", "sm_86", None),
+        ("nvidia", "sm_89", torch.float8_e4m3fn),
+        ("nvidia", "sm_120", torch.float8_e4m3fn),
+        ("amd", "gfx942", torch.float8_e4m3fnuz),
+        ("amd", "gfx950", torch.float8_e4m3fn),
+        ("amd", "gfx1100", None),
+    ],
+)
+def test_fp8_is_what_the_device_multiplies_or_refused(vendor, arch, dtype):
+    device = torch.device("cuda:0")
+    with pretend("cuda", Device(vendor, arch, f"{vendor} {arch}")):
+        assert quantised.dtype_on("int8", device) == torch.int8
+        if dtype is not None:
+            assert quantised.dtype_on("fp8", device) == dtype
+            return
+        with pytest.raises(
+            ValueError, match=f"quantize='fp8' needs a GPU that multiplies fp8 .*{vendor} {arch} does not"
+        ):
+            quantised.dtype_on("fp8", device)
 
 
 def test_sizes_that_cuda_does_not_multiply_are_padded_or_not_in_8_bits(monkeypatch):
