@@ -65,6 +65,11 @@ class PatchHandle:
         """Whether this patch is still installed on the pipeline."""
         return vars(self._pipe).get(HANDLE) is self
 
+    @property
+    def undoable(self) -> bool:
+        """Whether `undo` can put everything back: not if quantisation has dropped the layers' own weights for good."""
+        return self.quantize is None or self.quantize.keep != "none"
+
     def patches(self, pipe: Any) -> bool:
         """Whether this patch was made on exactly this pipeline object."""
         return self._pipe is pipe
@@ -134,7 +139,7 @@ class PatchHandle:
         """
         if not self.active:
             return
-        if self.quantize is not None and self.quantize.keep == "none":
+        if not self.undoable:
             raise PatchConflictError(
                 "this patch cannot be undone: quantize was given keep='none', so the layers' own weights are gone. "
                 "Load the pipeline again"
@@ -158,7 +163,7 @@ class PatchHandle:
         except BaseException:
             self._patch.undo()
             raise
-        if self.quantize is not None and self.quantize.keep == "none":
+        if self.quantize is not None and self.quantize.keep != "host":
             quantised.drop(replaced)
 
 

@@ -18,6 +18,7 @@ import importlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ LEFT_OUT = {"QwenImageTransformerBlock": ("img_mlp",)}
 #: The module that reads calibrations. `omni_kernels` does not depend on `omni_runtime`: it is named only here.
 _CALIBRATION = "omni_runtime.cache.calibration"
 #: Where the layers' own weights are kept while they are quantised.
-KEEP = ("host", "none")
+KEEP = ("host", "reload", "none")
 #: The dtype of fp8 on AMD's architectures that multiply it, and NVIDIA's first one.
 _ON_AMD, _FIRST_WITH_FP8 = {"gfx942": torch.float8_e4m3fnuz, "gfx950": torch.float8_e4m3fn}, 89
 #: The fewest rows and the divisor of the sizes that CUDA's product of int8 takes.
@@ -53,7 +54,9 @@ class Options:
         include: patterns of paths that are quantised although a rule leaves them out.
         exclude: patterns of paths that are not quantised.
         min_width: layers with fewer input or output features stay as they are. Their products take little time.
-        keep: "host" keeps the layers' own weights on the CPU, so that the patch can be undone. "none" drops them.
+        keep: how the layers' own weights come back when the patch is undone. "host" keeps them on the CPU. "reload"
+            drops them and reads them again from the safetensors files that the model was loaded from. "none" drops
+            them: the patch cannot be undone.
         calibrated: patterns of paths that the model's calibration leaves out (`complete`); not given by the user.
     """
 
@@ -92,7 +95,7 @@ def options_of(given: Any) -> Options | None:
     if isinstance(width, bool) or not isinstance(width, int) or width < 0:
         raise ValueError(f"quantize: min_width must be a number of features from 0 on, not {shown(width)}")
     if made.get("keep", "host") not in KEEP:
-        raise ValueError(f"quantize: keep must be 'host' or 'none', not {shown(made['keep'])}")
+        raise ValueError(f"quantize: keep must be 'host', 'reload' or 'none', not {shown(made['keep'])}")
     return Options(**made)
 
 
@@ -305,6 +308,63 @@ class _Kept:
         self.owner.to(self.replacement.weight.device)
 
 
+@dataclass
+class _Reloaded:
+    """The change that a replaced layer's own weights were dropped, which are in a file."""
+
+    owner: torch.nn.Linear
+    replacement: QuantizedLinear
+    file: Path
+    key: str
+    dtype: torch.dtype
+    held: bool = field(default=True, init=False)
+
+    def conflict(self) -> str:
+        return ""
+
+    def restore(self) -> None:
+        if not self.owner.weight.numel():
+            self.owner.weight.data = self.read().to(self.replacement.weight.device)
+
+    def read(self) -> torch.Tensor:
+        """The weights in the file, on the CPU."""
+        from safetensors import safe_open
+
+        with safe_open(self.file, framework="pt") as file:
+            found: torch.Tensor = file.get_tensor(self.key)
+        return found.to(self.dtype)
+
+
+def _reloaded(pipe: Any, name: str, layer: torch.nn.Linear, replacement: QuantizedLinear) -> _Reloaded:
+    """The way to read a layer's weights again.
+
+    Raises:
+        ValueError: the files do not hold these weights, or others, as after fusing an adapter.
+    """
+    component, _, path = name.partition(".")
+    directory = getattr(getattr(getattr(pipe, component), "config", None), "_name_or_path", None)
+    key = f"{path}.weight"
+    where = _keys_in(str(directory)).get(key) if directory else None
+    if where is not None:
+        change = _Reloaded(layer, replacement, where, key, layer.weight.dtype)
+        if torch.equal(change.read(), layer.weight.detach().cpu()):
+            return change
+    why = "no such weights" if where is None else "other weights, as an adapter may have been fused"
+    raise ValueError(f"quantize: keep='reload' cannot put back {name}: {directory or 'memory'} holds {why}")
+
+
+@functools.lru_cache(maxsize=4)
+def _keys_in(directory: str) -> dict[str, Path]:
+    """Key → safetensors file of a model's directory."""
+    from safetensors import safe_open
+
+    found: dict[str, Path] = {}
+    for path in sorted(Path(directory).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            found |= dict.fromkeys(file.keys(), path)
+    return found
+
+
 def quantise(pipe: Any, options: Options, patch: Patch) -> tuple[Quantisation, list[torch.nn.Linear]]:
     """Replace the linear layers of the pipeline's transformer blocks by quantised ones, through `patch`.
 
@@ -313,7 +373,7 @@ def quantise(pipe: Any, options: Options, patch: Patch) -> tuple[Quantisation, l
 
     Raises:
         ValueError: no layer could be quantised (the message says why), a pattern fits no layer, or the device has no
-            products in this dtype.
+            products in this dtype, or weights that are to be reloaded are not in the model's files.
     """
     found = list(_layers(pipe))
     for pattern in (*options.include, *options.exclude):
@@ -331,6 +391,8 @@ def quantise(pipe: Any, options: Options, patch: Patch) -> tuple[Quantisation, l
         if options.keep == "host" and layer.weight.device.type != "cpu":
             patch.add(_Kept(layer, replacement))
             layer.weight.data = layer.weight.data.to("cpu")
+        elif options.keep == "reload":
+            patch.add(_reloaded(pipe, name, layer, replacement))
         made.append(LayerQuantisation(name, freed=freed))
         replaced.append(layer)
     quantised = Quantisation(made)
@@ -341,7 +403,7 @@ def quantise(pipe: Any, options: Options, patch: Patch) -> tuple[Quantisation, l
 
 
 def drop(layers: Sequence[torch.nn.Linear]) -> None:
-    """Free the own weights of layers that were replaced: they cannot be put back then."""
+    """Free the own weights of layers that were replaced."""
     for layer in layers:
         layer.weight.data = layer.weight.data.new_empty(0)
 

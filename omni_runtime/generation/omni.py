@@ -281,7 +281,7 @@ class Omni:
         if self._engine is not None:
             self._engine.close()
         with self._turn:
-            if self._handle is not None and self._patched_here:
+            if self._handle is not None and self._patched_here and self._handle.undoable:
                 self._handle.undo()
             if self._parallel is not None:
                 self._parallel.close()

@@ -13,7 +13,7 @@ import omni_kernels
 from omni_kernels.device import Device, pretend
 from omni_kernels.patching import PatchConflictError, quantised
 from omni_kernels.patching.quantised import QuantizedLinear, options_of
-from omni_runtime import Omni
+from omni_runtime import Omni, embedded_pipeline
 
 #: All layers of the tiny models are narrower than those that are quantised by default.
 INT8 = {"dtype": "int8", "min_width": 0}
@@ -153,7 +153,7 @@ def test_what_was_done_is_told(qwen_pipe):
         ({"exclude": []}, ValueError, "quantize must be 'int8' or 'fp8', not None"),
         ({"dtype": "int8", "include": 3}, TypeError, "include must be a list of layers' names, not 3"),
         ({"dtype": "int8", "min_width": -1}, ValueError, "min_width must be a number of features from 0 on, not -1"),
-        ({"dtype": "int8", "keep": "disk"}, ValueError, "keep must be 'host' or 'none', not 'disk'"),
+        ({"dtype": "int8", "keep": "disk"}, ValueError, "keep must be 'host', 'reload' or 'none', not 'disk'"),
         (INT8 | {"exclude": ["attn.to_w"]}, ValueError, "no linear layer of a transformer block fits 'attn.to_w'"),
         ("int8", ValueError, "quantize='int8' has nothing to do on this QwenImagePipeline: .*narrower than 512"),
     ],
@@ -183,6 +183,37 @@ def test_without_own_weights_there_is_no_way_back(qwen_pipe):
     with pytest.raises(PatchConflictError, match="keep='none', so the layers' own weights are gone"):
         handle.undo()
     assert handle.active
+
+
+def test_weights_are_read_again_from_the_models_files():
+    pipe = embedded_pipeline("emoji-qwen-image")
+    how = {"dtype": "int8", "min_width": 64, "keep": "reload"}
+    before = {name: one.clone() for name, one in pipe.transformer.state_dict().items()}
+    handle = omni_kernels.patch(pipe, quantize=how)
+    layer = handle.quantised.replaced[0]
+    assert "weight_scale" in dict(pipe.transformer.get_submodule(layer.partition(".")[2]).named_buffers())
+    handle.undo()
+    after = pipe.transformer.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], one) for name, one in before.items())
+    parameter = pipe.transformer.transformer_blocks[1].attn.to_q.weight
+    parameter.data += 1e-3  # as fusing an adapter does
+    with pytest.raises(ValueError, match=r"keep='reload' cannot put back .*\.1\.attn\.to_q: .* holds other weights"):
+        omni_kernels.patch(pipe, quantize=how)
+    assert all(one.numel() for one in pipe.transformer.parameters())
+    assert not any(isinstance(one, QuantizedLinear) for one in pipe.transformer.modules())
+
+
+def test_weights_that_are_in_no_file_cannot_be_read_again(qwen_pipe):
+    with pytest.raises(ValueError, match=r"keep='reload' cannot put back .* holds no such weights"):
+        omni_kernels.patch(qwen_pipe, quantize=INT8 | {"keep": "reload"})
+
+
+def test_an_omni_without_own_weights_can_be_closed():
+    how = {"dtype": "int8", "min_width": 64, "keep": "none"}
+    with Omni("emoji-qwen-image", cache_backend=None, quantize=how) as omni:
+        assert omni.generate("red apple", num_inference_steps=1, seed=0)[0].images
+        assert not omni._handle.undoable
 
 
 def test_another_quantisation_is_another_patch(qwen_pipe):
