@@ -33,7 +33,7 @@ OWN = [schedule(25, 50.0, speedup=1.9), schedule(17, 44.0, speedup=2.6), schedul
 @pytest.mark.parametrize(("quality", "counts"), [(None, 17), ("high", 25), ("balanced", 17), ("fast", 13)])
 def test_a_preset_computes_its_share_of_the_steps(quality: str | None, counts: int) -> None:
     found = answer(Asked(quality=quality), 50)
-    assert found.schedule == schedules.even(50, counts)
+    assert found.schedule == schedules.early(50, counts)
     assert found.speedup == pytest.approx(50 / counts)
     assert found.speed_basis == "by counting steps; no times were measured"
     assert "embedded models" in found.basis
@@ -135,7 +135,7 @@ def latents(pipe: Any, steps: int = 16) -> torch.Tensor:
 
 
 def test_it_skips_as_the_velocity_cache_does(qwen_pipe: Any) -> None:
-    with omni_kernels.patched(qwen_pipe, "velocity_cache", {"schedule": list(schedules.even(16, 6).computed)}):
+    with omni_kernels.patched(qwen_pipe, "velocity_cache", {"schedule": list(schedules.early(16, 6).computed)}):
         expected = latents(qwen_pipe)
     with omni_kernels.patched(qwen_pipe, "auto") as handle:
         assert torch.equal(latents(qwen_pipe), expected)
@@ -170,7 +170,7 @@ def test_a_calibrations_forecast_is_used_unless_another_is_given(qwen_pipe: Any,
         original(self, site, request, chosen, scheduler)
 
     monkeypatch.setattr(OutputSteps, "__init__", spy)
-    computed = list(schedules.even(16, 6).computed)
+    computed = list(schedules.early(16, 6).computed)
     sigmas = [1 - i / 16 for i in range(16)]
     row = {"steps": 16, "sigmas": sigmas, "computed": computed, "psnr": {"mean": 40.0}, "reach": 0.7}
     found = {"method": "velocity_cache", "version": 1, "calibrated_for": {}}

@@ -16,6 +16,7 @@ from pairs import in_turn
 
 import omni_kernels
 from omni_runtime import Omni
+from omni_runtime.cache import schedules
 from omni_runtime.cache.history import History
 from omni_runtime.cache.methods import METHODS
 from omni_runtime.cache.models import TransformerFacts
@@ -723,12 +724,10 @@ def test_how_many_steps_are_computed(qwen_pipe, config, count):
 
 
 def test_the_report_says_where_the_schedule_comes_from(qwen_pipe):
-    assert "MeanCache" in computed_by(qwen_pipe, {"budget": 4})[1]
-    flux_pipe = tiny.flux()
-    with omni_kernels.patched(flux_pipe, "velocity_cache", {"budget": 4}) as handle:
-        latents(flux_pipe)
-        assert "evenly spread" in " ".join(handle.report.notes)
-        assert handle.report.branches["cond"].computed == [0, 2, 5, 7]
+    assert "MeanCache" in computed_by(qwen_pipe, {"schedule": "qwen-image-25"})[1]
+    computed, notes = computed_by(qwen_pipe, {"budget": 4})
+    assert "denser at the beginning" in notes
+    assert computed == list(schedules.early(8, 4).computed)
     assert "given" in computed_by(qwen_pipe, {"schedule": [0, 3, 7]})[1]
 
 
@@ -796,7 +795,7 @@ def test_embedded_models_run_on_schedules_of_their_own(model, asked):
     assert f"calibrated on {model}" in " ".join(result.cache.notes)
     made = next(iter(result.cache.branches.values())).computed
     if asked == "speedup":
-        assert 17 <= len(made) < 25, "25 of 50 steps are less than twice as fast"
+        assert 12 <= len(made) < 25, "25 of 50 steps are less than twice as fast"
     else:
         assert made == row["computed"]
     # None: the times of that row did not agree.

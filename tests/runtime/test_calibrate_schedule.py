@@ -217,7 +217,8 @@ def test_find_searches_and_measures_on_other_images(omni, tmp_path, monkeypatch)
         assert one.held_out.computed == one.best.computed
     assert [event.budget for event in events] == sorted(e.budget for e in events), "nearest to a quarter first"
     first = [event for event in events if event.budget == 3]
-    most, later = 6 + 16 + 1, 6 + 8 + 1  # forecasts that are tried, schedules, and where the search has ended
+    # Forecasts that are tried, the other known schedule, those of the search, and where it has ended.
+    most, later = 6 + 1 + 16 + 1, 6 + 1 + 8 + 1
     assert [event.tries for event in first] == [most] * len(first)
     assert [event.seconds_left for event in first] == [
         2.0 * ((most - n) * 3 + later * 5) for n in range(1, len(first) + 1)
@@ -252,9 +253,10 @@ def test_two_steps_leave_nothing_to_search(omni):
 
 
 def test_most_steps_counts_every_run():
-    # 8 searched and 16 other images in full; 4 forecasts, 60 schedules of 17 and the last; on the others 3 finalists,
-    # evenly spread steps with two forecasts, and fewer steps; one image in full and under the schedule, five times.
-    searched, others = 17 * 8 * (4 + 60 + 1), 17 * 16 * 6
+    # 8 searched and 16 other images in full; 4 forecasts, the other known schedule, 60 schedules of 17 and the last; on
+    # the others 3 finalists, both known schedules, the one with the chosen forecast, and fewer steps; one image in full
+    # and under the schedule, five times.
+    searched, others = 17 * 8 * (4 + 1 + 60 + 1), 17 * 16 * 7
     assert most_steps([17], 60, 8, 16, 50, 5) == 24 * 50 + searched + others + 50 + 5 * (50 + 17)
 
 
@@ -305,7 +307,7 @@ def test_a_calibration_is_found_again_and_tells_how_it_goes_on(saved, tmp_path, 
     most = most_steps([4, 3], 3, 1, 1, 6, 5)
     hours = "2 min at 0.2 s each (a large model)"
     assert f"at most {most} computed steps of one image: with guidance {2 * most} forwards, {hours}" in told.err
-    assert "3 steps: 1 of 10 schedules, " in told.err, "6 forecasts are tried, and 3 schedules"
+    assert "3 steps: 1 of 11 schedules, " in told.err, "6 forecasts are tried, the other known schedule, and 3"
     assert "left at most, best " in told.err
 
     known = json.loads(file.read_text())["schedules"]
