@@ -726,7 +726,7 @@ def test_how_many_steps_are_computed(qwen_pipe, config, count):
 def test_the_report_says_where_the_schedule_comes_from(qwen_pipe):
     assert "MeanCache" in computed_by(qwen_pipe, {"schedule": "qwen-image-25"})[1]
     computed, notes = computed_by(qwen_pipe, {"budget": 4})
-    assert "denser at the beginning" in notes
+    assert "evenly spread" in notes
     assert computed == list(schedules.early(8, 4).computed)
     assert "given" in computed_by(qwen_pipe, {"schedule": [0, 3, 7]})[1]
 
