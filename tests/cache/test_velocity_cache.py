@@ -17,6 +17,7 @@ from pairs import in_turn
 import omni_kernels
 from omni_runtime import Omni
 from omni_runtime.cache import schedules
+from omni_runtime.cache.calibration import SLACK
 from omni_runtime.cache.history import History
 from omni_runtime.cache.methods import METHODS
 from omni_runtime.cache.models import TransformerFacts
@@ -798,8 +799,8 @@ def test_embedded_models_run_on_schedules_of_their_own(model, asked):
         assert 12 <= len(made) < 25, "25 of 50 steps are less than twice as fast"
     else:
         assert made == row["computed"]
-    # None: the times of that row did not agree.
-    assert (row["speedup"] or 0.0) < 2.0 < (document["schedules"][2]["speedup"] or 3.0)
+    for one in document["schedules"]:  # None: the times of that row did not agree
+        assert (one["speedup"] or 1.0) <= SLACK * one["steps"] / one["budget"]
 
 
 def test_another_request_than_calibrated_for_is_mapped_and_said(qwen_pipe):
