@@ -57,7 +57,7 @@ def reference(x, dtype):
     """In plain torch."""
     limit, y = LIMITS[dtype], x.float()
     largest = y.abs().amax(-1, keepdim=True) if x.shape[-1] else y.new_zeros((*x.shape[:-1], 1))
-    unused = ~((largest >= TINY) & (largest < float("inf")))
+    unused = ((largest >= TINY) & (largest < float("inf"))).logical_not()
     y = y.mul(limit / largest).masked_fill_(unused, 0.0)
     scale = (largest / limit).masked_fill_(largest < TINY, 0.0)
     return (y.round_() if dtype == torch.int8 else y).to(dtype).contiguous(), scale.squeeze(-1).contiguous()
