@@ -67,6 +67,10 @@ class Options:
     keep: str = "host"
     calibrated: tuple[str, ...] = ()
 
+    def given(self) -> dict[str, Any]:
+        """The options as `patch` takes them."""
+        return {key: value for key, value in vars(self).items() if key != "calibrated"}
+
 
 def options_of(given: Any) -> Options | None:
     """The options that an argument `quantize` stands for: None, a dtype, or a dict of `Options`' attributes.

@@ -11,7 +11,6 @@ loaded when they are first needed, after the first request has been checked.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import inspect
 import json
@@ -250,7 +249,7 @@ class Omni:
         if before is not None:
             fuse = before.fuse if self._fuse is None else self._fuse
             compile = before.compile if compile is None else compile
-            quantize = quantize or (None if before.quantize is None else dataclasses.asdict(before.quantize))
+            quantize = quantize or (None if before.quantize is None else before.quantize.given())
         self._handle = patch(pipe, self.cache_backend, self.cache_config, fuse=fuse, compile=compile, quantize=quantize)
         self._patched_here = self._handle is not before
         return pipe

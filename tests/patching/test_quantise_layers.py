@@ -248,6 +248,14 @@ def test_a_hook_on_a_layer_keeps_it(qwen_pipe):
         assert "transformer.transformer_blocks.0.attn.to_q" in handle.quantised.replaced
 
 
+def test_omni_keeps_a_quantisation_that_is_there(qwen_pipe):
+    handle = omni_kernels.patch(qwen_pipe, quantize=INT8, fuse=False)
+    with Omni(qwen_pipe, cache_backend=None) as omni:
+        assert omni._handle is handle
+    assert handle.active
+    handle.undo()
+
+
 def test_omni_takes_it(qwen_pipe):
     with Omni(qwen_pipe, cache_backend=None, quantize=INT8) as omni:
         assert omni._handle.quantised.replaced
