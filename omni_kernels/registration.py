@@ -16,8 +16,8 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from types import SimpleNamespace
-from typing import Any, get_args, get_type_hints
+from types import SimpleNamespace, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch.compiler import is_dynamo_compiling
@@ -115,8 +115,7 @@ def define(
         overloads[base != name, variant] = op = _registered(schema, implementations, adapted(fake))
         _library.impl(overload, _refusing_gradients(op), "Autograd", with_keyset=True)
     DEFINED[name] = Op(function, reference, launcher, _bytes_moved(signature, fake))
-    results = len(get_args(made)) if schema.endswith("[]") else 0
-    return _caller(name, _chosen_by_arguments(overloads, results))
+    return _caller(name, _chosen_by_arguments(overloads, _least(made)))
 
 
 def _take_defaults(implementation: Any, signature: inspect.Signature) -> None:
@@ -145,7 +144,7 @@ def _schemas(function: Callable[..., Any], mutates: Sequence[str]) -> Iterator[s
     """
     hints = get_type_hints(function)
     made = hints.pop("return")
-    if type(None) in [kind for each in get_args(made) for kind in get_args(each)]:
+    if _least(made):
         made = list[torch.Tensor]
     made = None if made is type(None) else made
     either = [name for name, kind in hints.items() if {torch.Tensor, Sequence[float]} <= {*get_args(kind)}]
@@ -171,6 +170,14 @@ def _schema(name: str, types: Mapping[str, Any], made: Any, mutates: Sequence[st
     return torch.library.infer_schema(prototype, op_name=name, mutates_args=mutates)
 
 
+def _least(made: Any) -> int:
+    """How many results an op returns at least, where their number varies: optional ones, or `… | Any`. Else 0."""
+    first, *others = get_args(made) if get_origin(made) in (Union, UnionType) else (made,)
+    if others:
+        return max(1, len(get_args(first)))
+    return len(get_args(made)) if any(type(None) in get_args(each) for each in get_args(made)) else 0
+
+
 def _adapted(schema: str) -> Callable[[Implementation], Implementation]:
     """A function that adapts an implementation to return what its schema says."""
 
@@ -183,7 +190,7 @@ def _adapted(schema: str) -> Callable[[Implementation], Implementation]:
     def as_list(implementation: Implementation) -> Implementation:
         def run(*args: Any) -> Any:
             made = implementation(*args)
-            return made if made[-1] is not None else [t for t in made if t is not None]
+            return [made] if isinstance(made, _Tensor) else [t for t in made if t is not None]
 
         return run
 
@@ -263,29 +270,29 @@ def _caller(name: str, dispatched: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _chosen_by_arguments(overloads: dict[Any, Any], results: int) -> Callable[..., Any]:
+def _chosen_by_arguments(overloads: dict[Any, Any], least: int) -> Callable[..., Any]:
     """A function that calls the right overload: with or without `out` (the last argument), numbers or a tensor.
 
     Args:
-        results: the number of results if some are optional, else 0.
+        least: the least number of results if it varies, else 0. A single one is returned itself; missing ones are None.
     """
     found: list[Any] = [overloads.get((writes, variant)) for variant in ("", "tensor") for writes in (False, True)]
     plain, into, by_tensor, into_by_tensor = found
 
-    def of_list(*args: Any) -> tuple[torch.Tensor | None, ...]:
+    def of_list(*args: Any) -> Any:
         made = plain(*args)
-        return tuple(made) if len(made) == results else (*made, *[None] * (results - len(made)))
+        return made[0] if least == len(made) == 1 else (*made, *[None] * (least - len(made)))
+
+    result = of_list if least else plain
 
     def call(*args: Any) -> Any:
         tensor = by_tensor is not None and isinstance(args[-2], _Tensor)
         if args[-1] is None:
-            return (by_tensor if tensor else plain)(*args[:-1])
+            return (by_tensor if tensor else result)(*args[:-1])
         (into_by_tensor if tensor else into)(*args)
         return args[-1]
 
-    if into is not None:
-        return call
-    return of_list if results else plain
+    return result if into is None else call
 
 
 def _first(args: Sequence[Any]) -> torch.Tensor:

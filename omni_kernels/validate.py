@@ -37,7 +37,7 @@ from omni_kernels.ascend.operators import present
 from omni_kernels.compilations import following
 from omni_kernels.device import device_count
 from omni_kernels.ops import OPS
-from omni_kernels.validation import aot, checks, launches, record, report
+from omni_kernels.validation import aot, checks, interpreter, launches, record, report
 from omni_kernels.validation.cases import CASES, PROVIDERS
 from omni_kernels.validation.checks import Check, Implementation
 from omni_kernels.validation.measurement import Row, measure
@@ -86,6 +86,7 @@ def interpreted() -> bool:
 def implementation_on(device: torch.device) -> tuple[str, Implementation]:
     """How the ops are implemented on a device, in words, and a function that returns an op's implementation."""
     if interpreted():
+        interpreter.correct()
         return "Triton kernels, interpreted on the CPU", lambda op: OPS[op].launcher
     words = "plain torch"
     if device.type == "npu":

@@ -37,13 +37,13 @@ def small_and_plain(monkeypatch):
 
 @pytest.fixture
 def replace(monkeypatch):
-    """Puts something else in an op's place, but where it is to write into a given one."""
+    """Puts something else in an op's place, but where more is asked of it than its one result."""
 
     def put(op, function):
         right = OPS[op].function
 
-        def either(x, out=None):
-            return function(x) if out is None else right(x, out)
+        def either(x, **options):
+            return right(x, **options) if options else function(x)
 
         monkeypatch.setitem(OPS, op, dataclasses.replace(OPS[op], function=either, launcher=either))
 
@@ -69,14 +69,14 @@ def test_all_right_is_code_0_with_both_files(tmp_path, capsys):
     assert {c["status"] for c in found["checks"]} == {"passed"}
     assert {c["dtype"] for c in found["checks"]} == {"float32", "float16", "bfloat16"}
     assert {(m["case"], m["provider"]) for m in found["measurements"]} == {
-        (op, provider) for op in ("gelu", "relative_l1") for provider in ("ours", "eager")
+        (case, provider) for case in ("gelu", "gelu int8", "relative_l1") for provider in ("ours", "eager")
     }
     assert all(m["us"] > 0 and m["gb_per_s"] > 0 for m in found["measurements"])
     assert found["machine"]["versions"]["torch"]
     assert found["implementation"] == "plain torch"
     told = capsys.readouterr().out
     assert told.startswith("cpu: ")
-    assert "PASSED: 24 passed; copy bandwidth" in told
+    assert "PASSED: 40 passed; copy bandwidth" in told
 
 
 def test_the_kernels_run_in_the_interpreter_and_have_no_speed(monkeypatch, tmp_path):
@@ -192,7 +192,8 @@ def test_one_wrong_element_of_any_result_is_noticed(name):
 
         def wrong(*args, **kwargs):
             result = right(*args, **kwargs)
-            results = [args[j] for j in check.use.places] or (result if isinstance(result, tuple) else [result])
+            places = [kwargs[j] if isinstance(j, str) else args[j] for j in check.use.places]
+            results = places or (result if isinstance(result, tuple) else [result])
             last = [t for t in results if t is not None][-1]
             last.select(-1, -1).select(-1, -1).add_(1)
             return result
@@ -226,7 +227,7 @@ def test_after_a_lost_device_nothing_is_run(replace, tmp_path, monkeypatch):
     monkeypatch.setattr(validate, "_lost", lambda device: "the device was lost: gone")
     assert run("--quick", "--ops", "gelu", out=tmp_path) == 1
     found = document(tmp_path)
-    assert [c["status"] for c in found["checks"]] == ["failed"] + ["not run"] * 15
+    assert [c["status"] for c in found["checks"]] == ["failed"] + ["not run"] * 31
     assert found["copy_gb_per_s"] is None
 
 
@@ -435,9 +436,8 @@ def test_kernels_are_compiled_without_a_device(tmp_path, capsys, monkeypatch):
         assert (row["spills"], row["error"]) == (0, None)
     assert found["copy_gb_per_s"] is None
     assert found["checks"] == found["measurements"] == []
-    ((kernel, seconds),) = found["first_calls"].items()
-    assert kernel == "swiglu_kernel"
-    assert all(0.01 < each < 60 for each in seconds)
+    assert {*found["first_calls"]} == {"swiglu_kernel", "quantize_kernel"}
+    assert all(0.01 < each < 60 for seconds in found["first_calls"].values() for each in seconds)
     assert "not measured: the kernels were compiled, not run" in capsys.readouterr().out
 
 

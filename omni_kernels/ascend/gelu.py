@@ -10,10 +10,12 @@ from omni_kernels.ascend.operators import fused
 MOST_DIMENSIONS = 8
 
 
-def gelu(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """See `omni_kernels.ops.gelu`. Returns NotImplemented if the operator is missing or does not support x."""
+def gelu(
+    x: torch.Tensor, quantize: torch.dtype | None = None, beside: bool = False, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """See `omni_kernels.ops.gelu`. Returns NotImplemented if the operator is missing or does not support these."""
     operator = fused("npu_gelu")
-    if operator is None or x.dim() > MOST_DIMENSIONS or not x.numel():
+    if operator is None or quantize is not None or x.dim() > MOST_DIMENSIONS or not x.numel():
         return NotImplemented
     y: torch.Tensor = operator(x, approximate="tanh")
     return y.contiguous() if out is None else out.copy_(y)

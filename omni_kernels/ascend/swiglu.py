@@ -14,10 +14,16 @@ from omni_kernels.ascend.operators import fused
 MOST_DIMENSIONS = 8
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+def swiglu(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    quantize: torch.dtype | None = None,
+    beside: bool = False,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     """See `omni_kernels.ops.swiglu`. Returns NotImplemented if the operator is missing or does not support these."""
     operator = fused("npu_swiglu")
-    both = None if operator is None else packed(gate, up)
+    both = None if operator is None or quantize is not None else packed(gate, up)
     if operator is None or both is None or gate.dim() > MOST_DIMENSIONS:
         return NotImplemented
     if gate.dtype is torch.float16:

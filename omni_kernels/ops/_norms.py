@@ -1,4 +1,4 @@
-"""Shared by the ops that normalise tokens: the norms, the forms of a modulation, how rows are cut into tiles.
+"""Shared by the ops that normalise tokens: the norms, the forms of a modulation, their rows.
 
     layer: (x − mean(x)) / √(var(x) + eps)        rms: x / √(mean(x²) + eps)        over D channels, in fp32
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from omni_kernels.ascend.rms_norm import rms_norm
-from omni_kernels.ops import _samples
+from omni_kernels.ops import _chunks
 from omni_kernels.ops._checks import DTYPES, unlike
 from omni_kernels.ops._triton import tl, triton
 
@@ -136,26 +136,37 @@ def modulate(
 
 
 @triton.jit
-def norm_rows(x, m_d, eps, D: tl.constexpr, LAYER: tl.constexpr):
-    """Normalise the rows of x [ROWS, BLOCK] in fp32, over the D channels where m_d is true. x is 0 in the others."""
+def norm_rows(x, eps, D: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, LAYER: tl.constexpr):
+    """Normalise the rows of x, fp32 chunks [ROWS, BLOCK], over their D channels. x is 0 in the others."""
     if LAYER:
-        mean = tl.sum(x, axis=1, keep_dims=True) / D
-        x = tl.where(m_d, x - mean, 0.0)
-    return x * tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / D + eps)
+        mean = _chunks.sum_rows(x, CHUNKS) / D
+        centred = ()
+        for c in tl.static_range(CHUNKS):
+            centred += (tl.where(_chunks.columns(c, BLOCK) < D, x[c] - mean, 0.0),)
+        x = centred
+    inverse = tl.rsqrt(_chunks.sum_squares(x, CHUNKS) / D + eps)
+    normed = ()
+    for c in tl.static_range(CHUNKS):
+        normed += (x[c] * inverse,)
+    return normed
 
 
 @triton.jit
-def modulate_rows(x, b_weight, b_bias, b_scale, b_shift):
-    """(x · weight + bias) · (1 + scale) + shift. Each of the four may be None."""
-    if b_weight is not None:
-        x *= b_weight.to(tl.float32)
-    if b_bias is not None:
-        x += b_bias.to(tl.float32)
-    if b_scale is not None:
-        x *= 1.0 + b_scale.to(tl.float32)
-    if b_shift is not None:
-        x += b_shift.to(tl.float32)
-    return x
+def modulate_rows(rows, b_weight, b_bias, b_scale, b_shift, CHUNKS: tl.constexpr):
+    """(x · weight + bias) · (1 + scale) + shift for x in chunks. Each of the four may be None."""
+    modulated = ()
+    for c in tl.static_range(CHUNKS):
+        x = rows[c]
+        if b_weight is not None:
+            x *= b_weight[c].to(tl.float32)
+        if b_bias is not None:
+            x += b_bias[c].to(tl.float32)
+        if b_scale is not None:
+            x *= 1.0 + b_scale[c].to(tl.float32)
+        if b_shift is not None:
+            x += b_shift[c].to(tl.float32)
+        modulated += (x,)
+    return modulated
 
 
 @triton.jit
@@ -188,10 +199,3 @@ def strides(t: torch.Tensor | None) -> tuple[int, int]:
     if t is None:
         return 0, 0
     return 0 if t.shape[0] == 1 else t.stride(0), 0 if t.shape[1] == 1 else t.stride(1)
-
-
-def cut(tokens: int, D: int, tile: int) -> tuple[int, int, int]:
-    """Rows of a tile, its channels (a power of two) and warps. As many rows as make `tile` elements, at least one."""
-    block = max(_samples.MIN_WIDTH, triton.next_power_of_2(D))
-    count = max(1, min(tile // block, triton.next_power_of_2(tokens)))
-    return count, block, _samples.warps(max(_samples.THREADS, block // 16))

@@ -11,11 +11,12 @@ its inputs and of y once.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 
 from omni_kernels.ascend import limits
-from omni_kernels.ops import _norms, _samples, _tiles
+from omni_kernels.ops import _chunks, _norms, _quantized, _samples, _tiles
 from omni_kernels.ops._checks import alike, unlike
 from omni_kernels.ops._triton import tl, triton
 from omni_kernels.registration import define
@@ -36,7 +37,9 @@ def ada_layer_norm(
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     eps: float = 1e-6,
-) -> torch.Tensor:
+    quantize: torch.dtype | None = None,
+    beside: bool = False,
+) -> torch.Tensor | Any:
     """(norm(x)·weight + bias)·(1 + scale) + shift, computed in fp32 and rounded once.
 
     Args:
@@ -50,9 +53,13 @@ def ada_layer_norm(
         weight: [D], the norm's weight, or None.
         bias: [D], the norm's bias, or None.
         eps: added to the variance or the mean square.
+        quantize: torch.int8, torch.float8_e4m3fn or torch.float8_e4m3fnuz: return y in 8 bits, as
+            `omni_kernels.ops.quantize` does.
+        beside: whether to return y in x's dtype as well.
 
     Returns:
         y: contiguous, in x's shape and dtype. Infinities and NaN affect only their own token.
+        With `quantize` (q, scale) or, with `beside`, (q, scale, y): q in y's shape, scale fp32 [B, S].
 
     Raises:
         ValueError: a shape does not fit, devices differ, a dtype is not allowed, or the norm is unknown.
@@ -64,64 +71,71 @@ def ada_layer_norm(
     _norms.check_norm("ada_layer_norm", norm)
     _norms.check_modulation("ada_layer_norm", "x", x, index, scale=scale, shift=shift)
     _norms.check_vectors("ada_layer_norm", "x", x, weight=weight, bias=bias)
-    return _op(x, scale, shift, index, norm, weight, bias, eps)
+    _quantized.check("ada_layer_norm", quantize, beside)
+    return _op(x, scale, shift, index, norm, weight, bias, eps, quantize, beside)
 
 
-def reference(x, scale, shift, index, norm, weight, bias, eps, *, normed=_norms.normed):
+def reference(x, scale, shift, index, norm, weight, bias, eps, quantize, beside, *, normed=_norms.normed):
     """In plain torch. `normed` computes the norm."""
     y = _norms.modulate(normed(x.float(), norm, eps, weight, bias), scale, shift, index)
-    return y.to(x.dtype).contiguous()
+    return _quantized.finished(y, x, quantize, beside)
 
 
 @triton.jit(do_not_specialize=["samples", "tokens", "tiles", "eps"])
 def ada_layer_norm_kernel(
-    p_x, p_scale, p_shift, p_index, p_weight, p_bias, p_y, samples, tokens, x_sample, x_token,
+    p_x, p_scale, p_shift, p_index, p_weight, p_bias, p_y, p_q, p_q_scale, samples, tokens, x_sample, x_token,
     scale_sample, scale_token, shift_sample, shift_token, index_sample, index_token, eps, tiles,
-    D: tl.constexpr, LAYER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, LAYER: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
     ONE: tl.constexpr,
 ):  # fmt: skip
-    """A program processes one tile of ROWS tokens of one sample."""
+    """A program processes one tile of ROWS tokens of one sample. Writes y, y in 8 bits, or both."""
     pid = tl.program_id(0)
     sample = (pid // tiles).to(tl.int64)
     first = (pid % tiles).to(tl.int64) * ROWS
     o_s = first + tl.arange(0, ROWS)[:, None]
-    o_d = tl.arange(0, BLOCK)[None, :]
-    m_d = o_d < D
-    m = (o_s < tokens) & m_d
-    x = tl.load(p_x + sample * x_sample + o_s * x_token + o_d, mask=m, other=0.0).to(tl.float32)
+    m_s = o_s < tokens
+    x = _chunks.load_rows(p_x, sample * x_sample + o_s * x_token, m_s, D, CHUNKS, BLOCK)
     # Loaded here, in their own dtype, so that these loads overlap with the row's reduction.
     row = _norms.row_of(p_index, sample, samples, index_sample, first if ONE else o_s, index_token, tokens)
-    b_scale, b_shift, b_weight, b_bias = None, None, None, None
-    if p_scale is not None:
-        b_scale = tl.load(p_scale + row * scale_sample + o_s * scale_token + o_d, mask=m, other=0.0)
-    if p_shift is not None:
-        b_shift = tl.load(p_shift + row * shift_sample + o_s * shift_token + o_d, mask=m, other=0.0)
-    if p_weight is not None:
-        b_weight = tl.load(p_weight + o_d, mask=m_d, other=0.0)
-    if p_bias is not None:
-        b_bias = tl.load(p_bias + o_d, mask=m_d, other=0.0)
-    y = _norms.modulate_rows(_norms.norm_rows(x, m_d, eps, D, LAYER), b_weight, b_bias, b_scale, b_shift)
-    tl.store(p_y + (sample * tokens + o_s) * D + o_d, y.to(p_y.dtype.element_ty), mask=m)
+    b_scale = _chunks.load_rows(p_scale, row * scale_sample + o_s * scale_token, m_s, D, CHUNKS, BLOCK)
+    b_shift = _chunks.load_rows(p_shift, row * shift_sample + o_s * shift_token, m_s, D, CHUNKS, BLOCK)
+    b_weight = _chunks.load_vector(p_weight, D, CHUNKS, BLOCK)
+    b_bias = _chunks.load_vector(p_bias, D, CHUNKS, BLOCK)
+    y = _norms.norm_rows(_chunks.in_fp32(x, CHUNKS), eps, D, CHUNKS, BLOCK, LAYER)
+    y = _norms.modulate_rows(y, b_weight, b_bias, b_scale, b_shift, CHUNKS)
+    o_out = sample * tokens + o_s
+    if p_y is not None:
+        _chunks.store_rows(p_y, o_out * D, y, m_s, D, CHUNKS, BLOCK)
+    if p_q is not None:
+        _quantized.store_quantized(p_q, p_q_scale, o_out * D, o_out, y, m_s, D, CHUNKS, BLOCK)
 
 
-def launch(x, scale, shift, index, norm, weight, bias, eps):
+def launch(x, scale, shift, index, norm, weight, bias, eps, quantize, beside):
     """With the Triton kernel. Rows that are too long for it use the plain-torch implementation."""
     B, S, D = x.shape
     limits.whole_row("ada_layer_norm", x, D, MAX_TRITON_CHANNELS)
-    y = x.new_empty((B, S, D))
-    if y.numel() == 0:
-        return y
+    _quantized.check_device("ada_layer_norm", x, quantize)
+    y, q, q_scale = _quantized.empty(x, quantize, beside)
+    if x.numel() == 0:
+        return _quantized.returned(y, q, None if q_scale is None else q_scale.zero_())
     x, scale, shift = _norms.rows(x), _norms.modulation_rows(scale), _norms.modulation_rows(shift)
-    rows, block, num_warps = _norms.cut(S, D, 1 if limits.here(x) else _tiles.tile("ada_layer_norm", x, TILE))
+    tile = 1 if limits.here(x) else _tiles.tile("ada_layer_norm", x, TILE)
+    rows, chunks, block, num_warps = _chunks.cut(x, S, tile, scale, shift, weight, bias)
     tiles = triton.cdiv(S, rows)
     with _samples.on_device_of(x):
         ada_layer_norm_kernel[limits.grid(x, B * tiles)](
-            x, scale, shift, index, _norms.vector(weight), _norms.vector(bias), y, B, S, *_norms.strides(x),
-            *_norms.strides(scale), *_norms.strides(shift), *_norms.strides(index), eps, tiles,
-            D=D, LAYER=norm == "layer", ROWS=rows, BLOCK=block, ONE=limits.here(x), num_warps=num_warps,
-            enable_fp_fusion=True,
+            x, scale, shift, index, _norms.vector(weight), _norms.vector(bias), y, q, q_scale, B, S,
+            *_norms.strides(x), *_norms.strides(scale), *_norms.strides(shift), *_norms.strides(index), eps, tiles,
+            D=D, LAYER=norm == "layer", ROWS=rows, CHUNKS=chunks, BLOCK=block, ONE=limits.here(x),
+            num_warps=num_warps, enable_fp_fusion=True,
         )  # fmt: skip
-    return y
+    return _quantized.returned(y, q, q_scale)
 
 
-_op = define(ada_layer_norm, reference, launch, npu=partial(reference, normed=_norms.normed_on_npu))
+def fake(x, scale, shift, index, norm, weight, bias, eps, quantize, beside):
+    """The outputs' shapes and dtypes."""
+    return _quantized.returned(*_quantized.empty(x, quantize, beside))
+
+
+on_npu = partial(reference, normed=_norms.normed_on_npu)
+_op = define(ada_layer_norm, reference, launch, fake=fake, npu=on_npu)

@@ -12,11 +12,12 @@ to its dtype, so it equals `ada_layer_norm(h, scale, shift)`. Moves the bytes of
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 
 from omni_kernels.ascend import limits
-from omni_kernels.ops import _norms, _samples, _tiles
+from omni_kernels.ops import _chunks, _norms, _quantized, _samples, _tiles
 from omni_kernels.ops._checks import alike, unlike
 from omni_kernels.ops._triton import tl, triton
 from omni_kernels.registration import define
@@ -45,7 +46,9 @@ def gate_residual_norm(
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     eps: float = 1e-6,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    quantize: torch.dtype | None = None,
+    beside: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None] | Any:
     """h = residual + g(gate)·N(x) and y = (norm(h)·weight + bias)·(1 + scale) + shift, computed in fp32.
 
     Args:
@@ -66,14 +69,18 @@ def gate_residual_norm(
         weight: [D], the norm's weight, or None.
         bias: [D], the norm's bias, or None.
         eps: added to the variance or the mean square.
+        quantize: torch.int8, torch.float8_e4m3fn or torch.float8_e4m3fnuz: return y in 8 bits, as
+            `omni_kernels.ops.quantize` does. Needs a norm.
+        beside: whether to return y in residual's dtype as well.
 
     Returns:
         h: contiguous, in residual's shape and dtype.
         y: like h, computed from the rounded h; None without a norm. Infinities and NaN affect only their own token.
+        With `quantize` (h, q, scale) or, with `beside`, (h, q, scale, y): q in y's shape, scale fp32 [B, S].
 
     Raises:
         ValueError: a shape does not fit, devices differ, a dtype is not allowed, the norm is unknown, or a scale,
-            shift, weight or bias is given without a norm.
+            shift, weight, bias or quantize is given without a norm.
     """
     op = "gate_residual_norm"
     if residual.dim() != 3:
@@ -82,18 +89,22 @@ def gate_residual_norm(
         raise unlike(op, residual=residual, x=x)
     _norms.check_norm(op, norm, (*_norms.NORMS, None))
     if norm is None:
-        for name, t in (("scale", scale), ("shift", shift), ("weight", weight), ("bias", bias)):
-            if t is not None:
+        named = {"scale": scale, "shift": shift, "weight": weight, "bias": bias, "quantize": quantize}
+        for name, given in named.items():
+            if given is not None:
                 raise ValueError(
                     f"{op}: {name} is given, and norm is None; without a norm there is nothing to apply it to"
                 )
     _norms.check_modulation(op, "residual", residual, index, gate=gate, scale=scale, shift=shift)
     _norms.check_vectors(op, "residual", residual, x_weight=x_weight, weight=weight, bias=bias)
-    return _op(residual, x, gate, scale, shift, index, gate_tanh, x_weight, x_eps, norm, weight, bias, eps)
+    _quantized.check(op, quantize, beside)
+    return _op(
+        residual, x, gate, scale, shift, index, gate_tanh, x_weight, x_eps, norm, weight, bias, eps, quantize, beside
+    )
 
 
 def reference(
-    residual, x, gate, scale, shift, index, gate_tanh, x_weight, x_eps, norm, weight, bias, eps,
+    residual, x, gate, scale, shift, index, gate_tanh, x_weight, x_eps, norm, weight, bias, eps, quantize, beside,
     *, normed=_norms.normed,
 ):  # fmt: skip
     """In plain torch. `normed` computes the norms."""
@@ -107,7 +118,12 @@ def reference(
     if norm is None:
         return h, None
     y = _norms.modulate(normed(h.float(), norm, eps, weight, bias), scale, shift, index)
-    return h, y.to(h.dtype).contiguous()
+    return _with(h, _quantized.finished(y, h, quantize, beside))
+
+
+def _with(h, made):
+    """h, and what `_quantized.returned` returned."""
+    return (h, *made) if isinstance(made, tuple) else (h, made)
 
 
 @triton.jit
@@ -123,79 +139,87 @@ def _tanh(v):
 
 @triton.jit(do_not_specialize=["samples", "tokens", "tiles", "x_eps", "eps"])
 def gate_residual_norm_kernel(
-    p_residual, p_x, p_gate, p_scale, p_shift, p_index, p_x_weight, p_weight, p_bias, p_h, p_y, samples, tokens,
-    residual_sample, residual_token, x_sample, x_token, gate_sample, gate_token, scale_sample, scale_token,
-    shift_sample, shift_token, index_sample, index_token, x_eps, eps, tiles,
-    D: tl.constexpr, TANH: tl.constexpr, LAYER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    ONE: tl.constexpr,
+    p_residual, p_x, p_gate, p_scale, p_shift, p_index, p_x_weight, p_weight, p_bias, p_h, p_y, p_q, p_q_scale,
+    samples, tokens, residual_sample, residual_token, x_sample, x_token, gate_sample, gate_token, scale_sample,
+    scale_token, shift_sample, shift_token, index_sample, index_token, x_eps, eps, tiles,
+    D: tl.constexpr, TANH: tl.constexpr, LAYER: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
-    """A program processes one tile of ROWS tokens of one sample. Without p_y it writes only h."""
+    """A program processes one tile of ROWS tokens of one sample. Writes h, and y, y in 8 bits, both or neither."""
     pid = tl.program_id(0)
     sample = (pid // tiles).to(tl.int64)
     first = (pid % tiles).to(tl.int64) * ROWS
     o_s = first + tl.arange(0, ROWS)[:, None]
-    o_d = tl.arange(0, BLOCK)[None, :]
-    m_d = o_d < D
-    m = (o_s < tokens) & m_d
-    x = tl.load(p_x + sample * x_sample + o_s * x_token + o_d, mask=m, other=0.0).to(tl.float32)
-    b_residual = tl.load(p_residual + sample * residual_sample + o_s * residual_token + o_d, mask=m, other=0.0)
+    m_s = o_s < tokens
+    x = _chunks.load_rows(p_x, sample * x_sample + o_s * x_token, m_s, D, CHUNKS, BLOCK)
+    b_residual = _chunks.load_rows(p_residual, sample * residual_sample + o_s * residual_token, m_s, D, CHUNKS, BLOCK)
     row = _norms.row_of(p_index, sample, samples, index_sample, first if ONE else o_s, index_token, tokens)
-    if p_gate is not None:
-        b_gate = tl.load(p_gate + row * gate_sample + o_s * gate_token + o_d, mask=m, other=0.0)
+    b_gate = _chunks.load_rows(p_gate, row * gate_sample + o_s * gate_token, m_s, D, CHUNKS, BLOCK)
+    b_x_weight = _chunks.load_vector(p_x_weight, D, CHUNKS, BLOCK)
+    x = _chunks.in_fp32(x, CHUNKS)
     if p_x_weight is not None:
-        b_x_weight = tl.load(p_x_weight + o_d, mask=m_d, other=0.0)
-    if p_x_weight is not None:
-        x = _norms.norm_rows(x, m_d, x_eps, D, False) * b_x_weight.to(tl.float32)
-    if p_gate is not None:
-        gate = b_gate.to(tl.float32)
-        x *= _tanh(gate) if TANH else gate
-    b_h = (b_residual.to(tl.float32) + x).to(p_h.dtype.element_ty)
-    o_out = (sample * tokens + o_s) * D + o_d
-    tl.store(p_h + o_out, b_h, mask=m)
-    if p_y is not None:
+        x = _norms.norm_rows(x, x_eps, D, CHUNKS, BLOCK, False)
+    h = ()
+    for c in tl.static_range(CHUNKS):
+        added = x[c]
+        if p_x_weight is not None:
+            added *= b_x_weight[c].to(tl.float32)
+        if p_gate is not None:
+            gate = b_gate[c].to(tl.float32)
+            added *= _tanh(gate) if TANH else gate
+        h += ((b_residual[c].to(tl.float32) + added).to(p_h.dtype.element_ty),)
+    o_out = sample * tokens + o_s
+    _chunks.store_rows(p_h, o_out * D, h, m_s, D, CHUNKS, BLOCK)
+    if p_y is not None or p_q is not None:
         # Loaded here, in their own dtype, so that these loads overlap with the row's reduction.
-        b_scale, b_shift, b_weight, b_bias = None, None, None, None
-        if p_scale is not None:
-            b_scale = tl.load(p_scale + row * scale_sample + o_s * scale_token + o_d, mask=m, other=0.0)
-        if p_shift is not None:
-            b_shift = tl.load(p_shift + row * shift_sample + o_s * shift_token + o_d, mask=m, other=0.0)
-        if p_weight is not None:
-            b_weight = tl.load(p_weight + o_d, mask=m_d, other=0.0)
-        if p_bias is not None:
-            b_bias = tl.load(p_bias + o_d, mask=m_d, other=0.0)
-        y = _norms.norm_rows(b_h.to(tl.float32), m_d, eps, D, LAYER)
-        y = _norms.modulate_rows(y, b_weight, b_bias, b_scale, b_shift)
-        tl.store(p_y + o_out, y.to(p_y.dtype.element_ty), mask=m)
+        b_scale = _chunks.load_rows(p_scale, row * scale_sample + o_s * scale_token, m_s, D, CHUNKS, BLOCK)
+        b_shift = _chunks.load_rows(p_shift, row * shift_sample + o_s * shift_token, m_s, D, CHUNKS, BLOCK)
+        b_weight = _chunks.load_vector(p_weight, D, CHUNKS, BLOCK)
+        b_bias = _chunks.load_vector(p_bias, D, CHUNKS, BLOCK)
+        y = _norms.norm_rows(_chunks.in_fp32(h, CHUNKS), eps, D, CHUNKS, BLOCK, LAYER)
+        y = _norms.modulate_rows(y, b_weight, b_bias, b_scale, b_shift, CHUNKS)
+        if p_y is not None:
+            _chunks.store_rows(p_y, o_out * D, y, m_s, D, CHUNKS, BLOCK)
+        if p_q is not None:
+            _quantized.store_quantized(p_q, p_q_scale, o_out * D, o_out, y, m_s, D, CHUNKS, BLOCK)
 
 
-def launch(residual, x, gate, scale, shift, index, gate_tanh, x_weight, x_eps, norm, weight, bias, eps):
+def launch(
+    residual, x, gate, scale, shift, index, gate_tanh, x_weight, x_eps, norm, weight, bias, eps, quantize, beside
+):  # fmt: skip
     """With the Triton kernel. Rows that are too long for it use the plain-torch implementation."""
     B, S, D = residual.shape
     limits.whole_row("gate_residual_norm", residual, D, MAX_TRITON_CHANNELS)
+    _quantized.check_device("gate_residual_norm", residual, quantize)
     h = residual.new_empty((B, S, D))
-    y = None if norm is None else residual.new_empty((B, S, D))
+    y, q, q_scale = (None, None, None) if norm is None else _quantized.empty(residual, quantize, beside)
     if h.numel() == 0:
-        return h, y
+        return _with(h, _quantized.returned(y, q, None if q_scale is None else q_scale.zero_()))
     residual, x = _norms.rows(residual), _norms.rows(x)
     gate, scale, shift = (_norms.modulation_rows(t) for t in (gate, scale, shift))
     x_weight, weight, bias = (_norms.vector(t) for t in (x_weight, weight, bias))
     tile = 1 if limits.here(residual) else _tiles.tile("gate_residual_norm", residual, TILE)
-    rows, block, num_warps = _norms.cut(S, D, tile)
+    rows, chunks, block, num_warps = _chunks.cut(
+        residual, S, tile, x, gate, scale, shift, x_weight, weight, bias
+    )  # fmt: skip
     tiles = triton.cdiv(S, rows)
     with _samples.on_device_of(residual):
         gate_residual_norm_kernel[limits.grid(residual, B * tiles)](
-            residual, x, gate, scale, shift, index, x_weight, weight, bias, h, y, B, S, *_norms.strides(residual),
-            *_norms.strides(x), *_norms.strides(gate), *_norms.strides(scale), *_norms.strides(shift),
-            *_norms.strides(index), x_eps, eps, tiles,
-            D=D, TANH=gate_tanh, LAYER=norm == "layer", ROWS=rows, BLOCK=block, ONE=limits.here(residual),
-            num_warps=num_warps, enable_fp_fusion=True,
+            residual, x, gate, scale, shift, index, x_weight, weight, bias, h, y, q, q_scale, B, S,
+            *_norms.strides(residual), *_norms.strides(x), *_norms.strides(gate), *_norms.strides(scale),
+            *_norms.strides(shift), *_norms.strides(index), x_eps, eps, tiles,
+            D=D, TANH=gate_tanh, LAYER=norm == "layer", ROWS=rows, CHUNKS=chunks, BLOCK=block,
+            ONE=limits.here(residual), num_warps=num_warps, enable_fp_fusion=True,
         )  # fmt: skip
-    return h, y
+    return _with(h, _quantized.returned(y, q, q_scale))
 
 
-def fake(residual, x, gate, scale, shift, index, gate_tanh, x_weight, x_eps, norm, weight, bias, eps):
+def fake(
+    residual, x, gate, scale, shift, index, gate_tanh, x_weight, x_eps, norm, weight, bias, eps, quantize, beside
+):  # fmt: skip
     """The outputs' shapes and dtypes."""
-    return residual.new_empty(residual.shape), None if norm is None else residual.new_empty(residual.shape)
+    made = None if norm is None else _quantized.returned(*_quantized.empty(residual, quantize, beside))
+    return _with(residual.new_empty(residual.shape), made)
 
 
 on_npu = partial(reference, normed=_norms.normed_on_npu)

@@ -8,49 +8,55 @@ The same as F.gelu(x, approximate="tanh"), used between the two linear layers of
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
 from omni_kernels.ascend import limits
 from omni_kernels.ascend.gelu import gelu as on_npu
-from omni_kernels.ops import _rows, _samples, _tiles
+from omni_kernels.ops import _activations, _quantized, _rows, _samples, _tiles
 from omni_kernels.ops._checks import alike, unlike
 from omni_kernels.ops._triton import tl, triton
+from omni_kernels.ops.quantize import launch_rows
 from omni_kernels.registration import define
 
 # 16 elements per thread: on sm_90, 40 registers and 48 KB of loads in flight per multiprocessor. With 8: 24 and 32.
 BLOCK = 4096
 
 
-def gelu(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+def gelu(
+    x: torch.Tensor, *, quantize: torch.dtype | None = None, beside: bool = False, out: torch.Tensor | None = None
+) -> torch.Tensor | Any:
     """½·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))).
 
     Args:
         x: [...], fp32, fp16 or bf16, any strides. A slice of a packed projection is read in place.
+        quantize: torch.int8, torch.float8_e4m3fn or torch.float8_e4m3fnuz: return the result in 8 bits, as
+            `omni_kernels.ops.quantize` does.
+        beside: whether to return it in x's dtype as well.
         out: where to write, like x; None for a new tensor. A slice of a packed tensor is written in place. It may be x
             itself, but must not overlap x otherwise.
 
     Returns:
         `out`, or a new contiguous tensor in x's shape and dtype. −∞ gives NaN, as in torch.
+        With `quantize` (q, scale) or, with `beside`, (q, scale, y): q in x's shape, scale fp32 [...].
 
     Raises:
         ValueError: shapes or devices differ, a dtype is not allowed, or x has no dimensions.
     """
     if not alike(x, out):
         raise unlike("gelu", x=x, out=out)
-    return _op(x, out)
+    _quantized.check("gelu", quantize, beside, out)
+    return _op(x, quantize, beside, out)
 
 
-def reference(x, out):
+def reference(x, quantize, beside, out):
     """In plain torch."""
+    if quantize is not None:
+        return _quantized.finished(F.gelu(x.float(), approximate="tanh"), x, quantize, beside)
     y = F.gelu(x, approximate="tanh")
     return y.contiguous() if out is None else out.copy_(y)
-
-
-@triton.jit
-def gelu_of(x):
-    """GELU of x in fp32. Uses ½·(1 + tanh(u)) = logistic(2u), which loses no precision where tanh(u) is near −1."""
-    return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
 
 
 @triton.jit(do_not_specialize=["n", "blocks"])
@@ -64,15 +70,18 @@ def gelu_kernel(p_x, p_out, n, x_stride, out_stride, blocks, BLOCK: tl.constexpr
     p_out += row * out_stride + start
     # A mask whose bound is not divisible by 16 prevents 128-bit accesses. So only the last, incomplete block has one.
     if start + BLOCK <= n:
-        tl.store(p_out + o, gelu_of(tl.load(p_x + o).to(tl.float32)).to(p_out.dtype.element_ty))
+        tl.store(p_out + o, _activations.gelu_of(tl.load(p_x + o).to(tl.float32)).to(p_out.dtype.element_ty))
     else:
         m = o < (n - start).to(tl.int32)
         x = tl.load(p_x + o, mask=m, other=0.0).to(tl.float32)
-        tl.store(p_out + o, gelu_of(x).to(p_out.dtype.element_ty), mask=m)
+        tl.store(p_out + o, _activations.gelu_of(x).to(p_out.dtype.element_ty), mask=m)
 
 
-def launch(x, out):
-    """With the Triton kernel."""
+def launch(x, quantize, beside, out):
+    """With the Triton kernel; in 8 bits, with that of `quantize`."""
+    if quantize is not None:
+        _quantized.check_device("gelu", x, quantize)
+        return launch_rows("gelu", x, None, quantize, beside, gelu=True)
     if out is None:
         out = x.new_empty(x.shape)
     if out.numel() == 0:
@@ -89,4 +98,9 @@ def launch(x, out):
     return out if target.data_ptr() == out.data_ptr() else out.copy_(target.view(out.shape))
 
 
-_op = define(gelu, reference, launch, npu=on_npu)
+def fake(x, quantize, beside, out=None):
+    """The outputs' shapes and dtypes."""
+    return _quantized.returned(*_quantized.empty(x, quantize, beside))
+
+
+_op = define(gelu, reference, launch, fake=fake, npu=on_npu)

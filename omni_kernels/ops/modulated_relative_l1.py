@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from omni_kernels.ascend import limits
-from omni_kernels.ops import _norms, _samples
+from omni_kernels.ops import _chunks, _norms, _samples
 from omni_kernels.ops._checks import alike, unlike
 from omni_kernels.ops._triton import tl, triton
 from omni_kernels.registration import define
@@ -79,14 +79,12 @@ def reference(h, scale, shift, m_prev, norm, weight, eps, *, normed=_norms.norme
 def modulated_relative_l1_kernel(
     p_h, p_scale, p_shift, p_weight, p_prev, p_m, p_partials, tokens, h_sample, h_token, scale_sample, scale_token,
     shift_sample, shift_token, prev_sample, prev_token, eps, tiles, programs,
-    D: tl.constexpr, LAYER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, LAYER: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program processes `tiles` tiles of ROWS tokens of one sample. Writes partials [B, 2, programs] if p_prev."""
     pid = tl.program_id(0)
     sample = (pid // programs).to(tl.int64)
     part = pid % programs
-    o_d = tl.arange(0, BLOCK)[None, :]
-    m_d = o_d < D
     p_h += sample * h_sample
     p_scale += sample * scale_sample
     p_m += sample * tokens * D
@@ -98,26 +96,32 @@ def modulated_relative_l1_kernel(
     magnitude = 0.0
     for tile in range(tiles):
         o_s = (part.to(tl.int64) * tiles + tile) * ROWS + tl.arange(0, ROWS)[:, None]
-        m = (o_s < tokens) & m_d
-        x = tl.load(p_h + o_s * h_token + o_d, mask=m, other=0.0).to(tl.float32)
-        if p_prev is not None:
-            # Loaded here, so that the load overlaps with the row's reduction.
-            b_prev = tl.load(p_prev + o_s * prev_token + o_d, mask=m, other=0.0)
-        x = _norms.norm_rows(x, m_d, eps, D, LAYER)
-        # Scale and shift either are a few KB for all tokens of a sample and stay in the cache, or are read once.
-        gain = 1.0 + tl.load(p_scale + o_s * scale_token + o_d, mask=m, other=0.0).to(tl.float32)
-        if p_weight is not None:
-            gain *= tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
-        x *= gain
-        if p_shift is not None:
-            x += tl.load(p_shift + o_s * shift_token + o_d, mask=m, other=0.0).to(tl.float32)
-        b_m = x.to(p_m.dtype.element_ty)
-        tl.store(p_m + o_s * D + o_d, b_m, mask=m)
-        if p_prev is not None:
-            b_prev = b_prev.to(tl.float32)
-            # With eps = 0 the lanes outside hold 0 · ∞.
-            difference += tl.sum(tl.where(m, tl.abs(b_m.to(tl.float32) - b_prev), 0.0))
-            magnitude += tl.sum(tl.abs(b_prev))
+        m_s = o_s < tokens
+        x = _chunks.load_rows(p_h, o_s * h_token, m_s, D, CHUNKS, BLOCK)
+        # Loaded here, so that the load overlaps with the row's reduction.
+        b_prev = _chunks.load_rows(p_prev, o_s * prev_token, m_s, D, CHUNKS, BLOCK)
+        x = _norms.norm_rows(_chunks.in_fp32(x, CHUNKS), eps, D, CHUNKS, BLOCK, LAYER)
+        differences = tl.zeros((ROWS, BLOCK), tl.float32)
+        magnitudes = tl.zeros((ROWS, BLOCK), tl.float32)
+        for c in tl.static_range(CHUNKS):
+            o_d = _chunks.columns(c, BLOCK)
+            m = m_s & (o_d < D)
+            # Scale and shift either are a few KB for all tokens of a sample and stay in the cache, or are read once.
+            gain = 1.0 + tl.load(p_scale + o_s * scale_token + o_d, mask=m, other=0.0).to(tl.float32)
+            if p_weight is not None:
+                gain *= tl.load(p_weight + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+            y = x[c] * gain
+            if p_shift is not None:
+                y += tl.load(p_shift + o_s * shift_token + o_d, mask=m, other=0.0).to(tl.float32)
+            b_m = y.to(p_m.dtype.element_ty)
+            tl.store(p_m + o_s * D + o_d, b_m, mask=m)
+            if p_prev is not None:
+                previous = b_prev[c].to(tl.float32)
+                # With eps = 0 the lanes outside hold 0 · ∞.
+                differences += tl.where(m, tl.abs(b_m.to(tl.float32) - previous), 0.0)
+                magnitudes += tl.abs(previous)
+        difference += tl.sum(differences)
+        magnitude += tl.sum(magnitudes)
     if p_prev is not None:
         p_partials += sample * 2 * programs + part
         tl.store(p_partials, difference)
@@ -136,14 +140,14 @@ def launch(h, scale, shift, m_prev, norm, weight, eps):
         return m, sums
     h, scale, shift = _norms.rows(h), _norms.rows(_norms.per_token(scale)), _norms.modulation_rows(shift)
     m_prev = None if m_prev is None else _norms.rows(m_prev)
-    rows, block, num_warps = _norms.cut(S, D, 1 if limits.here(h) else TILE)
+    rows, chunks, block, num_warps = _chunks.cut(h, S, 1 if limits.here(h) else TILE, scale, shift, m_prev, weight)
     tiles, programs = _samples.cut(S, rows)
     partials = sums if m_prev is None else _samples.new_partials(sums, programs)
     with _samples.on_device_of(h):
         modulated_relative_l1_kernel[limits.grid(h, B * programs)](
             h, scale, shift, _norms.vector(weight), m_prev, m, partials, S, *_norms.strides(h), *_norms.strides(scale),
             *_norms.strides(shift), *_norms.strides(m_prev), eps, tiles, programs,
-            D=D, LAYER=norm == "layer", ROWS=rows, BLOCK=block, num_warps=num_warps,
+            D=D, LAYER=norm == "layer", ROWS=rows, CHUNKS=chunks, BLOCK=block, num_warps=num_warps,
             enable_fp_fusion=True,
         )  # fmt: skip
         _samples.add_partials(partials, sums)

@@ -17,6 +17,7 @@ once, plus those of freqs and the weights.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from functools import partial
 
@@ -34,12 +35,13 @@ from omni_kernels.registration import define
 LAYOUTS = ("interleaved", "half")
 MAX_HEAD_SIZE = 256
 
-# Elements of q per tile, in whole heads. A thread processes 8 elements of each tensor; with "half", where the elements
-# of a pair are apart, 8 of each half. On sm_90, 40 and 61 registers, and 72 and 96 KB of loads in flight per
-# multiprocessor.
-TILE = 2048
-# With the norm over all heads, a tile is a token, and a thread processes 16 elements of each tensor: on sm_90, at most
-# 77 registers. With tokens twice as long, registers would spill.
+# Elements of q per chunk, in whole heads. A thread processes 16 bytes of each tensor; with "half", where the elements
+# of a pair are apart, 16 of each half.
+TILE = 1024
+# A program processes all heads of a token, up to so many chunks of them, so that it loads the angles once: in fp32, the
+# angles of a head have as many bytes as its q and k in bf16. Across heads, all chunks are in registers at once.
+MAX_CHUNKS, MAX_CHUNKS_ACROSS = 8, 5
+# The longest token for a norm over all heads.
 MAX_TRITON_TOKEN = 8192
 
 
@@ -290,17 +292,17 @@ def reference(
 
 @triton.jit
 def load_pairs(p, o_row, m_row, D: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """The two elements of every pair of ROWS rows of D, each [ROWS, BLOCK / 2], in fp32."""
+    """The two elements of every pair of ROWS rows of D, each [ROWS, BLOCK / 2], in their dtype."""
     if INTERLEAVED:
         # Loaded contiguously, then split. Loads with a stride of 2 would be 16-bit loads.
         o_d = tl.arange(0, BLOCK)[None, :]
-        x = tl.load(p + o_row + o_d, mask=m_row & (o_d < D), other=0.0).to(tl.float32)
+        x = tl.load(p + o_row + o_d, mask=m_row & (o_d < D), other=0.0)
         a, b = tl.split(tl.reshape(x, (ROWS, BLOCK // 2, 2)))
     else:
         o_d = tl.arange(0, BLOCK // 2)[None, :]
         m = m_row & (o_d < D // 2)
-        a = tl.load(p + o_row + o_d, mask=m, other=0.0).to(tl.float32)
-        b = tl.load(p + o_row + D // 2 + o_d, mask=m, other=0.0).to(tl.float32)
+        a = tl.load(p + o_row + o_d, mask=m, other=0.0)
+        b = tl.load(p + o_row + D // 2 + o_d, mask=m, other=0.0)
     return a, b
 
 
@@ -321,108 +323,142 @@ def store_pairs(
 
 
 @triton.jit
-def copy_heads(p, p_out, sample, o_s, o_h, strides, out_strides, m_row, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Copy heads o_h of tokens o_s."""
-    o_d = tl.arange(0, BLOCK)[None, :]
-    m = m_row & (o_d < D)
-    p += sample * strides[0]
-    x = tl.load(p + o_s * strides[1] + o_h * strides[2] + o_d, mask=m, other=0.0)
-    p_out += sample * out_strides[0]
-    tl.store(p_out + o_s * out_strides[1] + o_h * out_strides[2] + o_d, x.to(p_out.dtype.element_ty), mask=m)
+def heads(first, chunk: tl.constexpr, ROWS: tl.constexpr):
+    """The heads [ROWS, 1] of a chunk."""
+    return first + chunk * ROWS + tl.arange(0, ROWS)[:, None]
 
 
 @triton.jit
-def reciprocal_rms(a, b, eps, N: tl.constexpr, ACROSS: tl.constexpr):
-    """1 / √(mean square + eps) of every row of N elements or, with ACROSS, of all rows together (N elements)."""
-    squares = tl.sum(a * a + b * b, axis=1, keep_dims=True)
-    if ACROSS:
-        squares = tl.sum(squares, axis=0, keep_dims=True)
-    return tl.rsqrt(squares / N + eps)
+def load_heads(
+    p, first, strides, H: tl.constexpr, D: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr,
+    CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The pairs of a token's heads, one chunk of ROWS heads after the other. `p` points to the token."""
+    pairs = ()
+    for c in tl.static_range(CHUNKS):
+        o_h = heads(first, c, ROWS)
+        pairs += (load_pairs(p, o_h * strides[2], o_h < H, D, INTERLEAVED, ROWS, BLOCK),)
+    return pairs
 
 
-@triton.jit(do_not_specialize=["tokens", "programs", "eps"])
+@triton.jit
+def reciprocal_rms(a, b, eps, N: tl.constexpr):
+    """1 / √(mean square + eps) of every row of N elements."""
+    return tl.rsqrt(tl.sum(a * a + b * b, axis=1, keep_dims=True) / N + eps)
+
+
+@triton.jit
+def reciprocal_rms_of_all(pairs, eps, N: tl.constexpr, CHUNKS: tl.constexpr):
+    """1 / √(mean square + eps) of all rows of all chunks, N elements."""
+    a, b = pairs[0][0].to(tl.float32), pairs[0][1].to(tl.float32)
+    squares = a * a + b * b
+    for c in tl.static_range(1, CHUNKS):
+        a, b = pairs[c][0].to(tl.float32), pairs[c][1].to(tl.float32)
+        squares += a * a + b * b
+    return tl.rsqrt(tl.sum(tl.sum(squares, axis=1, keep_dims=True), axis=0, keep_dims=True) / N + eps)
+
+
+@triton.jit
+def finish_heads(
+    pairs, p_out, p_weight, angles, eps, first, strides, H: tl.constexpr, D: tl.constexpr,
+    INTERLEAVED: tl.constexpr, ACROSS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Normalise, rotate and store the heads that `load_heads` has loaded. `p_out` points to the token."""
+    if p_weight is not None:
+        if ACROSS:
+            inverse = reciprocal_rms_of_all(pairs, eps, H * D, CHUNKS)
+        else:
+            w_a, w_b = load_pairs(p_weight, 0, tl.full((1, 1), True, tl.int1), D, INTERLEAVED, 1, BLOCK)
+    for c in tl.static_range(CHUNKS):
+        o_h = heads(first, c, ROWS)
+        m = o_h < H
+        a, b = pairs[c][0].to(tl.float32), pairs[c][1].to(tl.float32)
+        if p_weight is not None:
+            if ACROSS:
+                w_a, w_b = load_pairs(p_weight, o_h * D, m, D, INTERLEAVED, ROWS, BLOCK)
+            else:
+                inverse = reciprocal_rms(a, b, eps, D)
+            a *= inverse * w_a.to(tl.float32)
+            b *= inverse * w_b.to(tl.float32)
+        if angles is not None:
+            cos, sin = angles[c]
+            cos, sin = cos.to(tl.float32), sin.to(tl.float32)
+            a, b = a * cos - b * sin, a * sin + b * cos
+        store_pairs(p_out, a, b, o_h * strides[2], m, D, INTERLEAVED, ROWS, BLOCK)
+
+
+@triton.jit
+def load_angles(
+    p_freqs, p_sin, sample, token, first, freqs_strides, sin_strides, H: tl.constexpr, D: tl.constexpr,
+    INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The cosines and sines of each chunk of heads. If all heads share them, they are loaded once."""
+    p_freqs += sample * freqs_strides[0] + token * freqs_strides[1]
+    all_heads = tl.full((1, 1), True, tl.int1)
+    angles = ()
+    if p_sin is None:
+        shared = load_pairs(p_freqs, 0, all_heads, D, True, 1, BLOCK)
+        for _ in tl.static_range(CHUNKS):
+            angles += (shared,)
+    elif len(freqs_strides) == 2:
+        cos, _ = load_pairs(p_freqs, 0, all_heads, D, INTERLEAVED, 1, BLOCK)
+        _, sin = load_pairs(p_sin + token * sin_strides[1], 0, all_heads, D, INTERLEAVED, 1, BLOCK)
+        for _ in tl.static_range(CHUNKS):
+            angles += ((cos, sin),)
+    else:
+        p_sin += sample * sin_strides[0] + token * sin_strides[1]
+        for c in tl.static_range(CHUNKS):
+            o_h = heads(first, c, ROWS)
+            cos, _ = load_pairs(p_freqs, o_h * freqs_strides[2], o_h < H, D, INTERLEAVED, ROWS, BLOCK)
+            _, sin = load_pairs(p_sin, o_h * sin_strides[2], o_h < H, D, INTERLEAVED, ROWS, BLOCK)
+            angles += ((cos, sin),)
+    return angles
+
+
+@triton.jit(do_not_specialize=["programs", "eps"])
 def qk_norm_rope_kernel(
-    p_q, p_k, p_v, p_q_out, p_k_out, p_v_out, p_q_weight, p_k_weight, p_freqs, p_sin, tokens, programs, eps, q_strides,
+    p_q, p_k, p_v, p_q_out, p_k_out, p_v_out, p_q_weight, p_k_weight, p_freqs, p_sin, programs, eps, q_strides,
     k_strides, v_strides, q_out_strides, k_out_strides, v_out_strides, freqs_strides, sin_strides,
     H: tl.constexpr, D: tl.constexpr, INTERLEAVED: tl.constexpr, ACROSS: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, OF_TOKEN: tl.constexpr,
+    CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program processes ROWS heads of one sample or, with ACROSS, of one token. Strides: sample, token, head.
+    """A program processes CHUNKS chunks of ROWS heads of a token: all of its heads, or one of several groups.
 
-    With p_sin, p_freqs holds the cosines. With OF_TOKEN, a program always processes ROWS heads of one token, and loads
-    what these heads share only once; tables must be the same for all heads.
+    With p_sin, p_freqs holds the cosines. Strides: sample, token, head.
     """
+    GROUPS: tl.constexpr = (H + ROWS * CHUNKS - 1) // (ROWS * CHUNKS)
     pid = tl.program_id(0)
     sample = (pid // programs).to(tl.int64)
-    part = (pid % programs).to(tl.int64)
-    N: tl.constexpr = H * D if ACROSS else D
-    if OF_TOKEN:
-        groups: tl.constexpr = (H + ROWS - 1) // ROWS
-        o_h = (part % groups) * ROWS + tl.arange(0, ROWS)[:, None]
-        o_s = part // groups
-        m = o_h < H
-        o_weight = o_h * D if ACROSS else 0
-    elif ACROSS:
-        o_h = tl.arange(0, ROWS)[:, None].to(tl.int64)
-        o_s = tl.zeros((ROWS, 1), tl.int64) + part
-        m = o_h < H
-        o_weight = o_h * D
-    else:
-        # Heads are numbered across tokens, so that no lanes are idle, whatever the number of heads is.
-        o_r = part * ROWS + tl.arange(0, ROWS)[:, None]
-        o_s = o_r // H
-        o_h = o_r % H
-        m = o_s < tokens
-        o_weight = tl.zeros((ROWS, 1), tl.int64)
-    # Numbers of rows: of tables that all heads of a token share, and of a weight.
-    SHARED: tl.constexpr = 1 if OF_TOKEN else ROWS
-    WEIGHTS: tl.constexpr = ROWS if ACROSS else SHARED
-    m_shared, m_weight = m, m
-    if OF_TOKEN:
-        m_shared = tl.full((1, 1), True, tl.int1)
-        if not ACROSS:
-            m_weight = m_shared
-    o_q = sample * q_strides[0] + o_s * q_strides[1] + o_h * q_strides[2]
-    o_k = sample * k_strides[0] + o_s * k_strides[1] + o_h * k_strides[2]
-    q_a, q_b = load_pairs(p_q, o_q, m, D, INTERLEAVED, ROWS, BLOCK)
-    k_a, k_b = load_pairs(p_k, o_k, m, D, INTERLEAVED, ROWS, BLOCK)
-    if p_v is not None and not ACROSS:
-        copy_heads(p_v, p_v_out, sample, o_s, o_h, v_strides, v_out_strides, m, D, BLOCK)
+    part = pid % programs
+    token = (part // GROUPS).to(tl.int64)
+    first = (part % GROUPS).to(tl.int64) * (CHUNKS * ROWS)
+    p_q += sample * q_strides[0] + token * q_strides[1]
+    p_k += sample * k_strides[0] + token * k_strides[1]
+    q = load_heads(p_q, first, q_strides, H, D, INTERLEAVED, ROWS, CHUNKS, BLOCK)
+    k = load_heads(p_k, first, k_strides, H, D, INTERLEAVED, ROWS, CHUNKS, BLOCK)
+    angles = None
     if p_freqs is not None:
-        # 4 bytes per element where q has 2. But all heads of a token share them, so they are read from memory once.
-        o_freqs = sample * freqs_strides[0] + o_s * freqs_strides[1]
-        if p_sin is None:
-            cos, sin = load_pairs(p_freqs, o_freqs, m_shared, D, True, SHARED, BLOCK)
-        else:
-            o_sin = o_s * sin_strides[1]
-            # For each head: known from the number of strides, so that tables for all heads need no more registers.
-            if len(freqs_strides) == 3:
-                o_freqs += o_h * freqs_strides[2]
-                o_sin += sample * sin_strides[0] + o_h * sin_strides[2]
-            cos, _ = load_pairs(p_freqs, o_freqs, m_shared, D, INTERLEAVED, SHARED, BLOCK)
-            _, sin = load_pairs(p_sin, o_sin, m_shared, D, INTERLEAVED, SHARED, BLOCK)
+        angles = load_angles(
+            p_freqs, p_sin, sample, token, first, freqs_strides, sin_strides, H, D, INTERLEAVED, ROWS, CHUNKS, BLOCK
+        )
     # q is finished before k begins. Both at a time would need more registers.
-    if p_q_weight is not None:
-        w_a, w_b = load_pairs(p_q_weight, o_weight, m_weight, D, INTERLEAVED, WEIGHTS, BLOCK)
-        scale = reciprocal_rms(q_a, q_b, eps, N, ACROSS)
-        q_a *= scale * w_a
-        q_b *= scale * w_b
-    if p_freqs is not None:
-        q_a, q_b = q_a * cos - q_b * sin, q_a * sin + q_b * cos
-    o_q = sample * q_out_strides[0] + o_s * q_out_strides[1] + o_h * q_out_strides[2]
-    store_pairs(p_q_out, q_a, q_b, o_q, m, D, INTERLEAVED, ROWS, BLOCK)
-    if p_k_weight is not None:
-        w_a, w_b = load_pairs(p_k_weight, o_weight, m_weight, D, INTERLEAVED, WEIGHTS, BLOCK)
-        scale = reciprocal_rms(k_a, k_b, eps, N, ACROSS)
-        k_a *= scale * w_a
-        k_b *= scale * w_b
-    if p_freqs is not None:
-        k_a, k_b = k_a * cos - k_b * sin, k_a * sin + k_b * cos
-    o_k = sample * k_out_strides[0] + o_s * k_out_strides[1] + o_h * k_out_strides[2]
-    store_pairs(p_k_out, k_a, k_b, o_k, m, D, INTERLEAVED, ROWS, BLOCK)
-    if p_v is not None and ACROSS:
-        # Copied last, so that 62 registers suffice and two programs of 512 threads fit. Next to q and k: up to 77.
-        copy_heads(p_v, p_v_out, sample, o_s, o_h, v_strides, v_out_strides, m, D, BLOCK)
+    p_q_out += sample * q_out_strides[0] + token * q_out_strides[1]
+    finish_heads(
+        q, p_q_out, p_q_weight, angles, eps, first, q_out_strides, H, D, INTERLEAVED, ACROSS, ROWS, CHUNKS, BLOCK
+    )
+    p_k_out += sample * k_out_strides[0] + token * k_out_strides[1]
+    finish_heads(
+        k, p_k_out, p_k_weight, angles, eps, first, k_out_strides, H, D, INTERLEAVED, ACROSS, ROWS, CHUNKS, BLOCK
+    )
+    if p_v is not None:
+        p_v += sample * v_strides[0] + token * v_strides[1]
+        p_v_out += sample * v_out_strides[0] + token * v_out_strides[1]
+        o_d = tl.arange(0, BLOCK)[None, :]
+        for c in tl.static_range(CHUNKS):
+            o_h = heads(first, c, ROWS)
+            m = (o_h < H) & (o_d < D)
+            v = tl.load(p_v + o_h * v_strides[2] + o_d, mask=m, other=0.0)
+            tl.store(p_v_out + o_h * v_out_strides[2] + o_d, v.to(p_v_out.dtype.element_ty), mask=m)
 
 
 def _strides(t: torch.Tensor | None) -> tuple[int, ...]:
@@ -433,6 +469,28 @@ def _strides(t: torch.Tensor | None) -> tuple[int, ...]:
     if t is None:
         return 0, 0, 0
     return tuple(0 if n == 1 else s for n, s in zip(t.shape[:3], t.stride(), strict=False))
+
+
+@functools.lru_cache(maxsize=256)
+def cut(H: int, block: int, tile: int, across: bool) -> tuple[int, int]:
+    """Heads of a chunk, and chunks of a program.
+
+    Args:
+        block: elements of a head, a power of two.
+        tile: elements of a chunk.
+        across: whether a program must have all heads of a token.
+    """
+    rows = min(triton.next_power_of_2(H), max(1, tile // block))
+    # No more than an eighth of the lanes may be idle, as long as a chunk fills a warp.
+    while rows * block > 256 and -(-H // rows) * rows - H > H // 8:
+        rows //= 2
+    count = -(-H // rows)
+    if across:
+        while count > MAX_CHUNKS_ACROSS:
+            rows *= 2
+            count = -(-H // rows)
+        return rows, count
+    return rows, -(-count // -(-count // MAX_CHUNKS))
 
 
 def launch(q, k, v, q_out, k_out, v_out, q_weight, k_weight, eps, freqs, layout, across_heads, cos, sin):
@@ -449,15 +507,15 @@ def launch(q, k, v, q_out, k_out, v_out, q_weight, k_weight, eps, freqs, layout,
     if across:
         limits.whole_row("qk_norm_rope", q, token, MAX_TRITON_TOKEN)
     interleaved = layout == "interleaved"
-    if across:
-        rows, programs, threads = token // block, S, token // 16
-    elif on_ascend:
-        rows = max(1, min(limits.TILES["qk_norm_rope"], token) // block)
-        programs, threads = S * -(-H // rows), _samples.THREADS
+    if on_ascend:
+        rows, chunks = max(1, min(limits.TILES["qk_norm_rope"], token) // block), 1
+        num_warps = _samples.warps()
     else:
         tile = _tiles.tile("qk_norm_rope", q, TILE) * (1 if interleaved else 2)
-        rows = max(1, min(tile // block, triton.next_power_of_2(S * H)))
-        programs, threads = -(-S * H // rows), _samples.THREADS
+        rows, chunks = cut(H, block, tile, across)
+        widest = max(t.dtype.itemsize for t in (q, k, q_out))
+        num_warps = _samples.warps(rows * block * widest // (16 if interleaved else 32))
+    groups = -(-H // (rows * chunks))
     if freqs is not None and freqs.stride()[-2:] != (2, 1):
         freqs = freqs.contiguous()
     of_freqs: tuple[int, ...] = (0, 0)
@@ -469,11 +527,11 @@ def launch(q, k, v, q_out, k_out, v_out, q_weight, k_weight, eps, freqs, layout,
         of_freqs = (0 if freqs.dim() == 3 or freqs.shape[0] == 1 else freqs.stride(0), freqs.stride(-3))
     q_weight, k_weight = (None if weight is None else weight.contiguous() for weight in (q_weight, k_weight))
     with _samples.on_device_of(q):
-        qk_norm_rope_kernel[limits.grid(q, B * programs)](
-            q, k, v, q_out, k_out, v_out, q_weight, k_weight, freqs, sin, S, programs, eps, _strides(q),
+        qk_norm_rope_kernel[limits.grid(q, B * S * groups)](
+            q, k, v, q_out, k_out, v_out, q_weight, k_weight, freqs, sin, S * groups, eps, _strides(q),
             _strides(k), _strides(v), _strides(q_out), _strides(k_out), _strides(v_out), of_freqs, of_sin,
-            H=H, D=Dh, INTERLEAVED=interleaved, ACROSS=across, ROWS=rows, BLOCK=block,
-            OF_TOKEN=on_ascend, num_warps=_samples.warps(threads), enable_fp_fusion=True,
+            H=H, D=Dh, INTERLEAVED=interleaved, ACROSS=across, ROWS=rows, CHUNKS=chunks, BLOCK=block,
+            num_warps=num_warps, enable_fp_fusion=True,
         )  # fmt: skip
 
 

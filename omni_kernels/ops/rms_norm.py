@@ -7,10 +7,12 @@ Zhang & Sennrich 2019, arXiv:1910.07467. Moves the bytes of x, of the weight and
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from omni_kernels.ascend import limits
-from omni_kernels.ops import _norms, _samples, _tiles
+from omni_kernels.ops import _chunks, _norms, _quantized, _samples, _tiles
 from omni_kernels.ops._checks import DTYPES, unlike
 from omni_kernels.ops._triton import tl, triton
 from omni_kernels.registration import define
@@ -19,7 +21,14 @@ from omni_kernels.registration import define
 TILE = 4096
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, *, eps: float = 1e-6) -> torch.Tensor:
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    quantize: torch.dtype | None = None,
+    beside: bool = False,
+) -> torch.Tensor | Any:
     """x / √(mean(x²) + eps) · weight, computed in fp32 and rounded once.
 
     Args:
@@ -27,9 +36,13 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, *, eps: float 
             be merged into at most three strides, which [B, S, H, D] can in any order.
         weight: [D], or None. Its dtype may differ from x's.
         eps: added to the mean square.
+        quantize: torch.int8, torch.float8_e4m3fn or torch.float8_e4m3fnuz: return y in 8 bits, as
+            `omni_kernels.ops.quantize` does.
+        beside: whether to return y in x's dtype as well.
 
     Returns:
         y: contiguous, in x's shape and dtype. Infinities and NaN affect only their own row.
+        With `quantize` (q, scale) or, with `beside`, (q, scale, y): q in y's shape, scale fp32 [...].
 
     Raises:
         ValueError: the weight's shape does not fit, devices differ, a dtype is not allowed, or x has no dimensions.
@@ -39,42 +52,44 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, *, eps: float 
     if x.dtype not in DTYPES:
         raise unlike("rms_norm", x=x)
     _norms.check_vectors("rms_norm", "x", x, weight=weight)
-    return _op(x, weight, eps)
+    _quantized.check("rms_norm", quantize, beside)
+    return _op(x, weight, eps, quantize, beside)
 
 
-def reference(x, weight, eps):
+def reference(x, weight, eps, quantize, beside):
     """In plain torch."""
-    return _norms.normed(x.float(), "rms", eps, weight).to(x.dtype).contiguous()
+    return _quantized.finished(_norms.normed(x.float(), "rms", eps, weight), x, quantize, beside)
 
 
-def on_npu(x, weight, eps):
+def on_npu(x, weight, eps, quantize, beside):
     """With torch_npu's operator, which needs x and weight in one dtype."""
-    y = x if weight is None or weight.dtype == x.dtype else x.float()
-    return _norms.normed_on_npu(y, "rms", eps, weight).to(x.dtype).contiguous()
+    alike = quantize is None and (weight is None or weight.dtype == x.dtype)
+    return _quantized.finished(_norms.normed_on_npu(x if alike else x.float(), "rms", eps, weight), x, quantize, beside)
 
 
 @triton.jit(do_not_specialize=["n1", "n2", "tiles", "eps"])
 def rms_norm_kernel(
-    p_x, p_weight, p_y, n1, n2, stride_0, stride_1, stride_2, eps, tiles,
-    D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    p_x, p_weight, p_y, p_q, p_q_scale, n1, n2, stride_0, stride_1, stride_2, eps, tiles,
+    D: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program processes one tile of ROWS rows.
+    """A program processes one tile of ROWS rows. Writes y, y in 8 bits, or both.
 
     The rows are indexed by three levels with strides stride_0 to stride_2. The middle and innermost have sizes n1, n2.
     """
     pid = tl.program_id(0)
     outer = pid // tiles
     o_r = (pid % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    o_d = tl.arange(0, BLOCK)[None, :]
-    m_d = o_d < D
-    m = (o_r < n2) & m_d
+    m_r = o_r < n2
     p_x += (outer // n1).to(tl.int64) * stride_0 + (outer % n1).to(tl.int64) * stride_1
-    x = tl.load(p_x + o_r * stride_2 + o_d, mask=m, other=0.0).to(tl.float32)
-    b_weight = None
-    if p_weight is not None:
-        b_weight = tl.load(p_weight + o_d, mask=m_d, other=0.0)
-    y = _norms.modulate_rows(_norms.norm_rows(x, m_d, eps, D, False), b_weight, None, None, None)
-    tl.store(p_y + (outer.to(tl.int64) * n2 + o_r) * D + o_d, y.to(p_y.dtype.element_ty), mask=m)
+    x = _chunks.load_rows(p_x, o_r * stride_2, m_r, D, CHUNKS, BLOCK)
+    b_weight = _chunks.load_vector(p_weight, D, CHUNKS, BLOCK)
+    y = _norms.norm_rows(_chunks.in_fp32(x, CHUNKS), eps, D, CHUNKS, BLOCK, False)
+    y = _norms.modulate_rows(y, b_weight, None, None, None, CHUNKS)
+    o_out = outer.to(tl.int64) * n2 + o_r
+    if p_y is not None:
+        _chunks.store_rows(p_y, o_out * D, y, m_r, D, CHUNKS, BLOCK)
+    if p_q is not None:
+        _quantized.store_quantized(p_q, p_q_scale, o_out * D, o_out, y, m_r, D, CHUNKS, BLOCK)
 
 
 def levels(x: torch.Tensor) -> tuple[torch.Tensor, list[tuple[int, int]]]:
@@ -94,22 +109,28 @@ def levels(x: torch.Tensor) -> tuple[torch.Tensor, list[tuple[int, int]]]:
     return levels(x.contiguous()) if len(found) > 3 else (x, [(1, 0)] * (3 - len(found)) + found)
 
 
-def launch(x, weight, eps):
+def launch(x, weight, eps, quantize, beside):
     """With the Triton kernel. Rows that are too long for it use the plain-torch implementation."""
     D = x.shape[-1]
     limits.whole_row("rms_norm", x, D, _norms.MAX_TRITON_CHANNELS)
-    y = x.new_empty(x.shape)
-    if y.numel() == 0:
-        return y
+    _quantized.check_device("rms_norm", x, quantize)
+    y, q, q_scale = _quantized.empty(x, quantize, beside)
+    if x.numel() == 0:
+        return _quantized.returned(y, q, None if q_scale is None else q_scale.zero_())
     x, ((n0, stride_0), (n1, stride_1), (n2, stride_2)) = levels(x)
-    rows, block, num_warps = _norms.cut(n2, D, _tiles.tile("rms_norm", x, TILE))
+    rows, chunks, block, num_warps = _chunks.cut(x, n2, _tiles.tile("rms_norm", x, TILE), weight)
     tiles = triton.cdiv(n2, rows)
     with _samples.on_device_of(x):
         rms_norm_kernel[limits.grid(x, n0 * n1 * tiles)](
-            x, _norms.vector(weight), y, n1, n2, stride_0, stride_1, stride_2, eps, tiles,
-            D=D, ROWS=rows, BLOCK=block, num_warps=num_warps, enable_fp_fusion=True,
+            x, _norms.vector(weight), y, q, q_scale, n1, n2, stride_0, stride_1, stride_2, eps, tiles,
+            D=D, ROWS=rows, CHUNKS=chunks, BLOCK=block, num_warps=num_warps, enable_fp_fusion=True,
         )  # fmt: skip
-    return y
+    return _quantized.returned(y, q, q_scale)
 
 
-_op = define(rms_norm, reference, launch, npu=on_npu)
+def fake(x, weight, eps, quantize, beside):
+    """The outputs' shapes and dtypes."""
+    return _quantized.returned(*_quantized.empty(x, quantize, beside))
+
+
+_op = define(rms_norm, reference, launch, fake=fake, npu=on_npu)

@@ -16,12 +16,16 @@ import torch
 
 from omni_kernels import ops
 from omni_kernels.patching import ahead
+from omni_kernels.patching.activations import for_layers
 from omni_kernels.patching.layers import (
+    States,
+    added_projections,
     attend,
     clipped,
     for_each,
     joint_attention,
     normed_and_rotated,
+    projections,
     real_rotation,
 )
 from omni_kernels.patching.structure import (
@@ -122,13 +126,18 @@ def double_forward(
 
     attended_text, attended = joint_attention(
         block.attn,
-        _begin(block, block.norm1, x, mod, scale1, shift1),
-        _begin(block, block.norm1_context, text, t_mod, t_scale1, t_shift1),
+        _begin(block, "norm1", x, mod, scale1, shift1),
+        _begin(block, "norm1_context", text, t_mod, t_scale1, t_shift1),
         real_rotation(image_rotary_emb, T),
         real_rotation(image_rotary_emb, 0, T),
     )
-    h, y = run.gate_residual_norm(x, attended, gate1, scale2, shift2, eps=block.norm2.eps)
-    t_h, t_y = run.gate_residual_norm(text, attended_text, t_gate1, t_scale2, t_shift2, eps=block.norm2_context.eps)
+    h, y = for_layers(
+        (block.ff.linear_in,), run.gate_residual_norm, x, attended, gate1, scale2, shift2, eps=block.norm2.eps
+    )
+    t_h, t_y = for_layers(
+        (block.ff_context.linear_in,), run.gate_residual_norm,
+        text, attended_text, t_gate1, t_scale2, t_shift2, eps=block.norm2_context.eps,
+    )  # fmt: skip
     fed, t_fed = _feed_forward(block.ff, y), _feed_forward(block.ff_context, t_y)
     following = _next_of(block, x)
     h = _end(following, "norm1", h, fed, gate2, mod, scale1, shift1)
@@ -160,16 +169,17 @@ def single_forward(
     if text is not None:
         text_seq_len, x = text.shape[1], torch.cat([text, x], 1)
     shift, scale, gate = _parts(mod, 3)
-    y = _begin(block, block.norm, x, mod, scale, shift)
+    y = _begin(block, "norm", x, mod, scale, shift)
     out = _attention_and_feed_forward(block.attn, y, image_rotary_emb)
     following = None if split_hidden_states else _next_of(block, x)
     h = clipped(_end(following, "norm", x, out, gate, mod, scale, shift))
     return (h[:, :text_seq_len], h[:, text_seq_len:]) if split_hidden_states else h
 
 
-def _attention_and_feed_forward(attn: Any, x: torch.Tensor, tables: Tables | None) -> torch.Tensor:
+def _attention_and_feed_forward(attn: Any, x: States, tables: Tables | None) -> torch.Tensor:
     """Both of a single block, from its one input projection to its one output projection."""
-    projected, run = attn.to_qkv_mlp_proj(x), ops.trusted(x)
+    projected = attn.to_qkv_mlp_proj(x)
+    run = ops.trusted(projected)
     # With tensor parallelism, each rank has a part of every section, so the sections keep their ratio.
     qkv, fed = 3 * attn.inner_dim, attn.mlp_hidden_dim * attn.mlp_mult_factor
     qkv = projected.shape[-1] * qkv // (qkv + fed)
@@ -185,9 +195,9 @@ def _attention_and_feed_forward(attn: Any, x: torch.Tensor, tables: Tables | Non
     return out
 
 
-def _feed_forward(mlp: Any, x: torch.Tensor | None) -> torch.Tensor:
+def _feed_forward(mlp: Any, x: States | None) -> torch.Tensor:
     gate, up = mlp.linear_in(x).chunk(2, -1)
-    out: torch.Tensor = mlp.linear_out(ops.trusted(gate).swiglu(gate, up))
+    out: torch.Tensor = mlp.linear_out(for_layers((mlp.linear_out,), ops.trusted(gate).swiglu, gate, up))
     return out
 
 
@@ -203,11 +213,22 @@ def _parts(given: torch.Tensor, count: int) -> Sequence[torch.Tensor]:
 
 
 def _begin(
-    block: Any, norm: Any, x: torch.Tensor, given: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
-) -> torch.Tensor:
+    block: Any, norm: str, x: torch.Tensor, given: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
+) -> States:
     """The output of a stream's first norm: what the block before has computed ahead, if anything."""
-    made: torch.Tensor | None = ahead.take(x, block, (given,))
-    return ops.trusted(x).ada_layer_norm(x, scale, shift, eps=norm.eps) if made is None else made
+    made: States | None = ahead.take(x, block, (given,))
+    if made is not None:
+        return made
+    run, layers = ops.trusted(x), _entrance(block, norm)
+    found: States = for_layers(layers, run.ada_layer_norm, x, scale, shift, eps=block._modules[norm].eps)
+    return found
+
+
+def _entrance(block: Any, norm: str) -> Sequence[Any]:
+    """The layers that take the output of a stream's first norm."""
+    if norm == "norm":
+        return (block.attn.to_qkv_mlp_proj,)
+    return projections(block.attn) if norm == "norm1" else added_projections(block.attn)
 
 
 def _next_of(block: Any, x: torch.Tensor) -> Any:
@@ -229,6 +250,7 @@ def _end(
     if following is None:
         h, _ = ops.trusted(x).gate_residual_norm(x, fed, gate, norm=None)
         return h
-    h, y = ops.trusted(x).gate_residual_norm(x, fed, gate, scale, shift, eps=following._modules[norm].eps)
+    run, eps = ops.trusted(x), following._modules[norm].eps
+    h, y = for_layers(_entrance(following, norm), run.gate_residual_norm, x, fed, gate, scale, shift, eps=eps)
     ahead.leave(h, following, (given,), y)
     return h

@@ -15,13 +15,17 @@ import torch
 import torch.nn.functional as F
 
 from omni_kernels import ops
+from omni_kernels.patching.activations import for_layers, project
 from omni_kernels.patching.layers import (
+    added_projections,
     attend,
     beside,
+    entrance,
     feed_forward,
     for_each,
     joint_attention,
     modulations,
+    projections,
     queries_keys_values,
     real_rotation,
 )
@@ -141,15 +145,20 @@ def double_forward(
         mask = None if mask is None else _pairs(mask, x.shape[1] + text.shape[1])
     attended_text, attended = joint_attention(
         block.attn,
-        run.ada_layer_norm(x, scale1, shift1, eps=norm1.norm.eps),
-        run.ada_layer_norm(text, t_scale1, t_shift1, eps=t_norm1.norm.eps),
+        for_layers(projections(block.attn), run.ada_layer_norm, x, scale1, shift1, eps=norm1.norm.eps),
+        for_layers(added_projections(block.attn), run.ada_layer_norm, text, t_scale1, t_shift1, eps=t_norm1.norm.eps),
         real_rotation(tables),
         {},
         mask,
         text_first=False,
     )
-    h, y = run.gate_residual_norm(x, attended, gate1, scale2, shift2, eps=block.norm2.eps)
-    t_h, t_y = run.gate_residual_norm(text, attended_text, t_gate1, t_scale2, t_shift2, eps=block.norm2_context.eps)
+    h, y = for_layers(
+        entrance(block.ff), run.gate_residual_norm, x, attended, gate1, scale2, shift2, eps=block.norm2.eps
+    )
+    t_h, t_y = for_layers(
+        entrance(block.ff_context), run.gate_residual_norm,
+        text, attended_text, t_gate1, t_scale2, t_shift2, eps=block.norm2_context.eps,
+    )  # fmt: skip
     h, _ = run.gate_residual_norm(h, feed_forward(block.ff, y), gate2, norm=None)
     t_h, _ = run.gate_residual_norm(t_h, feed_forward(block.ff_context, t_y), t_gate2, norm=None)
     return h, t_h
@@ -172,10 +181,11 @@ def single_forward(
     norm, S, run = block.norm, x.shape[1], ops.trusted(x)
     shift, scale, gate = modulations(norm.linear(norm.silu(temb)), 3)
     joint = torch.cat([x, text], 1)
-    y = run.ada_layer_norm(joint, scale, shift, eps=norm.norm.eps)
+    layers = projections(block.attn, block.proj_mlp)
+    y = for_layers(layers, run.ada_layer_norm, joint, scale, shift, eps=norm.norm.eps)
     q, k, v = queries_keys_values(block.attn, y, real_rotation(image_rotary_emb), rotated=S)
     attended = attend(block.attn.processor, q, k, v, mask=attention_mask)
-    out = block.proj_out(beside(attended, block.proj_mlp(y)))
+    out = block.proj_out(beside(attended, project(block.proj_mlp, y)))
     h, _ = run.gate_residual_norm(joint, out, gate, norm=None)
     return h[:, :S], h[:, S:]
 

@@ -16,8 +16,11 @@ from typing import Any
 import torch
 
 from omni_kernels import ops
+from omni_kernels.patching.activations import Quantized, for_layers, project, takes
 from omni_kernels.patching.structure import dispatcher, idles, multiplies
 
+#: Hidden states as `for_layers` returns them.
+States = torch.Tensor | Quantized
 #: Keyword arguments of `qk_norm_rope` for the rotation: `freqs`, or `cos` and `sin`, or none.
 Rotation = Mapping[str, Any]
 
@@ -75,7 +78,7 @@ def attend(
 
 def self_attention(
     attn: Any,
-    x: torch.Tensor,
+    x: States,
     rotation: Rotation,
     mask: torch.Tensor | None = None,
     *,
@@ -91,7 +94,7 @@ def self_attention(
 
 
 def queries_keys_values(
-    attn: Any, x: torch.Tensor, rotation: Rotation, *, across_heads: bool = False, rotated: int | None = None
+    attn: Any, x: States, rotation: Rotation, *, across_heads: bool = False, rotated: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q and k of x [B, S, D], normalised and rotated, and v; [B, S, H, Dh] each.
 
@@ -106,7 +109,7 @@ def queries_keys_values(
 
 def attention_with_kept(
     attn: Any,
-    x: torch.Tensor,
+    x: States,
     rotation: Rotation,
     kept_k: torch.Tensor,
     kept_v: torch.Tensor,
@@ -120,12 +123,12 @@ def attention_with_kept(
     for kept, out in ((kept_k, all_k), (kept_v, all_v)):
         out[:, :P].copy_(kept)
     v, v_out = None, None
-    if plain and x.shape[0] == 1:  # with several samples, the places of x are not a matrix
-        _multiply(to_v, x[0], all_v.view(P + S, -1)[P:])
+    if x.shape[0] == 1 and (plain or _in_place(to_v)):  # with several samples, the places of x are not a matrix
+        _multiply(to_v, x, all_v.view(P + S, -1)[P:])
     else:
         (v,), v_out = _heads(attn, x, to_v), all_v[:, P:]
     q_out, norm_q = torch.empty_like(q, memory_format=torch.contiguous_format), attn.norm_q
-    ops.trusted(x).qk_norm_rope(
+    ops.trusted(q).qk_norm_rope(
         q, k, v, q_out, all_k[:, P:], v_out, **rotation,
         q_weight=norm_q.weight, k_weight=attn.norm_k.weight, eps=norm_q.eps,
     )  # fmt: skip
@@ -156,8 +159,8 @@ def normed_and_rotated(
 
 def joint_attention(
     attn: Any,
-    x: torch.Tensor,
-    text: torch.Tensor,
+    x: States,
+    text: States,
     rotation: Rotation,
     text_rotation: Rotation,
     mask: torch.Tensor | None = None,
@@ -169,7 +172,7 @@ def joint_attention(
     Args:
         text_first: whether the text's tokens come before the image's, or after them.
     """
-    T, S, run = text.shape[1], x.shape[1], ops.trusted(x)
+    T, S = text.shape[1], x.shape[1]
 
     def parts(joint: torch.Tensor, dim: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """Those of the text and of the image."""
@@ -183,6 +186,7 @@ def joint_attention(
     plain = multiplies(x, to_q, to_k, to_v, t_to_q, t_to_k, t_to_v)
     (q, k), (t_q, t_k) = _pair(attn, x, to_q, to_k, plain), _pair(attn, text, t_to_q, t_to_k, plain)
     joint_q, joint_k = _empty_pair(q, k, T + S)
+    run = ops.trusted(q)
     joint_v, (t_v, t_v_out), (v, v_out) = _joint_values(attn, text, x, t_to_v, to_v, plain, parts)
     (t_q_out, q_out), (t_k_out, k_out) = parts(joint_q), parts(joint_k)
     run.qk_norm_rope(
@@ -204,15 +208,16 @@ _Copy = tuple[torch.Tensor, torch.Tensor] | tuple[None, None]
 
 
 def _joint_values(
-    attn: Any, text: torch.Tensor, x: torch.Tensor, text_to_v: Any, to_v: Any, plain: bool, parts: Callable[..., Any]
+    attn: Any, text: Any, x: Any, text_to_v: Any, to_v: Any, plain: bool, parts: Callable[..., Any]
 ) -> tuple[torch.Tensor, _Copy, _Copy]:
     """The joint sequence of values, [B, T + S, H, Dh], and the copies of text and image still to be made."""
     T = text.shape[1]
-    if plain and x.shape[0] == 1:  # with several samples, the places of one stream are not a matrix
-        joint = x.new_empty((T + x.shape[1], to_v.out_features))
+    if x.shape[0] == 1 and (plain or _in_place(text_to_v, to_v)):  # several samples' places are not a matrix
+        some = text_to_v.weight if plain else to_v.weight_scale
+        joint = some.new_empty((T + x.shape[1], to_v.out_features), dtype=x.dtype)
         t_v_out, v_out = parts(joint, 0)
-        _multiply(text_to_v, text[0], t_v_out)
-        _multiply(to_v, x[0], v_out)
+        _multiply(text_to_v, text, t_v_out)
+        _multiply(to_v, x, v_out)
         return joint.view(1, joint.shape[0], -1, attn.inner_dim // attn.heads), (None, None), (None, None)
     (t_v,), (v,) = _heads(attn, text, text_to_v), _heads(attn, x, to_v)
     joint = v.new_empty((v.shape[0], T + x.shape[1], *v.shape[2:]))
@@ -220,8 +225,17 @@ def _joint_values(
     return joint, (t_v, t_v_out), (v, v_out)
 
 
-def _multiply(linear: Any, x: torch.Tensor, out: torch.Tensor) -> None:
-    """Apply `linear` to x [S, C] and write the result to out [S, D]."""
+def _in_place(*layers: Any) -> bool:
+    """Whether `_multiply` can call these quantised layers. Not while compiling: there it would be a copy."""
+    return all(map(takes, layers)) and not torch.compiler.is_compiling()
+
+
+def _multiply(linear: Any, x: Any, out: torch.Tensor) -> None:
+    """Apply `linear` to x [S, C] or [1, S, C] and write the result to out [S, D]."""
+    if takes(linear):
+        linear(x, out=out)
+        return
+    x = x[0] if x.dim() == 3 else x
     parameters = linear._parameters  # attribute access of parameters is slow Python code in torch
     weight, bias = parameters["weight"].t(), parameters["bias"]
     if bias is None:
@@ -249,7 +263,7 @@ def _empty_pair(q: torch.Tensor, k: torch.Tensor, tokens: int) -> tuple[torch.Te
     return q_out, k_out
 
 
-def _pair(attn: Any, x: torch.Tensor, to_q: Any, to_k: Any, plain: bool) -> Iterable[torch.Tensor]:
+def _pair(attn: Any, x: Any, to_q: Any, to_k: Any, plain: bool) -> Iterable[torch.Tensor]:
     """q and k [B, S, H, Dh], in one tensor if their projections are plain linear layers of equal width.
 
     Not while compiling: see `_empty_pair`.
@@ -264,16 +278,37 @@ def _pair(attn: Any, x: torch.Tensor, to_q: Any, to_k: Any, plain: bool) -> Iter
     return both.view(2, B, S, -1, attn.inner_dim // attn.heads).unbind()
 
 
-def _heads(attn: Any, x: torch.Tensor, *projections: Any) -> Iterable[torch.Tensor]:
+def _heads(attn: Any, x: States, *projections: Any) -> Iterable[torch.Tensor]:
     size = attn.inner_dim // attn.heads  # with tensor parallelism, each rank has only some of the heads
-    return (projection(x).unflatten(-1, (-1, size)) for projection in projections)
+    return (project(projection, x).unflatten(-1, (-1, size)) for projection in projections)
 
 
-def feed_forward(mlp: Any, x: torch.Tensor | None) -> torch.Tensor:
+def feed_forward(mlp: Any, x: States | None) -> torch.Tensor:
     """A diffusers `FeedForward` whose activation is GELU's tanh approximation."""
     first, *others = mlp.net
-    x = first.proj(x)
-    return through(others, ops.trusted(x).gelu(x))
+    fed: torch.Tensor = first.proj(x)
+    others = [module for module in others if not idles(module)]
+    made: Any = for_layers(others[:1], ops.trusted(fed).gelu, fed)
+    for module in others:
+        made = module(made)
+    return made
+
+
+def entrance(mlp: Any) -> Sequence[Any]:
+    """The layers that `feed_forward` calls with its input."""
+    return (mlp.net[0].proj,)
+
+
+def projections(attn: Any, *more: Any) -> Sequence[Any]:
+    """The layers that make queries, keys and values of an attention's own tokens, and more that take the same."""
+    own = attn._modules  # attribute access of modules is slow Python code in torch
+    return own["to_q"], own["to_k"], own["to_v"], *more
+
+
+def added_projections(attn: Any) -> Sequence[Any]:
+    """The layers that make queries, keys and values of the text's tokens in a joint attention."""
+    own = attn._modules
+    return own["add_q_proj"], own["add_k_proj"], own["add_v_proj"]
 
 
 def beside(attended: torch.Tensor, fed: torch.Tensor) -> torch.Tensor:

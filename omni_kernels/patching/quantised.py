@@ -25,6 +25,7 @@ import torch
 
 from omni_kernels import ops
 from omni_kernels.device import describe
+from omni_kernels.patching.activations import Quantized
 from omni_kernels.patching.backends import nearest, shown
 from omni_kernels.patching.changes import Patch
 from omni_kernels.patching.structure import hooked
@@ -140,6 +141,7 @@ class QuantizedLinear(torch.nn.Module):
         bias: [N], or None.
     """
 
+    takes_8_bits = True
     weight: torch.Tensor
     weight_scale: torch.Tensor
 
@@ -153,11 +155,16 @@ class QuantizedLinear(torch.nn.Module):
         self._vnni = _has_vnni()
         self.train(linear.training)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The layer's output, in x's dtype."""
-        q, scale = ops.quantize(x, self.weight.dtype)
+    def forward(self, x: torch.Tensor | Quantized, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The layer's output, in x's dtype. States that are quantised already are taken as they are.
+
+        Args:
+            x: [..., K].
+            out: where to write, [number of tokens, N]; None for a new tensor [..., N].
+        """
+        q, scale = (x.q, x.scale) if isinstance(x, Quantized) else ops.quantize(x, self.weight.dtype)
         rows, scales = q.flatten(0, -2), scale.flatten()
-        y = product(rows, scales, self.weight, self.weight_scale, self.bias, x.dtype, self._vnni)
+        y = product(rows, scales, self.weight, self.weight_scale, self.bias, x.dtype, self._vnni, out)
         return y.unflatten(0, x.shape[:-1])
 
     def extra_repr(self) -> str:
@@ -186,6 +193,7 @@ def product(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
     vnni: bool = False,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(q · weightᵀ) · scale · weight_scale + bias.
 
@@ -197,16 +205,21 @@ def product(
         bias: [N], or None.
         dtype: that of the result.
         vnni: whether the CPU has instructions for products of int8.
+        out: where to write, [M, N] in `dtype`; None for a new tensor.
 
     Returns:
         [M, N].
     """
     if q.dtype != torch.int8 and q.is_cuda and dtype == torch.bfloat16:
         bias = None if bias is None else bias.to(dtype)
-        return torch._scaled_mm(q, weight.t(), scale[:, None], weight_scale[None], bias=bias, out_dtype=dtype)
+        scales = scale[:, None], weight_scale[None]
+        if out is not None:
+            return torch._scaled_mm(q, weight.t(), *scales, bias=bias, out_dtype=dtype, out=out)
+        return torch._scaled_mm(q, weight.t(), *scales, bias=bias, out_dtype=dtype)
     summed = _int8(q, weight, vnni) if q.dtype == torch.int8 else q.float() @ weight.float().t()
     y = summed.float() * scale[:, None] * weight_scale
-    return (y if bias is None else y + bias).to(dtype)
+    y = y if bias is None else y + bias
+    return y.to(dtype) if out is None else out.copy_(y)
 
 
 def _int8(q: torch.Tensor, weight: torch.Tensor, vnni: bool = False) -> torch.Tensor:

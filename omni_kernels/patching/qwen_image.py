@@ -15,7 +15,19 @@ import torch
 
 from omni_kernels import ops
 from omni_kernels.patching import ahead
-from omni_kernels.patching.layers import clipped, complex_rotation, feed_forward, for_each, joint_attention, modulations
+from omni_kernels.patching.activations import for_layers
+from omni_kernels.patching.layers import (
+    States,
+    added_projections,
+    clipped,
+    complex_rotation,
+    entrance,
+    feed_forward,
+    for_each,
+    joint_attention,
+    modulations,
+    projections,
+)
 from omni_kernels.patching.structure import (
     attends,
     computes,
@@ -94,8 +106,14 @@ def forward(
     attended_text, attended = joint_attention(
         block.attn, y, t_y, complex_rotation(freqs), complex_rotation(t_freqs), mask
     )
-    h, z = run.gate_residual_norm(x, attended, gate1, scale2, shift2, index=index, eps=block.img_norm2.eps)
-    t_h, t_z = run.gate_residual_norm(text, attended_text, t_gate1, t_scale2, t_shift2, eps=block.txt_norm2.eps)
+    h, z = for_layers(
+        entrance(block.img_mlp), run.gate_residual_norm,
+        x, attended, gate1, scale2, shift2, index=index, eps=block.img_norm2.eps,
+    )  # fmt: skip
+    t_h, t_z = for_layers(
+        entrance(block.txt_mlp), run.gate_residual_norm,
+        text, attended_text, t_gate1, t_scale2, t_shift2, eps=block.txt_norm2.eps,
+    )  # fmt: skip
     h = _end(block, "img", h, feed_forward(block.img_mlp, z), gate2, temb, index)
     t_h = _end(block, "txt", t_h, feed_forward(block.txt_mlp, t_z), t_gate2, temb)
     return t_h, h
@@ -103,7 +121,7 @@ def forward(
 
 def _begin(
     block: Any, stream: str, x: torch.Tensor, temb: torch.Tensor, index: torch.Tensor | None = None
-) -> tuple[Sequence[torch.Tensor], torch.Tensor]:
+) -> tuple[Sequence[torch.Tensor], States]:
     """A stream's modulation (shift, scale and gate, for attention and feed-forward), and the output of its first norm.
 
     Uses what the block before has computed ahead, if anything.
@@ -114,7 +132,14 @@ def _begin(
     modulation = _modulation(block, stream, temb, index)
     shift, scale, *_ = modulation
     norm = getattr(block, f"{stream}_norm1")
-    return modulation, ops.trusted(x).ada_layer_norm(x, scale, shift, index=index, eps=norm.eps)
+    return modulation, for_layers(
+        _entrance(block, stream), ops.trusted(x).ada_layer_norm, x, scale, shift, index=index, eps=norm.eps
+    )
+
+
+def _entrance(block: Any, stream: str) -> Sequence[Any]:
+    """The layers that take the output of a stream's first norm."""
+    return projections(block.attn) if stream == "img" else added_projections(block.attn)
 
 
 def _end(
@@ -136,7 +161,9 @@ def _end(
     modulation = _modulation(following, stream, temb, index)
     shift, scale, *_ = modulation
     norm = getattr(following, f"{stream}_norm1")
-    h, y = run.gate_residual_norm(x, fed, gate, scale, shift, index=index, eps=norm.eps)
+    h, y = for_layers(
+        _entrance(following, stream), run.gate_residual_norm, x, fed, gate, scale, shift, index=index, eps=norm.eps
+    )
     ahead.leave(h, following, (temb, index), (modulation, y))
     return h
 

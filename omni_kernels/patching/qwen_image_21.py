@@ -19,11 +19,13 @@ import torch
 
 from omni_kernels import ops
 from omni_kernels.patching import ahead
+from omni_kernels.patching.activations import Quantized, for_layers, project
 from omni_kernels.patching.layers import (
     attention_with_kept,
     clipped,
     complex_rotation,
     modulations,
+    projections,
     queries_keys_values,
     through,
 )
@@ -93,7 +95,10 @@ def forward(
     made = ahead.take(x, block, given)
     if made is None:
         parts, index = _rows(len(x), *given)
-        y = run.ada_layer_norm(x, parts[0], index=index, eps=block.img_norm1.eps)
+        # The processor below takes the states, too, so they are also made in their dtype.
+        y = for_layers(
+            projections(attn), run.ada_layer_norm, x, parts[0], index=index, eps=block.img_norm1.eps, beside=True
+        )
     else:
         (parts, index), y = made
     scale1, gate1, scale2, gate2 = parts
@@ -112,17 +117,24 @@ def forward(
             "attention_mask": attention_mask, "layer_cache": layer_cache, "kv_cache_mode": kv_cache_mode,
             "cache_write_slice": cache_write_slice, "segments": segments, "key_valid": key_valid,
         }  # fmt: skip
-        attended = attn.processor(_Projected(attn, *queries_keys_values(attn, y, rotation)), y, **options)
+        states = y.beside if isinstance(y, Quantized) else y
+        attended = attn.processor(_Projected(attn, *queries_keys_values(attn, y, rotation)), states, **options)
     attended = through(attn.to_out, attended)
-    h, y = run.gate_residual_norm(x, attended, gate1, scale2, index=index, gate_tanh=True, eps=block.img_norm2.eps)
     mlp = block.img_mlp
-    fed = mlp.out(run.swiglu(mlp.gate_layer(y), mlp.proj(y)))
+    h, y = for_layers(
+        (mlp.gate_layer, mlp.proj), run.gate_residual_norm,
+        x, attended, gate1, scale2, index=index, gate_tanh=True, eps=block.img_norm2.eps,
+    )  # fmt: skip
+    fed = mlp.out(for_layers((mlp.out,), run.swiglu, project(mlp.gate_layer, y), project(mlp.proj, y)))
     # In fp16 the states must be clipped before the next norm, so nothing is computed ahead.
     following = None if x.dtype == torch.float16 else ahead.next_of(block, x)
     if following is None:
         h, _ = run.gate_residual_norm(h, fed, gate2, index=index, gate_tanh=True, norm=None)
         return clipped(h)
-    h, y = run.gate_residual_norm(h, fed, gate2, scale1, index=index, gate_tanh=True, eps=following.img_norm1.eps)
+    h, y = for_layers(
+        projections(following.attn), run.gate_residual_norm,
+        h, fed, gate2, scale1, index=index, gate_tanh=True, eps=following.img_norm1.eps, beside=True,
+    )  # fmt: skip
     ahead.leave(h, following, given, ((parts, index), y))
     return h
 

@@ -178,7 +178,7 @@ def computes(*states: torch.Tensor, beside: Iterable[torch.Tensor] = ()) -> bool
     return [t.dtype for t in states] == [first] * len(states)
 
 
-def multiplies(x: torch.Tensor, *modules: torch.nn.Module) -> bool:
+def multiplies(x: Any, *modules: torch.nn.Module) -> bool:
     """Whether calling each module with a tensor like x computes just x·weightᵀ + bias, on plain tensors.
 
     Always False while compiling, where writing a result to a given place is a copy.

@@ -13,7 +13,17 @@ from typing import Any
 import torch
 
 from omni_kernels import ops
-from omni_kernels.patching.layers import attend, feed_forward, real_rotation, self_attention, through
+from omni_kernels.patching.activations import for_layers
+from omni_kernels.patching.layers import (
+    States,
+    attend,
+    entrance,
+    feed_forward,
+    projections,
+    real_rotation,
+    self_attention,
+    through,
+)
 from omni_kernels.patching.structure import (
     attends,
     computes,
@@ -93,16 +103,21 @@ def forward(
     run = ops.trusted(x)
     tables = None if rotary_emb is None else tuple(t.flatten(0, 2) for t in rotary_emb)  # of [1, S, 1, Dh]
 
-    normed = run.ada_layer_norm(x, scale1, shift1, eps=block.norm1.eps)
+    normed = for_layers(projections(attn1), run.ada_layer_norm, x, scale1, shift1, eps=block.norm1.eps)
     attended = through(attn1.to_out, self_attention(attn1, normed, real_rotation(tables), across_heads=True))
-    h, y = run.gate_residual_norm(x, attended, gate1, weight=norm2.weight, bias=norm2.bias, eps=norm2.eps)
+    h, y = for_layers(
+        (attn2.to_q,), run.gate_residual_norm,
+        x, attended, gate1, weight=norm2.weight, bias=norm2.bias, eps=norm2.eps,
+    )  # fmt: skip
     attended = through(attn2.to_out, _cross_attention(attn2, y, encoder_hidden_states))
-    h, y = run.gate_residual_norm(h, attended, None, scale2, shift2, eps=block.norm3.eps)
+    h, y = for_layers(
+        entrance(block.ffn), run.gate_residual_norm, h, attended, None, scale2, shift2, eps=block.norm3.eps
+    )
     h, _ = run.gate_residual_norm(h, feed_forward(block.ffn, y), gate2, norm=None)
     return h
 
 
-def _cross_attention(attn: Any, x: torch.Tensor | None, context: torch.Tensor) -> torch.Tensor:
+def _cross_attention(attn: Any, x: States, context: torch.Tensor) -> torch.Tensor:
     """Attention of x [B, S, D] to the text's tokens, plus attention to the image's tokens if there is an image."""
     size = (attn.heads, -1)
 

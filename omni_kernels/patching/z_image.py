@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from omni_kernels import ops
-from omni_kernels.patching.layers import complex_rotation, modulations, self_attention, through
+from omni_kernels.patching.activations import for_layers, project
+from omni_kernels.patching.layers import complex_rotation, modulations, projections, self_attention, through
 from omni_kernels.patching.structure import (
     attends,
     computes,
@@ -76,16 +77,19 @@ def forward(
     norm1, norm2, norm3, norm4 = block.attention_norm1, block.attention_norm2, block.ffn_norm1, block.ffn_norm2
 
     run = ops.trusted(x)
-    y = run.ada_layer_norm(x, scale1, index=index, norm="rms", weight=norm1.weight, eps=norm1.eps)
+    y = for_layers(
+        projections(block.attention), run.ada_layer_norm,
+        x, scale1, index=index, norm="rms", weight=norm1.weight, eps=norm1.eps,
+    )  # fmt: skip
     mask = attn_mask[:, None, None, :] if attn_mask is not None and attn_mask.ndim == 2 else attn_mask
     attended = self_attention(block.attention, y, complex_rotation(freqs_cis), mask)
     attended = through(block.attention.to_out, attended)
-    h, fed = run.gate_residual_norm(
-        x, attended, gate1, scale2, x_weight=norm2.weight, x_eps=norm2.eps,
+    mlp = block.feed_forward
+    h, y = for_layers(
+        (mlp.w1, mlp.w3), run.gate_residual_norm, x, attended, gate1, scale2, x_weight=norm2.weight, x_eps=norm2.eps,
         norm="rms", weight=norm3.weight, eps=norm3.eps, gate_tanh=tanh, index=index,
     )  # fmt: skip
-    mlp = block.feed_forward
-    fed = mlp.w2(run.swiglu(mlp.w1(fed), mlp.w3(fed)))
+    fed = mlp.w2(for_layers((mlp.w2,), run.swiglu, project(mlp.w1, y), project(mlp.w3, y)))
     h, _ = run.gate_residual_norm(
         h, fed, gate2, x_weight=norm4.weight, x_eps=norm4.eps, norm=None, gate_tanh=tanh, index=index
     )

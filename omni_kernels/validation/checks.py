@@ -164,8 +164,11 @@ def run(
         tree_map_only(torch.Tensor, functools.partial(place, written=j in check.use.places), argument)
         for j, argument in enumerate(given)
     ]
-    kwargs = tree_map_only(torch.Tensor, place, options)
-    places = [args[j] for j in check.use.places]
+    kwargs = {
+        name: tree_map_only(torch.Tensor, functools.partial(place, written=name in check.use.places), option)
+        for name, option in options.items()
+    }
+    places = [kwargs[where] if isinstance(where, str) else args[where] for where in check.use.places]
     function = implementation(check.use.op)
     problems: list[Mismatch] = []
 

@@ -5,9 +5,9 @@ configuration is what a launcher decides and a kernel is compiled for: its const
 (D, H), and its warps. Together with the caller's choices (which inputs, of which dtypes) there are millions of
 combinations. So not all are compiled, but:
 
-- every BLOCK with the most rows that it is used with, every K, every layout of pairs, with and without a norm across
-  heads, each with all inputs that the kernel can have, all in fp32. With fewer inputs, fewer rows or a smaller dtype, a
-  program holds less.
+- every BLOCK with the most rows and every number of chunks that it is used with, every K, every layout of pairs, with
+  and without a norm across heads, each with all inputs that the kernel can have, all in fp32. With fewer inputs, fewer
+  rows or a smaller dtype, a program holds less. Where a smaller dtype means fewer threads, it is compiled as well.
 - every number of rows and of warps, the absence of every input, every flag and every dtype of every input, at least
   once.
 
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from omni_kernels.ops import OPS, _norms, _samples
+from omni_kernels.ops import _chunks as _row_chunks
 
 TOKENS, CHANNELS = 4096, 3072
 
@@ -180,17 +181,37 @@ def models() -> dict[str, Launch]:
         "gelu odd": partial(gelu, _odd()),
         "gelu batch": partial(gelu, _batch()),
         "gelu behind": partial(
-            gelu, _tensor(1, TOKENS, 4 * CHANNELS), _tensor(1, TOKENS, 5 * CHANNELS)[..., CHANNELS:]
+            gelu, _tensor(1, TOKENS, 4 * CHANNELS), out=_tensor(1, TOKENS, 5 * CHANNELS)[..., CHANNELS:]
         ),
         "swiglu odd": partial(swiglu, _odd(), _odd()),
         "swiglu packed": partial(swiglu, *_tensor(1, TOKENS, 2 * 10240).chunk(2, -1)),
         "swiglu behind": partial(
-            swiglu, *_tensor(1, TOKENS, 6 * CHANNELS).chunk(2, -1), _tensor(1, TOKENS, 4 * CHANNELS)[..., CHANNELS:]
+            swiglu, *_tensor(1, TOKENS, 6 * CHANNELS).chunk(2, -1), out=_tensor(1, TOKENS, 4 * CHANNELS)[..., CHANNELS:]
         ),
         "quantize int8": partial(quantize, h, torch.int8),
         "quantize int8 behind": partial(quantize, _tensor(2, TOKENS, 5 * CHANNELS)[..., CHANNELS:], torch.int8),
         "quantize float8_e4m3fn": partial(quantize, h, torch.float8_e4m3fn),
         "quantize float8_e4m3fnuz": partial(quantize, h, torch.float8_e4m3fnuz),
+    } | _in_8_bits(h)
+
+
+def _in_8_bits(h: torch.Tensor) -> dict[str, Launch]:
+    """The ops that write 8 bits themselves, alone and beside h's dtype."""
+    fed = _tensor(1, TOKENS, 4 * CHANNELS)
+    runs = {
+        "ada_layer_norm": (h, *_chunks(1)[:2]),
+        "gate_residual_norm": (h, h, *_chunks(1)),
+        "rms_norm": (h, _row()[0]),
+        "gelu": (fed,),
+        "swiglu": _tensor(1, TOKENS, 2 * 10240).chunk(2, -1),
+    }
+    return {
+        f"{op} {str(dtype)[6:]}" + (" beside" if beside else ""): partial(
+            OPS[op].launcher, *inputs, quantize=dtype, beside=beside
+        )
+        for op, inputs in runs.items()
+        for dtype in (torch.int8, torch.float8_e4m3fn, torch.float8_e4m3fnuz)
+        for beside in ((False, True) if dtype == torch.int8 else (False,))
     }
 
 
@@ -198,8 +219,14 @@ def configurations() -> dict[str, Launch]:
     """The launchers' other choices."""
     found: dict[str, Launch] = {}
     for block in _powers(_samples.MIN_WIDTH, _norms.MAX_TRITON_CHANNELS):
-        found |= {f"{op} fp32, {_width(block)} wide": run for op, run in _rows(block, torch.float32).items()}
-    found |= {f"{op} fp16": run for op, run in _rows(4096, torch.float16).items()}
+        D = block - block // 16 if block >= 64 else block  # with more masked, a row would be cut into chunks
+        found |= {f"{op} fp32, {D} wide": run for op, run in _rows(D, torch.float32).items()}
+    for count in _row_chunks.COUNTS[1:]:
+        for block in _powers(_row_chunks.MIN_CHUNK, _norms.MAX_TRITON_CHANNELS // count):
+            D = count * block - block // 4
+            for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+                found |= {f"{op} {name}, {D} wide": run for op, run in _rows(D, dtype).items()}
+    found |= {f"{op} fp16": run for op, run in _rows(4000, torch.float16).items()}
     for dtype, name in ((torch.float32, "fp32"), (torch.float16, "fp16")):
         x = _odd(dtype)
         for op, inputs in {
@@ -229,30 +256,32 @@ def _file(op: str) -> Any:
     return importlib.import_module(f"omni_kernels.ops.{op}")
 
 
-def _rows(block: int, dtype: torch.dtype) -> dict[str, Launch]:
+def _rows(D: int, dtype: torch.dtype) -> dict[str, Launch]:
     """Each op that holds whole rows and supports this width, with all its inputs and twice the rows of a tile."""
-    D = _width(block)
+    count, block = _row_chunks.chunks(D)
 
     def tensors(op: str, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
-        S = 2 * max(1, _file(op).TILE // block)
+        S = 2 * max(1, _file(op).TILE // (count * block))
         return [_tensor(*(S if n < 0 else n for n in shape), dtype=dtype) for shape in shapes]
 
     x, modulation, vector = (2, -1, D), (4, D), (D,)
+    both = {"quantize": torch.int8, "beside": True}
     h, scale, shift, prev, weight = tensors("modulated_relative_l1", x, (2, D), (2, D), x, vector)
     y, gain = tensors("rms_norm", x, vector)
-    (z,) = tensors("quantize", x)
+    z, up = tensors("quantize", x, x)
     found = {
         "modulated_relative_l1": partial(OPS["modulated_relative_l1"].launcher, h, scale, shift, prev, weight=weight),
-        "rms_norm": partial(OPS["rms_norm"].launcher, y, gain),
-        "quantize": partial(OPS["quantize"].launcher, z, torch.int8),
+        "rms_norm": partial(OPS["rms_norm"].launcher, y, gain, **both),
+        "gelu int8": partial(OPS["gelu"].launcher, z, **both),
+        "swiglu int8": partial(OPS["swiglu"].launcher, z, up, **both),
     }
-    if block <= _file("ada_layer_norm").MAX_TRITON_CHANNELS:
+    if D <= _file("ada_layer_norm").MAX_TRITON_CHANNELS:
         h, scale, shift, weight, bias = tensors("ada_layer_norm", x, modulation, modulation, vector, vector)
         index = torch.empty(h.shape[:2], dtype=torch.int64)
         found["ada_layer_norm"] = partial(
-            OPS["ada_layer_norm"].launcher, h, scale, shift, index, weight=weight, bias=bias
+            OPS["ada_layer_norm"].launcher, h, scale, shift, index, weight=weight, bias=bias, **both
         )
-    if block <= _file("gate_residual_norm").MAX_TRITON_CHANNELS:
+    if D <= _file("gate_residual_norm").MAX_TRITON_CHANNELS:
         h, y, gate, scale, shift = tensors("gate_residual_norm", x, x, modulation, modulation, modulation)
         x_weight, weight, bias = tensors("gate_residual_norm", vector, vector, vector)
         index = torch.empty(h.shape[:2], dtype=torch.int64)
@@ -268,27 +297,33 @@ def _rows(block: int, dtype: torch.dtype) -> dict[str, Launch]:
             x_weight,
             weight=weight,
             bias=bias,
+            **both,
         )
     return found
 
 
 def _heads() -> dict[str, Launch]:
-    """qk_norm_rope in fp32 with norm and tables: every head width, per head and across the longest token."""
+    """qk_norm_rope with norm and tables: every head width, per head and across the longest tokens, every cut."""
     file = _file("qk_norm_rope")
     found: dict[str, Launch] = {}
     for layout in file.LAYOUTS:
-        options: dict[str, Any] = {"tables": torch.float32, "dtype": torch.float32, "layout": layout}
-        for block in _powers(_samples.MIN_WIDTH, file.MAX_HEAD_SIZE):
-            D = _width(block)
-            found[f"qk_norm_rope fp32, {layout}, heads of {D}"] = _attention(1, 4096, 3, D, 0, weighted=D, **options)
-            H = file.MAX_TRITON_TOKEN // block * 3 // 4
-            found[f"qk_norm_rope fp32, {layout}, across {H} of {D}"] = _attention(
-                1, 9, H, D, 0, weighted=H * D, across_heads=True, **options
-            )
-    # Shorter tokens have fewer warps.
-    for rows in _powers(1, file.MAX_TRITON_TOKEN // 128 // 2):
-        H = rows * 3 // 4 if rows > 2 else rows
-        found[f"qk_norm_rope across {H} of 128"] = _attention(1, 9, H, 128, 0, weighted=H * 128, across_heads=True)
+        for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+            options: dict[str, Any] = {"tables": torch.float32, "dtype": dtype, "layout": layout}
+            for block in _powers(_samples.MIN_WIDTH, file.MAX_HEAD_SIZE):
+                D = _width(block)
+                rows = file.TILE // block * (1 if layout == "interleaved" else 2)
+                found[f"qk_norm_rope {name}, {layout}, heads of {D}"] = _attention(
+                    1, 9, rows * file.MAX_CHUNKS, D, 0, weighted=D, **options
+                )
+                most = file.MAX_TRITON_TOKEN // block
+                for H in {rows * file.MAX_CHUNKS_ACROSS, rows * file.MAX_CHUNKS_ACROSS // 2, most}:
+                    if 1 < H <= most:
+                        found[f"qk_norm_rope {name}, {layout}, across {H} of {D}"] = _attention(
+                            1, 9, H, D, 0, weighted=H * D, across_heads=True, **options
+                        )
+    for H in (1, 2, 4, 8, 16, 32, 40, 48, 56):
+        found[f"qk_norm_rope {H} heads"] = _attention(1, 9, H, 128, 0, weighted=128)
+        found[f"qk_norm_rope across {H} heads"] = _attention(1, 9, H, 128, 0, weighted=H * 128, across_heads=True)
     for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
         found[f"qk_norm_rope tables too in {name}"] = _attention(
             1, 9, 24, 128, 0, weighted=128, tables=dtype, dtype=dtype

@@ -253,11 +253,17 @@ def _swiglu(
 
 
 def _quantize(got: Sequence[torch.Tensor], x: torch.Tensor, dtype: torch.dtype = torch.int8) -> list[Expected]:
-    scale = x.double().abs().amax(-1) / LARGEST[dtype]
-    # q is computed with the rounded scale.
-    used = got[1].double().unsqueeze(-1)
-    q = torch.where(used.isfinite() & (used > 0), x.double() / used, 0.0)
-    return [("q", q, None), ("scale", scale, None)]
+    return _in_8_bits(got[1], dtype, x.double(), None)
+
+
+def _in_8_bits(scale: torch.Tensor, dtype: torch.dtype, y: torch.Tensor, terms: torch.Tensor | None) -> list[Expected]:
+    """y in 8 bits, by the actual, rounded scale, and its correct scale. `terms` is as in `Expected`."""
+    terms = y.abs() if terms is None else terms
+    used = scale.double().unsqueeze(-1)
+    valid = used.isfinite() & (used > 0)
+    q, steps = (torch.where(valid, t / used, 0.0) for t in (y, terms))
+    largest, of_terms = (t.abs().amax(-1) / LARGEST[dtype] for t in (y, terms))
+    return [("q", q, steps), ("scale", largest, of_terms)]
 
 
 ORACLES: dict[str, Callable[..., list[Expected]]] = {
@@ -275,11 +281,25 @@ ORACLES: dict[str, Callable[..., list[Expected]]] = {
 }
 
 
-def expected(op: str, got: Sequence[torch.Tensor], *args: Any, **kwargs: Any) -> list[Expected]:
+def expected(
+    op: str,
+    got: Sequence[torch.Tensor],
+    *args: Any,
+    quantize: torch.dtype | None = None,
+    beside: bool = False,
+    **kwargs: Any,
+) -> list[Expected]:
     """The correct results of `op` for `args` and `kwargs`.
 
     Args:
         op: key of `omni_kernels.ops.OPS`.
         got: its actual results. If the op computes one result from another, rounded one, the oracle uses it too.
+        quantize: the 8-bit dtype of the last result, if the op was asked for one.
+        beside: whether it was also asked for the unrounded result.
     """
-    return ORACLES[op](got, *args, **kwargs)
+    exact = ORACLES[op](got, *args, **kwargs)
+    if quantize is None:
+        return exact
+    *others, (name, y, terms) = exact
+    made = _in_8_bits(got[len(others) + 1], quantize, y, terms)
+    return [*others, *made, *([(name, y, terms)] if beside else [])]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from omni_kernels.validation.cases import CASES, Inputs, Use, hidden_states, modulation, qk_norm_rope
+from omni_kernels.validation.cases import CASES, Case, Inputs, Use, hidden_states, modulation, qk_norm_rope
 from omni_kernels.validation.shapes import Shape
 
 
@@ -164,8 +164,8 @@ def _gelu_behind() -> Use:
         name="gelu behind",
         op="gelu",
         inputs=inputs,
-        ours=lambda i: ((i["x"], i["packed"][..., i["x"].shape[-1] :]), {}),
-        places=(1,),
+        ours=lambda i: ((i["x"],), {"out": i["packed"][..., i["x"].shape[-1] :]}),
+        places=("out",),
     )
 
 
@@ -178,9 +178,20 @@ def _swiglu_behind() -> Use:
 
     def ours(i: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
         gate, up = i["both"].chunk(2, -1)
-        return (gate, up, i["packed"][..., gate.shape[-1] :]), {}
+        return (gate, up), {"out": i["packed"][..., gate.shape[-1] :]}
 
-    return Use(name="swiglu behind", op="swiglu", inputs=inputs, ours=ours, places=(2,))
+    return Use(name="swiglu behind", op="swiglu", inputs=inputs, ours=ours, places=("out",))
+
+
+def _in_fp8(case: Case, beside: bool) -> Use:
+    """A use whose last result is quantised in the same pass."""
+
+    def ours(i: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = case.ours(i)
+        return args, kwargs | {"quantize": torch.float8_e4m3fn, "beside": beside}
+
+    name = f"{case.name} float8_e4m3fn" + (" beside" if beside else "")
+    return Use(name=name, op=case.op, inputs=case.inputs, ours=ours)
 
 
 #: Everything that is checked: the cases, and the uses that are not timed.
@@ -198,5 +209,10 @@ USES: dict[str, Use] = CASES | {
         _ada_layer_norm_index(),
         _gate_residual_norm_index(),
         _gated_residual(),
+        _in_fp8(CASES["ada_layer_norm rms"], beside=False),
+        _in_fp8(CASES["gate_residual_norm rms"], beside=True),
+        _in_fp8(CASES["rms_norm heads"], beside=False),
+        _in_fp8(CASES["gelu"], beside=True),
+        _in_fp8(CASES["swiglu"], beside=False),
     )
 }

@@ -29,6 +29,8 @@ TAKES = {
     "qk_norm_rope half": {"npu_rotary_mul"},
     "qk_norm_rope cos and sin by head": {"npu_rms_norm"},
     "qk_norm_rope": {"npu_rms_norm", "npu_rotary_mul"},
+    "gelu int8": set(),
+    "gelu float8_e4m3fn": set(),
     "gelu": {"npu_gelu"},
 }
 

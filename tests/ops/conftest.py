@@ -8,6 +8,7 @@ import pytest
 import torch
 from implementations import INTERPRETED, Implementation
 
+from omni_kernels.validation.interpreter import correct
 from omni_kernels.validation.memory import poisoned_outputs
 
 ON_GPU = () if INTERPRETED else pytest.mark.gpu
@@ -23,18 +24,7 @@ if INTERPRETED:
 
     # Before 3.7, Triton's interpreter uses loop counters that numpy 2.4 no longer accepts.
     interpreter._patch_lang_tensor = patch_index
-
-    fp_to_fp = interpreter.InterpreterBuilder.create_fp_to_fp
-    fp8 = {interpreter.tl.float8e4nv: torch.float8_e4m3fn, interpreter.tl.float8e4b8: torch.float8_e4m3fnuz}
-
-    def create_fp_to_fp(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
-        if dst_type.scalar not in fp8:
-            return fp_to_fp(self, src, dst_type, rounding_mode)
-        rounded = torch.from_numpy(src.data).to(fp8[dst_type.scalar]).view(torch.uint8).numpy()
-        return interpreter.TensorHandle(rounded, dst_type.scalar)
-
-    # Triton's interpreter loses the carry into the exponent: 127.9 becomes 64 in fp8, not 128.
-    interpreter.InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
+    correct()
 
 
 @pytest.fixture

@@ -45,7 +45,8 @@ class Configuration:
     @property
     def elements(self) -> int:
         """The number of elements of each tensor that a warp processes at a time."""
-        return self.constants.get("ROWS", 1) * self.constants["BLOCK"] // self.num_warps
+        rows, chunks = (self.constants.get(name, 1) for name in ("ROWS", "CHUNKS"))
+        return rows * chunks * self.constants["BLOCK"] // self.num_warps
 
 
 class _Recorder:

@@ -20,9 +20,9 @@ MORE_WIDTHS = sorted({*WIDTHS, *(3 << k for k in range(15))})
 TOKENS = sorted({1 << k for k in range(9)} | {4096})
 MORE_TOKENS = sorted({*TOKENS, *((1 << k) + 1 for k in range(9))})
 # Constants of which a program with more does all that one with less does.
-MORE = ("ROWS", "LAYER", "TANH")
+MORE = ("ROWS", "CHUNKS", "LAYER", "TANH")
 # The caller's own sizes, and numbers that a program multiplies by.
-SIZES = ("D", "H", "LIMIT", "TINY")
+SIZES = ("D", "H")
 
 
 def tensor(*shape, dtype=torch.bfloat16):
@@ -59,6 +59,13 @@ def norms(D, S, x_dtype, dtype, every=False):
         yield partial(OPS["rms_norm"].launcher, x, weight)
     for quantized in (torch.int8, torch.float8_e4m3fn, torch.float8_e4m3fnuz):
         yield partial(OPS["quantize"].launcher, x, quantized)
+        for beside in (False, True) if every else (True,):
+            options = {"quantize": quantized, "beside": beside}
+            yield partial(OPS["ada_layer_norm"].launcher, x, row[:2], **options)
+            yield partial(OPS["gate_residual_norm"].launcher, x, x.to(dtype), row[:2], **options)
+            yield partial(OPS["rms_norm"].launcher, x, vector, **options)
+            yield partial(OPS["gelu"].launcher, x, **options)
+            yield partial(OPS["swiglu"].launcher, x, x.to(dtype), **options)
 
 
 def heads(D, H, S, x_dtype, dtype, every=True):
@@ -82,7 +89,7 @@ def elementwise(x_dtype, dtype):
         yield partial(OPS["relative_l1"].launcher, x, y)
         yield partial(OPS["residual_relative_l1"].launcher, x, y, y)
         yield partial(OPS["residual_relative_l1"].launcher, x, y, None)
-        yield partial(OPS["gelu"].launcher, x, y)
+        yield partial(OPS["gelu"].launcher, x, out=y)
         yield partial(OPS["swiglu"].launcher, x, y)
         for K, base in itertools.product(range(1, 17), (x, None)):
             for weights in ([0.5] * K, tensor(K, dtype=dtype)):

@@ -1,11 +1,13 @@
 """quantize: 8-bit values and a scale for each token."""
 
+from functools import partial
+
 import pytest
 import torch
 from op_inputs import EMPTY, SHAPES
 
 from omni_kernels.ops import OPS, quantize
-from omni_kernels.ops.quantize import LIMITS, TINY
+from omni_kernels.ops._quantized import LIMITS, TINY
 from omni_kernels.validation import oracle
 from omni_kernels.validation.layouts import VIEWS
 from omni_kernels.validation.tolerances import assert_near
@@ -106,3 +108,114 @@ def test_what_is_refused():
         quantize(torch.ones(2, 3).int())
     with pytest.raises(ValueError, match="quantize: dtype is uint8; allowed are int8, float8_e4m3fn, float8_e4m3fnuz"):
         quantize(torch.ones(2, 3), torch.uint8)
+
+
+#: Op → its inputs, for hidden states [B, S, D].
+PRODUCERS = {
+    "ada_layer_norm": lambda randn, B, S, D: (randn(B, S, D), randn(B, D), randn(B, D)),
+    "gate_residual_norm": lambda randn, B, S, D: (randn(B, S, D), *(randn(B, S, D), *(randn(B, D) for _ in range(3)))),
+    "rms_norm": lambda randn, B, S, D: (randn(B, S, D), randn(D)),
+    "gelu": lambda randn, B, S, D: (randn(B, S, D),),
+    "swiglu": lambda randn, B, S, D: tuple(randn(B, S, 2 * D).chunk(2, -1)),
+}
+every_producer = pytest.mark.parametrize("op", PRODUCERS)
+
+
+def made_in_8_bits(implementation, op, shape, x_dtype, **options):
+    """The results of an op in 8 bits, each checked against fp64."""
+    inputs = PRODUCERS[op](partial(implementation.randn, dtype=x_dtype), *shape)
+    results = implementation[op](*inputs, **options)
+    expected = oracle.expected(op, results, *inputs, **options)
+    for value, (_, exact, terms) in zip(results, expected, strict=True):
+        assert value.is_contiguous()
+        assert_near(value, exact, terms)
+    return inputs, results
+
+
+@every_producer
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside"])
+@pytest.mark.parametrize(
+    ("dtype", "x_dtype"),
+    [(torch.int8, torch.bfloat16), (torch.float8_e4m3fn, torch.float32), (torch.float8_e4m3fnuz, torch.float16)],
+    ids=str,
+)
+def test_ops_write_8_bits_themselves(implementation, op, dtype, x_dtype, beside):
+    for shape in ((2, 5, 17), (1, 3, 2816)):
+        inputs, results = made_in_8_bits(implementation, op, shape, x_dtype, quantize=dtype, beside=beside)
+        q, scale, *y = results[1:] if op == "gate_residual_norm" else results
+        assert (q.dtype, scale.dtype, scale.shape) == (dtype, torch.float32, q.shape[:-1])
+        assert (q.float().abs().amax(-1) == LIMITS[dtype]).all()
+        plain = implementation[op](*inputs)
+        plain = plain if isinstance(plain, tuple) else (plain,)
+        assert len(y) == beside
+        if beside:
+            assert torch.equal(y[0], plain[-1])
+        if op == "gate_residual_norm":
+            assert torch.equal(results[0], plain[0])
+
+
+@every_producer
+@pytest.mark.parametrize("D", [1536, 2500, 4999, 5120])
+def test_rows_in_chunks(implementation, op, D):
+    made_in_8_bits(implementation, op, (1, 2, D), torch.bfloat16, quantize=torch.int8, beside=True)
+
+
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+@every_producer
+@pytest.mark.parametrize("D", [100, 2816])
+def test_a_spoilt_token_of_an_op_spoils_no_other(implementation, op, D):
+    inputs = PRODUCERS[op](implementation.randn, 1, 4, D)
+    inputs[0][0, 1, 3], inputs[0][0, 2, D - 1] = float("nan"), float("inf")
+    *_, q, scale = implementation[op](*inputs, quantize=torch.int8)
+    spoilt = (q.float() * scale.unsqueeze(-1)).isnan()
+    assert spoilt.all(-1).tolist() == spoilt.any(-1).tolist() == [[False, True, True, False]]
+
+
+def test_without_eps_zeros_stay_zeros(triton_launch):
+    """The masked channels of a row then hold 0 · ∞."""
+    x = triton_launch.randn(1, 3, 2816)
+    _, expected = triton_launch["rms_norm"](x, eps=0.0, quantize=torch.int8)
+    assert expected.isfinite().all()
+
+
+@every_producer
+@pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8), (2, 3, 0)], ids=str)
+def test_nothing_gives_nothing_in_8_bits(implementation, op, shape):
+    inputs = PRODUCERS[op](implementation.randn, *shape)
+    *_, q, scale = implementation[op](*inputs, quantize=torch.int8)
+    assert (q.shape, scale.shape) == (shape, shape[:-1])
+
+
+@every_producer
+def test_8_bits_move_half_the_bytes_of_bf16(op):
+    inputs = PRODUCERS[op](partial(torch.randn, dtype=torch.bfloat16), 2, 8, 64)
+    count = OPS[op].bytes_moved
+    numbers, tokens = 2 * 8 * 64, 2 * 8
+    assert count(*inputs) - count(*inputs, quantize=torch.int8) == 2 * numbers - numbers - 4 * tokens
+    assert count(*inputs, quantize=torch.int8, beside=True) - count(*inputs) == numbers + 4 * tokens
+
+
+@every_producer
+def test_a_compiled_op_returns_8_bits(op):
+    torch._dynamo.reset()
+    inputs, function = PRODUCERS[op](torch.randn, 1, 3, 24), OPS[op].function
+    with torch.no_grad():
+        for beside in (False, True):
+            run = partial(function, quantize=torch.int8, beside=beside)
+            made = torch.compile(run, backend="aot_eager", fullgraph=True)(*inputs)
+            assert [*map(torch.equal, made, run(*inputs))] == [True] * (2 + beside + (op == "gate_residual_norm"))
+
+
+@every_producer
+def test_what_an_op_refuses(op):
+    inputs = PRODUCERS[op](torch.randn, 1, 3, 24)
+    with pytest.raises(ValueError, match=f"{op}: quantize is uint8; allowed are int8, float8_e4m3fn, float8_e4m3fnuz"):
+        OPS[op].function(*inputs, quantize=torch.uint8)
+    with pytest.raises(ValueError, match=f"{op}: beside is given without quantize"):
+        OPS[op].function(*inputs, beside=True)
+    if op in ("gelu", "swiglu"):
+        with pytest.raises(ValueError, match=f"{op}: out and quantize cannot be given together"):
+            OPS[op].function(*inputs, quantize=torch.int8, out=torch.empty(1, 3, 24))
+    if op == "gate_residual_norm":
+        with pytest.raises(ValueError, match=f"{op}: quantize is given, and norm is None"):
+            OPS[op].function(*inputs[:3], norm=None, quantize=torch.int8)

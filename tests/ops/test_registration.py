@@ -56,7 +56,8 @@ def equal(a, b):
 
 INDEX = torch.tensor([[0, 1, 0, 0, 1], [1, 1, 0, 0, 0]])
 # Of h alone: no index, a tanh, no norm of x, and none after.
-ALONE = (None, True, None, 1e-6, None, None, None, 1e-6)
+ALONE = (None, True, None, 1e-6, None, None, None, 1e-6, None, False)
+NOT_IN_8_BITS, IN_8_BITS, BESIDE = (None, False), (torch.int8, False), (torch.float8_e4m3fn, True)
 OVERLOADS = {
     "quantize": [("default", arguments("quantize")), ("default", (*arguments("quantize")[:1], torch.float8_e4m3fn))],
     "relative_l1": [("default", arguments("relative_l1"))],
@@ -74,11 +75,14 @@ OVERLOADS = {
         ("tensor", (None, tensors(2, 3, 4), torch.tensor([0.5, 2.0]))),
     ],
     "ada_layer_norm": [
-        ("default", (*arguments("ada_layer_norm"), None, "layer", None, None, 1e-6)),
-        ("default", (*arguments("ada_layer_norm", torch.bfloat16)[:2], None, INDEX, "rms", *tensors(2, 24), 1e-6)),
+        ("default", (*arguments("ada_layer_norm"), None, "layer", None, None, 1e-6, *NOT_IN_8_BITS)),
+        (
+            "default",
+            (*arguments("ada_layer_norm", torch.bfloat16)[:2], None, INDEX, "rms", *tensors(2, 24), 1e-6, *BESIDE),
+        ),
     ],
     "gate_residual_norm": [
-        ("default", (*arguments("gate_residual_norm"), None, False, None, 1e-6, "layer", None, None, 1e-6)),
+        ("default", (*arguments("gate_residual_norm"), None, False, None, 1e-6, "layer", None, None, 1e-6, *IN_8_BITS)),
         (
             "default",
             (
@@ -91,22 +95,23 @@ OVERLOADS = {
                 "rms",
                 *tensors(2, 24),
                 1e-6,
+                *NOT_IN_8_BITS,
             ),
         ),
         ("default", (*arguments("gate_residual_norm", torch.bfloat16)[:3], None, None, *ALONE)),
     ],
     "rms_norm": [
-        ("default", (*arguments("rms_norm"), 1e-6)),
-        ("default", (tensors(1, 2, 3, 4, 8, dtype=torch.float16)[0].transpose(1, 2), None, 1e-6)),
+        ("default", (*arguments("rms_norm"), 1e-6, *NOT_IN_8_BITS)),
+        ("default", (tensors(1, 2, 3, 4, 8, dtype=torch.float16)[0].transpose(1, 2), None, 1e-6, *BESIDE)),
     ],
     "linear_forecast_into": [
         ("default", (*arguments("linear_forecast"), torch.empty(2, 5, 24))),
         ("tensor", (None, tensors(2, 3, 4), torch.tensor([0.5, 2.0]), torch.empty(3, 4, dtype=torch.bfloat16))),
     ],
-    "gelu": [("default", arguments("gelu"))],
-    "gelu_into": [("default", (*arguments("gelu"), torch.zeros(2, 5, 30)[..., 6:]))],
-    "swiglu": [("default", arguments("swiglu", torch.bfloat16))],
-    "swiglu_into": [("default", (*arguments("swiglu"), torch.zeros(2, 5, 30)[..., 6:]))],
+    "gelu": [("default", (*arguments("gelu"), *how)) for how in (NOT_IN_8_BITS, IN_8_BITS)],
+    "gelu_into": [("default", (*arguments("gelu"), *NOT_IN_8_BITS, torch.zeros(2, 5, 30)[..., 6:]))],
+    "swiglu": [("default", (*arguments("swiglu", torch.bfloat16), *how)) for how in (NOT_IN_8_BITS, BESIDE)],
+    "swiglu_into": [("default", (*arguments("swiglu"), *NOT_IN_8_BITS, torch.zeros(2, 5, 30)[..., 6:]))],
 }
 
 
@@ -257,9 +262,9 @@ def test_places_that_want_a_gradient_are_refused():
 def test_who_calls_the_dispatchers_op_is_refused_too():
     x = torch.ones(2, 3, requires_grad=True)
     with pytest.raises(RuntimeError, match="gelu: x requires a gradient"):
-        torch.ops.omni_kernels.gelu(x)
+        torch.ops.omni_kernels.gelu(x, None, False)
     with pytest.raises(RuntimeError, match="gelu: out requires a gradient"):
-        torch.ops.omni_kernels.gelu_into(x.detach(), x)
+        torch.ops.omni_kernels.gelu_into(x.detach(), None, False, x)
 
 
 def test_a_compiled_function_refuses_a_gradient():

@@ -115,6 +115,40 @@ def test_fused_blocks_call_quantised_layers(name):
         assert off(latents(pipe), expected) < 0.02
 
 
+def test_fused_blocks_quantise_in_the_ops_they_have(qwen_pipe, monkeypatch):
+    """Only attention's outputs are quantised by the layers themselves: two in each of the four blocks."""
+    calls, quantize = [], quantised.ops.quantize
+    monkeypatch.setattr(quantised.ops, "quantize", lambda x, dtype: calls.append(x.shape) or quantize(x, dtype))
+    counts = {}
+    for fuse in (False, True):
+        with omni_kernels.patched(qwen_pipe, quantize=INT8 | {"include": ["img_mlp"]}, fuse=fuse):
+            calls.clear()
+            latents(qwen_pipe, num_inference_steps=3, true_cfg_scale=1.0)
+            counts[fuse] = len(calls) / 3 / 4
+    assert counts == {False: 12, True: 2}
+
+
+def test_layers_that_stay_get_the_states_beside(qwen_pipe):
+    """Of the three projections two are quantised; the third computes what it does without."""
+    how = INT8 | {"exclude": ["attn.to_v", "add_q_proj"]}
+    with omni_kernels.patched(qwen_pipe, quantize=how, fuse=False):
+        expected = latents(qwen_pipe)
+    with omni_kernels.patched(qwen_pipe, quantize=how) as handle:
+        assert len(handle.fused.replaced) == 4
+        assert off(latents(qwen_pipe), expected) < 0.02
+
+
+def test_a_hook_on_a_quantised_layer_gets_a_tensor(qwen_pipe):
+    seen = []
+    with omni_kernels.patched(qwen_pipe, quantize=INT8):
+        expected = latents(qwen_pipe)
+        layer = qwen_pipe.transformer.transformer_blocks[1].attn.to_q
+        hook = layer.register_forward_pre_hook(lambda module, args: seen.append(type(args[0])))
+        assert off(latents(qwen_pipe), expected) < 0.02
+        hook.remove()
+    assert {*seen} == {torch.Tensor}
+
+
 @pytest.mark.parametrize("backend", ["first_block_cache", "velocity_cache", "tea_cache", "cache_dit"])
 def test_caches_decide_and_skip_on_quantised_layers(backend, qwen_pipe):
     config = {"velocity_cache": {"budget": 4}, "cache_dit": {"residual_diff_threshold": 0.5}}
