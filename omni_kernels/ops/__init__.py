@@ -20,6 +20,7 @@ from omni_kernels.ops.quantize import quantize
 from omni_kernels.ops.relative_l1 import relative_l1
 from omni_kernels.ops.residual_relative_l1 import residual_relative_l1
 from omni_kernels.ops.rms_norm import rms_norm
+from omni_kernels.ops.scaled_mm import scaled_mm
 from omni_kernels.ops.swiglu import swiglu
 from omni_kernels.registration import DEFINED, direct
 
@@ -35,6 +36,7 @@ __all__ = [
     "relative_l1",
     "residual_relative_l1",
     "rms_norm",
+    "scaled_mm",
     "swiglu",
     "trusted",
 ]
@@ -54,6 +56,7 @@ OPS = {
         "gelu",
         "swiglu",
         "quantize",
+        "scaled_mm",
     )
 }
 

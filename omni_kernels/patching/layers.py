@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from omni_kernels import ops
-from omni_kernels.patching.activations import Quantized, for_layers, project, takes
+from omni_kernels.patching.activations import Quantized, activates, for_layers, project, takes
 from omni_kernels.patching.structure import dispatcher, idles, multiplies
 
 #: Hidden states as `for_layers` returns them.
@@ -233,7 +233,7 @@ def _in_place(*layers: Any) -> bool:
 def _multiply(linear: Any, x: Any, out: torch.Tensor) -> None:
     """Apply `linear` to x [S, C] or [1, S, C] and write the result to out [S, D]."""
     if takes(linear):
-        linear(x, out=out)
+        linear(x, out=out.view(*x.shape[:-1], -1))
         return
     x = x[0] if x.dim() == 3 else x
     parameters = linear._parameters  # attribute access of parameters is slow Python code in torch
@@ -286,9 +286,13 @@ def _heads(attn: Any, x: States, *projections: Any) -> Iterable[torch.Tensor]:
 def feed_forward(mlp: Any, x: States | None) -> torch.Tensor:
     """A diffusers `FeedForward` whose activation is GELU's tanh approximation."""
     first, *others = mlp.net
-    fed: torch.Tensor = first.proj(x)
     others = [module for module in others if not idles(module)]
-    made: Any = for_layers(others[:1], ops.trusted(fed).gelu, fed)
+    made: Any
+    if activates(first.proj, *others[:1]):
+        made = first.proj.gelu(x)
+    else:
+        fed: torch.Tensor = first.proj(x)
+        made = for_layers(others[:1], ops.trusted(fed).gelu, fed)
     for module in others:
         made = module(made)
     return made

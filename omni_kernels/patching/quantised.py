@@ -3,8 +3,8 @@
     y = (quantize(x) · quantize(W)ᵀ) · scale(x) · scale(W) + bias        x: [..., K], W: [N, K], y: [..., N]
 
 Each output channel of a weight has a scale, and so has each token of an activation (`omni_kernels.ops.quantize`). The
-product in 8 bits is torch's: `torch._int_mm`, or `torch._scaled_mm` with a scale for each row and column. Where a
-device has none, the 8-bit values are multiplied in fp32: as exact, but not faster.
+product in 8 bits, with scales and bias, is `omni_kernels.ops.scaled_mm`. Where a device has none, the 8-bit values are
+multiplied in fp32: as exact, but not faster.
 
 Only layers inside the transformer's lists of blocks are quantised. Embeddings, time, modulation, norms and the final
 layer are small and sensitive; they stay as they are.
@@ -42,8 +42,6 @@ _CALIBRATION = "omni_runtime.cache.calibration"
 KEEP = ("host", "reload", "none")
 #: The dtype of fp8 on AMD's architectures that multiply it, and NVIDIA's first one.
 _ON_AMD, _FIRST_WITH_FP8 = {"gfx942": torch.float8_e4m3fnuz, "gfx950": torch.float8_e4m3fn}, 89
-#: The fewest rows and the divisor of the sizes that CUDA's product of int8 takes.
-_ROWS, _MULTIPLE = 17, 8
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,6 @@ class QuantizedLinear(torch.nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", scale)
         self.bias = linear.bias
-        self._vnni = _has_vnni()
         self.train(linear.training)
 
     def forward(self, x: torch.Tensor | Quantized, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -160,12 +157,20 @@ class QuantizedLinear(torch.nn.Module):
 
         Args:
             x: [..., K].
-            out: where to write, [number of tokens, N]; None for a new tensor [..., N].
+            out: where to write, [..., N]; None for a new tensor.
         """
-        q, scale = (x.q, x.scale) if isinstance(x, Quantized) else ops.quantize(x, self.weight.dtype)
-        rows, scales = q.flatten(0, -2), scale.flatten()
-        y = product(rows, scales, self.weight, self.weight_scale, self.bias, x.dtype, self._vnni, out)
-        return y.unflatten(0, x.shape[:-1])
+        made: torch.Tensor = self._multiply(x, out=out)
+        return made
+
+    def gelu(self, x: torch.Tensor | Quantized) -> Quantized:
+        """GELU of the layer's output, in 8 bits with a scale for each token and group of 128 channels."""
+        q, scale = self._multiply(x, gelu=True, quantize=self.weight.dtype)
+        return Quantized(q, scale, x.dtype)
+
+    def _multiply(self, x: torch.Tensor | Quantized, **options: Any) -> Any:
+        q, scale = (x.q, x.scale) if isinstance(x, Quantized) else ops.quantize(x.contiguous(), self.weight.dtype)
+        run = ops.trusted(q)
+        return run.scaled_mm(q, scale, self.weight, self.weight_scale, self.bias, dtype=x.dtype, **options)
 
     def extra_repr(self) -> str:
         """Sizes and dtype, for printing."""
@@ -183,60 +188,6 @@ class QuantizedLinear(torch.nn.Module):
             bits = fn(t.view(torch.int8 if t.element_size() == 1 else torch.int32))
             self._buffers[name] = bits.view(t.dtype)
         return self
-
-
-def product(
-    q: torch.Tensor,
-    scale: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    dtype: torch.dtype,
-    vnni: bool = False,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """(q · weightᵀ) · scale · weight_scale + bias.
-
-    Args:
-        q: [M, K], int8 or fp8.
-        scale: [M], fp32.
-        weight: [N, K], in q's dtype.
-        weight_scale: [N], fp32.
-        bias: [N], or None.
-        dtype: that of the result.
-        vnni: whether the CPU has instructions for products of int8.
-        out: where to write, [M, N] in `dtype`; None for a new tensor.
-
-    Returns:
-        [M, N].
-    """
-    if q.dtype != torch.int8 and q.is_cuda and dtype == torch.bfloat16:
-        bias = None if bias is None else bias.to(dtype)
-        scales = scale[:, None], weight_scale[None]
-        if out is not None:
-            return torch._scaled_mm(q, weight.t(), *scales, bias=bias, out_dtype=dtype, out=out)
-        return torch._scaled_mm(q, weight.t(), *scales, bias=bias, out_dtype=dtype)
-    summed = _int8(q, weight, vnni) if q.dtype == torch.int8 else q.float() @ weight.float().t()
-    y = summed.float() * scale[:, None] * weight_scale
-    y = y if bias is None else y + bias
-    return y.to(dtype) if out is None else out.copy_(y)
-
-
-def _int8(q: torch.Tensor, weight: torch.Tensor, vnni: bool = False) -> torch.Tensor:
-    """q · weightᵀ of int8 [M, K] and [N, K], in int32, or in fp32 on devices that multiply it faster."""
-    if q.is_cuda and q.shape[1] % _MULTIPLE == weight.shape[0] % _MULTIPLE == 0:
-        missing = max(0, _ROWS - q.shape[0])
-        padded = torch.nn.functional.pad(q, (0, 0, 0, missing)) if missing else q
-        return torch._int_mm(padded, weight.t())[: q.shape[0]]
-    if q.is_cpu and vnni:
-        return torch._int_mm(q, weight.t())
-    return q.float() @ weight.float().t()
-
-
-@functools.cache
-def _has_vnni() -> bool:
-    """Whether the CPU has instructions for products of int8. Without them, torch's are 30 times slower than fp32."""
-    return bool(torch.cpu._is_vnni_supported())
 
 
 def dtype_on(name: str, device: torch.device) -> torch.dtype:

@@ -107,92 +107,106 @@ def models() -> dict[str, Launch]:
     # Which of two modulations each token takes.
     index = torch.empty(2, TOKENS, dtype=torch.int32)
     z_image = _tensor(2, 129, 3840)
-    return {
-        "relative_l1 odd": partial(relative_l1, _odd(), _odd()),
-        "relative_l1 batch": partial(relative_l1, _batch(), _batch()),
-        "residual_relative_l1 odd": partial(residual_relative_l1, _odd(), _odd(), _odd()),
-        "residual_relative_l1 batch": partial(residual_relative_l1, _batch(), _batch(), _batch()),
-        "residual_relative_l1 first": partial(residual_relative_l1, _odd(), _odd(), None),
-        "modulated_relative_l1 layer": partial(modulated_relative_l1, h, _row(), _row(), h),
-        "modulated_relative_l1 rms": partial(modulated_relative_l1, h, _row(), None, h, norm="rms", weight=_row()[0]),
-        "modulated_relative_l1 per token": partial(modulated_relative_l1, h, h, h, h),
-        "modulated_relative_l1 first": partial(modulated_relative_l1, h, _row(), _row(), None),
-        "modulated_relative_l1 batch": partial(modulated_relative_l1, _batch(), _tensor(2, CHANNELS), None, _batch()),
-        "ada_layer_norm layer": partial(ada_layer_norm, h, *_chunks(1)[:2]),
-        "ada_layer_norm index": partial(ada_layer_norm, _batch(), *_chunks(4)[:2], index),
-        "ada_layer_norm rms": partial(ada_layer_norm, z_image, _tensor(2, 1, 3840), norm="rms", weight=_tensor(3840)),
-        "ada_layer_norm affine": partial(ada_layer_norm, h, None, weight=_row()[0], bias=_row()[0]),
-        "ada_layer_norm per token": partial(ada_layer_norm, h, *per_token[:2]),
-        "gate_residual_norm layer": partial(gate_residual_norm, h, h, *_chunks(1)),
-        "gate_residual_norm index": partial(gate_residual_norm, _batch(), _batch(), *_chunks(4), index),
-        "gate_residual_norm rms": partial(
-            gate_residual_norm,
-            z_image,
-            z_image,
-            _tensor(2, 1, 3840),
-            _tensor(2, 1, 3840),
-            gate_tanh=True,
-            x_weight=_tensor(3840),
-            norm="rms",
-            weight=_tensor(3840),
-        ),
-        "gate_residual_norm per token": partial(gate_residual_norm, h, h, *per_token),
-        "gate_residual_norm affine": partial(gate_residual_norm, h, h, _chunks(1)[0], weight=_row()[0], bias=_row()[0]),
-        "gate_residual_norm h alone": partial(gate_residual_norm, h, h, _chunks(1)[0], norm=None),
-        "gate_residual_norm no gate": partial(gate_residual_norm, h, h),
-        "rms_norm tokens": partial(rms_norm, h, _row()[0]),
-        "rms_norm heads": partial(rms_norm, _tensor(2, TOKENS, 3, 24, 128)[:, :, 1], _tensor(128)),
-        "rms_norm no weight": partial(rms_norm, h),
-        "linear_forecast reuse": partial(linear_forecast, _odd(), [_odd()], [1.0]),
-        "linear_forecast 3": partial(linear_forecast, _odd(), [_odd(), _odd(), _odd()], [1.0, -2.0, 0.5]),
-        "linear_forecast batch": partial(linear_forecast, None, [_batch(), _batch()], [1.0, -2.0]),
-        "linear_forecast 8": partial(linear_forecast, _odd(), [_odd() for _ in range(8)], [0.5] * 8),
-        "linear_forecast 16": partial(linear_forecast, _odd(), [_odd() for _ in range(16)], [0.5] * 16),
-        "linear_forecast tensor": partial(linear_forecast, _odd(), [_odd(), _odd()], _tensor(2)),
-        # Qwen-Image, Z-Image, FLUX, Wan, LTX, and other forms.
-        "qk_norm_rope joint": _attention(1, TOKENS - 1, 24, 128, 37, weighted=128),
-        "qk_norm_rope joint without v": _attention(1, TOKENS - 1, 24, 128, 37, weighted=128, v=False),
-        "qk_norm_rope batch": _attention(2, 1023, 30, 128, 0, weighted=128),
-        "qk_norm_rope across": _attention(1, 33, 40, 128, 0, weighted=40 * 128, across_heads=True),
-        "qk_norm_rope across without v": _attention(
-            1, 33, 40, 128, 0, weighted=40 * 128, tables=torch.float32, across_heads=True, v=False
-        ),
-        "qk_norm_rope across, small": _attention(1, 33, 12, 128, 0, weighted=12 * 128, across_heads=True),
-        "qk_norm_rope across, largest": _attention(1, 9, 64, 128, 0, weighted=64 * 128, across_heads=True),
-        "qk_norm_rope half": _attention(1, TOKENS - 1, 24, 128, 37, weighted=128, layout="half"),
-        "qk_norm_rope heads of 64": _attention(1, TOKENS - 1, 24, 64, 37, weighted=64),
-        "qk_norm_rope heads of 96": _attention(1, TOKENS - 1, 24, 96, 37, weighted=96),
-        "qk_norm_rope heads of 256": _attention(1, TOKENS - 1, 24, 256, 37, weighted=256),
-        "qk_norm_rope cos and sin": _attention(1, TOKENS - 1, 24, 128, 37, weighted=128, tables=torch.float32),
-        "qk_norm_rope cos and sin, half": _attention(
-            1, TOKENS - 1, 24, 128, 37, weighted=128, tables=torch.float32, layout="half"
-        ),
-        "qk_norm_rope cos and sin, across": _attention(
-            1, 33, 40, 128, 0, weighted=40 * 128, tables=torch.float32, across_heads=True
-        ),
-        "qk_norm_rope cos and sin, across, largest": _attention(
-            1, 9, 64, 128, 0, weighted=64 * 128, tables=torch.float32, across_heads=True
-        ),
-        "qk_norm_rope cos and sin by head, across": _attention(
-            2, 33, 32, 64, 0, weighted=32 * 64, tables=torch.float32, across_heads=True, v=False, by_head=True
-        ),
-        "qk_norm_rope no norm": _attention(1, TOKENS - 1, 24, 128, 37),
-        "qk_norm_rope no rotation": _attention(1, TOKENS - 1, 24, 128, 37, weighted=128, rotated=False),
-        "gelu odd": partial(gelu, _odd()),
-        "gelu batch": partial(gelu, _batch()),
-        "gelu behind": partial(
-            gelu, _tensor(1, TOKENS, 4 * CHANNELS), out=_tensor(1, TOKENS, 5 * CHANNELS)[..., CHANNELS:]
-        ),
-        "swiglu odd": partial(swiglu, _odd(), _odd()),
-        "swiglu packed": partial(swiglu, *_tensor(1, TOKENS, 2 * 10240).chunk(2, -1)),
-        "swiglu behind": partial(
-            swiglu, *_tensor(1, TOKENS, 6 * CHANNELS).chunk(2, -1), out=_tensor(1, TOKENS, 4 * CHANNELS)[..., CHANNELS:]
-        ),
-        "quantize int8": partial(quantize, h, torch.int8),
-        "quantize int8 behind": partial(quantize, _tensor(2, TOKENS, 5 * CHANNELS)[..., CHANNELS:], torch.int8),
-        "quantize float8_e4m3fn": partial(quantize, h, torch.float8_e4m3fn),
-        "quantize float8_e4m3fnuz": partial(quantize, h, torch.float8_e4m3fnuz),
-    } | _in_8_bits(h)
+    return (
+        {
+            "relative_l1 odd": partial(relative_l1, _odd(), _odd()),
+            "relative_l1 batch": partial(relative_l1, _batch(), _batch()),
+            "residual_relative_l1 odd": partial(residual_relative_l1, _odd(), _odd(), _odd()),
+            "residual_relative_l1 batch": partial(residual_relative_l1, _batch(), _batch(), _batch()),
+            "residual_relative_l1 first": partial(residual_relative_l1, _odd(), _odd(), None),
+            "modulated_relative_l1 layer": partial(modulated_relative_l1, h, _row(), _row(), h),
+            "modulated_relative_l1 rms": partial(
+                modulated_relative_l1, h, _row(), None, h, norm="rms", weight=_row()[0]
+            ),
+            "modulated_relative_l1 per token": partial(modulated_relative_l1, h, h, h, h),
+            "modulated_relative_l1 first": partial(modulated_relative_l1, h, _row(), _row(), None),
+            "modulated_relative_l1 batch": partial(
+                modulated_relative_l1, _batch(), _tensor(2, CHANNELS), None, _batch()
+            ),
+            "ada_layer_norm layer": partial(ada_layer_norm, h, *_chunks(1)[:2]),
+            "ada_layer_norm index": partial(ada_layer_norm, _batch(), *_chunks(4)[:2], index),
+            "ada_layer_norm rms": partial(
+                ada_layer_norm, z_image, _tensor(2, 1, 3840), norm="rms", weight=_tensor(3840)
+            ),
+            "ada_layer_norm affine": partial(ada_layer_norm, h, None, weight=_row()[0], bias=_row()[0]),
+            "ada_layer_norm per token": partial(ada_layer_norm, h, *per_token[:2]),
+            "gate_residual_norm layer": partial(gate_residual_norm, h, h, *_chunks(1)),
+            "gate_residual_norm index": partial(gate_residual_norm, _batch(), _batch(), *_chunks(4), index),
+            "gate_residual_norm rms": partial(
+                gate_residual_norm,
+                z_image,
+                z_image,
+                _tensor(2, 1, 3840),
+                _tensor(2, 1, 3840),
+                gate_tanh=True,
+                x_weight=_tensor(3840),
+                norm="rms",
+                weight=_tensor(3840),
+            ),
+            "gate_residual_norm per token": partial(gate_residual_norm, h, h, *per_token),
+            "gate_residual_norm affine": partial(
+                gate_residual_norm, h, h, _chunks(1)[0], weight=_row()[0], bias=_row()[0]
+            ),
+            "gate_residual_norm h alone": partial(gate_residual_norm, h, h, _chunks(1)[0], norm=None),
+            "gate_residual_norm no gate": partial(gate_residual_norm, h, h),
+            "rms_norm tokens": partial(rms_norm, h, _row()[0]),
+            "rms_norm heads": partial(rms_norm, _tensor(2, TOKENS, 3, 24, 128)[:, :, 1], _tensor(128)),
+            "rms_norm no weight": partial(rms_norm, h),
+            "linear_forecast reuse": partial(linear_forecast, _odd(), [_odd()], [1.0]),
+            "linear_forecast 3": partial(linear_forecast, _odd(), [_odd(), _odd(), _odd()], [1.0, -2.0, 0.5]),
+            "linear_forecast batch": partial(linear_forecast, None, [_batch(), _batch()], [1.0, -2.0]),
+            "linear_forecast 8": partial(linear_forecast, _odd(), [_odd() for _ in range(8)], [0.5] * 8),
+            "linear_forecast 16": partial(linear_forecast, _odd(), [_odd() for _ in range(16)], [0.5] * 16),
+            "linear_forecast tensor": partial(linear_forecast, _odd(), [_odd(), _odd()], _tensor(2)),
+            # Qwen-Image, Z-Image, FLUX, Wan, LTX, and other forms.
+            "qk_norm_rope joint": _attention(1, TOKENS - 1, 24, 128, 37, weighted=128),
+            "qk_norm_rope joint without v": _attention(1, TOKENS - 1, 24, 128, 37, weighted=128, v=False),
+            "qk_norm_rope batch": _attention(2, 1023, 30, 128, 0, weighted=128),
+            "qk_norm_rope across": _attention(1, 33, 40, 128, 0, weighted=40 * 128, across_heads=True),
+            "qk_norm_rope across without v": _attention(
+                1, 33, 40, 128, 0, weighted=40 * 128, tables=torch.float32, across_heads=True, v=False
+            ),
+            "qk_norm_rope across, small": _attention(1, 33, 12, 128, 0, weighted=12 * 128, across_heads=True),
+            "qk_norm_rope across, largest": _attention(1, 9, 64, 128, 0, weighted=64 * 128, across_heads=True),
+            "qk_norm_rope half": _attention(1, TOKENS - 1, 24, 128, 37, weighted=128, layout="half"),
+            "qk_norm_rope heads of 64": _attention(1, TOKENS - 1, 24, 64, 37, weighted=64),
+            "qk_norm_rope heads of 96": _attention(1, TOKENS - 1, 24, 96, 37, weighted=96),
+            "qk_norm_rope heads of 256": _attention(1, TOKENS - 1, 24, 256, 37, weighted=256),
+            "qk_norm_rope cos and sin": _attention(1, TOKENS - 1, 24, 128, 37, weighted=128, tables=torch.float32),
+            "qk_norm_rope cos and sin, half": _attention(
+                1, TOKENS - 1, 24, 128, 37, weighted=128, tables=torch.float32, layout="half"
+            ),
+            "qk_norm_rope cos and sin, across": _attention(
+                1, 33, 40, 128, 0, weighted=40 * 128, tables=torch.float32, across_heads=True
+            ),
+            "qk_norm_rope cos and sin, across, largest": _attention(
+                1, 9, 64, 128, 0, weighted=64 * 128, tables=torch.float32, across_heads=True
+            ),
+            "qk_norm_rope cos and sin by head, across": _attention(
+                2, 33, 32, 64, 0, weighted=32 * 64, tables=torch.float32, across_heads=True, v=False, by_head=True
+            ),
+            "qk_norm_rope no norm": _attention(1, TOKENS - 1, 24, 128, 37),
+            "qk_norm_rope no rotation": _attention(1, TOKENS - 1, 24, 128, 37, weighted=128, rotated=False),
+            "gelu odd": partial(gelu, _odd()),
+            "gelu batch": partial(gelu, _batch()),
+            "gelu behind": partial(
+                gelu, _tensor(1, TOKENS, 4 * CHANNELS), out=_tensor(1, TOKENS, 5 * CHANNELS)[..., CHANNELS:]
+            ),
+            "swiglu odd": partial(swiglu, _odd(), _odd()),
+            "swiglu packed": partial(swiglu, *_tensor(1, TOKENS, 2 * 10240).chunk(2, -1)),
+            "swiglu behind": partial(
+                swiglu,
+                *_tensor(1, TOKENS, 6 * CHANNELS).chunk(2, -1),
+                out=_tensor(1, TOKENS, 4 * CHANNELS)[..., CHANNELS:],
+            ),
+            "quantize int8": partial(quantize, h, torch.int8),
+            "quantize int8 behind": partial(quantize, _tensor(2, TOKENS, 5 * CHANNELS)[..., CHANNELS:], torch.int8),
+            "quantize float8_e4m3fn": partial(quantize, h, torch.float8_e4m3fn),
+            "quantize float8_e4m3fnuz": partial(quantize, h, torch.float8_e4m3fnuz),
+        }
+        | _in_8_bits(h)
+        | _products()
+    )
 
 
 def _in_8_bits(h: torch.Tensor) -> dict[str, Launch]:
@@ -213,6 +227,25 @@ def _in_8_bits(h: torch.Tensor) -> dict[str, Launch]:
         for dtype in (torch.int8, torch.float8_e4m3fn, torch.float8_e4m3fnuz)
         for beside in ((False, True) if dtype == torch.int8 else (False,))
     }
+
+
+def _products() -> dict[str, Launch]:
+    """scaled_mm of the layers of a feed-forward: alone, with GELU in 8 bits, and with a scale for each group."""
+    run, found = OPS["scaled_mm"].launcher, {}
+    scales, bias, groups = (torch.empty(n) for n in (CHANNELS, 4 * CHANNELS, TOKENS * CHANNELS // 128))
+    for dtype in (torch.int8, torch.float8_e4m3fn, torch.float8_e4m3fnuz):
+        name, one = f"scaled_mm {str(dtype)[6:]}", torch.empty(TOKENS)
+        x, up = _tensor(TOKENS, CHANNELS, dtype=dtype), _tensor(4 * CHANNELS, CHANNELS, dtype=dtype)
+        same = _tensor(CHANNELS, CHANNELS, dtype=dtype)
+        found[f"{name} gelu"] = partial(run, x, one, up, bias, bias, dtype=torch.float32, gelu=True, quantize=dtype)
+        found[f"{name} groups"] = partial(run, x, groups.view(TOKENS, -1), same, scales, scales, dtype=torch.float32)
+        found[f"{name} gelu, text"] = partial(run, x[:512], one[:512], up, bias, bias, dtype=torch.float32, gelu=True)
+        if dtype == torch.int8:
+            for kind in (torch.float32, torch.float16, torch.bfloat16):
+                found[f"{name} {str(kind)[6:]}"] = partial(run, x, one, same, scales, scales.to(kind), dtype=kind)
+            found[f"{name} no bias"] = partial(run, x, one, same, scales)
+            found[f"{name} groups, text"] = partial(run, x[:512], groups.view(TOKENS, -1)[:512], same, scales)
+    return found
 
 
 def configurations() -> dict[str, Launch]:

@@ -259,11 +259,38 @@ def _quantize(got: Sequence[torch.Tensor], x: torch.Tensor, dtype: torch.dtype =
 def _in_8_bits(scale: torch.Tensor, dtype: torch.dtype, y: torch.Tensor, terms: torch.Tensor | None) -> list[Expected]:
     """y in 8 bits, by the actual, rounded scale, and its correct scale. `terms` is as in `Expected`."""
     terms = y.abs() if terms is None else terms
+    shape = y.shape
+    if scale.dim() == y.dim():  # for each group of channels
+        y, terms = (t.unflatten(-1, (scale.shape[-1], -1)) for t in (y, terms))
     used = scale.double().unsqueeze(-1)
     valid = used.isfinite() & (used > 0)
-    q, steps = (torch.where(valid, t / used, 0.0) for t in (y, terms))
+    q, steps = (torch.where(valid, t / used, 0.0).view(shape) for t in (y, terms))
     largest, of_terms = (t.abs().amax(-1) / LARGEST[dtype] for t in (y, terms))
     return [("q", q, steps), ("scale", largest, of_terms)]
+
+
+def _scaled_mm(
+    got: Sequence[torch.Tensor],
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    gelu: bool = False,
+    out: torch.Tensor | None = None,
+) -> list[Expected]:
+    x, w = q.double(), weight.double() * weight_scale.double()[:, None]
+    x = x.unflatten(-1, (-1, x.shape[-1] // scale.shape[-1])) if scale.dim() == q.dim() else x
+    x = (x * scale.double().unsqueeze(-1)).view(q.shape)
+    y, terms = x @ w.T, x.abs() @ w.abs().T
+    if bias is not None:
+        y, terms = y + bias.double(), terms + bias.double().abs()
+    if q.dtype != torch.int8:
+        # NVIDIA's products of fp8 keep 14 bits of their sums (DeepSeek-V3, arXiv:2412.19437, 3.3.2).
+        terms = terms * 64
+    return [("y", 0.5 * y * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3))) if gelu else y, terms)]
 
 
 ORACLES: dict[str, Callable[..., list[Expected]]] = {
@@ -278,6 +305,7 @@ ORACLES: dict[str, Callable[..., list[Expected]]] = {
     "gelu": _gelu,
     "swiglu": _swiglu,
     "quantize": _quantize,
+    "scaled_mm": _scaled_mm,
 }
 
 

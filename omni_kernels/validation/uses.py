@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from omni_kernels.ops import quantize
+from omni_kernels.ops.scaled_mm import GROUP
 from omni_kernels.validation.cases import CASES, Case, Inputs, Use, hidden_states, modulation, qk_norm_rope
 from omni_kernels.validation.shapes import Shape
 
@@ -194,6 +196,28 @@ def _in_fp8(case: Case, beside: bool) -> Use:
     return Use(name=name, op=case.op, inputs=case.inputs, ours=ours)
 
 
+def _scaled_mm(dtype: torch.dtype, form: str = "") -> Use:
+    """The product of a linear layer with half as many channels, with a bias; with GELU in 8 bits, or by groups."""
+
+    def inputs(shape: Shape, device: torch.device) -> Inputs:
+        D = shape.D // 2 * 2
+        x, weight = torch.randn(shape.B, shape.S, D, device=device), torch.randn(D // 2, D, device=device) / D**0.5
+        made: Inputs = dict(zip(("weight", "weight scale"), quantize(weight, dtype), strict=True))
+        made["bias"] = torch.randn(D // 2, device=device).to(shape.dtype)
+        values = quantize(x.unflatten(-1, (-1, GROUP)) if form == "groups" else x, dtype)
+        made["q"], made["scale"] = values[0].view(x.shape), values[1]
+        return made
+
+    def ours(i: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        options: dict[str, Any] = {"dtype": i["bias"].dtype}
+        if form == "gelu":
+            options |= {"gelu": True, "quantize": dtype}
+        return (i["q"], i["scale"], i["weight"], i["weight scale"], i["bias"]), options
+
+    name = f"scaled_mm {str(dtype)[6:]}" + (f" {form}" if form else "")
+    return Use(name=name, op="scaled_mm", inputs=inputs, ours=ours, fits=lambda s: not form or s.D % (2 * GROUP) == 0)
+
+
 #: Everything that is checked: the cases, and the uses that are not timed.
 USES: dict[str, Use] = CASES | {
     use.name: use
@@ -214,5 +238,6 @@ USES: dict[str, Use] = CASES | {
         _in_fp8(CASES["rms_norm heads"], beside=False),
         _in_fp8(CASES["gelu"], beside=True),
         _in_fp8(CASES["swiglu"], beside=False),
+        *(_scaled_mm(dtype, form) for dtype in (torch.int8, torch.float8_e4m3fn) for form in ("", "gelu", "groups")),
     )
 }

@@ -27,16 +27,19 @@ OUTPUTS = {
     "relative_l1_kernel": (),
     "residual_relative_l1_kernel": ("p_residual",),
     "modulated_relative_l1_kernel": ("p_m",),
-    "ada_layer_norm_kernel": ("p_y",),
-    "gate_residual_norm_kernel": ("p_h", "p_y"),
-    "rms_norm_kernel": ("p_y",),
-    "quantize_kernel": ("p_q",),
+    "ada_layer_norm_kernel": ("p_y", "p_q"),
+    "gate_residual_norm_kernel": ("p_h", "p_y", "p_q"),
+    "rms_norm_kernel": ("p_y", "p_q"),
+    "quantize_kernel": ("p_q", "p_y"),
+    "scaled_mm_kernel": ("p_out",),
     "qk_norm_rope_kernel": ("p_q_out", "p_k_out", "p_v_out"),
 }
 # The same for all rows: once is enough.
 VECTORS = {"p_weight", "p_bias", "p_x_weight", "p_q_weight", "p_k_weight"}
 # Not elements: sums, numbers, rows to take; and tables, of which half is not used and AMD's compiler does not load it.
-OTHERS = {"p_partials", "p_scale_out", "p_weights", "p_index", "p_freqs", "p_sin"}
+OTHERS = {"p_partials", "p_q_scale", "p_weights", "p_index", "p_freqs", "p_sin"}
+# Operands of a product, which go to shared memory by other instructions, and its scales.
+OTHERS |= {"p_left", "p_right", "p_out_scale", "p_weight_scale"}
 # 128 bits, in the instructions of NVIDIA, and of AMD before and from gfx11 on.
 WIDE = {"sm": (".v4.b32",), "gf": ("_dwordx4", "_b128")}
 PINNED = re.search(r"^triton==(\S+)", (Path(__file__).parents[2] / "constraints.txt").read_text(), re.MULTILINE)[1]

@@ -23,6 +23,7 @@ NAMES = [
     "relative_l1",
     "residual_relative_l1",
     "rms_norm",
+    "scaled_mm",
     "swiglu",
 ]
 
@@ -46,6 +47,12 @@ def arguments(name, dtype=torch.float32, device="cpu"):
         "gate_residual_norm": (h[0], h[1], rows[0], rows[0], rows[1]),
         "rms_norm": (h[0], tensors(1, 24, device=device)[0]),
         "quantize": (h[0], torch.int8),
+        "scaled_mm": (
+            torch.ones(2, 5, 24, dtype=torch.int8, device=device),
+            *tensors(1, 2, 5, device=device),
+            torch.ones(3, 24, dtype=torch.int8, device=device),
+            *tensors(1, 3, device=device),
+        ),
     }[name]
 
 
@@ -57,9 +64,22 @@ def equal(a, b):
 INDEX = torch.tensor([[0, 1, 0, 0, 1], [1, 1, 0, 0, 0]])
 # Of h alone: no index, a tanh, no norm of x, and none after.
 ALONE = (None, True, None, 1e-6, None, None, None, 1e-6, None, False)
+GROUPS = (
+    torch.ones(2, 5, 256, dtype=torch.int8),
+    torch.ones(2, 5, 2),
+    torch.ones(128, 256, dtype=torch.int8),
+    torch.ones(128),
+)
 NOT_IN_8_BITS, IN_8_BITS, BESIDE = (None, False), (torch.int8, False), (torch.float8_e4m3fn, True)
 OVERLOADS = {
     "quantize": [("default", arguments("quantize")), ("default", (*arguments("quantize")[:1], torch.float8_e4m3fn))],
+    "scaled_mm": [
+        ("default", (*arguments("scaled_mm"), None, torch.bfloat16, False, None)),
+        ("default", (*GROUPS, torch.ones(128), torch.float32, True, torch.float8_e4m3fn)),
+    ],
+    "scaled_mm_into": [
+        ("default", (*arguments("scaled_mm"), torch.ones(3), torch.float16, True, None, torch.zeros(2, 5, 3).half())),
+    ],
     "relative_l1": [("default", arguments("relative_l1"))],
     "residual_relative_l1": [
         ("default", arguments("residual_relative_l1")),
@@ -238,7 +258,7 @@ def test_a_gradient_is_refused_by_the_name_of_who_wants_it(name, options, launch
     given = by_name(name, options)
     OPS[name].function(**given)  # nothing wants one
     for argument, value in given.items():
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
             wanting = given | {argument: value.clone().requires_grad_()}
         elif isinstance(value, list) and isinstance(value[0], torch.Tensor):
             wanting = given | {argument: [*value[:-1], value[-1].clone().requires_grad_()]}

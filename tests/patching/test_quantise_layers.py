@@ -1,6 +1,7 @@
 """`quantize=`: linear layers of blocks in 8 bits, what is said of them, and what is put back."""
 
 import copy
+import importlib
 
 import diffusers
 import pytest
@@ -11,7 +12,7 @@ from models import MODELS, latents
 
 import omni_kernels
 from omni_kernels.device import Device, pretend
-from omni_kernels.patching import PatchConflictError, quantised
+from omni_kernels.patching import PatchConflictError, activations, quantised
 from omni_kernels.patching.quantised import QuantizedLinear, options_of
 from omni_runtime import Omni, embedded_pipeline
 
@@ -323,24 +324,22 @@ def test_fp8_is_what_the_device_multiplies_or_refused(vendor, arch, dtype):
             quantised.dtype_on("fp8", device)
 
 
-def test_sizes_that_cuda_does_not_multiply_are_padded_or_not_in_8_bits(monkeypatch):
-    """On a CPU that pretends: few rows are padded, and sizes that 8 does not divide are multiplied in fp32."""
-    asked = []
-
-    class OnCuda(torch.Tensor):
-        is_cuda = True
-
-    def int_mm(a, b):
-        asked.append((tuple(a.shape), tuple(b.shape)))
-        return a.as_subclass(torch.Tensor).int() @ b.as_subclass(torch.Tensor).int()
-
-    monkeypatch.setattr(torch, "_int_mm", int_mm)
-    q, weight = (torch.randint(-127, 128, shape, dtype=torch.int8) for shape in ((3, 16), (24, 16)))
-    got = quantised._int8(q.as_subclass(OnCuda), weight)
-    assert asked == [((17, 16), (16, 24))]
-    assert torch.equal(got.as_subclass(torch.Tensor), q.int() @ weight.int().t())
-    quantised._int8(q[:, :12].as_subclass(OnCuda), weight[:, :12])
-    assert len(asked) == 1
+@pytest.mark.parametrize("name", ["qwen_image", "flux"])
+def test_gelu_in_the_product_gives_the_picture_of_gelu_after_it(name, monkeypatch):
+    model = MODELS[name]
+    pipe = model.build(**model.options)
+    how = INT8 | ({"include": ["img_mlp"]} if name == "qwen_image" else {})
+    with omni_kernels.patched(pipe, quantize=how, fuse=False):
+        expected = latents(pipe)
+    monkeypatch.setattr(activations, "GROUP", 1)  # whatever the width; the op itself has its own
+    monkeypatch.setattr(activations, "has_kernel", lambda weight: True)
+    monkeypatch.setattr(importlib.import_module("omni_kernels.ops.scaled_mm"), "GROUP", 16)
+    called = []
+    gelu = QuantizedLinear.gelu
+    monkeypatch.setattr(QuantizedLinear, "gelu", lambda layer, x: called.append(layer) or gelu(layer, x))
+    with omni_kernels.patched(pipe, quantize=how):
+        assert off(latents(pipe), expected) < 0.02
+    assert called
 
 
 def test_options_are_complete():
