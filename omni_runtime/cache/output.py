@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -143,7 +143,7 @@ class StandIn:
 
     A single tensor is returned unchanged: pipelines only use it for guidance, and the scheduler does not step with the
     result. If a call returns several tensors (LTX-2: video and audio), another scheduler may step with the others, so
-    each one is forecast.
+    each one is forecast. If that scheduler is a copy of the pipeline's, an `OutputSteps` corrects what it steps with.
 
     Attributes:
         shape: the number of samples in the call, and the shapes of its tensors.
@@ -197,11 +197,17 @@ class OutputSteps:
         request: the request.
         chosen: the site's choices for this request.
         scheduler: the scheduler that takes the steps.
+        leading: the steps of the scheduler that this one is a copy of, which decide for both.
     """
 
-    def __init__(self, site: OutputSite, request: Request, chosen: Chosen, scheduler: Any) -> None:
+    def __init__(
+        self, site: OutputSite, request: Request, chosen: Chosen, scheduler: Any, leading: OutputSteps | None = None
+    ) -> None:
         self._request = request
         self._scheduler = scheduler
+        self._leading = leading
+        self._several = False
+        self.chosen = chosen
         self.gate = chosen.gate
         self._noisy = draws_noise(scheduler)
         if self._noisy:
@@ -222,6 +228,14 @@ class OutputSteps:
         self._forecaster = site.forecaster
         self._step = -1
         self._verdict = Verdict(True, "")
+
+    @property
+    def corrects_others(self) -> bool:
+        """Whether what a copy of the scheduler steps with is corrected, too: transformer calls return several tensors.
+
+        Without a corrector, the forecasts of the stand-ins serve it as well.
+        """
+        return self._several and self._corrector is not None
 
     def tensors(self) -> list[torch.Tensor]:
         """All tensors held between steps."""
@@ -281,8 +295,9 @@ class OutputSteps:
 
     def remember(self, branch: Branch, shape: tuple[Any, ...], transformer: Any, returned: Any) -> None:
         """Record the result of a transformer call of this step, whose arguments have these shapes."""
-        kept = branch.kept
-        if self._noisy and len({tensor.shape for tensor in _floating(returned)}) > 1:
+        kept, found = branch.kept, _floating(returned)
+        self._several = len(found) > 1
+        if self._noisy and len({tensor.shape for tensor in found}) > 1:
             raise ValueError(
                 f"{type(self._scheduler).__name__} draws new noise at each step, and {type(transformer).__name__} "
                 "returns tensors of several shapes, for another scheduler, too: whole steps cannot be skipped"
@@ -310,6 +325,8 @@ class OutputSteps:
         # A computed output is recorded, and corrected for the forecasts before it. For a skipped step, `output` is only
         # what the pipeline's guidance made of stand-ins, and a forecast replaces it. Both are weighted sums of recorded
         # outputs, so each takes one launch.
+        if self._leading is not None:
+            self._step, self._verdict = self._leading._step, self._leading._verdict
         if self._step != self._request.step:  # no transformer was called in this step
             return output
         if output.requires_grad:
@@ -484,6 +501,18 @@ class OutputSession(CacheSession):
     def stepped_with(self, request: Request, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         """See `CacheSession.stepped_with`."""
         return output if request.outputs is None else request.outputs.output(output, sample)
+
+    def stepped_beside(
+        self, request: Request, own: Request, scheduler: Any, output: torch.Tensor, sample: torch.Tensor
+    ) -> torch.Tensor:
+        """See `CacheSession.stepped_beside`. Only the last step of a copy comes when the request has ended."""
+        leading: OutputSteps | None = request.outputs
+        if own.outputs is None:
+            if leading is None or not leading.corrects_others:
+                return output
+            site = replace(self._site, signal=None)
+            own.outputs = OutputSteps(site, own, leading.chosen, scheduler, leading)
+        return own.outputs.output(output, sample)
 
     def repeated(self, request: Request) -> None:
         """See `CacheSession.repeated`. Not supported: the forecast for the first step does not fit the second."""

@@ -286,8 +286,9 @@ class CacheSession:
 
     def held_tensors(self) -> list[torch.Tensor]:
         """All tensors held by the request under way; empty between requests."""
-        request = None if self._sampling is None else self._sampling.request
-        return [] if request is None else request.tensors()
+        sampling = self._sampling
+        requests = [] if sampling is None else [sampling.request, *sampling.beside]
+        return [tensor for request in requests if request is not None for tensor in request.tensors()]
 
     def gate_for(self, gate: Callable[[], Gate], measures: bool, request: Request, branch: str) -> Gate:
         """A fresh gate.
@@ -306,6 +307,12 @@ class CacheSession:
         request.notes += self.notes
 
     def stepped_with(self, request: Request, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        """See `omni_runtime.cache.lifecycle.Listener`."""
+        return output
+
+    def stepped_beside(
+        self, request: Request, own: Request, scheduler: Any, output: torch.Tensor, sample: torch.Tensor
+    ) -> torch.Tensor:
         """See `omni_runtime.cache.lifecycle.Listener`."""
         return output
 
