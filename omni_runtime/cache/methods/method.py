@@ -94,17 +94,23 @@ class Method:
             self.output(resolved)
         return resolved
 
-    def with_own(self, config: Mapping[str, Any] | None, directory: str | None) -> Mapping[str, Any] | None:
+    def with_own(self, config: Config, directory: str | None) -> Config:
         """The configuration, with the model's own calibration added if the caller gives none.
 
         Args:
-            config: the given keys.
+            config: a result of `check`; only what is added is parsed.
             directory: the model's directory, or its name on the hub.
+
+        Raises:
+            ValueError: the calibration cannot be read; the message names the file.
         """
-        if not directory or self.calibrated_by is None or (config or {}).get(self.calibrated_by) is not None:
+        if not directory or self.calibrated_by is None or config[self.calibrated_by] is not None:
             return config
         file = calibration.own_file(directory, self._calibrated)
-        return config if file is None else {**(config or {}), self.calibrated_by: file}
+        if file is None:
+            return config
+        key = next(key for key in self.keys if key.name == self.calibrated_by)
+        return keys.Resolved({**config, key.name: key.parse(file)})
 
     def install(self, pipe: Any, config: Config, patch: Patch) -> CacheSession:
         """Install the method on `pipe`; `config` is complete.
