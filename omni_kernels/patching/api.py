@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, overload
 
-from omni_kernels.patching import backends, calls, quantised, rules
+from omni_kernels.patching import backends, calls, quantised, rules, tables
 from omni_kernels.patching.cache_dit import LibraryHandle
 from omni_kernels.patching.changes import HANDLE, Patch, PatchConflictError
 from omni_kernels.patching.compiled import Compiled
@@ -152,6 +152,7 @@ class PatchHandle:
     def _install(self, backend: backends.CacheBackend | None) -> None:
         replaced: list[Any] = []
         try:
+            tables.bound(self._pipe, self._patch)
             if self.quantize is not None:
                 self.quantised, replaced = quantised.quantise(self._pipe, self.quantize, self._patch)
             if self.fuse:

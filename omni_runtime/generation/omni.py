@@ -59,7 +59,7 @@ class Omni:
     pipeline is copied or pickled too.
 
     In each process, diffusers keeps the rotary tables of the last 128 image sizes: 2 MB per size for Qwen-Image at
-    1024².
+    1024². Those of Qwen-Image-Layered, of which diffusers keeps all, are bounded in the same way.
 
     Args:
         model: an embedded model's name, a directory written by `save_pretrained`, a hub id, or a loaded pipeline.
