@@ -24,7 +24,7 @@ import torch
 from omni_kernels import ops
 from omni_runtime.cache.contract import tensors_of
 from omni_runtime.cache.forecasters import Forecaster, make_forecaster, newton
-from omni_runtime.cache.gates import Gate, Plan, RehearsalGate, Verdict
+from omni_runtime.cache.gates import EveryStep, Gate, Plan, RehearsalGate, Verdict
 from omni_runtime.cache.history import History, history_of
 from omni_runtime.cache.lifecycle import Branch, Request, Sampling
 from omni_runtime.cache.models import depth
@@ -452,10 +452,13 @@ class OutputSession(CacheSession):
 
     Args:
         output: the method's choices.
+        may_compute_all: whether a pipeline that takes a step of its scheduler twice is run without a skipped step, and
+            a note says so. Otherwise it is an error.
     """
 
-    def __init__(self, name: str, pipe: Any, output: OutputSite) -> None:
+    def __init__(self, name: str, pipe: Any, output: OutputSite, may_compute_all: bool = False) -> None:
         super().__init__(name, pipe)
+        self._may_compute_all = may_compute_all
         self.blocks = depth(self.transformer)
         self._site = output
         self.fitted_for = output.fitted_for
@@ -515,12 +518,18 @@ class OutputSession(CacheSession):
         return own.outputs.output(output, sample)
 
     def repeated(self, request: Request) -> None:
-        """See `CacheSession.repeated`. Not supported: the forecast for the first step does not fit the second."""
-        if request.outputs is not None:
-            raise ValueError(
-                f"{type(self.pipe).__name__} takes a step of its scheduler twice: whole steps cannot be skipped. A "
-                "cache of blocks (cache_dit, first_block_cache) works with it"
-            )
+        """See `CacheSession.repeated`. The forecast for the first step would not fit the second.
+
+        It is noticed in the first step of a request, which is always computed.
+        """
+        steps: OutputSteps | None = request.outputs
+        if steps is None or isinstance(steps.gate, EveryStep):
+            return
+        why = f"{type(self.pipe).__name__} takes a step of its scheduler twice: whole steps cannot be skipped"
+        if not self._may_compute_all:
+            raise ValueError(f"{why}. A cache of blocks (cache_dit, first_block_cache) works with it")
+        steps.gate = EveryStep()
+        request.notes.append(f"{self.name}: every step is computed, because {why}")
 
     def gates_of(self, request: Request) -> Sequence[tuple[Gate, list[Any]]]:
         """See `CacheSession.gates_of`."""

@@ -11,6 +11,7 @@ import tiny
 import torch
 
 import omni_kernels
+from benchmarks.models.tiny import build
 from omni_runtime import Omni, cli
 from omni_runtime.cache import calibration, presets, schedules
 from omni_runtime.cache.methods import METHODS
@@ -205,6 +206,18 @@ def test_where_steps_cannot_be_skipped_blocks_are(qwen_pipe: Any) -> None:
         omni_kernels.patch(qwen_pipe, "auto", {"psnr": 40})
     assert omni_kernels.patch(qwen_pipe, "tea_cache").active
     omni_kernels.unpatch(qwen_pipe)
+
+
+def test_where_steps_are_taken_twice_blocks_are_skipped() -> None:
+    model = build("CosmosTextToWorldPipeline")
+    with omni_kernels.patched(model.pipe, "auto", {"quality": "fast"}) as handle:
+        model.generate(guided=True, num_inference_steps=20)
+        report = handle.report
+    assert report.backend == "cache_dit"
+    why = "CosmosTextToWorldPipeline takes a step of its scheduler twice: whole steps cannot be skipped"
+    assert f"auto: cache_dit, because {why}" in report.notes
+    assert report.complete
+    assert report.forwards_saved > 5
 
 
 def test_omni_takes_a_preset_by_one_word() -> None:

@@ -153,10 +153,10 @@ def test_scheduler_whose_copy_steps_is_told_of_and_nothing_piles_up(pipe, backen
     assert torch.equal(made, plain)
 
 
-def step_twice(pipe):
+def step_twice(pipe, steps=8):
     """As Cosmos 1.0 does: a step for the clean latents, taken back, and the step itself."""
     latents, scheduler = NOISE, pipe.scheduler
-    scheduler.set_timesteps(8)
+    scheduler.set_timesteps(steps)
     for t in scheduler.timesteps:
         velocity = pipe.velocity(latents, t)
         scheduler.step(velocity, t, latents)
@@ -181,6 +181,18 @@ def test_whole_steps_that_are_taken_twice_are_refused(pipe):
     ):
         pipe(step_twice)
     assert handle._installed.held_tensors() == []
+
+
+def test_where_steps_are_taken_twice_auto_computes_all(pipe):
+    """A pipeline that `schedulers.STEP_TWICE` does not name. The report says why, and the next request is the same."""
+    expected = pipe(step_twice, 16)
+    with omni_kernels.patched(pipe, "auto") as handle:
+        for _ in range(2):
+            assert torch.equal(pipe(step_twice, 16), expected)
+            assert handle.report.forwards_saved == 0
+            note = "LoopPipeline takes a step of its scheduler twice: whole steps cannot be skipped"
+            assert handle.report.notes[1:] == [f"auto: every step is computed, because {note}"]
+        assert handle._installed.held_tensors() == []
 
 
 @pytest.mark.parametrize("backend", SKIPPING)
