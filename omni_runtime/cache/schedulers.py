@@ -46,8 +46,8 @@ NOISY = {
     "TCDScheduler",
 }
 
-#: Pipelines that take each step of their scheduler twice: first for the clean latents of each CFG branch, then with what
-#: guidance makes of these. The output of the first is not what the latents move along.
+#: Pipelines that take each step of their scheduler twice: first for the clean latents of each CFG branch, then with
+#: what guidance makes of these. The latents do not move along the output of the first.
 STEP_TWICE = {"CosmosTextToWorldPipeline", "CosmosVideoToWorldPipeline"}
 
 #: (a, b); None where the latents are noise alone, and the model predicts that noise.
