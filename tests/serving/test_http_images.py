@@ -67,7 +67,8 @@ def test_an_answer_tells_what_was_computed(client: TestClient) -> None:
 @pytest.mark.parametrize(
     ("quality", "computed"),
     [
-        ("exact", 24), ("high", 12), ("hd", 12), ("balanced", 8), ("medium", 8), ("standard", 8), ("fast", 6), ("low", 6),
+        ("exact", 24), ("high", 12), ("hd", 12), ("balanced", 8), ("medium", 8), ("standard", 8), ("fast", 6),
+        ("low", 6),
     ],
 )  # fmt: skip
 def test_quality_is_a_preset_of_ours_or_a_word_of_openai(client: TestClient, quality: str, computed: int) -> None:
