@@ -18,6 +18,7 @@ import torch
 from omni_runtime.cache.schedulers import draws_noise
 from omni_runtime.calibrate.images import Images
 from omni_runtime.calibrate.journal import Journal
+from omni_runtime.calibrate.plot import LEFT, RIGHT, WIDTH, axes
 from omni_runtime.calibrate.search import CLEAR, Search, Tried, better, forecasts, score, search
 from omni_runtime.generation.omni import Omni
 from omni_runtime.generation.request import GenerationRequest
@@ -298,29 +299,17 @@ def words(found: Mapping[int, Found]) -> Iterator[str]:
 
 def plot(found: Mapping[int, Found]) -> str:
     """Return an SVG plot of the search: the best score after each sampled schedule, one line per budget."""
-    width, height, left, bottom, top = 640, 320, 56, 36, 16
+    height = 320
     trails = {budget: [tried.score for tried in one.searched.trail] for budget, one in found.items()}
     scores = [value for trail in trails.values() for value in trail]
-    low, high = math.floor(min(scores)), math.ceil(max(scores)) + 1
+    parts, y = axes(height, 16, 36, math.floor(min(scores)), math.ceil(max(scores)) + 1, decimals=1)
     longest = max(2, *map(len, trails.values()))
 
     def x(number: float) -> float:
-        return left + (width - left - 90) * (number - 1) / (longest - 1)
+        return LEFT + (WIDTH - LEFT - RIGHT) * (number - 1) / (longest - 1)
 
-    def y(value: float) -> float:
-        return height - bottom - (height - bottom - top) * (value - low) / (high - low)
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
-        f'font-size="12"><rect width="{width}" height="{height}" fill="#fff"/>'
-    ]
-    parts += [
-        f'<path d="M{left} {y(value):.1f}H{width - 90}" stroke="#ddd"/>'
-        f'<text x="{left - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.1f}</text>'
-        for value in np.linspace(low, high, 5)
-    ]
     parts.append(
-        f'<text x="{left}" y="{height - 8}">sampled schedules: 1 to {longest}; best score in dB, the mean of mean and '
+        f'<text x="{LEFT}" y="{height - 8}">sampled schedules: 1 to {longest}; best score in dB, the mean of mean and '
         "5th percentile</text>"
     )
     for budget, trail in trails.items():
