@@ -40,13 +40,15 @@ def describe(value: object) -> str:
 class InstanceMethod(functools.partial[Any]):
     """A function that replaces a method of one instance. A copy of the instance gets the former method.
 
-    Where `copied` is given, a deep copy gets what it returns for the copy instead.
+    Where `copied` is given, a deep copy gets what it returns for the copy instead, unless the former method was put
+    there by other code.
 
     A plain function in an instance's `__dict__` would be copied with the instance, and would still act on the
     original. A local function would also prevent pickling.
     """
 
     _former: tuple[Any, ...]
+    _owner: Any
     _copied: Callable[[Any], Any] | None
 
     def __new__(
@@ -55,7 +57,8 @@ class InstanceMethod(functools.partial[Any]):
         """`function` as a replacement for `owner`'s method `name`."""
         self = super().__new__(cls, function)
         functools.update_wrapper(self, function)
-        self._copied = copied if name not in vars(owner) else None
+        self._owner = owner
+        self._copied = copied if isinstance(vars(owner).get(name), InstanceMethod | None) else None
         self._former = (getattr, (owner, name)) if name not in vars(owner) else (_same, (vars(owner)[name],))
         return self
 
@@ -63,9 +66,10 @@ class InstanceMethod(functools.partial[Any]):
         return self._former
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self._copied is not None:
+            return self._copied(copy.deepcopy(self._owner, memo))
         former, arguments = self._former
-        arguments = copy.deepcopy(arguments, memo)
-        return former(*arguments) if self._copied is None else self._copied(arguments[0])
+        return former(*copy.deepcopy(arguments, memo))
 
 
 def _same(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Denoising loops that are not what they seem: steps left out, several loops in a call, other schedulers that step."""
 
 import copy
+import functools
 import warnings
 
 import diffusers
@@ -10,6 +11,7 @@ import torch
 
 import omni_kernels
 from benchmarks.models import tiny as tiny_models
+from omni_kernels.patching import Patch
 from omni_runtime.cache.lifecycle import outside
 
 NOISE = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(7))
@@ -297,10 +299,14 @@ def test_what_a_second_scheduler_steps_with_is_forecast_too(backend, config):
     assert sound < 3 * picture + 0.01
 
 
-def test_what_a_second_scheduler_steps_with_is_corrected_too():
+@pytest.mark.parametrize("counted", [False, True])
+def test_what_a_second_scheduler_steps_with_is_corrected_too(counted):
     """Up to its last step, which it takes when the request is over: the one before is skipped."""
     with torch.random.fork_rng(devices=[]):
         pipe = LoopPipeline(PictureAndSound(), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+    if counted:  # as by CFG parallelism
+        step = pipe.scheduler.step
+        Patch().set_method(pipe.scheduler, "step", functools.wraps(step)(lambda *args, **kwargs: step(*args, **kwargs)))
     pipe.transformer.sound = pipe.transformer.picture  # so both must stay the same, for the same noise
     with omni_kernels.patched(pipe, "velocity_cache", {"schedule": [0, 1, 3, 5, 9, 13, 17, 21, 25]}) as handle:
         picture, sound = pipe(picture_and_sound, pipe.transformer.picture.weight[None])
