@@ -284,3 +284,11 @@ def test_explain_says_what_each_preset_does_and_what_that_rests_on(saved: dict[s
     assert 'omni_kernels.patch(pipe, "auto", {"speedup": 2.0})' in told
     assert cli.main(["explain", "--steps", "8"]) == 0
     assert "nothing to gain here" in capsys.readouterr().out
+
+
+def test_explain_says_where_steps_are_taken_twice(capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(Omni, "pipeline_class", diffusers.CosmosTextToWorldPipeline)
+    assert cli.main(["explain", "--steps", "50", "--json"]) == 0
+    refused = json.loads(capsys.readouterr().out)["refused"]
+    assert refused.startswith("CosmosTextToWorldPipeline takes a step of its scheduler twice")
+    assert "blocks are skipped instead, by cache_dit" in refused
