@@ -32,6 +32,7 @@ from omni_runtime import Omni
 from omni_runtime.cache.output import CORRECTOR_ORDER
 from omni_runtime.cache.schedules import spaced, usual_reach
 from omni_runtime.calibrate.images import FullRun, Images
+from omni_runtime.calibrate.plot import LEFT, RIGHT, WIDTH, axes
 from omni_runtime.calibrate.search import Forecast
 from omni_runtime.compare.comparison import prompts_of
 from omni_runtime.generation.loading import embedded_models
@@ -175,36 +176,23 @@ def study(model: str, prompts: int, seeds: Sequence[int]) -> dict[str, Any]:
 
 def plot(found: dict[str, Any]) -> str:
     """An SVG plot: the PSNR with one stretch skipped, of the easy and of the hard quarter of the images."""
-    width, height, left, bottom, top = 640, 300, 56, 44, 28
-    rows = found["stretches"]
+    height, rows = 300, found["stretches"]
     values = [row[kind] for row in rows for kind in ("hard", "easy")]
-    low, high = np.floor(min(values)) - 1, np.ceil(max(values)) + 1
+    title = f'<text x="{LEFT}" y="16">{found["model"]}: PSNR in dB where only these steps are skipped</text>'
+    parts, y = axes(height, 28, 44, np.floor(min(values)) - 1, np.ceil(max(values)) + 1, title=title)
 
     def x(place: int) -> float:
-        return left + (width - left - 90) * (place + 0.5) / len(rows)
+        return LEFT + (WIDTH - LEFT - RIGHT) * (place + 0.5) / len(rows)
 
-    def y(value: float) -> float:
-        return height - bottom - (height - bottom - top) * (value - low) / (high - low)
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
-        f'font-size="12"><rect width="{width}" height="{height}" fill="#fff"/>'
-        f'<text x="{left}" y="16">{found["model"]}: PSNR in dB where only these steps are skipped</text>'
-    ]
-    parts += [
-        f'<path d="M{left} {y(value):.1f}H{width - 90}" stroke="#ddd"/>'
-        f'<text x="{left - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.0f}</text>'
-        for value in np.linspace(low, high, 5)
-    ]
     for place, row in enumerate(rows):
         begin, end = row["steps"]
         parts.append(f'<text x="{x(place):.1f}" y="{height - 24}" text-anchor="middle">{begin + 1}–{end - 1}</text>')
-    parts.append(f'<text x="{left}" y="{height - 6}">skipped steps of {STEPS}</text>')
+    parts.append(f'<text x="{LEFT}" y="{height - 6}">skipped steps of {STEPS}</text>')
     for kind, colour in (("easy", "#1f6feb"), ("hard", "#d1242f")):
         points = " ".join(f"{x(place):.1f},{y(row[kind]):.1f}" for place, row in enumerate(rows))
         parts.append(
             f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
-            f'<text x="{width - 84}" y="{y(rows[-1][kind]) + 4:.1f}" fill="{colour}">{kind} quarter</text>'
+            f'<text x="{WIDTH - RIGHT + 6}" y="{y(rows[-1][kind]) + 4:.1f}" fill="{colour}">{kind} quarter</text>'
         )
     return "".join([*parts, "</svg>\n"])
 

@@ -71,6 +71,14 @@ def test_a_study_measures_every_part(monkeypatch: Any, tmp_path: Any, capsys: An
     assert (tmp_path / "hard-pictures-emoji-qwen-image.svg").read_text(encoding="utf-8").startswith("<svg")
 
 
+def test_the_recorded_plots_are_those_of_the_figures() -> None:
+    recorded = sorted(RESULTS.glob("hard-pictures-*.json"))
+    assert recorded
+    for path in recorded:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        assert hard_pictures.plot(found) == path.with_suffix(".svg").read_text(encoding="utf-8"), path.name
+
+
 def test_the_site_has_the_study(monkeypatch: Any) -> None:
     pytest.importorskip("mkdocs")
     import runpy

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, overload
 
-from omni_kernels.patching import backends, calls, quantised, rules
+from omni_kernels.patching import backends, calls, quantised, rules, tables
 from omni_kernels.patching.cache_dit import LibraryHandle
 from omni_kernels.patching.changes import HANDLE, Patch, PatchConflictError
 from omni_kernels.patching.compiled import Compiled
@@ -152,6 +152,7 @@ class PatchHandle:
     def _install(self, backend: backends.CacheBackend | None) -> None:
         replaced: list[Any] = []
         try:
+            tables.bound(self._pipe, self._patch)
             if self.quantize is not None:
                 self.quantised, replaced = quantised.quantise(self._pipe, self.quantize, self._patch)
             if self.fuse:
@@ -230,17 +231,30 @@ def patch(
         if any(one is not None for one in (cache_backend, cache_config, fuse, compile, quantize)):
             raise TypeError(f"patch({pipe.__name__}) takes no other arguments: a cache is installed on a pipeline")
         return handle_of(pipe) or LibraryHandle(pipe)
-    if fuse is not None and not isinstance(fuse, bool):
-        raise TypeError(f"fuse must be True, False or None, not {fuse!r}")
     name = None if cache_backend in (None, "none") else cache_backend
     if name is None and not isinstance(cache_config, Mapping | None):
         raise TypeError(f"cache_config must be a dict or None, not {cache_config!r}, and needs a cache_backend")
     if name is None and cache_config:
         raise ValueError(f"cache_config {dict(cache_config)!r} was given without a cache_backend")
-    backend = None if name is None else backends.get(name)
     config = {}
-    if backend is not None:
-        config = backends.complete(backend, cache_config, backends.location(pipe))
+    if name is not None:
+        backend = backends.get(name)
+        config = backends.complete(backend, backends.checked(backend, cache_config), backends.location(pipe))
+    return install(pipe, name, config, fuse=fuse, compile=compile, quantize=quantize)
+
+
+def install(
+    pipe: Any,
+    name: str | None,
+    config: dict[str, Any],
+    *,
+    fuse: bool | None = None,
+    compile: str | Mapping[str, Any] | None = None,
+    quantize: str | Mapping[str, Any] | None = None,
+) -> PatchHandle:
+    """As `patch`, with the complete configuration of the backend `name`; {} if that is None."""
+    if fuse is not None and not isinstance(fuse, bool):
+        raise TypeError(f"fuse must be True, False or None, not {fuse!r}")
     fuse = name is None if fuse is None else fuse
     options, quantization = calls.options_of(compile), quantised.options_of(quantize)
     quantization = quantised.complete(quantization, backends.location(pipe))
@@ -255,7 +269,7 @@ def patch(
             f"compile={present.compile} and quantize={None if present.quantize is None else present.quantize.dtype!r}"
         )
     handle = PatchHandle(pipe, name, config, fuse, options, quantization)
-    handle._install(backend)
+    handle._install(None if name is None else backends.get(name))
     vars(pipe)[HANDLE] = handle
     return handle
 

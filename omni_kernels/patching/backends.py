@@ -62,7 +62,7 @@ def location(pipe: Any) -> str | None:
     return os.fspath(found) if isinstance(found, str | os.PathLike) else None
 
 
-def with_own(backend: CacheBackend, config: Mapping[str, Any] | None, directory: Any) -> Mapping[str, Any] | None:
+def with_own(backend: CacheBackend, config: dict[str, Any], directory: Any) -> Mapping[str, Any]:
     """A checked configuration, where missing keys may take values from the model's directory.
 
     A backend that reads nothing from the directory has no `with_own`.
@@ -71,25 +71,32 @@ def with_own(backend: CacheBackend, config: Mapping[str, Any] | None, directory:
     return own(config, directory) if own is not None and isinstance(directory, str) else config
 
 
-def complete(backend: CacheBackend, config: Mapping[str, Any] | None, directory: Any, *facts: Any) -> dict[str, Any]:
-    """A backend's complete configuration, including values from the model's directory. Each value is read once.
+def complete(backend: CacheBackend, config: dict[str, Any], directory: Any, *facts: Any) -> dict[str, Any]:
+    """A checked configuration, including values from the model's directory. Each value is read once.
 
     Args:
+        backend: the backend.
+        config: the configuration, from `checked`.
+        directory: the model's directory, or its name on the hub; None if it is not known.
         facts: what is known about the transformer, if anything.
 
     Raises:
         ValueError, TypeError: what the backend's `check` raises.
     """
-    checked = _checked(backend, config)
-    own = with_own(backend, checked, directory)
-    return _checked(backend, own, *facts) if facts or own is not checked else checked
+    own = with_own(backend, config, directory)
+    return checked(backend, own, *facts) if facts or own is not config else config
 
 
-def _checked(backend: CacheBackend, config: Mapping[str, Any] | None, *facts: Any) -> dict[str, Any]:
-    checked: Any = backend.check(config, *facts)
-    if not isinstance(checked, dict):
-        raise TypeError(f"cache backend {backend.name!r}: its check returned {shown(checked)}, not a configuration")
-    return checked
+def checked(backend: CacheBackend, config: Mapping[str, Any] | None, *facts: Any) -> dict[str, Any]:
+    """A configuration with defaults filled in.
+
+    Raises:
+        ValueError, TypeError: what the backend's `check` raises.
+    """
+    found: Any = backend.check(config, *facts)
+    if not isinstance(found, dict):
+        raise TypeError(f"cache backend {backend.name!r}: its check returned {shown(found)}, not a configuration")
+    return found
 
 
 def install(backend: CacheBackend, pipe: Any, config: dict[str, Any], patch: Patch) -> InstalledBackend:

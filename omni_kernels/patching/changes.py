@@ -11,6 +11,7 @@ they found. So the innermost forward is replaced, wherever hooks have moved it.
 
 from __future__ import annotations
 
+import copy
 import functools
 import types
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
@@ -39,21 +40,36 @@ def describe(value: object) -> str:
 class InstanceMethod(functools.partial[Any]):
     """A function that replaces a method of one instance. A copy of the instance gets the former method.
 
+    Where `copied` is given, a deep copy gets what it returns for the copy instead, unless the former method was put
+    there by other code.
+
     A plain function in an instance's `__dict__` would be copied with the instance, and would still act on the
     original. A local function would also prevent pickling.
     """
 
     _former: tuple[Any, ...]
+    _owner: Any
+    _copied: Callable[[Any], Any] | None
 
-    def __new__(cls, owner: object, name: str, function: Callable[..., Any]) -> InstanceMethod:
+    def __new__(
+        cls, owner: object, name: str, function: Callable[..., Any], copied: Callable[[Any], Any] | None = None
+    ) -> InstanceMethod:
         """`function` as a replacement for `owner`'s method `name`."""
         self = super().__new__(cls, function)
         functools.update_wrapper(self, function)
+        self._owner = owner
+        self._copied = copied if isinstance(vars(owner).get(name), InstanceMethod | None) else None
         self._former = (getattr, (owner, name)) if name not in vars(owner) else (_same, (vars(owner)[name],))
         return self
 
     def __reduce__(self) -> Any:
         return self._former
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self._copied is not None:
+            return self._copied(copy.deepcopy(self._owner, memo))
+        former, arguments = self._former
+        return former(*copy.deepcopy(arguments, memo))
 
 
 def _same(value: Any) -> Any:
@@ -220,9 +236,23 @@ class Patch:
         """Replace the method `name` of a library's class, for all its instances."""
         self._fill(owner, _ClassNamespace(owner), name, function)
 
-    def set_method(self, owner: object, name: str, function: Callable[..., Any]) -> None:
-        """Replace the method `name` of this one instance by `function`, which is called without the instance."""
-        self._fill(owner, vars(owner), name, InstanceMethod(owner, name, function))
+    def set_method(
+        self,
+        owner: object,
+        name: str,
+        function: Callable[..., Any],
+        copied: Callable[[Any], Any] | None = None,
+    ) -> None:
+        """Replace the method `name` of this one instance by `function`, which is called without the instance.
+
+        Args:
+            owner: the instance.
+            name: the method's name.
+            function: the replacement.
+            copied: called with each deep copy of `owner` while the copy is made; returns the copy's method. By default
+                a copy gets the former method.
+        """
+        self._fill(owner, vars(owner), name, InstanceMethod(owner, name, function, copied))
 
     def set_attribute(self, owner: object, name: str, value: Any) -> None:
         """Set an attribute of this one instance."""

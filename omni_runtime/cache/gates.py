@@ -148,6 +148,17 @@ class ScheduleGate(Gate):
         return (Plan.COMPUTE if self._schedule[step] else Plan.SKIP), "schedule"
 
 
+class EveryStep(Gate):
+    """Computes every step."""
+
+    def __init__(self) -> None:
+        super().__init__(Limits())
+
+    def plan(self, step: int) -> tuple[Plan, str]:
+        """See `Gate.plan`."""
+        return Plan.COMPUTE, "every step"
+
+
 class RehearsalGate(Gate):
     """Computes every third step and skips the others, so that a short request runs all code that a long one may run.
 

@@ -155,6 +155,12 @@ class Request:
         branch.called = self.step
         return branch
 
+    def beside(self) -> Request:
+        """A request with the same steps, for a copy of the scheduler that is stepped beside it."""
+        own = Request(self.sigmas, self._scheduled)
+        own.begin, own._announced = self.begin, self._announced
+        return own
+
     def close_step(self) -> None:
         """Go on to the next step; after the last one, the request is complete."""
         now = time.perf_counter()
@@ -206,6 +212,19 @@ class Listener(Protocol):
     def stepped_with(self, request: Request, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         """Return what the scheduler steps with, instead of the pipeline's `output`."""
 
+    def stepped_beside(
+        self, request: Request, own: Request, scheduler: Any, output: torch.Tensor, sample: torch.Tensor
+    ) -> torch.Tensor:
+        """As `stepped_with`, for a copy of the scheduler, which the pipeline steps beside it.
+
+        Args:
+            request: the sampling's last request.
+            own: counts the copy's steps, and may keep state for them.
+            scheduler: the copy.
+            output: what the pipeline steps it with.
+            sample: its latents.
+        """
+
     def repeated(self, request: Request) -> None:
         """The step that has just closed is taken again; raises ValueError if that is not supported."""
 
@@ -227,6 +246,7 @@ class Sampling:
     Attributes:
         request: the request under way, if any.
         requests: all requests in which a transformer was called, in order.
+        beside: what is kept of the steps of the scheduler's copies, for each copy and request.
         context: the name that the pipeline gives to the current transformer call with `cache_context`.
         announced: the index of the step that the pipeline gives with it; None if it gives none.
         passage: decides which blocks run in the current forward of the transformer; None between forwards.
@@ -237,6 +257,7 @@ class Sampling:
         self.listener = listener
         self.request: Request | None = None
         self.requests: list[Request] = []
+        self.beside: list[Request] = []
         self.context: str | None = None
         self.announced: int | None = None
         self.passage: Any = None
@@ -362,10 +383,46 @@ class Sampling:
             return self._step(request, step, args, kwargs)
 
         self._patch.set_method(scheduler, "set_timesteps", wrapped_set_timesteps)
-        self._patch.set_method(scheduler, "step", wrapped_step)
+        self._patch.set_method(scheduler, "step", wrapped_step, self._copied)
         self.scheduler = scheduler
         # Taken from the class: other code may have wrapped the instance's method without keeping its signature.
         self._signature = inspect.signature(type(scheduler).step)
+
+    def _copied(self, scheduler: Any) -> Any:
+        """Follow a copy of the scheduler, if a pipeline makes it for something else (LTX-2: the sound).
+
+        Its noise levels are taken to be those of the original: the transformer is called for both at once.
+
+        Returns:
+            The method `step` of the copy.
+        """
+        step = scheduler.step
+        if CURRENT.get() is not self:
+            return step
+        latest: Request | None = None
+        own = Request([], 0)
+
+        @functools.wraps(step)
+        def wrapped_step(*args: Any, **kwargs: Any) -> Any:
+            nonlocal latest, own
+            if CURRENT.get() is not self or not self.requests:
+                return step(*args, **kwargs)
+            if latest is not self.requests[-1]:
+                latest = self.requests[-1]
+                own = latest.beside()
+                self.beside.append(own)
+            if own.complete:
+                return step(*args, **kwargs)
+            stepped_with = functools.partial(self.listener.stepped_beside, latest, own, scheduler)
+            args, kwargs, _ = self._stepped(own, stepped_with, args, kwargs)
+            result = step(*args, **kwargs)
+            own.close_step()
+            if own.complete:
+                own.end()
+            return result
+
+        self._patch.set_method(scheduler, "step", wrapped_step)
+        return vars(scheduler)["step"]
 
     def _open(self) -> None:
         if self._closed:
@@ -381,15 +438,8 @@ class Sampling:
         scheduler = self.scheduler
         before = _index(scheduler)
         try:
-            given = self._given(args, kwargs)
-            output, sample = given.arguments.get("model_output"), given.arguments.get("sample")
-            request.by_token = given.arguments.get("per_token_timesteps") is not None
-            if output is not None and sample is not None:
-                instead = self.listener.stepped_with(request, output, sample)
-                if instead is not output:
-                    given.arguments["model_output"] = instead
-                    others = {name: value for name, value in kwargs.items() if name not in self._signature.parameters}
-                    args, kwargs = given.args[1:], given.kwargs | others
+            stepped_with = functools.partial(self.listener.stepped_with, request)
+            args, kwargs, sample = self._stepped(request, stepped_with, args, kwargs)
             result = step(*args, **kwargs)
         except BaseException:
             self.end_request()
@@ -414,6 +464,25 @@ class Sampling:
                     self.request = None
         self.listener.stepped(request)
         return result
+
+    def _stepped(
+        self,
+        request: Request,
+        stepped_with: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any], torch.Tensor | None]:
+        """The arguments of a scheduler step with what `stepped_with` makes of the model output, and the latents."""
+        given = self._given(args, kwargs)
+        output, sample = given.arguments.get("model_output"), given.arguments.get("sample")
+        request.by_token = given.arguments.get("per_token_timesteps") is not None
+        if output is not None and sample is not None:
+            instead = stepped_with(output, sample)
+            if instead is not output:
+                given.arguments["model_output"] = instead
+                others = {name: value for name, value in kwargs.items() if name not in self._signature.parameters}
+                args, kwargs = given.args[1:], given.kwargs | others
+        return args, kwargs, sample
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
         """The arguments of a scheduler step by name. Those that the scheduler's class does not have are left out."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ import torch
 from omni_kernels import ops
 from omni_runtime.cache.contract import tensors_of
 from omni_runtime.cache.forecasters import Forecaster, make_forecaster, newton
-from omni_runtime.cache.gates import Gate, Plan, RehearsalGate, Verdict
+from omni_runtime.cache.gates import EveryStep, Gate, Plan, RehearsalGate, Verdict
 from omni_runtime.cache.history import History, history_of
 from omni_runtime.cache.lifecycle import Branch, Request, Sampling
 from omni_runtime.cache.models import depth
@@ -143,7 +143,7 @@ class StandIn:
 
     A single tensor is returned unchanged: pipelines only use it for guidance, and the scheduler does not step with the
     result. If a call returns several tensors (LTX-2: video and audio), another scheduler may step with the others, so
-    each one is forecast.
+    each one is forecast. If that scheduler is a copy of the pipeline's, an `OutputSteps` corrects what it steps with.
 
     Attributes:
         shape: the number of samples in the call, and the shapes of its tensors.
@@ -197,11 +197,17 @@ class OutputSteps:
         request: the request.
         chosen: the site's choices for this request.
         scheduler: the scheduler that takes the steps.
+        leading: the steps of the scheduler that this one is a copy of, which decide for both.
     """
 
-    def __init__(self, site: OutputSite, request: Request, chosen: Chosen, scheduler: Any) -> None:
+    def __init__(
+        self, site: OutputSite, request: Request, chosen: Chosen, scheduler: Any, leading: OutputSteps | None = None
+    ) -> None:
         self._request = request
         self._scheduler = scheduler
+        self._leading = leading
+        self._several = False
+        self.chosen = chosen
         self.gate = chosen.gate
         self._noisy = draws_noise(scheduler)
         if self._noisy:
@@ -222,6 +228,14 @@ class OutputSteps:
         self._forecaster = site.forecaster
         self._step = -1
         self._verdict = Verdict(True, "")
+
+    @property
+    def corrects_others(self) -> bool:
+        """Whether what a copy of the scheduler steps with is corrected, too: transformer calls return several tensors.
+
+        Without a corrector, the forecasts of the stand-ins serve it as well.
+        """
+        return self._several and self._corrector is not None
 
     def tensors(self) -> list[torch.Tensor]:
         """All tensors held between steps."""
@@ -281,8 +295,9 @@ class OutputSteps:
 
     def remember(self, branch: Branch, shape: tuple[Any, ...], transformer: Any, returned: Any) -> None:
         """Record the result of a transformer call of this step, whose arguments have these shapes."""
-        kept = branch.kept
-        if self._noisy and len({tensor.shape for tensor in _floating(returned)}) > 1:
+        kept, found = branch.kept, _floating(returned)
+        self._several = len(found) > 1
+        if self._noisy and len({tensor.shape for tensor in found}) > 1:
             raise ValueError(
                 f"{type(self._scheduler).__name__} draws new noise at each step, and {type(transformer).__name__} "
                 "returns tensors of several shapes, for another scheduler, too: whole steps cannot be skipped"
@@ -310,6 +325,8 @@ class OutputSteps:
         # A computed output is recorded, and corrected for the forecasts before it. For a skipped step, `output` is only
         # what the pipeline's guidance made of stand-ins, and a forecast replaces it. Both are weighted sums of recorded
         # outputs, so each takes one launch.
+        if self._leading is not None:
+            self._step, self._verdict = self._leading._step, self._leading._verdict
         if self._step != self._request.step:  # no transformer was called in this step
             return output
         if output.requires_grad:
@@ -435,10 +452,13 @@ class OutputSession(CacheSession):
 
     Args:
         output: the method's choices.
+        may_compute_all: whether a pipeline that takes a step of its scheduler twice is run without a skipped step, and
+            a note says so. Otherwise it is an error.
     """
 
-    def __init__(self, name: str, pipe: Any, output: OutputSite) -> None:
+    def __init__(self, name: str, pipe: Any, output: OutputSite, may_compute_all: bool = False) -> None:
         super().__init__(name, pipe)
+        self._may_compute_all = may_compute_all
         self.blocks = depth(self.transformer)
         self._site = output
         self.fitted_for = output.fitted_for
@@ -485,13 +505,31 @@ class OutputSession(CacheSession):
         """See `CacheSession.stepped_with`."""
         return output if request.outputs is None else request.outputs.output(output, sample)
 
+    def stepped_beside(
+        self, request: Request, own: Request, scheduler: Any, output: torch.Tensor, sample: torch.Tensor
+    ) -> torch.Tensor:
+        """See `CacheSession.stepped_beside`. Only the last step of a copy comes when the request has ended."""
+        leading: OutputSteps | None = request.outputs
+        if own.outputs is None:
+            if leading is None or not leading.corrects_others:
+                return output
+            site = replace(self._site, signal=None)
+            own.outputs = OutputSteps(site, own, leading.chosen, scheduler, leading)
+        return own.outputs.output(output, sample)
+
     def repeated(self, request: Request) -> None:
-        """See `CacheSession.repeated`. Not supported: the forecast for the first step does not fit the second."""
-        if request.outputs is not None:
-            raise ValueError(
-                f"{type(self.pipe).__name__} takes a step of its scheduler twice: whole steps cannot be skipped. A "
-                "cache of blocks (cache_dit, first_block_cache) works with it"
-            )
+        """See `CacheSession.repeated`. The forecast for the first step would not fit the second.
+
+        It is noticed in the first step of a request, which is always computed.
+        """
+        steps: OutputSteps | None = request.outputs
+        if steps is None or isinstance(steps.gate, EveryStep):
+            return
+        why = f"{type(self.pipe).__name__} takes a step of its scheduler twice: whole steps cannot be skipped"
+        if not self._may_compute_all:
+            raise ValueError(f"{why}. A cache of blocks (cache_dit, first_block_cache) works with it")
+        steps.gate = EveryStep()
+        request.notes.append(f"{self.name}: every step is computed, because {why}")
 
     def gates_of(self, request: Request) -> Sequence[tuple[Gate, list[Any]]]:
         """See `CacheSession.gates_of`."""

@@ -46,6 +46,10 @@ NOISY = {
     "TCDScheduler",
 }
 
+#: Pipelines that take each step of their scheduler twice: first for the clean latents of each CFG branch, then with
+#: what guidance makes of these. The latents do not move along the output of the first.
+STEP_TWICE = {"CosmosTextToWorldPipeline", "CosmosVideoToWorldPipeline"}
+
 #: (a, b); None where the latents are noise alone, and the model predicts that noise.
 Numbers = tuple[float, float] | None
 
@@ -141,6 +145,13 @@ def check_scheduler(scheduler: Any, residual: bool = False) -> None:
         f"no cache of whole steps knows the scheduler {name!r} yet: {nearest(name, SCHEDULERS)}. One that evaluates "
         "the model once a step can be added as a row of omni_runtime.cache.schedulers.SCHEDULERS"
     )
+
+
+def why_twice(pipeline_class: type) -> str | None:
+    """Why no whole steps can be skipped in pipelines of `STEP_TWICE`, in words; None for others."""
+    if STEP_TWICE.isdisjoint(kind.__name__ for kind in pipeline_class.__mro__):
+        return None
+    return f"{pipeline_class.__name__} takes a step of its scheduler twice: whole steps cannot be skipped"
 
 
 def draws_noise(scheduler: Any) -> bool:

@@ -286,8 +286,9 @@ class CacheSession:
 
     def held_tensors(self) -> list[torch.Tensor]:
         """All tensors held by the request under way; empty between requests."""
-        request = None if self._sampling is None else self._sampling.request
-        return [] if request is None else request.tensors()
+        sampling = self._sampling
+        requests = [] if sampling is None else [sampling.request, *sampling.beside]
+        return [tensor for request in requests if request is not None for tensor in request.tensors()]
 
     def gate_for(self, gate: Callable[[], Gate], measures: bool, request: Request, branch: str) -> Gate:
         """A fresh gate.
@@ -306,6 +307,12 @@ class CacheSession:
         request.notes += self.notes
 
     def stepped_with(self, request: Request, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        """See `omni_runtime.cache.lifecycle.Listener`."""
+        return output
+
+    def stepped_beside(
+        self, request: Request, own: Request, scheduler: Any, output: torch.Tensor, sample: torch.Tensor
+    ) -> torch.Tensor:
         """See `omni_runtime.cache.lifecycle.Listener`."""
         return output
 
@@ -376,6 +383,9 @@ class BlockSession(CacheSession):
     Args:
         parts: (model row, number of blocks) → the method's choices for a transformer's blocks.
         passage: makes the passages of the branches.
+
+    Attributes:
+        forward: makes a transformer call over the blocks. An engine puts another function there.
     """
 
     def __init__(
@@ -386,6 +396,7 @@ class BlockSession(CacheSession):
         passage: Callable[..., Passage] = Passage,
     ) -> None:
         super().__init__(name, pipe)
+        self.forward: Callable[[Stack, Sampling, Request, Branch, Any, Args, Kwargs], tuple[Any, int]] = Stack.forward
         self.stacks = {
             transformer: Stack(name, transformer, parts, self._gate, passage, self.alone, attribute)
             for transformer, attribute in self.names.items()
@@ -480,12 +491,6 @@ class BlockSession(CacheSession):
                     known = {decision.step for decision in branch.decisions}
                     branch.decisions += [one for one in made if one.step not in known]
                     branch.decisions.sort(key=lambda one: one.step)
-
-    def forward(
-        self, stack: Stack, sampling: Sampling, request: Request, branch: Branch, call: Any, args: Args, kwargs: Kwargs
-    ) -> tuple[Any, int]:
-        """Make a transformer call over the blocks; see `Stack.forward`."""
-        return stack.forward(sampling, request, branch, call, args, kwargs)
 
     def _gate(self, request: Request, branch: str) -> Gate:
         return self.gate_for(lambda: self._parts().gate(request), self.measures, request, branch)

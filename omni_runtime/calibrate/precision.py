@@ -10,8 +10,11 @@ A group is one linear layer of all blocks of a list, such as `transformer.transf
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -84,36 +87,23 @@ def find(
     """
     if omni.cache_backend is not None or not requests or not held_out:
         raise ValueError("calibration needs an Omni without a cache, and at least one request of each kind")
-    pipe, steps = omni.pipe, requests[0].arguments["num_inference_steps"]
-    with _quantised(pipe, options) as whole:
-        counts: dict[str, int] = {}
-        for name in whole.replaced:
-            counts[group_of(name)] = counts.get(group_of(name), 0) + 1
+    pipe = omni.pipe
+    counts = _counts(pipe, options)
     images, others = (Images(pipe, some, batch) for some in (requests, held_out))
     recorded = images.record()
-    most, number = len(counts) + len(counts).bit_length(), 0
+    steps = requests[0].arguments["num_inference_steps"]
+    measured = functools.partial(_measured, pipe, options, list(counts), steps)
+    numbers, most = itertools.count(1), len(counts) + len(counts).bit_length()
 
-    def measured(groups: Sequence[str], images: Images = images) -> Tried:
-        left = tuple(name for name in counts if name not in groups)
-        with _quantised(pipe, dataclasses.replace(options, exclude=(*options.exclude, *left))):
-            return images.plain(steps)
-
-    def mean(groups: Sequence[str], what: str) -> float:
-        nonlocal number
-        found, number = float(np.mean(measured(groups).psnr)), number + 1
-        listener(number, most, what, found)
+    def mean(layers: Sequence[str], what: str) -> float:
+        found = float(np.mean(measured(layers, images).psnr))
+        listener(next(numbers), most, what, found)
         return found
 
     groups = [Group(name, count, round(mean([name], name), 2)) for name, count in counts.items()]
     groups.sort(key=lambda one: -one.psnr)
     names = [one.layers for one in groups]
-    reached, missed = 0, len(names) + 1
-    while missed - reached > 1:
-        count = (reached + missed) // 2
-        if mean(names[:count], f"{count} of {len(names)} groups") >= psnr:
-            reached = count
-        else:
-            missed = count
+    reached = _largest(len(names), lambda count: mean(names[:count], f"{count} of {len(names)} groups") >= psnr)
     if not reached:
         raise UselessFitError(
             f"no group of layers reaches {psnr:g} dB in {options.dtype}: the best, {names[0]}, has {groups[0].psnr:.1f}"
@@ -130,6 +120,33 @@ def find(
         "calibrated_for": {**recorded.describe_last(), "width": width, "height": height},
     }
     return groups, document
+
+
+def _counts(pipe: Any, options: Options) -> dict[str, int]:
+    """Group of layers → how many layers of the pipeline's transformers it has."""
+    with _quantised(pipe, options) as whole:
+        return dict(collections.Counter(map(group_of, whole.replaced)))
+
+
+def _measured(
+    pipe: Any, options: Options, every: Sequence[str], steps: int, layers: Sequence[str], images: Images
+) -> Tried:
+    """All images with these groups in 8 bits, of `every` group that may be."""
+    left = tuple(name for name in every if name not in layers)
+    with _quantised(pipe, dataclasses.replace(options, exclude=(*options.exclude, *left))):
+        return images.plain(steps)
+
+
+def _largest(most: int, enough: Callable[[int], bool]) -> int:
+    """The largest number up to `most` for which `enough` is true, by bisection; 0 if it is true for none."""
+    reached, missed = 0, most + 1
+    while missed - reached > 1:
+        count = (reached + missed) // 2
+        if enough(count):
+            reached = count
+        else:
+            missed = count
+    return reached
 
 
 def words(options: Options, groups: Sequence[Group], document: dict[str, Any]) -> Iterator[str]:

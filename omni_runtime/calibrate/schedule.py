@@ -18,6 +18,7 @@ import torch
 from omni_runtime.cache.schedulers import draws_noise
 from omni_runtime.calibrate.images import Images
 from omni_runtime.calibrate.journal import Journal
+from omni_runtime.calibrate.plot import LEFT, RIGHT, WIDTH, axes
 from omni_runtime.calibrate.search import CLEAR, Search, Tried, better, forecasts, score, search
 from omni_runtime.generation.omni import Omni
 from omni_runtime.generation.request import GenerationRequest
@@ -140,19 +141,7 @@ def find(
     Warns:
         files.DamagedFileWarning: a kept file cannot be read; it is set aside, and its content is measured again.
     """
-    if omni.cache_backend is not None or not requests or not held_out:
-        raise ValueError("calibration needs an Omni without a cache, and at least one request of each kind")
-    if draws_noise(omni.pipe.scheduler):
-        raise ValueError(
-            f"{type(omni.pipe.scheduler).__name__} draws new noise at each step: a schedule cannot be searched, as "
-            "the same steps suit one noise and not another"
-        )
-    steps = requests[0].arguments["num_inference_steps"]
-    if steps < 3:
-        raise ValueError(f"there is nothing to search in {steps} steps")
-    for budget in budgets:
-        if not 2 <= budget <= steps:
-            raise ValueError(f"a budget must be from 2 to the {steps} steps of a request, not {budget}")
+    steps = _checked(omni, requests, held_out, budgets)
     images, others = (Images(omni.pipe, some, batch) for some in (requests, held_out))
     kept = Journal(journal, about(omni, requests))
     recorded = images.record()
@@ -161,49 +150,76 @@ def find(
     density: tuple[float, ...] | None = None
     order = sorted(budgets, key=lambda budget: abs(math.log(4 * budget / steps)))
     for place, budget in enumerate(order):
-        most = tries_of(place, tries)
-
-        def on_try(number: int, one: Tried, best: Tried, budget: int = budget, place: int = place) -> None:
-            each = float(np.mean(images.spent)) if images.spent else 0.0
-            later = sum(other * whole(i, other, tries) for i, other in enumerate(order) if i > place)
-            left = each * (max(0, whole(place, budget, tries) - number) * budget + later)
-            listener(Event(budget, number, whole(place, budget, tries), one, best, left))
-
+        on_try = _told(listener, images, order, place, tries)
         sample = functools.partial(kept.sample, images)
-        result = search(steps, budget, sample, most, density, on_try=on_try)
+        result = search(steps, budget, sample, tries_of(place, tries), density, on_try=on_try)
         density = result.density
-        measured: dict[Any, Tried] = {}
-
-        def measure(one: Tried, measured: dict[Any, Tried] = measured) -> Tried:
-            key = one.computed, one.forecast
-            if key not in measured:
-                assert one.forecast is not None  # every schedule was sampled with one
-                measured[key] = others.sample(one.computed, one.forecast)
-            return measured[key]
-
-        best, there, spread = choose(result, measure)
-        found[budget] = Found(
-            searched=result,
-            best=best,
-            held_out=there,
-            plain=others.plain(budget),
-            even=spread,
-            early=measure(result.early),
-            seconds=kept.seconds(budget),
-        )
+        found[budget] = _measured(result, others, budget, kept.seconds(budget))
     found = {budget: found[budget] for budget in budgets}
     schedules = [(one.best.computed, one.best.forecast or forecasts(budget)[0]) for budget, one in found.items()]
     for one, speedup in zip(found.values(), others.speedups(schedules), strict=True):
         one.speedup = speedup
-    rows = [_row(steps, recorded.sigmas[:steps], budget, one) for budget, one in found.items()]
     height, width = images.size
     document = {
-        "schedules": rows,
+        "schedules": [_row(steps, recorded.sigmas[:steps], budget, one) for budget, one in found.items()],
         "forwards": images.forwards + others.forwards,
         "calibrated_for": {key: value for key, value in recorded.describe_last().items() if key != "steps"}
         | {"width": width, "height": height},
     }
     return found, document
+
+
+def _checked(
+    omni: Omni,
+    requests: Sequence[GenerationRequest],
+    held_out: Sequence[GenerationRequest],
+    budgets: Sequence[int],
+) -> int:
+    """The steps of the requests. Raises ValueError if no schedule can be searched for them with these budgets."""
+    if omni.cache_backend is not None or not requests or not held_out:
+        raise ValueError("calibration needs an Omni without a cache, and at least one request of each kind")
+    if draws_noise(omni.pipe.scheduler):
+        raise ValueError(
+            f"{type(omni.pipe.scheduler).__name__} draws new noise at each step: a schedule cannot be searched, as "
+            "the same steps suit one noise and not another"
+        )
+    steps: int = requests[0].arguments["num_inference_steps"]
+    if steps < 3:
+        raise ValueError(f"there is nothing to search in {steps} steps")
+    for budget in budgets:
+        if not 2 <= budget <= steps:
+            raise ValueError(f"a budget must be from 2 to the {steps} steps of a request, not {budget}")
+    return steps
+
+
+def _told(
+    listener: Callable[[Event], Any], images: Images, order: Sequence[int], place: int, tries: int
+) -> Callable[[int, Tried, Tried], None]:
+    """What a search calls after each sampled schedule, for the budget at this place of `order`: it tells `listener`."""
+    budget, most = order[place], whole(place, order[place], tries)
+    later = sum(other * whole(i, other, tries) for i, other in enumerate(order) if i > place)
+
+    def on_try(number: int, one: Tried, best: Tried) -> None:
+        each = float(np.mean(images.spent)) if images.spent else 0.0
+        left = each * (max(0, most - number) * budget + later)
+        listener(Event(budget, number, most, one, best, left))
+
+    return on_try
+
+
+def _measured(searched: Search, others: Images, budget: int, seconds: float) -> Found:
+    """What a search has found, measured on the held-out images `others`."""
+    known: dict[Any, Tried] = {}
+
+    def measure(one: Tried) -> Tried:
+        key = one.computed, one.forecast
+        if key not in known:
+            assert one.forecast is not None  # every schedule was sampled with one
+            known[key] = others.sample(one.computed, one.forecast)
+        return known[key]
+
+    best, held_out, even = choose(searched, measure)
+    return Found(searched, best, held_out, others.plain(budget), even, measure(searched.early), seconds)
 
 
 def tries_of(place: int, tries: int) -> int:
@@ -283,29 +299,17 @@ def words(found: Mapping[int, Found]) -> Iterator[str]:
 
 def plot(found: Mapping[int, Found]) -> str:
     """Return an SVG plot of the search: the best score after each sampled schedule, one line per budget."""
-    width, height, left, bottom, top = 640, 320, 56, 36, 16
+    height = 320
     trails = {budget: [tried.score for tried in one.searched.trail] for budget, one in found.items()}
     scores = [value for trail in trails.values() for value in trail]
-    low, high = math.floor(min(scores)), math.ceil(max(scores)) + 1
+    parts, y = axes(height, 16, 36, math.floor(min(scores)), math.ceil(max(scores)) + 1, decimals=1)
     longest = max(2, *map(len, trails.values()))
 
     def x(number: float) -> float:
-        return left + (width - left - 90) * (number - 1) / (longest - 1)
+        return LEFT + (WIDTH - LEFT - RIGHT) * (number - 1) / (longest - 1)
 
-    def y(value: float) -> float:
-        return height - bottom - (height - bottom - top) * (value - low) / (high - low)
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
-        f'font-size="12"><rect width="{width}" height="{height}" fill="#fff"/>'
-    ]
-    parts += [
-        f'<path d="M{left} {y(value):.1f}H{width - 90}" stroke="#ddd"/>'
-        f'<text x="{left - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.1f}</text>'
-        for value in np.linspace(low, high, 5)
-    ]
     parts.append(
-        f'<text x="{left}" y="{height - 8}">sampled schedules: 1 to {longest}; best score in dB, the mean of mean and '
+        f'<text x="{LEFT}" y="{height - 8}">sampled schedules: 1 to {longest}; best score in dB, the mean of mean and '
         "5th percentile</text>"
     )
     for budget, trail in trails.items():

@@ -8,7 +8,7 @@ from typing import Any
 
 from omni_runtime.cache import presets, schedules
 from omni_runtime.cache.methods import AUTO
-from omni_runtime.cache.schedulers import check_scheduler
+from omni_runtime.cache.schedulers import check_scheduler, why_twice
 from omni_runtime.cli.inputs import make_omni, request_arguments, settle, wish_of, wrong_input
 from omni_runtime.cli.listings import print_wrapped
 from omni_runtime.cli.options import UsageError
@@ -29,7 +29,7 @@ def explain(options: argparse.Namespace) -> None:
         asked = [wish] if wish else [{"quality": name} for name in presets.PRESETS]
         calibrated = schedules.calibrated(omni.cache_config["calibration"])
         answers = [presets.answer(presets.Asked(**one), steps, calibrated) for one in asked]
-        refusal = _refusal(omni.scheduler())
+        refusal = _refusal(omni.pipeline_class, omni.scheduler())
     about: dict[str, Any] = {
         "model": str(omni.name),
         "pipeline": omni.pipeline_class.__name__,
@@ -74,11 +74,12 @@ def explain(options: argparse.Namespace) -> None:
     print(f'\nIn Python: omni_kernels.patch(pipe, "{AUTO.name}", {config})')
 
 
-def _refusal(scheduler: Any) -> str | None:
+def _refusal(pipeline_class: type, scheduler: Any) -> str | None:
     """Why whole steps cannot be skipped, and what is done instead; None if they can, or if it is not known."""
+    why = why_twice(pipeline_class)
     try:
         if scheduler is not None:
             check_scheduler(scheduler)
-        return None
     except ValueError as error:
-        return f"{error}. So blocks are skipped instead, by cache_dit; the figures above do not hold for it"
+        why = str(error)
+    return why and f"{why}. So blocks are skipped instead, by cache_dit; the figures above do not hold for it"

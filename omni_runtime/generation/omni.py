@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from omni_kernels.device import PeakMemory
-from omni_kernels.patching import PatchHandle, backends, handle_of, patch, quantised
+from omni_kernels.patching import PatchHandle, backends, handle_of, quantised
+from omni_kernels.patching.api import install
 from omni_kernels.patching.calls import options_of
 from omni_kernels.patching.warming import STEPS, Warmup, warmup
 from omni_runtime.cache import models
@@ -58,7 +59,7 @@ class Omni:
     pipeline is copied or pickled too.
 
     In each process, diffusers keeps the rotary tables of the last 128 image sizes: 2 MB per size for Qwen-Image at
-    1024².
+    1024². Those of Qwen-Image-Layered, of which diffusers keeps all, are bounded in the same way.
 
     Args:
         model: an embedded model's name, a directory written by `save_pretrained`, a hub id, or a loaded pipeline.
@@ -250,7 +251,9 @@ class Omni:
             fuse = before.fuse if self._fuse is None else self._fuse
             compile = before.compile if compile is None else compile
             quantize = quantize or (None if before.quantize is None else before.quantize.given())
-        self._handle = patch(pipe, self.cache_backend, self.cache_config, fuse=fuse, compile=compile, quantize=quantize)
+        self._handle = install(
+            pipe, self.cache_backend, self.cache_config, fuse=fuse, compile=compile, quantize=quantize
+        )
         self._patched_here = self._handle is not before
         return pipe
 
@@ -599,23 +602,23 @@ def resolve_cache(
         backend = backends.get(cache_backend)
     except (ValueError, TypeError) as error:
         raise type(error)(f"{error}{origin}") from None
-    return cache_backend, backend.check(config)
+    return cache_backend, backends.checked(backend, config)
 
 
 def _complete(
     backend: str | None,
-    config: Mapping[str, Any] | None,
+    config: dict[str, Any] | None,
     directory: Any,
     transformer_config: Mapping[str, Any] | None,
     name: str,
 ) -> dict[str, Any]:
-    """Return a backend's complete configuration with the model's own calibration, checked against its config.json.
+    """Return a checked configuration with the model's own calibration, checked against the model's config.json.
 
     Raises:
         ValueError: the backend's `check` fails, no cache knows the transformer, or the model has no transformer.
         TypeError: the backend's `check` finds a value of the wrong type.
     """
-    if backend is None:
+    if backend is None or config is None:
         return {}
     if transformer_config is None:
         raise ValueError(f"{name} has no transformer: cache backend {backend!r} cannot serve it")

@@ -379,7 +379,7 @@ class Engine:
                 session = live.session = self._session(job.backend, job.config).shared_by(pipe)
                 session.on_step = job.on_step
                 if isinstance(session, BlockSession):
-                    session.forward = self._over_blocks(live)  # type: ignore[method-assign]
+                    session.forward = self._over_blocks(live)
                 sampling.append(stack.enter_context(session.detached()))
             stack.enter_context(clock.following(pipe))
             stack.enter_context(not_a_number())

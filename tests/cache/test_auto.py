@@ -11,6 +11,7 @@ import tiny
 import torch
 
 import omni_kernels
+from benchmarks.models.tiny import build
 from omni_runtime import Omni, cli
 from omni_runtime.cache import calibration, presets, schedules
 from omni_runtime.cache.methods import METHODS
@@ -207,6 +208,18 @@ def test_where_steps_cannot_be_skipped_blocks_are(qwen_pipe: Any) -> None:
     omni_kernels.unpatch(qwen_pipe)
 
 
+def test_where_steps_are_taken_twice_blocks_are_skipped() -> None:
+    model = build("CosmosTextToWorldPipeline")
+    with omni_kernels.patched(model.pipe, "auto", {"quality": "fast"}) as handle:
+        model.generate(guided=True, num_inference_steps=20)
+        report = handle.report
+    assert report.backend == "cache_dit"
+    why = "CosmosTextToWorldPipeline takes a step of its scheduler twice: whole steps cannot be skipped"
+    assert f"auto: cache_dit, because {why}" in report.notes
+    assert report.complete
+    assert report.forwards_saved > 5
+
+
 def test_omni_takes_a_preset_by_one_word() -> None:
     with Omni("emoji-qwen-image", quality="high", device="cpu") as omni:
         assert (omni.cache_backend, omni.cache_config["quality"]) == ("auto", "high")
@@ -271,3 +284,11 @@ def test_explain_says_what_each_preset_does_and_what_that_rests_on(saved: dict[s
     assert 'omni_kernels.patch(pipe, "auto", {"speedup": 2.0})' in told
     assert cli.main(["explain", "--steps", "8"]) == 0
     assert "nothing to gain here" in capsys.readouterr().out
+
+
+def test_explain_says_where_steps_are_taken_twice(capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(Omni, "pipeline_class", diffusers.CosmosTextToWorldPipeline)
+    assert cli.main(["explain", "--steps", "50", "--json"]) == 0
+    refused = json.loads(capsys.readouterr().out)["refused"]
+    assert refused.startswith("CosmosTextToWorldPipeline takes a step of its scheduler twice")
+    assert "blocks are skipped instead, by cache_dit" in refused

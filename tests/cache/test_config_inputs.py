@@ -164,7 +164,8 @@ def test_strange_json_is_refused_with_the_arguments_name(text, error, message):
 
 @pytest.mark.parametrize("name", ["a" * 5000, "~nosuchuser/x", "a\0b"])
 def test_a_model_of_a_name_that_no_path_can_have_brings_nothing(name):
-    assert METHODS["tea_cache"].with_own({"rel_l1_thresh": 0.1}, name) == {"rel_l1_thresh": 0.1}
+    config = METHODS["tea_cache"].check({"rel_l1_thresh": 0.1})
+    assert METHODS["tea_cache"].with_own(config, name) is config
 
 
 @pytest.mark.parametrize(

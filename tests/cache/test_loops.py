@@ -1,6 +1,7 @@
 """Denoising loops that are not what they seem: steps left out, several loops in a call, other schedulers that step."""
 
 import copy
+import functools
 import warnings
 
 import diffusers
@@ -9,6 +10,8 @@ import tiny
 import torch
 
 import omni_kernels
+from benchmarks.models import tiny as tiny_models
+from omni_kernels.patching import Patch
 from omni_runtime.cache.lifecycle import outside
 
 NOISE = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(7))
@@ -152,10 +155,10 @@ def test_scheduler_whose_copy_steps_is_told_of_and_nothing_piles_up(pipe, backen
     assert torch.equal(made, plain)
 
 
-def step_twice(pipe):
+def step_twice(pipe, steps=8):
     """As Cosmos 1.0 does: a step for the clean latents, taken back, and the step itself."""
     latents, scheduler = NOISE, pipe.scheduler
-    scheduler.set_timesteps(8)
+    scheduler.set_timesteps(steps)
     for t in scheduler.timesteps:
         velocity = pipe.velocity(latents, t)
         scheduler.step(velocity, t, latents)
@@ -180,6 +183,18 @@ def test_whole_steps_that_are_taken_twice_are_refused(pipe):
     ):
         pipe(step_twice)
     assert handle._installed.held_tensors() == []
+
+
+def test_where_steps_are_taken_twice_auto_computes_all(pipe):
+    """A pipeline that `schedulers.STEP_TWICE` does not name. The report says why, and the next request is the same."""
+    expected = pipe(step_twice, 16)
+    with omni_kernels.patched(pipe, "auto") as handle:
+        for _ in range(2):
+            assert torch.equal(pipe(step_twice, 16), expected)
+            assert handle.report.forwards_saved == 0
+            note = "LoopPipeline takes a step of its scheduler twice: whole steps cannot be skipped"
+            assert handle.report.notes[1:] == [f"auto: every step is computed, because {note}"]
+        assert handle._installed.held_tensors() == []
 
 
 @pytest.mark.parametrize("backend", SKIPPING)
@@ -255,9 +270,9 @@ class PictureAndSound(diffusers.ModelMixin, diffusers.ConfigMixin):
         )
 
 
-def picture_and_sound(pipe):
+def picture_and_sound(pipe, noise=None):
     draw = torch.Generator().manual_seed(0)
-    picture, sound = torch.randn(1, 16, 8, generator=draw), torch.randn(1, 16, 8, generator=draw)
+    picture, sound = (torch.randn(1, 16, 8, generator=draw) if noise is None else noise for _ in range(2))
     second = copy.deepcopy(pipe.scheduler)
     for scheduler in (second, pipe.scheduler):
         scheduler.set_timesteps(30)
@@ -282,6 +297,70 @@ def test_what_a_second_scheduler_steps_with_is_forecast_too(backend, config):
     assert handle.report.forwards_saved > 5
     picture, sound = ((a - b).norm() / b.norm() for a, b in zip(made, expected, strict=True))
     assert sound < 3 * picture + 0.01
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_what_a_second_scheduler_steps_with_is_corrected_too(counted):
+    """Up to its last step, which it takes when the request is over: the one before is skipped."""
+    with torch.random.fork_rng(devices=[]):
+        pipe = LoopPipeline(PictureAndSound(), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+    if counted:  # as by CFG parallelism
+        step = pipe.scheduler.step
+        Patch().set_method(pipe.scheduler, "step", functools.wraps(step)(lambda *args, **kwargs: step(*args, **kwargs)))
+    pipe.transformer.sound = pipe.transformer.picture  # so both must stay the same, for the same noise
+    with omni_kernels.patched(pipe, "velocity_cache", {"schedule": [0, 1, 3, 5, 9, 13, 17, 21, 25]}) as handle:
+        picture, sound = pipe(picture_and_sound, pipe.transformer.picture.weight[None])
+        assert handle._installed.held_tensors() == []
+    assert handle.report.forwards_saved == 20
+    assert torch.equal(picture, sound)
+
+
+def sound_of_ltx2(model, guided):
+    model.pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        return model.pipe(**model.asked(guided, num_inference_steps=20, generator=generator))[1]
+
+
+@pytest.mark.parametrize(("name", "guided"), [("LTX2Pipeline", False), ("LTX2Pipeline (all guidances)", True)])
+def test_correction_brings_the_sound_of_ltx2_nearer(name, guided):
+    model = tiny_models.build(name)
+    expected = sound_of_ltx2(model, guided)
+
+    def error(order):
+        with omni_kernels.patched(model.pipe, "velocity_cache", {"budget": 10, "corrector_order": order}):
+            return (sound_of_ltx2(model, guided) - expected).norm()
+
+    assert error(2) < 0.75 * error(0)
+
+
+def test_sound_of_steps_that_are_all_computed_is_the_same():
+    model = tiny_models.build("LTX2Pipeline")
+    expected = sound_of_ltx2(model, True)
+    with omni_kernels.patched(model.pipe, "velocity_cache", {"budget": 20}):
+        assert torch.equal(sound_of_ltx2(model, True), expected)
+    assert torch.equal(sound_of_ltx2(model, True), expected)
+
+
+@pytest.mark.parametrize("shape", ["same steps", "copied in each step"])
+def test_copy_of_the_scheduler_that_steps_something_else_is_left_alone(pipe, shape):
+    """A transformer that returns one tensor makes nothing for the copy."""
+    stepped = torch.ones(1, 2)
+
+    def loop(pipe):
+        pipe.scheduler.set_timesteps(8)
+        second, latents, moved = copy.deepcopy(pipe.scheduler), NOISE, [stepped]
+        for t in pipe.scheduler.timesteps:
+            if shape == "copied in each step":
+                second = copy.deepcopy(pipe.scheduler)
+            latents = pipe.scheduler.step(pipe.velocity(latents, t), t, latents, return_dict=False)[0]
+            moved.append(second.step(t.expand(1, 2), t, moved[-1], return_dict=False)[0])
+        return moved
+
+    expected = pipe(loop)
+    with omni_kernels.patched(pipe, "velocity_cache", {"schedule": [0, 1, 4]}) as handle:
+        assert torch.equal(torch.stack(pipe(loop)), torch.stack(expected))
+    assert handle.report.forwards_saved == 4
 
 
 # Schedulers that draw noise

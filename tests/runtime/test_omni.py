@@ -1,5 +1,6 @@
 """`Omni`: what it takes, what it gives back, what it refuses before loading, and that it leaves nothing behind."""
 
+import contextlib
 import functools
 import gc
 import json
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import diffusers
 import pytest
@@ -18,6 +20,7 @@ from PIL import Image
 import omni_kernels
 from omni_kernels.patching import handle_of
 from omni_runtime import Omni, OmniResult, embedded_pipeline
+from omni_runtime.cache import calibration, config
 from omni_runtime.cache.report import CacheReport, StepEvent
 
 pytestmark = pytest.mark.usefixtures("no_environment")
@@ -316,6 +319,22 @@ def test_wrong_arguments_fail_by_name_before_loading(
 ) -> None:
     with pytest.raises(error, match=message):
         Omni(saved["qwen_image"], **arguments)
+
+
+@pytest.mark.parametrize(("model", "files"), [("emoji-qwen-image", 1), ("qwen_image", 0)])
+def test_a_configuration_is_resolved_once_and_a_calibration_looked_for_once(
+    saved: dict[str, Path], model: str, files: int
+) -> None:
+    """With a calibration of the model's own, and without one: neither loading nor installing does it again."""
+    counted = (config, "resolve"), (calibration, "own_file"), (calibration, "read")
+    with contextlib.ExitStack() as stack:
+        resolved, looked_for, read = (
+            stack.enter_context(mock.patch.object(one, name, wraps=getattr(one, name))) for one, name in counted
+        )
+        with Omni(saved.get(model, model), device="cpu", cache_backend="velocity_cache", cache_config={}) as omni:
+            omni.load()
+            assert (omni.cache_config["calibration"] is not None) == bool(files)
+    assert (resolved.call_count, looked_for.call_count, read.call_count) == (1, 1, files)
 
 
 @pytest.mark.usefixtures("no_weights")

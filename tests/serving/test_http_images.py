@@ -64,6 +64,37 @@ def test_an_answer_tells_what_was_computed(client: TestClient) -> None:
     assert (plain["method"], plain["mask"], plain["forwards"], plain["forwards_skipped"]) == (None, "1111", 4, 0)
 
 
+@pytest.mark.parametrize(
+    ("quality", "computed"),
+    [
+        ("exact", 24), ("high", 12), ("hd", 12), ("balanced", 8), ("medium", 8), ("standard", 8), ("fast", 6),
+        ("low", 6),
+    ],
+)  # fmt: skip
+def test_quality_is_a_preset_of_ours_or_a_word_of_openai(client: TestClient, quality: str, computed: int) -> None:
+    facts = made(client, steps=24, quality=quality)["data"][0]["omni"]
+    assert (facts["method"], facts["computed"]) == ("auto", computed)
+
+
+@pytest.mark.parametrize("quality", ["auto", None])
+def test_quality_auto_leaves_the_cache_as_it_is(client: TestClient, quality: str | None) -> None:
+    plain = made(client, quality=quality)["data"][0]["omni"]
+    assert (plain["method"], plain["computed"]) == (None, 4)
+    cached = made(client, steps=8, quality=quality, cache_backend="velocity_cache", cache_config={"budget": 4})
+    assert cached["data"][0]["omni"]["method"] == "velocity_cache"
+
+
+def test_a_preset_that_the_model_cannot_have_is_named_by_its_field(
+    client: TestClient, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*given: Any) -> None:
+        raise ValueError("this model has no cache")
+
+    monkeypatch.setattr(service.engine, "check_cache", refused)
+    answer = client.post(URL, json=SMALL | {"quality": "fast"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "quality")
+
+
 def test_a_request_without_a_seed_gets_one_that_makes_its_picture_again(client: TestClient) -> None:
     first = made(client, seed=None)["data"][0]
     again = made(client, seed=first["omni"]["seed"])["data"][0]
@@ -153,6 +184,10 @@ def test_a_picture_is_compared_with_the_one_without_a_cache(client: TestClient) 
         ({"cache_backend": "velocity_cache", "cache_config": {"budge": 2}}, "cache_config", "invalid_value"),
         ({"cache_backend": "velocity_cache", "cache_config": "{"}, "cache_config", "invalid_value"),
         ({"cache_config": {"budget": 2}}, "cache_config", "invalid_value"),
+        ({"quality": "best"}, "quality", "invalid_value"),
+        ({"quality": 1}, "quality", "invalid_value"),
+        ({"quality": "high", "cache_backend": "velocity_cache"}, "quality", "invalid_value"),
+        ({"quality": "low", "cache_config": {"budget": 2}}, "quality", "invalid_value"),
         ({"compare": True}, "compare", "invalid_value"),
         ({"compare": True, "n": 2}, "compare", "invalid_value"),
         ({"stepz": 2}, "stepz", "unknown_parameter"),

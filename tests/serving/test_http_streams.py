@@ -49,6 +49,14 @@ def test_the_picture_grows(client: openai.OpenAI) -> None:
     assert whole.b64_json == last.b64_json, "to be watched changes nothing"
 
 
+def test_events_tell_the_quality_that_was_asked_for(client: openai.OpenAI) -> None:
+    for asked_for in ("low", "exact"):
+        (event,) = asked(client, stream=True, steps=12, quality=asked_for)
+        assert (event.quality, event.omni["method"]) == (asked_for, "auto")
+    (event,) = asked(client, stream=True)
+    assert event.quality == "auto"
+
+
 def test_several_pictures_in_one_stream(client: openai.OpenAI) -> None:
     events = [*asked(client, stream=True, n=2)]
     assert {event.index: event.omni["seed"] for event in events} == {0: 1, 1: 2}

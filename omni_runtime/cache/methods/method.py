@@ -15,7 +15,7 @@ from omni_runtime.cache.lifecycle import Request
 from omni_runtime.cache.models import UNKNOWN, ModelRow, TransformerFacts, row_of
 from omni_runtime.cache.output import OutputSession, OutputSite
 from omni_runtime.cache.passage import Parts
-from omni_runtime.cache.schedulers import check_scheduler
+from omni_runtime.cache.schedulers import check_scheduler, why_twice
 from omni_runtime.cache.session import BlockSession, CacheSession
 from omni_runtime.cache.stack import MANY
 
@@ -42,8 +42,9 @@ class Method:
             combined. The numbers are None if unknown.
         calibrated_by: the key that takes a calibration, by default the model's own; None if the method has none.
         calibration_of: the method whose calibration that is; "" for this one.
-        instead: configuration → the method to use, and its configuration, where the pipeline's scheduler allows no
-            whole steps to be skipped. None: that is an error.
+        instead: configuration → the method to use, and its configuration, where the pipeline or its scheduler allows
+            no whole steps to be skipped. None: that is an error. If it shows only in a request that the pipeline allows
+            none, every step of the request is computed.
         mask: (configuration, request) → the request's steps computation mask. Given for a method that the cache-dit
             library can also run, selected by the key `engine`; None for other methods.
     """
@@ -94,17 +95,23 @@ class Method:
             self.output(resolved)
         return resolved
 
-    def with_own(self, config: Mapping[str, Any] | None, directory: str | None) -> Mapping[str, Any] | None:
+    def with_own(self, config: Config, directory: str | None) -> Config:
         """The configuration, with the model's own calibration added if the caller gives none.
 
         Args:
-            config: the given keys.
+            config: a result of `check`; only what is added is parsed.
             directory: the model's directory, or its name on the hub.
+
+        Raises:
+            ValueError: the calibration cannot be read; the message names the file.
         """
-        if not directory or self.calibrated_by is None or (config or {}).get(self.calibrated_by) is not None:
+        if not directory or self.calibrated_by is None or config[self.calibrated_by] is not None:
             return config
         file = calibration.own_file(directory, self._calibrated)
-        return config if file is None else {**(config or {}), self.calibrated_by: file}
+        if file is None:
+            return config
+        key = next(key for key in self.keys if key.name == self.calibrated_by)
+        return keys.Resolved({**config, key.name: key.parse(file)})
 
     def install(self, pipe: Any, config: Config, patch: Patch) -> CacheSession:
         """Install the method on `pipe`; `config` is complete.
@@ -143,15 +150,21 @@ class Method:
         return session
 
     def _of_whole_steps(self, pipe: Any, config: Config, site: OutputSite) -> CacheSession:
-        if self.instead is not None:
-            try:
-                check_scheduler(pipe.scheduler)
-            except ValueError:
-                other, its = self.instead(config)
-                session = other.session(pipe, its)
-                scheduler = type(pipe.scheduler).__name__
-                session.notes.append(
-                    f"{self.name}: {other.name}, because whole steps cannot be skipped with {scheduler}"
-                )
-                return session
-        return OutputSession(self.name, pipe, site)
+        if self.instead is None:
+            return OutputSession(self.name, pipe, site)
+        why = _why_no_whole_steps(pipe)
+        if why is None:
+            return OutputSession(self.name, pipe, site, may_compute_all=True)
+        other, its = self.instead(config)
+        session = other.session(pipe, its)
+        session.notes.append(f"{self.name}: {other.name}, because {why}")
+        return session
+
+
+def _why_no_whole_steps(pipe: Any) -> str | None:
+    """Why whole steps cannot be skipped, in words; None if they can, as far as the classes tell."""
+    try:
+        check_scheduler(pipe.scheduler)
+    except ValueError:
+        return f"whole steps cannot be skipped with {type(pipe.scheduler).__name__}"
+    return why_twice(type(pipe))

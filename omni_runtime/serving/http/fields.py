@@ -14,7 +14,9 @@ from omni_runtime.serving.http.settings import Settings
 
 FORMATS = ("png", "jpeg", "webp")
 #: Fields of OpenAI's API that are accepted and change nothing here.
-IGNORED = ("user", "safety_identifier", "quality", "style", "moderation", "input_fidelity")
+IGNORED = ("user", "safety_identifier", "style", "moderation", "input_fidelity")
+#: The values of OpenAI's field `quality` that are no presets of ours, and their presets; None: the server's own cache.
+QUALITIES = {"auto": None, "low": "fast", "medium": "balanced", "standard": "balanced", "hd": "high"}
 
 
 def _no_bool(value: Any) -> Any:
@@ -52,9 +54,11 @@ class Body(BaseModel):
     negative_prompt: str | None = Field(None, description="what it should not show")
     cache_backend: str | None = Field(None, description="the cache method; null or 'none': no cache")
     cache_config: Object | None = Field(None, description="keys of the cache method")
+    quality: Literal["auto", "low", "medium", "standard", "hd", "exact", "high", "balanced", "fast"] | None = Field(
+        None, description="chooses the cache by a preset, instead of cache_backend; auto: the server's own cache"
+    )
     user: str | None = None
     safety_identifier: str | None = None
-    quality: str | None = None
     style: str | None = None
     moderation: str | None = None
     input_fidelity: str | None = None
@@ -67,6 +71,11 @@ class Body(BaseModel):
         except UnicodeEncodeError:
             raise ValueError("must be text that UTF-8 can hold") from None
         return value
+
+    @property
+    def preset(self) -> str | None:
+        """The preset of the cache `auto` that `quality` asks for; None for the cache of the other fields."""
+        return QUALITIES.get(self.quality, self.quality) if self.quality is not None else None
 
     @property
     def width_and_height(self) -> tuple[int, int] | None:
@@ -91,6 +100,8 @@ class Body(BaseModel):
                     name, f"{name} must have {settings.max_prompt} characters at most, not {len(text)}", "too_long"
                 )
         _at_most("steps", self.steps, settings.max_steps)
+        if self.preset is not None and {"cache_backend", "cache_config"} & self.model_fields_set:
+            raise invalid("quality", "quality chooses the cache by itself: leave cache_backend and cache_config out")
         size = self.width_and_height
         if size is not None:
             if max(size) > settings.max_side:

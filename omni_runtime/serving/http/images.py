@@ -324,7 +324,7 @@ def _event(order: Order, kind: str, size: tuple[int, int], more: dict[str, Any])
         "created_at": int(time.time()),
         "background": "opaque",
         "output_format": order.body.output_format,
-        "quality": "auto",
+        "quality": order.body.quality or "auto",
         "size": "{}x{}".format(*size),
         **more,
     }

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from omni_kernels.patching import PatchConflictError, backends
-from omni_runtime.cache.methods import METHODS
+from omni_runtime.cache.methods import AUTO, METHODS
 from omni_runtime.cache.report import StepEvent
 from omni_runtime.generation.omni import Omni
 from omni_runtime.generation.request import NEEDS_IMAGE, GenerationRequest
@@ -310,19 +310,25 @@ class Service:
         return found
 
     def _cache_of(self, body: Body) -> Cache:
+        if body.preset is not None:
+            return self._resolved(AUTO.name, {"quality": body.preset}, "quality")
         if not {"cache_backend", "cache_config"} & body.model_fields_set:
             return self.omni.cache_backend, self.omni.cache_config
         backend = body.cache_backend if "cache_backend" in body.model_fields_set else self.omni.cache_backend
         if _names_a_file(backend, body.cache_config):
             raise invalid("cache_config", "cache_config: files cannot be named here: give the numbers themselves")
+        known = backend in (None, "none", *backends.available())
+        return self._resolved(backend, body.cache_config, "cache_config" if known else "cache_backend")
+
+    def _resolved(self, backend: str | None, config: Mapping[str, Any] | None, field: str) -> Cache:
+        """A cache method and its complete configuration; `field` is named if this model cannot have it."""
         try:
-            backend, config = self.omni.resolved(backend, body.cache_config)
+            backend, complete = self.omni.resolved(backend, config)
             if backend is not None:
-                self.check_ready().check_cache(backend, config)
+                self.check_ready().check_cache(backend, complete)
         except (ValueError, TypeError, PatchConflictError) as error:
-            known = backend in (None, "none", *backends.available())
-            raise invalid("cache_config" if known else "cache_backend", without_paths(str(error))) from None
-        return backend, config
+            raise invalid(field, without_paths(str(error))) from None
+        return backend, complete
 
     def submit(self, one: GenerationRequest, cache: Cache, on_step: Callable[[StepEvent], None] | None = None) -> Job:
         """Give the engine a prepared request.
