@@ -14,7 +14,7 @@ import torch
 
 from omni_kernels import ops
 from omni_kernels.patching.activations import for_layers
-from omni_kernels.patching.layers import attend, entrance, feed_forward, projections, self_attention, through
+from omni_kernels.patching.layers import attend, entrance, feed_forward, projections, self_attention, through, two_rows
 from omni_kernels.patching.structure import (
     attends,
     computes,
@@ -88,23 +88,25 @@ def forward(
         or not stands(block, STANDS_FOR)
     ):
         return NotImplemented
-    # [B, 1 or S, 6, D]
-    shift1, scale1, gate1, shift2, scale2, gate2 = (temb.unflatten(2, (6, -1)) + table).unbind(2)
+    two = two_rows(temb) if temb.shape[1] > 1 else None
+    rows, index = (temb, None) if two is None else two
+    # [B, 1 or S, 6, D] or, with an index, [2B, 6, D]
+    shift1, scale1, gate1, shift2, scale2, gate2 = (rows.unflatten(-1, (6, -1)) + table).unbind(-2)
     norm1, norm2, run = block.norm1, block.norm2, ops.trusted(x)
     rotation = {name: t.unflatten(2, (attn1.heads, -1)) for name, t in zip(("cos", "sin"), tables, strict=False)}
 
     normed = for_layers(
         projections(attn1), run.ada_layer_norm,
-        x, scale1, shift1, norm="rms", weight=norm1.weight, eps=norm1.eps,
+        x, scale1, shift1, index=index, norm="rms", weight=norm1.weight, eps=norm1.eps,
     )  # fmt: skip
     attended = through(attn1.to_out, self_attention(attn1, normed, rotation, across_heads=True))
-    h, _ = run.gate_residual_norm(x, attended, gate1, norm=None)
+    h, _ = run.gate_residual_norm(x, attended, gate1, index=index, norm=None)
     attended = through(attn2.to_out, _cross_attention(attn2, h, encoder_hidden_states, encoder_attention_mask))
     h, y = for_layers(
         entrance(block.ff), run.gate_residual_norm,
-        h, attended, None, scale2, shift2, norm="rms", weight=norm2.weight, eps=norm2.eps,
+        h, attended, None, scale2, shift2, index=index, norm="rms", weight=norm2.weight, eps=norm2.eps,
     )  # fmt: skip
-    h, _ = run.gate_residual_norm(h, feed_forward(block.ff, y), gate2, norm=None)
+    h, _ = run.gate_residual_norm(h, feed_forward(block.ff, y), gate2, index=index, norm=None)
     return h
 
 

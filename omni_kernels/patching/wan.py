@@ -23,6 +23,7 @@ from omni_kernels.patching.layers import (
     real_rotation,
     self_attention,
     through,
+    two_rows,
 )
 from omni_kernels.patching.structure import (
     attends,
@@ -97,23 +98,25 @@ def forward(
     ):
         return NotImplemented
     # temb is [B, 6, D] or [B, S, 6, D]. The sum is fp32, whatever the dtypes of its terms.
-    modulation = temb + block.scale_shift_table.float()
-    by_token = modulation.dim() == 4
+    two = two_rows(temb) if temb.dim() == 4 and len(temb) == len(x) else None
+    rows, index = (temb, None) if two is None else two
+    modulation = rows + block.scale_shift_table.float()
+    by_token = modulation.dim() == 4 or index is not None
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(-2) if by_token else modulation.chunk(6, -2)
     run = ops.trusted(x)
     tables = None if rotary_emb is None else tuple(t.flatten(0, 2) for t in rotary_emb)  # of [1, S, 1, Dh]
 
-    normed = for_layers(projections(attn1), run.ada_layer_norm, x, scale1, shift1, eps=block.norm1.eps)
+    normed = for_layers(projections(attn1), run.ada_layer_norm, x, scale1, shift1, index=index, eps=block.norm1.eps)
     attended = through(attn1.to_out, self_attention(attn1, normed, real_rotation(tables), across_heads=True))
     h, y = for_layers(
         (attn2.to_q,), run.gate_residual_norm,
-        x, attended, gate1, weight=norm2.weight, bias=norm2.bias, eps=norm2.eps,
+        x, attended, gate1, index=index, weight=norm2.weight, bias=norm2.bias, eps=norm2.eps,
     )  # fmt: skip
     attended = through(attn2.to_out, _cross_attention(attn2, y, encoder_hidden_states))
     h, y = for_layers(
-        entrance(block.ffn), run.gate_residual_norm, h, attended, None, scale2, shift2, eps=block.norm3.eps
+        entrance(block.ffn), run.gate_residual_norm, h, attended, None, scale2, shift2, index=index, eps=block.norm3.eps
     )
-    h, _ = run.gate_residual_norm(h, feed_forward(block.ffn, y), gate2, norm=None)
+    h, _ = run.gate_residual_norm(h, feed_forward(block.ffn, y), gate2, index=index, norm=None)
     return h
 
 

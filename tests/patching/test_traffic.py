@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from omni_kernels.ops import OPS
 from omni_kernels.patching import activations, rules
+from omni_kernels.patching import wan as fused_wan
 from omni_kernels.patching.changes import Patch
 from omni_kernels.patching.quantised import QuantizedLinear
 
@@ -354,6 +355,16 @@ def test_wan_block_with_a_modulation_for_each_token_moves_a_quarter():
     # Of diffusers 0.42: 82 launches and 265.2.
     assert plain.launches >= 9 * fused.launches
     assert plain.bytes > 4 * fused.bytes
+
+
+def test_wan_block_with_two_timesteps_moves_as_little_as_with_one(monkeypatch):
+    """As in image-to-video, found from the values, which tensors here do not have."""
+    D = 24 * HEAD
+    monkeypatch.setattr(fused_wan, "two_rows", lambda temb: (meta(2, 6, D), meta(1, IMAGE, dtype=torch.bool)))
+    plain, fused, H = wan(24, 14336, by_token=True)
+    assert fused.ops == WAN_OPS
+    assert 28.7 < fused.bytes / H < 28.9
+    assert plain.bytes > 9 * fused.bytes
 
 
 def in_a_row(blocks, call, attribute="transformer_blocks"):

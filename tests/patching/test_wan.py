@@ -14,7 +14,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from fused import boxed, off, unfused_fails, wide
 
 import omni_kernels
-from omni_kernels.patching import rules
+from omni_kernels.patching import layers, rules
 from omni_kernels.patching.changes import Forward, Patch
 
 RULE = rules.RULES["WanTransformerBlock"]
@@ -51,7 +51,7 @@ class Pipe:
 
 
 def arguments(transformer, seed=0, batch=1, image=False, by_token=False, side=4):
-    """Those of one call, of side²/2 tokens."""
+    """Those of one call, of side²/2 tokens. With `by_token`, a sample's tokens have so many timesteps (True: two)."""
     generator = torch.Generator().manual_seed(seed)
     dtype = transformer.patch_embedding.weight.dtype
 
@@ -60,7 +60,7 @@ def arguments(transformer, seed=0, batch=1, image=False, by_token=False, side=4)
 
     timestep, tokens = torch.tensor([250.0, 500.0][:batch]), side * side // 2
     if by_token:
-        timestep = timestep[:, None] * (torch.arange(tokens) >= tokens // 2)
+        timestep = timestep[:, None] * (torch.arange(tokens) * max(2, by_token) // tokens)
     given = {
         "hidden_states": randn(batch, 16, 2, side, side),
         "encoder_hidden_states": randn(batch, 512 if image else 7, 32),
@@ -87,6 +87,7 @@ CASES = {
     "batch": {"batch": 2},
     "image": {"batch": 2, "image": True},
     "by token": {"batch": 2, "by_token": True},
+    "by token, of three": {"batch": 2, "by_token": 3},
 }
 
 
@@ -120,6 +121,26 @@ def test_fp32_agrees_and_undo_restores(case):
     handle.undo()
     assert [dict(vars(block)) for block in pipe.transformer.blocks] == before
     assert torch.equal(output(pipe.transformer, **CASES[case]), expected)
+
+
+@torch.no_grad()
+def test_two_timesteps_of_a_samples_tokens_are_read_as_two_rows(monkeypatch):
+    """As in image-to-video: found once for all blocks, and again for other timesteps."""
+    pipe, found = Pipe(made(False)), []
+    look = layers._two_rows
+    monkeypatch.setattr(layers, "_two_rows", lambda given: found.append(look(given)) or found[-1])
+    with omni_kernels.patched(pipe):
+        for timesteps in (2, 3, 1, 2):
+            output(pipe.transformer, batch=2, by_token=timesteps)
+    assert [one is not None for one in found] == [True, False, True, True]
+    rows, index = found[0]
+    assert (len(rows), index.shape, index.sum(1).tolist()) == (4, (2, 8), [4, 4])
+    given = torch.zeros(1, 3, 6, 4)
+    assert layers.two_rows(given)[1].tolist() == [[False] * 3]
+    given[:, 1:] = 1.0  # in place: looked at again
+    assert layers.two_rows(given)[1].tolist() == [[False, True, True]]
+    given[:, 1] = float("nan")
+    assert layers.two_rows(given) is None
 
 
 @pytest.mark.parametrize("model", [transformer_wan, transformer_wan_animate, transformer_chronoedit])
