@@ -25,6 +25,7 @@ import torch
 
 from omni_kernels import ops
 from omni_kernels.device import describe
+from omni_kernels.patching import edges
 from omni_kernels.patching.backends import nearest, shown
 from omni_kernels.patching.changes import Patch
 from omni_kernels.patching.structure import hooked
@@ -57,6 +58,8 @@ class Options:
         keep: how the layers' own weights come back when the patch is undone. "host" keeps them on the CPU. "reload"
             drops them and reads them again from the safetensors files that the model was loaded from. "none" drops
             them: the patch cannot be undone.
+        edge_steps: how many of the first and of the last steps of a request run with the layers' own weights, which
+            then stay on the device.
         calibrated: patterns of paths that the model's calibration leaves out (`complete`); not given by the user.
     """
 
@@ -65,6 +68,7 @@ class Options:
     exclude: tuple[str, ...] = ()
     min_width: int = 512
     keep: str = "host"
+    edge_steps: tuple[int, int] = (0, 0)
     calibrated: tuple[str, ...] = ()
 
     def given(self) -> dict[str, Any]:
@@ -100,7 +104,18 @@ def options_of(given: Any) -> Options | None:
         raise ValueError(f"quantize: min_width must be a number of features from 0 on, not {shown(width)}")
     if made.get("keep", "host") not in KEEP:
         raise ValueError(f"quantize: keep must be 'host', 'reload' or 'none', not {shown(made['keep'])}")
+    made["edge_steps"] = _edge_steps(made.get("edge_steps", (0, 0)))
+    if any(made["edge_steps"]) and made.get("keep", "host") != "host":
+        raise ValueError(f"quantize: edge_steps needs the layers' own weights, which keep={made['keep']!r} drops")
     return Options(**made)
+
+
+def _edge_steps(given: Any) -> tuple[int, int]:
+    pair = isinstance(given, Sequence) and not isinstance(given, str) and len(given) == 2
+    if not (pair and all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in given)):
+        raise ValueError(f"quantize: edge_steps must be two numbers of steps from 0 on, not {shown(given)}")
+    first, last = given
+    return first, last
 
 
 def complete(options: Options | None, directory: Any) -> Options | None:
@@ -138,10 +153,12 @@ class QuantizedLinear(torch.nn.Module):
         weight: [N, K], int8 or fp8.
         weight_scale: [N], fp32.
         bias: [N], or None.
+        own: layers that move and are converted with this one; they are not its children.
     """
 
     weight: torch.Tensor
     weight_scale: torch.Tensor
+    own: tuple[torch.nn.Linear, ...] = ()
 
     def __init__(self, linear: torch.nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
@@ -175,6 +192,8 @@ class QuantizedLinear(torch.nn.Module):
             # As integers, which a conversion to another floating-point dtype does not change.
             bits = fn(t.view(torch.int8 if t.element_size() == 1 else torch.int32))
             self._buffers[name] = bits.view(t.dtype)
+        for layer in self.own:
+            layer._apply(fn, recurse)
         return self
 
 
@@ -252,7 +271,7 @@ class LayerQuantisation:
     Attributes:
         name: its path, such as "transformer.transformer_blocks.0.attn.to_q".
         reason: why it was left as it is; None if it was quantised.
-        freed: the bytes that its weights take less on the device.
+        freed: the bytes that its weights take less on the device; negative if its own ones stay there, too.
     """
 
     name: str
@@ -289,7 +308,8 @@ class Quantisation(tuple[LayerQuantisation, ...]):
             f"{name}: {count} " + ("quantised" if reason is None else f"left alone: {reason}")
             for (name, reason), count in kinds.items()
         ]
-        return "\n".join([*lines, f"{self.freed / 1e6:.1f} MB freed on the device"])
+        change = "freed" if self.freed >= 0 else "more"
+        return "\n".join([*lines, f"{abs(self.freed) / 1e6:.1f} MB {change} on the device"])
 
 
 def group_of(name: str) -> str:
@@ -383,15 +403,22 @@ def quantise(pipe: Any, options: Options, patch: Patch) -> tuple[Quantisation, l
     for pattern in (*options.include, *options.exclude):
         if not any(_fits(name, pattern) for name, *_ in found):
             raise ValueError(f"quantize: no linear layer of a transformer block fits {pattern!r}")
-    made, replaced = [], []
+    made, replaced, at_edges = [], [], any(options.edge_steps)
+    pairs: list[edges.Replaced] = []
     for name, parent, key, layer, block in found:
         reason = _why_not(name, layer, block, options)
         if reason is not None:
             made.append(LayerQuantisation(name, reason))
             continue
         replacement = QuantizedLinear(layer, dtype_on(options.dtype, layer.weight.device))
-        freed = layer.weight.nbytes - replacement.weight.nbytes - replacement.weight_scale.nbytes
+        freed = -replacement.weight.nbytes - replacement.weight_scale.nbytes
         patch.set_module(parent, key, replacement)
+        if at_edges:
+            replacement.own = (layer,)
+            pairs.append((name.partition(".")[0], parent, key, layer, replacement))
+            made.append(LayerQuantisation(name, freed=freed))
+            continue
+        freed += layer.weight.nbytes
         if options.keep == "host" and layer.weight.device.type != "cpu":
             patch.add(_Kept(layer, replacement))
             layer.weight.data = layer.weight.data.to("cpu")
@@ -403,6 +430,8 @@ def quantise(pipe: Any, options: Options, patch: Patch) -> tuple[Quantisation, l
     if not quantised.replaced:
         reasons = "; ".join(dict.fromkeys(quantised.left_alone.values())) or "there are no linear layers in its blocks"
         raise ValueError(f"quantize={options.dtype!r} has nothing to do on this {type(pipe).__name__}: {reasons}")
+    if at_edges:
+        edges.install(pipe, options.edge_steps, pairs, patch)
     return quantised, replaced
 
 
