@@ -25,7 +25,7 @@ import torch
 
 from omni_kernels import ops
 from omni_kernels.device import describe
-from omni_kernels.patching import edges
+from omni_kernels.patching import edges, torchao_layers
 from omni_kernels.patching.backends import nearest, shown
 from omni_kernels.patching.changes import Patch
 from omni_kernels.patching.structure import hooked
@@ -161,14 +161,25 @@ class QuantizedLinear(torch.nn.Module):
     own: tuple[torch.nn.Linear, ...] = ()
 
     def __init__(self, linear: torch.nn.Linear, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight, scale = ops.quantize(linear.weight.detach(), dtype)
-        self.register_buffer("weight", weight)
-        self.register_buffer("weight_scale", scale)
-        self.bias = linear.bias
-        self._vnni = _has_vnni()
+        self._hold(*ops.quantize(linear.weight.detach(), dtype), linear.bias)
         self.train(linear.training)
+
+    @classmethod
+    def holding(
+        cls, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.nn.Parameter | None
+    ) -> QuantizedLinear:
+        """A layer with these 8-bit weights [N, K], scales [N] and bias [N], which are not copied."""
+        self = cls.__new__(cls)
+        self._hold(weight, weight_scale, bias)
+        return self
+
+    def _hold(self, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.nn.Parameter | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", weight_scale)
+        self.bias = bias
+        self._vnni = _has_vnni()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output, in x's dtype."""
@@ -397,7 +408,8 @@ def quantise(pipe: Any, options: Options, patch: Patch) -> tuple[Quantisation, l
 
     Raises:
         ValueError: no layer could be quantised (the message says why), a pattern fits no layer, or the device has no
-            products in this dtype, or weights that are to be reloaded are not in the model's files.
+            products in this dtype, or weights that are to be reloaded are not in the model's files, or torchao has
+            quantised a layer to another dtype.
     """
     found = list(_layers(pipe))
     for pattern in (*options.include, *options.exclude):
@@ -409,6 +421,11 @@ def quantise(pipe: Any, options: Options, patch: Patch) -> tuple[Quantisation, l
         reason = _why_not(name, layer, block, options)
         if reason is not None:
             made.append(LayerQuantisation(name, reason))
+            continue
+        there = torchao_layers.weights_of(layer)
+        if isinstance(there, torchao_layers.Weights):
+            patch.set_module(parent, key, _met(name, layer, there, options, patch))
+            made.append(LayerQuantisation(name))
             continue
         replacement = QuantizedLinear(layer, dtype_on(options.dtype, layer.weight.device))
         freed = -replacement.weight.nbytes - replacement.weight_scale.nbytes
@@ -433,6 +450,25 @@ def quantise(pipe: Any, options: Options, patch: Patch) -> tuple[Quantisation, l
     if at_edges:
         edges.install(pipe, options.edge_steps, pairs, patch)
     return quantised, replaced
+
+
+def _met(
+    name: str, layer: torch.nn.Linear, there: torchao_layers.Weights, options: Options, patch: Patch
+) -> QuantizedLinear:
+    """A quantised layer with the weights that torchao has made; they stay in the memory where they are."""
+    if there.name != options.dtype:
+        raise ValueError(
+            f"quantize={options.dtype!r}, but torchao has quantised {name} to {there.name}: ask for {there.name!r}, or "
+            "exclude the layer"
+        )
+    if any(options.edge_steps):
+        raise ValueError(f"quantize: edge_steps needs a layer's own weights, and torchao has quantised those of {name}")
+    wanted = dtype_on(options.dtype, there.values.device)
+    if there.values.dtype != wanted:
+        raise ValueError(f"{name} was quantised by torchao to {there.values.dtype}; this device multiplies {wanted}")
+    made = QuantizedLinear.holding(there.values, there.scale, layer.bias)
+    patch.add(_Kept(layer, made))
+    return made.train(layer.training)
 
 
 def drop(layers: Sequence[torch.nn.Linear]) -> None:
@@ -476,7 +512,10 @@ def _why_not(name: str, layer: Any, block: torch.nn.Module, options: Options) ->
     """Why a layer stays as it is; None if it is quantised."""
     if hasattr(layer, "base_layer"):
         return "an adapter is on it"
-    if type(layer) is not torch.nn.Linear or type(layer.weight.data) is not torch.Tensor:
+    there = torchao_layers.weights_of(layer) if type(layer) is torch.nn.Linear else None
+    if isinstance(there, str):
+        return there
+    if type(layer) is not torch.nn.Linear or (there is None and type(layer.weight.data) is not torch.Tensor):
         return "it is not a plain linear layer"
     if hooked(layer) or "_hf_hook" in vars(layer):
         return "it has a hook"
@@ -484,12 +523,14 @@ def _why_not(name: str, layer: Any, block: torch.nn.Module, options: Options) ->
         return "its weights are not there"
     if any(_fits(name, one) for one in options.exclude):
         return "excluded"
-    if any(_fits(name, one) for one in options.calibrated):
-        return "left out by the model's calibration"
     if any(_fits(name, one) for one in options.include):
         return None
     if min(layer.in_features, layer.out_features) < options.min_width:
         return f"narrower than {options.min_width}"
+    if there is not None:
+        return None  # torchao has decided already which layers bear it
+    if any(_fits(name, one) for one in options.calibrated):
+        return "left out by the model's calibration"
     inside = name.split(".", 3)[-1]
     if SENSITIVE.search(inside):
         return "modulation, norms and embeddings stay as they are"
