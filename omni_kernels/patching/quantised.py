@@ -409,8 +409,9 @@ def quantise(pipe: Any, options: Options, patch: Patch) -> tuple[Quantisation, l
     Raises:
         ValueError: no layer could be quantised (the message says why), a pattern fits no layer, or the device has no
             products in this dtype, or weights that are to be reloaded are not in the model's files, or torchao has
-            quantised a layer to another dtype.
+            quantised a layer to another dtype, or layers are quantised already.
     """
+    refuse_quantised(pipe)
     found = list(_layers(pipe))
     for pattern in (*options.include, *options.exclude):
         if not any(_fits(name, pattern) for name, *_ in found):
@@ -475,6 +476,18 @@ def drop(layers: Sequence[torch.nn.Linear]) -> None:
     """Free the own weights of layers that were replaced."""
     for layer in layers:
         layer.weight.data = layer.weight.data.new_empty(0)
+
+
+def refuse_quantised(pipe: Any) -> None:
+    """Raise ValueError if layers of the pipeline's transformers are quantised already."""
+    for name, model in (getattr(pipe, "components", None) or vars(pipe)).items():
+        if name.startswith("transformer") and isinstance(model, torch.nn.Module):
+            for path, layer in model.named_modules():
+                if isinstance(layer, QuantizedLinear):
+                    raise ValueError(
+                        f"{name}.{path} is quantised already, by load_quantised or through another pipeline that "
+                        "shares it: leave out quantize"
+                    )
 
 
 def _layers(pipe: Any) -> Iterator[tuple[str, torch.nn.Module, str, Any, torch.nn.Module]]:
