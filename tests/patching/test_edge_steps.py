@@ -95,6 +95,7 @@ def test_all_layers_are_switched_and_a_step_between_is_in_8_bits(qwen_pipe):
         ("first_block_cache", {"threshold": 0.5}),
         ("tea_cache", {"rel_l1_thresh": 0.2}),
         ("cache_dit", {"residual_diff_threshold": 0.5}),
+        ("cache_dit", {"engine": "library", "max_warmup_steps": 2, "residual_diff_threshold": 0.5}),
     ],
 )
 def test_under_a_cache_the_step_is_the_requests(qwen_pipe, backend, config):
