@@ -8,6 +8,7 @@ fused and compiled blocks see plain linear layers there, and a compiled block ha
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -122,17 +123,15 @@ class _Step:
 
 
 class _Model:
-    """One transformer: its layers, and its forward."""
+    """One transformer: its layers, and its forward. Another thread's forward waits, because the layers are shared."""
 
     def __init__(self, step: _Step, layers: list[Replaced]) -> None:
-        self._step = step
+        self._step, self._turn = step, threading.RLock()
         self._layers = [(parent._modules, key, own, replacement) for _, parent, key, own, replacement in layers]
 
     def forward(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Replaces the transformer's forward (`Patch.set_forward`)."""
-        if not self._step.at_an_edge():
-            return NotImplemented
-        with self._own_layers():
+        with self._turn, self._own_layers() if self._step.at_an_edge() else contextlib.nullcontext():
             return type(model).forward(model, *args, **kwargs)
 
     @contextlib.contextmanager

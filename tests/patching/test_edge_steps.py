@@ -1,6 +1,7 @@
 """`edge_steps` of `quantize=`: which steps have the layers' own weights, with caches, guidance and several requests."""
 
 import copy
+import threading
 import warnings
 
 import diffusers
@@ -75,16 +76,46 @@ def test_all_layers_are_switched_and_a_step_between_is_in_8_bits(qwen_pipe):
     scheduler = qwen_pipe.scheduler
     got = {}
     with torch.no_grad():
-        for step in range(4):
+        for step in range(5):  # at 4, the request is over
             scheduler._step_index = step
             got[step] = qwen_pipe.transformer(**given)[0]
         handle.undo()
         own = qwen_pipe.transformer(**given)[0]
         with omni_kernels.patched(qwen_pipe, quantize=PLAIN, fuse=False):
             bits = qwen_pipe.transformer(**given)[0]
-    for step, expected in enumerate([own, own, bits, own]):
+    for step, expected in enumerate([own, own, bits, own, bits]):
         assert torch.equal(got[step], expected)
     assert not torch.equal(own, bits)
+
+
+def test_another_thread_has_its_own_layers(qwen_pipe):
+    """It shares the transformer: its forward, of a step in 8 bits, waits for the one of an edge."""
+    pipe, given, got = qwen_pipe, {}, []
+    pre = pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: given.update(kwargs), with_kwargs=True)
+    omni_kernels.patch(pipe, quantize=HOW, fuse=False)
+    latents(pipe, num_inference_steps=6)
+    pre.remove()
+
+    def call():
+        with torch.no_grad():
+            got.append(pipe.transformer(**given)[0])
+
+    def meanwhile(*_):
+        hook.remove()
+        pipe.scheduler._step_index = 3
+        other.start()
+        other.join(0.2)
+
+    other = threading.Thread(target=call)
+    pipe.scheduler._step_index = 3
+    call()
+    pipe.scheduler._step_index = 0
+    hook = pipe.transformer.transformer_blocks[1].register_forward_pre_hook(meanwhile)
+    call()
+    other.join()
+    bits, edge, meanwhile_bits = got
+    assert torch.equal(meanwhile_bits, bits)
+    assert not torch.equal(edge, bits)
 
 
 @pytest.mark.parametrize(
