@@ -28,6 +28,7 @@ FILE = "quantised.safetensors"
 #: The key of its header under which JSON says what it is, and the version of its format.
 _KEY, VERSION = "omni_runtime.quantised", 1
 _SCALE = ".weight_scale"
+_MAPPED = 1 << 28  # bytes: a layer of the largest models
 _NAMED = 3  # how many names a message gives
 
 
@@ -116,33 +117,28 @@ def load_transformer(
         ValueError: the device does not multiply the 8-bit weights; or `file`, or the `config.json` beside it, is
             damaged, or they do not fit; the message names the file.
     """
-    from safetensors import SafetensorError, safe_open
-
     name, saved = file.parent.name, _dtypes_in(file)
     if isinstance(dtype, Mapping):
         dtype = dtype.get(name, dtype.get("default", saved.get(name, torch.float32)))
     model = _empty_model(file.parent / "config.json", dtype)
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    with _told(file, SafetensorError), safe_open(file, framework="pt") as opened:
-        names = set(opened.keys())
-        for key in sorted(key for key in names if key.endswith(_SCALE)):
-            path = key.removesuffix(_SCALE)
-            if f"{path}.weight" in names:
-                layer = _placed(model, path, opened.get_tensor(f"{path}.weight"), opened.get_tensor(key), file)
-                _set_child(model, path, layer)
-                names -= {key, f"{path}.weight"}
-        state = model.state_dict()
-        own = {f"{path}.{leaf}" for path in _quantised_in(model) for leaf in ("weight", "weight_scale")}
-        _compare(names, state.keys() - own, file)
-        for key in sorted(names):
-            tensor = opened.get_tensor(key)
-            there = state[key]
-            _check_shape(key, tensor, there, file)
-            if there.is_floating_point() != tensor.is_floating_point() or tensor.element_size() == 1:
-                raise ValueError(f"{file} is damaged: {key} is {_name_of(tensor.dtype)} without its scales")
-            wanted = torch.float32 if kept.intersection(key.split(".")) else dtype
-            # A copy: what is in the file's own memory is not aligned, and changes with the file.
-            _set_tensor(model, key, tensor.to(wanted if tensor.is_floating_point() else tensor.dtype, copy=True))
+    tensors = _Tensors(file)
+    names = set(tensors.names)
+    for key in sorted(key for key in names if key.endswith(_SCALE)):
+        path = key.removesuffix(_SCALE)
+        if f"{path}.weight" in names:
+            _set_child(model, path, _placed(model, path, tensors.read(f"{path}.weight"), tensors.read(key), file))
+            names -= {key, f"{path}.weight"}
+    state = model.state_dict()
+    own = {f"{path}.{leaf}" for path in _quantised_in(model) for leaf in ("weight", "weight_scale")}
+    _compare(names, state.keys() - own, file)
+    for key in sorted(names):
+        tensor, there = tensors.read(key), state[key]
+        _check_shape(key, tensor, there, file)
+        if there.is_floating_point() != tensor.is_floating_point() or tensor.element_size() == 1:
+            raise ValueError(f"{file} is damaged: {key} is {_name_of(tensor.dtype)} without its scales")
+        wanted = torch.float32 if kept.intersection(key.split(".")) else dtype
+        _set_tensor(model, key, tensor.to(wanted) if tensor.is_floating_point() else tensor)
     if device is not None:
         _check_device(model, device, file)
     left = [key for key, one in _all_tensors(model) if one.is_meta]
@@ -150,6 +146,37 @@ def load_transformer(
         raise ValueError(f"{file}: {type(model).__name__} makes tensors that are in no file, such as {left[0]}")
     model.register_to_config(_name_or_path=str(file.parent))  # type: ignore[operator]  # ConfigMixin
     return model.eval()
+
+
+class _Tensors:
+    """Copies tensors out of a file.
+
+    In the file's own memory they are not aligned, and would change with the file. The file is mapped anew after
+    `_MAPPED` bytes, so that its pages do not stay beside the copies.
+
+    Attributes:
+        names: the tensors' names.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._open()
+        self.names = list(self._opened.keys())
+
+    def _open(self) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        with _told(self._file, SafetensorError):
+            self._opened: Any = safe_open(self._file, framework="pt")
+        self._read = 0
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU."""
+        if self._read > _MAPPED:
+            self._open()
+        tensor: torch.Tensor = self._opened.get_tensor(name).clone()
+        self._read += tensor.nbytes
+        return tensor
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -286,7 +313,7 @@ def _placed(model: Any, path: str, weight: torch.Tensor, scale: torch.Tensor, fi
     _check_shape(f"{path}{_SCALE}", scale, layer.weight[:, 0], file)
     if weight.element_size() != 1 or scale.dtype != torch.float32 or not scale.isfinite().all():
         raise ValueError(f"{file} is damaged: {path} has no 8-bit weights with finite scales in float32")
-    return QuantizedLinear.holding(weight.clone(), scale.clone(), layer.bias)
+    return QuantizedLinear.holding(weight, scale, layer.bias)
 
 
 def _compare(found: set[str], wanted: set[str], file: Path) -> None:

@@ -5,6 +5,7 @@ import shutil
 
 import diffusers
 import pytest
+import safetensors
 import torch
 from models import MODELS, latents
 from safetensors.torch import load_file, safe_open, save_file
@@ -107,6 +108,25 @@ def test_no_full_weight_is_made(tmp_path):
     with Made() as made:  # full weights would have been seen
         diffusers.WanTransformer3DModel.from_config(transformer.config)
     assert only <= {shape for shape, dtype in made.tensors if dtype == torch.float32}
+
+
+def test_a_file_that_is_mapped_anew_gives_the_same(directory, monkeypatch):
+    expected, opened = quantised_files.load_transformer(directory / FILE, torch.float32).state_dict(), []
+    monkeypatch.setattr(quantised_files, "_MAPPED", 10_000)
+    monkeypatch.setattr(safetensors, "safe_open", lambda *a, **k: opened.append(a) or safe_open(*a, **k))
+    again = quantised_files.load_transformer(directory / FILE, torch.float32).state_dict()
+    assert len(opened) > 10
+    assert again.keys() == expected.keys()
+    assert all(torch.equal(again[key], expected[key]) for key in again)
+
+
+def test_tensors_do_not_change_with_the_file(own):
+    transformer = quantised_files.load_transformer(own / FILE, torch.float32)
+    before = {key: one.clone() for key, one in transformer.state_dict().items()}
+    with (own / FILE).open("r+b") as file:
+        file.seek(-10_000, 2)
+        file.write(b"\1" * 10_000)
+    assert all(torch.equal(one, before[key]) for key, one in transformer.state_dict().items())
 
 
 def test_the_file_has_8_bits_and_the_rest_as_it_was(directory, qwen_pipe):
