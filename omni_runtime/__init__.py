@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from omni_runtime.generation.loading import embedded_pipeline
     from omni_runtime.generation.omni import Omni
+    from omni_runtime.generation.quantised_files import load_quantised, save_quantised
     from omni_runtime.generation.result import OmniResult, Timings
 
-__all__ = ["Omni", "OmniResult", "Timings", "embedded_pipeline"]
+__all__ = ["Omni", "OmniResult", "Timings", "embedded_pipeline", "load_quantised", "save_quantised"]
 
 _HOME = {
     "Omni": "omni_runtime.generation.omni",
     "OmniResult": "omni_runtime.generation.result",
     "Timings": "omni_runtime.generation.result",
     "embedded_pipeline": "omni_runtime.generation.loading",
+    "load_quantised": "omni_runtime.generation.quantised_files",
+    "save_quantised": "omni_runtime.generation.quantised_files",
 }
 
 

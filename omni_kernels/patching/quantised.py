@@ -16,18 +16,18 @@ import fnmatch
 import functools
 import importlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from omni_kernels import ops
 from omni_kernels.device import describe
-from omni_kernels.patching.activations import Quantized
+from omni_kernels.patching import edges, torchao_layers
 from omni_kernels.patching.backends import nearest, shown
 from omni_kernels.patching.changes import Patch
+from omni_kernels.patching.quantized_linear import QuantizedLinear
 from omni_kernels.patching.structure import hooked
 
 #: What `quantize` may name.
@@ -56,6 +56,8 @@ class Options:
         keep: how the layers' own weights come back when the patch is undone. "host" keeps them on the CPU. "reload"
             drops them and reads them again from the safetensors files that the model was loaded from. "none" drops
             them: the patch cannot be undone.
+        edge_steps: how many of the first and of the last steps of a request run with the layers' own weights, which
+            then stay on the device.
         calibrated: patterns of paths that the model's calibration leaves out (`complete`); not given by the user.
     """
 
@@ -64,6 +66,7 @@ class Options:
     exclude: tuple[str, ...] = ()
     min_width: int = 512
     keep: str = "host"
+    edge_steps: tuple[int, int] = (0, 0)
     calibrated: tuple[str, ...] = ()
 
     def given(self) -> dict[str, Any]:
@@ -99,7 +102,18 @@ def options_of(given: Any) -> Options | None:
         raise ValueError(f"quantize: min_width must be a number of features from 0 on, not {shown(width)}")
     if made.get("keep", "host") not in KEEP:
         raise ValueError(f"quantize: keep must be 'host', 'reload' or 'none', not {shown(made['keep'])}")
+    made["edge_steps"] = _edge_steps(made.get("edge_steps", (0, 0)))
+    if any(made["edge_steps"]) and made.get("keep", "host") != "host":
+        raise ValueError(f"quantize: edge_steps needs the layers' own weights, which keep={made['keep']!r} drops")
     return Options(**made)
+
+
+def _edge_steps(given: Any) -> tuple[int, int]:
+    pair = isinstance(given, Sequence) and not isinstance(given, str) and len(given) == 2
+    if not (pair and all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in given)):
+        raise ValueError(f"quantize: edge_steps must be two numbers of steps from 0 on, not {shown(given)}")
+    first, last = given
+    return first, last
 
 
 def complete(options: Options | None, directory: Any) -> Options | None:
@@ -128,68 +142,6 @@ def complete(options: Options | None, directory: Any) -> Options | None:
     return replace(options, calibrated=tuple(calibration.read(own, method)["exclude"]))
 
 
-class QuantizedLinear(torch.nn.Module):
-    """A linear layer with 8-bit weights, which quantises its input.
-
-    Moving it moves its weights; converting it to another dtype leaves them in 8 bits.
-
-    Attributes:
-        weight: [N, K], int8 or fp8.
-        weight_scale: [N], fp32.
-        bias: [N], or None.
-    """
-
-    takes_8_bits = True
-    weight: torch.Tensor
-    weight_scale: torch.Tensor
-
-    def __init__(self, linear: torch.nn.Linear, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight, scale = ops.quantize(linear.weight.detach(), dtype)
-        self.register_buffer("weight", weight)
-        self.register_buffer("weight_scale", scale)
-        self.bias = linear.bias
-        self.train(linear.training)
-
-    def forward(self, x: torch.Tensor | Quantized, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The layer's output, in x's dtype. States that are quantised already are taken as they are.
-
-        Args:
-            x: [..., K].
-            out: where to write, [..., N]; None for a new tensor.
-        """
-        made: torch.Tensor = self._multiply(x, out=out)
-        return made
-
-    def gelu(self, x: torch.Tensor | Quantized) -> Quantized:
-        """GELU of the layer's output, in 8 bits with a scale for each token and group of 128 channels."""
-        q, scale = self._multiply(x, gelu=True, quantize=self.weight.dtype)
-        return Quantized(q, scale, x.dtype)
-
-    def _multiply(self, x: torch.Tensor | Quantized, **options: Any) -> Any:
-        q, scale = (x.q, x.scale) if isinstance(x, Quantized) else ops.quantize(x.contiguous(), self.weight.dtype)
-        run = ops.trusted(q)
-        return run.scaled_mm(q, scale, self.weight, self.weight_scale, self.bias, dtype=x.dtype, **options)
-
-    def extra_repr(self) -> str:
-        """Sizes and dtype, for printing."""
-        return f"{self.in_features}, {self.out_features}, {str(self.weight.dtype)[6:]}, bias={self.bias is not None}"
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedLinear:
-        own = {name: self._buffers.pop(name) for name in ("weight", "weight_scale")}
-        try:
-            super()._apply(fn, recurse)
-        finally:
-            self._buffers.update(own)
-        for name, t in own.items():
-            assert t is not None
-            # As integers, which a conversion to another floating-point dtype does not change.
-            bits = fn(t.view(torch.int8 if t.element_size() == 1 else torch.int32))
-            self._buffers[name] = bits.view(t.dtype)
-        return self
-
-
 def dtype_on(name: str, device: torch.device) -> torch.dtype:
     """The torch dtype that "int8" or "fp8" is on a device.
 
@@ -216,7 +168,7 @@ class LayerQuantisation:
     Attributes:
         name: its path, such as "transformer.transformer_blocks.0.attn.to_q".
         reason: why it was left as it is; None if it was quantised.
-        freed: the bytes that its weights take less on the device.
+        freed: the bytes that its weights take less on the device; negative if its own ones stay there, too.
     """
 
     name: str
@@ -253,7 +205,8 @@ class Quantisation(tuple[LayerQuantisation, ...]):
             f"{name}: {count} " + ("quantised" if reason is None else f"left alone: {reason}")
             for (name, reason), count in kinds.items()
         ]
-        return "\n".join([*lines, f"{self.freed / 1e6:.1f} MB freed on the device"])
+        change = "freed" if self.freed >= 0 else "more"
+        return "\n".join([*lines, f"{abs(self.freed) / 1e6:.1f} MB {change} on the device"])
 
 
 def group_of(name: str) -> str:
@@ -341,21 +294,35 @@ def quantise(pipe: Any, options: Options, patch: Patch) -> tuple[Quantisation, l
 
     Raises:
         ValueError: no layer could be quantised (the message says why), a pattern fits no layer, or the device has no
-            products in this dtype, or weights that are to be reloaded are not in the model's files.
+            products in this dtype, or weights that are to be reloaded are not in the model's files, or torchao has
+            quantised a layer to another dtype, or layers are quantised already.
     """
+    refuse_quantised(pipe)
     found = list(_layers(pipe))
     for pattern in (*options.include, *options.exclude):
         if not any(_fits(name, pattern) for name, *_ in found):
             raise ValueError(f"quantize: no linear layer of a transformer block fits {pattern!r}")
-    made, replaced = [], []
+    made, replaced, at_edges = [], [], any(options.edge_steps)
+    pairs: list[edges.Replaced] = []
     for name, parent, key, layer, block in found:
         reason = _why_not(name, layer, block, options)
         if reason is not None:
             made.append(LayerQuantisation(name, reason))
             continue
+        there = torchao_layers.weights_of(layer)
+        if isinstance(there, torchao_layers.Weights):
+            patch.set_module(parent, key, _met(name, layer, there, options, patch))
+            made.append(LayerQuantisation(name))
+            continue
         replacement = QuantizedLinear(layer, dtype_on(options.dtype, layer.weight.device))
-        freed = layer.weight.nbytes - replacement.weight.nbytes - replacement.weight_scale.nbytes
+        freed = -replacement.weight.nbytes - replacement.weight_scale.nbytes
         patch.set_module(parent, key, replacement)
+        if at_edges:
+            replacement.own = (layer,)
+            pairs.append((name.partition(".")[0], parent, key, layer, replacement))
+            made.append(LayerQuantisation(name, freed=freed))
+            continue
+        freed += layer.weight.nbytes
         if options.keep == "host" and layer.weight.device.type != "cpu":
             patch.add(_Kept(layer, replacement))
             layer.weight.data = layer.weight.data.to("cpu")
@@ -367,13 +334,46 @@ def quantise(pipe: Any, options: Options, patch: Patch) -> tuple[Quantisation, l
     if not quantised.replaced:
         reasons = "; ".join(dict.fromkeys(quantised.left_alone.values())) or "there are no linear layers in its blocks"
         raise ValueError(f"quantize={options.dtype!r} has nothing to do on this {type(pipe).__name__}: {reasons}")
+    if at_edges:
+        edges.install(pipe, options.edge_steps, pairs, patch)
     return quantised, replaced
+
+
+def _met(
+    name: str, layer: torch.nn.Linear, there: torchao_layers.Weights, options: Options, patch: Patch
+) -> QuantizedLinear:
+    """A quantised layer with the weights that torchao has made; they stay in the memory where they are."""
+    if there.name != options.dtype:
+        raise ValueError(
+            f"quantize={options.dtype!r}, but torchao has quantised {name} to {there.name}: ask for {there.name!r}, or "
+            "exclude the layer"
+        )
+    if any(options.edge_steps):
+        raise ValueError(f"quantize: edge_steps needs a layer's own weights, and torchao has quantised those of {name}")
+    wanted = dtype_on(options.dtype, there.values.device)
+    if there.values.dtype != wanted:
+        raise ValueError(f"{name} was quantised by torchao to {there.values.dtype}; this device multiplies {wanted}")
+    made = QuantizedLinear.holding(there.values, there.scale, layer.bias)
+    patch.add(_Kept(layer, made))
+    return made.train(layer.training)
 
 
 def drop(layers: Sequence[torch.nn.Linear]) -> None:
     """Free the own weights of layers that were replaced."""
     for layer in layers:
         layer.weight.data = layer.weight.data.new_empty(0)
+
+
+def refuse_quantised(pipe: Any) -> None:
+    """Raise ValueError if layers of the pipeline's transformers are quantised already."""
+    for name, model in (getattr(pipe, "components", None) or vars(pipe)).items():
+        if name.startswith("transformer") and isinstance(model, torch.nn.Module):
+            for path, layer in model.named_modules():
+                if isinstance(layer, QuantizedLinear):
+                    raise ValueError(
+                        f"{name}.{path} is quantised already, by load_quantised or through another pipeline that "
+                        "shares it: leave out quantize"
+                    )
 
 
 def _layers(pipe: Any) -> Iterator[tuple[str, torch.nn.Module, str, Any, torch.nn.Module]]:
@@ -411,7 +411,10 @@ def _why_not(name: str, layer: Any, block: torch.nn.Module, options: Options) ->
     """Why a layer stays as it is; None if it is quantised."""
     if hasattr(layer, "base_layer"):
         return "an adapter is on it"
-    if type(layer) is not torch.nn.Linear or type(layer.weight.data) is not torch.Tensor:
+    there = torchao_layers.weights_of(layer) if type(layer) is torch.nn.Linear else None
+    if isinstance(there, str):
+        return there
+    if type(layer) is not torch.nn.Linear or (there is None and type(layer.weight.data) is not torch.Tensor):
         return "it is not a plain linear layer"
     if hooked(layer) or "_hf_hook" in vars(layer):
         return "it has a hook"
@@ -419,12 +422,14 @@ def _why_not(name: str, layer: Any, block: torch.nn.Module, options: Options) ->
         return "its weights are not there"
     if any(_fits(name, one) for one in options.exclude):
         return "excluded"
-    if any(_fits(name, one) for one in options.calibrated):
-        return "left out by the model's calibration"
     if any(_fits(name, one) for one in options.include):
         return None
     if min(layer.in_features, layer.out_features) < options.min_width:
         return f"narrower than {options.min_width}"
+    if there is not None:
+        return None  # torchao has decided already which layers bear it
+    if any(_fits(name, one) for one in options.calibrated):
+        return "left out by the model's calibration"
     inside = name.split(".", 3)[-1]
     if SENSITIVE.search(inside):
         return "modulation, norms and embeddings stay as they are"

@@ -21,7 +21,7 @@ import torch
 from omni_kernels.device import load as load_kind
 from omni_kernels.patching.backends import nearest
 from omni_runtime import files
-from omni_runtime.generation import weights
+from omni_runtime.generation import quantised_files, weights
 from omni_runtime.generation.checks import suggestion, whole_number
 
 EMBEDDED = Path(__file__).parent.parent / "embedded"
@@ -159,19 +159,29 @@ def find(name: str, arguments: Mapping[str, Any] | None = None) -> Source:
 def load(source: Source, dtype: Any, device: torch.device, arguments: Mapping[str, Any]) -> Any:
     """Load the pipeline with its weights in `dtype` and move it to `device`, unless a `device_map` is given.
 
+    Quantised transformers in the directory (`omni_runtime.save_quantised`) are loaded as they are.
+
     Raises:
         ValueError: weights are missing from the model's files, or are not finite; the message names the files.
         OSError: `from_pretrained` cannot read the model. Its other errors are passed on, too.
     """
     import diffusers
 
+    given: set[str] = set(arguments)
+    cls: Any = diffusers.DiffusionPipeline
+    if source.kind != "hub":
+        files_of = {file.parent.name: file for file in quantised_files.quantised_in(source.location)}
+        wanted = files_of.keys() - given
+        quantised = {name: quantised_files.load_transformer(files_of[name], dtype, device) for name in sorted(wanted)}
+        if quantised:  # DiffusionPipeline itself takes no model for a component that the class says is optional
+            arguments, cls = {**arguments, **quantised}, source.pipeline_class or cls
     if source.reference_pixels is not None and source.pipeline_class is not None:
         from omni_runtime.generation import small_references
 
         pipe = small_references.load(source.location, source.reference_pixels, {"dtype": dtype, **arguments})
     else:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(source.location, dtype=dtype, **arguments)
-    loaded = {name: one for name, one in pipe.components.items() if name not in arguments}
+        pipe = cls.from_pretrained(source.location, dtype=dtype, **arguments)
+    loaded = {name: one for name, one in pipe.components.items() if name not in given}
     weights.check_present(loaded, arguments.get("variant"))
     pipe = pipe if arguments.get("device_map") else pipe.to(device)
     weights.check_finite(loaded)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from omni_kernels.device import PeakMemory
-from omni_kernels.patching import backends
+from omni_kernels.patching import backends, handle_of
 from omni_runtime.cache.contract import tensors_of
 from omni_runtime.cache.library import LibrarySession
 from omni_runtime.cache.lifecycle import Branch, Request, Sampling, turn
@@ -479,6 +479,9 @@ def _refuse(pipe: Any) -> None:
         )
     if any(isinstance(part, DiffusionPipeline) for part in vars(pipe).values()):
         raise ValueError(f"{kind} runs other pipelines inside: it cannot be used in an engine")
+    handle = handle_of(pipe)
+    if handle is not None and handle.quantize is not None and any(handle.quantize.edge_steps):
+        raise ValueError("requests of an engine share forwards at different steps: leave out edge_steps of quantize")
 
 
 def _transformers_of(pipe: Any) -> dict[torch.nn.Module, str]:

@@ -13,7 +13,8 @@ from models import MODELS, latents
 import omni_kernels
 from omni_kernels.device import Device, pretend
 from omni_kernels.patching import PatchConflictError, activations, quantised
-from omni_kernels.patching.quantised import QuantizedLinear, options_of
+from omni_kernels.patching.quantised import options_of
+from omni_kernels.patching.quantized_linear import QuantizedLinear
 from omni_runtime import Omni, embedded_pipeline
 
 #: All layers of the tiny models are narrower than those that are quantised by default.

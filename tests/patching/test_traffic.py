@@ -26,7 +26,7 @@ from omni_kernels.ops import OPS
 from omni_kernels.patching import activations, rules
 from omni_kernels.patching import wan as fused_wan
 from omni_kernels.patching.changes import Patch
-from omni_kernels.patching.quantised import QuantizedLinear
+from omni_kernels.patching.quantized_linear import QuantizedLinear
 
 IMAGE, TEXT, HEADS, HEAD = 4096, 128, 24, 128
 D = HEADS * HEAD

@@ -15,6 +15,7 @@ from omni_runtime.cache import calibration
 from omni_runtime.cache.calibration import UselessFitError
 from omni_runtime.calibrate import precision
 from omni_runtime.calibrate.search import Tried
+from omni_runtime.generation.loading import embedded_models
 
 SHORT = ["--model", "emoji-qwen-image", "--steps", "4", "--prompts", "red apple", "--held-out", "a rocket"]
 CALIBRATED = "left out by the model's calibration"
@@ -47,6 +48,21 @@ def test_the_layers_are_found_written_and_taken(tmp_path: Path, capsys: Any, mon
         )
     with omni_kernels.patched(pipe, quantize={"dtype": "fp8", "min_width": 64}, fuse=False) as handle:
         assert CALIBRATED not in handle.quantised.left_alone.values(), "of another dtype"
+
+
+@pytest.mark.parametrize(("model", "count"), [("emoji-qwen-image", 28), ("emoji-z-image", 20)])
+def test_models_ship_what_was_found_for_fp8(model: str, count: int) -> None:
+    document = json.loads((embedded_models()[model] / "quantize_fp8.json").read_text())
+    assert document["psnr"]["mean"] >= 40.0 > document["everything"]["mean"]
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "quantise.md").read_text(encoding="utf-8")
+    taken = f"{len(document['groups']) - len(document['exclude'])} of {len(document['groups'])}"
+    figures = [f"{document[key]['mean']:.1f}, {document[key]['p5']:.1f}" for key in ("psnr", "everything")]
+    assert f"| `{model}` | {taken} | {figures[0]} | {figures[1]} |" in page
+    pipe = embedded_pipeline(model)
+    with omni_kernels.patched(pipe, quantize={"dtype": "fp8", "min_width": 64}, fuse=False) as handle:
+        left = {group_of(name) for name, why in handle.quantised.left_alone.items() if why == CALIBRATED}
+        assert left == set(document["exclude"])
+        assert len(handle.quantised.replaced) == count
 
 
 class Measured:
