@@ -115,8 +115,9 @@ def test_another_thread_has_its_own_layers(qwen_pipe):
     call()
     other.join()
     bits, edge, meanwhile_bits = got
-    assert torch.equal(meanwhile_bits, bits)
-    assert not torch.equal(edge, bits)
+    # torch gives a new thread more threads of its own, which sum in another order.
+    assert off(meanwhile_bits, bits) < 1e-5
+    assert off(edge, bits) > 1e-3
 
 
 @pytest.mark.parametrize(

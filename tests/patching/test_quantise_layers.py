@@ -12,7 +12,7 @@ from models import MODELS, latents
 
 import omni_kernels
 from omni_kernels.device import Device, pretend
-from omni_kernels.patching import PatchConflictError, activations, quantised
+from omni_kernels.patching import PatchConflictError, activations, quantised, quantized_linear
 from omni_kernels.patching.quantised import options_of
 from omni_kernels.patching.quantized_linear import QuantizedLinear
 from omni_runtime import Omni, embedded_pipeline
@@ -119,8 +119,8 @@ def test_fused_blocks_call_quantised_layers(name):
 
 def test_fused_blocks_quantise_in_the_ops_they_have(qwen_pipe, monkeypatch):
     """Only attention's outputs are quantised by the layers themselves: two in each of the four blocks."""
-    calls, quantize = [], quantised.ops.quantize
-    monkeypatch.setattr(quantised.ops, "quantize", lambda x, dtype: calls.append(x.shape) or quantize(x, dtype))
+    calls, quantize = [], quantized_linear.ops.quantize
+    monkeypatch.setattr(quantized_linear.ops, "quantize", lambda x, dtype: calls.append(x.shape) or quantize(x, dtype))
     counts = {}
     for fuse in (False, True):
         with omni_kernels.patched(qwen_pipe, quantize=INT8 | {"include": ["img_mlp"]}, fuse=fuse):
