@@ -9,7 +9,8 @@ With random weights, a cache cannot choose steps in a meaningful way, so the com
 computes 26 of 50 (at the others it measures, and skips at any distance) and cache_dit 27 by a mask. These are the
 numbers that their published times imply (10.47 s and 10.8 s against 20.0 s, vLLM-Omni, 1024², 50 steps, one H200).
 velocity_cache computes 25 and 17. Each run is measured without and with fused blocks, after a warm-up
-request, and with `--compile` also with compiled blocks.
+request, and with `--compile` also with compiled blocks. The runs without a cache and with velocity_cache are also
+measured with fused blocks and quantised layers, in the 8-bit dtypes that the device multiplies.
 
 The table has the seconds of a request, and the median time of a computed and of a skipped forward (half a step,
 because of guidance). *Of roof* is the time that the forward's floating-point operations would take at the rate of
@@ -23,6 +24,7 @@ everything tiny, to try it anywhere.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import math
@@ -43,6 +45,7 @@ from benchmarks.full_size import MODELS, SMALL_SIDE, build, inputs
 from benchmarks.measure import device_here
 from benchmarks.results import RESULTS
 from omni_kernels.device import Timer, synchronize
+from omni_kernels.patching.quantised import DTYPES, dtype_on
 from omni_kernels.validation.record import device_name, machine, slug, write
 from omni_kernels.validation.timing import median_seconds
 from omni_runtime.cache.gates import AccumulatedPolynomialGate, Limits
@@ -199,7 +202,15 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def measure(
-    name: str, pipe: Any, side: int, steps: int, fuse: bool, compile: str | None, floor: float, rounds: int
+    name: str,
+    pipe: Any,
+    side: int,
+    steps: int,
+    fuse: bool,
+    compile: str | None,
+    floor: float,
+    rounds: int,
+    quantize: dict[str, Any] | None = None,
 ) -> Row:
     """Measure one run: the median of `rounds` requests after a warm-up request.
 
@@ -210,7 +221,7 @@ def measure(
     backend, config = runs(steps)[name]
     seconds: list[float] = []
     spans: list[list[float]] = []
-    with omni_kernels.patched(pipe, backend, config, fuse=fuse, compile=compile) as handle:
+    with omni_kernels.patched(pipe, backend, config, fuse=fuse, compile=compile, quantize=quantize) as handle:
         assert not (fuse and handle.fused.left_alone), handle.fused
         if backend == "tea_cache":
             told(handle, steps)
@@ -235,8 +246,9 @@ def measure(
         return round(statistics.median(times) / 2 * 1000, 3) if times else None
 
     computed_ms = forward_ms(True)
+    eight = "" if quantize is None else f", {quantize['dtype']}"
     return Row(
-        run=name + (", fused" if fuse else "") + (", compiled" if compile else ""),
+        run=name + (", fused" if fuse else "") + (", compiled" if compile else "") + eight,
         fused=fuse,
         compiled=compile is not None,
         seconds=round(statistics.median(seconds[1:]), 4),
@@ -300,6 +312,16 @@ def goal(rows: Sequence[Row]) -> Goal | None:
     return Goal(row.run, row.seconds)
 
 
+def _in_8_bits(device: torch.device, small: bool) -> list[dict[str, Any]]:
+    """How layers are quantised on this device. All of a small model's layers are narrow."""
+    found = []
+    for name in DTYPES:
+        with contextlib.suppress(ValueError):  # the device has no such dtype
+            dtype_on(name, device)
+            found.append({"dtype": name} | ({"min_width": 0} if small else {}))
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_pipeline", description=__doc__.split("\n")[0])
@@ -325,9 +347,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     ways: list[dict[str, Any]] = [{"fuse": False, "compile": None}, {"fuse": True, "compile": None}]
     if options.compile:
         ways += [{"fuse": fuse, "compile": "regional"} for fuse in (False, True)]
+    ways += [{"fuse": True, "compile": None, "quantize": how} for how in _in_8_bits(device, options.small)]
     rows = []
     for how in ways:
-        for name in names:
+        for name in (name for name in names if "quantize" not in how or name.startswith(("no cache", "velocity"))):
             row = measure(name, pipe, side, options.steps, floor=flops / rate, rounds=options.rounds, **how)
             rows.append(row)
             print(table(rows[:1] if len(rows) == 1 else [rows[0], row]).splitlines()[-1], file=sys.stderr, flush=True)

@@ -1,6 +1,6 @@
 """`python -m omni_kernels.tune`: find tiles that are faster on this GPU than the ops' defaults.
 
-    python -m omni_kernels.tune [--ops gelu,rms_norm] [--out FILE] [--dry-run]
+    python -m omni_kernels.tune [--ops gelu,rms_norm] [--out FILE] [--dry-run]   # 3 minutes at most, estimated
 
 Every op has one default tile; a comment in its file gives the reason. This command measures others, at the shapes of
 `omni_kernels.validation.shapes`. Each is checked against fp64 and timed. The fastest is timed three more times,
@@ -33,7 +33,7 @@ from omni_kernels.ops import OPS, _tiles
 from omni_kernels.validation import aot, record
 from omni_kernels.validation.cases import CASES, PROVIDERS, Case
 from omni_kernels.validation.measurement import calls_for
-from omni_kernels.validation.shapes import FULL, Shape
+from omni_kernels.validation.shapes import FULL, WAN, Shape
 from omni_kernels.validation.timing import median_seconds
 
 COMMAND = "python -m omni_kernels.tune"
@@ -60,7 +60,7 @@ def own_tile(op: str) -> int:
 def trials(ops: Sequence[str]) -> Iterator[tuple[Case, Shape, list[int]]]:
     """The uses of these ops, the shapes at which memory dominates the time, and the tiles to try."""
     for case in CASES.values():
-        for shape in FULL if case.op in ops else ():
+        for shape in (*FULL, WAN) if case.op in ops else ():
             if case.fits(shape) and shape.nbytes > 1 << 20:
                 yield case, shape, [one for one in CANDIDATES if one != own_tile(case.op)]
 

@@ -17,7 +17,12 @@ def written(tmp_path_factory):
 
 
 def test_every_run_with_and_without_fused_blocks(written):
-    assert [row["run"] for row in written["rows"]] == [*runs(10), *(f"{name}, fused" for name in runs(10))]
+    quantized = [name for name in runs(10) if name.startswith(("no cache", "velocity"))]
+    assert [row["run"] for row in written["rows"]] == [
+        *runs(10),
+        *(f"{name}, fused" for name in runs(10)),
+        *(f"{name}, fused, {dtype}" for dtype in ("int8", "fp8") for name in quantized),
+    ]
     for row in written["rows"]:
         assert row["seconds"] > 0
         assert row["computed_ms"] > 0
@@ -96,7 +101,12 @@ def test_layers_are_as_asked(tmp_path):
     assert bench_pipeline.main(given) == 0
     written = json.loads(path.read_text(encoding="utf-8"))
     assert written["layers"] == 1
-    assert [one["run"] for one in written["rows"]] == ["no cache", "no cache, fused"]
+    assert [one["run"] for one in written["rows"]] == [
+        "no cache",
+        "no cache, fused",
+        "no cache, fused, int8",
+        "no cache, fused, fp8",
+    ]
     assert written["goal"] is None
 
 

@@ -46,8 +46,12 @@ def cut(x: torch.Tensor, tokens: int, tile: int, *others: torch.Tensor | None) -
     rows = min(1 << (fitting.bit_length() - 1), triton.next_power_of_2(tokens))
     if count == 1:
         return rows, 1, block, _samples.warps(max(_samples.THREADS, block // 16))
-    widest = max(t.dtype.itemsize for t in (x, *others) if t is not None)
-    return rows, count, block, _samples.warps(rows * block * widest // 16)
+    return rows, count, block, _samples.warps(rows * block * widest(x, *others) // 16)
+
+
+def widest(*tensors: torch.Tensor | None) -> int:
+    """The bytes of the widest dtype of these tensors."""
+    return max(t.dtype.itemsize for t in tensors if t is not None)
 
 
 @triton.jit

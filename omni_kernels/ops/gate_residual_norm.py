@@ -22,7 +22,8 @@ from omni_kernels.ops._checks import alike, unlike
 from omni_kernels.ops._triton import tl, triton
 from omni_kernels.registration import define
 
-# Elements per tile, at least one row: on sm_90, 48 registers, or 63 with Z-Image's RMSNorm and tanh.
+# Elements per tile, at least one row: on sm_90, 48 registers, or 63 with Z-Image's RMSNorm and tanh. Rows of 3072
+# channels in three chunks: 64, but half as many threads.
 TILE = 4096
 # Longer rows, with all inputs in fp32, do not fit in a program's registers.
 MAX_TRITON_CHANNELS = 8192

@@ -21,6 +21,8 @@ from omni_kernels.registration import define
 
 # Elements per tile, at least one row: on sm_90, 79 registers and 36 KB of loads in flight per multiprocessor.
 TILE = 4096
+# Longer rows, with all inputs in fp32, do not fit in a program's registers.
+MAX_TRITON_CHANNELS = 8192
 
 
 def modulated_relative_l1(
@@ -101,8 +103,6 @@ def modulated_relative_l1_kernel(
         # Loaded here, so that the load overlaps with the row's reduction.
         b_prev = _chunks.load_rows(p_prev, o_s * prev_token, m_s, D, CHUNKS, BLOCK)
         x = _norms.norm_rows(_chunks.in_fp32(x, CHUNKS), eps, D, CHUNKS, BLOCK, LAYER)
-        differences = tl.zeros((ROWS, BLOCK), tl.float32)
-        magnitudes = tl.zeros((ROWS, BLOCK), tl.float32)
         for c in tl.static_range(CHUNKS):
             o_d = _chunks.columns(c, BLOCK)
             m = m_s & (o_d < D)
@@ -118,10 +118,8 @@ def modulated_relative_l1_kernel(
             if p_prev is not None:
                 previous = b_prev[c].to(tl.float32)
                 # With eps = 0 the lanes outside hold 0 · ∞.
-                differences += tl.where(m, tl.abs(b_m.to(tl.float32) - previous), 0.0)
-                magnitudes += tl.abs(previous)
-        difference += tl.sum(differences)
-        magnitude += tl.sum(magnitudes)
+                difference += tl.sum(tl.where(m, tl.abs(b_m.to(tl.float32) - previous), 0.0))
+                magnitude += tl.sum(tl.abs(previous))
     if p_prev is not None:
         p_partials += sample * 2 * programs + part
         tl.store(p_partials, difference)
@@ -131,7 +129,7 @@ def modulated_relative_l1_kernel(
 def launch(h, scale, shift, m_prev, norm, weight, eps):
     """With the Triton kernel. Rows that are too long for it use the plain-torch implementation."""
     B, S, D = h.shape
-    limits.whole_row("modulated_relative_l1", h, D, _norms.MAX_TRITON_CHANNELS)
+    limits.whole_row("modulated_relative_l1", h, D, MAX_TRITON_CHANNELS)
     m = h.new_empty((B, S, D))
     sums = h.new_empty((B, 2), dtype=torch.float32)
     if m_prev is None or m.numel() == 0:
@@ -141,6 +139,8 @@ def launch(h, scale, shift, m_prev, norm, weight, eps):
     h, scale, shift = _norms.rows(h), _norms.rows(_norms.per_token(scale)), _norms.modulation_rows(shift)
     m_prev = None if m_prev is None else _norms.rows(m_prev)
     rows, chunks, block, num_warps = _chunks.cut(h, S, 1 if limits.here(h) else TILE, scale, shift, m_prev, weight)
+    if D > _chunks.MIN_CHUNK and not limits.here(h) and _chunks.widest(h, scale, shift, m_prev, weight) > 2:
+        num_warps = min(2 * num_warps, _samples.warps(1024))  # with 16 elements of five fp32 tensors, registers spill
     tiles, programs = _samples.cut(S, rows)
     partials = sums if m_prev is None else _samples.new_partials(sums, programs)
     with _samples.on_device_of(h):

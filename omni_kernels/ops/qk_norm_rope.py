@@ -39,8 +39,10 @@ MAX_HEAD_SIZE = 256
 # of a pair are apart, 16 of each half.
 TILE = 1024
 # A program processes all heads of a token, up to so many chunks of them, so that it loads the angles once: in fp32, the
-# angles of a head have as many bytes as its q and k in bf16. Across heads, all chunks are in registers at once.
-MAX_CHUNKS, MAX_CHUNKS_ACROSS = 8, 5
+# angles of a head have as many bytes as its q and k in bf16. Across heads, all chunks are in registers at once. With
+# "half", a chunk has twice the elements.
+MAX_CHUNKS = {"interleaved": 8, "half": 4}
+MAX_CHUNKS_ACROSS = {"interleaved": 5, "half": 2}
 # The longest token for a norm over all heads.
 MAX_TRITON_TOKEN = 8192
 
@@ -472,12 +474,13 @@ def _strides(t: torch.Tensor | None) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def cut(H: int, block: int, tile: int, across: bool) -> tuple[int, int]:
+def cut(H: int, block: int, tile: int, most: int, across: bool) -> tuple[int, int]:
     """Heads of a chunk, and chunks of a program.
 
     Args:
         block: elements of a head, a power of two.
         tile: elements of a chunk.
+        most: the most chunks of a program.
         across: whether a program must have all heads of a token.
     """
     rows = min(triton.next_power_of_2(H), max(1, tile // block))
@@ -486,11 +489,11 @@ def cut(H: int, block: int, tile: int, across: bool) -> tuple[int, int]:
         rows //= 2
     count = -(-H // rows)
     if across:
-        while count > MAX_CHUNKS_ACROSS:
+        while count > most:
             rows *= 2
             count = -(-H // rows)
         return rows, count
-    return rows, -(-count // -(-count // MAX_CHUNKS))
+    return rows, -(-count // -(-count // most))
 
 
 def launch(q, k, v, q_out, k_out, v_out, q_weight, k_weight, eps, freqs, layout, across_heads, cos, sin):
@@ -512,7 +515,7 @@ def launch(q, k, v, q_out, k_out, v_out, q_weight, k_weight, eps, freqs, layout,
         num_warps = _samples.warps()
     else:
         tile = _tiles.tile("qk_norm_rope", q, TILE) * (1 if interleaved else 2)
-        rows, chunks = cut(H, block, tile, across)
+        rows, chunks = cut(H, block, tile, (MAX_CHUNKS_ACROSS if across else MAX_CHUNKS)[layout], across)
         widest = max(t.dtype.itemsize for t in (q, k, q_out))
         num_warps = _samples.warps(rows * block * widest // (16 if interleaved else 32))
     groups = -(-H // (rows * chunks))

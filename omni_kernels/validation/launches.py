@@ -48,7 +48,7 @@ def _row() -> torch.Tensor:
     return _tensor(1, CHANNELS)
 
 
-def _attention(
+def attention(
     B: int,
     S: int,
     H: int,
@@ -159,34 +159,34 @@ def models() -> dict[str, Launch]:
             "linear_forecast 16": partial(linear_forecast, _odd(), [_odd() for _ in range(16)], [0.5] * 16),
             "linear_forecast tensor": partial(linear_forecast, _odd(), [_odd(), _odd()], _tensor(2)),
             # Qwen-Image, Z-Image, FLUX, Wan, LTX, and other forms.
-            "qk_norm_rope joint": _attention(1, TOKENS - 1, 24, 128, 37, weighted=128),
-            "qk_norm_rope joint without v": _attention(1, TOKENS - 1, 24, 128, 37, weighted=128, v=False),
-            "qk_norm_rope batch": _attention(2, 1023, 30, 128, 0, weighted=128),
-            "qk_norm_rope across": _attention(1, 33, 40, 128, 0, weighted=40 * 128, across_heads=True),
-            "qk_norm_rope across without v": _attention(
+            "qk_norm_rope joint": attention(1, TOKENS - 1, 24, 128, 37, weighted=128),
+            "qk_norm_rope joint without v": attention(1, TOKENS - 1, 24, 128, 37, weighted=128, v=False),
+            "qk_norm_rope batch": attention(2, 1023, 30, 128, 0, weighted=128),
+            "qk_norm_rope across": attention(1, 33, 40, 128, 0, weighted=40 * 128, across_heads=True),
+            "qk_norm_rope across without v": attention(
                 1, 33, 40, 128, 0, weighted=40 * 128, tables=torch.float32, across_heads=True, v=False
             ),
-            "qk_norm_rope across, small": _attention(1, 33, 12, 128, 0, weighted=12 * 128, across_heads=True),
-            "qk_norm_rope across, largest": _attention(1, 9, 64, 128, 0, weighted=64 * 128, across_heads=True),
-            "qk_norm_rope half": _attention(1, TOKENS - 1, 24, 128, 37, weighted=128, layout="half"),
-            "qk_norm_rope heads of 64": _attention(1, TOKENS - 1, 24, 64, 37, weighted=64),
-            "qk_norm_rope heads of 96": _attention(1, TOKENS - 1, 24, 96, 37, weighted=96),
-            "qk_norm_rope heads of 256": _attention(1, TOKENS - 1, 24, 256, 37, weighted=256),
-            "qk_norm_rope cos and sin": _attention(1, TOKENS - 1, 24, 128, 37, weighted=128, tables=torch.float32),
-            "qk_norm_rope cos and sin, half": _attention(
+            "qk_norm_rope across, small": attention(1, 33, 12, 128, 0, weighted=12 * 128, across_heads=True),
+            "qk_norm_rope across, largest": attention(1, 9, 64, 128, 0, weighted=64 * 128, across_heads=True),
+            "qk_norm_rope half": attention(1, TOKENS - 1, 24, 128, 37, weighted=128, layout="half"),
+            "qk_norm_rope heads of 64": attention(1, TOKENS - 1, 24, 64, 37, weighted=64),
+            "qk_norm_rope heads of 96": attention(1, TOKENS - 1, 24, 96, 37, weighted=96),
+            "qk_norm_rope heads of 256": attention(1, TOKENS - 1, 24, 256, 37, weighted=256),
+            "qk_norm_rope cos and sin": attention(1, TOKENS - 1, 24, 128, 37, weighted=128, tables=torch.float32),
+            "qk_norm_rope cos and sin, half": attention(
                 1, TOKENS - 1, 24, 128, 37, weighted=128, tables=torch.float32, layout="half"
             ),
-            "qk_norm_rope cos and sin, across": _attention(
+            "qk_norm_rope cos and sin, across": attention(
                 1, 33, 40, 128, 0, weighted=40 * 128, tables=torch.float32, across_heads=True
             ),
-            "qk_norm_rope cos and sin, across, largest": _attention(
+            "qk_norm_rope cos and sin, across, largest": attention(
                 1, 9, 64, 128, 0, weighted=64 * 128, tables=torch.float32, across_heads=True
             ),
-            "qk_norm_rope cos and sin by head, across": _attention(
+            "qk_norm_rope cos and sin by head, across": attention(
                 2, 33, 32, 64, 0, weighted=32 * 64, tables=torch.float32, across_heads=True, v=False, by_head=True
             ),
-            "qk_norm_rope no norm": _attention(1, TOKENS - 1, 24, 128, 37),
-            "qk_norm_rope no rotation": _attention(1, TOKENS - 1, 24, 128, 37, weighted=128, rotated=False),
+            "qk_norm_rope no norm": attention(1, TOKENS - 1, 24, 128, 37),
+            "qk_norm_rope no rotation": attention(1, TOKENS - 1, 24, 128, 37, weighted=128, rotated=False),
             "gelu odd": partial(gelu, _odd()),
             "gelu batch": partial(gelu, _batch()),
             "gelu behind": partial(
@@ -230,21 +230,26 @@ def _in_8_bits(h: torch.Tensor) -> dict[str, Launch]:
 
 
 def _products() -> dict[str, Launch]:
-    """scaled_mm of the layers of a feed-forward: alone, with GELU in 8 bits, and with a scale for each group."""
+    """scaled_mm of an image's and a text's tokens: with GELU, to fp32 or 8 bits, with a scale for tokens or groups."""
     run, found = OPS["scaled_mm"].launcher, {}
-    scales, bias, groups = (torch.empty(n) for n in (CHANNELS, 4 * CHANNELS, TOKENS * CHANNELS // 128))
     for dtype in (torch.int8, torch.float8_e4m3fn, torch.float8_e4m3fnuz):
-        name, one = f"scaled_mm {str(dtype)[6:]}", torch.empty(TOKENS)
-        x, up = _tensor(TOKENS, CHANNELS, dtype=dtype), _tensor(4 * CHANNELS, CHANNELS, dtype=dtype)
-        same = _tensor(CHANNELS, CHANNELS, dtype=dtype)
-        found[f"{name} gelu"] = partial(run, x, one, up, bias, bias, dtype=torch.float32, gelu=True, quantize=dtype)
-        found[f"{name} groups"] = partial(run, x, groups.view(TOKENS, -1), same, scales, scales, dtype=torch.float32)
-        found[f"{name} gelu, text"] = partial(run, x[:512], one[:512], up, bias, bias, dtype=torch.float32, gelu=True)
-        if dtype == torch.int8:
-            for kind in (torch.float32, torch.float16, torch.bfloat16):
-                found[f"{name} {str(kind)[6:]}"] = partial(run, x, one, same, scales, scales.to(kind), dtype=kind)
-            found[f"{name} no bias"] = partial(run, x, one, same, scales)
-            found[f"{name} groups, text"] = partial(run, x[:512], groups.view(TOKENS, -1)[:512], same, scales)
+        name, one, groups = f"scaled_mm {str(dtype)[6:]}", torch.empty(TOKENS), torch.empty(TOKENS, CHANNELS // 128)
+        x, weight = _tensor(TOKENS, CHANNELS, dtype=dtype), _tensor(CHANNELS, CHANNELS, dtype=dtype)
+        scale, bias = torch.empty(CHANNELS), torch.empty(CHANNELS)
+        options: dict[str, Any] = {"dtype": torch.float32, "gelu": True}
+        found[f"{name} gelu"] = partial(run, x, one, weight, scale, bias, **options, quantize=dtype)
+        found[f"{name} groups"] = partial(run, x, groups, weight, scale, bias, **options)
+        if dtype != torch.int8:
+            continue
+        found[f"{name} fp32"] = partial(run, x, one, weight, scale, bias, **options)
+        found[f"{name} groups, gelu"] = partial(run, x, groups, weight, scale, bias, **options, quantize=dtype)
+        found[f"{name} no bias"] = partial(run, x, one, weight, scale)
+        found[f"{name} fp16"] = partial(run, x, one, weight, scale, bias.half(), dtype=torch.float16)
+        found[f"{name} bf16"] = partial(run, x, one, weight, scale, bias.bfloat16())
+        x, one, groups = x[:512], one[:512], groups[:512]
+        for form, scales in (("", one), (" groups,", groups)):
+            found[f"{name}{form} text"] = partial(run, x, scales, weight, scale, bias, **options)
+            found[f"{name}{form} text, gelu"] = partial(run, x, scales, weight, scale, bias, **options, quantize=dtype)
     return found
 
 
@@ -299,15 +304,17 @@ def _rows(D: int, dtype: torch.dtype) -> dict[str, Launch]:
 
     x, modulation, vector = (2, -1, D), (4, D), (D,)
     both = {"quantize": torch.int8, "beside": True}
-    h, scale, shift, prev, weight = tensors("modulated_relative_l1", x, (2, D), (2, D), x, vector)
     y, gain = tensors("rms_norm", x, vector)
     z, up = tensors("quantize", x, x)
     found = {
-        "modulated_relative_l1": partial(OPS["modulated_relative_l1"].launcher, h, scale, shift, prev, weight=weight),
         "rms_norm": partial(OPS["rms_norm"].launcher, y, gain, **both),
         "gelu int8": partial(OPS["gelu"].launcher, z, **both),
         "swiglu int8": partial(OPS["swiglu"].launcher, z, up, **both),
     }
+    if D <= _file("modulated_relative_l1").MAX_TRITON_CHANNELS:
+        h, scale, shift, prev, weight = tensors("modulated_relative_l1", x, (2, D), (2, D), x, vector)
+        run = OPS["modulated_relative_l1"].launcher
+        found["modulated_relative_l1"] = partial(run, h, scale, shift, prev, weight=weight)
     if D <= _file("ada_layer_norm").MAX_TRITON_CHANNELS:
         h, scale, shift, weight, bias = tensors("ada_layer_norm", x, modulation, modulation, vector, vector)
         index = torch.empty(h.shape[:2], dtype=torch.int64)
@@ -345,20 +352,22 @@ def _heads() -> dict[str, Launch]:
             for block in _powers(_samples.MIN_WIDTH, file.MAX_HEAD_SIZE):
                 D = _width(block)
                 rows = file.TILE // block * (1 if layout == "interleaved" else 2)
-                found[f"qk_norm_rope {name}, {layout}, heads of {D}"] = _attention(
-                    1, 9, rows * file.MAX_CHUNKS, D, 0, weighted=D, **options
+                chunks, across, most = (
+                    file.MAX_CHUNKS[layout], file.MAX_CHUNKS_ACROSS[layout], file.MAX_TRITON_TOKEN // block
+                )  # fmt: skip
+                found[f"qk_norm_rope {name}, {layout}, heads of {D}"] = attention(
+                    1, 9, rows * chunks, D, 0, weighted=D, **options
                 )
-                most = file.MAX_TRITON_TOKEN // block
-                for H in {rows * file.MAX_CHUNKS_ACROSS, rows * file.MAX_CHUNKS_ACROSS // 2, most}:
+                for H in {rows * across, rows * across // 2, most}:
                     if 1 < H <= most:
-                        found[f"qk_norm_rope {name}, {layout}, across {H} of {D}"] = _attention(
+                        found[f"qk_norm_rope {name}, {layout}, across {H} of {D}"] = attention(
                             1, 9, H, D, 0, weighted=H * D, across_heads=True, **options
                         )
     for H in (1, 2, 4, 8, 16, 32, 40, 48, 56):
-        found[f"qk_norm_rope {H} heads"] = _attention(1, 9, H, 128, 0, weighted=128)
-        found[f"qk_norm_rope across {H} heads"] = _attention(1, 9, H, 128, 0, weighted=H * 128, across_heads=True)
+        found[f"qk_norm_rope {H} heads"] = attention(1, 9, H, 128, 0, weighted=128)
+        found[f"qk_norm_rope across {H} heads"] = attention(1, 9, H, 128, 0, weighted=H * 128, across_heads=True)
     for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
-        found[f"qk_norm_rope tables too in {name}"] = _attention(
+        found[f"qk_norm_rope tables too in {name}"] = attention(
             1, 9, 24, 128, 0, weighted=128, tables=dtype, dtype=dtype
         )
     return found

@@ -55,13 +55,12 @@ def first_of_their_kernels():
 
 def in_turn():
     """Target → names of launches."""
-    names = [*launches.table()]
-    # Launches in a dtype that some targets lack are compiled for all that have it.
-    everywhere = first_of_their_kernels() | {n for n in names if not all(aot.runs_on(n, target) for target in TARGETS)}
-    return {
-        target: [name for i, name in enumerate(names) if name in everywhere or i % len(TARGETS) == place]
-        for place, target in enumerate(TARGETS)
-    }
+    everywhere, found = first_of_their_kernels(), {target: [] for target in TARGETS}
+    for i, name in enumerate(launches.table()):
+        able = [target for target in TARGETS if aot.runs_on(name, target)]
+        for target in able if name in everywhere else [able[i % len(able)]]:
+            found[target].append(name)
+    return found
 
 
 @pytest.fixture(scope="module", params=["targets in turn", pytest.param("all targets", marks=pytest.mark.long)])

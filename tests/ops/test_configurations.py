@@ -20,9 +20,9 @@ MORE_WIDTHS = sorted({*WIDTHS, *(3 << k for k in range(15))})
 TOKENS = sorted({1 << k for k in range(9)} | {4096})
 MORE_TOKENS = sorted({*TOKENS, *((1 << k) + 1 for k in range(9))})
 # Constants of which a program with more does all that one with less does.
-MORE = ("ROWS", "CHUNKS", "LAYER", "TANH")
+MORE = ("ROWS", "CHUNKS", "LAYER", "TANH", "GELU")
 # The caller's own sizes, and numbers that a program multiplies by.
-SIZES = ("D", "H")
+SIZES = ("D", "H", "K", "N")
 
 
 def tensor(*shape, dtype=torch.bfloat16):
@@ -96,6 +96,21 @@ def elementwise(x_dtype, dtype):
                 yield partial(OPS["linear_forecast"].launcher, base, [y] * K, weights)
 
 
+def products(bias_dtype, dtype):
+    """Launches of scaled_mm, with few tokens and with many."""
+    for tokens in (1, 1024, 1025):
+        for eight in (torch.int8, torch.float8_e4m3fn, torch.float8_e4m3fnuz):
+            x, weight = tensor(tokens, 256, dtype=eight), tensor(384, 256, dtype=eight)
+            scales, weight_scale = tensor(tokens, dtype=torch.float32), tensor(384, dtype=torch.float32)
+            for scale in (scales, tensor(tokens, 2, dtype=torch.float32)) if eight == torch.int8 else (scales,):
+                for bias, gelu, quantize in itertools.product(
+                    (None, tensor(384, dtype=bias_dtype)), (False, True), (None, eight) if tokens > 1024 else (None,)
+                ):
+                    options = {"dtype": dtype, "gelu": gelu, "quantize": quantize}
+                    if eight == torch.int8 or (quantize is not None and bias is not None):
+                        yield partial(OPS["scaled_mm"].launcher, x, scale, weight, weight_scale, bias, **options)
+
+
 def launched(warp_size, every):
     """The configurations of all these, each once."""
     widths, tokens = (MORE_WIDTHS, MORE_TOKENS) if every else (WIDTHS, TOKENS)
@@ -106,7 +121,8 @@ def launched(warp_size, every):
         for x_dtype, dtype in itertools.product(DTYPES, DTYPES):
             for run in norms(3072, 4096, x_dtype, dtype, every=True):
                 run()
-            for run in itertools.chain(heads(128, 24, 4096, x_dtype, dtype), elementwise(x_dtype, dtype)):
+            others = elementwise(x_dtype, dtype), products(x_dtype, dtype)
+            for run in itertools.chain(heads(128, 24, 4096, x_dtype, dtype), *others):
                 run()
         for D, H, S in itertools.product((2, 6, 16, 18, 48, 64, 130, 256), (1, 2, 3, 5, 24, 40, 64, 300, 512), (1, 9)):
             for run in heads(D, H, S, torch.float32, torch.float32, every):

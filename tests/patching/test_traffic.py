@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from omni_kernels.ops import OPS
 from omni_kernels.patching import activations, rules
+from omni_kernels.patching import ltx as fused_ltx
 from omni_kernels.patching import wan as fused_wan
 from omni_kernels.patching.changes import Patch
 from omni_kernels.patching.quantized_linear import QuantizedLinear
@@ -444,6 +445,18 @@ def test_ltx_block_moves_a_fourth_at_most_in_an_eighth_of_the_launches(by_token,
     # Of diffusers 0.42: 75 launches.
     assert plain.launches >= 8 * fused.launches
     assert theirs - 0.1 < plain.bytes / H < theirs
+
+
+def test_ltx_block_with_two_timesteps_moves_as_little_as_with_one(monkeypatch):
+    D, HEADS, size = 2048, 32, 64
+    with torch.device("meta"):
+        block = transformer_ltx.LTXVideoTransformerBlock(D, HEADS, size, D)
+    monkeypatch.setattr(fused_ltx, "two_rows", lambda temb: (meta(2, 6 * D), meta(1, IMAGE, dtype=torch.bool)))
+    tables = [meta(1, IMAGE, D, dtype=torch.float32) for _ in range(2)]
+    plain, fused = plain_and_fused(block, meta(1, IMAGE, D), meta(1, TEXT, D), meta(1, IMAGE, 6 * D), tables)
+    H = IMAGE * D * 2
+    assert 30.0 < fused.bytes / H < 30.2
+    assert plain.bytes > 6 * fused.bytes
 
 
 def kept(tokens, D):
