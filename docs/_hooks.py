@@ -116,6 +116,8 @@ def budgets() -> str:
 
     Cells of runs that were not made are empty.
     """
+    from omni_runtime.compare.report_html import typical
+
     kinds = ("uncalibrated", "evenly spread", "plain sampling")
     head = ["model", "of 50 steps", "schedule", "p5", "speedup", *(cell for kind in kinds for cell in (kind, "p5"))]
     rows = []
@@ -126,7 +128,7 @@ def budgets() -> str:
             names.append(f"{budget} steps")
             if names[0] in runs:
                 cells = [_psnr(runs[name]) if name in runs else ["", ""] for name in names]
-                cells[0].append(f"{runs[names[0]]['speedup']['mean']:.2f}×")
+                cells[0].append(f"{typical(runs[names[0]]['speedup']):.2f}×")
                 rows.append([document["model"], str(budget), *(cell for group in cells for cell in group)])
     return _table(head, rows)
 
@@ -183,6 +185,8 @@ def hard_pictures(part: str) -> str:
 
 
 def _figures(document: dict[str, Any], name: str) -> list[list[str]]:
+    from omni_runtime.compare.report_html import typical
+
     runs = document["runs"]
     plain = sorted((run for run in runs if run["method"] == "fewer steps"), key=lambda run: run["nfe"]["mean"])
     ours = [run["name"] for run in runs if run["cache_backend"] == name]
@@ -195,7 +199,7 @@ def _figures(document: dict[str, Any], name: str) -> list[list[str]]:
                 [
                     run["name"],
                     f"{run['nfe']['mean']:.0f}",
-                    f"{run['speedup']['mean']:.2f}×",
+                    f"{typical(run['speedup']):.2f}×",
                     *_psnr(run),
                     *_psnr(peer, f", {peer['nfe']['mean']:.0f} forwards"),
                 ]

@@ -42,7 +42,7 @@ TILE = 1024
 # angles of a head have as many bytes as its q and k in bf16. Across heads, all chunks are in registers at once. With
 # "half", a chunk has twice the elements.
 MAX_CHUNKS = {"interleaved": 8, "half": 4}
-MAX_CHUNKS_ACROSS = {"interleaved": 5, "half": 2}
+MAX_CHUNKS_ACROSS = {"interleaved": 6, "half": 2}
 # The longest token for a norm over all heads.
 MAX_TRITON_TOKEN = 8192
 

@@ -490,6 +490,7 @@ def statistics_of(values: Sequence[float]) -> dict[str, float | int | None]:
     finite = [value for value in values if math.isfinite(value)]
     return {
         "mean": float(np.mean(finite)) if finite else None,
+        "median": _finite(float(np.median(values))),
         "std": float(np.std(finite, ddof=1)) if len(finite) > 1 else 0.0,
         "min": _finite(min(values)),
         "p5": _finite(percentile(values, 5)),

@@ -11,6 +11,7 @@ from typing import Any
 from omni_runtime import files
 from omni_runtime.compare import contact_sheet, report_html
 from omni_runtime.compare.comparison import spread_over
+from omni_runtime.compare.report_html import typical
 from omni_runtime.generation.result import write_png
 
 SHEET_ROWS = 24  # most rows of the contact sheet; of more prompts and seeds, it shows evenly spread ones
@@ -19,8 +20,8 @@ SHEET_ROWS = 24  # most rows of the contact sheet; of more prompts and seeds, it
 COLUMNS = (
     ("nfe", "mean", "NFE"),
     ("blocks", "mean", "blocks"),
-    ("seconds", "mean", "s/image"),
-    ("speedup", "mean", "speedup"),
+    ("seconds", "median", "s/image"),
+    ("speedup", "median", "speedup"),
     ("psnr", "spread", "PSNR dB"),
     ("psnr", "p5", "p5"),
     ("motion_psnr", "mean", "motion dB"),
@@ -32,7 +33,7 @@ COLUMNS = (
 
 
 def table(document: Mapping[str, Any]) -> str:
-    """Return the runs as aligned text: means, and the PSNR with its standard deviation and 5th percentile.
+    """Return the runs as aligned text: means, medians of times, the standard deviation and 5th percentile of PSNR.
 
     The reference's quality is shown as "–", because quality is measured against the reference.
     """
@@ -56,7 +57,7 @@ def table(document: Mapping[str, Any]) -> str:
 
 
 def _told(values: Mapping[str, Any], statistic: str, measure: Mapping[str, Any]) -> str:
-    value = values["mean" if statistic == "spread" else statistic]
+    value = typical(values) if statistic == "median" else values["mean" if statistic == "spread" else statistic]
     if value is None:
         return "identical"
     unit = measure["unit"] if measure["unit"] in ("%", "×") else ""
@@ -73,7 +74,7 @@ def sheet(document: Mapping[str, Any], picture: Callable[[Mapping[str, Any]], An
     """
     runs = document["runs"]
     several_seeds = len({cell["seed"] for cell in runs[0]["cells"]}) > 1
-    columns = [[run["name"], f"{run['nfe']['mean']:.0f} forwards, {run['speedup']['mean']:.2f}x"] for run in runs]
+    columns = [[run["name"], f"{run['nfe']['mean']:.0f} forwards, {typical(run['speedup']):.2f}x"] for run in runs]
     rows, images, captions = [], [], []
     for row in spread_over(list(zip(*(run["cells"] for run in runs), strict=True)), SHEET_ROWS):
         rows.append((row[0]["prompt"] or "") + (f" (seed {row[0]['seed']})" if several_seeds else ""))

@@ -27,6 +27,7 @@ from omni_runtime.cache.models import depth
 from omni_runtime.compare import cells, contact_sheet, quality, showing
 from omni_runtime.compare import comparison as compare
 from omni_runtime.compare.cells import Run
+from omni_runtime.compare.report_html import typical
 from omni_runtime.files import DamagedFileWarning, WriteError
 from omni_runtime.generation.result import read_settings
 from omni_runtime.progress import Progress
@@ -159,7 +160,7 @@ def test_every_run_is_measured_against_the_same_seed_without_a_cache(pipe: Any, 
     }  # fmt: skip
     assert [cell["blocks"] for cell in by_name["skip"]["cells"]] == [pytest.approx(100 * (6 * 1 + 3) / 24)] * 2
     assert by_name["3 steps"]["blocks"]["mean"] == pytest.approx(50)
-    assert by_name["again"]["psnr"] == {"mean": None, "std": 0.0, "min": None, "p5": None, "identical": 2}
+    assert by_name["again"]["psnr"] == dict.fromkeys(("mean", "median", "min", "p5")) | {"std": 0.0, "identical": 2}
     assert by_name["skip"]["threshold"] == 1.0
     (branch,) = by_name["skip"]["cells"][0]["branches"].values()
     assert branch["computed"] == "100000"
@@ -600,10 +601,16 @@ def document_of(psnrs: list[float], seconds: list[float]) -> dict[str, Any]:
     return {"measures": measures, "runs": [{"name": "no cache", **base}, {"name": "cached", **other}]}
 
 
+def test_one_disturbed_image_does_not_move_the_speedup() -> None:
+    assert typical(compare.statistics_of([1.4, 1.5, 52.0])) == 1.5
+    assert typical({"mean": 1.4, "std": 0.1}) == 1.4, "from results without medians"
+
+
 def test_statistics_are_mean_sample_deviation_smallest_and_percentile() -> None:
     values = [30.0, 32.0, 37.0]
     assert compare.statistics_of(values) == {
         "mean": pytest.approx(33.0),
+        "median": 32.0,
         "std": pytest.approx(np.std(values, ddof=1)),
         "min": 30.0,
         "p5": pytest.approx(np.percentile(values, 5)),
@@ -613,7 +620,7 @@ def test_statistics_are_mean_sample_deviation_smallest_and_percentile() -> None:
     assert heading.split()[:2] == ["run", "NFE"]
     assert "–" in first
     assert "33.0 ± 3.6" in second
-    assert "1.67×" in second
+    assert "2.00×" in second
     assert len({len(line) for line in text.splitlines()}) == 1, "columns are aligned"
 
 
@@ -680,7 +687,7 @@ def test_compare_writes_a_report_and_numbers_and_prints_a_table(
     assert document["prompts"] == ["a cat", "a dog"]
     assert document["settings"]["num_inference_steps"] == 6
     skip = document["runs"][2]
-    assert skip["nfe"] == {"mean": 2.0, "std": 0.0, "min": 2, "p5": 2}, "one step, two guidance branches"
+    assert skip["nfe"] == {"mean": 2.0, "median": 2.0, "std": 0.0, "min": 2, "p5": 2}, "one step, two guidance branches"
     assert len(skip["cells"]) == 4
     assert 10 < skip["psnr"]["min"] <= skip["psnr"]["p5"] <= skip["psnr"]["mean"]
     assert 0 < skip["ms_ssim"]["mean"] <= 1
