@@ -41,7 +41,7 @@ TILE = 1024
 # A program processes all heads of a token, up to so many chunks of them, so that it loads the angles once: in fp32, the
 # angles of a head have as many bytes as its q and k in bf16. Across heads, all chunks are in registers at once. With
 # "half", a chunk has twice the elements.
-MAX_CHUNKS = {"interleaved": 8, "half": 4}
+MAX_CHUNKS = {"interleaved": 6, "half": 4}
 MAX_CHUNKS_ACROSS = {"interleaved": 6, "half": 2}
 # The longest token for a norm over all heads.
 MAX_TRITON_TOKEN = 8192

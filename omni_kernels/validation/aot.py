@@ -52,7 +52,7 @@ BUDGETS: dict[str, tuple[int, int]] = {
     "rms_norm_kernel": (96, 112),
     # Up to 17 streams of 32 bytes per thread: a single program has 136 KB in flight. With up to 3 streams, 5 programs.
     "linear_forecast_kernel": (192, 192),
-    # q and k of a token in up to eight chunks, and the angles.
+    # q and k of a token in up to six chunks, and the angles.
     "qk_norm_rope_kernel": (168, 168),
     "gelu_kernel": (40, 96),
     "swiglu_kernel": (40, 80),

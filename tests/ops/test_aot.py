@@ -103,14 +103,15 @@ def accesses(launch, warp_size):
     outputs = OUTPUTS.get(first.kernel, ("p_out",))
     loads = stores = 0
     for name, dtype in first.tensors.items():
-        # Of a tile that is cut short a thread may have less than 128 bits.
-        times = first.elements // warp_size * dtype.itemsize // 16
+        # Of a tile that is cut short a thread may have less than 128 bits, and of each chunk of a row.
+        chunks = first.constants.get("CHUNKS", 1)
+        times = chunks * (first.elements // chunks // warp_size * dtype.itemsize // 16)
         if name in outputs:
             stores += times
         elif name not in OTHERS:
             # One for all rows is shared out: a thread of many has less than 128 bits of a short one.
             if name in ("p_weight", "p_bias", "p_x_weight"):
-                times = first.constants["BLOCK"] * dtype.itemsize // (16 * warp_size * first.num_warps)
+                times = chunks * (first.constants["BLOCK"] * dtype.itemsize // (16 * warp_size * first.num_warps))
             loads += min(times, 1) if name in VECTORS else times
     return loads, stores
 

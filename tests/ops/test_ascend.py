@@ -38,7 +38,7 @@ def test_tiles_are_as_elsewhere_on_a_cpu():
 
 
 def test_every_op_with_a_kernel_of_its_own_has_a_tile():
-    assert set(limits.TILES) == set(OPS)
+    assert set(limits.TILES) == set(OPS) - {"scaled_mm"}, "which has no kernel there"
     assert all(n & (n - 1) == 0 for n in limits.TILES.values())
 
 
