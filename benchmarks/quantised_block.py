@@ -51,7 +51,8 @@ def call_of(block: Any, tokens: int) -> Callable[[], torch.Tensor]:
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
 
-    angles = [torch.polar(torch.ones(n, HEAD // 2), torch.rand(n, HEAD // 2)) for n in (tokens, TEXT)]
+    turns = [torch.rand(n, HEAD // 2, generator=generator) for n in (tokens, TEXT)]
+    angles = [torch.polar(torch.ones_like(one), one) for one in turns]
     x, text, temb = randn(1, tokens, D), randn(1, TEXT, D), randn(1, D)
     return lambda: block(x, text, None, temb, angles)[1].float()
 

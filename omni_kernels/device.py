@@ -198,3 +198,8 @@ class PeakMemory:
     def bytes(self) -> int | None:
         """The peak so far; None if the device has no such statistics, like the CPU."""
         return None if self._part is None else self._part.max_memory_allocated(self._device)
+
+
+def is_recorded(t: torch.Tensor) -> bool:
+    """Whether work on `t`'s device is being recorded in a CUDA graph, so that the host cannot wait for it."""
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -22,6 +22,8 @@ from omni_kernels.registration import define
 
 # Elements per tile, at least one row. As rms_norm, of which this kernel does about the work.
 TILE = 4096
+# Longer rows do not fit in a program's registers. FLUX.2 has 24576 channels of 16 bits.
+MAX_TRITON_BYTES = 49152
 
 
 def quantize(x: torch.Tensor, dtype: torch.dtype = torch.int8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,7 +98,7 @@ def launch(x, dtype):
 def launch_rows(op, x, up, dtype, beside, gelu=False):
     """Launch the kernel for an op: of x, of gelu(x), or of silu(x)·up."""
     D = x.shape[-1]
-    limits.whole_row("quantize", x, D, _norms.MAX_TRITON_CHANNELS)
+    limits.whole_row(op, x, D, max(_norms.MAX_TRITON_CHANNELS, MAX_TRITON_BYTES // _chunks.widest(x, up)))
     y, q, q_scale = _quantized.empty(x, dtype, beside)
     if x.numel() == 0:
         return _quantized.returned(y, q, q_scale.zero_())

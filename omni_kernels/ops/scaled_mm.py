@@ -107,18 +107,26 @@ def _check(
     _quantized.check("scaled_mm", quantize, False, out)
     if quantize is not None and N % GROUP:
         raise ValueError(f"scaled_mm: quantize needs a multiple of 128 channels, not {N}")
-    if out is not None and (out.shape != (*tokens, N) or out.dtype != dtype or out.stride(-1) != 1):
+    if out is not None and 0 in out.stride() and out.numel():
+        raise ValueError("scaled_mm: out is expanded; several of its elements are one in memory")
+    if out is not None and (
+        out.shape != (*tokens, N) or out.dtype != dtype or out.stride(-1) != 1 or out.device != q.device
+    ):
         raise ValueError(
-            f"scaled_mm: out is {str(out.dtype)[6:]} {[*out.shape]}; it must be {str(dtype)[6:]} {[*tokens, N]} with "
-            "contiguous rows"
+            f"scaled_mm: out is {str(out.dtype)[6:]} {[*out.shape]} on {out.device}; it must be {str(dtype)[6:]} "
+            f"{[*tokens, N]} on {q.device} with contiguous rows"
         )
 
 
 def reference(q, scale, weight, weight_scale, bias, dtype, gelu, quantize, out):
     """In plain torch."""
+    if q.numel() == 0 and quantize is not None:
+        return fake(q, scale, weight, weight_scale, bias, dtype, gelu, quantize)
     rows = q.flatten(0, -2)
+    if scale.dim() == q.dim() and not len(rows):
+        scale = scale[..., 0]
     if scale.dim() == q.dim():
-        grouped = rows.float().unflatten(1, (-1, GROUP)) * scale.view(len(rows), -1, 1)
+        grouped = rows.float().unflatten(1, (q.shape[-1] // GROUP, GROUP)) * scale.reshape(len(rows), -1, 1)
         y = grouped.flatten(1) @ weight.float().t()
     else:
         y = _products(rows, weight).float() * scale.reshape(-1, 1)
@@ -183,8 +191,11 @@ def scaled_mm_kernel(
         if GROUPED:
             scale = tl.load(p_scale + (o_m % M) * (K // DEPTH) + start // DEPTH)
             total += tl.dot(a, b, out_dtype=tl.int32 if INT8 else tl.float32).to(tl.float32) * scale[:, None]
+        elif INT8:
+            total = tl.dot(a, b, total, out_dtype=tl.int32)
         else:
-            total = tl.dot(a, b, total, out_dtype=tl.int32 if INT8 else tl.float32)
+            # Hopper's products of fp8 keep 14 bits of their sums. So they are added in fp32 after every step.
+            total = tl.dot(a, b, total, max_num_imprecise_acc=DEPTH)
     y = total.to(tl.float32)
     if not GROUPED:
         y *= tl.load(p_scale + o_m, mask=m_m, other=0.0)[:, None]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from omni_kernels.ops.scaled_mm import GROUP
-from omni_kernels.patching.structure import hooked
+from omni_kernels.patching.structure import any_hook, hooked
 
 
 class Quantized(NamedTuple):
@@ -37,7 +37,7 @@ class Quantized(NamedTuple):
 
 def takes(layer: Any) -> bool:
     """Whether a layer takes `Quantized` states. One with hooks does not: they expect tensors."""
-    return getattr(type(layer), "takes_8_bits", False) and not hooked(layer)
+    return getattr(type(layer), "takes_8_bits", False) and not hooked(layer) and not any_hook()
 
 
 def activates(first: Any, then: Any) -> bool:
@@ -83,5 +83,7 @@ def for_layers(
 
 
 def project(layer: Any, x: Any) -> Any:
-    """Call a layer with the result of `for_layers`."""
-    return layer(x.beside if isinstance(x, Quantized) and not takes(layer) else x)
+    """Call a layer with the result of `for_layers`. One that got a hook since then gets what the 8 bits hold."""
+    if isinstance(x, Quantized) and not takes(layer):
+        x = (x.q.float() * x.scale.unsqueeze(-1)).to(x.dtype) if x.beside is None else x.beside
+    return layer(x)

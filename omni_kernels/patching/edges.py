@@ -80,7 +80,7 @@ class _Step:
         self._calls = 0
 
     def at_an_edge(self) -> bool:
-        """Whether the step of this call is one of the first or the last. Calls outside of any request are not.
+        """Whether the step of this call is one of the first or the last. Before the first request, calls are.
 
         Raises:
             ValueError: the pipeline was given a scheduler that does not tell the step.
@@ -137,6 +137,12 @@ class _Model:
     @contextlib.contextmanager
     def _own_layers(self) -> Iterator[None]:
         """Context manager: the blocks have their own layers."""
+        for _, _, own, replacement in self._layers:
+            if own.weight.device != replacement.weight.device:
+                raise RuntimeError(
+                    f"quantize: edge_steps does not work with offloading of single layers: a layer's own weights are "
+                    f"on {own.weight.device}, and those in 8 bits on {replacement.weight.device}"
+                )
         for modules, key, own, _ in self._layers:
             modules[key] = own
         try:

@@ -16,7 +16,7 @@ import torch
 
 from omni_kernels import ops
 from omni_kernels.patching import ahead
-from omni_kernels.patching.activations import for_layers
+from omni_kernels.patching.activations import for_layers, project
 from omni_kernels.patching.layers import (
     States,
     added_projections,
@@ -178,7 +178,7 @@ def single_forward(
 
 def _attention_and_feed_forward(attn: Any, x: States, tables: Tables | None) -> torch.Tensor:
     """Both of a single block, from its one input projection to its one output projection."""
-    projected = attn.to_qkv_mlp_proj(x)
+    projected = project(attn.to_qkv_mlp_proj, x)
     run = ops.trusted(projected)
     # With tensor parallelism, each rank has a part of every section, so the sections keep their ratio.
     qkv, fed = 3 * attn.inner_dim, attn.mlp_hidden_dim * attn.mlp_mult_factor
@@ -196,7 +196,7 @@ def _attention_and_feed_forward(attn: Any, x: States, tables: Tables | None) -> 
 
 
 def _feed_forward(mlp: Any, x: States | None) -> torch.Tensor:
-    gate, up = mlp.linear_in(x).chunk(2, -1)
+    gate, up = project(mlp.linear_in, x).chunk(2, -1)
     out: torch.Tensor = mlp.linear_out(for_layers((mlp.linear_out,), ops.trusted(gate).swiglu, gate, up))
     return out
 

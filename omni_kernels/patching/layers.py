@@ -16,8 +16,10 @@ from typing import Any
 import torch
 
 from omni_kernels import ops
+from omni_kernels.device import is_recorded
 from omni_kernels.patching.activations import Quantized, activates, for_layers, project, takes
 from omni_kernels.patching.structure import dispatcher, idles, multiplies
+from omni_kernels.registration import direct
 
 #: Hidden states as `for_layers` returns them.
 States = torch.Tensor | Quantized
@@ -35,38 +37,47 @@ def modulations(given: torch.Tensor, count: int, index: torch.Tensor | None = No
 
 #: The attribute in which `two_rows` keeps its answer on a tensor.
 _TWO = "_omni_kernels_two_rows"
+#: Channels that are compared at once.
+_AT_ONCE = 4096
 
 
 def two_rows(given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     """A timestep's projection of every token, if a sample has only two of them: the first token's and the last one's.
 
     As in image-to-video, where the tokens of a given image have timestep 0. It is found once for all blocks, and the
-    host then waits for the device: reading two rows in place of all saves half of what a block moves.
+    host then waits for the device: reading two rows in place of all saves half of what a block moves. So it is not
+    looked for while a CUDA graph is recorded, or something observes or transforms operators.
 
     Args:
         given: [B, S, ...], unchanged from block to block.
 
     Returns:
-        Both, [2B, ...], and which of them a token has, [B, S], as the ops' `index`; None if there are more, and while
-        compiling.
+        Both, [2B, ...], and which of them a token has, [B, S], as the ops' `index`; None if there are more, or if it is
+        not looked for.
     """
-    if torch.compiler.is_compiling() or given.is_meta:
+    # Inference tensors have no version counter, so a change in place would go unnoticed.
+    if direct(given) is None or not given.numel() or given.is_inference() or is_recorded(given):
         return None
     kept: Any = vars(given).get(_TWO)
-    version = None if given.is_inference() else given._version  # inference tensors have no version counter
-    if kept is None or kept[0] != version:
-        kept = version, _two_rows(given)
+    if kept is None or kept[0] != given._version:
+        kept = given._version, _two_rows(given)
         setattr(given, _TWO, kept)
     found: tuple[torch.Tensor, torch.Tensor] | None = kept[1]
     return found
 
 
 def _two_rows(given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-    first, last = given[:, 0], given[:, -1]
-    others = tuple(range(2, given.dim()))
-    is_first = (given == first.unsqueeze(1)).all(others)
-    is_known = is_first.logical_or((given == last.unsqueeze(1)).all(others))
-    return (torch.cat((first, last)), is_first.logical_not()) if is_known.all().item() else None
+    first, last = given[:, :1], given[:, -1:]
+    is_first, is_last = _equal(given, first), _equal(given, last)
+    if not is_first.logical_or(is_last).all().item():
+        return None
+    return torch.cat((first, last)).squeeze(1), is_first.logical_not()
+
+
+def _equal(given: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """Which rows of [B, S, ...] are equal to `row` [B, 1, ...]: [B, S]. In parts, each of which makes a tensor."""
+    parts = zip(given.flatten(2).split(_AT_ONCE, 2), row.flatten(2).split(_AT_ONCE, 2), strict=True)
+    return torch.stack([(one == other).all(2) for one, other in parts]).all(0)
 
 
 def for_each(x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -327,7 +338,7 @@ def feed_forward(mlp: Any, x: States | None) -> torch.Tensor:
     if activates(first.proj, *others[:1]):
         made = first.proj.gelu(x)
     else:
-        fed: torch.Tensor = first.proj(x)
+        fed: torch.Tensor = project(first.proj, x)
         made = for_layers(others[:1], ops.trusted(fed).gelu, fed)
     for module in others:
         made = module(made)

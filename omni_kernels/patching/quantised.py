@@ -4,7 +4,7 @@
 
 Each output channel of a weight has a scale, and so has each token of an activation (`omni_kernels.ops.quantize`). The
 product in 8 bits, with scales and bias, is `omni_kernels.ops.scaled_mm`. Where a device has none, the 8-bit values are
-multiplied in fp32: as exact, but not faster.
+multiplied in fp32, which is not faster.
 
 Only layers inside the transformer's lists of blocks are quantised. Embeddings, time, modulation, norms and the final
 layer are small and sensitive; they stay as they are.

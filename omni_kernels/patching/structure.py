@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
-from torch.nn.modules.module import _has_any_global_hook as _any_hook
+from torch.nn.modules.module import _has_any_global_hook as any_hook
 
 from omni_kernels.ops._checks import DTYPES
 from omni_kernels.ops.qk_norm_rope import MAX_HEAD_SIZE
@@ -183,7 +183,7 @@ def multiplies(x: Any, *modules: torch.nn.Module) -> bool:
 
     Always False while compiling, where writing a result to a given place is a copy.
     """
-    if is_dynamo_compiling() or _any_hook() or type(x) is not torch.Tensor or torch.compiler.is_compiling():
+    if is_dynamo_compiling() or any_hook() or type(x) is not torch.Tensor or torch.compiler.is_compiling():
         return False
     device, dtype = x.device.type, x.dtype
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -203,7 +203,7 @@ def idles(module: torch.nn.Module) -> bool:
         type(module) is torch.nn.Dropout
         and not module.training
         and not hooked(module)
-        and not _any_hook()
+        and not any_hook()
         and is_librarys(torch.nn.Dropout.forward)
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from omni_kernels import ops
-from omni_kernels.patching.activations import for_layers
+from omni_kernels.patching.activations import for_layers, project
 from omni_kernels.patching.layers import (
     States,
     attend,
@@ -127,7 +127,7 @@ def _cross_attention(attn: Any, x: States, context: torch.Tensor) -> torch.Tenso
     def normed(norm: Any, t: torch.Tensor) -> torch.Tensor:
         return ops.trusted(t).rms_norm(t, norm.weight, eps=norm.eps).unflatten(2, size)
 
-    q = normed(attn.norm_q, attn.to_q(x))
+    q = normed(attn.norm_q, project(attn.to_q, x))
     to_image = None
     if attn.add_k_proj is not None:
         tokens = context.shape[1] - TEXT_TOKENS

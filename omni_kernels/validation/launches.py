@@ -265,6 +265,10 @@ def configurations() -> dict[str, Launch]:
             for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
                 found |= {f"{op} {name}, {D} wide": run for op, run in _rows(D, dtype).items()}
     found |= {f"{op} fp16": run for op, run in _rows(4000, torch.float16).items()}
+    for D in (19456, 22528):
+        x, up = (_tensor(1, 9, D) for _ in range(2))
+        found[f"gelu int8, {D} wide"] = partial(OPS["gelu"].launcher, x, quantize=torch.int8, beside=True)
+        found[f"swiglu int8, {D} wide"] = partial(OPS["swiglu"].launcher, x, up, quantize=torch.int8, beside=True)
     for dtype, name in ((torch.float32, "fp32"), (torch.float16, "fp16")):
         x = _odd(dtype)
         for op, inputs in {

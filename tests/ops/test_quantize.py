@@ -6,7 +6,7 @@ import pytest
 import torch
 from op_inputs import EMPTY, SHAPES
 
-from omni_kernels.ops import OPS, quantize
+from omni_kernels.ops import OPS, _quantized, quantize
 from omni_kernels.ops._quantized import LIMITS, TINY
 from omni_kernels.validation import oracle
 from omni_kernels.validation.layouts import VIEWS
@@ -158,6 +158,17 @@ def test_ops_write_8_bits_themselves(implementation, op, dtype, x_dtype, beside)
 @pytest.mark.parametrize("D", [1536, 2500, 4999, 5120])
 def test_rows_in_chunks(implementation, op, D):
     made_in_8_bits(implementation, op, (1, 2, D), torch.bfloat16, quantize=torch.int8, beside=True)
+
+
+@pytest.mark.parametrize(("op", "D"), [("swiglu", 18432), ("gelu", 22528)])
+def test_the_widest_rows_of_models_in_16_bits_are_for_the_kernel(triton_launch, monkeypatch, op, D):
+    """FLUX.2's feed-forwards."""
+    monkeypatch.setattr(_quantized, "finished", lambda *_: pytest.fail("in plain torch"))
+    inputs = PRODUCERS[op](partial(triton_launch.randn, dtype=torch.bfloat16), 1, 2, D)
+    q, scale = triton_launch[op](*inputs, quantize=torch.int8)
+    expected = oracle.expected(op, (q, scale), *inputs, quantize=torch.int8)
+    for value, (_, exact, terms) in zip((q, scale), expected, strict=True):
+        assert_near(value, exact, terms)
 
 
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")

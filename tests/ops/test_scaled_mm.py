@@ -98,6 +98,23 @@ def test_nothing_gives_nothing(implementation, shape):
     assert torch.equal(y, bias.expand(*shape[:-1], 6))
 
 
+def test_no_tokens_have_no_results_in_8_bits(implementation):
+    q, scale = quantize(implementation.randn(1, 0, 256))
+    weight, weight_scale = quantize(implementation.randn(384, 256))
+    made, scales = implementation["scaled_mm"](q, scale, weight, weight_scale, gelu=True, quantize=torch.int8)
+    assert (made.shape, scales.shape) == ((1, 0, 384), (1, 0, 3))
+    groups = scale.new_empty(1, 0, 2)
+    assert implementation["scaled_mm"](q, groups, weight, weight_scale).shape == (1, 0, 384)
+
+
+def test_scales_of_groups_may_be_views(implementation):
+    q, scale, weight, weight_scale, _ = inputs(implementation, (2, 9), 384, 130, torch.int8, groups=True)
+    view = scale.transpose(1, 2).contiguous().transpose(1, 2)
+    given = (weight, weight_scale, None)
+    expected = implementation["scaled_mm"](q, scale, *given, dtype=torch.float32)
+    assert torch.equal(implementation["scaled_mm"](q, view, *given, dtype=torch.float32), expected)
+
+
 def test_bytes_are_those_of_the_operands_and_of_the_result():
     given = inputs(type("cpu", (), {"randn": staticmethod(torch.randn)}), (4, 8), 256, 512, torch.int8)
     count, read = OPS["scaled_mm"].bytes_moved, 32 * 256 + 32 * 4 + 512 * 256 + 512 * 4
@@ -121,12 +138,18 @@ X, SCALE, W, WS = torch.ones(2, 5, 256, dtype=torch.int8), torch.ones(2, 5), tor
         ((X, SCALE, W, WS[:2]), {}, r"weight_scale must be float32 \[3\] on cpu"),
         ((X, SCALE, W, WS, torch.ones(2)), {}, r"bias has shape \[2\]"),
         ((X, SCALE, W, WS), {"dtype": torch.int8}, "dtype is int8; allowed are float32, float16, bfloat16"),
+        (
+            (X, SCALE, W, WS),
+            {"out": torch.ones(2, 5, 3, device="meta").bfloat16()},
+            r"out is .* on meta; it",
+        ),
+        ((X, SCALE, W, WS), {"out": torch.ones(1, 1, 3).bfloat16().expand(2, 5, 3)}, "out is expanded"),
         ((X, SCALE, W, WS), {"quantize": torch.int8}, "quantize needs a multiple of 128 channels, not 3"),
         ((X, SCALE, W, WS), {"quantize": torch.uint8}, "quantize is uint8; allowed are int8"),
         (
             (X, SCALE, W, WS),
             {"out": torch.ones(2, 5, 3)},
-            r"out is float32 \[2, 5, 3\]; it must be bfloat16 \[2, 5, 3\]",
+            r"out is float32 \[2, 5, 3\] on cpu; it must be bfloat16",
         ),
     ],
 )

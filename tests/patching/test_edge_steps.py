@@ -305,3 +305,13 @@ def test_a_copy_of_a_pipeline_is_in_8_bits(qwen_pipe):
         watched = Watched(again)
         latents(again, num_inference_steps=4)
         assert watched.steps("own")[0] == []
+
+
+def test_own_weights_on_another_device_are_an_error(qwen_pipe):
+    """As under offloading of single layers, which moves the layers that it finds."""
+    handle = omni_kernels.patch(qwen_pipe, quantize=HOW)
+    path = handle.quantised.replaced[0].partition(".")[2]
+    (own,) = qwen_pipe.transformer.get_submodule(path).own
+    own.to("meta")
+    with pytest.raises(RuntimeError, match=r"edge_steps does not work with offloading of single layers: .* on meta"):
+        latents(qwen_pipe)

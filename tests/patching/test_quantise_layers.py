@@ -151,6 +151,31 @@ def test_a_hook_on_a_quantised_layer_gets_a_tensor(qwen_pipe):
     assert {*seen} == {torch.Tensor}
 
 
+def test_a_hook_on_all_modules_gets_tensors(qwen_pipe):
+    seen = set()
+    with omni_kernels.patched(qwen_pipe, quantize=INT8):
+        expected = latents(qwen_pipe)
+        hook = torch.nn.modules.module.register_module_forward_pre_hook(
+            lambda module, args: seen.add(type(args[0])) if isinstance(module, QuantizedLinear) else None
+        )
+        try:
+            assert off(latents(qwen_pipe), expected) < 0.02
+        finally:
+            hook.remove()
+    assert seen == {torch.Tensor}
+
+
+def test_a_layer_that_is_hooked_after_its_states_were_made_gets_what_they_hold():
+    layer, x = QuantizedLinear(linear(), torch.int8), torch.randn(1, 4, 48)
+    with torch.no_grad():
+        states = activations.Quantized(*quantized_linear.ops.quantize(x), x.dtype)
+        expected = layer(states)
+        seen = []
+        layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        assert off(activations.project(layer, states), expected) < 1e-5
+    assert type(seen[0]) is torch.Tensor
+
+
 @pytest.mark.parametrize("backend", ["first_block_cache", "velocity_cache", "tea_cache", "cache_dit"])
 def test_caches_decide_and_skip_on_quantised_layers(backend, qwen_pipe):
     config = {"velocity_cache": {"budget": 4}, "cache_dit": {"residual_diff_threshold": 0.5}}

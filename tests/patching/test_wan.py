@@ -12,6 +12,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers.models.transformers import transformer_chronoedit, transformer_wan, transformer_wan_animate
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from fused import boxed, off, unfused_fails, wide
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import omni_kernels
 from omni_kernels.patching import layers, rules
@@ -141,6 +142,11 @@ def test_two_timesteps_of_a_samples_tokens_are_read_as_two_rows(monkeypatch):
     assert layers.two_rows(given)[1].tolist() == [[False, True, True]]
     given[:, 1] = float("nan")
     assert layers.two_rows(given) is None
+    assert layers.two_rows(torch.zeros(1, 0, 6, 4)) is None
+    with torch.inference_mode():
+        assert layers.two_rows(torch.zeros(1, 3, 6, 4)) is None, "a change in place would go unnoticed"
+    with FakeTensorMode():
+        assert layers.two_rows(torch.zeros(1, 3, 6, 4)) is None
 
 
 @pytest.mark.parametrize("model", [transformer_wan, transformer_wan_animate, transformer_chronoedit])
