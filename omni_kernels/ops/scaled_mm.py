@@ -52,9 +52,9 @@ def scaled_mm(
     """f((q · weightᵀ) · scale · weight_scale + bias), accumulated in int32 or fp32.
 
     Args:
-        q: [..., K], int8 or fp8, contiguous, as from `omni_kernels.ops.quantize`.
+        q: [..., K], int8 or fp8, as from `omni_kernels.ops.quantize`. It and the weight are copied if not contiguous.
         scale: fp32 [...], or [..., K/128] for groups of channels.
-        weight: [N, K], contiguous, in q's dtype.
+        weight: [N, K], in q's dtype.
         weight_scale: fp32 [N].
         bias: [N], or None.
         dtype: that of the result: fp32, fp16 or bf16.
@@ -90,8 +90,6 @@ def _check(
             f"scaled_mm: weight is {str(weight.dtype)[6:]} {[*weight.shape]} on {weight.device}; it must be "
             f"{str(q.dtype)[6:]} [N, {K}] on {q.device}"
         )
-    if not (q.is_contiguous() and weight.is_contiguous()):
-        raise ValueError("scaled_mm: q and weight must be contiguous")
     if scale.shape != q.shape[:-1] and (K % GROUP or scale.shape != (*tokens, K // GROUP)):
         raise ValueError(
             f"scaled_mm: scale has shape {[*scale.shape]}; it must be {tokens} or, with a multiple of 128 channels, "
@@ -122,7 +120,7 @@ def reference(q, scale, weight, weight_scale, bias, dtype, gelu, quantize, out):
     """In plain torch."""
     if q.numel() == 0 and quantize is not None:
         return fake(q, scale, weight, weight_scale, bias, dtype, gelu, quantize)
-    rows = q.flatten(0, -2)
+    rows, weight = q.contiguous().flatten(0, -2), weight.contiguous()
     if scale.dim() == q.dim() and not len(rows):
         scale = scale[..., 0]
     if scale.dim() == q.dim():
@@ -217,6 +215,7 @@ def launch(q, scale, weight, weight_scale, bias, dtype, gelu, quantize, out):
     """With the Triton kernel, or torch's product in fp8 where that does all that is asked."""
     if limits.here(q):
         raise limits.NotLaunchableError("scaled_mm: there is no kernel on Ascend")
+    q, weight, weight_scale = q.contiguous(), weight.contiguous(), weight_scale.contiguous()
     rows, N, grouped = q.flatten(0, -2), weight.shape[0], scale.dim() == q.dim()
     plain = not (gelu or grouped or quantize is not None)
     if plain and q.is_cuda and q.dtype != torch.int8 and dtype == torch.bfloat16:

@@ -257,7 +257,8 @@ def configurations() -> dict[str, Launch]:
     """The launchers' other choices."""
     found: dict[str, Launch] = {}
     for block in _powers(_samples.MIN_WIDTH, _norms.MAX_TRITON_CHANNELS):
-        D = block - block // 16 if block >= 64 else block  # with more masked, a row would be cut into chunks
+        # Multiples of 16. With more masked, a row would be cut into chunks.
+        D = block - max(16, block // 16) if block >= 64 else block
         found |= {f"{op} fp32, {D} wide": run for op, run in _rows(D, torch.float32).items()}
     for count in _row_chunks.COUNTS[1:]:
         for block in _powers(_row_chunks.MIN_CHUNK, _norms.MAX_TRITON_CHANNELS // count):

