@@ -331,7 +331,8 @@ class Sampling:
     def _starts(self, request: Request) -> None:
         request.starts(getattr(self.scheduler, "begin_index", None), getattr(self._pipe, "_num_timesteps", None))
         request.opened = True
-        self.requests.append(request)
+        if request not in self.requests:
+            self.requests.append(request)
         self.listener.opened(request)
 
     def _lost(self, request: Request, why: str) -> None:

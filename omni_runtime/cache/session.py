@@ -302,9 +302,15 @@ class CacheSession:
 
     def opened(self, request: Request) -> None:
         """See `omni_runtime.cache.lifecycle.Listener`."""
-        sampling = self._sampling
-        self._requests = [request] if sampling is None else sampling.requests
+        self._report_on(request)
         request.notes += self.notes
+
+    def _report_on(self, request: Request) -> None:
+        """Have the reports be of this request, and of the sampling's earlier ones."""
+        sampling = self._sampling
+        if sampling is not None and request not in sampling.requests:
+            sampling.requests.append(request)
+        self._requests = [request] if sampling is None else sampling.requests
 
     def stepped_with(self, request: Request, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         """See `omni_runtime.cache.lifecycle.Listener`."""
@@ -322,11 +328,13 @@ class CacheSession:
     def stepped(self, request: Request) -> None:
         """See `omni_runtime.cache.lifecycle.Listener`."""
         if request.step == 1 and not request.branches:
-            warnings.warn(
+            note = (
                 f"a step ran without the patched {_name(self.transformer)}, so nothing is cached: was the transformer "
-                "replaced or compiled after patching?",
-                stacklevel=5,
+                "replaced or compiled after patching?"
             )
+            request.notes.append(note)
+            self._report_on(request)
+            warnings.warn(note, stacklevel=5)
         if self.rehearsing:
             return
         if request.step == 1 and self.fitted_for is not None:

@@ -478,11 +478,20 @@ def test_scheduler_that_a_callback_wraps_goes_on_without_us(qwen_pipe):
         assert handle.report.complete
 
 
-def test_replaced_transformer_is_said(qwen_pipe):
-    omni_kernels.patch(qwen_pipe, "first_block_cache", CONFIGS["first_block_cache"])
+@pytest.mark.parametrize("backend", ["first_block_cache", "velocity_cache", "tea_cache", "easy_cache", "cache_dit"])
+def test_replaced_transformer_computes_in_full_and_is_said(qwen_pipe, backend):
+    handle = omni_kernels.patch(qwen_pipe, backend, CONFIGS.get(backend, {}))
+    latents(qwen_pipe, num_inference_steps=8)
     qwen_pipe.transformer = tiny.qwen_image().transformer
     with pytest.warns(UserWarning, match="without the patched QwenImageTransformer2DModel"):
-        latents(qwen_pipe)
+        cached = latents(qwen_pipe, num_inference_steps=8)
+    report = handle.report
+    assert len(handle.reports) == 1
+    assert (report.steps, report.complete, report.branches, report.skipped) == (8, True, {}, [])
+    assert "without the patched QwenImageTransformer2DModel" in report.notes[-1]
+    assert "nothing is cached" in str(report)
+    handle.undo()
+    assert torch.equal(latents(qwen_pipe, num_inference_steps=8), cached)
 
 
 def test_image_to_image_counts_the_steps_that_it_runs(qwen_pipe, monkeypatch):
