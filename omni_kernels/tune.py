@@ -1,6 +1,6 @@
 """`python -m omni_kernels.tune`: find tiles that are faster on this GPU than the ops' defaults.
 
-    python -m omni_kernels.tune [--ops gelu,rms_norm] [--out FILE] [--dry-run]   # 3 minutes at most, estimated
+    python -m omni_kernels.tune [--ops gelu,rms_norm] [--out FILE] [--dry-run]
 
 Every op has one default tile; a comment in its file gives the reason. This command measures others, at the shapes of
 `omni_kernels.validation.shapes`. Each is checked against fp64 and timed. The fastest is timed three more times,
