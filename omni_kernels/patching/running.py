@@ -80,6 +80,9 @@ def _around(function: Callable[..., Any], opened: Opened, outside: Opened) -> Ca
         for name in CALLBACKS:
             if isinstance(kwargs.get(name), types.FunctionType | types.MethodType | functools.partial):
                 kwargs[name] = _within(kwargs[name], outside)
+        # Z-Image's pipeline writes the chat's template into the caller's list of prompts.
+        args = tuple(list(one) if type(one) is list else one for one in args)
+        kwargs = {name: list(one) if type(one) is list else one for name, one in kwargs.items()}
         with opened():
             return function(*args, **kwargs)
 

@@ -419,11 +419,7 @@ def _row(where: _List) -> ListRow:
             output = one.outputs[place]
             taken = one.shapes.get(argument)
             if output is not None and taken != output:
-                if taken is not None and taken[0] == 1 and taken[1:] == output[1:]:
-                    raise ValueError(
-                        f"{name} take {argument} of one sample and return it for {output[0]}: give the pipeline "
-                        "embeddings for every image (prompt_embeds.repeat)"
-                    )
+                _refuse_broadcast(name, argument, taken, output)
                 raise ValueError(f"{name} take {argument} in one shape and return it in another")
             if one.shapes.get(argument) != first.shapes.get(argument):
                 raise ValueError(f"{name} do not all take {argument} in the same shape")
@@ -436,12 +432,24 @@ def _row(where: _List) -> ListRow:
     places: list[str | None] = [role[links[place]] if place in links else None for place in range(len(first.outputs))]
     unknown = [place for place, one in enumerate(places) if one is None]
     if any(one.outputs[place] is not None for one in where.seen for place in unknown):
+        for one, place in itertools.product(where.seen, unknown):
+            for argument, taken in one.shapes.items():
+                _refuse_broadcast(name, argument, taken, one.outputs[place])
         raise ValueError(f"{name} return something that no other block takes")
     last = where.seen[-1].outputs
     ended = [place for place, one in enumerate(places) if one is not None and last[place] is None]
     if any(places[place] == "hidden" for place in ended):
         raise ValueError(f"{name} return no hidden states at the end")
     return ListRow(where.path, hidden, encoder, "hidden" if first.alone else tuple(places), bool(ended))
+
+
+def _refuse_broadcast(name: str, argument: str, taken: Any, output: Any) -> None:
+    """Raise ValueError if blocks take an argument of this shape for one sample, and return it for several."""
+    if taken and output and taken[0] == 1 != output[0] and taken[1:] == output[1:]:
+        raise ValueError(
+            f"{name} take {argument} of one sample and return it for {output[0]}: give the pipeline "
+            "embeddings for every image (prompt_embeds.repeat)"
+        )
 
 
 def _is_text(argument: str) -> bool:

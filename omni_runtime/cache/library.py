@@ -31,6 +31,7 @@ from omni_kernels.patching import Patch
 from omni_kernels.patching.backends import nearest
 from omni_kernels.patching.cache_dit import NAME, Library, use_kernels
 from omni_kernels.patching.changes import describe
+from omni_runtime.cache.contract import tensors_of
 from omni_runtime.cache.gates import Verdict
 from omni_runtime.cache.lifecycle import CURRENT, Request, Sampling, turn
 from omni_runtime.cache.refusals import LIBRARY_MARK, refuse_cached, refuse_compiled, refuse_parallel
@@ -49,9 +50,15 @@ REFUSED = {
     "LTX2": "it fails on blocks that take and return sound besides the video",
     "Flux2KleinKV": "it changes the image there, and skips nothing",
     "SkyReelsV2DiffusionForcing": "there each frame has steps of its own, and the library counts steps by calls",
+    "AnyFlowFAR": "it changes the video there, and skips nothing",
+    "Bria": "it fails on single-stream blocks that take text and image in one",
+    "Cosmos3Omni": "it passes arguments to the transformer that this one does not take",
+    "Cosmos2_5_Transfer": "it fails on blocks that return residuals of a ControlNet",
 }
-#: Pipelines that the library cannot run with a ControlNet, by the start of the class name.
-REFUSED_WITH_CONTROLNET = ("QwenImage", "StableDiffusion3", "HunyuanDiT")
+#: Arguments of a transformer that change which blocks run; the library drops them.
+DROPPED = ("skip_layers",)
+#: How far, relative in L2 norm, the library's first whole forward may be from the transformer's own.
+SLACK = 1e-3
 _ADAPTER = "caching.cache_adapters.CachedAdapter"
 _MANAGER = "caching.cache_contexts.CachedContextManager"
 _CONTEXT = "caching.cache_contexts.CachedContext"
@@ -156,8 +163,8 @@ def _refuse(pipe: Any) -> None:
     """Raise ValueError for a pipeline that the library is known not to run (cache-dit 1.5.3)."""
     kind = type(pipe).__name__
     reasons = [reason for begin, reason in REFUSED.items() if kind.startswith(begin)]
-    if getattr(pipe, "controlnet", None) is not None and kind.startswith(REFUSED_WITH_CONTROLNET):
-        reasons.append("it fails where a ControlNet adds residuals between the blocks")
+    if getattr(pipe, "controlnet", None) is not None:
+        reasons.append("it drops what a ControlNet adds between the blocks, or fails there")
     if reasons:
         raise ValueError(f"engine 'library' cannot serve {kind}: {reasons[0]}. Try engine 'own', or velocity_cache")
 
@@ -208,7 +215,8 @@ class _Blocks:
 class LibrarySession(CacheSession):
     """The library's DBCache, installed on one pipeline.
 
-    The library is enabled when a call begins and taken out when it ends.
+    The library is enabled when a call begins and taken out when it ends. In the first call, the first forward is also
+    run without it: a pipeline that the library breaks, or whose picture it changes where it skips nothing, is refused.
 
     Args:
         name: the backend's name.
@@ -239,11 +247,14 @@ class LibrarySession(CacheSession):
         self._manager: Any = None
         self._blocks: dict[torch.nn.Module, list[_Blocks]] = {}
         self._serving: Request | None = None
+        self._installed = self._tried = False
+        self._untried: Patch | None = None
 
     def install(self, patch: Patch) -> None:
         """See `CacheSession.install`. The library uses our kernels until the patch is undone."""
         use_kernels(self._library.module, patch)
         super().install(patch)
+        self._installed = True
 
     def take(self, sampling: Sampling, seams: Patch) -> None:
         """Enable the library on the pipeline's transformers, and install the seams."""
@@ -252,7 +263,10 @@ class LibrarySession(CacheSession):
             refuse_compiled(transformer)
             refuse_parallel(transformer, self.alone)
             seams.add(_Order(transformer))
-        self._enable(self._library, seams)
+        if self._installed and not self._tried:
+            self._untried = seams
+        else:
+            self._enable(self._library, seams)
         for transformer in self.transformers:
             self.take_calls(sampling, transformer, seams)
 
@@ -370,6 +384,10 @@ class LibrarySession(CacheSession):
         self, sampling: Sampling, request: Request, transformer: Any, call: Any, args: Args, kwargs: Kwargs
     ) -> Any:
         """See `CacheSession.call`."""
+        if self._untried is not None:
+            plain, seams, self._untried = call(*args, **kwargs), self._untried, None
+            self._enable(self._library, seams)
+            call = functools.partial(self._try, plain, call)
         if request is not self._serving:
             self._begin(request)
         if request.calls > 1:
@@ -380,6 +398,9 @@ class LibrarySession(CacheSession):
         branch = request.branch(sampling.context)
         if differentiates(transformer, args, kwargs):
             raise ValueError(f"{GRADIENT}, which the cache-dit library does not support: engine 'own' computes it")
+        for name in DROPPED:
+            if kwargs.get(name) is not None:
+                raise ValueError(f"engine 'library' drops {name}, and runs all blocks. Engine 'own' does not")
         lists = self._blocks[transformer]
         contexts = [self._manager.get_context(one.context) for one in lists]
         if not request.calls:
@@ -403,6 +424,26 @@ class LibrarySession(CacheSession):
         branch.decide(Verdict(computed, self._reason(computed, distance), distance))
         return output
 
+    def _try(self, plain: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Return the result of the first call under the library, which must be `plain`.
+
+        Raises:
+            ValueError: the call fails, or gives something else.
+        """
+        refused = f"engine 'library' cannot serve {type(self.pipe).__name__}: {{}}. Try engine 'own', or velocity_cache"
+        try:
+            output = call(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            told = str(error).split("\n")[0]
+            raise ValueError(refused.format(f"the transformer fails with {type(error).__name__}: {told}")) from error
+        ours, theirs = tensors_of(output), tensors_of(plain)
+        if len(ours) != len(theirs) or not all(map(_near, ours, theirs)):
+            raise ValueError(refused.format("it changes what the transformer returns where it skips nothing"))
+        self._tried = True
+        return output
+
     def _lost(self, transformer: torch.nn.Module, request: Request) -> None:
         """Warn, once per request, that a transformer call did not reach the library."""
         holder = describe(vars(transformer).get("forward", type(transformer).forward))
@@ -419,6 +460,14 @@ class LibrarySession(CacheSession):
         if distance is None or computed == (distance < self._config["residual_diff_threshold"]):
             return "the library's decision"
         return "above threshold" if computed else "below threshold"
+
+
+def _near(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two results are the same up to `SLACK`. Values that are not finite are not compared."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    distance = float((a.float() - b.float()).norm())
+    return not distance > SLACK * float(b.float().norm())
 
 
 def _decided(context: Any) -> tuple[bool, float | None]:

@@ -3,6 +3,7 @@
 That its steps and images are the library's on Qwen-Image and Z-Image is shown in `test_against_cache_dit.py`.
 """
 
+import contextlib
 import copy
 import functools
 import gc
@@ -18,6 +19,8 @@ import torch
 from cache_dit.caching.cache_contexts.cache_manager import CachedContextManager
 
 import omni_kernels
+from benchmarks.models.cells import off
+from benchmarks.models.tiny import build, names
 from omni_kernels import PatchConflictError
 from omni_runtime import Omni
 from omni_runtime.cache import library, models
@@ -394,7 +397,7 @@ def test_a_forward_that_somebody_replaces_between_calls_is_used_and_stays(fresh,
     assert torch.equal(run(qwen_pipe), latents)
     handle.undo()
     assert qwen_pipe.transformer.forward is theirs
-    assert len(calls) == 2 * STEPS
+    assert len(calls) == 2 * STEPS + 1, "the first forward also ran without the library"
 
 
 def test_a_hook_of_accelerate_that_was_there_stays_and_runs(fresh, qwen_pipe):
@@ -411,10 +414,10 @@ def test_a_hook_of_accelerate_that_was_there_stays_and_runs(fresh, qwen_pipe):
     before = namespaces(qwen_pipe)
     with omni_kernels.patched(qwen_pipe, "cache_dit", TAYLORSEER):
         assert torch.equal(run(qwen_pipe), latents)
-        assert len(calls) == 2 * STEPS
+        assert len(calls) == 2 * STEPS + 1, "the first forward also ran without the library"
     assert_same(namespaces(qwen_pipe), before)
     run(qwen_pipe)
-    assert len(calls) == 4 * STEPS
+    assert len(calls) == 4 * STEPS + 1, "the first forward also ran without the library"
 
 
 def test_a_hook_of_accelerate_that_came_later_stays_and_runs(fresh, qwen_pipe):
@@ -481,7 +484,9 @@ def test_the_transformer_cannot_be_copied_while_the_library_is_in_it(qwen_pipe):
         ("SkyReelsV2DiffusionForcingPipeline", None, "each frame has steps of its own"),
         ("QwenImageControlNetPipeline", object(), "ControlNet"),
         ("StableDiffusion3ControlNetPipeline", object(), "ControlNet"),
-        ("HunyuanDiTControlNetPipeline", object(), "ControlNet"),
+        ("FluxControlNetPipeline", object(), "ControlNet"),
+        ("AnyFlowFARPipeline", None, "changes the video"),
+        ("BriaPipeline", None, "single-stream blocks"),
     ],
 )
 def test_what_the_library_is_known_to_fail_on_is_refused(qwen_pipe, kind, controlnet, reason):
@@ -489,6 +494,46 @@ def test_what_the_library_is_known_to_fail_on_is_refused(qwen_pipe, kind, contro
     other.transformer, other.scheduler, other.controlnet = qwen_pipe.transformer, qwen_pipe.scheduler, controlnet
     with pytest.raises(ValueError, match=rf"engine 'library' cannot serve {kind}: .*{reason}"):
         omni_kernels.patch(other, "cache_dit", CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        (
+            "FluxControlNetPipeline",
+            "it changes what the transformer returns where it skips nothing. Try engine 'own'",
+        ),
+        ("ZImageControlNetPipeline", "the transformer fails with TypeError: .*joint_attention_kwargs"),
+    ],
+)
+def test_what_is_not_known_to_fail_is_found_out_in_the_first_forward(monkeypatch, name, reason):
+    monkeypatch.setattr(library, "_refuse", lambda pipe: None)
+    model = build(name)
+    plain = model.generate()
+    handle = omni_kernels.patch(model.pipe, "cache_dit", CONFIG)
+    for _ in range(2):  # the first failure leaves nothing
+        with pytest.raises(ValueError, match=f"engine 'library' cannot serve {name}: .*{reason}"):
+            model.generate()
+    handle.undo()
+    assert off(model.generate(), plain) == 0
+
+
+def test_a_call_that_leaves_out_blocks_is_refused():
+    model = build("StableDiffusion3Pipeline (skip-layer guidance)")
+    omni_kernels.patch(model.pipe, "cache_dit", CONFIG)
+    with pytest.raises(ValueError, match="engine 'library' drops skip_layers, and runs all blocks"):
+        model.generate(guided=True)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", sorted(names()))
+def test_every_pipeline_is_refused_or_gives_its_own_picture_where_nothing_is_skipped(name):
+    model = build(name)
+    guided = {"guided": True} if model.guided else {}
+    plain = model.generate(**guided)
+    with contextlib.suppress(ValueError, omni_kernels.PatchConflictError):
+        omni_kernels.patch(model.pipe, "cache_dit", CONFIG | {"residual_diff_threshold": 0.0})
+        assert off(model.generate(**guided), plain) < 1e-4
 
 
 def test_a_pipeline_that_the_library_caches_already_is_refused(qwen_pipe):

@@ -130,6 +130,16 @@ def test_under_a_cache_of_blocks_they_are_refused_by_their_reason(flux_pipe, bac
         assert len(latents(flux_pipe, **asked | repeated)) == 2
 
 
+def test_they_are_also_where_each_list_has_one_block():
+    pipe = tiny.flux(1, 1)
+    with torch.no_grad():
+        embeds, pooled, _ = pipe.encode_prompt(prompt="a cat", prompt_2=None, max_sequence_length=64)
+    asked = {"prompt": None, "prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "num_images_per_prompt": 2}
+    omni_kernels.patch(pipe, "cache_dit", fuse=False)
+    with pytest.raises(ValueError, match=r"encoder_hidden_states of one sample .* give the pipeline embeddings for"):
+        latents(pipe, **asked)
+
+
 @pytest.mark.parametrize(("images", "texts", "times"), [(1, 2, 2), (2, 2, 3), (1, 1, 2)])
 @torch.no_grad()
 def test_batches_that_the_ops_do_not_take_are_the_blocks_own(flux_pipe, images, texts, times):

@@ -7,6 +7,7 @@ import pickle
 
 import diffusers
 import pytest
+import tiny
 import torch
 
 from omni_kernels.patching import Patch, PatchConflictError
@@ -99,6 +100,16 @@ def test_undone_it_is_of_its_class_again(pipe, followed):
 def test_it_is_followed_once(pipe, followed):
     with pytest.raises(PatchConflictError, match="this Plain is cached already"):
         around_calls(pipe, contextlib.nullcontext, Patch())
+
+
+def test_the_callers_lists_are_not_written_into():
+    """As Z-Image's pipeline does, which puts the chat's template around each prompt."""
+    pipe, prompts = tiny.z_image(layers=1), ["a cat", "a dog"]
+    with torch.no_grad():
+        around_calls(pipe, contextlib.nullcontext, Patch())
+        pipe(prompts, num_inference_steps=1, height=32, width=32, output_type="latent")
+        pipe(prompt=prompts, num_inference_steps=1, height=32, width=32, output_type="latent")
+    assert prompts == ["a cat", "a dog"]
 
 
 def test_undone_in_the_middle_of_a_call_it_closes_what_is_open(pipe):
