@@ -21,7 +21,7 @@ def test_every_run_with_and_without_fused_blocks(written):
     assert [row["run"] for row in written["rows"]] == [
         *runs(10),
         *(f"{name}, fused" for name in runs(10)),
-        *(f"{name}, fused, {dtype}" for dtype in ("int8", "fp8") for name in quantized),
+        *(f"{name}, fused, {dtype}" for dtype in ("int8", "fp8", "mxfp8") for name in quantized),
     ]
     for row in written["rows"]:
         assert row["seconds"] > 0
@@ -106,6 +106,7 @@ def test_layers_are_as_asked(tmp_path):
         "no cache, fused",
         "no cache, fused, int8",
         "no cache, fused, fp8",
+        "no cache, fused, mxfp8",
     ]
     assert written["goal"] is None
 

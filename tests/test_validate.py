@@ -76,7 +76,7 @@ def test_all_right_is_code_0_with_both_files(tmp_path, capsys):
     assert found["implementation"] == "plain torch"
     told = capsys.readouterr().out
     assert told.startswith("cpu: ")
-    assert "PASSED: 40 passed; copy bandwidth" in told
+    assert "PASSED: 48 passed; copy bandwidth" in told
 
 
 def test_the_kernels_run_in_the_interpreter_and_have_no_speed(monkeypatch, tmp_path):
@@ -195,7 +195,10 @@ def test_one_wrong_element_of_any_result_is_noticed(name):
             places = [kwargs[j] if isinstance(j, str) else args[j] for j in check.use.places]
             results = places or (result if isinstance(result, tuple) else [result])
             last = [t for t in results if t is not None][-1]
-            last.select(-1, -1).select(-1, -1).add_(1)
+            if last.dtype == torch.float8_e8m0fnu:  # the last places of its tiles are not used
+                last.view(torch.uint8)[0] += 1
+            else:
+                last.select(-1, -1).select(-1, -1).add_(1)
             return result
 
         (problem,) = checks.run(check, lambda op: wrong, CPU, 0)
@@ -227,7 +230,7 @@ def test_after_a_lost_device_nothing_is_run(replace, tmp_path, monkeypatch):
     monkeypatch.setattr(validate, "_lost", lambda device: "the device was lost: gone")
     assert run("--quick", "--ops", "gelu", out=tmp_path) == 1
     found = document(tmp_path)
-    assert [c["status"] for c in found["checks"]] == ["failed"] + ["not run"] * 31
+    assert [c["status"] for c in found["checks"]] == ["failed"] + ["not run"] * 39
     assert found["copy_gb_per_s"] is None
 
 

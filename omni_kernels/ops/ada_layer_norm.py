@@ -54,8 +54,7 @@ def ada_layer_norm(
         weight: [D], the norm's weight, or None.
         bias: [D], the norm's bias, or None.
         eps: added to the variance or the mean square.
-        quantize: torch.int8, torch.float8_e4m3fn or torch.float8_e4m3fnuz: return y in 8 bits, as
-            `omni_kernels.ops.quantize` does.
+        quantize: a dtype that `omni_kernels.ops.quantize` takes: return y in 8 bits, as that op does.
         beside: whether to return y in x's dtype as well.
 
     Returns:
@@ -72,7 +71,7 @@ def ada_layer_norm(
     _norms.check_norm("ada_layer_norm", norm)
     _norms.check_modulation("ada_layer_norm", "x", x, index, scale=scale, shift=shift)
     _norms.check_vectors("ada_layer_norm", "x", x, weight=weight, bias=bias)
-    _quantized.check("ada_layer_norm", quantize, beside)
+    _quantized.check("ada_layer_norm", x, quantize, beside)
     return _op(x, scale, shift, index, norm, weight, bias, eps, quantize, beside)
 
 

@@ -70,8 +70,7 @@ def gate_residual_norm(
         weight: [D], the norm's weight, or None.
         bias: [D], the norm's bias, or None.
         eps: added to the variance or the mean square.
-        quantize: torch.int8, torch.float8_e4m3fn or torch.float8_e4m3fnuz: return y in 8 bits, as
-            `omni_kernels.ops.quantize` does. Needs a norm.
+        quantize: a dtype that `omni_kernels.ops.quantize` takes: return y in 8 bits, as that op does. Needs a norm.
         beside: whether to return y in residual's dtype as well.
 
     Returns:
@@ -98,7 +97,7 @@ def gate_residual_norm(
                 )
     _norms.check_modulation(op, "residual", residual, index, gate=gate, scale=scale, shift=shift)
     _norms.check_vectors(op, "residual", residual, x_weight=x_weight, weight=weight, bias=bias)
-    _quantized.check(op, quantize, beside)
+    _quantized.check(op, residual, quantize, beside)
     return _op(
         residual, x, gate, scale, shift, index, gate_tanh, x_weight, x_eps, norm, weight, bias, eps, quantize, beside
     )

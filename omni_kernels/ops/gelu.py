@@ -32,8 +32,7 @@ def gelu(
 
     Args:
         x: [...], fp32, fp16 or bf16, any strides. A slice of a packed projection is read in place.
-        quantize: torch.int8, torch.float8_e4m3fn or torch.float8_e4m3fnuz: return the result in 8 bits, as
-            `omni_kernels.ops.quantize` does.
+        quantize: a dtype that `omni_kernels.ops.quantize` takes: return the result in 8 bits, as that op does.
         beside: whether to return it in x's dtype as well.
         out: where to write, like x; None for a new tensor. A slice of a packed tensor is written in place. It may be x
             itself, but must not overlap x otherwise.
@@ -47,7 +46,7 @@ def gelu(
     """
     if not alike(x, out):
         raise unlike("gelu", x=x, out=out)
-    _quantized.check("gelu", quantize, beside, out)
+    _quantized.check("gelu", x, quantize, beside, out)
     return _op(x, quantize, beside, out)
 
 

@@ -31,23 +31,24 @@ def quantize(x: torch.Tensor, dtype: torch.dtype = torch.int8) -> tuple[torch.Te
 
     Args:
         x: [..., D], fp32, fp16 or bf16, any strides.
-        dtype: torch.int8, torch.float8_e4m3fn, or torch.float8_e4m3fnuz (AMD's gfx942).
+        dtype: torch.int8, torch.float8_e4m3fn, torch.float8_e4m3fnuz (AMD's gfx942), or torch.float8_e8m0fnu for MXFP8:
+            float8_e4m3fn with a scale of this dtype for each 32 channels.
 
     Returns:
         q: contiguous, in x's shape.
         scale: [...], fp32. The scale of a token of zeros is 0. If a token holds infinities or NaN, its scale is
             infinite or NaN and its q is 0, so q·scale is NaN in this token and correct in all others.
+            In MXFP8, the scales as a GPU's product reads them (see `_quantized`): a vector or, with torch for AMD,
+            [..., D/32]. Infinities and NaN spoil only their own 32 channels, whose scale is NaN.
 
     Raises:
-        ValueError: a dtype is not allowed, or x has no dimensions.
+        ValueError: a dtype is not allowed, x has no dimensions, or 32 does not divide D in MXFP8.
     """
     if not x.shape:
         raise ValueError("quantize: x has no dimensions; each row of the last one gets a scale")
     if x.dtype not in DTYPES:
         raise unlike("quantize", x=x)
-    if dtype not in LIMITS:
-        allowed = ", ".join(str(one)[6:] for one in LIMITS)
-        raise ValueError(f"quantize: dtype is {str(dtype)[6:]}; allowed are {allowed}")
+    _quantized.check_form("quantize", "dtype", x, dtype)
     return _op(x, dtype)
 
 

@@ -36,8 +36,7 @@ def rms_norm(
             be merged into at most three strides, which [B, S, H, D] can in any order.
         weight: [D], or None. Its dtype may differ from x's.
         eps: added to the mean square.
-        quantize: torch.int8, torch.float8_e4m3fn or torch.float8_e4m3fnuz: return y in 8 bits, as
-            `omni_kernels.ops.quantize` does.
+        quantize: a dtype that `omni_kernels.ops.quantize` takes: return y in 8 bits, as that op does.
         beside: whether to return y in x's dtype as well.
 
     Returns:
@@ -52,7 +51,7 @@ def rms_norm(
     if x.dtype not in DTYPES:
         raise unlike("rms_norm", x=x)
     _norms.check_vectors("rms_norm", "x", x, weight=weight)
-    _quantized.check("rms_norm", quantize, beside)
+    _quantized.check("rms_norm", x, quantize, beside)
     return _op(x, weight, eps, quantize, beside)
 
 

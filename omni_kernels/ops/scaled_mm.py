@@ -6,8 +6,8 @@ f: identity, or GELU's tanh approximation. `scale` has one number for each token
 product, one for each token and group of 128 channels. The result is rounded once: to a dtype of 16 or 32 bits, or to 8
 bits with a scale for each group, so that a feed-forward's activation needs no pass of its own.
 
-Per token and in fp8 with a bf16 result, the product is `torch._scaled_mm` on GPUs. Moves q, the weights, the scales and
-y once.
+Per token and in fp8 with a bf16 result, the product is `torch._scaled_mm` on GPUs. In MXFP8 (`_quantized`) it is
+`torch.nn.functional.scaled_mm` on the GPUs that multiply it. Moves q, the weights, the scales and y once.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def scaled_mm(
 
     Args:
         q: [..., K], int8 or fp8, as from `omni_kernels.ops.quantize`. It and the weight are copied if not contiguous.
-        scale: fp32 [...], or [..., K/128] for groups of channels.
+        scale: fp32 [...], or [..., K/128] for groups of channels. In MXFP8 as from `quantize`, or [..., K/32].
         weight: [N, K], in q's dtype.
-        weight_scale: fp32 [N].
+        weight_scale: fp32 [N]; in MXFP8 like scale.
         bias: [N], or None.
         dtype: that of the result: fp32, fp16 or bf16.
         gelu: whether GELU's tanh approximation is applied.
@@ -90,19 +90,24 @@ def _check(
             f"scaled_mm: weight is {str(weight.dtype)[6:]} {[*weight.shape]} on {weight.device}; it must be "
             f"{str(q.dtype)[6:]} [N, {K}] on {q.device}"
         )
-    if scale.shape != q.shape[:-1] and (K % GROUP or scale.shape != (*tokens, K // GROUP)):
+    mx = _quantized.MX in (scale.dtype, weight_scale.dtype)
+    if mx:
+        _check_mx(q, scale, weight, weight_scale)
+    elif scale.shape != q.shape[:-1] and (K % GROUP or scale.shape != (*tokens, K // GROUP)):
         raise ValueError(
             f"scaled_mm: scale has shape {[*scale.shape]}; it must be {tokens} or, with a multiple of 128 channels, "
             f"{[*tokens, 'K/128']}"
         )
-    for name, t, shape in (("scale", scale, scale.shape), ("weight_scale", weight_scale, (N,))):
+    for name, t, shape in () if mx else (("scale", scale, scale.shape), ("weight_scale", weight_scale, (N,))):
         if t.shape != shape or t.dtype != torch.float32 or t.device != q.device:
             raise ValueError(f"scaled_mm: {name} must be float32 {[*shape]} on {q.device}")
     if bias is not None and (bias.shape != (N,) or bias.dtype not in DTYPES or bias.device != q.device):
         raise unlike("scaled_mm", weight_scale=weight_scale, bias=bias)
     if dtype not in DTYPES:
         raise ValueError(f"scaled_mm: dtype is {str(dtype)[6:]}; allowed are float32, float16, bfloat16")
-    _quantized.check("scaled_mm", quantize, False, out)
+    _quantized.check("scaled_mm", q, quantize, False, out)
+    if quantize is not None and (mx or quantize == _quantized.MX):
+        raise ValueError("scaled_mm: quantize does not go with MXFP8")
     if quantize is not None and N % GROUP:
         raise ValueError(f"scaled_mm: quantize needs a multiple of 128 channels, not {N}")
     if out is not None and 0 in out.stride() and out.numel():
@@ -116,6 +121,19 @@ def _check(
         )
 
 
+def _check_mx(q: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> None:
+    if q.dtype != torch.float8_e4m3fn or q.shape[-1] % _quantized.BLOCK32:
+        raise ValueError(f"scaled_mm: q is {str(q.dtype)[6:]} {[*q.shape]}; MXFP8 is float8_e4m3fn, and 32 divides K")
+    for name, t, of in (("scale", scale, q), ("weight_scale", weight_scale, weight)):
+        plain = (*of.shape[:-1], of.shape[-1] // _quantized.BLOCK32)
+        shapes = plain, _quantized.in_tiles_shape(of.shape)
+        if t.dtype != _quantized.MX or t.device != q.device or t.shape not in shapes:
+            raise ValueError(
+                f"scaled_mm: {name} is {str(t.dtype)[6:]} {[*t.shape]} on {t.device}; in MXFP8 it must be "
+                f"float8_e8m0fnu {[*plain]}, or {[*shapes[1]]} in tiles, on {q.device}"
+            )
+
+
 def reference(q, scale, weight, weight_scale, bias, dtype, gelu, quantize, out):
     """In plain torch."""
     if q.numel() == 0 and quantize is not None:
@@ -123,12 +141,15 @@ def reference(q, scale, weight, weight_scale, bias, dtype, gelu, quantize, out):
     rows, weight = q.contiguous().flatten(0, -2), weight.contiguous()
     if scale.dim() == q.dim() and not len(rows):
         scale = scale[..., 0]
-    if scale.dim() == q.dim():
+    if scale.dtype == _quantized.MX:
+        y = _quantized.expanded(q, scale).flatten(0, -2) @ _quantized.expanded(weight, weight_scale).t()
+    elif scale.dim() == q.dim():
         grouped = rows.float().unflatten(1, (q.shape[-1] // GROUP, GROUP)) * scale.reshape(len(rows), -1, 1)
         y = grouped.flatten(1) @ weight.float().t()
     else:
         y = _products(rows, weight).float() * scale.reshape(-1, 1)
-    y = y * weight_scale
+    if scale.dtype != _quantized.MX:
+        y = y * weight_scale
     if bias is not None:
         y = y + bias
     if gelu:
@@ -216,6 +237,8 @@ def launch(q, scale, weight, weight_scale, bias, dtype, gelu, quantize, out):
     if limits.here(q):
         raise limits.NotLaunchableError("scaled_mm: there is no kernel on Ascend")
     q, weight, weight_scale = q.contiguous(), weight.contiguous(), weight_scale.contiguous()
+    if scale.dtype == _quantized.MX:
+        return _in_mx(q, scale, weight, weight_scale, bias, dtype, gelu, out)
     rows, N, grouped = q.flatten(0, -2), weight.shape[0], scale.dim() == q.dim()
     plain = not (gelu or grouped or quantize is not None)
     if plain and q.is_cuda and q.dtype != torch.int8 and dtype == torch.bfloat16:
@@ -238,6 +261,32 @@ def launch(q, scale, weight, weight_scale, bias, dtype, gelu, quantize, out):
     if quantize is not None:
         return made, made_scale
     return made if target is place else made.copy_(target.view(made.shape))
+
+
+def _in_mx(q, scale, weight, weight_scale, bias, dtype, gelu, out):
+    """The product in MXFP8 by torch."""
+    if not (q.is_cuda and q.numel() and _multiplies_mx(q.device)):
+        raise limits.NotLaunchableError("scaled_mm: this device does not multiply MXFP8")
+    kind, swizzle = F.ScalingType.BlockWise1x32, F.SwizzleType
+    tiles = swizzle.SWIZZLE_32_4_4 if _quantized.SWIZZLED else swizzle.NO_SWIZZLE
+    scales = (_quantized.laid_out(s, t.shape) for s, t in ((scale, q), (weight_scale, weight)))
+    left, right = (s if s.dim() == 1 else s.flatten(0, -2) for s in scales)
+    # The bias of torch's product has its dtype, and fp16 is not its result on AMD.
+    inside = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    within = bias if bias is not None and bias.dtype == inside == torch.bfloat16 else None
+    y = F.scaled_mm(q.flatten(0, -2), weight.t(), left, kind, right, kind, tiles, tiles, within, inside)
+    if within is None and bias is not None:
+        y = y + bias
+    if gelu:
+        y = F.gelu(y, approximate="tanh")
+    y = y.to(dtype).view(*q.shape[:-1], -1)
+    return y if out is None else out.copy_(y)
+
+
+def _multiplies_mx(device):
+    """Whether a GPU multiplies MXFP8: NVIDIA's from sm_100 on, and AMD's gfx950."""
+    found = torch.cuda.get_device_properties(device)
+    return found.gcnArchName.startswith("gfx950") if torch.version.hip else found.major >= 10
 
 
 def _by_torch(q, scale, weight, weight_scale, bias, out):

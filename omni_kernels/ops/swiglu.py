@@ -38,8 +38,7 @@ def swiglu(
     Args:
         gate: [...], fp32, fp16 or bf16, any strides. Halves of one packed projection are read in place.
         up: like gate; the dtype may differ.
-        quantize: torch.int8, torch.float8_e4m3fn or torch.float8_e4m3fnuz: return the result in 8 bits, as
-            `omni_kernels.ops.quantize` does.
+        quantize: a dtype that `omni_kernels.ops.quantize` takes: return the result in 8 bits, as that op does.
         beside: whether to return it in gate's dtype as well.
         out: where to write, like gate; None for a new tensor. A slice of a packed tensor is written in place. It may be
             gate or up itself, but must not overlap them otherwise.
@@ -53,7 +52,7 @@ def swiglu(
     """
     if not alike(gate, up, out):
         raise unlike("swiglu", gate=gate, up=up, out=out)
-    _quantized.check("swiglu", quantize, beside, out)
+    _quantized.check("swiglu", gate, quantize, beside, out)
     return _op(gate, up, quantize, beside, out)
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from omni_kernels.ops._quantized import expanded
 from omni_kernels.ops.scaled_mm import GROUP
 from omni_kernels.patching.structure import any_hook, hooked
 
@@ -19,7 +20,7 @@ class Quantized(NamedTuple):
 
     Attributes:
         q: [..., D], int8 or fp8.
-        scale: [...], fp32.
+        scale: [...], fp32; in MXFP8 as `omni_kernels.ops.quantize` returns it.
         dtype: that of the results of the layers that take them.
         beside: the states in `dtype`, for layers that are not quantised; None if all are.
     """
@@ -75,9 +76,7 @@ def for_layers(
     if not taking:
         return op(x, *args, **options)
     beside = beside or len(taking) < len(layers)
-    *others, q, scale, y = op(x, *args, quantize=taking[0].weight.dtype, beside=beside, **options) + (
-        () if beside else (None,)
-    )
+    *others, q, scale, y = op(x, *args, quantize=taking[0].form, beside=beside, **options) + (() if beside else (None,))
     made = Quantized(q, scale, x.dtype, y)
     return (*others, made) if others else made
 
@@ -85,5 +84,5 @@ def for_layers(
 def project(layer: Any, x: Any) -> Any:
     """Call a layer with the result of `for_layers`. One that got a hook since then gets what the 8 bits hold."""
     if isinstance(x, Quantized) and not takes(layer):
-        x = (x.q.float() * x.scale.unsqueeze(-1)).to(x.dtype) if x.beside is None else x.beside
+        x = expanded(x.q, x.scale).to(x.dtype) if x.beside is None else x.beside
     return layer(x)

@@ -213,8 +213,9 @@ def patch(
             and under any cache. A dict does the same with these torch.compile arguments. Compiled blocks compute the
             same up to rounding. If far more graphs than Dynamo's limit are needed, further variants run uncompiled,
             and `.compiled` says so. {"mode": "reduce-overhead"} uses CUDA graphs; see `omni_kernels.patching.calls`.
-        quantize: "int8" or "fp8" runs the wide linear layers of the transformer's blocks in 8 bits: weights with a
-            scale for each output channel, activations with a scale for each token. The handle's `.quantised` lists the
+        quantize: "int8", "fp8" or "mxfp8" runs the wide linear layers of the transformer's blocks in 8 bits: weights
+            with a scale for each output channel, activations with one for each token; mxfp8 with one for each 32
+            channels. The handle's `.quantised` lists the
             layers, those left as they are, and why. A dict does the same with the keys of
             `omni_kernels.patching.quantised.Options`: {"dtype": "int8", "exclude": ["attn.to_out"]}.
 

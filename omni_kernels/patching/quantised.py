@@ -2,9 +2,9 @@
 
     y = (quantize(x) · quantize(W)ᵀ) · scale(x) · scale(W) + bias        x: [..., K], W: [N, K], y: [..., N]
 
-Each output channel of a weight has a scale, and so has each token of an activation (`omni_kernels.ops.quantize`). The
-product in 8 bits, with scales and bias, is `omni_kernels.ops.scaled_mm`. Where a device has none, the 8-bit values are
-multiplied in fp32, which is not faster.
+Each output channel of a weight has a scale, and so has each token of an activation. In MXFP8, each 32 channels of a
+weight's row or a token have one (`omni_kernels.ops.quantize`). The product in 8 bits, with scales and bias, is
+`omni_kernels.ops.scaled_mm`. Where a device has none, the 8-bit values are multiplied in fp32, which is not faster.
 
 Only layers inside the transformer's lists of blocks are quantised. Embeddings, time, modulation, norms and the final
 layer are small and sensitive; they stay as they are.
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from omni_kernels.device import describe
+from omni_kernels.ops._quantized import MX
 from omni_kernels.patching import edges, torchao_layers
 from omni_kernels.patching.backends import nearest, shown
 from omni_kernels.patching.changes import Patch
@@ -31,7 +32,7 @@ from omni_kernels.patching.quantized_linear import QuantizedLinear
 from omni_kernels.patching.structure import hooked
 
 #: What `quantize` may name.
-DTYPES = ("int8", "fp8")
+DTYPES = ("int8", "fp8", "mxfp8")
 #: Names in a layer's path that mark modulation, norms and embeddings.
 SENSITIVE = re.compile(r"(?:^|[._])(?:\w*mod(?:ulation)?|ada\w*|\w*norm\w*|\w*embed\w*|time\w*)(?=[._]|$)")
 #: Class of blocks → layers that hurt the picture if they are quantised, from vLLM-Omni's notes on FP8.
@@ -40,8 +41,11 @@ LEFT_OUT = {"QwenImageTransformerBlock": ("img_mlp",)}
 _CALIBRATION = "omni_runtime.cache.calibration"
 #: Where the layers' own weights are kept while they are quantised.
 KEEP = ("host", "reload", "none")
-#: The dtype of fp8 on AMD's architectures that multiply it, and NVIDIA's first one.
+#: The dtype of fp8 on AMD's architectures that multiply it, and NVIDIA's first one. NVIDIA's first one with MXFP8.
 _ON_AMD, _FIRST_WITH_FP8 = {"gfx942": torch.float8_e4m3fnuz, "gfx950": torch.float8_e4m3fn}, 89
+_FIRST_WITH_MX = 100
+#: In MXFP8, the GPU's product takes these multiples of input and output features.
+_MULTIPLES = 32, 16
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ def options_of(given: Any) -> Options | None:
         if key not in keys:
             raise ValueError(f"quantize has no key {shown(key)}: {nearest(str(key), keys)}")
     if given.get("dtype") not in DTYPES:
-        raise ValueError(f"quantize must be 'int8' or 'fp8', not {shown(given.get('dtype'))}")
+        raise ValueError(f"quantize must be 'int8', 'fp8' or 'mxfp8', not {shown(given.get('dtype'))}")
     made = dict(given)
     for key in ("include", "exclude"):
         patterns = made.get(key, ())
@@ -143,22 +147,31 @@ def complete(options: Options | None, directory: Any) -> Options | None:
 
 
 def dtype_on(name: str, device: torch.device) -> torch.dtype:
-    """The torch dtype that "int8" or "fp8" is on a device.
+    """The dtype by which `omni_kernels.ops.quantize` knows one of `DTYPES` on a device.
 
     Raises:
         ValueError: the device has no products in this dtype.
     """
     if name == "int8" or device.type in ("cpu", "meta"):
-        return torch.int8 if name == "int8" else torch.float8_e4m3fn
+        return {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "mxfp8": MX}[name]
     where = describe(device)
+    if name == "mxfp8":
+        if where.arch == "gfx950" or (where.vendor == "nvidia" and _generation(where.arch) >= _FIRST_WITH_MX):
+            return MX
+        raise ValueError(f"quantize='mxfp8' needs a GPU that multiplies MXFP8 (sm_100, gfx950); {where.name} does not")
     found = _ON_AMD.get(where.arch)
-    if where.vendor == "nvidia" and int(re.sub(r"\D", "", where.arch) or 0) >= _FIRST_WITH_FP8:
+    if where.vendor == "nvidia" and _generation(where.arch) >= _FIRST_WITH_FP8:
         found = torch.float8_e4m3fn
     if found is None:
         raise ValueError(
             f"quantize='fp8' needs a GPU that multiplies fp8 (sm_89 or newer, gfx942, gfx950); {where.name} does not"
         )
     return found
+
+
+def _generation(arch: str) -> int:
+    """The number of an architecture of NVIDIA's, such as 90."""
+    return int(re.sub(r"\D", "", arch) or 0)
 
 
 @dataclass(frozen=True)
@@ -422,6 +435,8 @@ def _why_not(name: str, layer: Any, block: torch.nn.Module, options: Options) ->
         return "its weights are not there"
     if any(_fits(name, one) for one in options.exclude):
         return "excluded"
+    if options.dtype == "mxfp8" and (layer.in_features % _MULTIPLES[0] or layer.out_features % _MULTIPLES[1]):
+        return "MXFP8 takes multiples of 32 input and 16 output features"
     if any(_fits(name, one) for one in options.include):
         return None
     if min(layer.in_features, layer.out_features) < options.min_width:

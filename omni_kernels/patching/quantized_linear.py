@@ -1,6 +1,6 @@
 """A linear layer with 8-bit weights, which quantises its input, or takes what an op has quantised.
 
-y = (q · weightᵀ) · scale · weight_scale + bias        q: x in 8 bits, with a scale for each token
+y = (q · weightᵀ) · scale · weight_scale + bias        q: x in 8 bits, with a scale for each token (or MXFP8)
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from omni_kernels import ops
+from omni_kernels.ops._quantized import MX
 from omni_kernels.patching.activations import Quantized
 
 
@@ -21,7 +22,7 @@ class QuantizedLinear(torch.nn.Module):
 
     Attributes:
         weight: [N, K], int8 or fp8.
-        weight_scale: [N], fp32.
+        weight_scale: [N], fp32; in MXFP8 as `omni_kernels.ops.quantize` returns it.
         bias: [N], or None.
         own: layers that move and are converted with this one; they are not its children.
     """
@@ -51,6 +52,11 @@ class QuantizedLinear(torch.nn.Module):
         self.register_buffer("weight_scale", weight_scale)
         self.bias = bias
 
+    @property
+    def form(self) -> torch.dtype:
+        """The dtype by which ops quantise for this layer."""
+        return MX if self.weight_scale.dtype == MX else self.weight.dtype
+
     def forward(self, x: torch.Tensor | Quantized, out: torch.Tensor | None = None) -> torch.Tensor:
         """The layer's output, in x's dtype. States that are quantised already are taken as they are.
 
@@ -67,7 +73,7 @@ class QuantizedLinear(torch.nn.Module):
         return Quantized(q, scale, x.dtype)
 
     def _multiply(self, x: torch.Tensor | Quantized, **options: Any) -> Any:
-        q, scale = (x.q, x.scale) if isinstance(x, Quantized) else ops.quantize(x, self.weight.dtype)
+        q, scale = (x.q, x.scale) if isinstance(x, Quantized) else ops.quantize(x, self.form)
         run = ops.trusted(q)
         return run.scaled_mm(q, scale, self.weight, self.weight_scale, self.bias, dtype=x.dtype, **options)
 

@@ -203,6 +203,7 @@ def models() -> dict[str, Launch]:
             "quantize int8 behind": partial(quantize, _tensor(2, TOKENS, 5 * CHANNELS)[..., CHANNELS:], torch.int8),
             "quantize float8_e4m3fn": partial(quantize, h, torch.float8_e4m3fn),
             "quantize float8_e4m3fnuz": partial(quantize, h, torch.float8_e4m3fnuz),
+            "quantize float8_e4m3fn mx": partial(quantize, h, torch.float8_e8m0fnu),
         }
         | _in_8_bits(h)
         | _products()
@@ -219,12 +220,14 @@ def _in_8_bits(h: torch.Tensor) -> dict[str, Launch]:
         "gelu": (fed,),
         "swiglu": _tensor(1, TOKENS, 2 * 10240).chunk(2, -1),
     }
+    forms = {str(dtype)[6:]: dtype for dtype in (torch.int8, torch.float8_e4m3fn, torch.float8_e4m3fnuz)}
+    forms["float8_e4m3fn mx"] = torch.float8_e8m0fnu
     return {
-        f"{op} {str(dtype)[6:]}" + (" beside" if beside else ""): partial(
+        f"{op} {name}" + (" beside" if beside else ""): partial(
             OPS[op].launcher, *inputs, quantize=dtype, beside=beside
         )
         for op, inputs in runs.items()
-        for dtype in (torch.int8, torch.float8_e4m3fn, torch.float8_e4m3fnuz)
+        for name, dtype in forms.items()
         for beside in ((False, True) if dtype == torch.int8 else (False,))
     }
 

@@ -13,8 +13,8 @@ import torch
 # Guard elements on either side. A multiple of the alignment that any access needs.
 GUARD = 64
 SENTINEL = 40.0  # which fp8 has, too
-#: Stands for NaN in int8, where no op writes it.
-UNWRITTEN = -128
+#: Stands for NaN in int8, where no op writes it; in uint8, which holds scales of MXFP8, it is their NaN.
+UNWRITTEN = {torch.int8: -128, torch.uint8: 255}
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -62,8 +62,8 @@ class Placed:
 def poisoned_outputs() -> Iterator[Callable[[], bool]]:
     """Context manager in which buffers from `Tensor.new_empty`, used by launchers, hold NaN and lie between guards.
 
-    Buffers of int8 hold −128. So an element that a kernel fails to write spoils the result, and a write outside is
-    detected. Yields a function that returns whether all guards are unchanged.
+    Buffers of integers hold `UNWRITTEN`. So an element that a kernel fails to write spoils the result, and a write
+    outside is detected. Yields a function that returns whether all guards are unchanged.
     """
     guards: list[torch.Tensor] = []
     unguarded = torch.Tensor.new_empty
@@ -74,7 +74,7 @@ def poisoned_outputs() -> Iterator[Callable[[], bool]]:
         shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
         buffer = torch.full((shape.numel() + 2 * GUARD,), SENTINEL, dtype=dtype or self.dtype, device=self.device)
         guards.extend((buffer[:GUARD], buffer[GUARD + shape.numel() :]))
-        unwritten = UNWRITTEN if buffer.dtype == torch.int8 else math.nan
+        unwritten = UNWRITTEN.get(buffer.dtype, math.nan)
         return buffer[GUARD : GUARD + shape.numel()].fill_(unwritten).view(shape)
 
     with mock.patch.object(torch.Tensor, "new_empty", new_empty):

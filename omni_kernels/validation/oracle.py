@@ -260,6 +260,8 @@ def _in_8_bits(scale: torch.Tensor, dtype: torch.dtype, y: torch.Tensor, terms: 
     """y in 8 bits, by the actual, rounded scale, and its correct scale. `terms` is as in `Expected`."""
     terms = y.abs() if terms is None else terms
     shape = y.shape
+    if dtype == torch.float8_e8m0fnu:
+        return _in_mx(scale, y, terms)
     if scale.dim() == y.dim():  # for each group of channels
         y, terms = (t.unflatten(-1, (scale.shape[-1], -1)) for t in (y, terms))
     used = scale.double().unsqueeze(-1)
@@ -267,6 +269,47 @@ def _in_8_bits(scale: torch.Tensor, dtype: torch.dtype, y: torch.Tensor, terms: 
     q, steps = (torch.where(valid, t / used, 0.0).view(shape) for t in (y, terms))
     largest, of_terms = (t.abs().amax(-1) / LARGEST[dtype] for t in (y, terms))
     return [("q", q, steps), ("scale", largest, of_terms)]
+
+
+def _place_in_tiles(tokens: int, columns: int) -> torch.Tensor:
+    """Where scale (m, c) of MXFP8 lies in tiles, [tokens, columns]."""
+    m, c = torch.arange(tokens)[:, None], torch.arange(columns)[None]
+    return ((m // 128) * ((columns + 3) // 4) + c // 4) * 512 + m % 32 * 16 + m % 128 // 32 * 4 + c % 4
+
+
+def _out_of_mx(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The numbers that q [..., D] in MXFP8 stands for."""
+    blocks = q.double().unflatten(-1, (-1, 32))
+    if scale.dim() != q.dim():
+        scale = scale[_place_in_tiles(blocks[..., 0, 0].numel(), blocks.shape[-2]).to(scale.device)]
+    return (blocks * scale.double().view(blocks.shape[:-1]).unsqueeze(-1)).view(q.shape)
+
+
+def _in_mx(scale: torch.Tensor, y: torch.Tensor, terms: torch.Tensor) -> list[Expected]:
+    """y in MXFP8, by the actual scales, and the correct scales where they lie. Padding is as it is.
+
+    A scale is the smallest power of two with which no value is above 448. Where rounding decides, both are correct.
+    """
+    blocks, of_terms = (t.unflatten(-1, (-1, 32)) for t in (y, terms))
+    rows = blocks.flatten(0, -3)
+    largest = rows.abs().amax(-1) if rows.numel() else rows.new_zeros(rows.shape[:-1])
+    place = None
+    if scale.dim() != y.dim():
+        place = _place_in_tiles(*rows.shape[:2]).to(scale.device)
+    actual = scale.double().flatten() if place is None else scale.double()[place]
+    actual = actual.view(largest.shape)
+    room = 1 + 2.0**-10
+    near = (actual <= 2 * room * largest / 448) & (actual >= largest / 448 / room)
+    correct = torch.exp2(torch.ceil(torch.log2(largest / 448)).clamp_min(-127))
+    correct = torch.where(largest.isfinite(), torch.where(near, actual, correct), torch.nan)
+    used = torch.where(correct.isfinite(), correct, torch.inf).view(blocks.shape[:-1]).unsqueeze(-1)
+    q, steps = (torch.where(used.isfinite(), t / used, 0.0).view(y.shape) for t in (blocks, of_terms))
+    told = scale.double().clone()
+    if place is None:
+        told = correct.view(scale.shape)
+    else:
+        told[place] = correct
+    return [("q", q, steps), ("scale", told, None)]
 
 
 def _scaled_mm(
@@ -281,9 +324,12 @@ def _scaled_mm(
     gelu: bool = False,
     out: torch.Tensor | None = None,
 ) -> list[Expected]:
-    x, w = q.double(), weight.double() * weight_scale.double()[:, None]
-    x = x.unflatten(-1, (-1, x.shape[-1] // scale.shape[-1])) if scale.dim() == q.dim() else x
-    x = (x * scale.double().unsqueeze(-1)).view(q.shape)
+    if scale.dtype == torch.float8_e8m0fnu:
+        x, w = _out_of_mx(q, scale), _out_of_mx(weight, weight_scale)
+    else:
+        x, w = q.double(), weight.double() * weight_scale.double()[:, None]
+        x = x.unflatten(-1, (-1, x.shape[-1] // scale.shape[-1])) if scale.dim() == q.dim() else x
+        x = (x * scale.double().unsqueeze(-1)).view(q.shape)
     y, terms = x @ w.T, x.abs() @ w.abs().T
     if bias is not None:
         y, terms = y + bias.double(), terms + bias.double().abs()

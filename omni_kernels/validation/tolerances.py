@@ -15,9 +15,14 @@ import torch
 
 # One unit in the last place (relative), and the smallest step near zero; of 8-bit results half of each.
 UNIT = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
-UNIT |= {torch.int8: 0.0, torch.float8_e4m3fn: 2.0**-4, torch.float8_e4m3fnuz: 2.0**-4}
+UNIT |= {torch.int8: 0.0, torch.float8_e4m3fn: 2.0**-4, torch.float8_e4m3fnuz: 2.0**-4, torch.float8_e8m0fnu: 0.0}
 SMALLEST = {torch.float32: 2.0**-126, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126}
-SMALLEST |= {torch.int8: 0.5, torch.float8_e4m3fn: 2.0**-10, torch.float8_e4m3fnuz: 2.0**-11}
+SMALLEST |= {
+    torch.int8: 0.5,
+    torch.float8_e4m3fn: 2.0**-10,
+    torch.float8_e4m3fnuz: 2.0**-11,
+    torch.float8_e8m0fnu: 2.0**-127,
+}
 # Error of intermediate fp32 arithmetic, relative to the magnitude of the terms: 8 units.
 ARITHMETIC = 2.0**-20
 

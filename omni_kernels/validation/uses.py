@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from omni_kernels.ops import quantize
+from omni_kernels.ops._quantized import MX
 from omni_kernels.ops.scaled_mm import GROUP
 from omni_kernels.validation.cases import CASES, Case, Inputs, Use, hidden_states, modulation, qk_norm_rope
 from omni_kernels.validation.shapes import Shape
@@ -185,15 +187,18 @@ def _swiglu_behind() -> Use:
     return Use(name="swiglu behind", op="swiglu", inputs=inputs, ours=ours, places=("out",))
 
 
-def _in_fp8(case: Case, beside: bool) -> Use:
-    """A use whose last result is quantised in the same pass."""
+def _in_fp8(case: Case, beside: bool, mx: bool = False) -> Use:
+    """A use whose last result is quantised in the same pass, with a scale for each token or in MXFP8."""
 
     def ours(i: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args, kwargs = case.ours(i)
-        return args, kwargs | {"quantize": torch.float8_e4m3fn, "beside": beside}
+        return args, kwargs | {"quantize": MX if mx else torch.float8_e4m3fn, "beside": beside}
 
-    name = f"{case.name} float8_e4m3fn" + (" beside" if beside else "")
-    return Use(name=name, op=case.op, inputs=case.inputs, ours=ours)
+    def inputs(shape: Shape, device: torch.device) -> Inputs:
+        return case.inputs(replace(shape, D=max(32, shape.D // 32 * 32)) if mx else shape, device)
+
+    name = f"{case.name} float8_e4m3fn" + (" mx" if mx else "") + (" beside" if beside else "")
+    return Use(name=name, op=case.op, inputs=inputs, ours=ours)
 
 
 def _scaled_mm(dtype: torch.dtype, form: str = "") -> Use:
@@ -242,6 +247,9 @@ USES: dict[str, Use] = CASES | {
         _in_fp8(CASES["rms_norm heads"], beside=False),
         _in_fp8(CASES["gelu"], beside=True),
         _in_fp8(CASES["swiglu"], beside=False),
+        _in_fp8(CASES["ada_layer_norm rms"], beside=False, mx=True),
+        _in_fp8(CASES["gate_residual_norm rms"], beside=True, mx=True),
+        _in_fp8(CASES["gelu"], beside=False, mx=True),
         *(_scaled_mm(dtype, form) for dtype in (torch.int8, torch.float8_e4m3fn) for form in ("", "gelu", "groups")),
     )
 }

@@ -300,7 +300,7 @@ def _add_calibrate(commands: Any, shared: argparse.ArgumentParser) -> None:
     schedule.add_argument("--batch", type=_whole, metavar="N", help="largest number of images in one call (default: 8)")
     schedule.add_argument("--fresh", action="store_true", help="discard the samples of an interrupted search")
     layers = command.add_argument_group("precision")
-    layers.add_argument("--quantize", choices=["int8", "fp8"], help="default: int8")
+    layers.add_argument("--quantize", choices=["int8", "fp8", "mxfp8"], help="default: int8")
     layers.add_argument("--psnr", type=_decibels, metavar="N", help="wanted mean PSNR in dB (default: 40)")
     layers.add_argument("--min-width", type=_whole, metavar="N", help="narrower layers are left out (default: 512)")
 
@@ -356,7 +356,9 @@ def _add_speed(command: argparse.ArgumentParser) -> None:
     command.add_argument("--cache-config", metavar="JSON", help='such as {"rel_l1_thresh": 0.2}')
     command.add_argument("--fuse", action="store_true", help="run transformer blocks fused")
     command.add_argument("--compile", choices=["regional"], help="compile each transformer block separately")
-    command.add_argument("--quantize", choices=["int8", "fp8"], help="run wide linear layers of the blocks in 8 bits")
+    command.add_argument(
+        "--quantize", choices=["int8", "fp8", "mxfp8"], help="run wide linear layers of the blocks in 8 bits"
+    )
 
 
 def _add_serve(commands: Any) -> None:

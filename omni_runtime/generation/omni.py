@@ -77,8 +77,8 @@ class Omni:
             computed step gives the same bits as the pipeline itself.
         compile: "regional" compiles each transformer block by itself. A dict does the same, with its entries as
             arguments of torch.compile.
-        quantize: "int8" or "fp8" runs the wide linear layers of the transformer's blocks in 8 bits. A dict does the
-            same with more keys (`omni_kernels.patching.quantised.Options`).
+        quantize: "int8", "fp8" or "mxfp8" runs the wide linear layers of the transformer's blocks in 8 bits. A dict
+            does the same with more keys (`omni_kernels.patching.quantised.Options`).
         parallel: how several ranks, started with torchrun, share the work: {"ulysses": 2, "ring": 1, "cfg": 2,
             "tensor": 1}. Their product is the number of ranks. Every rank makes the same calls, and gets the same
             results.

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from omni_kernels.ops._quantized import BLOCK32, MX, in_tiles_shape, laid_out
 from omni_kernels.patching import Patch
 from omni_kernels.patching.quantised import dtype_on
 from omni_kernels.patching.quantized_linear import QuantizedLinear
@@ -311,9 +312,17 @@ def _placed(model: Any, path: str, weight: torch.Tensor, scale: torch.Tensor, fi
     if type(layer) is not torch.nn.Linear:
         raise ValueError(f"{file} does not fit its config.json: the model has no linear layer {path}")
     _check_shape(f"{path}.weight", weight, layer.weight, file)
-    _check_shape(f"{path}{_SCALE}", scale, layer.weight[:, 0], file)
-    if weight.element_size() != 1 or scale.dtype != torch.float32 or not scale.isfinite().all():
-        raise ValueError(f"{file} is damaged: {path} has no 8-bit weights with finite scales in float32")
+    if scale.dtype == MX:
+        shapes = in_tiles_shape(weight.shape), (weight.shape[0], weight.shape[1] // BLOCK32)
+        if weight.dtype != torch.float8_e4m3fn or scale.shape not in shapes:
+            raise ValueError(f"{file} is damaged: {path} has no weights in MXFP8")
+        scale = laid_out(scale, weight.shape)
+    else:
+        _check_shape(f"{path}{_SCALE}", scale, layer.weight[:, 0], file)
+        if weight.element_size() != 1 or scale.dtype != torch.float32:
+            raise ValueError(f"{file} is damaged: {path} has no 8-bit weights with scales in float32")
+    if not scale.float().isfinite().all():
+        raise ValueError(f"{file} is damaged: {path} has scales that are not finite")
     return QuantizedLinear.holding(weight, scale, layer.bias)
 
 
@@ -338,8 +347,8 @@ def _all_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _check_device(model: torch.nn.Module, device: torch.device, file: Path) -> None:
     layers: list[Any] = [model.get_submodule(path) for path in _quantised_in(model)]
-    for held in {layer.weight.dtype for layer in layers}:
-        if held != dtype_on("int8" if held == torch.int8 else "fp8", device):
+    for held in {layer.form for layer in layers}:
+        if held != dtype_on({torch.int8: "int8", MX: "mxfp8"}.get(held, "fp8"), device):
             raise ValueError(f"{file} holds {_name_of(held)}, which {device} does not multiply: quantise it there")
 
 

@@ -12,6 +12,7 @@ import torch
 from launches import Configuration
 
 from omni_kernels.ops import OPS
+from omni_kernels.ops._quantized import MX
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Around every power of two: a launcher rounds to these.
@@ -57,7 +58,7 @@ def norms(D, S, x_dtype, dtype, every=False):
         yield partial(OPS["modulated_relative_l1"].launcher, x, row[:2], shift, prev, norm, weight)
     for weight in (vector, None):
         yield partial(OPS["rms_norm"].launcher, x, weight)
-    for quantized in (torch.int8, torch.float8_e4m3fn, torch.float8_e4m3fnuz):
+    for quantized in (torch.int8, torch.float8_e4m3fn, torch.float8_e4m3fnuz, *([] if D % 32 else [MX])):
         yield partial(OPS["quantize"].launcher, x, quantized)
         for beside in (False, True) if every else (True,):
             options = {"quantize": quantized, "beside": beside}

@@ -11,6 +11,7 @@ from torch.library import opcheck
 
 from omni_kernels import ops, registration
 from omni_kernels.ops import OPS
+from omni_kernels.ops._quantized import MX
 
 # Those that return what they compute; qk_norm_rope, which writes it where it is told to, has the same tests of its own.
 NAMES = [
@@ -72,7 +73,11 @@ GROUPS = (
 )
 NOT_IN_8_BITS, IN_8_BITS, BESIDE = (None, False), (torch.int8, False), (torch.float8_e4m3fn, True)
 OVERLOADS = {
-    "quantize": [("default", arguments("quantize")), ("default", (*arguments("quantize")[:1], torch.float8_e4m3fn))],
+    "quantize": [
+        ("default", arguments("quantize")),
+        ("default", (*arguments("quantize")[:1], torch.float8_e4m3fn)),
+        ("default", (torch.ones(2, 5, 64), MX)),
+    ],
     "scaled_mm": [
         ("default", (*arguments("scaled_mm"), None, torch.bfloat16, False, None)),
         ("default", (*GROUPS, torch.ones(128), torch.float32, True, torch.float8_e4m3fn)),

@@ -11,7 +11,9 @@ from fused import off
 from models import MODELS, latents
 
 import omni_kernels
+from omni_kernels import ops
 from omni_kernels.device import Device, pretend
+from omni_kernels.ops._quantized import MX, expanded
 from omni_kernels.patching import PatchConflictError, activations, quantised, quantized_linear
 from omni_kernels.patching.quantised import options_of
 from omni_kernels.patching.quantized_linear import QuantizedLinear
@@ -20,6 +22,7 @@ from omni_runtime import Omni, embedded_pipeline
 #: All layers of the tiny models are narrower than those that are quantised by default.
 INT8 = {"dtype": "int8", "min_width": 0}
 FP8 = {"dtype": "fp8", "min_width": 0}
+MXFP8 = {"dtype": "mxfp8", "min_width": 0}
 
 
 def linear(inputs=48, outputs=40, bias=True):
@@ -52,6 +55,33 @@ def test_a_layer_multiplies_what_8_bits_hold(name, dtype, limit, x_dtype, bias):
         assert 1e-3 < off(y, layer(x.float())) < 0.1
 
 
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_layer_in_mxfp8_multiplies_what_that_holds(x_dtype):
+    layer = torch.nn.Linear(96, 32)
+    made, x = QuantizedLinear(layer, MX), torch.randn(2, 7, 96).to(x_dtype)
+    held = [expanded(*ops.quantize(one, MX)) for one in (x, layer.weight.detach())]
+    with torch.no_grad():
+        y = made(x)
+        assert (y.dtype, y.shape, made.form) == (x_dtype, (2, 7, 32), MX)
+        assert off(y, torch.nn.functional.linear(*held, layer.bias)) < (4e-3 if x_dtype == torch.bfloat16 else 1e-5)
+        assert 1e-3 < off(y, layer(x.float())) < 0.1
+        expected = y.clone()
+        made.to(torch.bfloat16)
+        assert made.weight_scale.dtype == MX
+        made.bias.data = made.bias.data.to(torch.float32)
+        assert off(made(x), expected) < 4e-3
+
+
+def test_layers_whose_sizes_mxfp8_does_not_take_are_left():
+    model = MODELS["qwen_image"]
+    pipe = model.build(**model.options)
+    block = pipe.transformer.transformer_blocks[0]
+    block.attn.to_q = torch.nn.Linear(block.attn.to_q.in_features, 24)
+    with omni_kernels.patched(pipe, quantize=MXFP8, fuse=False) as handle:
+        left = handle.quantised.left_alone["transformer.transformer_blocks.0.attn.to_q"]
+    assert left == "MXFP8 takes multiples of 32 input and 16 output features"
+
+
 def test_a_spoilt_token_spoils_no_other():
     made, x = QuantizedLinear(linear(), torch.int8), torch.randn(1, 4, 48)
     with torch.no_grad():
@@ -82,7 +112,7 @@ def test_a_layer_is_compiled_without_graph_breaks():
         assert torch.equal(torch.compile(made, backend="aot_eager", fullgraph=True)(x), made(x))
 
 
-@pytest.mark.parametrize("how", [INT8, FP8], ids=["int8", "fp8"])
+@pytest.mark.parametrize("how", [INT8, FP8, MXFP8], ids=["int8", "fp8", "mxfp8"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_pipeline_runs_in_8_bits_and_gets_its_weights_back(name, how):
     model = MODELS[name]
@@ -208,10 +238,10 @@ def test_what_was_done_is_told(qwen_pipe):
 @pytest.mark.parametrize(
     ("how", "error", "message"),
     [
-        ("int4", ValueError, "quantize must be 'int8' or 'fp8', not 'int4'"),
-        (True, ValueError, "quantize must be 'int8' or 'fp8', not True"),
+        ("int4", ValueError, "quantize must be 'int8', 'fp8' or 'mxfp8', not 'int4'"),
+        (True, ValueError, "quantize must be 'int8', 'fp8' or 'mxfp8', not True"),
         ({"dtype": "int8", "exlude": []}, ValueError, "quantize has no key 'exlude': did you mean 'exclude'"),
-        ({"exclude": []}, ValueError, "quantize must be 'int8' or 'fp8', not None"),
+        ({"exclude": []}, ValueError, "quantize must be 'int8', 'fp8' or 'mxfp8', not None"),
         ({"dtype": "int8", "include": 3}, TypeError, "include must be a list of layers' names, not 3"),
         ({"dtype": "int8", "min_width": -1}, ValueError, "min_width must be a number of features from 0 on, not -1"),
         ({"dtype": "int8", "keep": "disk"}, ValueError, "keep must be 'host', 'reload' or 'none', not 'disk'"),
@@ -341,6 +371,11 @@ def test_fp8_is_what_the_device_multiplies_or_refused(vendor, arch, dtype):
     device = torch.device("cuda:0")
     with pretend("cuda", Device(vendor, arch, f"{vendor} {arch}")):
         assert quantised.dtype_on("int8", device) == torch.int8
+        if arch in ("sm_120", "gfx950"):
+            assert quantised.dtype_on("mxfp8", device) == MX
+        else:
+            with pytest.raises(ValueError, match=f"quantize='mxfp8' needs a GPU .*{vendor} {arch} does not"):
+                quantised.dtype_on("mxfp8", device)
         if dtype is not None:
             assert quantised.dtype_on("fp8", device) == dtype
             return

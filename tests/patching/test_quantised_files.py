@@ -13,12 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import omni_kernels
 from omni_kernels.device import Device, pretend
+from omni_kernels.ops import _quantized
 from omni_kernels.patching.quantized_linear import QuantizedLinear
 from omni_runtime import Omni, load_quantised, save_quantised
 from omni_runtime.generation import quantised_files
 
 INT8 = {"dtype": "int8", "min_width": 0}
 FP8 = {"dtype": "fp8", "min_width": 0}
+MXFP8 = {"dtype": "mxfp8", "min_width": 0}
 FILE = "transformer/quantised.safetensors"
 
 
@@ -64,7 +66,7 @@ def changed(directory, change, metadata=None):
 
 
 @pytest.mark.parametrize("keep", ["host", "none"])
-@pytest.mark.parametrize("how", [INT8, FP8], ids=["int8", "fp8"])
+@pytest.mark.parametrize("how", [INT8, FP8, MXFP8], ids=["int8", "fp8", "mxfp8"])
 def test_a_loaded_pipeline_makes_the_same_picture(qwen_pipe, tmp_path, how, keep):
     handle = omni_kernels.patch(qwen_pipe, quantize=how | {"keep": keep}, fuse=False)
     expected = latents(qwen_pipe)
@@ -76,6 +78,23 @@ def test_a_loaded_pipeline_makes_the_same_picture(qwen_pipe, tmp_path, how, keep
     assert [f"transformer.{name}" for name in layers] == handle.quantised.replaced
     assert torch.equal(latents(again), expected)
     assert not again.transformer.training
+
+
+def test_scales_of_mxfp8_are_laid_out_for_this_device_and_checked(qwen_pipe, tmp_path, monkeypatch):
+    with monkeypatch.context() as there:
+        there.setattr(_quantized, "SWIZZLED", not _quantized.SWIZZLED)
+        omni_kernels.patch(qwen_pipe, quantize=MXFP8, fuse=False)
+        expected = latents(qwen_pipe)
+        save_quantised(qwen_pipe, tmp_path)
+    assert torch.equal(latents(load_quantised(tmp_path)), expected)
+
+    def cut(tensors):
+        key = next(key for key in tensors if key.endswith(".weight_scale"))
+        tensors[key] = tensors[key][:-1].contiguous()
+
+    changed(tmp_path, cut)
+    with pytest.raises(ValueError, match=r"quantised\.safetensors is damaged: .* has no weights in MXFP8"):
+        load_quantised(tmp_path)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -276,7 +295,7 @@ Q = "transformer_blocks.1.attn.to_q"
         (other(f"{Q}.bias", lambda t: t[:-1]), rf"does not fit its config.json: {Q}\.bias is \[\d+\], not"),
         (other(f"{Q}.weight", lambda t: t.float()), rf"is damaged: {Q} has no 8-bit weights"),
         (other(f"{Q}.weight_scale", lambda t: t.half()), rf"is damaged: {Q} has no 8-bit weights"),
-        (other(f"{Q}.weight_scale", lambda t: t * float("nan")), rf"is damaged: {Q} has no 8-bit .* finite scales"),
+        (other(f"{Q}.weight_scale", lambda t: t * float("nan")), rf"is damaged: {Q} has scales that are not finite"),
         (
             lambda tensors: tensors.update({f"{Q}x.weight": torch.ones(2, 2), f"{Q}x.weight_scale": torch.ones(2)}),
             rf"does not fit its config.json: the model has no linear layer {Q}x",
