@@ -54,15 +54,16 @@ EVERY_NTH = Method(
     parts=parts,
 )
 
-torch.set_num_threads(1)  # for the small model only
-pipe = embedded_pipeline()
-pipe.set_progress_bar_config(disable=True)
-METHODS["every_nth"] = EVERY_NTH  # to try it; a package names it as an entry point instead
-with omni_kernels.patched(pipe, "every_nth", {"n": 3}) as handle:
-    pipe("red apple on blue", negative_prompt=" ", num_inference_steps=12)
-print(f"skipped: {handle.report.skipped}")
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # for the small model only
+    pipe = embedded_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    METHODS["every_nth"] = EVERY_NTH  # to try it; a package names it as an entry point instead
+    with omni_kernels.patched(pipe, "every_nth", {"n": 3}) as handle:
+        pipe("red apple on blue", negative_prompt=" ", num_inference_steps=12)
+    print(f"skipped: {handle.report.skipped}")
 
-try:
-    omni_kernels.patch(pipe, "every_nth", {"n": 11})
-except ValueError as error:
-    print(error)
+    try:
+        omni_kernels.patch(pipe, "every_nth", {"n": 11})
+    except ValueError as error:
+        print(error)

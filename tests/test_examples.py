@@ -88,3 +88,11 @@ def test_an_example_is_short_and_tells_of_the_full_size(name):
     assert len(text.splitlines()) <= 110, "read at once"
     assert f"python examples/{name}.py" in text
     assert "full-size" in ast.get_docstring(ast.parse(text))
+
+
+def test_the_documents_name_examples_that_exist():
+    root = FOLDER.parent
+    texts = [path.read_text(encoding="utf-8") for path in [root / "CONTRIBUTING.md", *(root / "docs").rglob("*.md")]]
+    named = {name for text in texts for name in re.findall(r"examples/(\w+)\.py", text)}
+    assert named <= set(EXAMPLES)
+    assert {"method_in_30_lines", "server_client", "quantised"} <= named
