@@ -221,11 +221,11 @@ IN_COMFYUI = """
     calls = []
     model.diffusion_model.register_forward_hook(lambda *_: calls.append(1))
 
-    def run(patched, sampler, steps=30, cfg=4.0):
+    def run(patched, sampler, steps=30, start=torch.zeros_like(noise), **more):
         calls.clear()
         torch.manual_seed(0)
-        latents = comfy.sample.sample(patched, noise, steps, cfg, sampler, "simple", positive, negative,
-                                      torch.zeros_like(noise), disable_pbar=True, seed=0)
+        latents = comfy.sample.sample(patched, noise, steps, 4.0, sampler, "simple", positive, negative, start,
+                                      disable_pbar=True, seed=0, **more)
         return latents, len(calls)
 
     node = NODE_CLASS_MAPPINGS["OmniVelocityCache"]()
@@ -247,6 +247,11 @@ IN_COMFYUI = """
         }
         found["undone"] = torch.equal(run(patcher, sampler)[0], full)
         found["again"] = torch.equal(run(cached, sampler)[0], near)
+    picture, mask = torch.randn_like(noise), torch.zeros(1, 1, 1, 8, 8)
+    mask[..., 4:] = 1
+    painted, of_painted = run(cached, "euler", start=picture, denoise=0.6, noise_mask=mask)
+    found["inpainting"] = of_painted, (painted - picture)[..., :4].abs().max().item()
+    found["a part"] = run(cached, "euler", start=picture, start_step=10, last_step=28)[1]
     found["the last node counts"] = run(twice, "euler")[1]
     print(json.dumps(found))
 """
@@ -277,4 +282,8 @@ def test_in_comfyui():
         assert found["samplers"][name]["error"] < found["samplers"][name]["of fewer steps"], name
     assert found["undone"]
     assert found["again"]
+    calls, moved = found["inpainting"]
+    assert calls == 30
+    assert moved < 1e-5, "what is masked stays"
+    assert found["a part"] == 18  # two calls for each of 9 of 18 steps
     assert found["the last node counts"] == 16  # two calls for each of 8 of 30 steps
