@@ -42,10 +42,16 @@ $(VENV)/.docs: $(VENV)/.installed
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-test: check docs $(VENV)/.quantised
+# In a folder of its own: where diffusers, transformers or bitsandbytes can import `kernels`, they load from the hub.
+$(VENV)/.kernels: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade \
+	  --target $(VENV)/kernels kernels
+	touch $@
+
+test: check docs $(VENV)/.quantised $(VENV)/.kernels
 	$(BIN)/python -m pytest --durations=20
 
-test-all: check $(VENV)/.quantised
+test-all: check $(VENV)/.quantised $(VENV)/.kernels
 	$(BIN)/python -m pytest --durations=20 --all
 
 bench: $(VENV)/.installed

@@ -11,12 +11,15 @@ The marks, each on a line of its own:
     <!-- aims -->             the aims of `python -m benchmarks.quality --check`, and what was reached
     <!-- hard: PART -->       a table of the study of hard pictures: stretches, variance, or rules
     <!-- file: PATH -->       the text of that file, without its title
+    <!-- code: PATH -->       that Python file
+    <!-- examples -->         a table of the examples
 
 Plots under benchmarks/results are copied into the site.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import textwrap
@@ -27,6 +30,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+REPOSITORY = "https://github.com/omni-kernels/omni-kernels"
 
 
 def on_files(files: Files, config: Any, **kwargs: Any) -> Files:
@@ -39,11 +43,12 @@ def on_files(files: Files, config: Any, **kwargs: Any) -> Files:
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
     """Replace the marks."""
     markdown = re.sub(r"<!-- file: (\S+) -->", lambda found: _text(found[1]), markdown)
+    markdown = re.sub(r"<!-- code: (\S+) -->", lambda found: code(found[1]), markdown)
     markdown = re.sub(r"<!-- keys: (\w+) -->", lambda found: key_table(found[1]), markdown)
     markdown = re.sub(r"<!-- figures: (\w+) -->", lambda found: figures(found[1]), markdown)
     markdown = re.sub(r"<!-- results: (\S+) -->", lambda found: results(found[1]), markdown)
     markdown = re.sub(r"<!-- hard: (\w+) -->", lambda found: hard_pictures(found[1]), markdown)
-    for mark, made in (("schedules", schedules), ("budgets", budgets), ("aims", aims)):
+    for mark, made in (("schedules", schedules), ("budgets", budgets), ("aims", aims), ("examples", examples)):
         markdown = re.sub(f"<!-- {mark} -->", lambda found, made=made: made(), markdown)
     return markdown.replace("<!-- keys -->", keys()) if "<!-- keys -->" in markdown else markdown
 
@@ -182,6 +187,20 @@ def hard_pictures(part: str) -> str:
                 rows.append([one["model"], str(row["mean_steps"]), which, *cells])
     commands = ", ".join(f"`{one['command']}`" for one in found)
     return f"{_table(head, rows)}\n\nMade by {commands}."
+
+
+def code(path: str) -> str:
+    """A Python file as a block of code."""
+    return f"```python\n{(ROOT / path).read_text(encoding='utf-8')}```"
+
+
+def examples() -> str:
+    """The examples, each with the first sentence of its docstring and a link to the file."""
+    rows = []
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        rows.append([f"[`{path.name}`]({REPOSITORY}/blob/main/examples/{path.name})", docstring.partition("\n")[0]])
+    return _table(["example", "what it shows"], rows)
 
 
 def _figures(document: dict[str, Any], name: str) -> list[list[str]]:

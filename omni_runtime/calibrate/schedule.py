@@ -294,7 +294,7 @@ def words(found: Mapping[int, Found]) -> Iterator[str]:
         if now["mean"] < plain["mean"]:
             yield "warning: plain sampling did better on these images: use fewer steps instead"
         elif now["images"] < FEW:
-            yield f"warning: {images} say little: hold out at least {FEW}"
+            yield f"warning: {images} {'say' if now['images'] > 1 else 'says'} little: hold out at least {FEW}"
 
 
 def plot(found: Mapping[int, Found]) -> str:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 #: As root there; a user namespace makes that possible for others, where the system allows it.
 UNSHARE = ["unshare", "--net"] if getattr(os, "geteuid", lambda: 1)() == 0 else ["unshare", "--map-root-user", "--net"]
 WITHIN = [*UNSHARE, "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
