@@ -1,16 +1,18 @@
 """What quantised linear layers cost in picture quality on the embedded models, alone and under the velocity cache.
 
-    python -m benchmarks.quantised   # 15 minutes; writes benchmarks/results/quantised.json
+    python -m benchmarks.quantised   # 25 minutes; writes benchmarks/results/quantised.json
 
 PSNR in dB of 8 prompts × 1 seed, 50 steps, against the same request without quantisation and without a cache. The
 layers of these models are narrower than the 512 features from which layers are quantised by default, so all widths are
-taken. *Default* leaves out what the rules leave out, *all* quantises every linear layer of the blocks. The models'
-calibrations are left aside.
+taken. *Default* leaves out what the rules leave out, *all* quantises every linear layer of the blocks; both leave the
+models' calibrations aside. *Edges* is the default with the first and last `EDGES` steps computed in the layers' own
+weights. *Calibrated* is what the model's `quantize_<dtype>.json` says, if it comes with one.
 """
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +29,7 @@ from omni_runtime.compare.comparison import prompts_of
 from omni_runtime.generation.loading import embedded_models
 
 STEPS, BUDGET, PROMPTS = 50, 25, 8
+EDGES = (5, 5)
 
 
 def rows_of(model: str) -> list[list[str]]:
@@ -52,10 +55,18 @@ def rows_of(model: str) -> list[list[str]]:
         rows = []
         with omni_kernels.patched(pipe, quantize={"dtype": "int8", "min_width": 0}, fuse=False) as handle:
             # What is included by name takes the place of a calibration. The rules take this layer anyway.
-            included = {"default": handle.quantised.replaced[:1], "all": ["*"]}
+            default: dict[str, Any] = {"include": handle.quantised.replaced[:1]}
+        ways = {
+            "default": default,
+            "all": {"include": ["*"]},
+            "edges": default | {"edge_steps": EDGES},
+            "calibrated": {"min_width": 64},  # as it was made
+        }
         for dtype in DTYPES:
-            for layers, names in included.items():
-                how = {"dtype": dtype, "min_width": 0, "include": names}
+            for layers, way in ways.items():
+                if layers == "calibrated" and not (embedded_models()[model] / f"quantize_{dtype}.json").is_file():
+                    continue
+                how = {"dtype": dtype, "min_width": 0, **way}
                 with omni_kernels.patched(pipe, quantize=how, fuse=False) as handle:
                     alone, both = psnr()
                     count = f"{len(handle.quantised.replaced)} of {len(handle.quantised)}"

@@ -9,6 +9,7 @@ The marks, each on a line of its own:
     <!-- schedules -->        what the calibrations of the embedded models have measured
     <!-- budgets -->          the calibrated schedules in the comparison, beside even steps and plain sampling
     <!-- aims -->             the aims of `python -m benchmarks.quality --check`, and what was reached
+    <!-- behind -->           where another run of the comparison is better than the velocity cache
     <!-- hard: PART -->       a table of the study of hard pictures: stretches, variance, or rules
     <!-- file: PATH -->       the text of that file, without its title
     <!-- code: PATH -->       that Python file
@@ -48,7 +49,8 @@ def on_page_markdown(markdown: str, **kwargs: Any) -> str:
     markdown = re.sub(r"<!-- figures: (\w+) -->", lambda found: figures(found[1]), markdown)
     markdown = re.sub(r"<!-- results: (\S+) -->", lambda found: results(found[1]), markdown)
     markdown = re.sub(r"<!-- hard: (\w+) -->", lambda found: hard_pictures(found[1]), markdown)
-    for mark, made in (("schedules", schedules), ("budgets", budgets), ("aims", aims), ("examples", examples)):
+    marks = {"schedules": schedules, "budgets": budgets, "aims": aims, "behind": behind, "examples": examples}
+    for mark, made in marks.items():
         markdown = re.sub(f"<!-- {mark} -->", lambda found, made=made: made(), markdown)
     return markdown.replace("<!-- keys -->", keys()) if "<!-- keys -->" in markdown else markdown
 
@@ -136,6 +138,23 @@ def budgets() -> str:
                 cells[0].append(f"{typical(runs[names[0]]['speedup']):.2f}×")
                 rows.append([document["model"], str(budget), *(cell for group in cells for cell in group)])
     return _table(head, rows)
+
+
+def behind() -> str:
+    """The runs that are better than the velocity cache with as many forwards."""
+    rows = [
+        [
+            document["model"],
+            f"{one['forwards']:g}",
+            one["run"],
+            one["statistic"],
+            f"{one['psnr']:.1f}",
+            f"{one['ours']:.1f}",
+        ]
+        for document in _compared()
+        for one in document["behind"]
+    ]
+    return _table(["model", "forwards of 100", "run", "statistic", "dB", "velocity cache, dB"], rows)
 
 
 def aims() -> str:

@@ -139,9 +139,17 @@ class Images:
 
     def plain(self, steps: int) -> Tried:
         """Run all requests with fewer steps and no cache, and measure the PSNR against the full runs."""
+        return Tried(tuple(range(steps)), tuple(self.measured(num_inference_steps=steps)))
+
+    def measured(self, **changed: Any) -> list[float]:
+        """Run all requests with the pipeline as it is, and measure each image's PSNR in dB against its full run.
+
+        Args:
+            changed: arguments of the call that replace those of the requests.
+        """
         psnr: list[float] = []
-        self._each(lambda _, batch, reference: psnr.extend(self._psnr(batch, reference, num_inference_steps=steps)))
-        return Tried(tuple(range(steps)), tuple(psnr))
+        self._each(lambda _, batch, reference: psnr.extend(self._psnr(batch, reference, **changed)))
+        return psnr
 
     def speedups(self, schedules: Sequence[tuple[Sequence[int], Forecast]]) -> list[float | None]:
         """Return each schedule's speedup over the full run, for the first request; None where the times do not agree.
