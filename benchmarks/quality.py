@@ -302,7 +302,9 @@ def behind(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     Forwards are counted per 100 of the full run; runs with 16 to 90 of them count, which is where the velocity cache
     has runs. Between two of its runs, its PSNR is interpolated. Its runs are those of the calibrated schedules.
     """
-    whole = next(run["nfe"]["mean"] for run in document["runs"] if run["name"] == REFERENCE)
+    whole = next((run["nfe"]["mean"] for run in document["runs"] if run["name"] == REFERENCE), None)
+    if whole is None:
+        return []
     runs = {run["name"]: run for run in document["runs"] if "psnr" in run and not _identical(run)}
 
     def forwards(run: Mapping[str, Any]) -> float:

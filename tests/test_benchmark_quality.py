@@ -274,6 +274,35 @@ def test_every_recorded_aim_is_met_or_known_to_be_missed(model):
         assert runs[f"velocity {budget}"]["p5"] >= runs[f"{budget} steps"]["p5"]
 
 
+def test_runs_that_are_better_with_as_many_forwards_are_told():
+    def run(name, method, nfe, mean, p5):
+        return {"name": name, "method": method, "nfe": {"mean": nfe}, "psnr": {"mean": mean, "p5": p5}}
+
+    document = {
+        "runs": [
+            run("no cache", "no cache", 50, None, None),
+            run("velocity 8", "velocity cache", 8, 30.0, 20.0),
+            run("velocity 25", "velocity cache", 25, 50.0, 40.0),
+            run("velocity 45", "velocity cache", 45, 60.0, 50.0),
+            run("few", "TeaCache", 7, 99.0, 99.0),
+            run("even", "velocity, evenly spread", 25, 50.02, 41.0),
+            run("between", "TeaCache", 35, 55.1, 44.0),
+            run("worse", "DBCache", 30, 51.0, 41.0),
+            run("most", "DBCache", 46, 99.0, 99.0),
+        ]
+    }
+    assert quality.behind(document) == [
+        {"run": "between", "statistic": "mean", "forwards": 70.0, "psnr": 55.1, "ours": 55.0},
+        {"run": "even", "statistic": "5th percentile", "forwards": 50.0, "psnr": 41.0, "ours": 40.0},
+    ]
+
+
+@pytest.mark.parametrize("model", RECORDED)
+def test_what_is_better_elsewhere_is_recorded(model):
+    found = recorded("quality", model)
+    assert found["behind"] == quality.behind(found)
+
+
 @pytest.mark.parametrize("model", RECORDED)
 def test_recorded_runs_are_of_the_schedules_that_are_shipped(model):
     """Results of before their computed steps were recorded tell the model that the schedule was calibrated on alone."""
