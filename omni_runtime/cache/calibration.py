@@ -99,6 +99,10 @@ def _schedule(row: Any) -> dict[str, Any]:
     if mean is None:
         raise ValueError(f"psnr must have a mean, not {shown(psnr)}")
     needed: dict[str, Any] = {"steps": steps, "computed": computed, "sigmas": levels, "psnr": {"mean": mean[0]}}
+    low = None if psnr.get("p5") is None else _numbers([psnr["p5"]])
+    images = psnr.get("images")
+    if low is not None and isinstance(images, int) and images > 0:
+        needed["psnr"] |= {"p5": low[0], "images": images}
     for key in ("speedup", "reach"):
         given = None if row.get(key) is None else _numbers([row[key]]) or [math.nan]
         if given is not None:
@@ -128,6 +132,7 @@ KINDS = {
     "velocity_cache": Kind("schedules", "calibration", _schedules, carries_over=True, otherwise="the default schedule"),
     "quantize_int8": Kind("quantisation in int8", "quantize", _excluded, otherwise="all wide layers"),
     "quantize_fp8": Kind("quantisation in fp8", "quantize", _excluded, otherwise="all wide layers"),
+    "quantize_mxfp8": Kind("quantisation in mxfp8", "quantize", _excluded, otherwise="all wide layers"),
 }
 
 

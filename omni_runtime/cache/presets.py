@@ -60,7 +60,8 @@ class Answer:
         schedule: the computed steps.
         psnr: the lowest and the highest mean PSNR in dB against the full run that is to be expected; None if every
             step is computed, or if nothing is known.
-        basis: what `psnr` rests on, in words.
+        low: the same of the 5th percentile: of 20 pictures, one may be below it; None if it is not known.
+        basis: what both rest on, in words.
         note: why it is not what was asked for, in words; "" if it is.
         speedup: the expected speedup over the full run.
         speed_basis: what `speedup` rests on, in words.
@@ -68,6 +69,7 @@ class Answer:
 
     schedule: Schedule
     psnr: tuple[float, float] | None = None
+    low: tuple[float, float] | None = None
     basis: str = ""
     note: str = ""
     speedup: float = 1.0
@@ -81,7 +83,9 @@ class Answer:
         else:
             words += f"; expect {self.speedup:.1f} times the speed ({self.speed_basis})"
         if self.psnr is not None:
-            words += f" and {self.decibels} ({self.basis})"
+            words += f" and {self.decibels}"
+            words += f", 1 picture of 20 below {_range(self.low)}" if self.low is not None else ""
+            words += f" ({self.basis})"
         return words + (f"; {self.note}" if self.note else "")
 
     @property
@@ -89,8 +93,17 @@ class Answer:
         """The expected PSNR in words."""
         if self.psnr is None:
             return "the same picture" if len(self.schedule.computed) == self.schedule.steps else "not known"
-        low, high = (f"{one:.0f}" for one in self.psnr)
-        return f"{low} dB" if low == high else f"{low} to {high} dB"
+        return f"{_range(self.psnr)} dB"
+
+    @property
+    def lowest(self) -> str:
+        """The expected 5th percentile of the PSNR in words; "" if it is not known."""
+        return "" if self.low is None else f"{_range(self.low)} dB"
+
+
+def _range(numbers: tuple[float, float]) -> str:
+    low, high = (f"{one:.0f}" for one in numbers)
+    return low if low == high else f"{low} to {high}"
 
 
 def answer(
@@ -129,33 +142,41 @@ def answer(
         note, budget = f"plain sampling is better than fewer than {FEWEST} computed steps", FEWEST
     near = schedules.nearest(calibrated, steps, budget)
     schedule = schedules.early(steps, budget) if near is None else schedules.fitted(near, steps, sigmas, budget)
-    psnr, basis = _expected(budget, steps, near, calibrated)
+    psnr, low, basis = _expected(budget, steps, near, calibrated)
     measured = schedules.saved_by_skipping(calibrated)
     speed_basis = "by counting steps; no times were measured" if measured is None else "as measured on this model"
     speedup = 1 / (1 - (1.0 if measured is None else measured) * (1 - budget / steps))
-    return Answer(schedule, psnr, basis, note, speedup, speed_basis)
+    return Answer(schedule, psnr, low, basis, note, speedup, speed_basis)
+
+
+Range = tuple[float, float] | None
 
 
 def _expected(
     budget: int, steps: int, near: Schedule | None, calibrated: Sequence[Schedule]
-) -> tuple[tuple[float, float] | None, str]:
-    """The lowest and highest mean PSNR that is to be expected, and what it rests on; None if it is not known."""
+) -> tuple[Range, Range, str]:
+    """The lowest and highest mean PSNR and 5th percentile to be expected, and what they rest on; None: not known."""
     if near is not None:
         psnr = _between(_measured(calibrated), budget)
+        if psnr is None:
+            return None, None, ""
+        low = _between([(len(one.computed), one.low) for one in calibrated if one.low is not None], budget)
+        images = min((one.images for one in calibrated), default=0)
         basis = "measured on this model" + ("" if near.steps == steps else f" at {near.steps} steps")
-        return (None, "") if psnr is None else ((psnr, psnr), basis)
-    known = _known(budget)
+        basis += f", on {images} pictures that its schedules were not searched on" if images else ""
+        return (psnr, psnr), None if low is None else (low, low), basis
+    known, lows = _known(budget, "mean"), _known(budget, "p5")
     if not known:
-        return None, ""
+        return None, None, ""
     basis = f"as on the {len(known)} embedded models, which are small; `omni calibrate schedule` measures this one"
-    return (min(known), max(known)), basis
+    return (min(known), max(known)), (min(lows), max(lows)), basis
 
 
 def _good_enough(psnr: float, steps: int, calibrated: Sequence[Schedule]) -> int | None:
     """The smallest number of computed steps that is expected to reach a mean PSNR in dB; None: only all of them."""
     own = _measured(calibrated)
     for budget in range(FEWEST, int(LARGEST * steps) + 1):
-        expected = _between(own, budget) if own else min(_known(budget), default=None)
+        expected = _between(own, budget) if own else min(_known(budget, "mean"), default=None)
         if expected is not None and expected >= psnr:
             return budget
     return None
@@ -177,15 +198,15 @@ def _between(points: Sequence[tuple[int, float]], budget: int) -> float | None:
     return float(np.interp(budget, [count for count, _ in points], [psnr for _, psnr in points]))
 
 
-def _known(budget: int) -> list[float]:
-    """The mean PSNR of so many steps of the default schedule on each embedded model for which it was measured."""
-    found = (_between(points, budget) for points in _general().values())
+def _known(budget: int, statistic: str) -> list[float]:
+    """The PSNR ("mean" or "p5") of so many steps of the default schedule on each model for which it was measured."""
+    found = (_between(points, budget) for points in _general(statistic).values())
     return [one for one in found if one is not None]
 
 
 @functools.cache
-def _general() -> dict[str, list[tuple[int, float]]]:
-    """Embedded model → numbers of computed steps, and mean PSNR in dB of the default schedule with so many."""
+def _general(statistic: str) -> dict[str, list[tuple[int, float]]]:
+    """Embedded model → numbers of computed steps, and PSNR in dB of the default schedule with so many."""
     from omni_runtime.generation.loading import embedded_models
 
     found = {}
@@ -193,5 +214,5 @@ def _general() -> dict[str, list[tuple[int, float]]]:
         path = directory / calibration.file_name("velocity_cache")
         if path.is_file():
             rows = files.read_json(path)["schedules"]
-            found[name] = [(len(row["computed"]), float(row["uncalibrated"]["mean"])) for row in rows]
+            found[name] = [(len(row["computed"]), float(row["uncalibrated"][statistic])) for row in rows]
     return found

@@ -36,6 +36,8 @@ class Schedule:
         origin: where the schedule comes from, in words.
         sigmas: the noise level of each step in the runs it was made for; None if they are not known.
         psnr: mean PSNR in dB against full runs; None if not measured.
+        low: its 5th percentile; None if not measured.
+        images: how many images both were measured on; 0 if it is not known.
         speedup: how many times as fast as a full run; None if not measured.
         reach, corrector_order: how its skipped steps are forecast (`omni_runtime.cache.output.Chosen`); None for the
             default.
@@ -49,6 +51,8 @@ class Schedule:
     speedup: float | None = None
     reach: float | None = None
     corrector_order: int | None = None
+    low: float | None = None
+    images: int = 0
 
     @property
     def mask(self) -> tuple[int, ...]:
@@ -259,6 +263,8 @@ def calibrated(found: Mapping[str, Any] | None) -> list[Schedule]:
             speedup=row.get("speedup"),
             reach=row.get("reach"),
             corrector_order=row.get("corrector_order"),
+            low=row["psnr"].get("p5"),
+            images=int(row["psnr"].get("images", 0)),
         )
         for row in found["schedules"]
     ]

@@ -42,6 +42,7 @@ def explain(options: argparse.Namespace) -> None:
                 "speedup": round(found.speedup, 2),
                 "speed_basis": found.speed_basis,
                 "psnr": found.psnr,
+                "psnr_p5": found.low,
                 "basis": found.basis,
                 "note": found.note,
             }
@@ -54,10 +55,10 @@ def explain(options: argparse.Namespace) -> None:
     print(f"{about['model']}: {about['pipeline']}, {steps} steps\n")
     names = [str(presets.Asked(**one)) for one in asked]
     width = max(map(len, names))
-    print(f"{'':<{width}}  steps computed  speed  PSNR to the full run")
+    print(f"{'':<{width}}  steps computed  speed  {'PSNR to the full run':<20}  1 picture of 20 below")
     for name, one in zip(names, answers, strict=True):
         count = f"{len(one.schedule.computed)} of {steps}"
-        print(f"{name:<{width}}  {count:<14}  {one.speedup:<4.1f}×  {one.decibels}")
+        print(f"{name:<{width}}  {count:<14}  {one.speedup:<4.1f}×  {one.decibels:<20}  {one.lowest}".rstrip())
     print()
     for label, words in (
         ("Speed", dict.fromkeys(one.speed_basis for one in answers if len(one.schedule.computed) < steps)),

@@ -86,6 +86,20 @@ def test_the_models_own_calibration_comes_first() -> None:
     assert other.basis == "measured on this model at 50 steps"
 
 
+def test_the_answer_says_how_sure_it_is() -> None:
+    own = [schedule(count, mean, low=low, images=32) for count, mean, low in ((25, 50.0, 44.0), (17, 44.0, 30.0))]
+    found = answer(Asked(), 50, own, SIGMAS)
+    assert found.low == (30.0, 30.0)
+    assert found.basis == "measured on this model, on 32 pictures that its schedules were not searched on"
+    assert "and 44 dB, 1 picture of 20 below 30 (measured on this model, on 32" in str(found)
+    general = answer(Asked(), 50)
+    assert general.low is not None
+    assert general.psnr is not None
+    assert general.low[0] < general.psnr[0]
+    assert general.lowest == "{:.0f} to {:.0f} dB".format(*general.low)
+    assert answer(Asked(quality="exact"), 50).lowest == answer(Asked(), 50, OWN).lowest == ""
+
+
 def test_numbers_ask_for_the_fewest_steps_that_reach_them() -> None:
     assert len(answer(Asked(psnr=44.0), 50, OWN, SIGMAS).schedule.computed) == 17
     assert len(answer(Asked(psnr=45.0), 50, OWN, SIGMAS).schedule.computed) == 19
@@ -93,7 +107,7 @@ def test_numbers_ask_for_the_fewest_steps_that_reach_them() -> None:
     assert nothing.schedule.computed == tuple(range(50))
     assert "nothing that was measured reaches 60 dB" in str(nothing)
     count = len(answer(Asked(psnr=40.0), 50).schedule.computed)
-    known = [presets._between(points, count) for points in presets._general().values()]
+    known = [presets._between(points, count) for points in presets._general("mean").values()]
     assert min(known) >= 40.0, "without a calibration, on every embedded model"
     budget = len(answer(Asked(speedup=2.0), 50, OWN, SIGMAS).schedule.computed)
     assert budget < 25, "as measured, 25 of 50 steps are not twice as fast"
@@ -275,7 +289,8 @@ def test_explain_says_what_each_preset_does_and_what_that_rests_on(saved: dict[s
     assert [one["asked"]["quality"] for one in about["answers"]] == list(PRESETS)
     assert about["steps"] == 50
     assert [len(one["computed"]) for one in about["answers"]] == [50, 25, 17, 13]
-    assert about["answers"][1]["basis"] == "measured on this model"
+    assert about["answers"][1]["basis"].startswith("measured on this model, on 32 pictures")
+    assert about["answers"][1]["psnr_p5"][0] < about["answers"][1]["psnr"][0]
     assert cli.main(["explain", "--model", str(saved["qwen_image"]), "--steps", "30", "--speedup", "2"]) == 0
     told = capsys.readouterr().out
     assert "speedup 2  15 of 30" in told
