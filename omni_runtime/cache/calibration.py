@@ -99,8 +99,8 @@ def _schedule(row: Any) -> dict[str, Any]:
     if mean is None:
         raise ValueError(f"psnr must have a mean, not {shown(psnr)}")
     needed: dict[str, Any] = {"steps": steps, "computed": computed, "sigmas": levels, "psnr": {"mean": mean[0]}}
-    low = None if psnr.get("p5") is None else _numbers([psnr["p5"]])
-    images = psnr.get("images")
+    assert psnr is not None
+    low, images = _numbers([psnr.get("p5")]), psnr.get("images")
     if low is not None and isinstance(images, int) and images > 0:
         needed["psnr"] |= {"p5": low[0], "images": images}
     for key in ("speedup", "reach"):
