@@ -412,6 +412,8 @@ def _add_serve(commands: Any) -> None:
         ("max-frames", 257, "frames of a video"),
         ("max-prompt", 4000, "characters of a prompt"),
         ("max-body", 32 << 20, "bytes of a request"),
+        ("max-held", 1 << 30, "bytes of bodies and reference pictures of all requests, those that wait included"),
+        ("max-connections", 1024, "connections, within three quarters of the process's file descriptors"),
     ):
         limits.add_argument(f"--{name}", type=_whole, metavar="N", help=f"most {what} (default: {default})")
     limits.add_argument(
@@ -420,7 +422,13 @@ def _add_serve(commands: Any) -> None:
         metavar="GIB",
         help="most memory that the pictures in flight hold, in GiB; others wait (default: no limit)",
     )
-    limits.add_argument("--deadline", type=_seconds, metavar="N", help="seconds that a request may take (default: 600)")
+    for name, seconds, what in (
+        ("deadline", 600, "that a request may take"),
+        ("header-seconds", 10, "until the head of a request must have arrived"),
+        ("body-seconds", 60, "until its body must have arrived"),
+        ("write-seconds", 60, "after which a client that reads nothing of its answer is cut off"),
+    ):
+        limits.add_argument(f"--{name}", type=_seconds, metavar="N", help=f"seconds {what} (default: {seconds})")
 
 
 def text_of(argument: str) -> str:

@@ -102,5 +102,10 @@ LIMITS = (
     "max_frames",
     "max_prompt",
     "max_body",
+    "max_held",
+    "max_connections",
+    "header_seconds",
+    "body_seconds",
+    "write_seconds",
     "drain_seconds",
 )

@@ -451,7 +451,12 @@ class Omni:
         """
         engine = self._engine
         if engine is not None:
-            return engine.take(one, self.cache_backend, self.cache_config, on_step=on_step).result()
+            job = engine.take(one, self.cache_backend, self.cache_config, on_step=on_step)
+            try:
+                return job.result()
+            except BaseException:
+                job.cancel()  # no one waits for it any more
+                raise
         with self._turn:
             self.load()
             with self._together(lambda: self._asked(one)):

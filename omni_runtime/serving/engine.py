@@ -15,12 +15,14 @@ Each request has its own cache, which decides as it would if the request ran alo
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import secrets
 import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -40,12 +42,26 @@ from omni_runtime.generation.result import OmniResult, not_a_number
 from omni_runtime.generation.seeding import RandomState
 from omni_runtime.serving.forwards import Call, Forwards
 from omni_runtime.serving.front import copy_for_request
-from omni_runtime.serving.jobs import Job, QueueFullError
+from omni_runtime.serving.jobs import (
+    DeviceFailedError,
+    Job,
+    QueueFullError,
+    State,
+    device_failed,
+    refuse_within,
+    works_for,
+)
 
 #: So many configured cache methods are kept.
 METHODS = 32
 #: Of so many kinds of requests, it is known what memory they need.
 KINDS = 256
+#: So many smaller requests may begin before one that has no room yet.
+PASSES = 16
+#: Seconds that a request has to end when the engine gives up.
+PATIENCE = 10.0
+#: So many requests in a row must end with an error of the device until it is taken to be dead.
+DEVICE_ERRORS = 3
 
 
 class _Stop(BaseException):
@@ -59,7 +75,6 @@ class _Live:
         call: the transformer call that it waits for; None if it is not at one.
         over: whether it has ended.
         random: the state of torch's global random numbers, of which each request has its own.
-        kind: what its need of memory depends on.
         held: the most bytes that it was seen to hold.
     """
 
@@ -68,7 +83,6 @@ class _Live:
         self.call: Call | None = None
         self.over = False
         self.random = random
-        self.kind = _kind_of(job)
         self.held = 0
         self.session: CacheSession | None = None
         self.go = threading.Semaphore(0)
@@ -82,12 +96,15 @@ class Engine:
         max_batch: the most samples in one forward.
         in_flight: the most requests that run at once. Each holds its latents and what its cache keeps.
         waiting: the most requests that wait to be run; `submit` raises `QueueFullError` beyond that.
-        memory: the most bytes that the latents and caches of all requests in flight may hold; None for no limit. What
-            a request needs is known from an earlier one of the same size and cache. The first of its kind starts only
-            while no other of an unknown kind runs. A request that needs more than this runs by itself.
+        memory: the most bytes that the latents, caches and reference pictures of all requests in flight may hold; None
+            for no limit. What a request needs is known from an earlier one of the same size and cache, or is estimated
+            from one of another size. A request of which this is not known, or that needs more, runs by itself. Smaller
+            ones may begin before one that has no room yet, but at most `PASSES` of them.
+        failed: called, in a thread of the engine, if it can do nothing more: with a `DeviceFailedError`.
 
     Attributes:
         forwards: how many forwards were made, of how many samples.
+        failure: why it can do nothing more; None while it works.
 
     Raises:
         ValueError: a limit is below 1, or the model cannot be served by an engine.
@@ -95,7 +112,14 @@ class Engine:
 
     # Any: `Omni` imports this module.
     def __init__(
-        self, omni: Any, *, max_batch: int = 8, in_flight: int = 16, waiting: int = 256, memory: int | None = None
+        self,
+        omni: Any,
+        *,
+        max_batch: int = 8,
+        in_flight: int = 16,
+        waiting: int = 256,
+        memory: int | None = None,
+        failed: Callable[[DeviceFailedError], None] | None = None,
     ) -> None:
         limits = {"max_batch": max_batch, "in_flight": in_flight, "waiting": waiting, "memory": memory}
         for name, value in limits.items():
@@ -108,7 +132,10 @@ class Engine:
         self._in_flight = in_flight
         self._waiting = waiting
         self._memory = memory
-        self._needs: dict[Any, int] = {}  # kind of a request → the most bytes that one has held
+        self._needs: dict[_Kind, int] = {}  # the most bytes that a request of this kind has held
+        self._failed = failed
+        self.failure: DeviceFailedError | None = None
+        self._device_errors = 0  # in a row
         self._pipe = omni.pipe
         _refuse(self._pipe)
         self._names = _transformers_of(self._pipe)
@@ -149,6 +176,7 @@ class Engine:
         Raises:
             ValueError, TypeError: as from `Omni.generate`; or the cache cannot be used in an engine.
             QueueFullError: too many requests wait already.
+            DeviceFailedError: the device, or the engine, can do nothing more.
             RuntimeError: the engine is closed.
         """
         if not (prompt is None or isinstance(prompt, str)):
@@ -173,8 +201,10 @@ class Engine:
         """Give the engine a request that `Omni.prepare` has checked; see `submit`."""
         if backend is not None:
             self._session(backend, config)
-        job = Job(request, backend, config, deadline, on_step, self._wake)
+        job = Job(request, backend, config, deadline, on_step, self)
         with self._changed:
+            if self.failure is not None:
+                raise DeviceFailedError(str(self.failure)) from self.failure
             if self._closing:
                 raise RuntimeError("this engine is closed")
             if len(self._queue) >= self._waiting:
@@ -211,35 +241,57 @@ class Engine:
 
         Args:
             cancel: cancel the requests instead of finishing them.
+
+        Raises:
+            RuntimeError: a callback of one of its requests calls this.
         """
+        refuse_within(self, "close its own engine")
         with self._changed:
             self._closing = True
-            if cancel:
-                for job in [*self._queue, *(live.job for live in self._lives)]:
-                    job.cancel()
+            left = [*self._queue, *(live.job for live in self._lives)] if cancel else []
             self._changed.notify()
-        if threading.current_thread() is not self._driver:
-            self._driver.join()
+        for job in left:
+            job.cancel()
+        self._driver.join()
         self.omni.engine_closed()
 
-    def _wake(self) -> None:
+    def cancelled(self, job: Job) -> None:
+        """A job was cancelled: it ends now if it waits, else when the engine comes to it."""
         with self._changed:
+            waits = job in self._queue
+            if waits:
+                self._queue.remove(job)
             self._changed.notify()
+        if waits:
+            job.end(job.expired() or "")
 
     # The driver: one thread, which lets one request work at a time
 
     def _drive(self) -> None:
         try:
-            self._work()
-        except BaseException as error:  # a fault of the engine itself: nobody waits forever
-            with self._changed:
-                self._closing = True
-                left = [*self._queue, *(live.job for live in self._lives)]
-                self._queue.clear()
-            for job in left:
-                if not job.done():
-                    job.fail(RuntimeError(f"the engine has stopped: {type(error).__name__}: {error}"))
-            raise
+            with works_for(self):
+                self._work()
+        except BaseException as error:  # a fault of the device or of the engine itself: nobody waits forever
+            self._give_up(error)
+
+    def _give_up(self, error: BaseException) -> None:
+        why = error if isinstance(error, DeviceFailedError) else None
+        if why is None:
+            why = DeviceFailedError(f"the engine has stopped: {type(error).__name__}: {error}")
+            why.__cause__ = error
+        with self._changed:
+            self.failure, self._closing = why, True
+            left = [*self._queue, *(live.job for live in self._lives)]
+            self._queue.clear()
+        if self._failed is not None:
+            self._failed(why)
+        for job in left:
+            job.cancel()
+            job.fail(why)
+        for live in self._lives:  # their threads end, one after the other, and free what they hold
+            live.go.release()
+            self._parked.acquire(timeout=PATIENCE)
+        self._lives.clear()
 
     def _work(self) -> None:
         held = False
@@ -262,10 +314,9 @@ class Engine:
     def _admit(self) -> None:
         self._drop_expired()
         while len(self._lives) < self._in_flight:
-            with self._changed:
-                if not self._queue or not self._has_room(self._queue[0]):
-                    return
-                job = self._queue.popleft()
+            job = self._next()
+            if job is None:
+                return
             why = job.expired()
             if why is not None:
                 job.end(why)
@@ -275,6 +326,19 @@ class Engine:
             self._lives.append(live)
             threading.Thread(target=self._run, args=(live,), name="omni-request", daemon=True).start()
             self._resume(live)
+
+    def _next(self) -> Job | None:
+        """Take the first request that there is room for out of the queue; None if there is none."""
+        with self._changed:
+            for place, job in enumerate(self._queue):
+                if self._has_room(job):
+                    for other in itertools.islice(self._queue, place):
+                        other.passed += 1
+                    del self._queue[place]
+                    return job
+                if job.passed >= PASSES:
+                    break
+        return None
 
     def _drop_expired(self) -> None:
         """End the requests in the queue that were cancelled or are past their deadline: they take no one's place."""
@@ -289,12 +353,24 @@ class Engine:
         """Whether the memory of the requests in flight allows another one; see the argument `memory`."""
         if self._memory is None or not self._lives or job.expired() is not None:
             return True
-        needs = [self._needs.get(live.kind) for live in self._lives]
-        need = self._needs.get(_kind_of(job))
-        if need is None:
-            return None not in needs
-        held = sum(live.held if known is None else known for live, known in zip(self._lives, needs, strict=True))
-        return held + need <= self._memory
+        total = self._need(_kind_of(job))
+        for live in self._lives:
+            need = self._need(_kind_of(live.job))
+            if total is None or need is None:
+                return False
+            total += max(need, live.held)
+        return total is not None and total <= self._memory
+
+    def _need(self, kind: _Kind) -> int | None:
+        """The most bytes that a request of this kind is expected to hold; None if nothing is known.
+
+        What a request holds grows with its pixels, and no faster. So it needs no more than one with more pixels, and no
+        more than one with fewer pixels, scaled up.
+        """
+        if kind in self._needs or kind.pixels is None:
+            return self._needs.get(kind)
+        alike = [(one.pixels, need) for one, need in self._needs.items() if one.cache == kind.cache and one.pixels]
+        return min((math.ceil(need * max(1.0, kind.pixels / pixels)) for pixels, need in alike), default=None)
 
     def _measure(self) -> None:
         """Note what each request holds while it waits for a call."""
@@ -302,7 +378,8 @@ class Engine:
             if live.call is not None:
                 given = tensors_of([live.call.args, live.call.kwargs])
                 held = [] if live.session is None else live.session.held_tensors()
-                live.held = max(live.held, sum(tensor.nbytes for tensor in (*given, *held)))
+                tensors = sum(tensor.nbytes for tensor in (*given, *held))
+                live.held = max(live.held, tensors + sum(map(_bytes_of, _pictures_of(live.job))))
 
     def _advance(self) -> None:
         """Make one forward, and let the requests that it was for go on."""
@@ -337,9 +414,21 @@ class Engine:
         if live.over:
             self._lives.remove(live)
             if live.held:
-                self._needs[live.kind] = max(live.held, self._needs.get(live.kind, 0))
+                kind = _kind_of(live.job)
+                self._needs[kind] = max(live.held, self._needs.get(kind, 0))
                 if len(self._needs) > KINDS:
                     del self._needs[next(iter(self._needs))]
+            self._check_device(live.job)
+
+    def _check_device(self, job: Job) -> None:
+        """Raise DeviceFailedError if one request after the other ends with an error of the device."""
+        error = job.error()
+        if job.state is State.DONE:
+            self._device_errors = 0
+        elif error is not None and device_failed(error):
+            self._device_errors += 1
+            if self._device_errors >= DEVICE_ERRORS:
+                raise DeviceFailedError(f"the device failed: {error}") from error
 
     # A request: its own thread, which works only while the driver waits for it
 
@@ -347,14 +436,19 @@ class Engine:
         live.go.acquire()
         job = live.job
         try:
+            with works_for(self):
+                self._end(live, job)
+        finally:
+            live.over, live.call, live.session = True, None, None
+            self._parked.release()
+
+    def _end(self, live: _Live, job: Job) -> None:
+        try:
             job.succeed(self._generated(live))
         except _Stop as stop:
             job.end(str(stop), None if live.session is None else live.session.report)
         except BaseException as error:
             job.fail(error)
-        finally:
-            live.over, live.call, live.session = True, None, None
-            self._parked.release()
 
     def _generated(self, live: _Live) -> OmniResult:
         job = live.job
@@ -456,10 +550,39 @@ class Engine:
             return session
 
 
-def _kind_of(job: Job) -> Any:
-    """What the memory that a request needs depends on: its size and number of images, and its cache."""
-    sizes = ("height", "width", "num_frames", "num_images_per_prompt", "num_videos_per_prompt")
-    return job.backend, repr(sorted(job.config.items())), *(job.request.arguments.get(name) for name in sizes)
+class _Kind(NamedTuple):
+    """What the memory that a request needs depends on.
+
+    Attributes:
+        cache: its cache, and its configuration.
+        sizes: its size, its number of images and frames, and the sizes of its reference pictures.
+        pixels: of all images and frames; None if the pipeline decides, or if there are reference pictures.
+    """
+
+    cache: tuple[str | None, str]
+    sizes: tuple[Any, ...]
+    pixels: int | None
+
+
+def _kind_of(job: Job) -> _Kind:
+    asked, pictures = job.request.arguments, [picture.size for picture in _pictures_of(job)]
+    numbers = [asked.get(name) or 1 for name in ("num_frames", "num_images_per_prompt", "num_videos_per_prompt")]
+    height, width = asked.get("height"), asked.get("width")
+    pixels = math.prod([height, width, *numbers]) if height and width and not pictures else None
+    return _Kind((job.backend, repr(sorted(job.config.items()))), (height, width, *numbers, *pictures), pixels)
+
+
+def _pictures_of(job: Job) -> list[Any]:
+    """The PIL images among the arguments of a request."""
+    from PIL import Image
+
+    values = [one for value in job.request.arguments.values()
+              for one in (value if isinstance(value, (list, tuple)) else [value])]  # fmt: skip
+    return [one for one in values if isinstance(one, Image.Image)]
+
+
+def _bytes_of(picture: Any) -> int:
+    return int(picture.width * picture.height * (1 if len(picture.getbands()) == 1 else 4))  # as Pillow keeps it
 
 
 def _seed_of(request: GenerationRequest) -> int:

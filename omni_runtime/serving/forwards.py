@@ -18,7 +18,7 @@ import itertools
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,6 +28,8 @@ from omni_runtime.cache.lifecycle import CURRENT, Branch, Request
 from omni_runtime.cache.stack import Part, Stack, difference
 from omni_runtime.cache.together import Arguments, Axes
 from omni_runtime.serving.merging import Joined, Merger, cuts, samples, split
+
+Kept = TypeVar("Kept", set[Hashable], dict[Any, Any])
 
 #: A call in a batch may differ from the same call alone by this share of its result, in fp32 and in other dtypes.
 EXACT, ROUNDED = 1e-4, 0.05
@@ -133,11 +135,11 @@ class Forwards:
     def __init__(self, max_batch: int) -> None:
         self._max_batch = max_batch
         self._mergers: dict[torch.nn.Module, Merger] = {}
-        self._known: dict[Hashable, _Known] = {}
-        #: Kinds of calls that are always made alone, or whose texts are not padded.
+        self._known: dict[Any, _Known] = {}
+        #: Forms of calls that are always made alone, or whose texts are not padded.
         self._apart: set[Hashable] = set()
         self._unpadded: set[Hashable] = set()
-        self._widths: dict[Hashable, torch.Size] = {}
+        self._widths: dict[Any, torch.Size] = {}
         self._same = _Same()
         self.made = self.samples = self.checks = 0
         self.sizes: Counter[int] = Counter()
@@ -180,22 +182,28 @@ class Forwards:
         stack = call.stack
         if not count or (stack is not None and (stack.ranks or stack.stepwise(call.args, call.kwargs) is None)):
             return None
+        form, exact = self._forms(call, count)
+        merger = self._merger(call.transformer)
+        if form in self._unpadded:
+            form = exact
+        elif stack is not None and not merger.unpadded(merger.by_name(call.args, call.kwargs)):
+            form = form if stack.keeps_text_apart else exact
+        elif stack is not None:
+            # The model pads texts itself, to a multiple of some length. What a cache keeps must have the same shape in
+            # every forward, so calls are joined only if their states have the same shape alone.
+            width = self._widths.get(exact)
+            form = None if width is None else (form, width)
+        return None if form in self._apart else form
+
+    def _forms(self, call: Call, count: int) -> tuple[Hashable, Hashable]:
+        """The form of a call whose texts may be padded, and that of one whose texts are as they are."""
         merger = self._merger(call.transformer)
         given = merger.by_name(call.args, call.kwargs)
-        kind = call.transformer, stack, call.modes, merger.structure(given, count)
-        if kind in self._apart:
-            return None
-        if kind in self._unpadded:
-            return kind, merger.form(given, count, self._same, padded=False)
-        if stack is None or (stack.keeps_text_apart and not merger.unpadded(given)):
-            return kind, merger.form(given, count, self._same)
-        exact = merger.form(given, count, self._same, padded=False)
-        if not merger.unpadded(given):
-            return kind, exact
-        # The model pads texts itself, to a multiple of some length. What a cache keeps must have the same shape in
-        # every forward, so calls are joined only if their states have the same shape alone.
-        width = self._widths.get((kind, exact))
-        return None if width is None else (kind, merger.form(given, count, self._same), width)
+        kind = call.transformer, call.stack, call.modes, merger.structure(given, count)
+        return (
+            (kind, merger.form(given, count, self._same)),
+            (kind, merger.form(given, count, self._same, padded=False)),
+        )
 
     def _join(self, calls: Sequence[Call]) -> tuple[Joined, tuple[Any, ...]]:
         """The joined call, and the key under which its check is known."""
@@ -220,11 +228,13 @@ class Forwards:
         known = _Known(False)
         with contextlib.suppress(Exception):
             known = self._check(pair, joined)
-        if len(self._known) >= STRUCTURES:
-            self._known.clear()
-        self._known[key] = known
-        if not known.joins:
-            (self._unpadded if lengths[place] != lengths[0] else self._apart).add(key[:4])
+        first, count = calls[0], samples(calls[0].args, calls[0].kwargs)
+        if known.joins:
+            _bounded(self._known)[key] = known
+        elif lengths[place] != lengths[0]:  # these forms alone: others of the structure may be joined
+            _bounded(self._unpadded).add(self._forms(first, count)[0])
+        else:
+            _bounded(self._apart).add(self._form(first, count))
         return known
 
     def _check(self, calls: Sequence[Call], joined: Joined) -> _Known:
@@ -282,14 +292,11 @@ class Forwards:
     def _note_width(self, call: Call) -> None:
         """Remember the shape of the states that a cache keeps of a call with unpadded texts."""
         merger = self._merger(call.transformer)
-        given, count = merger.by_name(call.args, call.kwargs), samples(call.args, call.kwargs)
         kept = None if call.branch is None else call.branch.kept
-        if kept is None or kept.hidden.shape is None or not merger.unpadded(given):
+        if kept is None or kept.hidden.shape is None or not merger.unpadded(merger.by_name(call.args, call.kwargs)):
             return
-        kind = call.transformer, call.stack, call.modes, merger.structure(given, count)
-        if len(self._widths) >= STRUCTURES:
-            self._widths.clear()
-        self._widths[kind, merger.form(given, count, self._same, padded=False)] = kept.hidden.shape[1:]
+        _, exact = self._forms(call, samples(call.args, call.kwargs))
+        _bounded(self._widths)[exact] = kept.hidden.shape[1:]
 
     def _together(self, calls: Sequence[Call], known: _Known, joined: Joined) -> None:
         first, total = calls[0], sum(joined.counts)
@@ -325,6 +332,13 @@ class Forwards:
 
     def _modes(self, call: Call) -> contextlib.AbstractContextManager[None]:
         return call.modes.set()
+
+
+def _bounded(kept: Kept) -> Kept:
+    """The same set or dict, emptied if it is full."""
+    if len(kept) >= STRUCTURES:
+        kept.clear()
+    return kept
 
 
 def _parts(calls: Sequence[Call], joined: Joined) -> list[Part]:
@@ -368,19 +382,21 @@ class _Same:
     """Gives equal tensors the same key. Each tensor is compared once, which may wait for the device."""
 
     def __init__(self) -> None:
-        self._keys: dict[tuple[int, int], tuple[torch.Tensor, int]] = {}
+        self._keys: dict[tuple[int, int, bool], tuple[torch.Tensor, int]] = {}
         self._kinds: dict[int, torch.Tensor] = {}
         self._numbers = itertools.count()
 
-    def __call__(self, tensor: torch.Tensor) -> int:
+    def __call__(self, tensor: torch.Tensor, rows: bool) -> int:
+        """The key. With `rows`, one row stands for all of them if they are equal."""
         if tensor.is_inference() or tensor.nbytes > LARGEST:  # its changes are not counted, or it costs too much
             return -id(tensor)
-        name = id(tensor), tensor._version
+        name = id(tensor), tensor._version, rows
         if name not in self._keys:
             if len(self._keys) >= STRUCTURES:
                 self._keys.clear()
                 self._kinds.clear()
-            self._keys[name] = tensor, self._kind(tensor)
+            own = tensor[:1] if rows and len(tensor) > 1 and bool((tensor == tensor[:1]).all()) else tensor
+            self._keys[name] = tensor, self._kind(own)
         return self._keys[name][1]
 
     def _kind(self, tensor: torch.Tensor) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
+import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -46,6 +48,37 @@ class DeadlineError(CancelledError, TimeoutError):
     """The request was cancelled because its deadline had passed."""
 
 
+class DeviceFailedError(RuntimeError):
+    """The device, or the engine itself, can no longer be used by this process. Start it again."""
+
+
+def device_failed(error: BaseException) -> bool:
+    """Whether an error says that the device does not work, whatever is asked of it."""
+    text = str(error)
+    told = type(error).__name__ == "AcceleratorError" or any(f"{kind} error" in text for kind in ("CUDA", "HIP"))
+    return isinstance(error, DeviceFailedError) or (told and "out of memory" not in text)
+
+
+#: The engine whose request or driver works in this thread.
+_HERE = threading.local()
+
+
+@contextlib.contextmanager
+def works_for(engine: Any) -> Iterator[None]:
+    """Context manager: this thread is one of the engine's own, which it waits for."""
+    _HERE.engine = engine
+    try:
+        yield
+    finally:
+        del _HERE.engine
+
+
+def refuse_within(engine: Any, what: str) -> None:
+    """Raise RuntimeError if this thread is the engine's own: it would wait for itself."""
+    if getattr(_HERE, "engine", None) is engine:
+        raise RuntimeError(f"a callback cannot {what}: the engine waits for the callback")
+
+
 class Job:
     """A request that was given to an engine. `await` it, or call `result`.
 
@@ -66,7 +99,7 @@ class Job:
         config: dict[str, Any],
         deadline: float | None,
         on_step: Callable[[Any], None] | None,
-        notify: Callable[[], None],
+        engine: Any,
     ) -> None:
         self.request = request
         self.backend = backend
@@ -78,7 +111,9 @@ class Job:
         self._deadline = None if deadline is None else self.submitted + deadline
         self._allowed = deadline
         self._cancelled = False
-        self._notify = notify
+        self._engine = engine
+        #: How many requests that were given later have begun before it.
+        self.passed = 0
         self._future: Future[OmniResult] = Future()
 
     def __repr__(self) -> str:
@@ -120,8 +155,11 @@ class Job:
         Raises:
             CancelledError: the job was cancelled (`DeadlineError`: by its deadline).
             TimeoutError: it is not over yet.
+            RuntimeError: a callback of a request in the same engine waits for it.
             BaseException: what the pipeline has raised.
         """
+        if not self._future.done():
+            refuse_within(self._engine, "wait for a request of its own engine")
         try:
             return self._future.result(timeout)
         except TimeoutError as error:
@@ -142,7 +180,7 @@ class Job:
         if self._future.done():
             return False
         self._cancelled = True
-        self._notify()
+        self._engine.cancelled(self)
         return True
 
     def expired(self) -> str | None:
@@ -154,12 +192,18 @@ class Job:
         return None
 
     def succeed(self, result: OmniResult) -> None:
-        """The job is over, with this result."""
-        self._future.set_result(result)
+        """The job is over, with this result, if it is not over already."""
+        if not self._future.done():
+            self._future.set_result(result)
 
     def fail(self, error: BaseException) -> None:
-        """The job is over, with this error."""
-        self._future.set_exception(error)
+        """The job is over, with this error, if it is not over already."""
+        if not self._future.done():
+            self._future.set_exception(error)
+
+    def error(self) -> BaseException | None:
+        """What the job has ended with; None if it has succeeded, or is not over."""
+        return self._future.exception() if self._future.done() else None
 
     def end(self, why: str, report: CacheReport | None = None) -> None:
         """The job is over, because it was cancelled."""

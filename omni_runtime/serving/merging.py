@@ -8,19 +8,30 @@ Diffusers' transformers take no argument that says which of the others have an e
 - text of unequal length is padded with zeros, if the forward takes a mask for it (`<name>_mask`);
 - everything else must be equal in all calls, and is passed once.
 
+Many models read where the tokens are from the first sample alone, and take it to be so for all: Qwen-Image's shapes of
+pictures, FLUX's and FLUX.2's `img_ids[0]`. So numbers and texts in a list of samples must be equal in all calls, and so
+must tensors that hold positions (`POSITIONS`), though they have an entry for each sample.
+
 A guess can be wrong: the number of tokens may be the number of samples by chance. So the first batch of each
 `structure` is compared with its calls made alone (`omni_runtime.serving.forwards`).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-Same = Callable[[torch.Tensor], Hashable]
+#: (tensor, whether one row stands for all of them if they are equal) → a key that equal tensors share
+Same = Callable[[torch.Tensor, bool], Hashable]
+
+#: Names of arguments that say where tokens are, or how many: `img_ids`, `video_coords`, `image_rotary_emb`, ...
+POSITIONS = re.compile(r"(ids|coords|indices|pos|rotary_emb|freqs_cis|sizes?|shapes?|lens)$")
+#: Names of tensors of whole numbers that every model reads for each sample.
+OF_SAMPLES = re.compile(r"mask|token|input_ids|labels")
 
 
 def samples(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
@@ -73,7 +84,7 @@ class Merger:
         Args:
             given: the arguments by name.
             count: the number of samples.
-            same: tensor → a key that equal tensors share.
+            same: gives equal tensors the same key.
             padded: whether texts of unequal length may be joined.
         """
         parts: list[Hashable] = []
@@ -84,7 +95,7 @@ class Merger:
                 if text.dim() == 3 and len(text) == count:
                     parts.append((name, "text", text.shape[2], text.dtype, text.device))
                     continue
-            parts.append((name, _form(value, count, same, padded)))
+            parts.append((name, _form(value, count, same, padded, name)))
         return tuple(parts)
 
     def lengths(self, given: Mapping[str, Any]) -> tuple[int, ...]:
@@ -146,27 +157,45 @@ def _kind(value: Any, count: int) -> Hashable:
     return value if value is None or isinstance(value, (bool, str)) else "same"
 
 
-def _form(value: Any, count: int, same: Same, padded: bool) -> Hashable:
+def _form(value: Any, count: int, same: Same, padded: bool, name: str = "") -> Hashable:
     kind = _kind(value, count)
     if isinstance(value, torch.Tensor):
         if kind == "same":
-            return "same", same(value)
-        return kind, value.shape[1:], value.dtype, value.device
+            return "same", same(value, False)
+        equal = same(value, True) if kind == "rows" and _places(name, value) else None
+        return kind, value.shape[1:], value.dtype, value.device, equal
     if kind == "each":
-        return "each", *(_element(one, padded) for one in (value[:1] if padded else value))
+        entries = [_element(one, padded) for one in value]
+        alike = padded and all(one == entries[0] for one in entries)
+        return "each", *(entries[:1] if alike else entries)
     if isinstance(kind, tuple):
         parts = value.items() if type(value) is dict else enumerate(value)
-        return kind[0], *((key, _form(one, count, same, padded)) for key, one in parts)
+        own = (lambda key: str(key)) if type(value) is dict else (lambda key: name)
+        return kind[0], *((key, _form(one, count, same, padded, own(key))) for key, one in parts)
     if isinstance(value, (list, tuple)):
         return type(value).__name__, *(_form(one, 0, same, padded) for one in value)
-    return ("value", type(value), value) if isinstance(value, (bool, int, float, str)) or value is None else id(value)
+    return _plain(value)
+
+
+def _places(name: str, value: torch.Tensor) -> bool:
+    """Whether a tensor with an entry for each sample says where tokens are."""
+    if POSITIONS.search(name) and not OF_SAMPLES.search(name):
+        return True
+    whole = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+    return whole and value.dim() > 1 and not OF_SAMPLES.search(name)
 
 
 def _element(value: Any, padded: bool) -> Hashable:
-    """An entry of a list of samples. Tensors must agree in shape, texts but for their length."""
+    """An entry of a list of samples. Tensors must agree in shape, texts but for their length; all else in value."""
     if isinstance(value, torch.Tensor):
         return value.shape[1:] if padded and value.dim() == 2 else value.shape, value.dtype, value.device
-    return tuple(_element(one, padded) for one in value) if isinstance(value, (list, tuple)) else type(value).__name__
+    if isinstance(value, (list, tuple)):
+        return type(value).__name__, *(_element(one, padded) for one in value)
+    return _plain(value)
+
+
+def _plain(value: Any) -> Hashable:
+    return ("value", type(value), value) if isinstance(value, (bool, int, float, str)) or value is None else id(value)
 
 
 def _join(values: Sequence[Any], counts: Sequence[int]) -> Any:

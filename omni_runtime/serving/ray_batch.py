@@ -20,9 +20,10 @@ from typing import Any
 
 from omni_runtime.generation.omni import Omni
 from omni_runtime.serving import local_ray
+from omni_runtime.serving.jobs import DeviceFailedError
 from omni_runtime.serving.results import Made
 from omni_runtime.serving.rows import Row
-from omni_runtime.serving.worker import AHEAD, DeviceFailedError, Worker
+from omni_runtime.serving.worker import AHEAD, Worker
 
 __all__ = ["ATTEMPTS", "made_by_workers"]
 

@@ -11,16 +11,12 @@ from typing import Any
 from omni_runtime.generation import video
 from omni_runtime.generation.omni import Omni
 from omni_runtime.generation.result import OmniResult, png
-from omni_runtime.serving.jobs import CancelledError
+from omni_runtime.serving.jobs import CancelledError, DeviceFailedError, device_failed
 from omni_runtime.serving.results import Made
 from omni_runtime.serving.rows import Row
 
 #: So many rows of a worker are prepared or encoded, besides those in flight.
 AHEAD = 2
-
-
-class DeviceFailedError(RuntimeError):
-    """The device can no longer be used by this process. The rows that it had in flight were not made."""
 
 
 class Worker:
@@ -68,12 +64,12 @@ class Worker:
             try:
                 result = self._engine.submit(**row.arguments).result()
                 suffix, contents = encoded(result, row.fps)
-            except CancelledError:
+            except (CancelledError, DeviceFailedError):
                 raise
             except Exception as error:
-                if type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error):
+                if device_failed(error):
                     raise DeviceFailedError(f"the device failed: {error}") from error
-                if str(error).startswith(("the engine has stopped", "this engine is closed")):
+                if str(error).startswith("this engine is closed"):
                     raise DeviceFailedError(str(error)) from error
                 told = {"error": type(error).__name__, "message": str(error) or type(error).__name__}
                 return Made(row.id, time.perf_counter() - start, told)

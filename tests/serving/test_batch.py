@@ -16,9 +16,9 @@ from omni_runtime import Omni, files
 from omni_runtime.generation.result import read_settings
 from omni_runtime.serving.batch import Summary, read, run
 from omni_runtime.serving.engine import Engine
-from omni_runtime.serving.jobs import CancelledError
+from omni_runtime.serving.jobs import CancelledError, DeviceFailedError
 from omni_runtime.serving.results import FILE, BusyError, Results
-from omni_runtime.serving.worker import DeviceFailedError, Worker, _Room
+from omni_runtime.serving.worker import Worker, _Room
 
 SMALL = {"height": 32, "width": 32, "num_inference_steps": 3}
 ROWS = [

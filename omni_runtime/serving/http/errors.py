@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from omni_runtime.generation.result import NotANumberError
-from omni_runtime.serving.jobs import CancelledError, DeadlineError, QueueFullError
+from omni_runtime.serving.jobs import CancelledError, DeadlineError, DeviceFailedError, QueueFullError
 
 #: Status of an answer that no one receives: the client has left.
 CLIENT_LEFT = 499
@@ -123,6 +123,8 @@ def of_submission(error: BaseException, retry_after: int) -> ApiError:
     if isinstance(error, ValueError | TypeError | FileNotFoundError):
         message = without_paths(str(error))
         return invalid(_field_of(message), message)
+    if isinstance(error, DeviceFailedError):
+        return device_failed()
     if isinstance(error, RuntimeError) and "closed" in str(error):
         return ApiError(503, "the server is stopping", code="stopping", retry_after=retry_after)
     return _failed(error)
@@ -141,12 +143,19 @@ def of_job(error: BaseException, began: bool) -> ApiError:
         return ApiError(504, str(error), code="deadline_exceeded")
     if isinstance(error, CancelledError):
         return ApiError(CLIENT_LEFT, str(error), code="cancelled")
+    if isinstance(error, DeviceFailedError):
+        return device_failed()
     if isinstance(error, NotANumberError):
         return ApiError(500, str(error), code="not_a_number")
     if not began and isinstance(error, ValueError | TypeError):
         message = without_paths(str(error))
         return invalid(_field_of(message), message)
     return _failed(error)
+
+
+def device_failed() -> ApiError:
+    """The answer to all requests once the device, or the engine, can do nothing more."""
+    return ApiError(503, "the device has failed: the server must be started again", code="device_failed")
 
 
 def _failed(error: BaseException) -> ApiError:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import hmac
 import json
 import secrets
+import threading
 import time
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -39,13 +40,14 @@ class Gate:
         self._app, self._service = app, service
         self._keys = [key.encode() for key in service.settings.api_keys]
         self._open = 0
+        self._room = Room(service.settings.max_held)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        passage = Passage(self._service, scope, receive, send)
+        passage = Passage(self._service, scope, receive, send, self._room)
         scope.setdefault("state", {})["passage"] = passage
         posts = scope["method"] == "POST"
         self._open += posts
@@ -81,7 +83,7 @@ class Gate:
         length = headers.get("content-length", "0")
         if not length.isascii() or not length.isdigit() or int(length[:19]) > self._service.settings.max_body:
             raise too_large(self._service.settings.max_body)
-        if self._open > self._service.settings.max_connections:
+        if self._open > self._service.settings.max_requests:
             after = self._service.retry_after()
             raise ApiError(429, "too many requests at once: try again later", code="queue_full", retry_after=after)
 
@@ -92,6 +94,32 @@ class Gate:
         return scheme.lower() == b"bearer" and any(known)
 
 
+class Room:
+    """The bytes that all requests under way hold.
+
+    Args:
+        most: how many they may be.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lock = threading.Lock()
+        self.held = 0
+
+    def take(self, more: int, own: int) -> bool:
+        """Whether there is room for `more` bytes, which are then held; `own` is what the request holds already."""
+        with self._lock:
+            if self.held + more > self._most and self.held > own:
+                return False
+            self.held += more
+            return True
+
+    def give_back(self, held: int) -> None:
+        """These bytes are no longer held."""
+        with self._lock:
+            self.held -= held
+
+
 class Passage:
     """One request on its way.
 
@@ -100,13 +128,14 @@ class Passage:
         failed: whether something unexpected happened.
     """
 
-    def __init__(self, service: Service, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, service: Service, scope: Scope, receive: Receive, send: Send, room: Room) -> None:
         # A replica has the id that the front has given. Nothing that a client sends comes here.
         self.id: str = scope.get("state", {}).get("request_id") or f"req_{secrets.token_hex(12)}"
         self.failed = False
         self._service, self._scope = service, scope
         self._receive, self._send = receive, send
         self._began = time.monotonic()
+        self._room, self._held = room, 0
         self._read = 0
         self._status: int | None = None
         self._facts: dict[str, Any] = {}
@@ -121,7 +150,24 @@ class Passage:
         self._read += len(message.get("body", b""))
         if self._read > self._service.settings.max_body:
             raise too_large(self._service.settings.max_body)
+        self.hold(len(message.get("body", b"")))
         return message
+
+    def hold(self, more: int) -> None:
+        """Count further bytes that this request holds until it is answered.
+
+        Raises:
+            ApiError: all requests together hold too many.
+        """
+        if not self._room.take(more, self._held):
+            words = "the requests under way hold too much: try again later"
+            raise ApiError(429, words, code="queue_full", retry_after=self._service.retry_after())
+        self._held += more
+
+    def hand_over(self) -> Callable[[], None]:
+        """What this request holds is held longer than it: until the function that is returned is called."""
+        held, self._held = self._held, 0
+        return lambda: self._room.give_back(held)
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
         """As ASGI's `send`, with our headers."""
@@ -144,6 +190,7 @@ class Passage:
 
     def close(self) -> None:
         """Write the log line, and count the answer."""
+        self.hand_over()()
         seconds = time.monotonic() - self._began
         route = getattr(self._scope.get("route"), "path", None) or "other"
         status = self._status or CLIENT_LEFT

@@ -146,18 +146,19 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-async def _answered(service: Service, request: Request, fields: Any, files: Sequence[bytes]) -> Response:
+async def _answered(service: Service, request: Request, fields: Any, files: list[bytes]) -> Response:
+    passage: Passage = request.scope["state"]["passage"]
     began = time.monotonic()
     if service.makes_video:
         raise invalid(None, f"{service.name} makes videos: use /v1/videos", "unsupported")
     body: ImageBody = validated(ImageBody, fields, service.settings)
     service.check_model(body)
-    references = await asyncio.to_thread(pictures, files, service.settings)
+    references = await asyncio.to_thread(pictures, files, service.settings, passage.hold)
+    files.clear()
     more = {"image": references[0] if len(references) == 1 else references} if references else {}
     one, cache = await asyncio.to_thread(service.prepared, body, more)
     if body.compare and cache[0] is None:
         raise invalid("compare", "compare needs a cache: this request has none")
-    passage: Passage = request.scope["state"]["passage"]
     base = str(request.base_url).rstrip("/")
     order = Order(service, body, one, cache, references, passage, base, began)
     passage.note(n=body.n, size=body.size, stream=body.stream or None)

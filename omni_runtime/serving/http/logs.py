@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -54,6 +55,7 @@ def to_stderr() -> None:
     logging.root.setLevel(logging.WARNING)
     LOGGER.setLevel(logging.INFO)
     warnings.showwarning = _warned
+    threading.excepthook = thread_ended
     adopt()
 
 
@@ -63,6 +65,11 @@ def adopt() -> None:
         if isinstance(logger, logging.Logger) and logger.handlers:
             logger.handlers.clear()
             logger.propagate = True
+
+
+def thread_ended(thread: threading.ExceptHookArgs) -> None:
+    """A thread has ended with an error that no one has caught."""
+    event("error", thread=None if thread.thread is None else thread.thread.name, error=thread.exc_type.__name__)
 
 
 def _warned(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:

@@ -32,6 +32,10 @@ class Served(Protocol):
     def ready(self) -> bool:
         """Whether it takes requests."""
 
+    @property
+    def reason(self) -> str | None:
+        """Why it can do nothing more: the class of an error."""
+
 
 class Metrics:
     """Counts the requests and the work of one server.
@@ -93,6 +97,10 @@ class _OfEngine(Collector):
         """The metrics of this moment."""
         service, engine = self._service, self._service.engine
         yield GaugeMetricFamily("omni_ready", "1 if requests are taken", float(service.ready))
+        failed = GaugeMetricFamily("omni_failed", "1 if the server can do nothing more", labels=["reason"])
+        if service.reason is not None:
+            failed.add_metric([service.reason], 1.0)
+        yield failed
         yield GaugeMetricFamily("omni_kept_bytes", "Bytes of kept pictures and videos", service.files.bytes)
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         if accelerator is not None:

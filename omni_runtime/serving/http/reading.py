@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -94,26 +94,37 @@ async def _form(request: Request, settings: Settings) -> tuple[dict[str, Any], d
     return fields, files
 
 
-def pictures(files: Sequence[bytes], settings: Settings, name: str = "image") -> list[Image.Image]:
+def pictures(
+    files: Sequence[bytes], settings: Settings, hold: Callable[[int], None], name: str = "image"
+) -> list[Image.Image]:
     """Decode reference pictures to RGB. Their sizes are checked before they are decoded.
+
+    Args:
+        files: the pictures as they were sent.
+        settings: the limits.
+        hold: called with the bytes of each before it is decoded; raises an ApiError if there is no room for them.
+        name: the field that they were sent as.
 
     Raises:
         ApiError: there are too many, one is too large, or it cannot be read.
     """
     if len(files) > settings.max_references:
         raise invalid(name, f"{name}: there may be {settings.max_references} pictures at most", "too_large")
-    return [_picture(data, settings, name) for data in files]
+    return [_picture(data, settings, hold, name) for data in files]
 
 
-def _picture(data: bytes, settings: Settings, name: str) -> Image.Image:
+def _picture(data: bytes, settings: Settings, hold: Callable[[int], None], name: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data), formats=READABLE) as picture:
             if picture.width * picture.height > settings.max_reference_pixels:
                 raise Image.DecompressionBombError
+            hold(4 * picture.width * picture.height)  # Pillow keeps RGB in four bytes
             return ImageOps.exif_transpose(picture).convert("RGB")
     except (Image.DecompressionBombError, MemoryError):
         most = settings.max_reference_pixels
         raise invalid(name, f"{name}: a picture may have {most} pixels at most", "too_large") from None
+    except ApiError:
+        raise
     except Exception:  # a damaged file can raise anything
         known = ", ".join(READABLE)
         raise invalid(name, f"{name} is not a picture that can be read ({known})", "invalid_image") from None

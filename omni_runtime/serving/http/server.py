@@ -14,6 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from omni_runtime.serving.http import logs
+from omni_runtime.serving.http.protocol import limited
 from omni_runtime.serving.http.service import PATIENCE, Service
 
 SIGNALS = signal.SIGINT, signal.SIGTERM
@@ -36,6 +37,8 @@ class Server(uvicorn.Server):
             access_log=False,
             lifespan="on",
             server_header=False,
+            http=limited(self.service.settings),
+            ws="none",
             timeout_graceful_shutdown=math.ceil(self.service.settings.drain_seconds),
             h11_max_incomplete_event_size=64 << 10,
         )

@@ -30,7 +30,7 @@ from omni_runtime.serving.http.metrics import Metrics
 from omni_runtime.serving.http.partials import Partials, differs, refused
 from omni_runtime.serving.http.settings import Settings
 from omni_runtime.serving.http.store import Store
-from omni_runtime.serving.jobs import Job
+from omni_runtime.serving.jobs import DeviceFailedError, Job
 
 #: Steps of the engine's first request, whose last latents are compared with its picture.
 FIRST_STEPS = 4
@@ -64,7 +64,7 @@ class Service:
         name: what clients call the model.
         state: what it is doing.
         loaded: set when the model is loaded, or could not be.
-        error: why it could not be loaded.
+        error: why it could not be loaded, or can do nothing more.
         finished: False if requests were cancelled when it was closed.
         stuck: whether something that was cancelled did not stop.
         methods: the cache methods that work with this model: name → summary. Known when it is ready.
@@ -164,7 +164,8 @@ class Service:
                 self.omni.warmup("a", **first)
             limits = self.settings
             self.engine = self.omni.engine(
-                max_batch=limits.max_batch, in_flight=limits.in_flight, waiting=limits.queue, memory=limits.memory
+                max_batch=limits.max_batch, in_flight=limits.in_flight, waiting=limits.queue, memory=limits.memory,
+                failed=self._broken,
             )  # fmt: skip
             self.methods = self._usable_methods()
             self.no_partials = self._check_partials(first)
@@ -176,10 +177,22 @@ class Service:
             logs.failure(error, "load", self.settings.debug)
             failed()
         else:
-            if self.state is State.LOADING:
+            if self.state is State.LOADING and self.error is None:
                 self.state = State.READY
                 logs.event("ready", model=self.name, seconds=round(time.monotonic() - began, 3))
         self.loaded.set()
+
+    def _broken(self, error: DeviceFailedError) -> None:
+        """The engine can do nothing more. Whoever watches the server sees that it is not healthy."""
+        self.error = error
+        logs.event("failed", reason=self.reason)
+        if self.state is not State.STOPPING:
+            self.state = State.FAILED
+
+    @property
+    def reason(self) -> str | None:
+        """The class of the error for which the server can do nothing more; None while it works."""
+        return None if self.error is None else type(self.error.__cause__ or self.error).__name__
 
     def _first_request(self) -> dict[str, Any]:
         if not self.needs_image:
@@ -217,6 +230,8 @@ class Service:
         """
         if self.ready and self.engine is not None:
             return self.engine
+        if self.state is State.FAILED and self.engine is not None and self.engine.failure is not None:
+            raise errors.device_failed()
         after = None if self.state is State.FAILED else LOADING
         words = {
             State.LOADING: "the model is being loaded: try again later",

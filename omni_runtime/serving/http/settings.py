@@ -27,7 +27,13 @@ class Settings:
         max_body: bytes of a request. A body of JSON has a MiB at most.
         max_references: reference pictures in one request.
         max_reference_pixels: of a reference picture, when it is decoded.
+        max_held: bytes of the bodies and the decoded reference pictures of all requests under way, those that wait
+            included. Beyond that, requests are answered with 429. One request alone may hold more.
+        max_connections: connections, at most three quarters of the process's file descriptors. Beyond that, the one
+            that has waited longest for its request is closed.
+        header_seconds: the head of a request must have arrived by then.
         body_seconds: a body must have arrived by then.
+        write_seconds: a client that reads nothing of its answer for so long is cut off.
         keep_files, keep_bytes, keep_seconds: how many pictures and videos the server keeps for their addresses, with
             how many bytes in all, and for how long.
         drain_seconds: how long a server that is told to stop lets its requests finish.
@@ -54,7 +60,11 @@ class Settings:
     max_body: int = 32 * MIB
     max_references: int = 4
     max_reference_pixels: int = 4096 * 4096
+    max_held: int = 1024 * MIB
+    max_connections: int = 1024
+    header_seconds: float = 10.0
     body_seconds: float = 60.0
+    write_seconds: float = 60.0
     keep_files: int = 64
     keep_bytes: int = 256 * MIB
     keep_seconds: float = 3600.0
@@ -74,6 +84,6 @@ class Settings:
             raise ValueError("an API key is empty")
 
     @property
-    def max_connections(self) -> int:
+    def max_requests(self) -> int:
         """The most requests that are read and answered at once; others get 429 before their body is read."""
         return self.queue + self.in_flight + 64

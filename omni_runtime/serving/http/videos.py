@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import time
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from omni_runtime.generation import video
 from omni_runtime.serving.http import encoding, logs
 from omni_runtime.serving.http.errors import ApiError, invalid
 from omni_runtime.serving.http.fields import VideoBody, validated
+from omni_runtime.serving.http.gate import Passage
 from omni_runtime.serving.http.reading import pictures, read
 from omni_runtime.serving.http.service import Service
 from omni_runtime.serving.jobs import Job, State
@@ -30,17 +32,24 @@ class Making:
     Attributes:
         id: its id, which cannot be guessed.
         body: what was asked for.
-        job: the engine's job.
+        job: the engine's job, while it is made. A finished job has all frames.
+        asked: the arguments of the pipeline that `document` tells.
+        seed: the seed.
+        free: called when it is no longer made: its references are no longer held.
         fps: frames per second.
         kind: "mp4" or "webp".
         created, completed: Unix times.
         files: names of the kept files, by variant.
         facts: what was computed.
         error: why there is no video.
+        deleted: whether it was deleted before it was finished.
     """
 
     body: VideoBody
-    job: Job
+    job: Job | None
+    asked: Mapping[str, Any]
+    seed: int | None
+    free: Callable[[], None]
     fps: float
     kind: str
     id: str = field(default_factory=lambda: f"video_{secrets.token_urlsafe(18)}")
@@ -49,24 +58,26 @@ class Making:
     files: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     error: ApiError | None = None
+    deleted: bool = False
     task: asyncio.Task[None] | None = None
 
     def document(self, service: Service) -> dict[str, Any]:
         """OpenAI's object of a video."""
-        asked = self.job.request.arguments
+        asked, job = self.asked, self.job
         steps = asked.get("num_inference_steps") or service.about()["omni"]["defaults"]["steps"]
         over = self.completed is not None or self.error is not None
-        share = 100 if self.completed else min(99, 100 * self.job.steps // steps) if steps else 0
+        share = 100 if self.completed else 0 if job is None or not steps else min(99, 100 * job.steps // steps)
         frames = self.facts.get("frames") or asked.get("num_frames")
         size = self.facts.get("size") or (
             f"{asked['width']}x{asked['height']}" if asked.get("width") and asked.get("height") else "auto"
         )
+        state = State.RUNNING if job is None else job.state
         error = None if self.error is None else {"code": self.error.code, "message": str(self.error)}
         return {
             "id": self.id,
             "object": "video",
             "model": service.name,
-            "status": ("failed" if error else "completed") if over else STATUS.get(self.job.state, "in_progress"),
+            "status": ("failed" if error else "completed") if over else STATUS.get(state, "in_progress"),
             "progress": share,
             "created_at": self.created,
             "completed_at": self.completed,
@@ -76,7 +87,7 @@ class Making:
             "size": size,
             "remixed_from_video_id": None,
             "error": error,
-            "omni": {"format": self.kind, "fps": self.fps, "seed": self.job.request.seed, **self.facts},
+            "omni": {"format": self.kind, "fps": self.fps, "seed": self.seed, **self.facts},
         }
 
 
@@ -93,7 +104,7 @@ def router(service: Service) -> APIRouter:
         service.check_ready()
         if not service.makes_video:
             raise invalid(None, f"{service.name} makes pictures: use /v1/images/generations", "unsupported")
-        making = await _begun(service, fields, files)
+        making = await _begun(service, fields, files, request.scope["state"]["passage"])
         every[making.id] = making
         _forget_old(every, service.settings.keep_files + service.settings.queue + service.settings.in_flight)
         making.task = asyncio.create_task(_finish(service, making))
@@ -130,7 +141,9 @@ def router(service: Service) -> APIRouter:
         """Forget a video; it is cancelled if it is not finished."""
         making = found(video_id)
         del every[video_id]
-        making.job.cancel()
+        making.deleted = True
+        if making.job is not None:
+            making.job.cancel()
         for name in making.files.values():
             service.files.remove(name)
         return JSONResponse({"id": video_id, "object": "video.deleted", "deleted": True})
@@ -138,7 +151,7 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-async def _begun(service: Service, fields: Any, files: dict[str, list[bytes]]) -> Making:
+async def _begun(service: Service, fields: Any, files: dict[str, list[bytes]], passage: Passage) -> Making:
     body: VideoBody = validated(VideoBody, fields, service.settings)
     service.check_model(body)
     for name in files:
@@ -149,7 +162,8 @@ async def _begun(service: Service, fields: Any, files: dict[str, list[bytes]]) -
     kind = body.output_format or ("webp" if video.encoder_missing(".mp4") else "mp4")
     if missing := video.encoder_missing(f".{kind}"):
         raise invalid("output_format", f"output_format: {missing}", "unsupported")
-    references = await asyncio.to_thread(pictures, files.get("input_reference", []), service.settings)
+    sent = files.pop("input_reference", [])
+    references = await asyncio.to_thread(pictures, sent, service.settings, passage.hold, "input_reference")
     more: dict[str, Any] = {"image": references[0]} if references else {}
     takes_rate = "frame_rate" in service.takes
     fps = body.fps or service.omni.defaults.get("frame_rate") or _default(service, "frame_rate") or video.FPS
@@ -161,7 +175,8 @@ async def _begun(service: Service, fields: Any, files: dict[str, list[bytes]]) -
     more["num_frames"] = frames
     one, cache = await asyncio.to_thread(service.prepared, body, more)
     job = service.submit(one, cache)
-    return Making(body, job, float(fps), kind)
+    asked = {name: one.arguments.get(name) for name in ("num_inference_steps", "num_frames", "width", "height")}
+    return Making(body, job, asked, one.seed, passage.hand_over(), float(fps), kind)
 
 
 def _default(service: Service, name: str) -> Any:
@@ -175,23 +190,29 @@ def _frames(service: Service, wanted: float) -> int:
 
 
 async def _finish(service: Service, making: Making) -> None:
-    """Wait for the video, and keep it."""
-    began = time.monotonic()
+    """Wait for the video, and keep it, if it was not deleted meanwhile."""
+    began, job = time.monotonic(), making.job
+    assert job is not None
     try:
-        result = await making.job
+        result = await job
         frames = result.frames[0]
         written = service.written(result)
         clip = await asyncio.to_thread(encoding.clip, frames, making.kind, written, making.fps)
         first = await asyncio.to_thread(encoding.picture, frames[0], "webp")
+        if making.deleted:
+            raise ApiError(404, "the video was deleted", code="deleted")
         making.files = {
             "video": service.files.keep(clip, encoding.MEDIA[making.kind]),
             "thumbnail": service.files.keep(first, encoding.MEDIA["webp"]),
         }
         size = "{}x{}".format(*frames[0].size)
-        making.facts = {"frames": len(frames), "size": size, **service.facts(making.job, result)}
+        making.facts = {"frames": len(frames), "size": size, **service.facts(job, result)}
         making.completed = int(time.time())
     except Exception as error:
-        making.error = service.failed(error, making.job, making.id[:12])
+        making.error = service.failed(error, job, making.id[:12])
+    finally:
+        making.job = None
+        making.free()
     facts = {name: making.facts.get(name) for name in ("method", "steps", "computed", "batch")}
     logs.event(
         "video", id=making.id[:12], outcome="ok" if making.error is None else making.error.code,
@@ -200,5 +221,5 @@ async def _finish(service: Service, making: Making) -> None:
 
 
 def _forget_old(every: OrderedDict[str, Making], most: int) -> None:
-    for name in [name for name, making in every.items() if making.job.done()][: max(0, len(every) - most)]:
+    for name in [name for name, making in every.items() if making.job is None][: max(0, len(every) - most)]:
         del every[name]

@@ -94,6 +94,11 @@ class Fleet:
         """Whether requests are taken, and a replica is there to answer them."""
         return self.state is State.READY and self.running > 0
 
+    @property
+    def reason(self) -> str | None:
+        """The class of the error for which no replica could be started; None if there is none."""
+        return None if self.error is None else type(self.error).__name__
+
     # Its life
 
     def start(self, failed: Callable[[], None]) -> None:
