@@ -64,7 +64,7 @@ def prepare() -> None:
     """Called once in each process: one thread, and no messages of the libraries."""
     import logging
 
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["HF_HUB_OFFLINE"] = os.environ["TQDM_DISABLE"] = "1"
     logging.disable(logging.WARNING)
     import torch
 
