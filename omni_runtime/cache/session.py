@@ -325,6 +325,14 @@ class CacheSession:
     def repeated(self, request: Request) -> None:
         """See `omni_runtime.cache.lifecycle.Listener`."""
 
+    def stepped_by_copies(self, request: Request) -> None:
+        """See `omni_runtime.cache.lifecycle.Listener`. A copy has noise levels of its own, which are not known here."""
+        self.close()
+        raise ValueError(
+            f"{type(self.pipe).__name__} takes its steps with copies of its scheduler, and each may be at another "
+            f"noise level (SkyReels V2: one for each frame): {self.name} cannot follow them. Run it without a cache"
+        )
+
     def stepped(self, request: Request) -> None:
         """See `omni_runtime.cache.lifecycle.Listener`."""
         if request.step == 1 and not request.branches:
