@@ -5,9 +5,12 @@
     python -m benchmarks.models --only Wan --methods first_block_cache
 
 Each pipeline has random weights and a few blocks. A cell says "works" only if the cache skips something (the blocks'
-calls are counted), the result with nothing skipped equals the unpatched one bit by bit, a request gives the same bits
-again after one of another size, and the pipeline gives the same bits as before once the patch is removed. Pictures say
-nothing here, because the weights are random.
+calls are counted), the result with nothing skipped equals the unpatched one bit by bit (also with guidance, and in
+another size), a request gives the same bits again after one of another size, and the pipeline gives the same bits as
+before once the patch is removed. Pictures say nothing here, because the weights are random.
+
+A class of pipelines has a row for each way of using it. It is counted as one in which a method works if the method works
+in all of its rows. All classes of diffusers with a transformer are counted, also those of `UNTRIED`.
 """
 
 from __future__ import annotations
@@ -43,6 +46,17 @@ METHODS = (
 FILE = RESULTS / "models.json"
 COMMAND = "python -m benchmarks.models --write docs/models.md"
 BEGIN, END = f"<!-- {COMMAND} -->", "<!-- end of the table -->"
+#: Pipelines of diffusers with a transformer that have no row, and why.
+UNTRIED = {
+    **dict.fromkeys(
+        ("AmusedPipeline", "AmusedImg2ImgPipeline", "AmusedInpaintPipeline", "VQDiffusionPipeline"),
+        "deprecated by diffusers; its transformer predicts tokens of a codebook, and its scheduler draws some of them",
+    ),
+    "RFD4ProteinaPipeline": "it designs molecules, and has two schedulers, neither of them under the name `scheduler`",
+    "SanaWMLTX2Refiner": "the second stage of SanaWMPipeline: three steps of a distilled model for each group of frames",
+}
+#: So many classes are named in which a method does not work.
+SHOWN = 16
 SIGNS = {"works": "✓", "refused": "✗", "nothing": "–", "wrong": "wrong"}
 
 
@@ -85,6 +99,7 @@ def row(name: str, methods: Sequence[str]) -> dict[str, Any]:
     parts = model.pipe.components
     return {
         "name": name,
+        "pipeline": type(model.pipe).__name__,
         "transformer": type(parts.get("transformer")).__name__,
         "scheduler": type(parts.get("scheduler")).__name__,
         "guided": bool(model.guided),
@@ -110,6 +125,72 @@ def summary(found: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """Method → in how many pipelines it works."""
     methods = [method for method in METHODS if any(method in one["cells"] for one in found)]
     return {m: sum(one["cells"].get(m, {}).get("state") == "works" for one in found) for m in methods}
+
+
+def classes() -> list[str]:
+    """The pipelines of the installed diffusers that have a transformer, also the modular ones."""
+    import inspect
+
+    import diffusers
+
+    found = []
+    for name in dir(diffusers):
+        kind = getattr(diffusers, name)
+        if not inspect.isclass(kind) or kind is diffusers.ModularPipeline:
+            continue
+        if issubclass(kind, diffusers.ModularPipeline):
+            blocks = getattr(diffusers.modular_pipelines, kind.default_blocks_name or "", None)
+            parts = [] if blocks is None else [one.name for one in blocks().expected_components]
+        elif issubclass(kind, diffusers.DiffusionPipeline):
+            parts = list(inspect.signature(kind.__init__).parameters)
+        else:
+            continue
+        if any("transformer" in part for part in parts):
+            found.append(name)
+    return found
+
+
+def lacking(found: Sequence[Mapping[str, Any]], every: Sequence[str]) -> dict[str, list[str]]:
+    """Method → the classes of `every` in which it does not work in all rows, or which have no row."""
+    tried = {name: [one for one in found if one.get("pipeline") == name] for name in every}
+    return {
+        method: [
+            name
+            for name, its in tried.items()
+            if not its or any(one["cells"].get(method, {}).get("state") != "works" for one in its)
+        ]
+        for method in summary(found)
+    }
+
+
+def counts(results: Mapping[str, Any]) -> str:
+    """How long the table took, and in how many classes each method works."""
+    every, modular = results["classes"], [name for name in results["classes"] if name.endswith("ModularPipeline")]
+    untried = [name for name in every if name in UNTRIED]
+    lines = [
+        f"{len(results['rows'])} rows, made in {results['seconds'] / 60:.0f} minutes on {results['cores']} cores.",
+        "",
+        f"diffusers {results['versions']['diffusers']} has {len(every)} pipeline classes with a transformer, "
+        f"{len(modular)} of them modular. A method works in a class if it works in all of the class's rows:",
+        "",
+        "| method | works in | of | not in |",
+        "|---|---|---|---|",
+    ]
+    for method, names in results["lacking"].items():
+        rest = [name for name in names if name not in UNTRIED]
+        shown = ", ".join(rest) if len(rest) <= SHOWN else f"{len(rest)} of the classes that were tried"
+        shown += f"{', and ' if shown else ''}the {len(untried)} below" if untried else ""
+        lines.append(f"| `{method}` | {len(every) - len(names)} | {len(every)} | {shown} |")
+    reasons: dict[str, list[str]] = {}
+    for name in untried:
+        reasons.setdefault(UNTRIED[name], []).append(name)
+    told = [f"- {', '.join(names)}: {why}" for why, names in reasons.items()]
+    return "\n".join([*lines, "", "Not tried:", "", *told] if told else lines)
+
+
+def shown(results: Mapping[str, Any]) -> str:
+    """What the page shows between `BEGIN` and `END`."""
+    return f"{counts(results)}\n\n{markdown(results['rows'])}"
 
 
 def markdown(found: Sequence[Mapping[str, Any]]) -> str:
@@ -138,11 +219,22 @@ def with_other_columns(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def document(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def document(found: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, Any]:
     """What results/models.json holds."""
+    every = classes()
     versions = {name: metadata.version(name) for name in ("diffusers", "torch", "transformers")}
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    return {"command": COMMAND, "date": date, "versions": versions, "works": summary(found), "rows": list(found)}
+    return {
+        "command": COMMAND,
+        "date": date,
+        "versions": versions,
+        "seconds": round(seconds),
+        "cores": os.cpu_count(),
+        "classes": every,
+        "works": summary(found),
+        "lacking": lacking(found, every),
+        "rows": list(found),
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -154,20 +246,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not names:
         print(f"no pipeline's name contains {' or '.join(options.only)}", file=sys.stderr)
         return 2
-    found = []
+    found, begin = [], time.perf_counter()
     for one in rows(names, options.methods, options.workers):
         found.append(one)
         states = ", ".join(f"{m} {c['state']}" for m, c in one["cells"].items() if c["state"] != "works")
         print(f"{one['name']}: {one.get('failed') or states or 'all work'}", file=sys.stderr, flush=True)
+    seconds = time.perf_counter() - begin
     if options.write and tuple(options.methods) != METHODS:
-        found = with_other_columns(found)
-    table = markdown(found)
-    print(table)
+        found, seconds = with_other_columns(found), json.loads(FILE.read_text(encoding="utf-8"))["seconds"]
+    results = document(found, seconds)
+    print(markdown(found) if options.only else shown(results))
     if options.write:
-        FILE.write_text(json.dumps(document(found), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        FILE.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         page = options.write.read_text(encoding="utf-8")
         before, rest = page.split(BEGIN)
-        options.write.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+        options.write.write_text(f"{before}{BEGIN}\n\n{shown(results)}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
     return (
         1 if any("failed" in one or any(c["state"] == "wrong" for c in one["cells"].values()) for one in found) else 0
     )

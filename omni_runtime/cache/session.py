@@ -329,8 +329,8 @@ class CacheSession:
         """See `omni_runtime.cache.lifecycle.Listener`. A copy has noise levels of its own, which are not known here."""
         self.close()
         raise ValueError(
-            f"{type(self.pipe).__name__} takes its steps with copies of its scheduler, and each may be at another "
-            f"noise level (SkyReels V2: one for each frame): {self.name} cannot follow them. Run it without a cache"
+            f"{self.name} cannot follow the steps of {type(self.pipe).__name__}: it takes them with copies of its "
+            "scheduler, and each may be at another noise level (SkyReels V2: one for each frame). Run it without a cache"
         )
 
     def stepped(self, request: Request) -> None:

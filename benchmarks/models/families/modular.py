@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 from typing import Any
 
@@ -45,9 +46,17 @@ def modular(
     for name in [name for name in made.sub_blocks if name.split(".")[0] in {*_LEFT_OUT, *without}]:
         made.sub_blocks.pop(name)
     _silence(made)
-    pipe = made.init_pipeline()
+    pipe = _kind(blocks)(blocks=made)
     pipe.update_components(**components)
     return pipe
+
+
+@functools.cache
+def _kind(blocks: str) -> type:
+    """The pipeline class of diffusers that these blocks are the default of: several share a model's name."""
+    kinds = [getattr(diffusers, name) for name in dir(diffusers) if name.endswith("ModularPipeline")]
+    (found,) = [kind for kind in kinds if vars(kind).get("default_blocks_name") == blocks]
+    return found
 
 
 def _silence(blocks: diffusers.ModularPipelineBlocks) -> None:
