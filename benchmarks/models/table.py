@@ -9,8 +9,8 @@ calls are counted), the result with nothing skipped equals the unpatched one bit
 another size), a request gives the same bits again after one of another size, and the pipeline gives the same bits as
 before once the patch is removed. Pictures say nothing here, because the weights are random.
 
-A class of pipelines has a row for each way of using it. It is counted as one in which a method works if the method works
-in all of its rows. All classes of diffusers with a transformer are counted, also those of `UNTRIED`.
+A class of pipelines has a row for each way of using it. It is counted as one in which a method works if it does so in
+all of these rows. All classes of diffusers with a transformer are counted, also those of `UNTRIED`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ UNTRIED = {
         "deprecated by diffusers; its transformer predicts tokens of a codebook, and its scheduler draws some of them",
     ),
     "RFD4ProteinaPipeline": "it designs molecules, and has two schedulers, neither of them under the name `scheduler`",
-    "SanaWMLTX2Refiner": "the second stage of SanaWMPipeline: three steps of a distilled model for each group of frames",
+    "SanaWMLTX2Refiner": "the second stage of SanaWMPipeline: three steps of a distilled model for each few frames",
 }
 #: So many classes are named in which a method does not work.
 SHOWN = 16

@@ -357,13 +357,26 @@ def sd3_latents(pipe):
     ).images
 
 
-def test_pipeline_without_a_transformer_is_named():
+def test_pipeline_may_have_the_second_transformer_alone():
+    model = build("WanPipeline (2.2, two transformers)")
+    model.pipe.register_modules(transformer=None)
+    model.pipe.register_to_config(boundary_ratio=2.0)  # all steps are the second one's
+    plain = model.generate()
+    for backend, config in [("first_block_cache", {"threshold": 1.0}), ("velocity_cache", {"budget": 4})]:
+        with omni_kernels.patched(model.pipe, backend, config, fuse=True) as handle:
+            model.generate()
+            assert handle.report.forwards_saved > 0
+            assert handle.fused.replaced
+        assert torch.equal(model.generate(), plain)
+
+
+def test_pipeline_with_a_unet_is_named():
     unet = diffusers.UNet2DModel(
         sample_size=8, block_out_channels=(8,), norm_num_groups=4, down_block_types=["DownBlock2D"],
         up_block_types=["UpBlock2D"], layers_per_block=1,
     )  # fmt: skip
     pipe = diffusers.DDPMPipeline(unet=unet, scheduler=diffusers.DDPMScheduler())
-    with pytest.raises(ValueError, match="DDPMPipeline has no transformer"):
+    with pytest.raises(ValueError, match=r"DDPMPipeline denoises with a `unet` \(UNet2DModel\)"):
         omni_kernels.patch(pipe, "first_block_cache")
 
 
