@@ -273,6 +273,11 @@ _FLUX_RATIOS = (
 
 
 #: TeaCache's polynomials of FLUX, HunyuanVideo and LTX-Video are from its project (github.com/ali-vilab/TeaCache).
+#: Qwen-Image's is from ComfyUI-TeaCache, as vLLM-Omni names it (`diffusion/cache/teacache/config.py`, version 0.30).
+#: Z-Image's came without a source that can be named; vLLM-Omni uses Qwen-Image's there, and calls it untuned.
+#: The project's eight for Wan 2.1 (`TeaCache4Wan2.1/teacache_generate.py`) do not apply: they rescale the change of the
+#: time embedding (`e`, or `e0` with `--use_ret_steps`), not of block 0's modulated input, which also has the picture in
+#: it; and each is of one of four checkpoints, which share this class. So Wan has none: `omni calibrate tea_cache`.
 MODELS: dict[str, ModelRow] = {
     "QwenImageTransformer2DModel": ModelRow(
         depths=("num_layers",),

@@ -18,8 +18,8 @@ import omni_kernels
 from omni_kernels.patching import PatchConflictError, handle_of
 from omni_runtime.cli.inputs import bar, make_omni, own_prompts, request_arguments, settle, wrong_input
 from omni_runtime.cli.listings import SUMMARIES, print_wrapped
-from omni_runtime.cli.output import print_json
 from omni_runtime.cli.options import UsageError
+from omni_runtime.cli.output import print_json
 from omni_runtime.compare import comparison
 from omni_runtime.generation import loading
 from omni_runtime.generation.omni import Omni
