@@ -77,7 +77,9 @@ def test_a_reason_is_told_once():
     assert "| **works in, of 2** | **2** | **0** | **2** |" in shown
 
 
-def test_the_whole_table_alone_is_written(capsys):
-    with pytest.raises(SystemExit):
-        table.parse_arguments(["--write", "page.md", "--only", "Wan"])
-    assert "leave out --only" in capsys.readouterr().err
+def test_cells_that_are_not_tried_are_kept(results):
+    (first, *_), names = results["rows"], [row["name"] for row in results["rows"]]
+    tried = {"state": "refused", "words": "why", "done": 0, "of": 0, "seconds": 1.0}
+    merged = table.with_others([{"name": first["name"], "cells": {"easy_cache": tried}}], names)
+    assert merged[0] == first | {"cells": first["cells"] | {"easy_cache": tried}}
+    assert merged[1:] == results["rows"][1:]

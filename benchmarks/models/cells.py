@@ -116,6 +116,7 @@ class Trial:
 
     def __init__(self, model: Tiny) -> None:
         self.model = model
+        self.elsewhere = 0.0  # CPU seconds of the ranks' processes
         with counted(model.pipe) as calls:
             self.plain = model.generate()
         self.calls = calls()
@@ -208,6 +209,7 @@ class Trial:
         if getattr(getattr(self.model.pipe, "transformer", None), "_cp_plan", None) is None:
             return Cell(REFUSED, "diffusers has no plan of how ranks share this model's tokens (`_cp_plan`)")
         found = of_each_rank(self.model.name, {"threshold": _THRESHOLD})
+        self.elsewhere += sum(one.pop("seconds") for one in found)
         first, second = found
         if "refused" in first:
             return Cell(REFUSED, first["refused"])

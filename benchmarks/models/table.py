@@ -2,7 +2,7 @@
 
     python -m benchmarks.models                           # prints the table
     python -m benchmarks.models --write docs/models.md    # also writes results/models.json and the table into the page
-    python -m benchmarks.models --only Wan --methods first_block_cache
+    python -m benchmarks.models --only Wan --methods first_block_cache   # with --write, all other cells are kept
 
 Each pipeline has random weights and a few blocks. A cell says "works" only if the cache skips something (the blocks'
 calls are counted), the result with nothing skipped equals the unpatched one bit by bit (also with guidance, and in
@@ -63,15 +63,17 @@ SIGNS = {"works": "✓", "refused": "✗", "nothing": "–", "wrong": "wrong"}
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__.split("\n")[0])
     parser.add_argument("--write", type=Path, metavar="PAGE", help="write results/models.json, and the table into PAGE")
-    parser.add_argument("--only", nargs="+", default=[], help="only pipelines whose name contains one of these")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        help="only pipelines whose name contains one of these; --write keeps the others",
+    )
     parser.add_argument(
         "--methods", nargs="+", choices=METHODS, default=METHODS, help="only these columns; --write keeps the others"
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
-    options = parser.parse_args(arguments)
-    if options.write and options.only:
-        parser.error("--write needs all rows: leave out --only")
-    return options
+    return parser.parse_args(arguments)
 
 
 def prepare() -> None:
@@ -89,13 +91,16 @@ def row(name: str, methods: Sequence[str]) -> dict[str, Any]:
     """All cells of a pipeline, and the classes that it is made of."""
     from benchmarks.models import cells, tiny
 
-    begin = time.perf_counter()
     try:
         model = tiny.build(name)
         trial = cells.Trial(model)
     except Exception as error:
         return {"name": name, "failed": f"{type(error).__name__}: {error}", "cells": {}}
-    made = {method: trial.cell(method).to_dict() for method in methods}
+    made = {}
+    for method in methods:
+        begin = time.process_time() + trial.elsewhere
+        cell = trial.cell(method)
+        made[method] = cell.to_dict() | {"seconds": round(time.process_time() + trial.elsewhere - begin, 2)}
     parts = model.pipe.components
     return {
         "name": name,
@@ -105,7 +110,6 @@ def row(name: str, methods: Sequence[str]) -> dict[str, Any]:
         "guided": bool(model.guided),
         "steps": model.steps,
         "cells": made,
-        "seconds": round(time.perf_counter() - begin, 1),
     }
 
 
@@ -167,8 +171,16 @@ def counts(results: Mapping[str, Any]) -> str:
     """How long the table took, and in how many classes each method works."""
     every, modular = results["classes"], [name for name in results["classes"] if name.endswith("ModularPipeline")]
     untried = [name for name in every if name in UNTRIED]
+    times = [cell["seconds"] for one in results["rows"] for cell in one["cells"].values() if "seconds" in cell]
+    timed, cells = len(times), sum(len(one["cells"]) for one in results["rows"])
+    older = (
+        f" The other {cells - timed} are older: they were not tried with guidance and in another size, nor timed."
+        if timed < cells
+        else ""
+    )
     lines = [
-        f"{len(results['rows'])} rows, made in {results['seconds'] / 60:.0f} minutes on {results['cores']} cores.",
+        f"{len(results['rows'])} rows. The checks of {timed} of their {cells} cells took {sum(times) / 60:.0f} CPU "
+        f"minutes in all; the command uses every core.{older}",
         "",
         f"diffusers {results['versions']['diffusers']} has {len(every)} pipeline classes with a transformer, "
         f"{len(modular)} of them modular. A method works in a class if it works in all of the class's rows:",
@@ -197,29 +209,36 @@ def markdown(found: Sequence[Mapping[str, Any]]) -> str:
     """The table, with a numbered note for each reason."""
     methods, notes = list(summary(found)), dict[str, int]()
 
-    def cell(one: Mapping[str, Any]) -> str:
+    def cell(one: Mapping[str, Any] | None) -> str:
+        if one is None:
+            return "not tried"
         share = f"{one['done']}/{one['of']}" if one["done"] != one["of"] else ""
         note = str(notes.setdefault(one["words"], len(notes) + 1)) if one["words"] else ""
         return " ".join(filter(None, [SIGNS[one["state"]], share, note]))
 
     lines = [f"| pipeline | {' | '.join(f'`{method}`' for method in methods)} |", "|---" * (len(methods) + 1) + "|"]
     tried = [one for one in found if one["cells"]]
-    lines += [f"| {one['name']} | {' | '.join(cell(one['cells'][method]) for method in methods)} |" for one in tried]
+    lines += [
+        f"| {one['name']} | {' | '.join(cell(one['cells'].get(method)) for method in methods)} |" for one in tried
+    ]
     counts = " | ".join(f"**{count}**" for count in summary(found).values())
     lines.append(f"| **works in, of {len(tried)}** | {counts} |")
     return "\n".join([*lines, "", *(f"{number}. {words}" for words, number in notes.items())])
 
 
-def with_other_columns(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows, with the cells of results/models.json for the methods that were not tried now."""
-    before = {one["name"]: one["cells"] for one in json.loads(FILE.read_text(encoding="utf-8"))["rows"]}
-    return [
-        {**one, "cells": {m: c for m in METHODS if (c := (before.get(one["name"], {}) | one["cells"]).get(m))}}
-        for one in found
-    ]
+def with_others(found: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
+    """All rows: those of results/models.json, with the cells that were tried now in their place."""
+    before = {one["name"]: one for one in json.loads(FILE.read_text(encoding="utf-8"))["rows"]}
+    now = {one["name"]: one for one in found}
+    merged = []
+    for name in names:
+        old, new = before.get(name, {"cells": {}}), now.get(name, {"cells": {}})
+        cells = old["cells"] | new["cells"]
+        merged.append({**old, **new, "cells": {m: cells[m] for m in METHODS if m in cells}})
+    return merged
 
 
-def document(found: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, Any]:
+def document(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What results/models.json holds."""
     every = classes()
     versions = {name: metadata.version(name) for name in ("diffusers", "torch", "transformers")}
@@ -228,8 +247,6 @@ def document(found: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, An
         "command": COMMAND,
         "date": date,
         "versions": versions,
-        "seconds": round(seconds),
-        "cores": os.cpu_count(),
         "classes": every,
         "works": summary(found),
         "lacking": lacking(found, every),
@@ -242,21 +259,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prepare()
     from benchmarks.models import tiny
 
-    names = [name for name in tiny.names() if not options.only or any(part in name for part in options.only)]
+    every = tiny.names()
+    asked = {part for part in options.only if part in every}  # a full name is not also a part of others
+    parts = {part for part in options.only if part not in every}
+    names = [name for name in every if not options.only or name in asked or any(part in name for part in parts)]
     if not names:
         print(f"no pipeline's name contains {' or '.join(options.only)}", file=sys.stderr)
         return 2
-    found, begin = [], time.perf_counter()
+    found = []
     for one in rows(names, options.methods, options.workers):
         found.append(one)
         states = ", ".join(f"{m} {c['state']}" for m, c in one["cells"].items() if c["state"] != "works")
         print(f"{one['name']}: {one.get('failed') or states or 'all work'}", file=sys.stderr, flush=True)
-    seconds = time.perf_counter() - begin
-    if options.write and tuple(options.methods) != METHODS:
-        found, seconds = with_other_columns(found), json.loads(FILE.read_text(encoding="utf-8"))["seconds"]
-    results = document(found, seconds)
-    print(markdown(found) if options.only else shown(results))
-    if options.write:
+    if not options.write:
+        print(markdown(found))
+    else:
+        if len(names) < len(every) or tuple(options.methods) != METHODS:
+            found = with_others(found, every)
+        results = document(found)
+        print(shown(results))
         FILE.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         page = options.write.read_text(encoding="utf-8")
         before, rest = page.split(BEGIN)
