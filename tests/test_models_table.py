@@ -47,12 +47,24 @@ def test_every_tiny_pipeline_is_in_the_table_and_none_is_wrong(results):
     states = {(row["name"], m): cell["state"] for row in results["rows"] for m, cell in row["cells"].items()}
     assert [cell for cell, state in states.items() if state == "wrong"] == []
     assert results["works"] == table.summary(results["rows"])
+    assert results["lacking"] == table.lacking(results["rows"], results["classes"])
+
+
+def test_every_pipeline_of_diffusers_is_tried_or_it_is_said_why_not(results):
+    every = set(table.classes())
+    assert every == set(results["classes"])
+    assert every - {row["pipeline"] for row in results["rows"]} == set(table.UNTRIED)
 
 
 def test_the_page_shows_the_results(results):
     page = (table.RESULTS.parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
-    shown = page.split(table.BEGIN)[1].split(table.END)[0].strip()
-    assert shown == table.markdown(results["rows"])
+    assert page.split(table.BEGIN)[1].split(table.END)[0].strip() == table.shown(results)
+
+
+def test_a_class_counts_only_if_all_its_rows_work():
+    works, refused = {"easy_cache": {"state": "works"}}, {"easy_cache": {"state": "refused"}}
+    rows = [{"pipeline": name, "cells": cells} for name, cells in (("A", works), ("B", works), ("B", refused))]
+    assert table.lacking(rows, ["A", "B", "C"]) == {"easy_cache": ["B", "C"]}
 
 
 def test_a_reason_is_told_once():
@@ -65,7 +77,9 @@ def test_a_reason_is_told_once():
     assert "| **works in, of 2** | **2** | **0** | **2** |" in shown
 
 
-def test_the_whole_table_alone_is_written(capsys):
-    with pytest.raises(SystemExit):
-        table.parse_arguments(["--write", "page.md", "--only", "Wan"])
-    assert "leave out --only" in capsys.readouterr().err
+def test_cells_that_are_not_tried_are_kept(results):
+    (first, *_), names = results["rows"], [row["name"] for row in results["rows"]]
+    tried = {"state": "refused", "words": "why", "done": 0, "of": 0, "seconds": 1.0}
+    merged = table.with_others([{"name": first["name"], "cells": {"easy_cache": tried}}], names)
+    assert merged[0] == first | {"cells": first["cells"] | {"easy_cache": tried}}
+    assert merged[1:] == results["rows"][1:]

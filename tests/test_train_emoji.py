@@ -14,6 +14,7 @@ pytest.importorskip("emoji")
 
 from benchmarks.train_emoji import __main__ as program
 from benchmarks.train_emoji import clips, qwen_image, scenes, wan, z_image
+from benchmarks.train_emoji.assemble import restore
 from benchmarks.train_emoji.autoencoder import decode, decoder_parameters, encode, latent_statistics, pictures_to_tensor
 from benchmarks.train_emoji.clip_report import right_motions
 from benchmarks.train_emoji.models import MODELS
@@ -222,17 +223,38 @@ def test_captions_of_clips_are_encoded_as_by_the_pipeline():
     assert tokenizer.unk_token_id not in tokenizer(" ".join(clips.all_clip_captions())).input_ids
 
 
+def test_one_command_makes_every_run_of_a_model(monkeypatch, tmp_path):
+    runs = []
+    monkeypatch.setattr(program, "one_run", lambda model, options, device: runs.append(options))
+    program.main(["--model", "emoji-wan", "--out", str(tmp_path / "made")])
+    (one, two), (until, total) = runs, wan.MODEL.transformer_minutes
+    assert (one.restore, one.minutes_transformer, one.scenes) == (None, until, 8000)
+    assert (two.restore, two.minutes_transformer, two.out) == (one.out, total, tmp_path / "made")
+    assert one.out != two.out
+    assert one.work != two.work
+    assert tuple(one.stages) == program.STAGES[:-1]
+    assert tuple(two.stages) == program.STAGES
+    program.main(["--model", "emoji-wan", "--out", str(tmp_path / "made"), "--stages", "report"])
+    assert [(run.stages, run.restore, run.out) for run in runs[2:]] == [(["report"], None, tmp_path / "made")]
+
+
 def test_the_stages_of_a_model_of_clips_make_a_folder_that_draws(tmp_path, monkeypatch):
     few = {"contact_sheet": ["a fox moves left on blue"], "held_out": ["a fox grows on yellow"], "vocabulary": {}}
     small = {"samples_measured": 2, "prompts_measured": 1, "prompts": lambda folder, side: few}
     short = {"defaults": wan.MODEL.defaults | {"num_inference_steps": 2}}
     monkeypatch.setitem(MODELS, "emoji-wan", dataclasses.replace(wan.MODEL, **small, **short))
     options = ["--model", "emoji-wan", "--out", str(tmp_path / "made"), "--scenes", "32", "--no-compile"]
-    program.main([*options, "--minutes-transformer", "0.001", "--minutes-decoder", "0.001"])
+    restored, until, train = [], [], program.train_transformer
+    monkeypatch.setattr(program, "restore", lambda *of: restored.append(of[1:]) or restore(*of))
+    monkeypatch.setattr(program, "train_transformer", lambda *of, **how: until.append(of[4]) or train(*of, **how))
+    program.main([*options, "--minutes-transformer", "0.001", "0.002", "--minutes-decoder", "0.001"])
     made = tmp_path / "made"
+    assert restored == [(tmp_path / "made-run-1", tmp_path / "made-work")]
+    assert [budget.minutes for budget in until] == [0.001, 0.002]
+    assert not (tmp_path / "made-run-1" / "figures.json").exists()
     assert sum(file.stat().st_size for file in made.rglob("*") if file.is_file()) <= SIZE_LIMIT
     parts = json.loads((made / "training.json").read_text())["parts"]
-    assert {name: part["steps"] for name, part in parts.items()} == {"autoencoder": 0, "decoder": 1, "transformer": 1}
+    assert {name: part["steps"] for name, part in parts.items()} == {"autoencoder": 0, "decoder": 2, "transformer": 2}
     figures = json.loads((made / "figures.json").read_text())
     assert figures["frames_psnr_db"]["kept"]["mean"] > 25 > figures["frames_psnr_db"]["between"]["mean"]
     assert figures["motion"]["contact_sheet"]["of"] == 1

@@ -116,6 +116,7 @@ class Trial:
 
     def __init__(self, model: Tiny) -> None:
         self.model = model
+        self.elsewhere = 0.0  # CPU seconds of the ranks' processes
         with counted(model.pipe) as calls:
             self.plain = model.generate()
         self.calls = calls()
@@ -124,6 +125,7 @@ class Trial:
             raise WrongError(f"without a patch, two equal requests differ by {off(again, self.plain):.2g}")
         self.guided = model.generate(guided=True) if model.guided else self.plain
         self.has_guidance = bool(model.guided)
+        self.larger = model.generate(guided=self.has_guidance, larger=True) if model.larger else None
 
     def cell(self, method: str) -> Cell:
         """Try a method, or "fuse", "compile", "parallel" or "engine"."""
@@ -153,7 +155,10 @@ class Trial:
         return cell
 
     def _cache(self, method: str) -> Cell:
-        """With nothing skipped: equal. Then requests of two sizes, the first repeated: something skipped, and equal."""
+        """With nothing skipped: equal, with guidance and in another size, too. Then something is skipped.
+
+        Requests of two sizes are made, the first once more, and the repeated one is equal.
+        """
         model, configs = self.model, settings(method, self.model)
         if configs.none is not None:
             self._nothing_skipped(method, configs.none)
@@ -167,12 +172,16 @@ class Trial:
             if calls() >= self.calls:
                 raise WrongError(f"{report.forwards_saved} forwards are reported as skipped, but every block ran")
             first = model.generate(guided=self.has_guidance)
-            if model.larger:
-                model.generate(larger=True)
+            larger = None if self.larger is None else model.generate(guided=self.has_guidance, larger=True)
             second = model.generate(guided=self.has_guidance)
             report = handle.report
         if not first.isfinite().all() and self.guided.isfinite().all():
             raise WrongError("the result is not finite")
+        if larger is not None and self.larger is not None:
+            if larger.shape != self.larger.shape:
+                raise WrongError("in another size, the result has another shape")
+            if not larger.isfinite().all() and self.larger.isfinite().all():
+                raise WrongError("in another size, the result is not finite")
         if not torch.equal(first, second):
             raise WrongError(f"the same request, once more after another one, is off by {off(second, first):.2g}")
         saved, run = report.forwards_saved, report.forwards
@@ -180,18 +189,27 @@ class Trial:
         return Cell(WORKS, words, saved, saved + run, off(first, self.guided))
 
     def _nothing_skipped(self, method: str, config: Mapping[str, Any]) -> None:
+        requests: list[tuple[str, dict[str, bool], torch.Tensor | None]] = [
+            ("", {}, self.plain),
+            ("with guidance and ", {"guided": True}, self.guided if self.has_guidance else None),
+            ("in another size and ", {"guided": self.has_guidance, "larger": True}, self.larger),
+        ]
         with omni_kernels.patched(self.model.pipe, method, config) as handle:
-            made = self.model.generate()
-            if not torch.equal(made, self.plain):
-                raise WrongError(f"with nothing skipped, the result is off by {off(made, self.plain):.2g}")
-            if handle.report is not None and handle.report.forwards_saved:
-                raise WrongError("a step was skipped where none should be")
+            for which, how, expected in requests:
+                if expected is None:
+                    continue
+                made = self.model.generate(**how)
+                if not torch.equal(made, expected):
+                    raise WrongError(f"{which}with nothing skipped, the result is off by {off(made, expected):.2g}")
+                if any(report.forwards_saved for report in handle.reports):
+                    raise WrongError(f"{which}a step was skipped where none should be")
 
     def _parallel(self) -> Cell:
         """Two ranks under first_block_cache: the same steps on both, and the same result as on one."""
         if getattr(getattr(self.model.pipe, "transformer", None), "_cp_plan", None) is None:
             return Cell(REFUSED, "diffusers has no plan of how ranks share this model's tokens (`_cp_plan`)")
         found = of_each_rank(self.model.name, {"threshold": _THRESHOLD})
+        self.elsewhere += sum(one.pop("seconds") for one in found)
         first, second = found
         if "refused" in first:
             return Cell(REFUSED, first["refused"])

@@ -8,6 +8,7 @@ import multiprocessing
 import pkgutil
 import re
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -58,18 +59,22 @@ def _rank(rank: int, folder: str, name: str, config: dict[str, Any]) -> None:
     torch.accelerator.device_count = lambda: 1  # type: ignore[method-assign]  # diffusers divides by this
     torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", PATIENCE, RANKS, rank)
     found: dict[str, Any] = {}
+    begin = time.process_time()
     try:
         alone, shared = tiny.build(name), tiny.build(name)
         plain = alone.generate()
-        with omni_kernels.patched(alone.pipe, "first_block_cache", config):
-            cached = alone.generate()
+        try:
+            with omni_kernels.patched(alone.pipe, "first_block_cache", config):
+                cached = alone.generate()
+        except ValueError as error:
+            found["refused"] = cells.in_words(error, alone.pipe)
         try:
             shared.pipe.transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=RANKS))
             both = shared.generate()
         except Exception as error:
             words = re.sub(r"\d+", "n", cells.in_words(error, shared.pipe))  # so that equal reasons are equal
             found["refused"] = f"diffusers cannot run it in parallel: {words}"
-        else:
+        if "refused" not in found:
             with omni_kernels.patched(shared.pipe, "first_block_cache", config) as handle:
                 try:
                     made = shared.generate()
@@ -81,4 +86,5 @@ def _rank(rank: int, folder: str, name: str, config: dict[str, Any]) -> None:
                     found["refused"] = cells.in_words(error, shared.pipe)
     finally:
         torch.distributed.destroy_process_group()
+    found["seconds"] = time.process_time() - begin
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")

@@ -6,6 +6,10 @@ autoencoder is trained further, the latents are made again, and the transformer 
 `report` can be run separately at any time, even while the transformer trains. Minutes are the training time over all
 runs together.
 
+The transformer may be trained in several runs. Each further one starts from the weights of the model folder that the
+run before has made, as with `--restore`, and the optimizers start anew. These folders and their checkpoints are
+OUT-run-1, WORK-run-1 and so on.
+
 A model with a parent uses the VAE from the parent's folder, trains none, and starts from the parent's transformer. The
 VAE of a model of clips keeps the encoder of one of pictures, so its autoencoder stage is empty, and the decoder stage
 trains it.
@@ -16,6 +20,8 @@ On a CPU, set OMP_WAIT_POLICY=PASSIVE if other programs run at the same time.
 from __future__ import annotations
 
 import argparse
+import copy
+import shutil
 from pathlib import Path
 
 import torch
@@ -48,11 +54,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--side", type=int, default=64, choices=(64, 128), help="pixels per side")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto takes the accelerator if there is one")
     parser.add_argument("--minutes-vae", type=float, default=30, help="training time of the whole autoencoder")
-    parser.add_argument("--minutes-transformer", type=float, default=60, help="training time of the transformer")
+    parser.add_argument(
+        "--minutes-transformer",
+        type=float,
+        nargs="+",
+        metavar="MINUTES",
+        help="training time of the transformer at the end of each run (default: the model's)",
+    )
     parser.add_argument(
         "--minutes-decoder", type=float, help="training time of the decoder alone (default: the model's)"
     )
-    parser.add_argument("--scenes", type=int, default=60_000, help="scenes whose latents the transformer trains on")
+    parser.add_argument(
+        "--scenes", type=int, help="scenes whose latents the transformer trains on (default: the model's)"
+    )
     parser.add_argument("--no-compile", action="store_true", help="plain fp32 instead of torch.compile in bf16")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="run only these")
     return parser.parse_args(arguments)
@@ -127,12 +141,40 @@ def decoder_stage(model: Model, options: argparse.Namespace, device: torch.devic
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     options.work = options.work or options.out.with_name(options.out.name + "-work")
-    options.work.mkdir(parents=True, exist_ok=True)
     device = choose_device(options.device)
     model = MODELS[options.model]
+    options.parent = options.parent or (EMBEDDED / model.parent if model.parent else None)
+    options.scenes = options.scenes or model.scenes
+    minutes = list(options.minutes_transformer or model.transformer_minutes)
+    if options.restore is not None or "transformer" not in options.stages:
+        minutes = minutes[-1:]  # a run of its own, or stages of the last run alone
+    made, before = options.restore, options.work
+    for number, until in enumerate(minutes, 1):
+        one = copy.copy(options)
+        one.minutes_transformer, one.restore = until, made
+        if number < len(minutes):
+            one.out, one.work = (path.with_name(f"{path.name}-run-{number}") for path in (options.out, options.work))
+            one.stages = [stage for stage in STAGES[:-1] if stage == "assemble" or stage in options.stages]
+        if number > 1:
+            take_samples_over(before, one.work)
+        print(f"run {number} of {len(minutes)}, in {one.work}", flush=True)
+        one_run(model, one, device)
+        made, before = one.out, one.work
+
+
+def take_samples_over(before: Path, work: Path) -> None:
+    """Copy the encoded samples of the run before: they are the same."""
+    work.mkdir(parents=True, exist_ok=True)
+    for file in before.glob("latents*"):
+        if not (work / file.name).exists():
+            shutil.copy(file, work / file.name)
+
+
+def one_run(model: Model, options: argparse.Namespace, device: torch.device) -> None:
+    """The stages of one run."""
+    options.work.mkdir(parents=True, exist_ok=True)
     if options.restore is not None:
         restore(model, options.restore, options.work)
-    options.parent = options.parent or (EMBEDDED / model.parent if model.parent else None)
     run = {
         "autoencoder": lambda: autoencoder_stage(model, options, device),
         "latents": lambda: latents_stage(model, options, device),

@@ -86,6 +86,8 @@ class Model:
         pipeline_settings: side → the content of pipeline.json, with settings for the pipeline class.
         write_sheets: (model, pipeline, folder, work) writes contact_sheet.png into the folder, and other sheets;
             returns the figures that only this model has.
+        scenes: scenes whose latents the transformer trains on.
+        transformer_minutes: the training time of the transformer at the end of each run.
         samples_measured, prompts_measured: samples that the VAE restores, and prompts of fewer steps, for the figures.
     """
 
@@ -106,6 +108,8 @@ class Model:
     prompts: Callable[[Path, int], dict[str, Any]]
     write_sheets: Callable[..., dict[str, Any]]
     defaults: dict[str, Any]
+    scenes: int = 60_000
+    transformer_minutes: tuple[float, ...] = (60,)
     samples_measured: int = 256
     prompts_measured: int = 16
     parent: str | None = None

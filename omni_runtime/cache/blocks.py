@@ -47,18 +47,31 @@ class BlockList(torch.nn.ModuleList):
     """A block list that lets the current forward decide what is called in place of each block."""
 
     _start: int | None
+    _count: int
     _sampling: Sampling
 
     def __init__(self, blocks: torch.nn.ModuleList, start: int | None, sampling: Sampling) -> None:
         super().__init__()
-        self.__dict__.update({**vars(blocks), "_modules": blocks._modules, "_start": start, "_sampling": sampling})
+        own = {"_modules": blocks._modules, "_start": start, "_count": len(blocks), "_sampling": sampling}
+        self.__dict__.update({**vars(blocks), **own})
 
     def __iter__(self) -> Iterator[Any]:
         """The blocks; within a forward of the sampling, what its passage hands out in their place."""
         blocks: Any = self._modules.values()
         sampling = self._sampling
         passage = sampling.passage if CURRENT.get() is sampling else None
-        return iter(blocks) if passage is None or self._start is None else passage.slots(blocks, self._start)
+        if passage is None or self._start is None:
+            return iter(blocks)
+        if len(blocks) != self._count:
+            self._refuse()
+        return passage.slots(blocks, self._start)
+
+    def _refuse(self) -> None:
+        kind = type(next(iter(self._modules.values()), None)).__name__
+        raise RuntimeError(
+            f"a list of {kind} has {len(self._modules)} blocks, and had {self._count} when the pipeline was called: "
+            "what a cache has kept does not fit it"
+        )
 
     def begin_at(self, start: int | None) -> None:
         """Say which block of the model is the first of this list; None if its blocks are not the cache's."""
@@ -72,11 +85,17 @@ class BlockList(torch.nn.ModuleList):
         first, _, step = index.indices(len(self))
         if self._start is None or step != 1:
             return part
+        if len(self) != self._count:
+            self._refuse()
         return BlockList(part, self._start + first, self._sampling)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A copied or pickled list becomes a plain one: the copy is not patched."""
-        return torch.nn.ModuleList, (), {k: v for k, v in vars(self).items() if k not in ("_start", "_sampling")}
+        return (
+            torch.nn.ModuleList,
+            (),
+            {k: v for k, v in vars(self).items() if k not in ("_start", "_count", "_sampling")},
+        )
 
 
 class BlockCall:

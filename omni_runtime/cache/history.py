@@ -63,7 +63,15 @@ class History:
 
         If the history is full, the oldest snapshot is overwritten. A snapshot at the position of the newest one
         replaces it: second-order samplers visit a σ twice.
+
+        Raises:
+            RuntimeError: `after` and `before` have different shapes or dtypes.
         """
+        if before is not None and (after.shape != before.shape or after.dtype != before.dtype):
+            raise RuntimeError(
+                f"the blocks took {before.dtype} {tuple(before.shape)} and returned {after.dtype} "
+                f"{tuple(after.shape)}, unlike in the first forward: a cache of blocks cannot follow that"
+            )
         if self.shape != after.shape:
             self.clear()
             self.shape = after.shape

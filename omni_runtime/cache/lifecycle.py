@@ -228,6 +228,13 @@ class Listener(Protocol):
     def repeated(self, request: Request) -> None:
         """The step that has just closed is taken again; raises ValueError if that is not supported."""
 
+    def stepped_by_copies(self, request: Request) -> None:
+        """A copy of the scheduler begins its second step; the scheduler has made none (SkyReels V2, frame by frame).
+
+        Raises:
+            ValueError: such a request is refused.
+        """
+
     def stepped(self, request: Request) -> None:
         """A step has closed."""
 
@@ -277,7 +284,12 @@ class Sampling:
 
     @contextlib.contextmanager
     def within(self, context: str, step: int | None) -> Iterator[None]:
-        """While open, transformer calls have this name of a CFG branch, and this step if the pipeline gives one."""
+        """While open, transformer calls have this name of a CFG branch, and this step if the pipeline gives one.
+
+        diffusers' `cache_context` may give σ, too. It is not used: in diffusers 0.42, only Cosmos 3 gives it (as a
+        pipeline and as a modular one), and reads it from the `sigmas` of its scheduler at this step, which `_open` has
+        read. If another scheduler makes the steps, the step that is given tells so (`current`).
+        """
         outer = self.context, self.announced
         self.context, self.announced = context, step
         try:
@@ -414,6 +426,8 @@ class Sampling:
                 self.beside.append(own)
             if own.complete:
                 return step(*args, **kwargs)
+            if own.step == 1 and not latest.step and not latest.ended:
+                self.listener.stepped_by_copies(latest)
             stepped_with = functools.partial(self.listener.stepped_beside, latest, own, scheduler)
             args, kwargs, _ = self._stepped(own, stepped_with, args, kwargs)
             result = step(*args, **kwargs)

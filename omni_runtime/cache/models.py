@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -31,13 +31,24 @@ class Modulation:
     weight: torch.Tensor | None
     eps: float
 
-
-def _all_tokens(arguments: Arguments) -> int | None:
-    return None
+    def of_tokens(self, which: slice) -> Modulation:
+        """That of some of the tokens."""
+        scale, shift = (
+            one if one is None or one.dim() < 3 or one.shape[1] == 1 else one[:, which]
+            for one in (self.scale, self.shift)
+        )
+        assert scale is not None
+        return replace(self, scale=scale, shift=shift)
 
 
 #: (frames, height, width), in tokens.
 Grid = tuple[int, int, int]
+#: Tokens [first, end) of a sequence.
+Tokens = tuple[int, int]
+
+
+def _all_tokens(transformer: Any, arguments: Arguments) -> Tokens | None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -50,9 +61,12 @@ class ModelRow:
         between: the arguments of the forward that make the model do something between its blocks, or count them
             (ControlNet residuals). If they are all None, a skipped step leaves the loop over the blocks early.
         modulation: (block 0, its arguments) → how it modulates its input. None: TeaCache does not support the model.
-        noise_tokens: the forward's arguments → how many of the first tokens are noise; None for all tokens.
-        noise_grid: the forward's arguments → the grid of these tokens, which are stored row by row; raises ValueError
-            if they form no grid in this call. None: SeaCache does not support the model.
+        noise_tokens: (transformer, the forward's arguments) → which of block 0's tokens are noise; None for all of
+            them. Tokens of images that are given change little, so they would make each distance smaller. It is called
+            when the shape of the states changes, so in few forwards.
+        noise_grid: the forward's arguments → the grid of the tokens, which are stored row by row; raises ValueError
+            if they form no grid in this call. If `noise_tokens` leaves out whole frames, so does the cache. None:
+            SeaCache does not support the model.
         tea_coefficients: TeaCache's polynomial, highest power first; None if none was fitted.
         mag_ratios: MagCache's ratio of each step; None if none were published.
         pipelines: the diffusers pipelines that run this transformer.
@@ -61,7 +75,7 @@ class ModelRow:
     depths: tuple[str, ...] = ()
     between: tuple[str, ...] = ()
     modulation: Callable[[torch.nn.Module, Arguments], Modulation] | None = None
-    noise_tokens: Callable[[Arguments], int | None] = _all_tokens
+    noise_tokens: Callable[[Any, Arguments], Tokens | None] = _all_tokens
     noise_grid: Callable[[Arguments], Grid] | None = None
     tea_coefficients: tuple[float, ...] | None = None
     mag_ratios: tuple[float, ...] | None = None
@@ -87,15 +101,23 @@ def _qwen_modulation(block: Any, arguments: Arguments) -> Modulation:
     return Modulation("layer", scale, shift, None, block.img_norm1.eps)
 
 
-def _qwen_noise_tokens(arguments: Arguments) -> int | None:
-    """The number of noise tokens. An edit's reference images come after them; they never change, so they are left out.
-
-    Otherwise they would make every distance smaller.
-    """
+def _qwen_noise_tokens(transformer: Any, arguments: Arguments) -> Tokens | None:
+    """An edit's reference images come after the noise."""
     shapes = arguments.get("img_shapes")
     if not shapes or not isinstance(shapes[0], list) or len(shapes[0]) == 1:
         return None
-    return sum(map(math.prod, _qwen_noise(shapes[0], arguments)))
+    return 0, sum(map(math.prod, _qwen_noise(shapes[0], arguments)))
+
+
+def _those(noisy: torch.Tensor) -> Tokens | None:
+    """The tokens from the first to the last that is noisy; None if these are all of them, or none is.
+
+    Args:
+        noisy: bool, [S]. The host waits for it.
+    """
+    places = noisy.nonzero().flatten().tolist()
+    found = (places[0], places[-1] + 1) if places else (0, 0)
+    return found if 0 < found[1] - found[0] < len(noisy) else None
 
 
 def _qwen_noise(segments: Sequence[Grid], arguments: Arguments) -> Sequence[Grid]:
@@ -148,6 +170,30 @@ def _flux_noise_grid(arguments: Arguments) -> Grid:
         raise ValueError("none of the transformer's img_ids begins with 0, as those of a single image do")
     height, width = (int(last) + 1 for last in noise.amax(0)[1:3].tolist())
     return 1, height, width
+
+
+def _flux_noise_tokens(transformer: Any, arguments: Arguments) -> Tokens | None:
+    """Reference images (FLUX.1 Kontext, FLUX.2) have another first id than the noise."""
+    ids = arguments.get("img_ids")
+    if ids is None or not len(transformer.transformer_blocks):  # block 0 has the text, too
+        return None
+    return _those((ids[0] if ids.ndim == 3 else ids)[:, 0] == 0)
+
+
+def _timed_noise_tokens(transformer: Any, arguments: Arguments) -> Tokens | None:
+    """Where each token has a timestep, those of frames that are given are at 0 (LTX-Video, Wan 2.2 with 5 B)."""
+    timestep = arguments.get("timestep")
+    if timestep is None or timestep.ndim < 2 or timestep.shape[1] == 1:
+        return None
+    return _those(timestep[0].flatten() > 0)
+
+
+def _hunyuan_noise_tokens(transformer: Any, arguments: Arguments) -> Tokens | None:
+    """In image-to-video models that replace tokens, those of the first frame are the picture."""
+    if transformer.config.image_condition_type != "token_replace":
+        return None
+    frames, height, width = _video_noise_grid(arguments)
+    return (height * width, frames * height * width) if frames > 1 else None
 
 
 def _flux_modulation(block: Any, arguments: Arguments) -> Modulation:
@@ -227,6 +273,11 @@ _FLUX_RATIOS = (
 
 
 #: TeaCache's polynomials of FLUX, HunyuanVideo and LTX-Video are from its project (github.com/ali-vilab/TeaCache).
+#: Qwen-Image's is from ComfyUI-TeaCache, as vLLM-Omni names it (`diffusion/cache/teacache/config.py`, version 0.30).
+#: Z-Image's came without a source that can be named; vLLM-Omni uses Qwen-Image's there, and calls it untuned.
+#: The project's eight for Wan 2.1 (`TeaCache4Wan2.1/teacache_generate.py`) do not apply: they rescale the change of the
+#: time embedding (`e`, or `e0` with `--use_ret_steps`), not of block 0's modulated input, which also has the picture in
+#: it; and each is of one of four checkpoints, which share this class. So Wan has none: `omni calibrate tea_cache`.
 MODELS: dict[str, ModelRow] = {
     "QwenImageTransformer2DModel": ModelRow(
         depths=("num_layers",),
@@ -258,6 +309,7 @@ MODELS: dict[str, ModelRow] = {
         depths=("num_layers", "num_single_layers"),
         between=("controlnet_block_samples", "controlnet_single_block_samples"),
         modulation=_flux_modulation,
+        noise_tokens=_flux_noise_tokens,
         noise_grid=_flux_noise_grid,
         tea_coefficients=(498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861),
         mag_ratios=_FLUX_RATIOS,
@@ -267,6 +319,7 @@ MODELS: dict[str, ModelRow] = {
         depths=("num_layers", "num_single_layers"),
         between=("kv_cache", "kv_cache_mode"),
         modulation=_flux_2_modulation,
+        noise_tokens=_flux_noise_tokens,
         noise_grid=_flux_noise_grid,
         pipelines=("Flux2Pipeline", "Flux2KleinPipeline"),
     ),
@@ -294,12 +347,14 @@ MODELS: dict[str, ModelRow] = {
     "WanTransformer3DModel": ModelRow(
         depths=("num_layers",),
         modulation=_table_modulation,
+        noise_tokens=_timed_noise_tokens,
         noise_grid=_video_noise_grid,
         pipelines=("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline"),
     ),
     "HunyuanVideoTransformer3DModel": ModelRow(
         depths=("num_layers", "num_single_layers"),
         modulation=_flux_modulation,
+        noise_tokens=_hunyuan_noise_tokens,
         noise_grid=_video_noise_grid,
         tea_coefficients=(733.226126, -401.131952, 67.5869174, -3.149878, 0.0961237896),
         pipelines=("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline"),
@@ -307,6 +362,7 @@ MODELS: dict[str, ModelRow] = {
     "LTXVideoTransformer3DModel": ModelRow(
         depths=("num_layers",),
         modulation=_table_modulation,
+        noise_tokens=_timed_noise_tokens,
         noise_grid=_ltx_noise_grid,
         tea_coefficients=(21.4700694, -12.8016453, 2.31279151, 0.792487521, 0.00969274326),
         pipelines=("LTXPipeline", "LTXImageToVideoPipeline"),

@@ -29,11 +29,13 @@ from omni_runtime.cache.history import History, history_of
 from omni_runtime.cache.lifecycle import Branch, Request, Sampling
 from omni_runtime.cache.models import depth
 from omni_runtime.cache.replay import Replays
-from omni_runtime.cache.schedulers import check_scheduler, clean_latents, draws_noise, steps_along
+from omni_runtime.cache.schedulers import check_scheduler, clean_latents, draws_noise, steps_along, why_twice
 from omni_runtime.cache.session import GRADIENT, Args, CacheSession, Kwargs, differentiates
 from omni_runtime.cache.sharing import SHARING
 from omni_runtime.cache.signals import ExpectedChange
 
+#: What to use where whole steps cannot be skipped, although the scheduler itself makes each step.
+BLOCKS_WORK = ". A cache of blocks (cache_dit, first_block_cache) does not skip whole steps"
 #: The default order of the `Corrector`.
 CORRECTOR_ORDER = 2
 
@@ -337,7 +339,7 @@ class OutputSteps:
         if self._residual and output.shape != sample.shape:
             raise ValueError(
                 f"the model output has the shape {tuple(output.shape)}, the latents {tuple(sample.shape)}: there is no "
-                "difference of them to cache; velocity_cache needs none"
+                "difference of them to cache. velocity_cache caches the output itself"
             )
         position, computed = self._position(), self._verdict.computed
         if self._signal is not None:
@@ -468,6 +470,9 @@ class OutputSession(CacheSession):
 
     def check(self) -> None:
         """See `CacheSession.check`."""
+        why = None if self._may_compute_all else why_twice(type(self.pipe))
+        if why is not None:
+            raise ValueError(why + BLOCKS_WORK)
         check_scheduler(self.pipe.scheduler, self._site.residual)
         super().check()
 
@@ -527,9 +532,14 @@ class OutputSession(CacheSession):
             return
         why = f"{type(self.pipe).__name__} takes a step of its scheduler twice: whole steps cannot be skipped"
         if not self._may_compute_all:
-            raise ValueError(f"{why}. A cache of blocks (cache_dit, first_block_cache) works with it")
+            raise ValueError(why + BLOCKS_WORK)
         steps.gate = EveryStep()
         request.notes.append(f"{self.name}: every step is computed, because {why}")
+
+    def stepped_by_copies(self, request: Request) -> None:
+        """See `CacheSession.stepped_by_copies`. Where no step need be skipped, nothing is, and a warning says so."""
+        if not self._may_compute_all:
+            super().stepped_by_copies(request)
 
     def gates_of(self, request: Request) -> Sequence[tuple[Gate, list[Any]]]:
         """See `CacheSession.gates_of`."""

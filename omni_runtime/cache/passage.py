@@ -29,12 +29,15 @@ from omni_runtime.cache.forecasters import Forecaster
 from omni_runtime.cache.gates import Gate, Plan, ScheduleGate, Verdict, by_image
 from omni_runtime.cache.history import History, history_of
 from omni_runtime.cache.lifecycle import Branch, Request
-from omni_runtime.cache.models import Arguments, ModelRow
+from omni_runtime.cache.models import Arguments, ModelRow, Tokens
 from omni_runtime.cache.offloading import fetched, released
 from omni_runtime.cache.ranks import Ranks, Shard
 from omni_runtime.cache.sharing import Rows
 from omni_runtime.cache.signals import Signal
 from omni_runtime.cache.stretches import Later, Shape, Stretch, clipped, versions_of
+
+#: Between forwards.
+NO_ARGUMENTS: Arguments = {}
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Blocks(Protocol):
     """What a passage uses of `omni_runtime.cache.stack.Stack`."""
 
     parts: Parts
+    transformer: torch.nn.Module
     row: ModelRow
     blocks: int
     calls: list[BlockCall]
@@ -103,10 +107,11 @@ class Passage:
         "_by_step",
         "_calls",
         "_computing",
-        "_count_noise",
         "_every_step",
+        "_find_noise",
+        "_forward",
         "_images",
-        "_noise_tokens",
+        "_noise",
         "_rows",
         "_shard",
         "_signal",
@@ -146,7 +151,9 @@ class Passage:
         self._signal = parts.signal.fresh(self._shard)
         self._every_step = parts.signal.every_step
         self._strict = not stack.row.depths  # nobody has checked which of the streams is the noise
-        self._count_noise = stack.row.noise_tokens if parts.signal.noise_only else None
+        self._find_noise = stack.row.noise_tokens if parts.signal.noise_only else None
+        self._noise: Tokens | None = None  # found when the shape of the states changes: it may take a transfer
+        self._forward = NO_ARGUMENTS
         self._by_step = parts.forecaster.axis == "step"
         self.gate = stack.gate(request, branch)
         self.remembered: torch.Tensor | None = None
@@ -187,7 +194,7 @@ class Passage:
         self._computing = self._versions = self._base = None
         for later in self.later:
             later.begin()
-        self._noise_tokens = None if self._count_noise is None else self._count_noise(arguments)
+        self._forward = arguments
         self._images = request.images
         self.position = float(request.step) if self._by_step else request.sigma
         self._signal.situate(request.sigma, arguments)
@@ -269,6 +276,7 @@ class Passage:
         A model may skip blocks itself. If it has skipped the first or the last block of the site, the recorded state
         no longer fits and is dropped.
         """
+        self._forward = NO_ARGUMENTS
         if self._computing is False and self._base is not None:
             self._base = None
             raise RuntimeError(f"the model did not call block {self.last - 1}, the last of those that were skipped")
@@ -322,14 +330,15 @@ class Passage:
         Returns:
             `verdict` if it is given, otherwise the gate's verdict on the measured distances.
         """
-        if self._noise_tokens is not None:
-            noise = self._noise_tokens if self._shard is None else self._shard.part(self._noise_tokens)
-            hidden, entered = hidden[:, :noise], entered[:, :noise]
+        noise = None
+        if self._noise is not None:
+            noise = slice(*(self._noise if self._shard is None else self._shard.part(*self._noise)))
+            hidden, entered = hidden[:, noise], entered[:, noise]
         if hidden.dim() == 2:  # one sample, without an axis for it
             hidden, entered = hidden[None], entered[None]
         then = self.remembered if verdict is None else None
         fetching = self._signal.reads_weights and fetched(block)
-        now, sums = self._signal.observe(block, arguments, hidden, entered, then, self._using)
+        now, sums = self._signal.observe(block, arguments, hidden, entered, noise, then, self._using)
         if verdict is None:
             verdict = Verdict(True, "nothing to compare with") if then is None else self._judged(sums, now)
         if verdict.computed or self._every_step:
@@ -359,7 +368,7 @@ class Passage:
             self.hidden.clear()
             raise RuntimeError(
                 f"the model changed the hidden states in place between its blocks, after block {self.first} was "
-                "called: a cache of blocks cannot follow that. velocity_cache works without the blocks"
+                "called: a cache of blocks cannot follow that. velocity_cache skips whole steps, and need not"
             )
 
     def leave(self, hidden: torch.Tensor, encoder: torch.Tensor | None, base: Any) -> None:
@@ -377,11 +386,13 @@ class Passage:
 
     def _forget(self, hidden: torch.Tensor) -> None:
         """Drop all recorded state, because the shape has changed: the batch, the resolution or the prompt length."""
+        if self._find_noise is not None:
+            self._noise = self._find_noise(self.stack.transformer, self._forward)
         if self._shard is None:
-            tokens = hidden.shape[1] if self._noise_tokens is None else self._noise_tokens
+            tokens = hidden.shape[1] if self._noise is None else self._noise[1] - self._noise[0]
             B, *shape = hidden.shape[0], tokens, *hidden.shape[2:]
         else:
-            B, *shape = self._shard.measure(hidden, self._noise_tokens)
+            B, *shape = self._shard.measure(hidden, self._noise)
         self.gate.enters((B if self._rows is None else B * self._rows.count, *shape))
         self._clear()
 

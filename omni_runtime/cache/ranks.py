@@ -13,12 +13,13 @@ the same way here before they are used.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 
 from omni_runtime.cache.blocks import BlockCall, ListRow, States
-from omni_runtime.cache.models import Arguments
+from omni_runtime.cache.models import Arguments, Tokens
 
 
 class Ranks:
@@ -92,6 +93,7 @@ class Shard:
         self._ranks = ranks
         self._elements = 0
         self._tokens: list[int] = []
+        self._first = 0
         self._shapes: list[torch.Size] | None = None
 
     def reshaped(self, arguments: Arguments) -> bool:
@@ -105,8 +107,12 @@ class Shard:
         self._shapes = shapes
         return not same
 
-    def measure(self, hidden: torch.Tensor, noise_tokens: int | None) -> tuple[int, ...]:
+    def measure(self, hidden: torch.Tensor, noise: Tokens | None) -> tuple[int, ...]:
         """Record a new shape of the states, which are [B, S, D] on this rank.
+
+        Args:
+            hidden: this rank's part of the states.
+            noise: the tokens of the whole sequence that are watched; None for all.
 
         Returns:
             The shape of what is watched over all ranks, followed by the number of ranks. The number is included so
@@ -115,7 +121,8 @@ class Shard:
         B, tokens, *width = hidden.shape
         self._tokens = self._ranks.tokens(tokens, hidden.device)
         whole = sum(self._tokens) if self._ranks.split else tokens
-        self.watched = whole if noise_tokens is None else noise_tokens
+        self._first, end = (0, whole) if noise is None else noise
+        self.watched = end - self._first
         self._elements = B * self.watched * hidden.shape[2:].numel()
         if not self._ranks.split:
             self._elements *= self._ranks.count  # every rank adds all of the elements
@@ -126,26 +133,28 @@ class Shard:
         self._ranks.add(sums)
         return self._elements
 
-    def part(self, leading: int) -> int:
-        """How many of the sequence's first `leading` tokens this rank has."""
-        return self.parts(leading)[self._ranks.rank]
+    def part(self, first: int, end: int) -> Tokens:
+        """Which of its tokens this rank has from the tokens [first, end) of the whole sequence."""
+        if not self._ranks.split:
+            return first, end
+        begin = sum(self._tokens[: self._ranks.rank])
+        mine = self._tokens[self._ranks.rank]
+        return min(max(first - begin, 0), mine), min(max(end - begin, 0), mine)
 
     def parts(self, leading: int) -> list[int]:
-        """How many of the sequence's first `leading` tokens each rank has."""
+        """How many of the first `leading` watched tokens each rank has."""
         if not self._ranks.split:
             return [leading] * self._ranks.count
-        parts = []
-        for tokens in self._tokens:
-            parts.append(min(tokens, leading))
-            leading -= parts[-1]
-        return parts
+        ends = [0, *itertools.accumulate(self._tokens)]
+        first, last = self._first, self._first + leading
+        return [max(min(end, last) - max(begin, first), 0) for begin, end in itertools.pairwise(ends)]
 
     def by_channels(self, x: torch.Tensor, leading: int) -> torch.Tensor:
-        """Exchange tokens for channels: all of the first `leading` tokens, but only this rank's share of the channels.
+        """Exchange tokens for channels: the first `leading` watched tokens, but only this rank's share of the channels.
 
         Args:
-            x: this rank's tokens, [B, S, D].
-            leading: the number of leading tokens of the whole sequence.
+            x: this rank's watched tokens, [B, S, D].
+            leading: so many of the watched tokens of the whole sequence.
 
         Returns:
             [B, leading, D'], where D' is about D / (number of ranks). If each rank has all tokens, D' is D.

@@ -123,17 +123,19 @@ def check_scheduler(scheduler: Any, residual: bool = False) -> None:
     if draws_noise(scheduler):
         if name in CLEAN and not residual:
             return
-        blocks = "a cache of blocks (cache_dit, tea_cache)"
+        instead = "A cache of blocks (cache_dit, first_block_cache) does not depend on the scheduler"
+        if name in CLEAN:
+            instead += "; velocity_cache caches the clean latents instead, if the model predicts nothing else"
         raise ValueError(
             f"{name} with these settings draws new noise at each step, so the last model output does not predict the "
-            f"next one. Use {'velocity_cache, or ' if name in CLEAN else ''}{blocks}"
+            f"next one. {instead}"
         )
     if name in SCHEDULERS:
         predicts = getattr(scheduler.config, "prediction_type", None)
         if residual and not name.startswith("Flow") and predicts != "flow_prediction":
             raise ValueError(
                 f"{name} with prediction_type {predicts!r}: what a model adds to the latents can be reused only if it "
-                "predicts a flow. velocity_cache works with it"
+                "predicts a flow. velocity_cache caches the output itself"
             )
         return
     if getattr(scheduler, "order", 1) != 1:

@@ -79,11 +79,9 @@ class CacheSession:
         self.name = name
         self.on_step: Callable[[StepEvent], None] | None = None
         self.pipe = pipe
-        self.transformer = _transformer_of(pipe)
-        others = {name: getattr(pipe, name, None) for name in NAMES[1:]}
-        self.names: dict[torch.nn.Module, str] = {self.transformer: NAMES[0]}
-        self.names |= {one: name for name, one in others.items() if isinstance(one, torch.nn.Module)}
+        self.names: dict[torch.nn.Module, str] = _transformers_of(pipe)
         self.transformers: list[torch.nn.Module] = list(self.names)
+        self.transformer = self.transformers[0]
         self.blocks = 0
         self.rehearsing = False
         self.replays: Replays | None = None
@@ -325,6 +323,14 @@ class CacheSession:
     def repeated(self, request: Request) -> None:
         """See `omni_runtime.cache.lifecycle.Listener`."""
 
+    def stepped_by_copies(self, request: Request) -> None:
+        """See `omni_runtime.cache.lifecycle.Listener`. A copy has noise levels of its own, which are not known here."""
+        self.close()
+        raise ValueError(
+            f"{self.name} cannot follow the steps of {type(self.pipe).__name__}: it takes them with copies of its "
+            "scheduler, each maybe at another noise level (SkyReels V2: one for each frame). Run it without a cache"
+        )
+
     def stepped(self, request: Request) -> None:
         """See `omni_runtime.cache.lifecycle.Listener`."""
         if request.step == 1 and not request.branches:
@@ -544,12 +550,30 @@ def _name(transformer: torch.nn.Module) -> str:
     return type(transformer).__name__
 
 
-def _transformer_of(pipe: Any) -> torch.nn.Module:
-    lacking = [name for name in ("transformer", "scheduler") if getattr(pipe, name, None) is None]
+def _transformers_of(pipe: Any) -> dict[torch.nn.Module, str]:
+    """A pipeline's transformers and their names: one at least. It may have the second alone (Wan 2.2).
+
+    Raises:
+        ValueError: it has none, or no scheduler.
+    """
+    kind = type(pipe).__name__
+    given = {name: getattr(pipe, name, None) for name in NAMES}
+    found = {
+        one: name
+        for name, one in given.items()
+        if isinstance(one, torch.nn.Module) or (name == NAMES[0] and one is not None)
+    }
+    if not found and getattr(pipe, "unet", None) is not None:
+        raise ValueError(
+            f"{kind} denoises with a `unet` ({type(pipe.unet).__name__}): a cache needs a diffusion transformer, under "
+            f"one of the names {', '.join(NAMES)}"
+        )
+    lacking = [] if found else ["transformer"]
+    if getattr(pipe, "scheduler", None) is None:
+        lacking.append("scheduler")
     if lacking:
         raise ValueError(
-            f"{type(pipe).__name__} has no {' and no '.join(lacking)}: a cache is installed on a loaded diffusers "
-            "pipeline with a diffusion transformer"
+            f"{kind} has no {' and no '.join(lacking)}: a cache is installed on a loaded diffusers pipeline with a "
+            "diffusion transformer, and follows the steps of its scheduler"
         )
-    found: torch.nn.Module = pipe.transformer
     return found

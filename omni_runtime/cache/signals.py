@@ -3,9 +3,9 @@
 A signal computes one tensor from the input of the first skippable block. From this tensor and one remembered from an
 earlier step, it computes each sample's [Σ|now − then|, Σ|then|]. If `every_step` is set, the new tensor is remembered
 at every step, and distances are relative to the step before. Otherwise it is remembered only at computed steps, and
-distances are relative to the last computed step. `noise_only` matters if tokens of reference images follow the noise
-tokens: it says whether only the noise tokens are watched, or all of them. DBCache and first-block cache watch all of
-them, like the libraries that their thresholds come from.
+distances are relative to the last computed step. `noise_only` matters if some tokens are of images that are given
+(references, or a video's first frame): it says whether only the noise tokens are watched, or all of them. DBCache and
+first-block cache watch all of them, like the libraries that their thresholds come from.
 
 If whole steps are skipped, there is no block to watch. Then `ExpectedChange` uses the scheduler's latents and model
 outputs.
@@ -53,6 +53,7 @@ class Signal:
         arguments: Arguments,
         hidden: torch.Tensor,
         entered: torch.Tensor,
+        noise: slice | None,
         remembered: torch.Tensor | None,
         using: Any,
     ) -> tuple[Any, Any]:
@@ -64,6 +65,7 @@ class Signal:
             hidden: the watched tokens of the hidden states that enter the first skippable block, [B, S', D].
             entered: the same tokens of the hidden states that entered block 0; the same tensor as `hidden` if block 0
                 is the first skippable block.
+            noise: the place of these tokens among this rank's tokens; None if they are all of them.
             remembered: the tensor of an earlier step, or None.
             using: the namespace of the ops.
 
@@ -85,6 +87,7 @@ class FirstBlocksResidual(Signal):
         arguments: Arguments,
         hidden: torch.Tensor,
         entered: torch.Tensor,
+        noise: slice | None,
         remembered: torch.Tensor | None,
         using: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,11 +110,14 @@ class ModulatedInput(Signal):
         arguments: Arguments,
         hidden: torch.Tensor,
         entered: torch.Tensor,
+        noise: slice | None,
         remembered: torch.Tensor | None,
         using: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Signal.observe`."""
         how = self._modulation(block, arguments)
+        if noise is not None:
+            how = how.of_tokens(noise)
         return using.modulated_relative_l1(
             hidden, how.scale, how.shift, remembered, norm=how.norm, weight=how.weight, eps=how.eps
         )
@@ -159,15 +165,23 @@ class FilteredModulatedInput(Signal):
         arguments: Arguments,
         hidden: torch.Tensor,
         entered: torch.Tensor,
+        noise: slice | None,
         remembered: torch.Tensor | None,
         using: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Signal.observe`."""
-        modulated, _ = self._modulated.observe(block, arguments, hidden, entered, None, using)
+        modulated, _ = self._modulated.observe(block, arguments, hidden, entered, noise, None, using)
+        there = modulated.shape[1] if self._shard is None else self._shard.watched
         # The grid is the same at all steps of a request, and for FLUX, finding it takes a transfer to the host.
-        grid = self._noise_grid(self._forward) if remembered is None else remembered.shape[1:4]
+        if remembered is None:
+            frames, height, width = self._noise_grid(self._forward)
+            if noise is not None:  # without the frames that are given
+                frames = min(frames, there // (height * width))
+            grid: Grid = frames, height, width
+        else:
+            grid = remembered.shape[1], remembered.shape[2], remembered.shape[3]
         self._forward = {}  # keep no tensors beyond the forward
-        tokens, there = math.prod(grid), modulated.shape[1] if self._shard is None else self._shard.watched
+        tokens = math.prod(grid)
         if tokens > there:
             raise ValueError(f"there are {there} tokens, and a grid of {'×'.join(map(str, grid))}")
         # The filter needs all tokens of a channel, but treats each channel separately.
@@ -200,6 +214,7 @@ class Nothing(Signal):
         arguments: Arguments,
         hidden: torch.Tensor,
         entered: torch.Tensor,
+        noise: slice | None,
         remembered: torch.Tensor | None,
         using: Any,
     ) -> tuple[Any, Any]:

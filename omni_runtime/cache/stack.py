@@ -39,7 +39,7 @@ MANNERS = 256
 #: Two skipped forwards that compute the same differ by less.
 SAME = 1e-6
 #: What a user can do with a model whose blocks cannot be followed.
-INSTEAD = "velocity_cache works without them"
+INSTEAD = "velocity_cache skips whole steps, and need not"
 
 
 @dataclass

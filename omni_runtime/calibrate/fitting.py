@@ -82,7 +82,7 @@ class RecordingPassage(Passage):
         """See `Passage.leave`."""
         before = self.hidden.newest()
         if before is not None:
-            noise = slice(None, self._noise_tokens)
+            noise = slice(None) if self._noise is None else slice(*self._noise)
             points = self._measure(hidden[:, noise], base[0][:, noise], before[:, noise].to(hidden.dtype))
             self._points += [
                 self._point(self._branch.name, self._branch.called, place, point) for place, point in enumerate(points)

@@ -24,6 +24,9 @@ from omni_runtime import files
 from omni_runtime.generation import quantised_files, weights
 from omni_runtime.generation.checks import suggestion, whole_number
 
+#: A modular pipeline's index, and what to do with one.
+MODULAR_INDEX = "modular_model_index.json"
+MODULAR = "load it with diffusers and give it a cache with omni_kernels.patch; `omni inspect` tries all caches on it"
 EMBEDDED = Path(__file__).parent.parent / "embedded"
 
 #: Arguments of `DiffusionPipeline.from_pretrained` besides the pipeline's components. `dtype` is an argument of `Omni`.
@@ -338,7 +341,18 @@ def _locate(name: str) -> tuple[Literal["embedded", "directory", "hub"], str]:
     )
 
 
+def is_modular(name: str, arguments: Mapping[str, Any] | None = None) -> bool:
+    """Whether a model is a modular pipeline alone; raises FileNotFoundError and ValueError as `find` does."""
+    kind, location = _locate(name)
+    if kind == "embedded":
+        return False
+    read = _files_of(kind, location, arguments or {})
+    return read("model_index.json") is None and read(MODULAR_INDEX) is not None
+
+
 def _why_no_pipeline(name: str, kind: str, location: str) -> str:
+    if kind != "hub" and (Path(location) / MODULAR_INDEX).is_file():
+        return f"it is a modular pipeline: {MODULAR}"
     if kind != "hub" and (Path(location) / "config.json").is_file():
         return "it holds a single model (config.json), and no model_index.json"
     if kind != "hub" and (Path(location) / "model_index.json").is_file():

@@ -657,6 +657,8 @@ def _one_dtype(dtype: Any, from_pretrained: dict[str, Any]) -> Any:
 
 
 def _check_loaded(model: Any, from_pretrained: Mapping[str, Any]) -> None:
+    if any(kind.__name__ == "ModularPipeline" for kind in type(model).__mro__):
+        raise TypeError(f"{type(model).__name__} is a modular pipeline: {loading.MODULAR}")
     if not (callable(model) and hasattr(model, "scheduler") and hasattr(model, "progress_bar")):
         raise TypeError(f"model must be a name, a directory or a loaded diffusers pipeline, not {type(model).__name__}")
     if from_pretrained:

@@ -530,6 +530,99 @@ def test_a_block_that_returns_something_else_later_ends_the_request():
         assert torch.equal(pipe(), plain)
 
 
+def longer(tokens, words):
+    return torch.cat([tokens, tokens[:, :1]], 1), words
+
+
+def in_another_dtype(tokens, words):
+    return tokens.double(), words
+
+
+def longer_text(tokens, words):
+    return tokens, torch.cat([words, words], 1)
+
+
+#: Settings with which steps 3 and 5 of 6 are computed, and step 4 is skipped.
+COMPUTES_AGAIN = {
+    "cache_dit": {"residual_diff_threshold": 1.0, "max_warmup_steps": 1, "max_continuous_cached_steps": 1},
+    "mag_cache": {"threshold": 9.0, "mag_ratios": [1.0], "retention_ratio": 0.1, "max_skip_steps": 1},
+}
+
+
+@pytest.mark.parametrize("backend", COMPUTES_AGAIN)
+@pytest.mark.parametrize("change", [longer, in_another_dtype, longer_text])
+def test_a_block_that_returns_another_shape_or_dtype_later_ends_the_request(backend, change):
+    """In a computed step; in a skipped step, the block does not run."""
+    pipe = Pipe(Strange())
+    plain = pipe()
+    block = pipe.transformer.trunk.stack[3]
+    original = type(block).forward
+    with omni_kernels.patched(pipe, backend, COMPUTES_AGAIN[backend]) as handle:
+        calls = []
+
+        def later(tokens, words, scale=1.0):
+            calls.append(1)
+            made = original(block, tokens, words, scale)
+            return made if len(calls) < 3 else change(*made)
+
+        block.forward = later
+        with pytest.raises(RuntimeError, match=r"the blocks took torch\.float32 \(1, \d, 8\) and returned"):
+            pipe()
+        assert len(calls) == 3
+        assert handle._installed.held_tensors() == []
+        del block.forward
+        pipe()
+        assert handle.report.complete
+    assert torch.equal(pipe(), plain)
+
+
+def test_a_block_before_the_skipped_ones_with_another_text_later_has_the_step_computed():
+    """The first block runs in every step of cache_dit. The report says that the shape has changed."""
+    pipe = Pipe(Strange())
+    block, calls = pipe.transformer.trunk.stack[0], []
+    original = type(block).forward
+
+    def later(tokens, words, scale=1.0):
+        calls.append(1)
+        made = original(block, tokens, words, scale)
+        return made if pipe.transformer.step < 6 else longer_text(*made)
+
+    block.forward = later
+    with omni_kernels.patched(pipe, "cache_dit", COMPUTES_AGAIN["cache_dit"]) as handle:
+        pipe()
+    decisions = handle.report.branches["0"].decisions
+    assert [one.computed for one in decisions if one.reason == "shape changed"] == [True]
+
+
+@pytest.mark.parametrize("change", [lambda stack: stack.append(Block()), lambda stack: stack.__delitem__(3)])
+@pytest.mark.parametrize("backend", METHODS)
+def test_a_list_that_changes_its_length_during_a_request_ends_it(backend, change):
+    """What was kept of its blocks would be wrong in a skipped step, and a list of 3 would end before a list of 4."""
+    pipe = Pipe(Strange())
+    plain = pipe()
+    stack = pipe.transformer.trunk.stack
+    blocks = list(stack)
+    step = pipe.scheduler.step
+
+    def stepping(output, t, *args, **kwargs):
+        if t == pipe.scheduler.timesteps[2]:
+            change(stack)
+        return step(output, t, *args, **kwargs)
+
+    with omni_kernels.patched(pipe, backend, METHODS[backend]) as handle:
+        pipe.scheduler.step = stepping
+        with pytest.raises(RuntimeError, match=r"a list of Block has [35] blocks, and had 4 when the"):
+            pipe()
+        assert not handle.report.complete
+        assert handle._installed.held_tensors() == []
+        del pipe.scheduler.step
+        stack._modules.clear()
+        stack.extend(blocks)
+        pipe()
+        assert handle.report.complete
+    assert torch.equal(pipe(), plain)
+
+
 def test_a_list_of_another_length_is_refused_by_name():
     pipe = Pipe(Strange())
     with omni_kernels.patched(pipe, "first_block_cache") as handle:

@@ -247,7 +247,7 @@ def test_every_scheduler_of_flows(qwen_pipe, name, config):
 def test_schedulers_of_noise_are_refused_by_name(qwen_pipe, name):
     """What a model of noise adds to the latents is as large as they are, and changes as they do."""
     qwen_pipe.scheduler = getattr(diffusers, name)()
-    with pytest.raises(ValueError, match=f"{name} with prediction_type 'epsilon'.*velocity_cache works with it"):
+    with pytest.raises(ValueError, match=f"{name} with prediction_type 'epsilon'.*velocity_cache caches the output"):
         omni_kernels.patch(qwen_pipe, "easy_cache")
 
 

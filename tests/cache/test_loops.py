@@ -145,13 +145,40 @@ def step_copies(pipe):
 
 
 @pytest.mark.parametrize("backend", SKIPPING)
-def test_scheduler_whose_copy_steps_is_told_of_and_nothing_piles_up(pipe, backend):
+def test_pipeline_that_steps_copies_of_its_scheduler_is_refused_and_nothing_piles_up(pipe, backend):
     plain = pipe(step_copies)
     with omni_kernels.patched(pipe, backend, SKIPPING[backend]) as handle:
-        with pytest.warns(UserWarning, match=rf"LoopPipeline .* steps another one.*{backend} caches nothing"):
+        with pytest.raises(ValueError, match=rf"{backend} cannot follow the steps of LoopPipeline: .* copies"):
+            pipe(step_copies)
+        assert handle._installed.held_tensors() == []
+    assert torch.equal(pipe(step_copies), plain)
+
+
+def test_where_copies_of_the_scheduler_step_auto_computes_all(pipe):
+    plain = pipe(step_copies)
+    with omni_kernels.patched(pipe, "auto") as handle:
+        with pytest.warns(UserWarning, match=r"LoopPipeline .* steps another one.*auto caches nothing"):
             made = pipe(step_copies)
         assert handle._installed.held_tensors() == []
         assert "steps another one" in handle.report.notes[-1]
+    assert torch.equal(made, plain)
+
+
+def step_another(pipe):
+    """The pipeline has made its own scheduler, which is no copy."""
+    pipe.scheduler.set_timesteps(24)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(24)
+    return denoise(pipe, scheduler.timesteps, scheduler=scheduler)
+
+
+@pytest.mark.parametrize("backend", SKIPPING)
+def test_pipeline_that_steps_another_scheduler_is_told_of_and_nothing_piles_up(pipe, backend):
+    plain = pipe(step_another)
+    with omni_kernels.patched(pipe, backend, SKIPPING[backend]) as handle:
+        with pytest.warns(UserWarning, match=rf"LoopPipeline .* steps another one.*{backend} caches nothing"):
+            made = pipe(step_another)
+        assert handle._installed.held_tensors() == []
     assert torch.equal(made, plain)
 
 

@@ -15,6 +15,7 @@ from benchmarks.models.tiny import build
 from omni_kernels import ops
 from omni_runtime.cache import models
 from omni_runtime.cache.models import MODELS, ModelRow
+from omni_runtime.cache.signals import wiener
 
 NOISE_TOKENS = 16  # 64×64 pixels
 
@@ -117,14 +118,59 @@ def test_edits_modulated_distance_is_over_the_noise_alone(edit_pipe):
     ("segments", "layered", "tokens"),
     [
         ([(1, 4, 4)], False, None),
-        ([(1, 4, 4), (1, 2, 2)], False, 16),
-        ([(1, 4, 4), (1, 2, 2), (1, 2, 2)], False, 16),
-        ([(1, 4, 4), (1, 4, 4), (1, 4, 4), (1, 2, 2)], True, 48),
+        ([(1, 4, 4), (1, 2, 2)], False, (0, 16)),
+        ([(1, 4, 4), (1, 2, 2), (1, 2, 2)], False, (0, 16)),
+        ([(1, 4, 4), (1, 4, 4), (1, 4, 4), (1, 2, 2)], True, (0, 48)),
     ],
 )
 def test_noise_comes_before_the_references(segments, layered, tokens):
     arguments = {"img_shapes": [segments] * 2, "additional_t_cond": torch.zeros(2) if layered else None}
-    assert MODELS["QwenImageTransformer2DModel"].noise_tokens(arguments) == tokens
+    assert MODELS["QwenImageTransformer2DModel"].noise_tokens(None, arguments) == tokens
+
+
+#: Pipelines with an image that is given: the attention of block 0, which of its tokens are noise, and their grid.
+WITH_AN_IMAGE = {
+    "FluxKontextPipeline": ("transformer_blocks.0.attn", slice(0, 16), (1, 4, 4)),
+    "Flux2Pipeline (image)": ("transformer_blocks.0.attn", slice(0, 16), (1, 4, 4)),
+    "HunyuanVideoImageToVideoPipeline (the picture as first tokens)": (
+        "transformer_blocks.0.attn",
+        slice(16, None),
+        (1, 4, 4),
+    ),
+    "LTXImageToVideoPipeline": ("transformer_blocks.0.attn1", slice(64, None), (1, 8, 8)),
+    "WanImageToVideoPipeline (2.2, a timestep for each token)": ("blocks.0.attn1", slice(16, None), (1, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("name", WITH_AN_IMAGE)
+@pytest.mark.parametrize("backend", ["tea_cache", "sea_cache"])
+def test_distance_is_over_the_tokens_that_are_noise(name, backend):
+    """The noise comes before a reference image, and after the first frame of a video."""
+    model = build(name)
+    attention, noise, grid = WITH_AN_IMAGE[name]
+    seen = []
+    model.pipe.transformer.get_submodule(attention).register_forward_hook(
+        lambda _, args, kwargs, output: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    config = {"rel_l1_thresh": 1e-9, "coefficients": [0, 0, 0, 1, 0]} if backend == "tea_cache" else {"threshold": 1e-9}
+    with omni_kernels.patched(model.pipe, backend, config) as handle:
+        model.generate()
+    (branch,) = handle.report.branches.values()
+    assert len(seen) == len(branch.decisions) == model.steps
+    assert seen[0][:, noise].shape[1] == math.prod(grid)
+    levels = itertools.pairwise(model.pipe.scheduler.sigmas.tolist())
+
+    def watched(modulated, level):
+        tokens = modulated[:, noise]
+        return wiener(tokens.unflatten(1, grid), level, 3.0) if backend == "sea_cache" else tokens
+
+    for (then, now), (before, level), decision in zip(
+        itertools.pairwise(seen[:-1]), levels, branch.decisions[1:-1], strict=False
+    ):
+        over_noise = distance(watched(now, level), watched(then, before))
+        assert decision.distance == pytest.approx(over_noise, rel=1e-3)
+        if backend == "tea_cache":
+            assert distance(now, then) != pytest.approx(over_noise, rel=1e-2), "the image dilutes it"
 
 
 def test_layered_distance_is_over_all_layers():
@@ -311,13 +357,26 @@ def sd3_latents(pipe):
     ).images
 
 
-def test_pipeline_without_a_transformer_is_named():
+def test_pipeline_may_have_the_second_transformer_alone():
+    model = build("WanPipeline (2.2, two transformers)")
+    model.pipe.register_modules(transformer=None)
+    model.pipe.register_to_config(boundary_ratio=2.0)  # all steps are the second one's
+    plain = model.generate()
+    for backend, config in [("first_block_cache", {"threshold": 1.0}), ("velocity_cache", {"budget": 4})]:
+        with omni_kernels.patched(model.pipe, backend, config, fuse=True) as handle:
+            model.generate()
+            assert handle.report.forwards_saved > 0
+            assert handle.fused.replaced
+        assert torch.equal(model.generate(), plain)
+
+
+def test_pipeline_with_a_unet_is_named():
     unet = diffusers.UNet2DModel(
         sample_size=8, block_out_channels=(8,), norm_num_groups=4, down_block_types=["DownBlock2D"],
         up_block_types=["UpBlock2D"], layers_per_block=1,
     )  # fmt: skip
     pipe = diffusers.DDPMPipeline(unet=unet, scheduler=diffusers.DDPMScheduler())
-    with pytest.raises(ValueError, match="DDPMPipeline has no transformer"):
+    with pytest.raises(ValueError, match=r"DDPMPipeline denoises with a `unet` \(UNet2DModel\)"):
         omni_kernels.patch(pipe, "first_block_cache")
 
 

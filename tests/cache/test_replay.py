@@ -206,9 +206,9 @@ def test_drift_of_a_threshold_is_the_rule_written_out(qwen_pipe, threshold, monk
     seen = []
     original = FirstBlocksResidual.observe
 
-    def spy(self, block, arguments, hidden, entered, remembered, using):
+    def spy(self, block, arguments, hidden, entered, noise, remembered, using):
         seen.append(hidden - entered)
-        return original(self, block, arguments, hidden, entered, remembered, using)
+        return original(self, block, arguments, hidden, entered, noise, remembered, using)
 
     config = {"threshold": threshold, "decision": "replay"}
     handle = omni_kernels.patch(qwen_pipe, "first_block_cache", config)

@@ -411,11 +411,16 @@ def test_compiled_blocks_with_uneven_shards_are_refused_by_name(ranks):
         assert "FluxTransformer2DModel are compiled, and its ranks have unequal numbers" in rank["uneven, compiled"]
 
 
-def test_of_the_first_tokens_each_of_three_ranks_has_what_lies_in_its_part():
+def test_of_the_noise_tokens_each_of_three_ranks_has_what_lies_in_its_part():
     sizes = [4, 3, 2]
     shard = Shard(SimpleNamespace(split=True, count=3, rank=2, tokens=lambda own, device: sizes))
     shard.measure(torch.zeros(1, 2, 8), None)
     assert shard.parts(9) == [4, 3, 2]
     assert shard.parts(6) == [4, 2, 0]
     assert shard.parts(8) == [4, 3, 1]
-    assert shard.part(8) == 1
+    assert shard.part(0, 8) == (0, 1)
+    assert shard.part(3, 9) == (0, 2)
+    shard.measure(torch.zeros(1, 2, 8), (3, 9))
+    assert shard.watched == 6
+    assert shard.parts(6) == [1, 3, 2]
+    assert shard.parts(2) == [1, 1, 0]

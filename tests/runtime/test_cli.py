@@ -11,13 +11,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import pytest
 import tiny
 import torch
 from PIL import Image
 
 from omni_kernels.patching import backends as registry
-from omni_runtime import cli
+from omni_runtime import Omni, cli
 from omni_runtime.cli import listings
 from omni_runtime.cli.inputs import texts
 from omni_runtime.generation.loading import embedded_models
@@ -407,6 +408,23 @@ def test_inspect_says_why_a_cache_does_not_work(embedded: str, capsys: pytest.Ca
     assert "draws new noise at each step" in caches["easy_cache"]
     assert caches["velocity_cache"] is None
     assert caches["first_block_cache"] is None
+
+
+def test_inspect_tries_the_caches_on_a_modular_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = diffusers.ZImageAutoBlocks().init_pipeline()
+    pipe.update_components(**tiny.z_image().components)
+    pipe.save_pretrained(str(tmp_path / "modular"), overwrite_modular_index=True)
+    assert run("inspect", "--model", tmp_path / "modular", "--size", 64, "--json", "--quiet") == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert (listed["pipeline"], listed["transformer"]) == ("ZImageModularPipeline", "ZImageTransformer2DModel")
+    assert listed["blocks"] == ["layers: 4 × ZImageTransformerBlock, x"]
+    refused = {name: why for name, why in listed["caches"].items() if why is not None}
+    assert list(refused) == ["mag_cache"]
+    assert "no MagCache ratios are known" in refused["mag_cache"]
+    assert generate(tmp_path / "modular", tmp_path) == 2
+    assert "it is a modular pipeline: load it with diffusers" in capsys.readouterr().err
+    with pytest.raises(TypeError, match="ZImageModularPipeline is a modular pipeline: load it with diffusers"):
+        Omni(pipe)
 
 
 def test_the_list_of_backends_says_what_they_say() -> None:

@@ -121,20 +121,21 @@ def cosmos25_transfer() -> Tiny:
     return Tiny(diffusers.Cosmos2_5_TransferPipeline(**parts), _REQUEST | frames, _GUIDED, {"width": 96})
 
 
-class _Tokenizer:
+class Tokenizer:
     """Makes a token of each letter."""
 
     eos_token_id = 1
 
     def convert_tokens_to_ids(self, token: str) -> int:
+        """All special tokens are one."""
         return 2
 
     def apply_chat_template(self, conversations: Any, **settings: Any) -> Any:
+        """The letters of the last message."""
         return SimpleNamespace(input_ids=[3 + ord(letter) % 60 for letter in conversations[-1]["content"]])
 
 
-@tiny("Cosmos3OmniPipeline")
-def cosmos3_omni() -> Tiny:
+def cosmos_3_transformer() -> diffusers.Cosmos3OmniTransformer:
     transformer = diffusers.Cosmos3OmniTransformer(
         head_dim=16,
         hidden_size=32,
@@ -147,9 +148,14 @@ def cosmos3_omni() -> Tiny:
         rope_axes_dim=[4, 2, 2],
         vocab_size=64,
     )
+    return wake(transformer)
+
+
+@tiny("Cosmos3OmniPipeline")
+def cosmos3_omni() -> Tiny:
     pipe = diffusers.Cosmos3OmniPipeline(
-        transformer=wake(transformer),
-        text_tokenizer=_Tokenizer(),
+        transformer=cosmos_3_transformer(),
+        text_tokenizer=Tokenizer(),
         vae=wan_vae(),
         scheduler=_scheduler_25(),
         enable_safety_checker=False,

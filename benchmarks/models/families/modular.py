@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Collection
 from typing import Any
 
 import diffusers
@@ -34,16 +36,27 @@ _LEFT_OUT = {
 }
 
 
-def _pipe(blocks: str, workflow: str | None = None, **components: Any) -> diffusers.ModularPipeline:
+def modular(
+    blocks: str, workflow: str | None = None, without: Collection[str] = (), **components: Any
+) -> diffusers.ModularPipeline:
+    """The denoising blocks of a modular pipeline, with these components; `without` names more that are left out."""
     made = getattr(modular_pipelines, blocks)()
     if workflow:
         made = made.get_workflow(workflow)
-    for name in [name for name in made.sub_blocks if name.split(".")[0] in _LEFT_OUT]:
+    for name in [name for name in made.sub_blocks if name.split(".")[0] in {*_LEFT_OUT, *without}]:
         made.sub_blocks.pop(name)
     _silence(made)
-    pipe = made.init_pipeline()
+    pipe = _kind(blocks)(blocks=made)
     pipe.update_components(**components)
     return pipe
+
+
+@functools.cache
+def _kind(blocks: str) -> type:
+    """The pipeline class of diffusers that these blocks are the default of: several share a model's name."""
+    kinds = [getattr(diffusers, name) for name in dir(diffusers) if name.endswith("ModularPipeline")]
+    (found,) = [kind for kind in kinds if vars(kind).get("default_blocks_name") == blocks]
+    return found
 
 
 def _silence(blocks: diffusers.ModularPipelineBlocks) -> None:
@@ -54,7 +67,7 @@ def _silence(blocks: diffusers.ModularPipelineBlocks) -> None:
         _silence(block)
 
 
-def _guidance(scale: float) -> diffusers.ClassifierFreeGuidance:
+def guidance(scale: float) -> diffusers.ClassifierFreeGuidance:
     return _guider(diffusers.ClassifierFreeGuidance, guidance_scale=scale)
 
 
@@ -62,7 +75,7 @@ def _guider(kind: type, **config: Any) -> Any:
     return ComponentSpec("guider", kind, config=FrozenDict(config)).create()
 
 
-_REQUEST = {
+REQUEST = {
     "prompt_embeds": numbers(1, TEXT, WIDTH),
     "height": 64,
     "width": 64,
@@ -70,11 +83,11 @@ _REQUEST = {
     "output_type": OMIT,
     "return_dict": OMIT,
 }
-_UNGUIDED = {"guider": _guidance(1.0)}
-_GUIDED = {"guider": _guidance(4.0), "negative_prompt_embeds": numbers(1, TEXT, WIDTH, seed=2)}
-_MASKS = {"prompt_embeds_mask": ones(1, TEXT).bool()}
-_NEGATIVE_MASKS = {"negative_prompt_embeds_mask": ones(1, TEXT).bool()}
-_LARGER = {"width": 96}
+UNGUIDED = {"guider": guidance(1.0)}
+GUIDED = {"guider": guidance(4.0), "negative_prompt_embeds": numbers(1, TEXT, WIDTH, seed=2)}
+MASKS = {"prompt_embeds_mask": ones(1, TEXT).bool()}
+NEGATIVE_MASKS = {"negative_prompt_embeds_mask": ones(1, TEXT).bool()}
+LARGER = {"width": 96}
 
 
 def _flux() -> diffusers.FluxTransformer2DModel:
@@ -93,20 +106,20 @@ def _flux() -> diffusers.FluxTransformer2DModel:
 
 @tiny("ModularPipeline (FLUX.1)")
 def flux() -> Tiny:
-    pipe = _pipe("FluxAutoBlocks", "text2image", scheduler=flow(use_dynamic_shifting=True), transformer=_flux())
-    return Tiny(pipe, _REQUEST | {"pooled_prompt_embeds": numbers(1, 24, seed=3)}, larger=_LARGER)
+    pipe = modular("FluxAutoBlocks", "text2image", scheduler=flow(use_dynamic_shifting=True), transformer=_flux())
+    return Tiny(pipe, REQUEST | {"pooled_prompt_embeds": numbers(1, 24, seed=3)}, larger=LARGER)
 
 
 @tiny("ModularPipeline (FLUX.1 image-to-image)")
 def flux_image_to_image() -> Tiny:
     vae = kl_vae(16, scaling_factor=0.36, shift_factor=0.12)
     scheduler = flow(use_dynamic_shifting=True)
-    pipe = _pipe("FluxAutoBlocks", "image2image", scheduler=scheduler, transformer=_flux(), vae=vae)
-    request = _REQUEST | {"pooled_prompt_embeds": numbers(1, 24, seed=3), "image": picture(), "strength": 0.9}
-    return Tiny(pipe, request, larger=_LARGER)
+    pipe = modular("FluxAutoBlocks", "image2image", scheduler=scheduler, transformer=_flux(), vae=vae)
+    request = REQUEST | {"pooled_prompt_embeds": numbers(1, 24, seed=3), "image": picture(), "strength": 0.9}
+    return Tiny(pipe, request, larger=LARGER)
 
 
-_FLUX_2: dict[str, Any] = {
+FLUX_2: dict[str, Any] = {
     "in_channels": 32,
     "num_layers": 3,
     "num_single_layers": 3,
@@ -119,34 +132,34 @@ _FLUX_2: dict[str, Any] = {
 
 @tiny("ModularPipeline (FLUX.2)")
 def flux_2() -> Tiny:
-    transformer = diffusers.Flux2Transformer2DModel(**_FLUX_2, timestep_guidance_channels=32)
-    pipe = _pipe("Flux2AutoBlocks", "text2image", scheduler=flow(use_dynamic_shifting=True), transformer=transformer)
-    return Tiny(pipe, _REQUEST, larger=_LARGER)
+    transformer = diffusers.Flux2Transformer2DModel(**FLUX_2, timestep_guidance_channels=32)
+    pipe = modular("Flux2AutoBlocks", "text2image", scheduler=flow(use_dynamic_shifting=True), transformer=transformer)
+    return Tiny(pipe, REQUEST, larger=LARGER)
 
 
 @tiny("ModularPipeline (FLUX.2 klein)")
 def flux_2_klein() -> Tiny:
-    transformer = diffusers.Flux2Transformer2DModel(**_FLUX_2, timestep_guidance_channels=32, guidance_embeds=False)
+    transformer = diffusers.Flux2Transformer2DModel(**FLUX_2, timestep_guidance_channels=32, guidance_embeds=False)
     scheduler = flow(use_dynamic_shifting=True)
-    pipe = _pipe("Flux2KleinBaseAutoBlocks", "text2image", scheduler=scheduler, transformer=transformer)
-    return Tiny(pipe, _REQUEST | _UNGUIDED, _GUIDED, _LARGER)
+    pipe = modular("Flux2KleinBaseAutoBlocks", "text2image", scheduler=scheduler, transformer=transformer)
+    return Tiny(pipe, REQUEST | UNGUIDED, GUIDED, LARGER)
 
 
 @tiny("ModularPipeline (FLUX.3)")
 def flux_3() -> Tiny:
-    transformer = diffusers.Flux3Transformer2DModel(**_FLUX_2, cond_in_channels=32, timestep_channels=32)
-    pipe = _pipe("Flux3AutoBlocks", "text2image", transformer=transformer)
-    return Tiny(pipe, _REQUEST | _UNGUIDED, _GUIDED, _LARGER)
+    transformer = diffusers.Flux3Transformer2DModel(**FLUX_2, cond_in_channels=32, timestep_channels=32)
+    pipe = modular("Flux3AutoBlocks", "text2image", transformer=transformer)
+    return Tiny(pipe, REQUEST | UNGUIDED, GUIDED, LARGER)
 
 
 @tiny("ModularPipeline (FLUX.3 distilled)")
 def flux_3_distilled() -> Tiny:
-    transformer = diffusers.Flux3Transformer2DModel(**_FLUX_2, cond_in_channels=32, timestep_channels=32, flow_map=True)
-    pipe = _pipe("Flux3DistilledAutoBlocks", "text2image", transformer=transformer)
-    return Tiny(pipe, _REQUEST, larger=_LARGER)
+    transformer = diffusers.Flux3Transformer2DModel(**FLUX_2, cond_in_channels=32, timestep_channels=32, flow_map=True)
+    pipe = modular("Flux3DistilledAutoBlocks", "text2image", transformer=transformer)
+    return Tiny(pipe, REQUEST, larger=LARGER)
 
 
-_WAN: dict[str, Any] = {
+WAN: dict[str, Any] = {
     "num_attention_heads": 2,
     "attention_head_dim": 12,
     "text_dim": WIDTH,
@@ -157,31 +170,31 @@ _WAN: dict[str, Any] = {
 }
 
 
-def _wan(**config: Any) -> diffusers.WanTransformer3DModel:
-    return diffusers.WanTransformer3DModel(**_WAN | config)
+def wan_transformer(**config: Any) -> diffusers.WanTransformer3DModel:
+    return diffusers.WanTransformer3DModel(**WAN | config)
 
 
-def _unipc() -> diffusers.UniPCMultistepScheduler:
+def unipc() -> diffusers.UniPCMultistepScheduler:
     return diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
 
 
-_LONGER = {"width": 96, "num_frames": 9}
+LONGER = {"width": 96, "num_frames": 9}
 
 
 @tiny("ModularPipeline (Wan)")
 def wan() -> Tiny:
-    pipe = _pipe("WanBlocks", scheduler=_unipc(), transformer=_wan())
-    return Tiny(pipe, _REQUEST | _GUIDED | _UNGUIDED | {"num_frames": 5}, _GUIDED, _LONGER)
+    pipe = modular("WanBlocks", scheduler=unipc(), transformer=wan_transformer())
+    return Tiny(pipe, REQUEST | GUIDED | UNGUIDED | {"num_frames": 5}, GUIDED, LONGER)
 
 
 @tiny("ModularPipeline (Wan 2.2)")
 def wan_22() -> Tiny:
-    pipe = _pipe("Wan22Blocks", scheduler=_unipc(), transformer=_wan(), transformer_2=_wan())
-    unguided = _GUIDED | _UNGUIDED | {"guider_2": _guidance(1.0), "num_frames": 5}
-    return Tiny(pipe, _REQUEST | unguided, _GUIDED | {"guider_2": _guidance(3.0)}, _LONGER)
+    pipe = modular("Wan22Blocks", scheduler=unipc(), transformer=wan_transformer(), transformer_2=wan_transformer())
+    unguided = GUIDED | UNGUIDED | {"guider_2": guidance(1.0), "num_frames": 5}
+    return Tiny(pipe, REQUEST | unguided, GUIDED | {"guider_2": guidance(3.0)}, LONGER)
 
 
-_QWEN_IMAGE: dict[str, Any] = {
+QWEN_IMAGE: dict[str, Any] = {
     "in_channels": 64,
     "num_layers": 4,
     "attention_head_dim": 16,
@@ -193,15 +206,14 @@ _QWEN_IMAGE: dict[str, Any] = {
 
 @tiny("ModularPipeline (Qwen-Image)")
 def qwen_image() -> Tiny:
-    transformer = diffusers.QwenImageTransformer2DModel(**_QWEN_IMAGE)
+    transformer = diffusers.QwenImageTransformer2DModel(**QWEN_IMAGE)
     scheduler = flow(use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02)
-    pipe = _pipe("QwenImageAutoBlocks", "text2image", scheduler=scheduler, transformer=transformer)
-    return Tiny(pipe, _REQUEST | _MASKS | _UNGUIDED, _GUIDED | _NEGATIVE_MASKS, _LARGER)
+    pipe = modular("QwenImageAutoBlocks", "text2image", scheduler=scheduler, transformer=transformer)
+    return Tiny(pipe, REQUEST | MASKS | UNGUIDED, GUIDED | NEGATIVE_MASKS, LARGER)
 
 
-@tiny("ModularPipeline (Qwen-Image 2.1)")
-def qwen_image_21() -> Tiny:
-    transformer = diffusers.QwenImage21Transformer2DModel(
+def qwen_image_21_transformer() -> diffusers.QwenImage21Transformer2DModel:
+    return diffusers.QwenImage21Transformer2DModel(
         in_channels=16,
         out_channels=16,
         num_layers=4,
@@ -210,11 +222,15 @@ def qwen_image_21() -> Tiny:
         context_in_dim=WIDTH,
         axes_dims_rope=(4, 6, 6),
     )
-    scheduler = flow(use_dynamic_shifting=True)
-    pipe = _pipe("QwenImage21AutoBlocks", "text2image", scheduler=scheduler, transformer=transformer)
-    masks = _MASKS | {"image_pad_mask": torch.zeros(1, TEXT, dtype=torch.bool)}
-    negative = _NEGATIVE_MASKS | {"negative_image_pad_mask": torch.zeros(1, TEXT, dtype=torch.bool)}
-    return Tiny(pipe, _REQUEST | masks | _UNGUIDED, _GUIDED | negative, _LARGER)
+
+
+@tiny("ModularPipeline (Qwen-Image 2.1)")
+def qwen_image_21() -> Tiny:
+    parts = {"scheduler": flow(use_dynamic_shifting=True), "transformer": qwen_image_21_transformer()}
+    pipe = modular("QwenImage21AutoBlocks", "text2image", **parts)
+    masks = MASKS | {"image_pad_mask": torch.zeros(1, TEXT, dtype=torch.bool)}
+    negative = NEGATIVE_MASKS | {"negative_image_pad_mask": torch.zeros(1, TEXT, dtype=torch.bool)}
+    return Tiny(pipe, REQUEST | masks | UNGUIDED, GUIDED | negative, LARGER)
 
 
 def _z_image() -> diffusers.ZImageTransformer2DModel:
@@ -232,9 +248,9 @@ def _z_image() -> diffusers.ZImageTransformer2DModel:
 
 @tiny("ModularPipeline (Z-Image)")
 def z_image() -> Tiny:
-    pipe = _pipe("ZImageAutoBlocks", "text2image", scheduler=flow(shift=3.0), transformer=_z_image())
-    request = _REQUEST | _UNGUIDED | {"prompt_embeds": [numbers(TEXT, WIDTH)]}
-    return Tiny(pipe, request, _GUIDED | {"negative_prompt_embeds": [numbers(TEXT, WIDTH, seed=2)]}, _LARGER)
+    pipe = modular("ZImageAutoBlocks", "text2image", scheduler=flow(shift=3.0), transformer=_z_image())
+    request = REQUEST | UNGUIDED | {"prompt_embeds": [numbers(TEXT, WIDTH)]}
+    return Tiny(pipe, request, GUIDED | {"negative_prompt_embeds": [numbers(TEXT, WIDTH, seed=2)]}, LARGER)
 
 
 @tiny("ModularPipeline (Stable Diffusion 3)")
@@ -249,14 +265,13 @@ def stable_diffusion_3() -> Tiny:
         pooled_projection_dim=64,
         qk_norm="rms_norm",
     )
-    pipe = _pipe("StableDiffusion3AutoBlocks", "text2image", scheduler=flow(shift=3.0), transformer=transformer)
-    request = _REQUEST | _UNGUIDED | {"pooled_prompt_embeds": numbers(1, 64, seed=3)}
-    return Tiny(pipe, request, _GUIDED | {"negative_pooled_prompt_embeds": numbers(1, 64, seed=4)}, _LARGER)
+    pipe = modular("StableDiffusion3AutoBlocks", "text2image", scheduler=flow(shift=3.0), transformer=transformer)
+    request = REQUEST | UNGUIDED | {"pooled_prompt_embeds": numbers(1, 64, seed=3)}
+    return Tiny(pipe, request, GUIDED | {"negative_pooled_prompt_embeds": numbers(1, 64, seed=4)}, LARGER)
 
 
-@tiny("ModularPipeline (Krea 2)")
-def krea_2() -> Tiny:
-    transformer = diffusers.Krea2Transformer2DModel(
+def krea_2_transformer() -> diffusers.Krea2Transformer2DModel:
+    return diffusers.Krea2Transformer2DModel(
         num_layers=4,
         attention_head_dim=16,
         num_attention_heads=2,
@@ -272,10 +287,15 @@ def krea_2() -> Tiny:
         num_refiner_text_blocks=1,
         axes_dims_rope=(4, 6, 6),
     )
-    pipe = _pipe("Krea2AutoBlocks", "text2image", scheduler=flow(use_dynamic_shifting=True), transformer=transformer)
-    request = _REQUEST | _MASKS | _UNGUIDED | {"prompt_embeds": numbers(1, TEXT, 2, WIDTH)}
-    guided = _GUIDED | _NEGATIVE_MASKS | {"negative_prompt_embeds": numbers(1, TEXT, 2, WIDTH, seed=2)}
-    return Tiny(pipe, request, guided, _LARGER)
+
+
+@tiny("ModularPipeline (Krea 2)")
+def krea_2() -> Tiny:
+    parts = {"scheduler": flow(use_dynamic_shifting=True), "transformer": krea_2_transformer()}
+    pipe = modular("Krea2AutoBlocks", "text2image", **parts)
+    request = REQUEST | MASKS | UNGUIDED | {"prompt_embeds": numbers(1, TEXT, 2, WIDTH)}
+    guided = GUIDED | NEGATIVE_MASKS | {"negative_prompt_embeds": numbers(1, TEXT, 2, WIDTH, seed=2)}
+    return Tiny(pipe, request, guided, LARGER)
 
 
 @tiny("ModularPipeline (LTX-Video)")
@@ -289,10 +309,10 @@ def ltx() -> Tiny:
         num_layers=4,
         caption_channels=WIDTH,
     )
-    pipe = _pipe("LTXAutoBlocks", "text2video", scheduler=flow(), transformer=transformer)
+    pipe = modular("LTXAutoBlocks", "text2video", scheduler=flow(), transformer=transformer)
     masks = {"prompt_attention_mask": ones(1, TEXT), "negative_prompt_attention_mask": ones(1, TEXT)}
-    request = _REQUEST | _GUIDED | _UNGUIDED | masks | {"num_frames": 9}
-    return Tiny(pipe, request, _GUIDED, {"width": 96, "num_frames": 17})
+    request = REQUEST | GUIDED | UNGUIDED | masks | {"num_frames": 9}
+    return Tiny(pipe, request, GUIDED, {"width": 96, "num_frames": 17})
 
 
 @tiny("ModularPipeline (ERNIE-Image)")
@@ -307,9 +327,9 @@ def ernie_image() -> Tiny:
         text_in_dim=WIDTH,
         rope_axes_dim=(4, 6, 6),
     )
-    pipe = _pipe("ErnieImageAutoBlocks", "text2image", scheduler=flow(shift=3.0), transformer=wake(transformer))
-    request = _REQUEST | _UNGUIDED | {"prompt_embeds": [numbers(TEXT, WIDTH)]}
-    return Tiny(pipe, request, _GUIDED | {"negative_prompt_embeds": [numbers(TEXT, WIDTH, seed=2)]}, _LARGER)
+    pipe = modular("ErnieImageAutoBlocks", "text2image", scheduler=flow(shift=3.0), transformer=wake(transformer))
+    request = REQUEST | UNGUIDED | {"prompt_embeds": [numbers(TEXT, WIDTH)]}
+    return Tiny(pipe, request, GUIDED | {"negative_prompt_embeds": [numbers(TEXT, WIDTH, seed=2)]}, LARGER)
 
 
 @tiny("ModularPipeline (HunyuanVideo 1.5)")
@@ -326,11 +346,11 @@ def hunyuan_video_15() -> Tiny:
         image_embed_dim=16,
         rope_axes_dim=(4, 6, 6),
     )
-    pipe = _pipe("HunyuanVideo15AutoBlocks", "text2video", scheduler=flow(shift=5.0), transformer=transformer)
+    pipe = modular("HunyuanVideo15AutoBlocks", "text2video", scheduler=flow(shift=5.0), transformer=transformer)
     texts = {"prompt_embeds_2": numbers(1, 8, 24, seed=3), "prompt_embeds_mask_2": ones(1, 8)}
     negative = {"negative_prompt_embeds_2": numbers(1, 8, 24, seed=4), "negative_prompt_embeds_mask_2": ones(1, 8)}
-    request = _REQUEST | _MASKS | _UNGUIDED | texts | {"num_frames": 5}
-    return Tiny(pipe, request, _GUIDED | _NEGATIVE_MASKS | negative, _LONGER)
+    request = REQUEST | MASKS | UNGUIDED | texts | {"num_frames": 5}
+    return Tiny(pipe, request, GUIDED | NEGATIVE_MASKS | negative, LONGER)
 
 
 @tiny("ModularPipeline (Ideogram 4)")
@@ -347,7 +367,7 @@ def ideogram_4() -> Tiny:
             mrope_section=(4, 2, 2),
         )
 
-    pipe = _pipe(
+    pipe = modular(
         "Ideogram4AutoBlocks",
         "text2image",
         scheduler=flow(),
@@ -355,7 +375,7 @@ def ideogram_4() -> Tiny:
         unconditional_transformer=transformer(),
     )
     texts = {"text_features": numbers(1, TEXT, WIDTH), "text_lengths": [TEXT], "prompt_embeds": OMIT}
-    return Tiny(pipe, _REQUEST | texts | {"guidance_schedule": (7.0,) * STEPS}, larger=_LARGER)
+    return Tiny(pipe, REQUEST | texts | {"guidance_schedule": (7.0,) * STEPS}, larger=LARGER)
 
 
 @tiny("ModularPipeline (Anima)")
@@ -380,7 +400,7 @@ def anima() -> Tiny:
         concat_padding_mask=False,  # for which diffusers needs torchvision
     )
     parts = {"scheduler": flow(shift=3.0), "transformer": transformer, "text_conditioner": conditioner}
-    pipe = _pipe("AnimaAutoBlocks", "text2image", **parts)
+    pipe = modular("AnimaAutoBlocks", "text2image", **parts)
 
     def texts(prefix: str, seed: int) -> dict[str, Any]:
         return {
@@ -390,8 +410,8 @@ def anima() -> Tiny:
             f"{prefix}t5_attention_mask": ones(1, TEXT),
         }
 
-    request = _REQUEST | _UNGUIDED | texts("", 1) | {"prompt_embeds": OMIT}
-    return Tiny(pipe, request, {"guider": _guidance(4.0)} | texts("negative_", 2), _LARGER)
+    request = REQUEST | UNGUIDED | texts("", 1) | {"prompt_embeds": OMIT}
+    return Tiny(pipe, request, {"guider": guidance(4.0)} | texts("negative_", 2), LARGER)
 
 
 @tiny("ModularPipeline (MiniMax-H3)")
@@ -409,14 +429,14 @@ def minimax_h3() -> Tiny:
         time_embed_dim=32,
         rope_freq_dim=2,
     )
-    pipe = _pipe(
+    pipe = modular(
         "MiniMaxH3Blocks",
         "t2va",
         scheduler=diffusers.MiniMaxH3Scheduler(shift=12.0),
         audio_scheduler=diffusers.MiniMaxH3Scheduler(shift=3.0),
         transformer=transformer,
     )
-    request = _REQUEST | {
+    request = REQUEST | {
         "prompt_embeds": numbers(1, TEXT, WIDTH),
         "text_token_tags": ones(TEXT),
         "height": 32,
@@ -439,27 +459,27 @@ def minimax_music_3() -> Tiny:
         fourier_embedding_dim=16,
     )
     encoder = diffusers.MiniMaxMusic3ConditionEncoder(condition_hidden_dim=16, num_condition_layers=2, out_dim=24)
-    pipe = _pipe(
+    pipe = modular(
         "MiniMaxMusic3Blocks",
         scheduler=flow(invert_sigmas=True, num_train_timesteps=1),
         transformer=transformer,
         condition_encoder=encoder,
     )
     sizes = dict.fromkeys(("prompt_embeds", "height", "width"), OMIT)
-    request = _REQUEST | sizes | {"frame_hiddens": numbers(1, 20, 32), "output": "latent_chunks"}
+    request = REQUEST | sizes | {"frame_hiddens": numbers(1, 20, 32), "output": "latent_chunks"}
     # longer ones are made of overlapping windows
     larger = {"frame_hiddens": numbers(1, 240, 32)}
-    return Tiny(pipe, request | _UNGUIDED, {"guider": _guidance(2.0)}, larger)
+    return Tiny(pipe, request | UNGUIDED, {"guider": guidance(2.0)}, larger)
 
 
 @tiny("ModularPipeline (FLUX.1 Kontext)")
 def flux_kontext() -> Tiny:
     vae = kl_vae(16, scaling_factor=0.36, shift_factor=0.12)
     scheduler = flow(use_dynamic_shifting=True)
-    pipe = _pipe("FluxKontextAutoBlocks", "image_conditioned", scheduler=scheduler, transformer=_flux(), vae=vae)
+    pipe = modular("FluxKontextAutoBlocks", "image_conditioned", scheduler=scheduler, transformer=_flux(), vae=vae)
     image = {"image": picture(), "_auto_resize": False, "max_area": 64 * 64}
-    larger = _LARGER | {"max_area": 96 * 64}
-    return Tiny(pipe, _REQUEST | {"pooled_prompt_embeds": numbers(1, 24, seed=3)} | image, larger=larger)
+    larger = LARGER | {"max_area": 96 * 64}
+    return Tiny(pipe, REQUEST | {"pooled_prompt_embeds": numbers(1, 24, seed=3)} | image, larger=larger)
 
 
 def _flux_2_vae() -> diffusers.AutoencoderKLFlux2:
@@ -470,17 +490,17 @@ def _flux_2_vae() -> diffusers.AutoencoderKLFlux2:
 
 @tiny("ModularPipeline (FLUX.2 editing)")
 def flux_2_edit() -> Tiny:
-    transformer = diffusers.Flux2Transformer2DModel(**_FLUX_2, timestep_guidance_channels=32)
+    transformer = diffusers.Flux2Transformer2DModel(**FLUX_2, timestep_guidance_channels=32)
     parts = {"scheduler": flow(use_dynamic_shifting=True), "transformer": transformer, "vae": _flux_2_vae()}
-    pipe = _pipe("Flux2AutoBlocks", "image_conditioned", **parts)
-    return Tiny(pipe, _REQUEST | {"image": [picture()]}, larger=_LARGER)
+    pipe = modular("Flux2AutoBlocks", "image_conditioned", **parts)
+    return Tiny(pipe, REQUEST | {"image": [picture()]}, larger=LARGER)
 
 
 @tiny("ModularPipeline (FLUX.3 editing)")
 def flux_3_edit() -> Tiny:
-    transformer = diffusers.Flux3Transformer2DModel(**_FLUX_2, cond_in_channels=32, timestep_channels=32)
-    pipe = _pipe("Flux3AutoBlocks", "image_conditioned", transformer=transformer, vae=_flux_2_vae())
-    return Tiny(pipe, _REQUEST | _UNGUIDED | {"image": [picture()]}, _GUIDED, _LARGER)
+    transformer = diffusers.Flux3Transformer2DModel(**FLUX_2, cond_in_channels=32, timestep_channels=32)
+    pipe = modular("Flux3AutoBlocks", "image_conditioned", transformer=transformer, vae=_flux_2_vae())
+    return Tiny(pipe, REQUEST | UNGUIDED | {"image": [picture()]}, GUIDED, LARGER)
 
 
 @tiny("ModularPipeline (Stable Diffusion XL)")
@@ -501,52 +521,52 @@ def stable_diffusion_xl() -> Tiny:
         cross_attention_dim=WIDTH,
     )
     parts = {"scheduler": diffusers.EulerDiscreteScheduler(), "unet": unet, "vae": kl_vae()}
-    pipe = _pipe("StableDiffusionXLAutoBlocks", "text2image", **parts)
-    request = _REQUEST | _UNGUIDED | {"pooled_prompt_embeds": numbers(1, 24, seed=3)}
-    return Tiny(pipe, request, _GUIDED | {"negative_pooled_prompt_embeds": numbers(1, 24, seed=4)}, _LARGER)
+    pipe = modular("StableDiffusionXLAutoBlocks", "text2image", **parts)
+    request = REQUEST | UNGUIDED | {"pooled_prompt_embeds": numbers(1, 24, seed=3)}
+    return Tiny(pipe, request, GUIDED | {"negative_pooled_prompt_embeds": numbers(1, 24, seed=4)}, LARGER)
 
 
 @tiny("ModularPipeline (Wan 2.2 image-to-video)")
 def wan_22_image_to_video() -> Tiny:
-    transformers = {name: _wan(in_channels=36) for name in ("transformer", "transformer_2")}
-    pipe = _pipe("Wan22Image2VideoBlocks", scheduler=_unipc(), vae=wan_vae(), **transformers)
-    request = _REQUEST | _GUIDED | _UNGUIDED | {"guider_2": _guidance(1.0), "num_frames": 5, "image": picture()}
-    return Tiny(pipe, request, _GUIDED | {"guider_2": _guidance(3.0)}, _LONGER)
+    transformers = {name: wan_transformer(in_channels=36) for name in ("transformer", "transformer_2")}
+    pipe = modular("Wan22Image2VideoBlocks", scheduler=unipc(), vae=wan_vae(), **transformers)
+    request = REQUEST | GUIDED | UNGUIDED | {"guider_2": guidance(1.0), "num_frames": 5, "image": picture()}
+    return Tiny(pipe, request, GUIDED | {"guider_2": guidance(3.0)}, LONGER)
 
 
 @tiny("ModularPipeline (Wan 2.2 VACE)")
 def wan_22_vace() -> Tiny:
-    sizes = _WAN | {"num_layers": 4, "vace_layers": [0, 2]}
+    sizes = WAN | {"num_layers": 4, "vace_layers": [0, 2]}
     transformer, transformer_2 = (wake(diffusers.WanVACETransformer3DModel(**sizes)) for _ in range(2))
-    parts = {"scheduler": _unipc(), "vae": wan_vae(), "transformer": transformer, "transformer_2": transformer_2}
-    pipe = _pipe("Wan22VaceBlocks", **parts)
-    request = _REQUEST | _GUIDED | _UNGUIDED | {"guider_2": _guidance(1.0), "num_frames": 5, "video": clip(5)}
-    return Tiny(pipe, request, _GUIDED | {"guider_2": _guidance(3.0)}, _LONGER | {"video": clip(9)})
+    parts = {"scheduler": unipc(), "vae": wan_vae(), "transformer": transformer, "transformer_2": transformer_2}
+    pipe = modular("Wan22VaceBlocks", **parts)
+    request = REQUEST | GUIDED | UNGUIDED | {"guider_2": guidance(1.0), "num_frames": 5, "video": clip(5)}
+    return Tiny(pipe, request, GUIDED | {"guider_2": guidance(3.0)}, LONGER | {"video": clip(9)})
 
 
 @tiny("ModularPipeline (Qwen-Image ControlNet)")
 def qwen_image_controlnet() -> Tiny:
     scheduler = flow(use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02)
-    control = wake(diffusers.QwenImageControlNetModel(**_QWEN_IMAGE | {"num_layers": 2}))
-    transformer = diffusers.QwenImageTransformer2DModel(**_QWEN_IMAGE)
+    control = wake(diffusers.QwenImageControlNetModel(**QWEN_IMAGE | {"num_layers": 2}))
+    transformer = diffusers.QwenImageTransformer2DModel(**QWEN_IMAGE)
     parts = {"scheduler": scheduler, "transformer": transformer, "controlnet": control, "vae": qwen_vae()}
-    pipe = _pipe("QwenImageAutoBlocks", "controlnet_text2image", **parts)
-    request = _REQUEST | _MASKS | _UNGUIDED | {"control_image": picture()}
-    return Tiny(pipe, request, _GUIDED | _NEGATIVE_MASKS, _LARGER)
+    pipe = modular("QwenImageAutoBlocks", "controlnet_text2image", **parts)
+    request = REQUEST | MASKS | UNGUIDED | {"control_image": picture()}
+    return Tiny(pipe, request, GUIDED | NEGATIVE_MASKS, LARGER)
 
 
 @tiny("ModularPipeline (Z-Image image-to-image)")
 def z_image_image_to_image() -> Tiny:
     vae = kl_vae(16, scaling_factor=0.36, shift_factor=0.12)
-    pipe = _pipe("ZImageAutoBlocks", "image2image", scheduler=flow(shift=3.0), transformer=_z_image(), vae=vae)
+    pipe = modular("ZImageAutoBlocks", "image2image", scheduler=flow(shift=3.0), transformer=_z_image(), vae=vae)
     texts = {"prompt_embeds": [numbers(TEXT, WIDTH)]}
     negative = {"negative_prompt_embeds": [numbers(TEXT, WIDTH, seed=2)]}
-    request = _REQUEST | _UNGUIDED | texts | {"image": picture(), "strength": 0.9}
-    return Tiny(pipe, request, _GUIDED | negative, _LARGER)
+    request = REQUEST | UNGUIDED | texts | {"image": picture(), "strength": 0.9}
+    return Tiny(pipe, request, GUIDED | negative, LARGER)
 
 
-@tiny("ModularPipeline (LTX-2)")
-def ltx_2() -> Tiny:
+def ltx_2_parts() -> dict[str, Any]:
+    """The components of an LTX-2 pipeline."""
     transformer = diffusers.LTX2VideoTransformer3DModel(
         in_channels=8,
         out_channels=8,
@@ -566,7 +586,11 @@ def ltx_2() -> Tiny:
     audio_vae = diffusers.AutoencoderKLLTX2Audio(
         base_channels=4, ch_mult=(1,), num_res_blocks=1, resolution=32, latent_channels=2, mel_bins=16
     )
-    pipe = _pipe("LTX2AutoBlocks", "text2video", scheduler=flow(), transformer=transformer, audio_vae=audio_vae)
+    return {"scheduler": flow(), "transformer": transformer, "audio_vae": audio_vae}
+
+
+def ltx_2_request(pipe: diffusers.ModularPipeline) -> Tiny:
+    """A pipeline of LTX-2, and how to call it."""
     texts = {
         f"{sign}connector_{name}": value
         for seed, sign in ((1, ""), (2, "negative_"))
@@ -576,7 +600,7 @@ def ltx_2() -> Tiny:
             ("attention_mask", ones(1, TEXT)),
         )
     }
-    request = _REQUEST | texts | {"prompt_embeds": OMIT, "batch_size": 1, "dtype": torch.float32, "num_frames": 9}
+    request = REQUEST | texts | {"prompt_embeds": OMIT, "batch_size": 1, "dtype": torch.float32, "num_frames": 9}
     no_guidance = _guider(diffusers.LTX2Guidance)
     request |= {"output": ["latents", "audio_latents"], "guider": no_guidance, "audio_guider": no_guidance}
     scales = {"stg_scale": 1.0, "modality_scale": 3.0, "spatio_temporal_guidance_blocks": [2]}
@@ -585,3 +609,8 @@ def ltx_2() -> Tiny:
         "audio_guider": _guider(diffusers.LTX2Guidance, guidance_scale=7.0),
     }
     return Tiny(pipe, request, guided, {"width": 96, "num_frames": 17})
+
+
+@tiny("ModularPipeline (LTX-2)")
+def ltx_2() -> Tiny:
+    return ltx_2_request(modular("LTX2AutoBlocks", "text2video", **ltx_2_parts()))

@@ -33,7 +33,7 @@ def _parts(config: Config, row: ModelRow, blocks: int) -> Parts:
         lacking = "modulation" if row.modulation is None else "noise_grid"
         raise ValueError(
             "sea_cache filters block 0's modulated input over the grid of its tokens: the transformer's ModelRow gives "
-            f"no {lacking}. velocity_cache, cache_dit and first_block_cache need none"
+            f"no {lacking}. Most other caches need none: `omni inspect MODEL` tries them"
         )
 
     def gate(request: Request) -> AccumulatedPolynomialGate:

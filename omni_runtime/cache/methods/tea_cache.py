@@ -36,7 +36,7 @@ def _parts(config: Config, row: ModelRow, blocks: int) -> Parts:
     if row.modulation is None:
         raise ValueError(
             "tea_cache watches block 0's modulated input: the transformer's ModelRow gives no modulation. "
-            "velocity_cache, cache_dit and first_block_cache need none"
+            "Most other caches need none: `omni inspect MODEL` tries them"
         )
     numbers, fitted_for, note = calibrated_numbers("coefficients", config["coefficients"], row.tea_coefficients)
     coefficients, fitted = numbers["coefficients"], numbers.get("range", (-math.inf, math.inf))
