@@ -497,8 +497,8 @@ class OutputSession(CacheSession):
     def shape_of(self, *arguments: Any) -> tuple[Any, ...]:
         """The number of samples in a call, by its first argument (None if unknown), and its tensors' shapes."""
         first = arguments[0] if arguments else None
-        known = isinstance(first, (list, tuple)) or (isinstance(first, torch.Tensor) and first.dim())
-        batch = len(first) if known else None
+        counted = isinstance(first, (list, tuple)) or (isinstance(first, torch.Tensor) and first.dim())
+        batch = len(first) if first is not None and counted else None
         return batch, *[tuple(one.shape) for one in arguments if isinstance(one, torch.Tensor)]
 
     def _chosen(self, request: Request) -> Chosen:

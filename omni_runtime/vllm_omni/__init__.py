@@ -99,9 +99,9 @@ def _cache_backend(own: Callable[..., Any], cache_backend: str | None, cache_con
     """Make one of our backends, or have vLLM-Omni's own function make one of its own."""
     if cache_backend not in NAMES:
         return own(cache_backend, cache_config)
-    from omni_runtime.vllm_omni.backend import OmniBackend
+    from omni_runtime.vllm_omni import backend  # only where it is asked for
 
-    return OmniBackend(cache_backend, cache_config)
+    return backend.made(cache_backend, cache_config)
 
 
 def _letting_in(check: Callable[[Any], None]) -> Callable[[Any], None]:

@@ -1,14 +1,12 @@
-"""Our cache backends in the form of vLLM-Omni's. Importing this imports vLLM-Omni."""
+"""Our cache backends in the form of vLLM-Omni's."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
-
-from vllm_omni.diffusion.cache.base import CacheBackend
-from vllm_omni.diffusion.data import DiffusionCacheConfig
 
 from omni_kernels.patching import api, backends
 from omni_runtime.cache.report import StepEvent
@@ -17,7 +15,13 @@ from omni_runtime.cache.report import StepEvent
 logger = logging.getLogger("vllm_omni.omni_kernels")
 
 
-class OmniBackend(CacheBackend):  # type: ignore[misc] # vLLM-Omni's types are unknown where it is not installed
+def made(name: str, config: Any) -> Any:
+    """A `Backend` that is a `CacheBackend` of vLLM-Omni, too. Arguments and errors are the backend's."""
+    base = import_module("vllm_omni.diffusion.cache.base").CacheBackend
+    return type("OmniBackend", (Backend, base), {"__doc__": Backend.__doc__})(name, config)
+
+
+class Backend:
     """One of our caches, or fused blocks, on one pipeline of vLLM-Omni.
 
     A request begins where the scheduler's timesteps are set, and ends with the pipeline's `forward`, however that
@@ -36,8 +40,9 @@ class OmniBackend(CacheBackend):  # type: ignore[misc] # vLLM-Omni's types are u
     """
 
     def __init__(self, name: str, config: Any) -> None:
-        config = DiffusionCacheConfig.from_dict(dict(config)) if isinstance(config, Mapping) else config
-        super().__init__(config)
+        if isinstance(config, Mapping):
+            config = import_module("vllm_omni.diffusion.data").DiffusionCacheConfig.from_dict(dict(config))
+        self.config, self.enabled = config, False
         given = _given(config)
         self.handle: api.PatchHandle | None = None
         self._cached = None if name == "fused_blocks" else name
@@ -99,12 +104,13 @@ class OmniBackend(CacheBackend):  # type: ignore[misc] # vLLM-Omni's types are u
             logger.info("%s skipped %d of %d steps%s", self._cached, len(report.skipped), report.steps, notes)
 
 
-def _given(config: DiffusionCacheConfig) -> dict[str, Any]:
+def _given(config: Any) -> dict[str, Any]:
     """The keys that the user has given. Those of vLLM-Omni's other caches show by a value that is not the default."""
     plain = type(config)()
     named = [field.name for field in dataclasses.fields(config) if not field.name.startswith("_")]
     changed = {name: getattr(config, name) for name in named if getattr(config, name) != getattr(plain, name)}
-    return changed | config._extra_params
+    extra: dict[str, Any] = config._extra_params
+    return changed | extra
 
 
 def _refuse(name: str, options: Any) -> None:

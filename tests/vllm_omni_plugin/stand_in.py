@@ -38,8 +38,7 @@ def installed():
     module = importlib.util.module_from_spec(spec)
     runner = types.ModuleType(RUNNER)
     names = {**dict.fromkeys((*MODULES, spec.name), module), RUNNER: runner}
-    former = {name: sys.modules.get(name) for name in (*names, "omni_runtime.vllm_omni.backend")}
-    sys.modules.pop("omni_runtime.vllm_omni.backend", None)
+    former = {name: sys.modules.get(name) for name in names}
     sys.modules.update(names)
     try:
         spec.loader.exec_module(module)
