@@ -19,6 +19,7 @@ import torch
 
 from omni_kernels.patching.changes import InstanceMethod, Patch, PatchConflictError, describe
 from omni_kernels.patching.compiled import Compiled
+from omni_kernels.patching.structure import components
 
 REGIONAL = "regional"
 #: Default arguments of torch.compile: a graph break is an error instead of a slow block.
@@ -107,7 +108,7 @@ def _begins(model: torch.nn.Module, args: tuple[Any, ...]) -> None:
 def _repeated_blocks(pipe: Any) -> Iterator[tuple[str, torch.nn.Module, torch.nn.Module]]:
     """(name, transformer, block) of each repeated block."""
     seen: set[int] = set()
-    for component, model in (getattr(pipe, "components", None) or vars(pipe)).items():
+    for component, model in components(pipe).items():
         kinds = getattr(model, "_repeated_blocks", None)
         if not (component.startswith("transformer") and isinstance(model, torch.nn.Module) and kinds):
             continue

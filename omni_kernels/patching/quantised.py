@@ -29,7 +29,7 @@ from omni_kernels.patching import edges, torchao_layers
 from omni_kernels.patching.backends import nearest, shown
 from omni_kernels.patching.changes import Patch
 from omni_kernels.patching.quantized_linear import QuantizedLinear
-from omni_kernels.patching.structure import hooked
+from omni_kernels.patching.structure import components, hooked
 
 #: What `quantize` may name.
 DTYPES = ("int8", "fp8", "mxfp8")
@@ -379,7 +379,7 @@ def drop(layers: Sequence[torch.nn.Linear]) -> None:
 
 def refuse_quantised(pipe: Any) -> None:
     """Raise ValueError if layers of the pipeline's transformers are quantised already."""
-    for name, model in (getattr(pipe, "components", None) or vars(pipe)).items():
+    for name, model in components(pipe).items():
         if name.startswith("transformer") and isinstance(model, torch.nn.Module):
             for path, layer in model.named_modules():
                 if isinstance(layer, QuantizedLinear):
@@ -391,9 +391,8 @@ def refuse_quantised(pipe: Any) -> None:
 
 def _layers(pipe: Any) -> Iterator[tuple[str, torch.nn.Module, str, Any, torch.nn.Module]]:
     """Path, parent, name in the parent, layer and block of each linear layer in a transformer's lists of blocks."""
-    components = getattr(pipe, "components", None) or vars(pipe)
     seen = set()
-    for component, model in components.items():
+    for component, model in components(pipe).items():
         if not (component.startswith("transformer") and isinstance(model, torch.nn.Module)):
             continue
         lists = [(path, child) for path, child in model.named_modules() if isinstance(child, torch.nn.ModuleList)]

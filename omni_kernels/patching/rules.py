@@ -13,9 +13,20 @@ from typing import Any
 
 import torch
 
-from omni_kernels.patching import ahead, flux, flux2, hunyuan_video, ltx, qwen_image, qwen_image_21, wan, z_image
+from omni_kernels.patching import (
+    ahead,
+    flux,
+    flux2,
+    hunyuan_video,
+    ltx,
+    qwen_image,
+    qwen_image_21,
+    vllm_omni,
+    wan,
+    z_image,
+)
 from omni_kernels.patching.changes import Patch, PatchConflictError
-from omni_kernels.patching.structure import home, is_librarys, remember
+from omni_kernels.patching.structure import components, home, is_librarys, remember
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,17 @@ RULES = {
     "WanTransformerBlock": BlockRule(wan.forward, wan.unfit),
     "ZImageTransformerBlock": BlockRule(z_image.forward, z_image.unfit),
 }
+#: The same for block classes of vLLM-Omni, which have the names of diffusers'.
+VLLM_OMNI_RULES = {
+    "QwenImageTransformerBlock": BlockRule(vllm_omni.qwen_image_forward, vllm_omni.qwen_image_unfit, ahead=True),
+    "ZImageTransformerBlock": BlockRule(vllm_omni.z_image_forward, vllm_omni.z_image_unfit),
+}
+
+
+def rule_of(block: torch.nn.Module) -> BlockRule | None:
+    """The row of a block's class; None if it has none."""
+    theirs = home(type(block).forward).partition(".")[0] == "vllm_omni"
+    return (VLLM_OMNI_RULES if theirs else RULES).get(type(block).__name__)
 
 
 @dataclass(frozen=True)
@@ -101,7 +123,8 @@ def fuse(pipe: Any, patch: Patch) -> Fusion:
     def stretch(one: tuple[BlockFusion, torch.nn.Module]) -> tuple[str, str] | None:
         """Grouping key: neighbours with the same key run one after the other. None if nothing is computed ahead."""
         entry = one[0]
-        follows = entry.reason is None and RULES[entry.block].ahead
+        rule = rule_of(one[1])
+        follows = entry.reason is None and rule is not None and rule.ahead
         return (entry.name.rpartition(".")[0], entry.block) if follows else None
 
     for alike, neighbours in itertools.groupby(zip(made, (block for _, block in blocks), strict=True), stretch):
@@ -111,7 +134,7 @@ def fuse(pipe: Any, patch: Patch) -> Fusion:
 
 
 def _fuse(block: torch.nn.Module, patch: Patch) -> str | None:
-    rule = RULES.get(type(block).__name__)
+    rule = rule_of(block)
     if rule is None:
         return "there is no fused forward for its class"
     if not is_librarys(type(block).forward):
@@ -128,9 +151,8 @@ def _fuse(block: torch.nn.Module, patch: Patch) -> str | None:
 
 def _blocks(pipe: Any) -> Iterator[tuple[str, torch.nn.Module]]:
     """All blocks that have a row, in any component, and the other modules in a transformer's top-level block lists."""
-    components = getattr(pipe, "components", None) or vars(pipe)
     seen = set()
-    for component, model in components.items():
+    for component, model in components(pipe).items():
         if not isinstance(model, torch.nn.Module):
             continue
         for name, module in model.named_modules():

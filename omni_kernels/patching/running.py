@@ -4,6 +4,9 @@ Python looks up `pipe(...)` in the pipeline's class. So this instance gets its o
 class and with the same name. Other instances are unchanged. Copies and pickles of the pipeline, and pipelines made from
 it, have the original class.
 
+A pipeline that is a torch.nn.Module, as vLLM-Omni's are, is also run by its `forward`: there this instance's `forward`
+is replaced, which its calls run, too.
+
 `isinstance` works as before. `type(pipe) is <original class>` is False, and the derived class itself cannot be pickled.
 """
 
@@ -17,7 +20,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
 
-from omni_kernels.patching.changes import Patch, PatchConflictError, describe
+import torch
+
+from omni_kernels.patching.changes import InstanceMethod, Patch, PatchConflictError, describe
 
 #: Attribute of a class made here: the original class that it is derived from.
 _PLAIN = "_omni_kernels_plain_class"
@@ -40,6 +45,11 @@ def around_calls(pipe: Any, opened: Opened, patch: Patch, outside: Opened = cont
         PatchConflictError: the calls of `pipe` are already wrapped.
     """
     plain = type(pipe)
+    if isinstance(pipe, torch.nn.Module):
+        if isinstance(vars(pipe).get("forward"), InstanceMethod):
+            raise PatchConflictError(f"this {plain.__name__} is cached already: omni_kernels.unpatch(pipe) first")
+        patch.set_method(pipe, "forward", _around(pipe.forward, opened, outside))
+        return
     if hasattr(plain, _PLAIN):
         raise PatchConflictError(f"this {plain.__name__} is cached already: omni_kernels.unpatch(pipe) first")
     change = _Class(pipe, plain, _derived(plain, opened, outside))

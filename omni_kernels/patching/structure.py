@@ -24,8 +24,21 @@ from omni_kernels.ops.qk_norm_rope import MAX_HEAD_SIZE
 from omni_kernels.patching.changes import Forward, Patch, describe
 
 #: Packages whose classes a fused forward may replace.
-LIBRARIES = ("diffusers", "torch")
+LIBRARIES = ("diffusers", "torch", "vllm_omni")
 _own: set[Any] = set()
+
+
+def components(pipe: Any) -> Mapping[str, Any]:
+    """The parts of a pipeline by name: diffusers' `components`, or else its attributes and child modules.
+
+    Raises:
+        ValueError: no part of it is a module, so it is no pipeline.
+    """
+    own = getattr(pipe, "__dict__", {})
+    found: Mapping[str, Any] = getattr(pipe, "components", None) or {**own, **own.get("_modules", {})}
+    if not any(isinstance(part, torch.nn.Module) for part in found.values()):
+        raise ValueError(f"{type(pipe).__name__} is no pipeline: none of its parts is a torch.nn.Module")
+    return found
 
 
 def home(method: Any) -> str:
@@ -34,7 +47,7 @@ def home(method: Any) -> str:
 
 
 def is_librarys(method: Any) -> bool:
-    """Whether a class's method was defined in diffusers or torch, not put in its place by other code.
+    """Whether a class's method was defined in one of `LIBRARIES`, not put in its place by other code.
 
     Always True while compiling: a compiled graph keeps the behaviour that its classes had then.
     """

@@ -485,7 +485,7 @@ class OutputSession(CacheSession):
             check_scheduler(sampling.scheduler, self._site.residual)
             steps = request.outputs = OutputSteps(self._site, request, self._chosen(request), sampling.scheduler)
         branch = request.branch(sampling.context)
-        shape = _shape_of(*args, *kwargs.values())
+        shape = self.shape_of(*args, *kwargs.values())
         verdict = steps.verdict(branch, shape, transformer, differentiates(transformer, args, kwargs))
         answer = None if verdict.computed else steps.stand_in(branch, shape)
         if answer is None:
@@ -498,6 +498,13 @@ class OutputSession(CacheSession):
         request.blocks_total += self.blocks
         branch.decide(verdict)
         return answer
+
+    def shape_of(self, *arguments: Any) -> tuple[Any, ...]:
+        """The number of samples in a call, by its first argument (None if unknown), and its tensors' shapes."""
+        first = arguments[0] if arguments else None
+        counted = isinstance(first, (list, tuple)) or (isinstance(first, torch.Tensor) and first.dim())
+        batch = len(first) if first is not None and counted else None
+        return batch, *[tuple(one.shape) for one in arguments if isinstance(one, torch.Tensor)]
 
     def _chosen(self, request: Request) -> Chosen:
         measures = self._site.signal is not None
@@ -544,12 +551,3 @@ class OutputSession(CacheSession):
     def gates_of(self, request: Request) -> Sequence[tuple[Gate, list[Any]]]:
         """See `CacheSession.gates_of`."""
         return [] if request.outputs is None else [(request.outputs.gate, list(request.decisions.values()))]
-
-
-def _shape_of(*arguments: Any) -> tuple[Any, ...]:
-    """The number of samples in a transformer call, by its first argument (None if unknown), and its tensors' shapes."""
-    first = arguments[0] if arguments else None
-    batch = (
-        len(first) if isinstance(first, (list, tuple)) or (isinstance(first, torch.Tensor) and first.dim()) else None
-    )
-    return batch, *[tuple(one.shape) for one in arguments if isinstance(one, torch.Tensor)]

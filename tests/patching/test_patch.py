@@ -1,9 +1,11 @@
 """`patch` itself: what it takes, and whose handle a pipeline has."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import tiny
+import torch
 
 import omni_kernels
 from omni_kernels.patching import handle_of
@@ -76,3 +78,34 @@ def test_a_shallow_copy_with_a_transformer_of_its_own_is_patched_by_itself(qwen_
     assert (tiny.generate(copied, output_type="latent") == expected).all()
     omni_kernels.unpatch(qwen_pipe)
     assert (tiny.generate(qwen_pipe, output_type="latent") == expected).all()
+
+
+@pytest.mark.parametrize(
+    "given", [object(), 3, SimpleNamespace(scheduler=object())], ids=lambda one: type(one).__name__
+)
+@pytest.mark.parametrize("options", [{}, {"quantize": "int8"}, {"compile": "regional"}], ids=str)
+def test_what_is_no_pipeline_is_refused_by_name(given, options):
+    with pytest.raises(ValueError, match=f"{type(given).__name__} is no pipeline: none of its parts is a torch.nn"):
+        omni_kernels.patch(given, **options)
+
+
+class ModulePipeline(torch.nn.Module):
+    """A pipeline that is a module itself, as vLLM-Omni's are, with the parts of one of diffusers."""
+
+    def __init__(self, pipe):
+        super().__init__()
+        self.transformer, self.scheduler, self._pipe = pipe.transformer, pipe.scheduler, [pipe]
+
+    def forward(self, **arguments):
+        return tiny.generate(self._pipe[0], **arguments)
+
+
+def test_a_pipeline_that_is_a_module_is_fused_and_cached_by_its_forward(qwen_pipe):
+    pipe = ModulePipeline(qwen_pipe)
+    with omni_kernels.patched(pipe, *CACHE, fuse=True) as handle:
+        assert len(handle.fused.replaced) == len(qwen_pipe.transformer.transformer_blocks)
+        pipe.forward(num_inference_steps=6)
+        assert len(handle.report.skipped) == 2
+        pipe(num_inference_steps=8)
+        assert len(handle.report.skipped) == 4
+    assert "forward" not in vars(pipe)

@@ -10,6 +10,7 @@ from typing import Any
 from omni_kernels.patching import Patch
 from omni_runtime.cache import calibration
 from omni_runtime.cache import config as keys
+from omni_runtime.cache.guided import GuidedSession, guides
 from omni_runtime.cache.library import LibrarySession
 from omni_runtime.cache.lifecycle import Request
 from omni_runtime.cache.models import UNKNOWN, ModelRow, TransformerFacts, row_of
@@ -150,11 +151,12 @@ class Method:
         return session
 
     def _of_whole_steps(self, pipe: Any, config: Config, site: OutputSite) -> CacheSession:
+        kind = GuidedSession if guides(pipe) else OutputSession
         if self.instead is None:
-            return OutputSession(self.name, pipe, site)
+            return kind(self.name, pipe, site)
         why = _why_no_whole_steps(pipe)
         if why is None:
-            return OutputSession(self.name, pipe, site, may_compute_all=True)
+            return kind(self.name, pipe, site, may_compute_all=True)
         other, its = self.instead(config)
         session = other.session(pipe, its)
         session.notes.append(f"{self.name}: {other.name}, because {why}")
