@@ -72,7 +72,10 @@ def key_table(name: str) -> str:
         [f"`{key.name}`", f"`{_cell(json.dumps(key.default, ensure_ascii=False))}`", _cell(key.allowed), _cell(key.doc)]
         for key in backends.available()[name].keys
     ]
-    return _table(["key", "default", "allowed", "meaning"], rows)
+    table = _table(["key", "default", "allowed", "meaning"], rows)
+    others = getattr(backends.available()[name], "spellings", {})
+    told = ", ".join(f"`{other}` for `{key}`" for other, key in others.items())
+    return f"{table}\n\nOther names that are taken: {told}." if told else table
 
 
 def figures(name: str) -> str:
