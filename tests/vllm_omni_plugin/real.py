@@ -12,7 +12,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from benchmarks.against_vllm_omni import theirs
 from benchmarks.against_vllm_omni.cases import MODELS, sigmas
 from benchmarks.against_vllm_omni.theirs import (
     DeviceConfig,
@@ -32,6 +31,7 @@ from vllm_omni.diffusion.cache.base import CacheBackend
 from vllm_omni.diffusion.models.diffusers_adapter.pipeline_diffusers_adapter import DiffusersAdapterPipeline
 from vllm_omni.diffusion.worker import diffusion_model_runner as runner
 
+from benchmarks.against_vllm_omni import theirs
 from omni_runtime.vllm_omni.backend import Backend
 
 STEPS = 20
