@@ -48,9 +48,8 @@ def cache_dit_run(name: str, method: str, settings: Mapping[str, Any], steps: in
     @contextlib.contextmanager
     def install(pipe: Any) -> Iterator[None]:
         keys = dict(settings)
-        mask = None
-        if policy := keys.pop("scm_steps_mask_policy", None):
-            mask = list(steps_mask(policy, steps))
+        policy = keys.pop("scm_steps_mask_policy", None)
+        mask = None if policy is None else steps_mask(policy, steps)
         calibrator = CALIBRATORS[keys.pop("forecaster", None)]
         if keys.pop("enable_taylorseer", False):
             calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=keys.pop("taylorseer_order", 1))
@@ -60,7 +59,7 @@ def cache_dit_run(name: str, method: str, settings: Mapping[str, Any], steps: in
             max_warmup_steps=keys.pop("max_warmup_steps", 4),
             max_continuous_cached_steps=keys.pop("max_continuous_cached_steps", 3),
             residual_diff_threshold=keys.pop("residual_diff_threshold", 0.24),
-            steps_computation_mask=mask,
+            steps_computation_mask=None if mask is None else list(mask),
             steps_computation_policy=keys.pop("scm_steps_policy", "dynamic"),
             num_inference_steps=steps if mask else None,
         )

@@ -5,7 +5,7 @@ The marks, each on a line of its own:
     <!-- keys -->             a section for each cache method, with the table of its keys
     <!-- keys: METHOD -->     that table alone
     <!-- figures: METHOD -->  what `python -m benchmarks.quality` measured of it
-    <!-- results: FILE -->    the table in that file of results, which has `columns` and `rows`
+    <!-- results: FILE -->    the table in that file of results, which has `columns` and `rows`; FILE PART: of a part
     <!-- schedules -->        what the calibrations of the embedded models have measured
     <!-- budgets -->          the calibrated schedules in the comparison, beside even steps and plain sampling
     <!-- aims -->             the aims of `python -m benchmarks.quality --check`, and what was reached
@@ -41,7 +41,7 @@ def on_page_markdown(markdown: str, **kwargs: Any) -> str:
     markdown = re.sub(r"<!-- file: (\S+) -->", lambda found: _text(found[1]), markdown)
     markdown = re.sub(r"<!-- keys: (\w+) -->", lambda found: key_table(found[1]), markdown)
     markdown = re.sub(r"<!-- figures: (\w+) -->", lambda found: figures(found[1]), markdown)
-    markdown = re.sub(r"<!-- results: (\S+) -->", lambda found: results(found[1]), markdown)
+    markdown = re.sub(r"<!-- results: (\S+)(?: (\w+))? -->", lambda found: results(*found.groups()), markdown)
     markdown = re.sub(r"<!-- hard: (\w+) -->", lambda found: hard_pictures(found[1]), markdown)
     for mark, made in (("schedules", schedules), ("budgets", budgets), ("aims", aims)):
         markdown = re.sub(f"<!-- {mark} -->", lambda found, made=made: made(), markdown)
@@ -65,7 +65,10 @@ def key_table(name: str) -> str:
         [f"`{key.name}`", f"`{_cell(json.dumps(key.default, ensure_ascii=False))}`", _cell(key.allowed), _cell(key.doc)]
         for key in backends.available()[name].keys
     ]
-    return _table(["key", "default", "allowed", "meaning"], rows)
+    table = _table(["key", "default", "allowed", "meaning"], rows)
+    others = getattr(backends.available()[name], "spellings", {})
+    told = ", ".join(f"`{other}` for `{key}`" for other, key in others.items())
+    return f"{table}\n\nOther names that are taken: {told}." if told else table
 
 
 def figures(name: str) -> str:
@@ -85,10 +88,11 @@ def figures(name: str) -> str:
     return "\n\n".join(tabs)
 
 
-def results(name: str) -> str:
-    """The table of one file of results, and the command that made it."""
+def results(name: str, part: str | None = None) -> str:
+    """The table of one file of results, or of a named part of it, and the command that made it."""
     document = json.loads((RESULTS / name).read_text(encoding="utf-8"))
-    return f"{_table(document['columns'], document['rows'])}\n\nMade by `{document['command']}`."
+    table = document if part is None else document[part]
+    return f"{_table(table['columns'], table['rows'])}\n\nMade by `{document['command']}`."
 
 
 def schedules() -> str:

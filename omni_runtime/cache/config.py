@@ -140,15 +140,25 @@ def integer(name: str, default: int | None, low: int, high: int | None, doc: str
     return _key(name, default, "int", allowed, doc, convert)
 
 
-def number(name: str, default: float | None, doc: str, *, low: float = -math.inf, above: float = -math.inf) -> Key:
-    """A finite number ≥ `low` and > `above`."""
+def number(
+    name: str,
+    default: float | None,
+    doc: str,
+    *,
+    low: float = -math.inf,
+    above: float = -math.inf,
+    none: bool = False,
+) -> Key:
+    """A finite number ≥ `low` and > `above`. With `none`, None may be given and means the default."""
 
-    def convert(value: Any) -> float:
+    def convert(value: Any) -> float | None:
+        if value is None and none:
+            return default
         found = finite(value)
         return _within(found, found >= low and found > above)
 
     limit = f" ≥ {low:g}" if low > -math.inf else f" > {above:g}" if above > -math.inf else ""
-    return _key(name, default, "float", "a finite number" + limit, doc, convert)
+    return _key(name, default, "float", "None or " * none + "a finite number" + limit, doc, convert)
 
 
 def fraction(name: str, default: float, doc: str) -> Key:
@@ -224,18 +234,30 @@ class Resolved(dict[str, Any]):
     """A complete configuration, as `resolve` gives it."""
 
 
-def resolve(keys: tuple[Key, ...], config: Mapping[str, Any] | None, owner: str) -> Resolved:
+def resolve(
+    keys: tuple[Key, ...], config: Mapping[str, Any] | None, owner: str, spellings: Mapping[str, str] | None = None
+) -> Resolved:
     """Every key with its given value, or its default.
+
+    Args:
+        spellings: another name of a key → its name.
 
     Raises:
         TypeError: `config` is not a mapping, or a value has the wrong type.
-        ValueError: a key is unknown (the message names the nearest one), or a value is out of range.
+        ValueError: a key is unknown (the message names the nearest one) or given by two names, or a value is out of
+            range.
     """
     if config is None:
         config = {}
     if not isinstance(config, Mapping):
         raise TypeError(f"the configuration of {owner} must be a dict, not {shown(config)}")
     known = {key.name: key for key in keys}
+    config = dict(config)
+    for other, name in (spellings or {}).items():
+        if other in config:
+            if name in config:
+                raise ValueError(f"{owner}: {other} is another name of {name}: give one of them")
+            config[name] = config.pop(other)
     for name in config:
         if name not in known:
             raise ValueError(

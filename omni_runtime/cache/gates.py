@@ -21,6 +21,8 @@ class Plan(enum.Enum):
     COMPUTE = enum.auto()
     SKIP = enum.auto()
     MEASURE = enum.auto()
+    #: Compute, and first drop everything that was recorded.
+    ANEW = enum.auto()
 
 
 class Verdict(NamedTuple):
@@ -239,6 +241,30 @@ class ThresholdGate(Gate):
         if largest < self.threshold:
             return Verdict(False, "below threshold", largest)
         return Verdict(True, "above threshold", largest)
+
+
+class RefreshedGate(ThresholdGate):
+    """A `ThresholdGate` that begins anew within a request.
+
+    Step `after`, counted from 0, is treated as a request's first: what was recorded is dropped, and the limits and the
+    mask begin again. With `repeat`, this happens after every `after` steps.
+    """
+
+    def __init__(self, limits: Limits, threshold: float, after: int, repeat: bool) -> None:
+        super().__init__(limits, threshold)
+        self._after = after
+        self._repeat = repeat
+        self._begin = 0
+
+    def plan(self, step: int) -> tuple[Plan, str]:
+        """See `Gate.plan`."""
+        begin = step - step % self._after if self._repeat else self._after if step >= self._after else 0
+        if begin != self._begin:
+            self._begin = begin
+            self._run = self._skips = 0
+            if begin == step:
+                return Plan.ANEW, "forced refresh"
+        return super().plan(step - begin)
 
 
 class AccumulatedPolynomialGate(Gate):

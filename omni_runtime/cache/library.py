@@ -44,6 +44,8 @@ CALIBRATORS = {
     "foca": "FoCaCalibratorConfig",
     "dmd": "DMDCalibratorConfig",
 }
+#: Keys of cache_dit that switch a forecaster on → its name.
+ENABLES = {"enable_taylorseer": "taylorseer", "enable_foca": "foca", "enable_dmd": "dmd"}
 #: Pipelines that the library accepts but cannot run: start of the class name → the reason.
 REFUSED = {
     "LTX2": "it fails on blocks that take and return sound besides the video",
@@ -93,9 +95,17 @@ def check(config: Mapping[str, Any]) -> None:
         )
     if config["decision"] != "measure":
         raise ValueError("engine 'library' measures in each request: decision must be 'measure'")
+    if config["force_refresh_step_hint"] is not None:
+        raise ValueError("engine 'library' cannot begin anew within a request: force_refresh_step_hint needs 'own'")
     if config["forecaster"] not in CALIBRATORS:
         known = ", ".join(repr(name) for name in CALIBRATORS)
         raise ValueError(f"engine 'library' has no forecaster {config['forecaster']!r}: it has {known}")
+
+
+def forecaster_of(config: Mapping[str, Any]) -> tuple[str | None, int]:
+    """The forecaster that the keys of cache_dit ask for, None for reuse, and its order."""
+    name = next((name for key, name in ENABLES.items() if config[key]), config["forecaster"])
+    return name, config["taylorseer_order" if config["enable_taylorseer"] else "forecaster_order"]
 
 
 def _load() -> Library:
@@ -127,9 +137,7 @@ def _quiet() -> Iterator[None]:
 
 def _configurations(module: ModuleType, config: Mapping[str, Any]) -> dict[str, Any]:
     """Translate our settings into the library's configuration objects."""
-    forecaster, order = config["forecaster"], config["forecaster_order"]
-    if config["enable_taylorseer"]:
-        forecaster, order = "taylorseer", config["taylorseer_order"]
+    forecaster, order = forecaster_of(config)
     calibrator = CALIBRATORS[forecaster]
     if forecaster == "taylorseer":
         made = module.TaylorSeerCalibratorConfig(taylorseer_order=order) if order else None

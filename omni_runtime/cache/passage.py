@@ -297,7 +297,9 @@ class Passage:
         if hidden.shape == self.hidden.shape and (history is None or encoder is None or encoder.shape == history.shape):
             plan, reason = gate.plan(self._branch.called)
             if plan is not Plan.MEASURE:
-                verdict = Verdict(plan is Plan.COMPUTE, reason, None, gate.accumulated)
+                verdict = Verdict(plan is not Plan.SKIP, reason, None, gate.accumulated)
+                if plan is Plan.ANEW:
+                    self._forget(hidden)
         else:
             verdict = Verdict(True, "shape changed" if len(self.hidden) else "nothing cached yet")
             self._forget(hidden)
@@ -376,7 +378,7 @@ class Passage:
         return self.hidden.forecast(hidden, self.position, self._using), encoder
 
     def _forget(self, hidden: torch.Tensor) -> None:
-        """Drop all recorded state, because the shape has changed: the batch, the resolution or the prompt length."""
+        """Drop all recorded state: the shape has changed (batch, resolution, prompt length), or the gate says so."""
         if self._shard is None:
             tokens = hidden.shape[1] if self._noise_tokens is None else self._noise_tokens
             B, *shape = hidden.shape[0], tokens, *hidden.shape[2:]

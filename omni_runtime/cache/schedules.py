@@ -108,7 +108,7 @@ def named(name: str, steps: int, sigmas: Sequence[float] | None = None) -> Sched
     prefix, _, policy = name.partition("-")
     if prefix == "scm":
         mask = steps_mask(policy, steps)
-        computed = tuple(step for step, bit in enumerate(mask) if bit)
+        computed = tuple(step for step in range(steps) if mask is None or mask[step])
         return Schedule(steps, computed, f"steps computation mask {policy!r} of cache-dit")
     return fitted(PUBLISHED[name], steps, sigmas)
 

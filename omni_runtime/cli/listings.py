@@ -65,6 +65,9 @@ def backends(options: argparse.Namespace) -> None:
         for key in one.keys:
             print_wrapped(json.dumps(key.default, ensure_ascii=False), f"  {key.name} = ", "      ")
             print_wrapped(f"{key.doc} ({key.allowed})", "      ", "      ")
+        others = getattr(one, "spellings", {})
+        if others:
+            print_wrapped(", ".join(f"{other} for {key}" for other, key in others.items()), "  Other names: ", "      ")
     print(f"\n{USE.replace('NAME', options.name)}")
 
 

@@ -20,9 +20,18 @@ DEFAULTS = {
         "max_skip_steps": 3,
         "retention_ratio": 0.2,
         "mag_ratios": None,
+        "mag_calibrate": False,
+        "num_inference_steps": None,
         **FORECASTER,
     },
-    "sea_cache": {"threshold": 0.25, "max_consecutive_cached": 2, "power_exp": 3.0, **FORECASTER, **DECISION},
+    "sea_cache": {
+        "threshold": 0.25,
+        "max_consecutive_cached": 2,
+        "power_exp": 3.0,
+        "residual_order": None,
+        **FORECASTER,
+        **DECISION,
+    },
     "cache_dit": {
         "Fn_compute_blocks": 1,
         "Bn_compute_blocks": 0,
@@ -33,9 +42,13 @@ DEFAULTS = {
         "residual_diff_threshold": 0.24,
         "enable_taylorseer": False,
         "taylorseer_order": 1,
+        "enable_foca": False,
+        "enable_dmd": False,
         "scm_steps_mask_policy": None,
         "steps_computation_mask": None,
         "scm_steps_policy": "dynamic",
+        "force_refresh_step_hint": None,
+        "force_refresh_step_policy": "once",
         "num_inference_steps": None,
         "engine": "own",
         **FORECASTER,
@@ -207,7 +220,7 @@ def test_value_out_of_range_is_named(pipe, backend, key, value):
 @pytest.mark.parametrize(
     ("backend", "key", "value"),
     [
-        *(("tea_cache", "rel_l1_thresh", value) for value in ("0.2", None, True, [0.2])),
+        *(("tea_cache", "rel_l1_thresh", value) for value in ("0.2", True, [0.2])),
         *(("tea_cache", "coefficients", value) for value in (1.0, [1, 2, 3, 4, "5"], [1, 2, 3, 4, True])),
         ("tea_cache", "forecaster", 1),
         *(("sea_cache", "decision", value) for value in (None, True)),
@@ -244,7 +257,7 @@ def test_number_too_large_for_a_float_is_named(pipe, key, value):
 
 
 def test_message_names_the_value_and_what_is_allowed(pipe):
-    with pytest.raises(ValueError, match=r"rel_l1_thresh must be a finite number > 0, not -0.5"):
+    with pytest.raises(ValueError, match=r"rel_l1_thresh must be None or a finite number > 0, not -0.5"):
         omni_kernels.patch(pipe, "tea_cache", {"rel_l1_thresh": -0.5})
     with pytest.raises(ValueError, match=r"drift_tolerance must be a finite number ≥ 0, not -0.5"):
         omni_kernels.patch(pipe, "tea_cache", {"drift_tolerance": -0.5})
@@ -272,6 +285,7 @@ def test_blocks_may_leave_just_one_to_skip(pipe):
     ("config", "named"),
     [
         ({"enable_taylorseer": True, "forecaster": "newton"}, "enable_taylorseer contradicts forecaster='newton'"),
+        ({"enable_taylorseer": True, "enable_dmd": True}, "enable_taylorseer contradicts enable_dmd"),
         (
             {"scm_steps_mask_policy": "fast", "steps_computation_mask": "1101"},
             "scm_steps_mask_policy and steps_computation_mask cannot be combined",
@@ -285,6 +299,21 @@ def test_blocks_may_leave_just_one_to_skip(pipe):
 def test_values_that_do_not_go_together_are_named(pipe, config, named):
     with pytest.raises(ValueError, match=named):
         omni_kernels.patch(pipe, "cache_dit", config)
+
+
+def test_keys_have_the_names_of_vllm_omni_too():
+    given = {"sea_threshold": 0.4, "sea_max_consecutive_cached": 0, "sea_power_exp": 2.0, "sea_residual_order": 1}
+    found = METHODS["sea_cache"].check(given)
+    assert (found["threshold"], found["max_consecutive_cached"], found["power_exp"]) == (0.4, 0, 2.0)
+    assert found["residual_order"] == 1
+    given = {"mag_threshold": 0.24, "mag_max_skip_steps": 5, "mag_retention_ratio": 0.1, "num_inference_steps": 28}
+    found = METHODS["mag_cache"].check(given | {"mag_calibrate": False})
+    assert (found["threshold"], found["max_skip_steps"], found["retention_ratio"]) == (0.24, 5, 0.1)
+    assert METHODS["tea_cache"].check({"rel_l1_thresh": None})["rel_l1_thresh"] == 0.2
+    with pytest.raises(ValueError, match="mag_threshold is another name of threshold: give one of them"):
+        METHODS["mag_cache"].check({"mag_threshold": 0.24, "threshold": 0.24})
+    with pytest.raises(ValueError, match="mag_calibrate: ratios are found by `omni calibrate mag_cache`"):
+        METHODS["mag_cache"].check({"mag_calibrate": True})
 
 
 def test_mask_of_the_wrong_length_is_known_once_the_steps_are():

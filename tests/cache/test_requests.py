@@ -352,6 +352,14 @@ def test_steps_count_as_the_request_has_them_not_as_the_user_told(qwen_pipe):
     assert handle.report.steps == 8
 
 
+def test_a_policy_without_a_mask_for_so_few_steps_is_left_out_and_told(qwen_pipe):
+    config = {"scm_steps_mask_policy": "fast", "scm_steps_policy": "static", "residual_diff_threshold": 0.0}
+    handle = omni_kernels.patch(qwen_pipe, "cache_dit", config)
+    latents(qwen_pipe, num_inference_steps=7)
+    assert handle.report.branches["cond"].skipped == []
+    assert [note for note in handle.report.notes if "no mask 'fast' for 7 steps" in note]
+
+
 # Calls and schedulers from outside
 
 

@@ -8,7 +8,8 @@ import tiny
 import torch
 
 import omni_kernels
-from omni_runtime.cache.models import MODELS, ModelRow
+from omni_runtime.cache.methods import METHODS
+from omni_runtime.cache.models import MODELS, ModelRow, row_of
 from omni_runtime.cache.signals import wiener
 
 STEPS = 12
@@ -202,6 +203,20 @@ def test_first_and_last_step_are_computed_in_any_number_of_steps(qwen_pipe, step
         latents(qwen_pipe, num_inference_steps=steps)
         branch = handle.report.branches["cond"]
     assert branch.computed == sorted({0, steps - 1})
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_residual_order_continues_polynomials_in_step_indices(order):
+    method = METHODS["sea_cache"]
+    config = method.check({"sea_residual_order": order})
+    forecaster = method.parts(config, row_of("QwenImageTransformer2DModel"), 4).forecaster
+    assert (forecaster.axis, forecaster.snapshots) == ("step", order + 1)
+    positions = [7.0, 4.0, 2.0][: order + 1]
+    weights = forecaster.weights(positions, 9.0)
+    for power in range(order + 1):
+        assert sum(w * x**power for w, x in zip(weights, positions, strict=True)) == pytest.approx(9.0**power)
+    with pytest.raises(ValueError, match="residual_order contradicts forecaster='newton'"):
+        method.check({"residual_order": order, "forecaster": "newton"})
 
 
 def test_no_more_than_two_steps_are_skipped_in_a_row(qwen_pipe):

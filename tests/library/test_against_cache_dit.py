@@ -71,6 +71,8 @@ def run_library(build, setting, guidance, order=None):
     mask = ours.pop("steps_computation_mask", None)
     policy = ours.pop("scm_steps_mask_policy", None)
     mask = list(steps_mask(policy, STEPS)) if policy else mask
+    if hint := ours.pop("force_refresh_step_hint", None):  # which the library counts in calls
+        ours["force_refresh_step_hint"] = hint * (2 if guidance == {} else 1)
     config = cache_dit.DBCacheConfig(
         Fn_compute_blocks=ours.pop("Fn_compute_blocks", 1),
         Bn_compute_blocks=ours.pop("Bn_compute_blocks", 0),
@@ -112,6 +114,28 @@ def test_computed_steps_and_images_are_the_librarys(case, setting):
     theirs, their_latents = of_library(case, setting)
     ours, our_latents = of_ours(case, setting)
     assert ours == theirs
+    torch.testing.assert_close(our_latents, their_latents, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("case", "setting", "last"),
+    [
+        ("Qwen-Image with CFG", {"force_refresh_step_hint": 11, "max_warmup_steps": 2, "max_cached_steps": 9}, 11),
+        (
+            "Z-Image without CFG",
+            {"force_refresh_step_hint": 9, "force_refresh_step_policy": "repeat", "scm_steps_mask_policy": "slow"},
+            18,
+        ),
+    ],
+)
+def test_a_forced_refresh_is_the_librarys(case, setting, last, monkeypatch):
+    monkeypatch.setitem(globals(), "STEPS", 27)
+    setting = {"residual_diff_threshold": 0.3, **setting}
+    build, guidance = CASES[case]
+    theirs, their_latents = run_library(build, setting, guidance)
+    ours, our_latents = run_ours(build, setting, guidance)
+    assert [[step - last for step in skipped if step > last] for skipped in ours] == theirs  # from the last refresh on
+    assert all(min(skipped) < setting["force_refresh_step_hint"] not in skipped for skipped in ours)
     torch.testing.assert_close(our_latents, their_latents, rtol=1e-5, atol=1e-5)
 
 

@@ -549,6 +549,8 @@ REACHES = {
         of_calibrator,
         ("TaylorSeerCalibratorConfig", 2),
     ),
+    "enable_foca": ({"enable_foca": True}, of_calibrator, ("FoCaCalibratorConfig", None)),
+    "enable_dmd": ({"enable_dmd": True}, of_calibrator, ("DMDCalibratorConfig", None)),
     "scm_steps_mask_policy": (
         {"scm_steps_mask_policy": "slow"},
         of_cache("steps_computation_mask"),
@@ -576,6 +578,10 @@ def test_every_key_reaches_the_library_or_is_refused_by_name(qwen_pipe, key):
     if key in ("decision", "drift_tolerance"):  # the latter counts where decisions are replayed
         with pytest.raises(ValueError, match="decision must be 'measure'"):
             CHECK({"engine": "library", "decision": "replay", "drift_tolerance": 0.2})
+        return
+    if key.startswith("force_refresh"):  # the policy counts where the hint is given
+        with pytest.raises(ValueError, match="force_refresh_step_hint needs 'own'"):
+            CHECK({"engine": "library", "force_refresh_step_hint": 3, "force_refresh_step_policy": "repeat"})
         return
     if key == "num_inference_steps":
         with (

@@ -17,22 +17,22 @@ forecaster: reuse, TaylorSeer, or another
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 from omni_runtime.cache import config as keys
 from omni_runtime.cache import library
 from omni_runtime.cache.forecasters import make_forecaster
-from omni_runtime.cache.gates import Limits, ThresholdGate
+from omni_runtime.cache.gates import Limits, RefreshedGate, ThresholdGate
 from omni_runtime.cache.lifecycle import Request
 from omni_runtime.cache.masks import POLICIES, parse_mask, steps_mask
 from omni_runtime.cache.methods.method import Config, Method
 from omni_runtime.cache.methods.shared_keys import (
     DECISION_KEYS,
     FORECASTER_KEYS,
-    chosen_forecaster,
+    TOLD_STEPS,
     drift_tolerance,
+    warn_of_told_steps,
 )
 from omni_runtime.cache.models import ModelRow
 from omni_runtime.cache.passage import Parts
@@ -50,14 +50,13 @@ def _mask(config: Config, steps: int) -> tuple[int, ...] | None:
 
 
 def _request_mask(config: Config, request: Request) -> tuple[int, ...] | None:
-    told = config["num_inference_steps"]
-    if told is not None and told != request.steps:
-        warnings.warn(
-            f"cache_config says num_inference_steps={told}, but the request has {request.steps} steps, and "
-            "the request's number is used",
-            stacklevel=3,
-        )
-    return _mask(config, request.steps)
+    warn_of_told_steps(config, request)
+    mask, policy = _mask(config, request.steps), config["scm_steps_mask_policy"]
+    if mask is None and policy is not None:
+        note = f"there is no mask {policy!r} for {request.steps} steps: the distance alone decides"
+        if note not in request.notes:
+            request.notes.append(note)
+    return mask
 
 
 def _gate(config: Config) -> Callable[[Request], ThresholdGate]:
@@ -70,21 +69,22 @@ def _gate(config: Config) -> Callable[[Request], ThresholdGate]:
             most_skips=config["max_cached_steps"],
             longest_run=config["max_continuous_cached_steps"],
         )
-        return ThresholdGate(limits, config["residual_diff_threshold"])
+        threshold, after = config["residual_diff_threshold"], config["force_refresh_step_hint"]
+        if after is None:
+            return ThresholdGate(limits, threshold)
+        return RefreshedGate(limits, threshold, after, config["force_refresh_step_policy"] == "repeat")
 
     return gate
 
 
 def _parts(config: Config, row: ModelRow, blocks: int) -> Parts:
-    taylorseer = config["enable_taylorseer"]
+    forecaster, order = library.forecaster_of(config)
     return Parts(
         first=config["Fn_compute_blocks"],
         last=blocks - config["Bn_compute_blocks"],
         signal=FirstBlocksResidual(),
         gate=_gate(config),
-        forecaster=make_forecaster("taylorseer", config["taylorseer_order"])
-        if taylorseer
-        else chosen_forecaster(config),
+        forecaster=make_forecaster(forecaster or "reuse", order),
         drift_tolerance=drift_tolerance(config),
     )
 
@@ -96,8 +96,11 @@ def _relations(config: Config, blocks: int | None, steps: int | None) -> None:
             f"Fn_compute_blocks + Bn_compute_blocks is {first} + {last}: of the transformer's {blocks} blocks at "
             "least one must be left to skip"
         )
-    if config["enable_taylorseer"] and config["forecaster"] not in (None, "taylorseer"):
-        raise ValueError(f"enable_taylorseer contradicts forecaster={config['forecaster']!r}: give one of them")
+    enabled = [key for key in library.ENABLES if config[key]]
+    if len(enabled) > 1:
+        raise ValueError(f"{enabled[0]} contradicts {enabled[1]}: give one of them")
+    if enabled and config["forecaster"] not in (None, library.ENABLES[enabled[0]]):
+        raise ValueError(f"{enabled[0]} contradicts forecaster={config['forecaster']!r}: give one of them")
     if config["scm_steps_mask_policy"] is not None and config["steps_computation_mask"] is not None:
         raise ValueError("scm_steps_mask_policy and steps_computation_mask cannot be combined: give one of them")
     told = config["num_inference_steps"] if steps is None else steps
@@ -129,7 +132,14 @@ CACHE_DIT = Method(
         keys.number("residual_diff_threshold", 0.24, "distance below which a step is skipped; ≤ 0 never, ≥ 1 always"),
         keys.flag("enable_taylorseer", False, "forecast the residual by TaylorSeer instead of reusing it"),
         keys.integer("taylorseer_order", 1, 0, 3, "order of TaylorSeer; see forecaster_order"),
-        keys.choice("scm_steps_mask_policy", None, POLICIES, "steps computation mask by name"),
+        keys.flag("enable_foca", False, "the same as forecaster='foca'"),
+        keys.flag("enable_dmd", False, "the same as forecaster='dmd'"),
+        keys.choice(
+            "scm_steps_mask_policy",
+            None,
+            POLICIES,
+            "steps computation mask by name; fewer than 8 steps have one if they are 4 or 6",
+        ),
         _mask_key(),
         keys.choice(
             "scm_steps_policy",
@@ -137,7 +147,20 @@ CACHE_DIT = Method(
             ("dynamic", "static"),
             "what happens at the mask's zeros. dynamic: the distance decides; static: the step is skipped",
         ),
-        keys.integer("num_inference_steps", None, 1, None, "not needed: a request's steps are read from its scheduler"),
+        keys.integer(
+            "force_refresh_step_hint",
+            None,
+            1,
+            None,
+            "the first step, counted from 0, that is treated as a request's first, with warmup, limits and mask",
+        ),
+        keys.choice(
+            "force_refresh_step_policy",
+            "once",
+            ("once", "repeat"),
+            "whether that is done once, or again after as many steps",
+        ),
+        TOLD_STEPS,
         keys.choice(
             "engine", "own", ("own", "library"), "what runs the blocks: this project, or the cache-dit library"
         ),

@@ -11,6 +11,8 @@ site: all blocks · signal: nothing · gate: calibrated ratios, under limits · 
 
 from __future__ import annotations
 
+from typing import Any
+
 from omni_runtime.cache import config as keys
 from omni_runtime.cache import magnitudes
 from omni_runtime.cache.gates import Limits, MagnitudeRatioGate
@@ -18,9 +20,11 @@ from omni_runtime.cache.lifecycle import Request
 from omni_runtime.cache.methods.method import Config, Method
 from omni_runtime.cache.methods.shared_keys import (
     FORECASTER_KEYS,
+    TOLD_STEPS,
     calibrated_key,
     calibrated_numbers,
     chosen_forecaster,
+    warn_of_told_steps,
 )
 from omni_runtime.cache.models import ModelRow
 from omni_runtime.cache.passage import Parts
@@ -37,6 +41,7 @@ def _parts(config: Config, row: ModelRow, blocks: int) -> Parts:
         )
 
     def gate(request: Request) -> MagnitudeRatioGate:
+        warn_of_told_steps(config, request)
         scheduled = request.begin + request.steps
         # Rounded as diffusers does: 28 steps at 0.2 retain 6.
         retained = int(config["retention_ratio"] * request.steps + 0.5)
@@ -54,6 +59,17 @@ def _parts(config: Config, row: ModelRow, blocks: int) -> Parts:
     )
 
 
+def _calibrate_key() -> keys.Key:
+    def convert(value: Any) -> bool:
+        if keys.plain(value) is True:
+            raise keys.SaidInFullError("ratios are found by `omni calibrate mag_cache`, and given as mag_ratios")
+        if keys.plain(value) is not False:
+            raise TypeError
+        return False
+
+    return keys.Key("mag_calibrate", False, "bool", "False", "not needed: see `omni calibrate mag_cache`", convert)
+
+
 MAG_CACHE = Method(
     name="mag_cache",
     summary="MagCache: skip all blocks while calibrated ratios say that the residual's magnitude has changed little",
@@ -65,8 +81,15 @@ MAG_CACHE = Method(
             "mag_cache",
             keys.positives("mag_ratios", "ratio of each step, for any number of steps; None: the model's own"),
         ),
+        _calibrate_key(),
+        TOLD_STEPS,
         *FORECASTER_KEYS,
     ),
     parts=_parts,
+    spellings={
+        "mag_threshold": "threshold",
+        "mag_max_skip_steps": "max_skip_steps",
+        "mag_retention_ratio": "retention_ratio",
+    },
     calibrated_by="mag_ratios",
 )

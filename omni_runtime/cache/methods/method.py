@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -41,6 +41,7 @@ class Method:
         output: configuration → the choices for whole steps; None for a method that does not skip whole steps.
         relations: (configuration, number of blocks, number of steps) → raises ValueError for values that cannot be
             combined. The numbers are None if unknown.
+        spellings: another name of a key, which other projects use → its name.
         calibrated_by: the key that takes a calibration, by default the model's own; None if the method has none.
         calibration_of: the method whose calibration that is; "" for this one.
         instead: configuration → the method to use, and its configuration, where the pipeline or its scheduler allows
@@ -56,6 +57,7 @@ class Method:
     parts: Callable[[Config, ModelRow, int], Parts] | None = None
     output: Callable[[Config], OutputSite] | None = None
     relations: Callable[[Config, int | None, int | None], None] = no_relations
+    spellings: Mapping[str, str] = field(default_factory=dict)
     calibrated_by: str | None = None
     calibration_of: str = ""
     instead: Callable[[Config], tuple[Method, Config]] | None = None
@@ -79,7 +81,9 @@ class Method:
                 the method needs, or a calibration that was made for another transformer class.
             TypeError: a value of the wrong type.
         """
-        resolved = config if isinstance(config, keys.Resolved) else keys.resolve(self.keys, config, self.name)
+        resolved = (
+            config if isinstance(config, keys.Resolved) else keys.resolve(self.keys, config, self.name, self.spellings)
+        )
         rowless = transformer is None or self.parts is None or self._on_library(resolved)
         row = None if transformer is None or rowless else row_of(transformer.class_name)
         self.relations(resolved, None if transformer is None else transformer.blocks, steps)

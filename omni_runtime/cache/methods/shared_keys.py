@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from omni_runtime.cache import calibration
 from omni_runtime.cache import config as keys
 from omni_runtime.cache.forecasters import FORECASTERS, Forecaster, make_forecaster
+from omni_runtime.cache.lifecycle import Request
 from omni_runtime.cache.methods.method import Config
 
 #: For every method that skips blocks, and for those that skip whole steps and reuse by default.
@@ -28,6 +30,23 @@ FORECASTER_KEYS = (
 def chosen_forecaster(config: Config) -> Forecaster:
     """The forecaster chosen by FORECASTER_KEYS."""
     return make_forecaster(config["forecaster"] or "reuse", config["forecaster_order"])
+
+
+#: For methods that have this key in other projects.
+TOLD_STEPS = keys.integer(
+    "num_inference_steps", None, 1, None, "not needed: a request's steps are read from its scheduler"
+)
+
+
+def warn_of_told_steps(config: Config, request: Request) -> None:
+    """Warn if the configuration gives another number of steps than the request has."""
+    told = config["num_inference_steps"]
+    if told is not None and told != request.steps:
+        warnings.warn(
+            f"cache_config says num_inference_steps={told}, but the request has {request.steps} steps, and "
+            "the request's number is used",
+            stacklevel=4,
+        )
 
 
 #: For every method that decides by measured distances.

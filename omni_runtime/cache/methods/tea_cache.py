@@ -58,7 +58,7 @@ TEA_CACHE = Method(
     name="tea_cache",
     summary="TeaCache: skip all blocks while the accumulated change of block 0's modulated input is small",
     keys=(
-        keys.number("rel_l1_thresh", 0.2, "accumulated distance at which a step is computed", above=0.0),
+        keys.number("rel_l1_thresh", 0.2, "accumulated distance at which a step is computed", above=0.0, none=True),
         calibrated_key(
             "tea_cache",
             keys.numbers(
