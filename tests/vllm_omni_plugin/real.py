@@ -9,31 +9,18 @@ with a pipeline of diffusers, for vLLM-Omni's adapter.
 import json
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 
 import torch
-from benchmarks.against_vllm_omni.cases import MODELS, sigmas
-from benchmarks.against_vllm_omni.theirs import (
-    DeviceConfig,
-    DiffusionRequestBatch,
-    OmniDiffusionConfig,
-    OmniDiffusionRequest,
-    OmniDiffusionSamplingParams,
-    Theirs,
-    TransformerConfig,
-    VllmConfig,
-    set_current_diffusion_config,
-    set_current_vllm_config,
-    set_forward_context,
-)
 from vllm_omni import plugins
 from vllm_omni.diffusion.cache.base import CacheBackend
 from vllm_omni.diffusion.models.diffusers_adapter.pipeline_diffusers_adapter import DiffusersAdapterPipeline
 from vllm_omni.diffusion.worker import diffusion_model_runner as runner
 
-from benchmarks.against_vllm_omni import theirs
 from omni_runtime.vllm_omni.backend import Backend
 
+theirs = import_module("benchmarks.against_vllm_omni.theirs")
 STEPS = 20
 SETTINGS = ({"budget": 8}, {"schedule": "qwen-image-17"}, {"speedup": 2.5, "corrector_order": 0})
 
@@ -46,15 +33,15 @@ def request_of(model, guided):
         positive, negative = given.pop("prompt_embeds"), given.pop("negative_prompt_embeds", [])
         model.pipe.encode_prompt = lambda **_: (list(positive), list(negative))
     given = {key: value[0] for key, value in given.items()}
-    sampling = OmniDiffusionSamplingParams(
+    sampling = theirs.OmniDiffusionSamplingParams(
         num_inference_steps=STEPS,
-        sigmas=sigmas(STEPS),
+        sigmas=theirs.sigmas(STEPS),
         max_sequence_length=theirs.TOKENS,
         latents=model.inputs["latents"].clone(),
         output_type="latent",
         **arguments,
     )
-    return OmniDiffusionRequest(prompt={"prompt": "", **given}, sampling_params=sampling, request_id="0")
+    return theirs.OmniDiffusionRequest(prompt={"prompt": "", **given}, sampling_params=sampling, request_id="0")
 
 
 def run(model, options, guided, name=None, config=None):
@@ -71,7 +58,7 @@ def run(model, options, guided, name=None, config=None):
     one._refresh_cache_for_requests([request], od_config=options)
     model.calls[:] = [0]
     with torch.no_grad():
-        model.pipe.forward(DiffusionRequestBatch([request]))
+        model.pipe.forward(theirs.DiffusionRequestBatch([request]))
     found = {"latents": model.latents.clone(), "calls": sum(model.calls), "computed": None, "fused": 0}
     if backend is not None:
         handle = backend.handle
@@ -85,16 +72,16 @@ def run(model, options, guided, name=None, config=None):
 
 def adapted(embedded):
     """The computed steps in vLLM-Omni's adapter for pipelines of diffusers."""
-    options = OmniDiffusionConfig(model=embedded, dtype=torch.float32, cache_backend="velocity_cache")
+    options = theirs.OmniDiffusionConfig(model=embedded, dtype=torch.float32, cache_backend="velocity_cache")
     adapter = DiffusersAdapterPipeline(od_config=options, device=torch.device("cpu"))
     adapter.load_weights()
     backend = runner.get_cache_backend("velocity_cache", {"quality": 30.0})
     backend.enable(adapter)
     size = {"height": 64, "width": 64, "seed": 0}
-    sampling = OmniDiffusionSamplingParams(num_inference_steps=50, **size)
+    sampling = theirs.OmniDiffusionSamplingParams(num_inference_steps=50, **size)
     prompt = {"prompt": "red apple on blue"}
-    request = OmniDiffusionRequest(prompt=prompt, sampling_params=sampling, request_id="0")
-    adapter.forward(DiffusionRequestBatch([request]))
+    request = theirs.OmniDiffusionRequest(prompt=prompt, sampling_params=sampling, request_id="0")
+    adapter.forward(theirs.DiffusionRequestBatch([request]))
     return len(backend.handle.report.skipped), backend.handle.report.notes
 
 
@@ -103,22 +90,22 @@ def main(directory, name, embedded):
     theirs.tell_when_run = lambda kind: None  # it replaces the forward of their blocks, which are then not fused
     plugins.load_omni_general_plugins()
     about = json.loads((directory / "transformer" / "config.json").read_text(encoding="utf-8"))
-    options = OmniDiffusionConfig(
+    options = theirs.OmniDiffusionConfig(
         model=str(directory),
-        model_class_name=MODELS[name],
-        tf_model_config=TransformerConfig.from_dict(about),
+        model_class_name=theirs.MODELS[name],
+        tf_model_config=theirs.TransformerConfig.from_dict(about),
         dtype=torch.float32,
     )
-    vllm = VllmConfig(device_config=DeviceConfig(device="cpu"))
+    vllm = theirs.VllmConfig(device_config=theirs.DeviceConfig(device="cpu"))
     found = {}
     with (
         tempfile.TemporaryDirectory() as store,
-        set_current_vllm_config(vllm),
-        set_current_diffusion_config(options),
-        set_forward_context(vllm_config=vllm, omni_diffusion_config=options),
+        theirs.set_current_vllm_config(vllm),
+        theirs.set_current_diffusion_config(options),
+        theirs.set_forward_context(vllm_config=vllm, omni_diffusion_config=options),
     ):
         theirs.stand_in(store)
-        model = Theirs(name, directory, options)
+        model = theirs.Theirs(name, directory, options)
         for guided in (False, True):
             found["plain", guided] = run(model, options, guided)
             found["fused_blocks", guided] = run(model, options, guided, "fused_blocks", {})

@@ -10,7 +10,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import tomllib
 import torch
 
 import omni_kernels
@@ -26,6 +25,8 @@ STEPS = 20
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """A folder with this distribution's entry points, as an installation writes them."""
+    import tomllib
+
     folder = tmp_path_factory.mktemp("site")
     about = folder / "omni_kernels-0.dist-info"
     about.mkdir()
