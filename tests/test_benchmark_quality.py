@@ -254,8 +254,16 @@ def recorded(kind, model):
     return json.loads((RESULTS / f"{kind}-{model}.json").read_text())
 
 
-#: Model → aims that it misses. The rival computes 69 of 100 forwards in part, and the velocity cache 50.
-MISSED = {"emoji-wan": ["velocity 25 above DBCache + TaylorSeer 0.04, mean"]}
+#: Model → aims that it misses. On emoji-wan, the rival computes 69 of 100 forwards in part, and the velocity cache 50.
+#: Edits have a calibration; the default schedule, which they do without, is a little below even steps there.
+MISSED = {
+    "emoji-wan": ["velocity 25 above DBCache + TaylorSeer 0.04, mean"],
+    "emoji-qwen-image-edit": [
+        f"velocity, uncalibrated {budget} above velocity, even {budget}, {statistic}"
+        for budget in (10, 8)
+        for statistic in ("mean", "5th percentile")
+    ],
+}
 
 
 @pytest.mark.parametrize("model", RECORDED)
