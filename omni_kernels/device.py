@@ -15,6 +15,7 @@ import contextlib
 import functools
 import importlib
 import platform
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -100,6 +101,17 @@ def pretend(kind: str, device: Device) -> Iterator[None]:
 
 #: Kinds of devices that compute in fp64 at a usable speed.
 FP64 = frozenset({"cpu", "cuda"})
+
+
+def has_mxfp8(device: torch.device) -> bool:
+    """Whether a GPU multiplies MXFP8: NVIDIA's from sm_100 on, and AMD's gfx950."""
+    found = describe(device)
+    return found.arch == "gfx950" or (found.vendor == "nvidia" and generation(found.arch) >= 100)
+
+
+def generation(arch: str) -> int:
+    """The number of an architecture of NVIDIA's: 90 for sm_90."""
+    return int(re.sub(r"\D", "", arch) or 0)
 
 
 def has_fp64(device: torch.device) -> bool:

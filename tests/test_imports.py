@@ -307,3 +307,9 @@ def test_public_names_of_the_kernels():
         "unpatch",
         "warmup",
     ]
+
+
+def test_no_two_modules_of_tests_share_a_name():
+    """They are imported by their names alone: the second would be the first one."""
+    names = [path.stem for path in (ROOT / "tests").rglob("*.py") if path.stem != "conftest"]
+    assert sorted(names) == sorted(set(names))

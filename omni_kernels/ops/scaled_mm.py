@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from omni_kernels.ascend import limits
+from omni_kernels.device import has_mxfp8
 from omni_kernels.ops import _activations, _quantized, _samples
 from omni_kernels.ops._checks import DTYPES, unlike
 from omni_kernels.ops._triton import tl, triton
@@ -265,7 +266,7 @@ def launch(q, scale, weight, weight_scale, bias, dtype, gelu, quantize, out):
 
 def _in_mx(q, scale, weight, weight_scale, bias, dtype, gelu, out):
     """The product in MXFP8 by torch."""
-    if not (q.is_cuda and q.numel() and _multiplies_mx(q.device)):
+    if not (q.is_cuda and q.numel() and has_mxfp8(q.device)):
         raise limits.NotLaunchableError("scaled_mm: this device does not multiply MXFP8")
     kind, swizzle = F.ScalingType.BlockWise1x32, F.SwizzleType
     tiles = swizzle.SWIZZLE_32_4_4 if _quantized.SWIZZLED else swizzle.NO_SWIZZLE
@@ -281,12 +282,6 @@ def _in_mx(q, scale, weight, weight_scale, bias, dtype, gelu, out):
         y = F.gelu(y, approximate="tanh")
     y = y.to(dtype).view(*q.shape[:-1], -1)
     return y if out is None else out.copy_(y)
-
-
-def _multiplies_mx(device):
-    """Whether a GPU multiplies MXFP8: NVIDIA's from sm_100 on, and AMD's gfx950."""
-    found = torch.cuda.get_device_properties(device)
-    return found.gcnArchName.startswith("gfx950") if torch.version.hip else found.major >= 10
 
 
 def _by_torch(q, scale, weight, weight_scale, bias, out):

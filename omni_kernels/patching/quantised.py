@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from omni_kernels.device import describe
+from omni_kernels.device import describe, generation, has_mxfp8
 from omni_kernels.ops._quantized import MX
 from omni_kernels.patching import edges, torchao_layers
 from omni_kernels.patching.backends import nearest, shown
@@ -41,9 +41,8 @@ LEFT_OUT = {"QwenImageTransformerBlock": ("img_mlp",)}
 _CALIBRATION = "omni_runtime.cache.calibration"
 #: Where the layers' own weights are kept while they are quantised.
 KEEP = ("host", "reload", "none")
-#: The dtype of fp8 on AMD's architectures that multiply it, and NVIDIA's first one. NVIDIA's first one with MXFP8.
+#: The dtype of fp8 on AMD's architectures that multiply it, and NVIDIA's first one.
 _ON_AMD, _FIRST_WITH_FP8 = {"gfx942": torch.float8_e4m3fnuz, "gfx950": torch.float8_e4m3fn}, 89
-_FIRST_WITH_MX = 100
 #: In MXFP8, the GPU's product takes these multiples of input and output features.
 _MULTIPLES = 32, 16
 
@@ -156,22 +155,17 @@ def dtype_on(name: str, device: torch.device) -> torch.dtype:
         return {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "mxfp8": MX}[name]
     where = describe(device)
     if name == "mxfp8":
-        if where.arch == "gfx950" or (where.vendor == "nvidia" and _generation(where.arch) >= _FIRST_WITH_MX):
+        if has_mxfp8(device):
             return MX
         raise ValueError(f"quantize='mxfp8' needs a GPU that multiplies MXFP8 (sm_100, gfx950); {where.name} does not")
     found = _ON_AMD.get(where.arch)
-    if where.vendor == "nvidia" and _generation(where.arch) >= _FIRST_WITH_FP8:
+    if where.vendor == "nvidia" and generation(where.arch) >= _FIRST_WITH_FP8:
         found = torch.float8_e4m3fn
     if found is None:
         raise ValueError(
             f"quantize='fp8' needs a GPU that multiplies fp8 (sm_89 or newer, gfx942, gfx950); {where.name} does not"
         )
     return found
-
-
-def _generation(arch: str) -> int:
-    """The number of an architecture of NVIDIA's, such as 90."""
-    return int(re.sub(r"\D", "", arch) or 0)
 
 
 @dataclass(frozen=True)

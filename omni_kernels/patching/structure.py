@@ -51,7 +51,8 @@ def is_librarys(method: Any) -> bool:
 
     Always True while compiling: a compiled graph keeps the behaviour that its classes had then.
     """
-    if method in _own or torch.compiler.is_compiling():
+    # Compiling first, or a graph would be compiled anew for each further method that is known.
+    if torch.compiler.is_compiling() or method in _own:
         return True
     if home(method).partition(".")[0] not in LIBRARIES:
         return False

@@ -122,7 +122,7 @@ def test_on_a_gpu_it_is_torchs_product(monkeypatch, tiles, dtype, bias):
 
     scaled = __import__("sys").modules["omni_kernels.ops.scaled_mm"]
     monkeypatch.setattr(torch.nn.functional, "scaled_mm", product)
-    monkeypatch.setattr(scaled, "_multiplies_mx", lambda device: True)
+    monkeypatch.setattr(scaled, "has_mxfp8", lambda device: True)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     x, weight = torch.randn(2, 9, 64), torch.randn(16, 64)
     given = (*quantize(x, MX), *quantize(weight, MX), None if bias is None else torch.randn(16, dtype=bias))

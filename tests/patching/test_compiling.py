@@ -10,7 +10,7 @@ from pairs import in_turn
 from torch._inductor import cudagraph_trees
 
 import omni_kernels
-from omni_kernels.patching import calls, compiled
+from omni_kernels.patching import calls, compiled, structure
 from omni_runtime import Omni
 
 CACHES = {
@@ -79,6 +79,7 @@ def fresh_compiler(monkeypatch):
     monkeypatch.setattr(cudagraph_trees.MarkStepBox, "mark_step_counter", 0)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+    structure._own.clear()  # as in a new process: no graph may depend on what was seen before
     yield
     torch._dynamo.reset()
 
@@ -112,7 +113,8 @@ def test_no_break_and_nothing_compiled_again(qwen_pipe, cache, fuse, kind):
         with torch.compiler.set_stance("fail_on_recompile"):
             assert off(latents(qwen_pipe, **OTHER), other) < 1e-4
         assert 0 < warm == len(compiler.graphs)
-        assert warm <= 2, "all blocks share a graph, another text length takes one more"
+        # The library's first forward also runs without it. The model names arguments that the library passes by place.
+        assert warm <= 2 + (cache == "library"), "all blocks share a graph, another text length takes one more"
         if backend is not None:
             assert handle.report.forwards_saved == report.forwards_saved > 0
     assert kind is Counting or compiler.generations > 2

@@ -190,11 +190,16 @@ HEAD = b"GET /health HTTP/1.1\r\nHost: x\r\n"
 
 
 def test_connections_that_say_nothing_do_not_keep_others_out() -> None:
-    with on_a_port(small(tiny.qwen_image(layers=2)), max_connections=4) as (address, _):
+    with on_a_port(small(tiny.qwen_image(layers=2)), max_connections=4) as (address, server):
         silent = [connected(address, HEAD) for _ in range(8)]
         one = connected(address, HEAD + b"\r\n")
         assert b"200 OK" in one.recv(100)
         assert all(closed(other) for other in silent[:5]), "those that have waited longest"
+        # Many at once, all in one turn of the server's loop.
+        next(iter(server.server_state.connections)).loop.call_soon_threadsafe(time.sleep, 0.5)  # type: ignore[union-attr]
+        silent = [connected(address, HEAD) for _ in range(8)]
+        assert all(closed(other) for other in silent[:4])
+        wait_until(lambda: len(server.server_state.connections) == 4)
     assert limited(Settings(max_connections=10**9)).most < 10**9, "a process has fewer file descriptors"
 
 

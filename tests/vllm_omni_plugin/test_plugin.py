@@ -3,8 +3,8 @@
 import logging
 
 import pytest
-import stand_in
 import torch
+import vllm_omni_stand_in
 
 import omni_kernels
 from omni_runtime import vllm_omni as plugin
@@ -14,7 +14,7 @@ from omni_runtime.cache.methods import VELOCITY_CACHE
 @pytest.fixture
 def omni():
     """The stand-in, with the plug-in registered."""
-    with stand_in.installed() as module:
+    with vllm_omni_stand_in.installed() as module:
         plugin.register()
         try:
             yield module
@@ -35,7 +35,7 @@ def made(omni, pipe, **config):
 
 
 def test_both_places_of_the_function_are_replaced_and_restored():
-    with stand_in.installed() as module:
+    with vllm_omni_stand_in.installed() as module:
         own = module.get_cache_backend
         plugin.register()
         plugin.register()
@@ -49,7 +49,7 @@ def test_both_places_of_the_function_are_replaced_and_restored():
 
 
 def test_another_vllm_omni_is_refused_by_its_version(caplog):
-    with stand_in.installed() as module:
+    with vllm_omni_stand_in.installed() as module:
         module.__version__ = "0.99.0"
         own = module.get_cache_backend = lambda name, config, more: None
         with caplog.at_level(logging.WARNING):
@@ -170,10 +170,14 @@ def test_the_adapter_lets_ours_in_and_its_pipeline_of_diffusers_is_cached(omni):
 
     options = {"model": None, "enforce_eager": False}
     with pytest.raises(NotImplementedError, match="'tea_cache' is not supported"):
-        omni.DiffusersAdapterPipeline(stand_in.SimpleNamespace(cache_backend="tea_cache", **options))
+        omni.DiffusersAdapterPipeline(vllm_omni_stand_in.SimpleNamespace(cache_backend="tea_cache", **options))
     with pytest.raises(NotImplementedError, match="Eager"):
-        omni.DiffusersAdapterPipeline(stand_in.SimpleNamespace(cache_backend="velocity_cache", enforce_eager=True))
-    adapter = omni.DiffusersAdapterPipeline(stand_in.SimpleNamespace(cache_backend="velocity_cache", **options))
+        omni.DiffusersAdapterPipeline(
+            vllm_omni_stand_in.SimpleNamespace(cache_backend="velocity_cache", enforce_eager=True)
+        )
+    adapter = omni.DiffusersAdapterPipeline(
+        vllm_omni_stand_in.SimpleNamespace(cache_backend="velocity_cache", **options)
+    )
     assert adapter.od_config.cache_backend == "velocity_cache"
     adapter._pipeline = tiny.PIPELINES["qwen_image"]()
     backend = made(omni, adapter, budget=3)
@@ -226,7 +230,7 @@ def test_sequence_parallel_blocks_run_their_own_forward(omni):
     pipe = omni.BlockPipeline()
     given = inputs()
     for block in pipe.transformer.transformer_blocks:
-        block.attn.parallel_config = stand_in.SimpleNamespace(sequence_parallel_size=2)
+        block.attn.parallel_config = vllm_omni_stand_in.SimpleNamespace(sequence_parallel_size=2)
     with torch.no_grad():
         plain = pipe(*given)
         with omni_kernels.patched(pipe):

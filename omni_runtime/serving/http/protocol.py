@@ -7,6 +7,7 @@ connection costs a file descriptor, and the process has few of them.
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -22,7 +23,7 @@ class Connection(H11Protocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._since = self.loop.time()
+        self._since = time.monotonic()  # uvloop's own clock counts milliseconds
         self._head: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
         self._unsent = 0
@@ -36,13 +37,15 @@ class Connection(H11Protocol):
         """Take a new connection. If there are too many, the one that has waited longest for its request is closed."""
         super().connection_made(transport)
         self._expect_head()
-        if len(self.connections) > self.most:
-            others: list[Any] = [one for one in self.connections if getattr(one, "_waits", False)]
+        # Those that are closed already are still among the connections until the loop's next turn.
+        alive: list[Any] = [one for one in self.connections if not one.transport.is_closing()]
+        if len(alive) > self.most:
+            others = [one for one in alive if getattr(one, "_waits", False)]
             min(others, key=lambda one: one._since, default=self).transport.abort()
 
     def _expect_head(self) -> None:
         if self._head is None:
-            self._since = self.loop.time()
+            self._since = time.monotonic()
             self._head = self.loop.call_later(self.settings.header_seconds, self._late)
 
     def _late(self) -> None:
@@ -61,7 +64,7 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         """An answer is complete, but perhaps not read yet."""
-        self._since = self.loop.time()
+        self._since = time.monotonic()
         self._watch()
         super().on_response_complete()
 
