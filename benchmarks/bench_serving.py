@@ -6,7 +6,8 @@
   engine would reach if a request were nothing but its forwards, in batches of 8. All settings take turns, and the
   median of the turns counts.
 - *Open loop*: requests arrive at random (exponential gaps, from a seed), whether or not earlier ones are done, at
-  shares of the rate that one at a time manages without a cache. Latency is from arrival to result.
+  shares of the rate that one at a time manages without a cache. Latency is from arrival to result. The settings are one
+  at a time without a cache (an engine with one request in flight), and batched with each cache.
 
 The seconds of the first part are those of processor time, so that other work on the machine counts less; the second
 part needs real time. One torch thread. `--check` exits with 1 if a goal is missed. The first pictures of each setting
@@ -45,6 +46,7 @@ PROMPTS = (
     "a mushroom on orange",
 )
 IN_FLIGHT = 8
+ONE = "one at a time, no cache"
 STEPS = 50
 ROUNDS = 2
 #: Arrivals per second, as a share of what one at a time manages without a cache.
@@ -156,6 +158,18 @@ def open_loop(engine: Engine, setting: Setting, rate: float, seed: int = 0) -> d
     }
 
 
+def open_loops(single: Engine, batched: Engine, real: float) -> list[dict[str, Any]]:
+    """The open loop of each setting at each load; `real` is the rate of one at a time without a cache."""
+    rows: list[tuple[str, Engine, Setting]] = [(ONE, single, SETTINGS[0])]
+    rows += [(f"batched, {setting.name}", batched, setting) for setting in SETTINGS]
+    loads = []
+    for load in LOADS:
+        for name, engine, setting in rows:
+            loads.append({"setting": name, "load": load, **open_loop(engine, setting, load * real)})
+            print(f"load {load}, {name}: p50 {loads[-1]['p50_seconds']:.2f} s", flush=True)
+    return loads
+
+
 def differ(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> float:
     """The largest difference of pictures."""
     return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
@@ -168,7 +182,6 @@ def measure(model: str, rounds: int, open_rounds: bool = True) -> dict[str, Any]
     single, many = seconds_of_a_forward(omni, 1), seconds_of_a_forward(omni, IN_FLIGHT)
     limit = IN_FLIGHT / (guided * STEPS * many)
     rows: dict[str, dict[str, list[float]]] = {one.name: {"alone": [], "together": [], "batch": []} for one in SETTINGS}
-    loads: list[dict[str, Any]] = []
     alone = {one.name: Omni(model, cache_backend=one.backend, cache_config=one.config or None) for one in SETTINGS}
     for one in alone.values():
         one.pipe.set_progress_bar_config(disable=True)
@@ -190,10 +203,8 @@ def measure(model: str, rounds: int, open_rounds: bool = True) -> dict[str, Any]
         begun = time.perf_counter()
         one_at_a_time(alone[SETTINGS[0].name], SETTINGS[0], 3)
         real = 3 / (time.perf_counter() - begun)
-        for load in LOADS if open_rounds else ():
-            for setting in SETTINGS:
-                loads.append({"setting": setting.name, "load": load, **open_loop(engine, setting, load * real)})
-                print(f"load {load}, {setting.name}: p50 {loads[-1]['p50_seconds']:.2f} s", flush=True)
+        with alone[SETTINGS[0].name].engine(max_batch=1, in_flight=1) as single_engine:
+            loads = open_loops(single_engine, engine, real) if open_rounds else []
     medians = {name: {key: statistics.median(each) for key, each in row.items()} for name, row in rows.items()}
     return {
         "steps": STEPS,

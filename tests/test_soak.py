@@ -19,7 +19,7 @@ def test_a_short_soak_is_clean():
 def test_it_sees_a_wrong_picture_and_a_wrong_status():
     outcome = soak.Outcome()
     body = soak.body_of(random.Random(1))
-    client = soak.Client(("127.0.0.1", 1), {soak.json.dumps(body): np.zeros((2, 2, 3))}, outcome)
+    client = soak.Client({"pictures": ("127.0.0.1", 1)}, {soak.json.dumps(body): np.zeros((2, 2, 3))}, outcome)
     client._compare(body, np.full((2, 2, 3), 2))
     assert outcome.furthest == 2
     client.post = lambda made: (200, b"{}")

@@ -24,6 +24,8 @@ from omni_runtime.serving.http.service import Service, State
 
 #: Paths that need a key, if the server has any.
 GUARDED = ("/v1/", "/metrics", "/openapi.json")
+#: So many bytes of a body are not counted: who sends a prompt does not wait for those who send pictures.
+SMALL = 64 << 10
 #: Headers of every answer.
 HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
 
@@ -150,7 +152,7 @@ class Passage:
         self._read += len(message.get("body", b""))
         if self._read > self._service.settings.max_body:
             raise too_large(self._service.settings.max_body)
-        self.hold(len(message.get("body", b"")))
+        self.hold(min(len(message.get("body", b"")), max(0, self._read - SMALL)))
         return message
 
     def hold(self, more: int) -> None:

@@ -90,17 +90,32 @@ def decode(pipe: Any, latents: torch.Tensor, size: tuple[int, int] | None = None
         size: height and width in pixels; None: found from N and `ratio`, width over height.
     """
     vae = pipe.vae
+    normalised = getattr(vae, "bn", None)  # FLUX.2: a patch's channels are scaled by what a batch norm has seen
     if latents.dim() == 3:
         height, width = size or _sides(latents.shape[1], ratio, 2 * pipe.vae_scale_factor)
-        latents = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
+        if normalised is None:
+            latents = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
+        else:
+            rows, columns = (side // (2 * pipe.vae_scale_factor) for side in (height, width))
+            latents = latents.mT.unflatten(2, (rows, columns))
     latents = latents.to(vae.dtype)
+    if normalised is not None:
+        mean, variance = (
+            one.to(latents).view(1, -1, 1, 1) for one in (normalised.running_mean, normalised.running_var)
+        )
+        latents = pipe._unpatchify_latents(latents * torch.sqrt(variance + vae.config.batch_norm_eps) + mean)
+        return _picture(pipe, latents)
     mean, std = getattr(vae.config, "latents_mean", None), getattr(vae.config, "latents_std", None)
     if mean is not None and std is not None:
         shape = 1, -1, *(1 for _ in latents.shape[2:])
         latents = latents * latents.new_tensor(std).view(shape) + latents.new_tensor(mean).view(shape)
     else:
         latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
-    picture = vae.decode(latents, return_dict=False)[0]
+    return _picture(pipe, latents)
+
+
+def _picture(pipe: Any, latents: torch.Tensor) -> Any:
+    picture = pipe.vae.decode(latents, return_dict=False)[0]
     picture = picture[:, :, 0] if picture.dim() == 5 else picture
     return pipe.image_processor.postprocess(picture, output_type="pil")[0]
 
