@@ -258,6 +258,9 @@ def recorded(kind, model):
 #: Edits have a calibration; the default schedule, which they do without, is a little below even steps there.
 MISSED = {
     "emoji-wan": ["velocity 25 above DBCache + TaylorSeer 0.04, mean"],
+    "emoji-z-image": [
+        f"velocity, uncalibrated {budget} above velocity, even {budget}, 5th percentile" for budget in (17, 8)
+    ],
     "emoji-qwen-image-edit": [
         f"velocity, uncalibrated {budget} above velocity, even {budget}, {statistic}"
         for budget in (10, 8)

@@ -127,7 +127,8 @@ def test_the_commands_of_a_page_run(page, monkeypatch, tmp_path, capsys):
     ]
     Path("prompts.txt").write_text("\n".join(prompts))
     Path("others.txt").write_text("a rocket\na tulip")
-    Path("prompts.jsonl").write_text('{"prompt": "a cat", "seed": 1}\n')
+    rows = blocks(page, "json") if page.stem == "batch" else []
+    Path("prompts.jsonl").write_text(rows[0][1] if rows else '{"prompt": "a cat", "seed": 1}\n')
     for line, text in blocks(page, "console"):
         for command in text.replace("\\\n", " ").splitlines():
             program, *arguments = shlex.split(command, comments=True) or ["#"]

@@ -433,7 +433,7 @@ def _why_not(name: str, layer: Any, block: torch.nn.Module, options: Options) ->
     if any(_fits(name, one) for one in options.include):
         return None
     if min(layer.in_features, layer.out_features) < options.min_width:
-        return f"narrower than {options.min_width}"
+        return f"narrower than {options.min_width} features (min_width)"
     if there is not None:
         return None  # torchao has decided already which layers bear it
     if any(_fits(name, one) for one in options.calibrated):

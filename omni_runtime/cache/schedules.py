@@ -183,7 +183,7 @@ def fitted(
 
     The computed steps keep their positions in σ if the noise levels of both requests are known, otherwise their
     relative positions in the step index. With another budget, they are spread more or less densely in the same
-    pattern.
+    pattern; evenly spread ones stay so at the same noise levels.
 
     Args:
         schedule: the schedule to adapt.
@@ -196,21 +196,18 @@ def fitted(
         budget = round(len(schedule.computed) * steps / schedule.steps)
     budget = _possible(budget, steps)
     same_levels = schedule.sigmas is None or sigmas is None or _alike(schedule.sigmas, sigmas)
-    if steps == schedule.steps and budget == len(schedule.computed) and same_levels:
+    same_steps = steps == schedule.steps and same_levels
+    if same_steps and budget == len(schedule.computed):
         return schedule
     if schedule.sigmas is None or sigmas is None:
         levels = [-index / max(schedule.steps - 1, 1) for index in range(schedule.steps)]
         here: Sequence[float] = [-index / max(steps - 1, 1) for index in range(steps)]
     else:
         levels, here = list(schedule.sigmas), sigmas
-    knots = [levels[step] for step in schedule.computed]
-    wanted = [_between(knots, i * (len(knots) - 1) / max(budget - 1, 1)) for i in range(budget)]
-    computed: list[int] = []
-    for i, level in enumerate(wanted):
-        nearest = min(range(steps), key=lambda step: abs(here[step] - level))
-        lowest = computed[-1] + 1 if computed else 0
-        computed.append(min(max(nearest, lowest), steps - (budget - i)))
-    computed[0], computed[-1] = 0, steps - 1
+    if same_steps and schedule.computed == even(steps, len(schedule.computed)).computed:
+        computed = list(even(steps, budget).computed)
+    else:
+        computed = _at_levels([levels[step] for step in schedule.computed], here, budget)
     return Schedule(
         steps,
         tuple(computed),
@@ -220,6 +217,18 @@ def fitted(
         reach=_carried(schedule.reach, len(schedule.computed), budget),
         corrector_order=schedule.corrector_order,
     )
+
+
+def _at_levels(knots: Sequence[float], here: Sequence[float], budget: int) -> list[int]:
+    """The steps nearest to `budget` noise levels that lie between `knots` as evenly as the knots themselves."""
+    steps, computed = len(here), list[int]()
+    for i in range(budget):
+        level = _between(knots, i * (len(knots) - 1) / max(budget - 1, 1))
+        nearest = min(range(steps), key=lambda step: abs(here[step] - level))
+        lowest = computed[-1] + 1 if computed else 0
+        computed.append(min(max(nearest, lowest), steps - (budget - i)))
+    computed[0], computed[-1] = 0, steps - 1
+    return computed
 
 
 def _carried(reach: float | None, count: int, budget: int) -> float | None:

@@ -56,7 +56,11 @@ def make_omni(options: argparse.Namespace, **how: Any) -> Omni:
 
 def speed_of(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `Omni` for the options that say what makes the model faster."""
-    how: dict[str, Any] = {"fuse": options.fuse or None, "compile": options.compile, "quantize": options.quantize}
+    layers = {key: getattr(options, key) for key in ("min_width", "edge_steps") if getattr(options, key) is not None}
+    if layers and options.quantize is None:
+        raise UsageError("--min-width and --edge-steps belong to --quantize: give it, too")
+    quantize = {"dtype": options.quantize, **layers} if layers else options.quantize
+    how: dict[str, Any] = {"fuse": options.fuse or None, "compile": options.compile, "quantize": quantize}
     wish = wish_of(options)
     if options.cache_backend is not None or options.cache_config is not None:
         if wish and options.cache_backend != "auto":

@@ -359,6 +359,15 @@ def _add_speed(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--quantize", choices=["int8", "fp8", "mxfp8"], help="run wide linear layers of the blocks in 8 bits"
     )
+    command.add_argument(
+        "--min-width", type=_whole, metavar="N", help="with --quantize: narrower layers stay as they are (default: 512)"
+    )
+    command.add_argument(
+        "--edge-steps",
+        type=_pair,
+        metavar="FIRST,LAST",
+        help="with --quantize: so many of the first and last steps run with the layers' own weights (default: 0,0)",
+    )
 
 
 def _add_serve(commands: Any) -> None:
@@ -525,6 +534,13 @@ def _replicas(text: str) -> tuple[int, int | None]:
     if match is None or int(match[2] or match[1]) < int(match[1]):
         raise argparse.ArgumentTypeError(f"must be a number, a range like 1-4, or auto, not {text!r}")
     return int(match[1]), int(match[2] or match[1])
+
+
+def _pair(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([0-9]+),([0-9]+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"must be two numbers of steps like 2,2, not {text!r}")
+    return int(match[1]), int(match[2])
 
 
 def _size(text: str) -> tuple[int, int]:

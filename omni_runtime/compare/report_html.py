@@ -43,6 +43,8 @@ GAIN = 8
 #: dB. The verdict names the fastest run whose mean PSNR is at least this.
 GOOD = 40
 
+#: Measures of time. One disturbed image moves their mean, so their median is shown.
+TIMES = ("seconds", "speedup")
 #: Measures of which less is better.
 LESS = ("nfe", "blocks", "seconds", "lpips")
 
@@ -167,6 +169,7 @@ def _templates() -> jinja2.Environment:
         "px": lambda value: f"{value:.1f}",
         "json": json.dumps,
         "counted": _counted,
+        "middle": _middle,
         "kind": lambda number: f"m{_turn(number, len(COLOURS))}",
         "shape": lambda number: MARKS[_turn(number, len(MARKS))],
     }
@@ -205,18 +208,14 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 18, 14, 42
 
 
 def typical(statistics: Mapping[str, Any]) -> float:
-    """The median of times and of what is computed from them, which one disturbed image does not move; else the mean.
-
-    Results from before medians were kept have means only.
-    """
+    """The median of times and speedups. Results from before medians were kept have means only."""
     found: float = statistics.get("median", statistics["mean"])
     return found
 
 
-def _place(run: Mapping[str, Any], measure: str) -> float:
-    """Where a run stands on the axis of a measure."""
-    place: float = typical(run[measure]) if measure == "speedup" else run[measure]["mean"]
-    return place
+def _middle(run: Mapping[str, Any], measure: str) -> Any:
+    """What is shown for a run's measure: the median of times, else the mean; None for PSNR if all are identical."""
+    return typical(run[measure]) if measure in TIMES else run[measure]["mean"]
 
 
 def _plot(document: Document, measure: str) -> dict[str, Any]:
@@ -224,8 +223,8 @@ def _plot(document: Document, measure: str) -> dict[str, Any]:
     methods = _methods(document)
     reference = document["runs"][0]
     runs = [run for run in document["runs"][1:] if run["psnr"]["mean"] is not None]
-    points = [(_place(run, measure), run["psnr"]["mean"], run["psnr"]["std"]) for run in runs]
-    low_x, high_x, ticks_x = _axis([x for x, _, _ in points] + [_place(reference, measure)])
+    points = [(_middle(run, measure), run["psnr"]["mean"], run["psnr"]["std"]) for run in runs]
+    low_x, high_x, ticks_x = _axis([x for x, _, _ in points] + [_middle(reference, measure)])
     low_y, high_y, ticks_y = _axis([y + sign * std for _, y, std in points for sign in (-1, 1)] or [0, 1])
 
     def place_x(value: float) -> float:
@@ -257,7 +256,7 @@ def _plot(document: Document, measure: str) -> dict[str, Any]:
         "floor": HEIGHT - BOTTOM,
         "ticks_x": [(place_x(tick), f"{tick:g}") for tick in ticks_x],
         "ticks_y": [(place_y(tick), f"{tick:g}") for tick in ticks_y],
-        "reference": place_x(_place(reference, measure)),
+        "reference": place_x(_middle(reference, measure)),
         "reference_name": reference["name"],
         "lines": lines,
         "points": [
@@ -400,14 +399,13 @@ def _worst_first(count: int, worst: Sequence[int | None]) -> list[int]:
 
 
 def _best(document: Document) -> dict[str, list[str]]:
-    """Measure → the runs with the best mean; the reference is not among them."""
+    """Measure → the runs with the best value; the reference is not among them."""
     best = {}
     for name in document["measures"]:
-        means = {
-            run["name"]: math.inf if run[name]["mean"] is None else run[name]["mean"] for run in document["runs"][1:]
-        }
-        wanted = (min if name in LESS else max)(means.values(), default=None)
-        best[name] = [run for run, mean in means.items() if mean == wanted]
+        middles = {run["name"]: _middle(run, name) for run in document["runs"][1:]}
+        values = {run: math.inf if value is None else value for run, value in middles.items()}
+        wanted = (min if name in LESS else max)(values.values(), default=None)
+        best[name] = [run for run, value in values.items() if value == wanted]
     return best
 
 

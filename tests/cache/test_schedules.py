@@ -133,6 +133,13 @@ def test_carrying_over_to_twice_the_steps_doubles_the_places() -> None:
     assert fitted(schedule, 21, None, 4).computed == (0, 2, 8, 20)
 
 
+def test_an_even_schedule_stays_even_with_another_budget() -> None:
+    shifted = tuple(3 * level / (1 + 2 * level) for level in (1 - i / 50 for i in range(50)))
+    schedule = Schedule(50, even(50, 32).computed, "here", sigmas=shifted)
+    for budget in (45, 40, 36, 20):
+        assert fitted(schedule, 50, shifted, budget).computed == even(50, budget).computed
+
+
 def test_a_speedup_is_answered_from_what_was_measured() -> None:
     """Half of the steps was 1.8 times as fast, a quarter 3: 1 − 1/1.8 = 8/9 · 1/2, and 1 − 1/3 = 8/9 · 3/4."""
     measured = [

@@ -19,8 +19,7 @@ from PIL import Image
 
 from omni_kernels.patching import backends as registry
 from omni_runtime import Omni, cli
-from omni_runtime.cli import listings
-from omni_runtime.cli.inputs import texts
+from omni_runtime.cli import inputs, listings, options
 from omni_runtime.generation.loading import embedded_models
 from omni_runtime.generation.result import read_settings
 
@@ -198,6 +197,8 @@ def test_the_environment_variable_names_the_backend(
         (["generate", "--prompt", "x", "--model", "MODEL", "--dtype", "float31"], "unknown dtype 'float31'"),
         (["generate", "--prompt", "x", "--model", "MODEL", "--device", "cuda:99"], "not available here"),
         (["generate", "--prompt", "x", "--prompt", "y", "--out", "x.png"], "is one file, for 2 prompts"),
+        (["generate", "--prompt", "x", "--model", "MODEL", "--min-width", "64"], "belong to --quantize"),
+        (["generate", "--prompt", "x", "--model", "MODEL", "--edge-steps", "2"], "two numbers of steps like 2,2"),
         (["compare", "--model", "MODEL"], "has no prompts of its own"),
         (["compare", "--model", "MODEL", "--prompts", "missing.txt"], "no file 'missing.txt'"),
         (["compare", "--model", "MODEL", "--prompts", "no/such/file"], "no file 'no/such/file'"),
@@ -231,10 +232,10 @@ def test_wrong_input_is_one_line_and_exit_code_two_before_loading(
 
 def test_what_looks_like_no_file_is_a_prompt(tmp_path: Path) -> None:
     for prompt in ("a cat", "cat", "half man/half horse", "a cat, black/white", "cat.", "n" * 300):
-        assert texts(prompt) == [prompt]
+        assert inputs.texts(prompt) == [prompt]
     file = tmp_path / "prompts of mine.txt"
     file.write_text("a cat\n\n  ein Nandú \n", encoding="utf-8")
-    assert texts(str(file)) == ["a cat", "ein Nandú"]
+    assert inputs.texts(str(file)) == ["a cat", "ein Nandú"]
 
 
 def test_a_truncated_picture_is_named(
@@ -527,3 +528,17 @@ def test_the_embedded_model_is_what_generate_runs_when_no_model_is_named(
     assert result["settings"]["model"] == "emoji-qwen-image"
     assert set(result["cache"]["branches"]) == {"cond", "uncond"}
     assert Image.open(result["files"][0]).size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ([], None),
+        (["--quantize", "int8"], "int8"),
+        (["--quantize", "fp8", "--min-width", "64"], {"dtype": "fp8", "min_width": 64}),
+        (["--quantize", "int8", "--edge-steps", "2,0"], {"dtype": "int8", "edge_steps": (2, 0)}),
+    ],
+)
+def test_how_to_quantise_is_passed_on(given: list[str], wanted: Any) -> None:
+    parsed = options.parser().parse_args(["generate", "--prompt", "x", *given])
+    assert inputs.speed_of(parsed)["quantize"] == wanted
