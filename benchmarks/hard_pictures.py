@@ -1,4 +1,4 @@
-"""What makes a picture hard for a schedule, and whether its first steps tell.
+"""What makes a picture hard for a schedule, and whether its first steps show it.
 
     python -m benchmarks.hard_pictures [--model emoji-qwen-image]   # 5 to 20 minutes a model
 
@@ -6,8 +6,8 @@ With 13 of 50 evenly spread steps, a picture in twenty is far behind the mean. F
 
 1. *where the error arises*: every step is computed but those of one stretch, which is one gap;
 2. *prompt or noise*: how much of the variance of the PSNR at 13 steps belongs to the prompt, and how much to the seed;
-3. *whether the first steps tell*: the rank correlation between the PSNR at 13 steps and what a cache can measure in the
-   first steps: how far the model output turns (`turn`) and bends (`bend`);
+3. *whether the first steps show it*: the rank correlation between the PSNR at 13 steps and what a cache can measure in
+   the first steps: how far the model output turns (`turn`) and bends (`bend`);
 4. *what a rule would gain*: each picture gets one of two schedules, by what its first steps show, so that the mean
    number of computed steps is that of a fixed schedule. The hard ones get more steps, or as many of which more are
    early. `oracle` picks by the PSNR itself, which no cache can know: no rule can be better.

@@ -112,6 +112,7 @@ def small(arguments):
     return [
         *found,
         *more,
+        *(["--min-width", "64"] if found[:2] == ["calibrate", "precision"] and "--min-width" not in found else []),
         *(["--budgets", "3"] if found[:2] == ["calibrate", "schedule"] and "--budgets" not in found else []),
     ]
 

@@ -239,7 +239,7 @@ class TextEncoder(torch.nn.Module):
 
 
 def always(value: Any) -> Callable[..., Any]:
-    """A function that returns this for any arguments: it stands in for an encoder."""
+    """A function that returns this for any arguments: it replaces an encoder."""
     return lambda *arguments, **named: value
 
 

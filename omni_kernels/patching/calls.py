@@ -98,7 +98,7 @@ def makes_cuda_graphs(options: Mapping[str, Any]) -> bool:
 
 
 def _begins(model: torch.nn.Module, args: tuple[Any, ...]) -> None:
-    """Forward pre-hook: tells torch that a transformer's forward begins.
+    """Forward pre-hook that tells torch that a transformer's forward begins.
 
     It is a hook because a cache may have replaced the forward itself.
     """

@@ -31,7 +31,7 @@ def install(pipe: Any, steps: tuple[int, int], layers: Iterable[Replaced], patch
         layers: the layers that are quantised in the other steps.
 
     Raises:
-        ValueError: the pipeline's scheduler does not tell the step.
+        ValueError: the pipeline's scheduler has no step index.
         PatchConflictError: a transformer is compiled as a whole, or other code has replaced its forward.
     """
     check(getattr(pipe, "scheduler", None), type(pipe).__name__)
@@ -54,12 +54,12 @@ def install(pipe: Any, steps: tuple[int, int], layers: Iterable[Replaced], patch
 
 
 def check(scheduler: Any, pipeline: str) -> None:
-    """Raise ValueError if a pipeline's scheduler does not tell which step a call of the transformer belongs to."""
+    """Raise ValueError if a pipeline's scheduler does not show which step a call of the transformer belongs to."""
     kind = type(scheduler).__name__
     if scheduler is None:
         why = "it has no scheduler"
     elif not hasattr(scheduler, "step_index"):
-        why = f"its {kind} does not tell the step (step_index)"
+        why = f"its {kind} has no step_index"
     elif getattr(scheduler, "order", 1) != 1:
         why = f"its {kind} calls the model {scheduler.order} times a step"
     else:
@@ -83,7 +83,7 @@ class _Step:
         """Whether the step of this call is one of the first or the last. Before the first request, calls are.
 
         Raises:
-            ValueError: the pipeline was given a scheduler that does not tell the step.
+            ValueError: the pipeline was given a scheduler without a step index.
         """
         scheduler = self._pipe.scheduler
         if scheduler is not self._checked:
@@ -99,7 +99,8 @@ class _Step:
     def _begin_and_count(self, scheduler: Any) -> tuple[int, int]:
         """The scheduler step at which the request begins, and its number of steps.
 
-        A pipeline that leaves out the first steps tells it the scheduler, or announces fewer steps than are scheduled.
+        A pipeline that leaves out the first steps sets the scheduler's begin index, or announces fewer steps than are
+        scheduled.
         """
         scheduled, announced = len(scheduler.timesteps), getattr(self._pipe, "_num_timesteps", None)
         if not (isinstance(announced, int) and 0 < announced <= scheduled):

@@ -302,7 +302,7 @@ def support(lowered: Sequence[dict[str, Any]], computed: Sequence[dict[str, Any]
 
 
 def kernels_digest() -> str:
-    """A digest of all kernels' code, without comments and docstrings. It tells whether results are of these kernels."""
+    """A digest of all kernels' code, without comments and docstrings. It shows to which kernels results belong."""
     digest = hashlib.sha256()
     for path in sorted(Path(ops_package.__file__).parent.glob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:

@@ -288,7 +288,7 @@ class Sampling:
 
         diffusers' `cache_context` may give σ, too. It is not used: in diffusers 0.42, only Cosmos 3 gives it (as a
         pipeline and as a modular one), and reads it from the `sigmas` of its scheduler at this step, which `_open` has
-        read. If another scheduler makes the steps, the step that is given tells so (`current`).
+        read. If another scheduler makes the steps, the given step shows it (`current`).
         """
         outer = self.context, self.announced
         self.context, self.announced = context, step

@@ -1,7 +1,7 @@
 """MagCache's magnitude ratios for one model: how they are fitted, and how they are adapted to another number of steps.
 
 γ_t, the ratio of step t, is the mean over tokens of |r_t| / (|r_(t−1)| + 1e-8), where r_t is what all blocks add to a
-token at step t and |.| is the Euclidean norm. It tells by which factor a residual that is reused from the step before
+token at step t and |.| is the Euclidean norm. It is the factor by which a residual that is reused from the step before
 would be too small or too large. γ_0 is 1. The ratios are averaged over the samples, including all CFG branches
 (MagCache, Ma et al. 2025, arXiv:2506.09045; the definition is that of diffusers' `MagCacheConfig(calibrate=True)`,
 which uses the first branch of one run).

@@ -394,7 +394,7 @@ def describe(config: Mapping[str, Any]) -> TransformerFacts:
 
 
 def depth(transformer: Any) -> int:
-    """The number of blocks that a transformer's config tells; 0 if it tells none."""
+    """The number of blocks in a transformer's config; 0 if it has none."""
     name = type(transformer).__name__
     try:
         return describe({**getattr(transformer, "config", {}), "_class_name": name}).blocks or 0

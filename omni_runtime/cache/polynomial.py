@@ -106,8 +106,8 @@ def fit(x: Sequence[float], y: Sequence[float]) -> Fit:
     for values, name in ((inputs, "modulated input"), (outputs, "residual")):
         if np.ptp(values) <= MIN_VARIATION * values.max():
             raise UselessFitError(
-                f"the {name} moves by the same {values.max():.4g} at every step: there is nothing to tell steps apart "
-                "by, and a fixed schedule does as well"
+                f"the {name} moves by the same {values.max():.4g} at every step: it cannot distinguish steps, "
+                "and a fixed schedule does as well"
             )
     degree, polynomial, values = _positive(inputs, outputs)
     errors = outputs - polynomial(inputs)

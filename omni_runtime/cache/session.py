@@ -280,7 +280,7 @@ class CacheSession:
         return []
 
     def decided_elsewhere(self, requests: Sequence[Decided]) -> None:
-        """Add to the reports what another rank has decided, as its `decided` tells."""
+        """Add to the reports what another rank has decided (its `decided`)."""
 
     def held_tensors(self) -> list[torch.Tensor]:
         """All tensors held by the request under way; empty between requests."""

@@ -34,7 +34,7 @@ class Axes:
         total, count: the number of samples in either.
 
     Raises:
-        ValueError: the arguments do not tell.
+        ValueError: the arguments do not show it.
     """
 
     def __init__(

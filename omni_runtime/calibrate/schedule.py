@@ -233,7 +233,7 @@ def whole(place: int, budget: int, tries: int) -> int:
 
 
 def about(omni: Omni, requests: Sequence[GenerationRequest]) -> dict[str, Any]:
-    """Describe a search: a journal's first line, which tells it from other searches."""
+    """Describe a search: a journal's first line, by which searches are distinguished."""
     return {
         "model": str(omni.name),
         "requests": [[one.prompt, one.seed, jsonable(one.arguments)] for one in requests],

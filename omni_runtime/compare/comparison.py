@@ -357,7 +357,7 @@ def _telling_what_is_kept(there: Mapping[Path, Cell | None], directory: str | Pa
         yield
     except files.WriteError as error:
         kept = sum(cell is not None for cell in there.values())
-        where = f"{kept} of {len(there)} pictures are kept in {directory}: the same call goes on from there"
+        where = f"{kept} of {len(there)} pictures are kept in {directory}: the same call continues from there"
         raise error.keeping(where) from error
 
 

@@ -410,7 +410,7 @@ def _best(document: Document) -> dict[str, list[str]]:
 
 
 def _verdict(document: Document) -> str:
-    """The fastest run at `GOOD` dB or more, or else the one nearest to the reference. The page tells this rule."""
+    """The fastest run at `GOOD` dB or more, or else the one nearest to the reference. The page states this rule."""
     runs = document["runs"][1:]
     if not runs:
         return ""

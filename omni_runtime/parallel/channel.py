@@ -2,7 +2,8 @@
 
 Collectives cannot carry these: a rank that waits in one for a rank that has failed hears nothing. Here rank 0 has a
 hub, every other rank a connection to it, and a thread of each rank reads. When a process ends, its operating system
-closes its connections, so the others know at once. When a machine is lost, TCP's keepalive tells within half a minute.
+closes its connections, so the others know at once. When a machine is lost, TCP's keepalive ends the
+connection within half a minute.
 
 A message is a line of JSON. Work is divided into sections, such as one request, which all ranks count alike.
 """

@@ -35,7 +35,7 @@ CHECKED, PATIENCE = 10.0, 60.0
 UP, DOWN = 10.0, 300.0
 #: So often a model is loaded before the replicas are given up.
 LOADS = 3
-#: Seconds after which a replica tells again what it has counted.
+#: Seconds after which a replica sends its counts again.
 TOLD = 5.0
 
 

@@ -1,8 +1,8 @@
 """Starts Ray, or joins a cluster, with time limits that a busy machine can keep.
 
 If the variable RAY_ADDRESS names a cluster, that one is joined. Else Ray is started here, and ends with the process.
-Its ports are open on all addresses of the machine, whatever it is told. So it asks everyone for a token that only this
-process and its workers have.
+Its ports are open on all addresses of the machine, whatever its settings are. So it asks everyone for a token that only
+this process and its workers have.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Each row is a block of its own, and a worker runs as many blocks at once as its 
 that dies is started again, and its rows are made again: a row has a seed, so its picture is the same.
 
 A row that kills its worker would do so for ever. So an actor counts how often each row was begun. A row that was begun
-before, and not finished, is made alone in its worker, so that it takes no other row along. After `ATTEMPTS` it has
+before, and not finished, is made alone in its worker, so that no other row is lost with it. After `ATTEMPTS` it has
 failed.
 """
 

@@ -256,7 +256,7 @@ def test_own_weights_must_stay():
 @pytest.mark.parametrize(
     ("scheduler", "why"),
     [
-        (diffusers.DDIMScheduler, "its DDIMScheduler does not tell the step"),
+        (diffusers.DDIMScheduler, "its DDIMScheduler has no step_index"),
         (diffusers.HeunDiscreteScheduler, "its HeunDiscreteScheduler calls the model 2 times a step"),
     ],
 )

@@ -168,7 +168,7 @@ class Method:
 
 
 def _why_no_whole_steps(pipe: Any) -> str | None:
-    """Why whole steps cannot be skipped, in words; None if they can, as far as the classes tell."""
+    """Why whole steps cannot be skipped, in words; None if they can, as far as the classes show."""
     try:
         check_scheduler(pipe.scheduler)
     except ValueError:

@@ -121,7 +121,7 @@ class ImageBody(Body):
     stream: bool = False
     partial_images: Whole = Field(0, ge=0, le=3, description="unfinished pictures in a stream")
     progress: bool = Field(False, description="in a stream: an event omni.step after each step")
-    compare: bool = Field(False, description="also make the picture without a cache, and tell the PSNR between them")
+    compare: bool = Field(False, description="also make the picture without a cache, and return the PSNR between them")
 
     def check(self, settings: Settings) -> None:
         """As `Body.check`."""

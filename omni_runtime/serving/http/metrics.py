@@ -1,4 +1,4 @@
-"""What `/metrics` tells Prometheus. Each server has a registry of its own."""
+"""The metrics of `/metrics`, for Prometheus. Each server has a registry of its own."""
 
 from __future__ import annotations
 

@@ -382,7 +382,7 @@ class Service:
         return answer
 
     def facts(self, job: Job, result: OmniResult) -> dict[str, Any]:
-        """What an answer tells of one picture: the field `omni`."""
+        """An answer's facts about one picture: the field `omni`."""
         report = result.cache
         steps = len(result.timings.steps) or job.steps
         skipped = [] if report is None else report.skipped
@@ -405,7 +405,7 @@ class Service:
         return facts
 
     def written(self, result: OmniResult) -> dict[str, Any]:
-        """The settings that a file holds: without what tells of the server's directories."""
+        """The settings that a file holds: without the server's directories."""
         kept = {key: value for key, value in result.settings.items() if key != "callback_on_step_end"}
         return {key: value if key == "prompt" else _told(value) for key, value in kept.items()} | {"model": self.name}
 

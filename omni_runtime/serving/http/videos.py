@@ -33,7 +33,7 @@ class Making:
         id: its id, which cannot be guessed.
         body: what was asked for.
         job: the engine's job, while it is made. A finished job has all frames.
-        asked: the arguments of the pipeline that `document` tells.
+        asked: the arguments of the pipeline in `document`.
         seed: the seed.
         free: called when it is no longer made: its references are no longer held.
         fps: frames per second.

@@ -32,7 +32,7 @@ class Ask:
     """A request.
 
     Attributes:
-        id: the request's id, which the answer tells.
+        id: the request's id, which is in the answer.
         method, path, query, headers, scheme, client, server: as in ASGI.
         body: the whole body.
     """
