@@ -1,4 +1,4 @@
-"""A plug-in for vLLM-Omni: `cache_backend="velocity_cache"` there, and fused blocks.
+"""A plug-in for vLLM-Omni: `auto` and `velocity_cache` as `cache_backend` there, and fused blocks.
 
 vLLM-Omni calls `register` in each of its processes, by the entry-point group `vllm_omni.general_plugins`. It has no
 table of cache backends, but one function that makes them, `get_cache_backend`. That is replaced by one that makes ours
@@ -23,6 +23,7 @@ from omni_kernels.patching import Patch
 
 #: The values of `cache_backend` that the plug-in adds: ours → what it installs, for listings.
 NAMES = {
+    "auto": "whole steps are skipped as `quality`, `speedup` or `psnr` asks; the key `fuse` fuses blocks, too",
     "velocity_cache": "whole steps are skipped on a schedule; the key `fuse` fuses blocks, too",
     "fused_blocks": "no cache, only fused blocks",
 }

@@ -10,6 +10,7 @@ from typing import Any
 
 from omni_kernels.patching import api, backends
 from omni_runtime.cache.report import StepEvent
+from omni_runtime.cache.schedulers import check_scheduler
 
 #: vLLM-Omni has a handler for the loggers below its name.
 logger = logging.getLogger("vllm_omni.omni_kernels")
@@ -70,6 +71,10 @@ class Backend:
         config: dict[str, Any] = {}
         if self._cached is not None:
             config = backends.complete(backends.get(self._cached), self._checked, getattr(options, "model", None))
+            if self._cached == "auto" and pipe is pipeline:
+                check_scheduler(
+                    pipe.scheduler
+                )  # with others, `auto` is a cache of blocks, which is for diffusers' models
         self.handle = api.install(pipe, self._cached, config, fuse=self._fuse)
         self.handle.on_step = self._told
         self.enabled = True

@@ -22,7 +22,12 @@ from omni_runtime.vllm_omni.backend import Backend
 
 theirs = import_module("benchmarks.against_vllm_omni.theirs")
 STEPS = 20
-SETTINGS = ({"budget": 8}, {"schedule": "qwen-image-17"}, {"speedup": 2.5, "corrector_order": 0})
+SETTINGS = (
+    ("velocity_cache", {"budget": 8}),
+    ("velocity_cache", {"schedule": "qwen-image-17"}),
+    ("velocity_cache", {"speedup": 2.5, "corrector_order": 0}),
+    ("auto", {"quality": "high"}),
+)
 
 
 def request_of(model, guided):
@@ -109,9 +114,9 @@ def main(directory, name, embedded):
         for guided in (False, True):
             found["plain", guided] = run(model, options, guided)
             found["fused_blocks", guided] = run(model, options, guided, "fused_blocks", {})
-            for config in SETTINGS:
-                found[str(config), guided] = run(model, options, guided, "velocity_cache", dict(config))
-            both = SETTINGS[0] | {"fuse": True}
+            for cache, config in SETTINGS:
+                found[str(config), guided] = run(model, options, guided, cache, dict(config))
+            both = SETTINGS[0][1] | {"fuse": True}
             found["both", guided] = run(model, options, guided, "velocity_cache", both)
             found["again", guided] = run(model, options, guided)
         if embedded:

@@ -2,6 +2,7 @@
 
 import logging
 
+import diffusers
 import pytest
 import torch
 import vllm_omni_stand_in
@@ -100,6 +101,22 @@ def test_skipped_steps_run_no_transformer_and_step_along_the_forecast(omni, late
                 v = v0 + (v0 - v1) / (s0 - s1) * ahead
             x = x + (sigmas[step + 1] - sigmas[step]) * v
     torch.testing.assert_close(found, x, rtol=0, atol=1e-5)
+
+
+def test_auto_takes_presets(omni, latents):
+    pipe = omni.Pipeline()
+    backend = omni.runner.get_cache_backend("auto", {"quality": "high"})
+    backend.enable(pipe)
+    with torch.no_grad():
+        found = pipe.forward(latents, steps=20)
+        assert pipe.transformer.calls == 10
+        backend.disable(pipe)
+        backend = made(omni, pipe, budget=10)
+        assert torch.equal(pipe.forward(latents, steps=20), found)
+    backend.disable(pipe)
+    pipe.scheduler = diffusers.HeunDiscreteScheduler()
+    with pytest.raises(ValueError, match="HeunDiscreteScheduler"):
+        omni.runner.get_cache_backend("auto", {"quality": "high"}).enable(pipe)
 
 
 def test_a_request_starts_clean_without_refresh_and_after_an_error(omni, latents):

@@ -18,7 +18,12 @@ import omni_runtime
 ROOT = Path(omni_kernels.__file__).parents[1]
 PYTHON = Path(os.environ.get("VLLM_OMNI_PYTHON", ROOT / "out" / "vllm-omni" / "bin" / "python"))
 EMBEDDED = Path(omni_runtime.__file__).parent / "embedded" / "emoji-qwen-image"
-SETTINGS = ({"budget": 8}, {"schedule": "qwen-image-17"}, {"speedup": 2.5, "corrector_order": 0})
+SETTINGS = (
+    ("velocity_cache", {"budget": 8}),
+    ("velocity_cache", {"schedule": "qwen-image-17"}),
+    ("velocity_cache", {"speedup": 2.5, "corrector_order": 0}),
+    ("auto", {"quality": "high"}),
+)
 STEPS = 20
 
 
@@ -61,8 +66,8 @@ def test_steps_and_latents_are_those_of_our_caches_on_diffusers(model, installed
         assert fused["fused"] >= 2 or "FLUX" in model
         assert torch.equal(fused["latents"], plain["latents"]) == (not fused["fused"]), "the fused blocks have run"
         close(fused["latents"], plain["latents"])
-        for config in SETTINGS:
-            with omni_kernels.patched(ours.pipe, "velocity_cache", config) as handle:
+        for cache, config in SETTINGS:
+            with omni_kernels.patched(ours.pipe, cache, config) as handle:
                 latents = ours.generate(STEPS, guided)
                 computed = next(iter(handle.report.branches.values())).computed
             found = theirs[str(config), guided]
@@ -72,7 +77,7 @@ def test_steps_and_latents_are_those_of_our_caches_on_diffusers(model, installed
             assert (latents - plain["latents"]).abs().max() > 1e-3, "a skipped step shows"
         both = theirs["both", guided]
         assert both["fused"] == fused["fused"]
-        close(both["latents"], theirs[str(SETTINGS[0]), guided]["latents"])
+        close(both["latents"], theirs[str(SETTINGS[0][1]), guided]["latents"])
     if embedded:
         skipped, notes = theirs["adapter"]
         assert skipped > 20
