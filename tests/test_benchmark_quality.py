@@ -15,6 +15,7 @@ from omni_runtime import Omni
 from omni_runtime.cache.forecasters import FORECASTERS
 from omni_runtime.cache.masks import POLICIES
 from omni_runtime.cache.methods import METHODS
+from omni_runtime.compare import report_html
 from omni_runtime.compare.cells import Run
 from omni_runtime.generation.loading import embedded_models
 from omni_runtime.generation.result import identified
@@ -325,3 +326,13 @@ def test_recorded_runs_are_of_the_schedules_that_are_shipped(model):
         assert run["notes"] == [f"schedule: {budget} of {run['steps']} steps computed, calibrated on {model}"]
         if "computed" in run:
             assert run["computed"] == computed[run["steps"], budget]
+
+
+@pytest.mark.parametrize("model", RECORDED)
+def test_the_plot_names_the_presets(model):
+    found = recorded("quality", model)
+    text = (RESULTS / f"quality-{model}.svg").read_text(encoding="utf-8")
+    assert text == report_html.plot_svg(found)
+    presets = [run["name"] for run in found["runs"] if run["cache_backend"] == "auto"]
+    for name in ("no cache = auto, exact" if presets else "no cache", *presets):
+        assert f">{name}</text>" in text

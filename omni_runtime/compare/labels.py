@@ -68,7 +68,12 @@ class Label:
 
 
 def place(
-    names: Sequence[str], points: Sequence[Point], frame: Box, taken: Sequence[Box] = (), first: int = 1
+    names: Sequence[str],
+    points: Sequence[Point],
+    frame: Box,
+    taken: Sequence[Box] = (),
+    first: int = 1,
+    favoured: int = 0,
 ) -> list[Label]:
     """A label for each point, in their order. Only of several hundred points, some may have none.
 
@@ -78,16 +83,20 @@ def place(
         frame: the labels stay inside.
         taken: no label meets these boxes.
         first: the number of the first point.
+        favoured: so many of the first points get their names before the others.
     """
     room = _Room(frame, [*taken, *((x - MARK, y - MARK, x + MARK, y + MARK) for x, y in points)])
     numbers = [str(first + index) for index in range(len(names))]
     found: dict[int, Label] = {}
-    for numbered, texts in ((False, names), (True, numbers)):
-        for find in (room.beside, room.near, *((room.anywhere,) if numbered else ())):
-            for index, (text, point) in enumerate(zip(texts, points, strict=True)):
-                if index not in found and (where := find(point, width(text))):
-                    x, y, line = where
-                    found[index] = Label(index, text, x, y, _anchor(point[0], x, x + width(text)), line, numbered)
+    every, some = range(len(names)), range(favoured)
+    ways = [(False, find, of) for of in (some, every) for find in (room.beside, room.near)]
+    ways += [(True, find, every) for find in (room.beside, room.near, room.anywhere)]
+    for numbered, find, of in ways:
+        for index in of:
+            point, text = points[index], (numbers if numbered else names)[index]
+            if index not in found and (where := find(point, width(text))):
+                x, y, line = where
+                found[index] = Label(index, text, x, y, _anchor(point[0], x, x + width(text)), line, numbered)
     return [found[index] for index in sorted(found)]
 
 

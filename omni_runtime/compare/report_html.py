@@ -240,10 +240,16 @@ def _plot(document: Document, measure: str) -> dict[str, Any]:
     places = [(place_x(x), place_y(y)) for x, y, _ in points]
     frame = (LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM)
     own = (LEFT, TOP - 6, LEFT + 80, TOP + 10)  # where the axis's own name is
-    # Presets come first: their names have the room that there is.
-    order = sorted(range(len(runs)), key=lambda place: runs[place]["cache_backend"] != "auto")
-    found = labels.place([runs[place]["name"] for place in order], [places[place] for place in order], frame, [own])
-    named = sorted((dataclasses.replace(one, point=order[one.point]) for one in found), key=lambda one: one.point)
+    # The reference and presets come first: their names have the room that there is.
+    presets = [place for place, run in enumerate(runs) if run["cache_backend"] == "auto"]
+    order = presets + [place for place in range(len(runs)) if place not in presets]
+    names = [reference["name"] + (" = auto, exact" if presets else ""), *(runs[place]["name"] for place in order)]
+    foot = place_x(_middle(reference, measure)), HEIGHT - BOTTOM - 10.0
+    favoured = 1 + len(presets)
+    found = labels.place(names, [foot, *(places[place] for place in order)], frame, [own], 0, favoured)
+    named = sorted(
+        (dataclasses.replace(one, point=order[one.point - 1]) for one in found if one.point), key=lambda one: one.point
+    )
     return {
         "measure": measure,
         "label": AXES[measure],
@@ -257,7 +263,8 @@ def _plot(document: Document, measure: str) -> dict[str, Any]:
         "ticks_x": [(place_x(tick), f"{tick:g}") for tick in ticks_x],
         "ticks_y": [(place_y(tick), f"{tick:g}") for tick in ticks_y],
         "reference": place_x(_middle(reference, measure)),
-        "reference_name": reference["name"],
+        "reference_name": names[0],
+        "reference_label": next((one for one in found if one.point == 0 and not one.numbered), None),
         "lines": lines,
         "points": [
             (methods[run["method"]], *place, f"{run['name']}: {x:.2f}, {y:.1f} ± {std:.1f} dB")

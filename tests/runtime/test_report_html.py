@@ -409,7 +409,7 @@ def test_the_plots_have_a_mark_for_each_run_and_a_line_for_each_method(shown: An
     drawn = len(RUNS) - 2  # neither the reference nor what is identical to it
     for points, spreads, lines, names in counts:
         assert (points, spreads, lines) == (drawn, drawn, 4)
-        assert names == drawn, "every point has its name, or a number"
+        assert names == drawn + 1, "every point has its name, or a number, and so has the line of the reference"
     assert len(counts) == 2
     inside = page.evaluate(
         "[...document.querySelectorAll('svg.plot .point')].every(point => { const a = point.getBoundingClientRect(),"
@@ -517,7 +517,7 @@ def test_all_text_can_be_read(shown: Any) -> None:
 def test_no_text_of_a_crowded_plot_meets_another(shown: Any, tmp_path: Path) -> None:
     crowded(tmp_path)
     with browser.opened(report_html.write(tmp_path)) as page:
-        assert page.evaluate("document.querySelectorAll('svg.plot .name').length") == 2 * 21
+        assert page.evaluate("document.querySelectorAll('svg.plot .name').length") == 2 * (21 + 1)
         assert page.evaluate("document.querySelectorAll('svg.plot .leader').length") > 10
         assert page.evaluate(OVERLAPS) == []
 
