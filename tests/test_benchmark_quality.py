@@ -313,6 +313,7 @@ def test_runs_that_are_better_with_as_many_forwards_are_told():
 def test_what_is_better_elsewhere_is_recorded(model):
     found = recorded("quality", model)
     assert found["behind"] == quality.behind(found)
+    assert all(one["run"].startswith("velocity, uncalibrated ") for one in found["behind"]), "the page says so"
 
 
 @pytest.mark.parametrize("model", RECORDED)
