@@ -12,8 +12,9 @@ tokens, in another shape.
 Checked of every request: it is answered within `PATIENCE` seconds; the status is one that its kind may get; a picture
 is that of the same request made alone before, without faults, up to one of 256 levels (PNG rounds). No more requests
 fail than faults were injected. At the end nothing runs, nothing is held, no result and no reference is left in memory,
-all threads are gone, and the memory that the process uses has not grown since the first tenth (at least `WARM`
-requests; it is not judged if there are fewer).
+all threads are gone, and the memory that the process uses was not larger in the last third of the requests than in the
+second one: the mean, by at most `GROWTH`. In the first third, three models and their caches still take their places.
+With fewer than `WARM` requests, memory is not judged.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import json
 import logging
 import math
 import random
+import statistics
 import sys
 import threading
 import time
@@ -54,8 +56,8 @@ from omni_runtime.serving.http.settings import Settings
 CLIENTS = 6
 PATIENCE = 120.0  # seconds until an answer
 FAULTS = 0.06  # injected faults per request, about
-GROWTH = 0.05  # the process's memory may grow by this share
-WARM = 100  # requests until each kind was made a few times
+GROWTH = 0.02  # the process's memory may grow by this share
+WARM = 900  # memory is judged from so many requests on
 PROMPTS = ("red apple on blue", "a wolf and a castle on a very green hill", "x")
 CACHES: tuple[tuple[str | None, dict[str, Any]], ...] = (
     (None, {}),
@@ -468,10 +470,10 @@ def soak(requests: int, minutes: float, seed: int) -> dict[str, Any]:
     raised = _total(faults)
     if outcome.failed > raised.total():
         outcome.say(f"{outcome.failed} requests failed, and only {raised.total()} faults were injected")
-    warm = math.ceil(max(WARM, requests / 10) / chunk)
-    before, last = max(memory[:warm]), memory[-1]
-    if len(memory) > warm and last > before * (1 + GROWTH):
-        outcome.say(f"memory has grown from {before} to {last} MB")
+    third = len(memory) // 3
+    second, last = (round(statistics.mean(part or [0.0]), 1) for part in (memory[third:-third], memory[-third:]))
+    if done >= WARM and last > second * (1 + GROWTH):
+        outcome.say(f"memory has grown from {second} to {last} MB, the means of the second and the last third")
     if threading.active_count() > threads_before + len(PARTS):
         outcome.say(f"{threading.active_count() - threads_before} threads are left")
     return {
@@ -482,6 +484,7 @@ def soak(requests: int, minutes: float, seed: int) -> dict[str, Any]:
         "failed": outcome.failed,
         "levels_off": outcome.furthest,
         "memory_mb": memory,
+        "mean_mb": {"second third": second, "last third": last},
         "longest_answer_seconds": round(max(outcome.seconds), 1),
         **forwards,
         "wrong": outcome.wrong,

@@ -50,7 +50,7 @@ def test_the_layers_are_found_written_and_taken(tmp_path: Path, capsys: Any, mon
         assert CALIBRATED not in handle.quantised.left_alone.values(), "of another dtype"
 
 
-@pytest.mark.parametrize(("model", "count"), [("emoji-qwen-image", 28), ("emoji-z-image", 20)])
+@pytest.mark.parametrize(("model", "count"), [("emoji-qwen-image", 28), ("emoji-z-image", 20), ("emoji-wan", 42)])
 def test_models_ship_what_was_found_for_fp8(model: str, count: int) -> None:
     document = json.loads((embedded_models()[model] / "quantize_fp8.json").read_text())
     assert document["psnr"]["mean"] >= 40.0 > document["everything"]["mean"]
