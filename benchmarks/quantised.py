@@ -1,6 +1,6 @@
 """What quantised linear layers cost in picture quality on the embedded models, alone and under the velocity cache.
 
-    python -m benchmarks.quantised   # 25 minutes; writes benchmarks/results/quantised.json
+    python -m benchmarks.quantised   # 30 minutes; writes benchmarks/results/quantised.json
 
 PSNR in dB of 8 prompts × 1 seed, 50 steps, against the same request without quantisation and without a cache. The
 layers of these models are narrower than the 512 features from which layers are quantised by default, so all widths are
