@@ -783,13 +783,14 @@ def test_calibrated_schedules_are_taken(qwen_pipe, tmp_path, recwarn):
 def test_embedded_models_run_on_schedules_of_their_own(model, asked):
     """Taken by whoever loads the model."""
     document = json.loads((loading.embedded_models()[model] / "velocity_cache.json").read_text())
-    assert [row["budget"] for row in document["schedules"]] == [32, 25, 17, 13, 10, 8]
+    rows = {row["budget"]: row for row in document["schedules"]}
+    assert [*rows][-6:] == [32, 25, 17, 13, 10, 8]
     for one in document["schedules"]:
         for statistic in ("mean", "p5"):  # on pictures that were not searched on
             assert one["psnr"][statistic] >= one["evenly_spread"][statistic]
             assert one["psnr"][statistic] > one["plain_sampling"][statistic]
     (prompt, picture), *_ = prompts_of(model)
-    row = document["schedules"][1]
+    row = rows[25]
     config = {asked: {"budget": 25, "quality": row["psnr"]["mean"], "speedup": 2.0}[asked]}
     with Omni(model, cache_backend="velocity_cache", cache_config=config, device="cpu") as omni:
         (result,) = omni.generate(prompt, seed=0, **({} if picture is None else {"image": picture}))
