@@ -285,7 +285,7 @@ def _add_calibrate(commands: Any, shared: argparse.ArgumentParser) -> None:
         "--budgets",
         type=_budgets,
         metavar="N,N",
-        help="computed steps, a schedule for each (default: a half, a third, a quarter and a fifth of the steps)",
+        help="computed steps, a schedule for each (default: 64, 50, 34, 26, 20 and 16 percent of the steps)",
     )
     schedule.add_argument(
         "--held-out",

@@ -72,9 +72,7 @@ class Backend:
         if self._cached is not None:
             config = backends.complete(backends.get(self._cached), self._checked, getattr(options, "model", None))
             if self._cached == "auto" and pipe is pipeline:
-                check_scheduler(
-                    pipe.scheduler
-                )  # with others, `auto` is a cache of blocks, which is for diffusers' models
+                check_scheduler(pipe.scheduler)  # with others, `auto` would be a cache of blocks
         self.handle = api.install(pipe, self._cached, config, fuse=self._fuse)
         self.handle.on_step = self._told
         self.enabled = True
